@@ -1,0 +1,148 @@
+"""Backbones: images (B, 3, H, W) -> features (B, D), at any resolution.
+
+A backbone is a timm network without classifier; `num_features` is D. The paper's Vision Transformers are timm's blocks
+with three things of the original put back: the initial class token, the resampling of the position embedding, and
+(in `optim.py`) which parameters decay.
+"""
+
+import math
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
+from dino_lightning.errors import UserError, nearest
+
+
+class OriginalViT(VisionTransformer):
+    """timm's Vision Transformer, initialised and resampled as the original DINO does.
+
+    Its state dict has the original's keys and loads into `timm.create_model` as it is.
+    """
+
+    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float) -> None:
+        super().__init__(
+            img_size=image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            drop_path_rate=drop_path_rate,
+            dynamic_img_size=True,
+        )
+        assert self.cls_token is not None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
+        B, h, w, D = x.shape
+        tokens_BND = torch.cat([self.cls_token.expand(B, -1, -1), x.view(B, -1, D)], dim=1)
+        return self.pos_drop(tokens_BND + resample_position_embedding(self.pos_embed, h, w))
+
+
+def resample_position_embedding(table_1ND: Tensor, h: int, w: int) -> Tensor:
+    """The position embedding (1, 1 + h w, D) on a grid of h x w patches; the class token's stays.
+
+    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
+    shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
+    resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
+    """
+    side = math.isqrt(table_1ND.shape[1] - 1)
+    if (h, w) == (side, side):
+        return table_1ND
+    cls_11D, patches_1ND = table_1ND[:, :1], table_1ND[:, 1:]
+    grid_1Dss = patches_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((h + 0.1) / side, (w + 0.1) / side)
+    grid_1Dhw = F.interpolate(grid_1Dss, scale_factor=scale, mode="bicubic")
+    return torch.cat([cls_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)
+
+
+@torch.no_grad()
+def cls_attention(vit: VisionTransformer, images_B3HW: Tensor) -> Tensor:
+    """How much the class token attends to each patch in the last block: (B, heads, h, w), summing to less than 1.
+
+    This is what the paper's figure 1 shows.
+    """
+    patches = vit.patch_embed(images_B3HW)
+    B, h, w, _ = patches.shape
+    x_BND = vit.norm_pre(vit._pos_embed(patches))
+    *before, last = vit.blocks
+    for block in before:
+        x_BND = block(x_BND)
+    attention, norm = cast(Any, last.attn), cast(nn.Module, last.norm1)
+    qkv = attention.qkv(norm(x_BND)).reshape(B, x_BND.shape[1], 3, attention.num_heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    scores_BhN = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * attention.scale
+    return scores_BhN.softmax(dim=-1)[:, :, vit.num_prefix_tokens :].reshape(B, -1, h, w)
+
+
+def has_attention(backbone: nn.Module) -> bool:
+    """Whether `cls_attention` can look into this network."""
+    return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None and backbone.dynamic_img_size
+
+
+def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool) -> nn.Module:
+    """The configured network; `image_size` (pixels) sets the grid of a learnt position embedding."""
+    drop_path_rate = config.drop_path_rate if drop_path else 0.0
+    match config:
+        case ViTConfig():
+            return OriginalViT(config, image_size=image_size, drop_path_rate=drop_path_rate)
+        case TimmConfig():
+            return _timm_network(config, image_size=image_size, drop_path_rate=drop_path_rate)
+        case _:
+            raise TypeError(f"no backbone for {type(config).__name__}")
+
+
+def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float) -> nn.Module:
+    check_timm_name(config.name)
+    arguments: dict[str, Any] = {"num_classes": 0, **config.arguments}
+    if drop_path_rate:
+        arguments["drop_path_rate"] = drop_path_rate
+    if config.patch_size is not None:
+        arguments["patch_size"] = config.patch_size
+    # Networks with a position table want the image size; those that can vary it must be told to. timm has no list of
+    # which take what, and a constructor refuses what it does not know before it loads any weights.
+    refusal: TypeError | None = None
+    for extra in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:
+            return timm.create_model(config.name, pretrained=config.pretrained, **{**extra, **arguments})
+        except TypeError as error:
+            refusal = error
+    raise UserError(
+        f"backbone.name={config.name} does not take one of {arguments}: {refusal}. Set backbone.patch_size=null and "
+        "backbone.drop_path_rate=0 for networks without patches or stochastic depth."
+    )
+
+
+def check_timm_name(name: str) -> None:
+    """Refuse a name that timm does not know."""
+    if not timm.is_model(name):
+        raise UserError(f"backbone.name={name} is not a network of timm {timm.__version__}; "
+                        f"{nearest(name, timm.list_models())}")  # fmt: skip
+
+
+def timm_recipes(config: BackboneConfig, *, image_size: int) -> list[dict[str, Any]]:
+    """Keyword arguments of `timm.create_model`, likeliest first, one of which builds the network of this config."""
+    match config:
+        case ViTConfig():
+            sizes = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
+            size = sizes.get((config.width, config.depth, config.heads))
+            name = f"vit_{size}_patch{config.patch_size}_{image_size}"
+            if size and timm.is_model(name):
+                return [{"model_name": name, "num_classes": 0}]
+            shape = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+            shape |= {"img_size": image_size, "patch_size": config.patch_size}
+            return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape}]
+        case TimmConfig():
+            patch = {} if config.patch_size is None else {"patch_size": config.patch_size}
+            named = {"model_name": config.name, "num_classes": 0, **patch, **config.arguments}
+            return [{**named, "img_size": image_size}, named]
+        case _:
+            raise TypeError(f"no recipe for {type(config).__name__}")

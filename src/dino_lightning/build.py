@@ -1,0 +1,130 @@
+"""From configuration to objects: a `match` per group, in the order of a run."""
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from dino_lightning.backbones import build_backbone
+from dino_lightning.callbacks.knn import KNNCallback
+from dino_lightning.callbacks.pictures import Pictures
+from dino_lightning.callbacks.progress import RunProgress
+from dino_lightning.callbacks.speed import Speed
+from dino_lightning.config import (
+    CSVLoggerConfig,
+    DINOConfig,
+    TensorBoardLoggerConfig,
+    TrainConfig,
+    WandbLoggerConfig,
+)
+from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.dino import DINO
+
+
+def build_data(config: TrainConfig) -> MultiCropDataModule:
+    """The data module; images are opened at first use."""
+    bad_images = Path(config.output_dir) / "bad_images.txt"
+    return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images)
+
+
+def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.Trainer:
+    """Lightning's trainer with this run's callbacks and loggers."""
+    arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
+    callbacks = build_callbacks(config) if not config.trainer.barebones else []
+    return L.Trainer(
+        **arguments,
+        callbacks=callbacks,
+        logger=build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False,
+        default_root_dir=config.output_dir,
+    )
+
+
+def build_callbacks(config: TrainConfig) -> list[Callback]:
+    """Callbacks in the order in which they run: k-NN before those that show or keep its result."""
+    output, trainer, speed = Path(config.output_dir), config.trainer, Speed()
+    callbacks: list[Callback] = [speed]
+    if config.callbacks.knn.enabled:
+        callbacks.append(KNNCallback(config.callbacks.knn, seed=config.seed))
+    if trainer.enable_progress_bar:
+        callbacks.append(RunProgress(speed))
+    if config.callbacks.pictures.enabled:
+        callbacks.append(Pictures(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
+    if trainer.enable_checkpointing:
+        callbacks += _checkpoints(config, output / "checkpoints")
+    return callbacks
+
+
+def _checkpoints(config: TrainConfig, folder: Path) -> list[Callback]:
+    always: dict[str, Any] = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
+    always["save_on_train_epoch_end"] = True
+    kept: list[Callback] = [ModelCheckpoint(filename="last", **always)]
+    if config.callbacks.knn.enabled:
+        every = config.callbacks.knn.every_n_epochs
+        kept.append(
+            ModelCheckpoint(filename="best_knn", monitor="knn/top1", mode="max", every_n_epochs=every, **always)
+        )
+    if config.callbacks.checkpoint.every_n_epochs:
+        every = config.callbacks.checkpoint.every_n_epochs
+        kept.append(ModelCheckpoint(filename="epoch{epoch:04d}", save_top_k=-1, every_n_epochs=every, **always))
+    return kept
+
+
+def build_loggers(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> list[Logger]:
+    """`metrics.csv`, and the configured logger beside it; `hyperparameters` is logged as it is."""
+    output = Path(config.output_dir)
+    loggers: list[Logger] = [_csv_logger(output, resume=config.resume)]
+    match config.logger:
+        case CSVLoggerConfig():
+            return loggers
+        case WandbLoggerConfig() as wandb:
+            other: Logger = WandbLogger(
+                project=wandb.project,
+                name=wandb.name or output.name,
+                group=wandb.group,
+                tags=wandb.tags,
+                mode=wandb.mode,
+                save_dir=output,
+            )
+        case TensorBoardLoggerConfig():
+            other = TensorBoardLogger(save_dir=output, name="", version="tensorboard")
+        case _:
+            raise TypeError(f"no logger for {type(config.logger).__name__}")
+    other.log_hyperparams(hyperparameters)
+    return [*loggers, other]
+
+
+def _csv_logger(output: Path, *, resume: bool) -> CSVLogger:
+    before = (output / "metrics.csv").read_text() if resume and (output / "metrics.csv").exists() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the folder not being empty: it has config.yaml
+        logger = CSVLogger(save_dir=output, name="", version="")
+        writer = logger.experiment
+    if before:
+        # Lightning starts the file anew: hand it the rows of the run that goes on.
+        header, *rows = (line.split(",") for line in before.splitlines())
+        writer.metrics += [{key: v for key, v in zip(header, row, strict=True) if v} for row in rows]  # type: ignore[attr-defined]
+    return logger
+
+
+def build_method(config: TrainConfig) -> StudentTeacher:
+    """The LightningModule: student, teacher, and what they learn."""
+    size = config.crops.global_size
+    student = build_backbone(config.backbone, image_size=size, drop_path=True)
+    teacher = build_backbone(config.backbone, image_size=size, drop_path=False)
+    match config.method:
+        case DINOConfig() as dino:
+            return DINO(
+                dino,
+                student_backbone=student,
+                teacher_backbone=teacher,
+                feature_dim=student.num_features,  # type: ignore[arg-type]
+                optim=config.optim,
+                batch_size_per_device=config.data.batch_size_per_device,
+            )
+        case _:
+            raise TypeError(f"no method for {type(config.method).__name__}")

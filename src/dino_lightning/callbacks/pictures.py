@@ -1,0 +1,140 @@
+"""Pictures of what the teacher sees: crops at the start, attention maps and nearest neighbours while training."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dino_lightning.backbones import cls_attention, has_attention
+from dino_lightning.callbacks.knn import evaluating
+from dino_lightning.config import PicturesConfig
+from dino_lightning.data.crops import denormalize
+from dino_lightning.data.module import MultiCropDataModule, TransformedImages
+from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
+from dino_lightning.evaluation.knn import nearest
+from dino_lightning.pictures import attention_sheet, crop_sheet, neighbour_sheet
+
+BANK = 2000
+"""Most images among which neighbours are looked for: enough for a picture."""
+NEIGHBOURS = 6
+
+
+class Pictures(L.Callback):
+    """Writes `pictures/{crops,attention,neighbours}.png`, and numbered ones every N epochs."""
+
+    def __init__(self, config: PicturesConfig, *, folder: Path, seed: int) -> None:
+        self.config, self.folder, self.seed = config, folder, seed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show what the augmentation does."""
+        if not trainer.is_global_zero or trainer.global_step:
+            return
+        data = _data(trainer)
+        dataset = data.train_dataset()
+        with random_states_kept():
+            samples = [dataset[index][0] for index in self._chosen(dataset.source.labels, len(dataset))[:4]]
+        crops = [crop for sample in samples for crop in sample]
+        sheet = crop_sheet(crops, data.crops.mean, data.crops.std, per_row=len(samples[0]))
+        self._save(trainer, sheet, "crops", epoch=None)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Numbered pictures, while training."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.config.every_n_epochs == 0 and epoch != trainer.max_epochs:
+            self._draw(trainer, pl_module, epoch=epoch)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The pictures of the run."""
+        self._draw(trainer, pl_module, epoch=None)
+
+    def _draw(self, trainer: L.Trainer, pl_module: Any, *, epoch: int | None) -> None:
+        data, backbone = _data(trainer), pl_module.teacher.backbone
+        shown = data.eval_dataset("val" if data.sources.val is not None else "train")
+        chosen = self._chosen(shown.source.labels, len(shown))
+        images = torch.stack([shown[index][0] for index in chosen]).to(pl_module.device)
+        with evaluating(backbone):
+            if trainer.is_global_zero and has_attention(backbone):
+                masks = [data.object_mask(index) for index in chosen]
+                sheet = attention_sheet(
+                    denormalize(images, config=data.crops).cpu(),
+                    cls_attention(backbone, images).cpu(),
+                    None if any(mask is None for mask in masks) else [mask for mask in masks if mask is not None],
+                )
+                self._save(trainer, sheet, "attention", epoch=epoch)
+            sheet = self._neighbours(data, backbone, images, shown, chosen, device=pl_module.device)
+            if trainer.is_global_zero:
+                self._save(trainer, sheet, "neighbours", epoch=epoch)
+
+    def _neighbours(
+        self,
+        data: MultiCropDataModule,
+        backbone: Callable[[Tensor], Tensor],
+        images_B3HW: Tensor,
+        shown: TransformedImages,
+        chosen: list[int],
+        *,
+        device: torch.device,
+    ) -> Image.Image:
+        """All ranks call this: the bank's features are computed together."""
+        bank = data.eval_dataset("train")
+        own = data.sources.val is None  # the queries stand in the bank, too, each as its own nearest neighbour
+        drawn = subset_indices(len(bank), limit=BANK, seed=self.seed)
+        indices = sorted(set(drawn + chosen)) if own else drawn
+        shard = extract_features(
+            backbone, bank, batch_size=256, num_workers=data.config.num_workers, device=device, indices=indices
+        )
+        features, labels, positions = gather_by_index(*shard)
+        with torch.no_grad():
+            queries = backbone(images_B3HW).float().cpu()
+        _, found = nearest(features, queries, k=NEIGHBOURS + own, device=torch.device("cpu"))
+        found = found[:, int(own) :]
+        names = data.classes
+        return neighbour_sheet(
+            [self._plain(data, image) for image in images_B3HW.cpu()],
+            [[self._plain(data, bank[int(positions[i])][0]) for i in row] for row in found],
+            query_labels=[names[shown[index][1]] for index in chosen] if data.labelled else None,
+            neighbour_labels=[[names[int(labels[i])] for i in row] for row in found] if data.labelled else None,
+        )
+
+    def _chosen(self, labels: np.ndarray | None, n: int) -> list[int]:
+        """Images drawn by seed, one of each class before a second of any; the same all through a run."""
+        order = np.random.default_rng(self.seed).permutation(n)
+        if labels is not None:
+            turn, seen = np.empty(n, dtype=np.int64), dict.fromkeys(labels.tolist(), 0)
+            for position, index in enumerate(order):
+                turn[position] = seen[int(labels[index])]
+                seen[int(labels[index])] += 1
+            order = order[np.argsort(turn, kind="stable")]
+        return order[: self.config.images].tolist()
+
+    def _plain(self, data: MultiCropDataModule, image_3HW: Tensor) -> Image.Image:
+        return to_pil_image(denormalize(image_3HW, config=data.crops))
+
+    def _save(self, trainer: L.Trainer, sheet: Image.Image, name: str, *, epoch: int | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(self.folder / (f"{name}.png" if epoch is None else f"{name}_epoch{epoch:04d}.png"))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key=f"pictures/{name}", images=[sheet])
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Augment without changing what training draws next."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+
+
+def _data(trainer: L.Trainer) -> MultiCropDataModule:
+    return trainer.datamodule  # type: ignore[attr-defined]

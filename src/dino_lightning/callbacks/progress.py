@@ -1,0 +1,104 @@
+"""The progress bar: one line for the whole run, with loss, k-NN, images/s and the time left."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dino_lightning.callbacks.speed import Speed
+
+REFRESH_SECONDS = 0.25
+"""Least time between two readings of the loss: each waits for the accelerator."""
+
+
+class RunProgress(ProgressBar):
+    """A bar over the optimizer steps of the run; where the output is no terminal, a line per epoch."""
+
+    def __init__(self, speed: Speed) -> None:
+        super().__init__()
+        self.speed = speed
+        self.console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._next_refresh = 0.0
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing (Lightning calls it on all ranks but 0)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        if not (self._enabled and self.console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            StepsColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+        )
+        total = int(trainer.estimated_stepping_batches)
+        self._task = self._bar.add_task(self._describe(trainer), total=total, completed=trainer.global_step)
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, a few times a second."""
+        if self._bar is not None and time.monotonic() >= self._next_refresh:
+            self._next_refresh = time.monotonic() + REFRESH_SECONDS
+            self._show(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch's figures."""
+        if self._bar is not None:
+            self._show(trainer)
+        elif self._enabled:
+            self.console.print(self._describe(trainer), highlight=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the error stands below it."""
+        self._close()
+
+    def _show(self, trainer: L.Trainer) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, description=self._describe(trainer), completed=trainer.global_step)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _describe(self, trainer: L.Trainer) -> str:
+        metrics = trainer.callback_metrics
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss'].item():.3f}")
+        if "knn/top1" in metrics:
+            parts.append(f"k-NN {metrics['knn/top1'].item():.1f} %")
+        if self.speed.seconds:
+            parts.append(f"{self.speed.images_per_second:.0f} images/s")
+        return "  ".join(parts)
+
+
+class StepsColumn(ProgressColumn):
+    """Steps done of steps in all."""
+
+    def render(self, task: Task) -> Text:
+        """For example `120/1395`."""
+        return Text(f"{int(task.completed)}/{int(task.total or 0)}")

@@ -1,0 +1,44 @@
+"""Weights out: the teacher's backbone as safetensors that `timm.create_model` loads."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dino_lightning.backbones import timm_recipes
+from dino_lightning.config import BackboneConfig
+
+
+def export_backbone(
+    backbone: nn.Module, path: Path, *, config: BackboneConfig, image_size: int, mean: list[float], std: list[float]
+) -> dict[str, Any]:
+    """Write the weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
+
+    The file's metadata holds the same arguments as JSON (`timm`) and the normalisation of the images, so the file
+    alone says how to use it.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size))
+    metadata = {"format": "pt", "timm": json.dumps(recipe), "mean": json.dumps(mean), "std": json.dumps(std)}
+    temporary = path.with_suffix(".tmp")
+    save_file(weights, temporary, metadata=metadata)
+    os.replace(temporary, path)
+    return recipe
+
+
+def _fitting_recipe(weights: dict[str, Tensor], recipes: list[dict[str, Any]]) -> dict[str, Any]:
+    for recipe in recipes:
+        try:
+            with torch.device("meta"):
+                network = timm.create_model(**recipe)
+        except TypeError:  # this network does not take one of the arguments
+            continue
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        if expected == {name: tensor.shape for name, tensor in weights.items()}:
+            return recipe
+    raise RuntimeError(f"no arguments of timm.create_model fit the weights: tried {recipes}")

@@ -1,0 +1,253 @@
+"""What a configuration must satisfy, checked before anything is built.
+
+`check_config` needs the configuration alone; `check_data` needs the opened data set too. Each raises `UserError` with
+the key, its value and what was expected.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_lightning.backbones import check_timm_name
+from dino_lightning.config import TimmConfig, TorchvisionData, TrainConfig, ViTConfig, WandbLoggerConfig
+from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.schedules import Duration
+
+PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64", "64-true", "transformer-engine")
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A condition on one value and the words for it."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Rule:
+    """A finite number of at least `low`."""
+    return Rule(f"at least {low}", lambda value: math.isfinite(value) and value >= low)
+
+
+POSITIVE = Rule("a positive number", lambda value: math.isfinite(value) and value > 0)
+SHARE = Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Rule("a share from 0 up to but not including 1", lambda value: 0 <= value < 1)
+AREAS = Rule("two shares of the image, such as [0.05,0.4], the smaller first",
+             lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1)  # fmt: skip
+ORDERED = Rule("two positive numbers, the smaller first", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
+PER_VIEW = Rule("three probabilities: first global, second global, local crops",
+                lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
+CHANNELS = Rule("one number for each of 3 channels", lambda value: len(value) == 3)
+NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
+BETAS = Rule("two shares below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+
+RULES: dict[str, Rule] = {
+    "backbone.drop_path_rate": BELOW_ONE,
+    "backbone.width": at_least(1),
+    "backbone.depth": at_least(1),
+    "backbone.heads": at_least(1),
+    "backbone.patch_size": at_least(1),
+    "method.out_dim": at_least(2),
+    "method.head_layers": at_least(1),
+    "method.head_hidden_dim": at_least(1),
+    "method.head_bottleneck_dim": at_least(1),
+    "method.student_temperature": POSITIVE,
+    "method.teacher_temperature": POSITIVE,
+    "method.teacher_temperature_start": POSITIVE,
+    "method.center_momentum": SHARE,
+    "method.teacher_momentum": SHARE,
+    "method.teacher_momentum_end": SHARE,
+    "crops.global_size": at_least(1),
+    "crops.local_size": at_least(1),
+    "crops.local_count": at_least(0),
+    "crops.global_scale": AREAS,
+    "crops.local_scale": AREAS,
+    "crops.ratio": ORDERED,
+    "crops.flip_p": SHARE,
+    "crops.jitter_p": SHARE,
+    "crops.brightness": at_least(0),
+    "crops.contrast": at_least(0),
+    "crops.saturation": at_least(0),
+    "crops.hue": Rule("a number of turns from 0 to 0.5", lambda value: 0 <= value <= 0.5),
+    "crops.grayscale_p": SHARE,
+    "crops.blur_p": PER_VIEW,
+    "crops.blur_radius": ORDERED,
+    "crops.solarize_p": PER_VIEW,
+    "crops.solarize_threshold": Rule("a value from 0 to 256", lambda value: 0 <= value <= 256),
+    "crops.mean": CHANNELS,
+    "crops.std": Rule("a positive number for each of 3 channels", lambda value: len(value) == 3 and min(value) > 0),
+    "crops.eval_resize": at_least(1),
+    "crops.eval_size": at_least(1),
+    "data.batch_size_per_device": at_least(1),
+    "data.num_workers": at_least(0),
+    "data.holdout": BELOW_ONE,
+    "data.train_images": at_least(1),
+    "data.val_images": at_least(1),
+    "data.image_size": at_least(8),
+    "optim.lr": at_least(0),
+    "optim.lr_end": at_least(0),
+    "optim.weight_decay": at_least(0),
+    "optim.weight_decay_end": at_least(0),
+    "optim.clip_grad": at_least(0),
+    "optim.momentum": BELOW_ONE,
+    "optim.betas": BETAS,
+    "optim.trust_coefficient": POSITIVE,
+    "trainer.num_nodes": at_least(1),
+    "trainer.accumulate_grad_batches": at_least(1),
+    "trainer.log_every_n_steps": at_least(1),
+    "callbacks.knn.every_n_epochs": at_least(1),
+    "callbacks.knn.k": NEIGHBOURS,
+    "callbacks.knn.temperature": POSITIVE,
+    "callbacks.knn.bank": at_least(1),
+    "callbacks.knn.queries": at_least(1),
+    "callbacks.knn.batch_size_per_device": at_least(1),
+    "callbacks.checkpoint.every_n_epochs": at_least(0),
+    "callbacks.pictures.every_n_epochs": at_least(1),
+    "callbacks.pictures.images": at_least(1),
+    "seed": Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
+}
+
+DURATIONS = ("method.freeze_last_layer", "method.teacher_temperature_warmup", "optim.lr_warmup")
+
+
+def check_config(config: TrainConfig) -> None:
+    """Everything that the configuration alone can tell."""
+    for key, rule in RULES.items():
+        value = lookup(config, key)
+        if value is not None and not rule.holds(value):
+            raise UserError(f"{key}={_shown(value)}: expected {rule.expected}.")
+    _check_backbone(config)
+    _check_crops(config)
+    _check_trainer(config)
+    _check_durations(config)
+    _check_callbacks(config)
+    _check_output(config)
+
+
+def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: int) -> None:
+    """Everything that the images and the number of devices decide; opens the data."""
+    if config.callbacks.knn.enabled and not data.labelled:
+        raise UserError(
+            "callbacks.knn.enabled=true: k-NN evaluation needs labelled training and validation images, and this data "
+            "has none; add callbacks.knn.enabled=false."
+        )
+    images, batch = len(data.sources.train), config.data.batch_size_per_device
+    if images < batch * world_size:
+        raise UserError(
+            f"data.batch_size_per_device={batch} on {world_size} device(s) is larger than the {images} training "
+            f"images; set it to at most {max(1, images // world_size)}."
+        )
+    if config.trainer.max_epochs in (None, -1):
+        return
+    per_epoch = -(-(images // world_size // batch) // config.trainer.accumulate_grad_batches)
+    total = per_epoch * (config.trainer.max_epochs or 1)
+    for key in DURATIONS:
+        _check_fits(config, key, per_epoch, total)
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value at a dotted key, or None where this configuration has no such key."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def _check_backbone(config: TrainConfig) -> None:
+    backbone = config.backbone
+    if isinstance(backbone, TimmConfig):
+        check_timm_name(backbone.name)
+    if isinstance(backbone, ViTConfig) and backbone.width % backbone.heads:
+        raise UserError(f"backbone.heads={backbone.heads} does not divide backbone.width={backbone.width}.")
+    if isinstance(config.data, TorchvisionData) and config.data.name not in ("cifar10", "cifar100", "stl10"):
+        raise UserError(f"data.name={config.data.name}: {nearest(config.data.name, ('cifar10', 'cifar100', 'stl10'))}")
+
+
+def _check_crops(config: TrainConfig) -> None:
+    crops, patch = config.crops, lookup(config, "backbone.patch_size")
+    sizes = {"crops.global_size": crops.global_size, "crops.eval_size": crops.eval_size}
+    if crops.local_count:
+        sizes["crops.local_size"] = crops.local_size
+    for key, size in sizes.items() if patch else ():
+        if size % patch:
+            near = max(patch, round(size / patch) * patch)
+            raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}; the nearest is {near}.")
+    if crops.eval_resize < crops.eval_size:
+        raise UserError(
+            f"crops.eval_resize={crops.eval_resize} is smaller than crops.eval_size={crops.eval_size}, the centre crop "
+            "taken from it."
+        )
+
+
+def _check_trainer(config: TrainConfig) -> None:
+    trainer = config.trainer
+    for key, known in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
+        value = str(getattr(trainer, key))
+        if value not in known:
+            raise UserError(f"trainer.{key}={value}: {nearest(value, known)}")
+    endless = trainer.max_epochs in (None, -1)
+    if endless and trainer.max_steps < 1:
+        raise UserError("trainer.max_epochs=-1 needs a length in trainer.max_steps: the schedules span the run.")
+    if not endless and trainer.max_epochs < 1:  # type: ignore[operator]
+        raise UserError(f"trainer.max_epochs={trainer.max_epochs}: expected at least 1.")
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
+                        "set trainer.accelerator=cpu.")  # fmt: skip
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not _has_accelerator())
+    if on_cpu and str(trainer.precision).startswith("16"):
+        raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
+    if on_cpu and trainer.strategy == "fsdp":
+        raise UserError("trainer.strategy=fsdp needs GPUs; on CPUs set trainer.strategy=ddp.")
+
+
+def _check_durations(config: TrainConfig) -> None:
+    epochs = config.trainer.max_epochs
+    for key in DURATIONS:
+        text = lookup(config, key)
+        if text is None:
+            continue
+        duration = Duration.parse(text, key=key)
+        if duration.unit == "ep" and epochs not in (None, -1) and duration.amount > epochs:  # type: ignore[operator]
+            raise UserError(f"{key}={text} is longer than the run of trainer.max_epochs={epochs}; '10%' would scale "
+                            "with it.")  # fmt: skip
+
+
+def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps: int) -> None:
+    text = lookup(config, key)
+    if text is None:
+        return
+    steps = Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    if steps > total_steps:
+        raise UserError(f"{key}={text} is longer than the run of {total_steps} steps ({steps_per_epoch} per epoch).")
+
+
+def _check_callbacks(config: TrainConfig) -> None:
+    knn = config.callbacks.knn
+    if knn.headline_k not in knn.k:
+        raise UserError(f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={_shown(knn.k)}.")
+    if isinstance(config.logger, WandbLoggerConfig) and config.logger.mode not in ("offline", "online", "disabled"):
+        modes = ("offline", "online", "disabled")
+        raise UserError(f"logger.mode={config.logger.mode}: {nearest(config.logger.mode, modes)}")
+
+
+def _check_output(config: TrainConfig) -> None:
+    last = Path(config.output_dir) / "checkpoints" / "last.ckpt"
+    if config.resume and not last.exists():
+        raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
+    if not config.resume and last.exists():
+        raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
+                        "choose another folder.")  # fmt: skip
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _shown(value: Any) -> str:
+    return str(value).replace(" ", "")

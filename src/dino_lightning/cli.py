@@ -1,0 +1,70 @@
+"""The command line: `python train.py` and `dino-train`.
+
+Hydra composes the configuration; here it becomes dataclasses, and every error that a user can cause becomes one
+sentence and exit status 2.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino_lightning.config import TimmConfig, register
+from dino_lightning.errors import UserError
+from dino_lightning.explain import explain
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] / "conf"
+"""Folder of the YAML files: inside an installed wheel, beside `src/` in a checkout."""
+
+
+def train() -> None:
+    """Entry point of training."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
+    register()
+    register_timm_networks(sys.argv[1:])
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    try:
+        _train()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"dino-lightning: {explain(error, conf=CONF)}", file=sys.stderr)
+        sys.exit(2)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _train(cfg: DictConfig) -> float | None:
+    from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
+
+    # Under --multirun the folder of this job is a numbered one below `output_dir`.
+    cfg.output_dir = HydraConfig.get().runtime.output_dir
+    return run_training(cfg)
+
+
+def register_timm_networks(overrides: list[str]) -> None:
+    """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
+    names = [part for text in overrides if text.startswith("backbone=") for part in text[9:].split(",")]
+    unknown = [name for name in names if not (CONF / "backbone" / f"{name}.yaml").exists()]
+    if not unknown:
+        return
+    import timm
+
+    for name in filter(timm.is_model, unknown):
+        ConfigStore.instance().store(group="backbone", name=name, node=TimmConfig(name=name))
+
+
+def run_name() -> str:
+    """A name for the run's folder that all its processes agree on: the scheduler's, or the time of the first."""
+    for variable in ("DINO_LIGHTNING_RUN", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(variable, "none") != "none":
+            return os.environ[variable]
+    # Processes that Lightning starts for the other devices inherit it.
+    os.environ["DINO_LIGHTNING_RUN"] = time.strftime("%Y%m%d-%H%M%S")
+    return os.environ["DINO_LIGHTNING_RUN"]

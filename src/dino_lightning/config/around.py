@@ -1,0 +1,90 @@
+"""What happens around the training step: `logger`, `callbacks`."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides `metrics.csv`; one of the children below."""
+
+
+@dataclass
+class CSVLoggerConfig(LoggerConfig):
+    """`metrics.csv` alone."""
+
+
+@dataclass
+class WandbLoggerConfig(LoggerConfig):
+    """Weights & Biases."""
+
+    project: str = "dino-lightning"
+    """Project."""
+    name: str | None = None
+    """Name of the run; null takes the name of the output folder."""
+    group: str | None = None
+    """Group of runs, for sweeps."""
+    tags: list[str] = field(default_factory=list)
+    """Tags."""
+    mode: str = "offline"
+    """`offline` (no account needed; `wandb sync` uploads later), `online` or `disabled`."""
+
+
+@dataclass
+class TensorBoardLoggerConfig(LoggerConfig):
+    """TensorBoard event files under `tensorboard/`."""
+
+
+@dataclass
+class KNNConfig:
+    """Weighted k-NN evaluation of the teacher while training."""
+
+    enabled: bool = True
+    """Evaluate at all. Needs labels."""
+    every_n_epochs: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    """Numbers of neighbours, all evaluated in one pass. One larger than the bank is cut to the bank."""
+    headline_k: int = 20
+    """The k of `knn_top1`, of the progress bar and of the best checkpoint; must stand in `k`."""
+    temperature: float = 0.07
+    """Temperature of the votes exp(similarity / temperature)."""
+    bank: int | None = None
+    """Most training images in the bank, drawn evenly by seed; null takes all."""
+    queries: int | None = None
+    """Most validation images asked about, drawn evenly by seed; null takes all."""
+    batch_size_per_device: int = 256
+    """Images per forward pass of the feature extraction."""
+    baselines: bool = True
+    """Before training, evaluate the untrained backbone and raw pixels (at 32 x 32) too."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept in `checkpoints/` besides the last state and the best k-NN."""
+
+    every_n_epochs: int = 20
+    """Epochs between checkpoints that are kept for good; 0 keeps none."""
+
+
+@dataclass
+class PicturesConfig:
+    """Attention maps and nearest neighbours as pictures."""
+
+    enabled: bool = True
+    """Draw pictures at all."""
+    every_n_epochs: int = 10
+    """Epochs between pictures; the end of the run always has them."""
+    images: int = 8
+    """Validation images shown."""
+
+
+@dataclass
+class CallbacksConfig:
+    """What happens around the training step."""
+
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    """Weighted k-NN evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    """Pictures."""

@@ -1,0 +1,82 @@
+"""All keys of the configuration with type, default and documentation, read off the dataclasses."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from omegaconf import MISSING
+
+from dino_lightning.config import SCHEMAS, TrainConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, such as `optim.lr`."""
+
+    name: str
+    kind: str
+    """Type, in words."""
+    default: Any
+    doc: str
+    schema: type
+    """The dataclass that has it."""
+
+
+def all_keys() -> list[Key]:
+    """Every key of every schema; a key that several options of a group have stands once for each that declares it."""
+    keys = [key for key in _keys_of(TrainConfig, prefix="") if key.name not in SCHEMAS]
+    seen: set[tuple[str, type]] = set()
+    for group, schemas in SCHEMAS.items():
+        for schema in schemas.values():
+            for key in _keys_of(schema, prefix=f"{group}."):
+                if (key.name, key.schema) not in seen:
+                    seen.add((key.name, key.schema))
+                    keys.append(key)
+    return keys
+
+
+def _keys_of(schema: type, *, prefix: str) -> Iterator[Key]:
+    for field in dataclasses.fields(schema):
+        owner = _declaring_class(schema, field.name)
+        if prefix and dataclasses.is_dataclass(field.type):
+            yield from _keys_of(field.type, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            doc = _field_docs(owner)[field.name]
+            yield Key(f"{prefix}{field.name}", _type_name(field.type), _default(field), doc, owner)
+
+
+def _declaring_class(schema: type, field_name: str) -> type:
+    return next(owner for owner in schema.__mro__ if field_name in inspect.get_annotations(owner))
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """Field -> the string literal below it, which Python itself throws away."""
+    (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(class_node, ast.ClassDef)
+    docs = {}
+    for node, below in pairwise(class_node.body):
+        match node, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = " ".join(doc.split())
+    return docs
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not NO_DEFAULT:
+        return field.default_factory()
+    return None if field.default in (NO_DEFAULT, MISSING) and field.default is not None else field.default
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is Any:
+        return "any"
+    name = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    return name.replace("typing.", "").replace("None", "null").replace(" | ", " or ")

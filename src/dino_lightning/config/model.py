@@ -1,0 +1,125 @@
+"""The network, what it learns, and the optimizer: `backbone`, `method`, `optim`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class BackboneConfig:
+    """The network that is trained; one of the children below."""
+
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student, probability at the last block (0 to 1). The teacher never drops."""
+
+
+@dataclass
+class ViTConfig(BackboneConfig):
+    """The paper's Vision Transformer: timm's blocks, the original's initialisation and position embedding."""
+
+    width: int = 384
+    """Token width D (features per token)."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    heads: int = 6
+    """Attention heads per block; must divide `width`."""
+    patch_size: int = 16
+    """Side of a square patch (pixels)."""
+
+
+@dataclass
+class TimmConfig(BackboneConfig):
+    """Any network of timm by name, pooled to one feature vector by timm's own rule."""
+
+    name: str = MISSING
+    """Name in `timm.list_models()`, for example `resnet50` or `convnext_tiny`."""
+    pretrained: bool = False
+    """Start from timm's published weights (downloads them)."""
+    patch_size: int | None = None
+    """Side of a square patch (pixels); null keeps the network's own. Only networks that have patches take it."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of `timm.create_model`."""
+
+
+@dataclass
+class MethodConfig:
+    """What is learnt from the crops; one of the children below."""
+
+
+@dataclass
+class DINOConfig(MethodConfig):
+    """Self-distillation with no labels (Caron et al., ICCV 2021)."""
+
+    out_dim: int = 65536
+    """Number of prototypes K: width of the head's output."""
+    head_layers: int = 3
+    """Linear layers of the head's MLP before the L2 bottleneck."""
+    head_hidden_dim: int = 2048
+    """Width of the MLP's hidden layers."""
+    head_bottleneck_dim: int = 256
+    """Width of the L2-normalised bottleneck."""
+    head_batch_norm: bool = False
+    """Batch normalisation in the head's MLP (synchronised over devices by `trainer.sync_batchnorm`)."""
+    norm_last_layer: bool = True
+    """Keep the prototypes at unit norm. False learns better but can be unstable."""
+    freeze_last_layer: str = "1ep"
+    """Duration at the start of the run in which the prototypes get no gradient (duration; whole epochs or steps)."""
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temperature: float = 0.04
+    """Temperature of the teacher's softmax after its warm-up. Above 0.07 most runs collapse."""
+    teacher_temperature_start: float = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    teacher_temperature_warmup: str = "0ep"
+    """Linear warm-up of the teacher's temperature (duration; in `ep` it changes once an epoch, as in the original)."""
+    center_momentum: float = 0.9
+    """Momentum of the centre: share of the old centre kept at each optimizer step."""
+    teacher_momentum: float = 0.996
+    """Momentum of the teacher's weights at the first step (use 0.9995 at a total batch of 256)."""
+    teacher_momentum_end: float = 1.0
+    """Momentum of the teacher's weights that the cosine goes towards."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and its schedules; one of the children below."""
+
+    lr: float = 0.0005
+    """Learning rate after the warm-up, per 256 images of the total batch (linear scaling rule)."""
+    lr_end: float = 1e-6
+    """Learning rate that the cosine goes towards (not scaled)."""
+    lr_warmup: str = "10ep"
+    """Linear warm-up of the learning rate from 0 (duration)."""
+    weight_decay: float = 0.04
+    """Weight decay at the first step, of weights with two or more dimensions."""
+    weight_decay_end: float = 0.4
+    """Weight decay that the cosine goes towards."""
+    clip_grad: float = 3.0
+    """Largest L2 norm of each parameter's gradient, tensor by tensor; 0 turns clipping off."""
+
+
+@dataclass
+class AdamWConfig(OptimConfig):
+    """AdamW, for transformers."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the running averages of the gradient and its square."""
+
+
+@dataclass
+class SGDConfig(OptimConfig):
+    """SGD with momentum, for convolutional networks."""
+
+    momentum: float = 0.9
+    """Momentum."""
+
+
+@dataclass
+class LARSConfig(OptimConfig):
+    """LARS, for convolutional networks with large batches."""
+
+    momentum: float = 0.9
+    """Momentum."""
+    trust_coefficient: float = 0.001
+    """Ratio of update norm to weight norm."""

@@ -1,0 +1,88 @@
+"""The arguments of `lightning.Trainer`: `trainer`.
+
+They are written out so that a typo is refused by name and each has its unit; a test holds them against the signature
+of the installed Lightning. Missing on purpose are `logger` and `callbacks` (groups of their own), `default_root_dir`
+(it is `output_dir`) and `gradient_clip_val` / `gradient_clip_algorithm` (the original clips each tensor by itself:
+`optim.clip_grad`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class TrainerConfig:
+    """Devices, precision and length of the run, passed on to `lightning.Trainer`."""
+
+    accelerator: str = "auto"
+    """`auto`, `cpu`, `gpu`, `mps` or another of Lightning's accelerators."""
+    devices: Any = "auto"
+    """Devices per node: a number, a list of indices or `auto`."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """`auto`, `ddp`, `fsdp` or another of Lightning's strategies."""
+    precision: Any = "16-mixed"
+    """`32`, `bf16-mixed`, `16-mixed` or another of Lightning's precisions."""
+    max_epochs: int | None = 100
+    """Length of the run (epochs); the schedules span it. -1 for a run given in `max_steps`."""
+    max_steps: int = -1
+    """Length of the run (optimizer steps), where it ends before `max_epochs`; -1 for no limit."""
+    min_epochs: int | None = None
+    """Fewest epochs, whatever asks to stop earlier."""
+    min_steps: int | None = None
+    """Fewest optimizer steps, whatever asks to stop earlier."""
+    max_time: Any = None
+    """Time limit (`DD:HH:MM:SS`); the schedules do not know of it."""
+    accumulate_grad_batches: int = 1
+    """Micro-batches per optimizer step."""
+    sync_batchnorm: bool = True
+    """Share batch-norm statistics over devices, as the original does where a network has batch norms."""
+    use_distributed_sampler: bool = True
+    """Give each device its own part of an epoch."""
+    limit_train_batches: Any = None
+    """Most micro-batches per epoch and device: a number, or a share as a float."""
+    limit_val_batches: Any = None
+    """Most validation batches (there are none in this package's methods; k-NN has its own limits)."""
+    limit_test_batches: Any = None
+    """Most test batches (for methods of your own)."""
+    limit_predict_batches: Any = None
+    """Most prediction batches (for methods of your own)."""
+    overfit_batches: Any = 0.0
+    """Train on this many fixed batches only, for debugging: a number, or a share as a float."""
+    val_check_interval: Any = None
+    """Batches between validations (for methods of your own)."""
+    check_val_every_n_epoch: int | None = 1
+    """Epochs between validations (for methods of your own)."""
+    num_sanity_val_steps: int | None = None
+    """Validation batches tried before training (for methods of your own)."""
+    reload_dataloaders_every_n_epochs: int = 0
+    """Epochs between rebuilding the loaders; 0 never."""
+    log_every_n_steps: int = 10
+    """Optimizer steps between rows of the logs."""
+    fast_dev_run: Any = False
+    """Run this many batches and nothing else, for debugging."""
+    enable_checkpointing: bool = True
+    """Write `checkpoints/`."""
+    enable_progress_bar: bool = True
+    """Show the progress bar."""
+    enable_model_summary: bool = False
+    """Print Lightning's table of layers."""
+    deterministic: Any = None
+    """Only deterministic kernels: true, false or `warn`."""
+    benchmark: bool | None = True
+    """Let cuDNN pick its fastest kernels by trying them, as the original does."""
+    inference_mode: bool = True
+    """Evaluate under `torch.inference_mode`."""
+    detect_anomaly: bool = False
+    """PyTorch's anomaly detection (slow)."""
+    profiler: str | None = None
+    """`simple`, `advanced` or `pytorch`."""
+    plugins: Any = None
+    """Lightning plugins, by name."""
+    barebones: bool = False
+    """Lightning without logs, bar and checkpoints, to measure overhead."""
+    enable_autolog_hparams: bool = True
+    """Let Lightning log hyper-parameters (the whole configuration is logged in any case)."""
+    model_registry: str | None = None
+    """Lightning's model registry."""

@@ -1,0 +1,231 @@
+"""Parquet files in the Hugging Face image layout, and folders written by `save_to_disk`.
+
+Rows come from `datasets`' memory-mapped Arrow files: the first run converts the parquet files into its cache
+(`HF_DATASETS_CACHE`), later ones open in a tenth of a second, and the memory is shared between processes. Reading the
+parquet files with pyarrow alone needs all encoded images in the memory of every process, so it is the way out only
+where the cache cannot be written.
+"""
+
+import glob
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image
+
+from dino_lightning.config.images import ParquetData
+from dino_lightning.data.folder import existing_path
+from dino_lightning.errors import UserError, nearest
+
+VAL_PREFIXES = ("val", "test")
+"""Beginnings of a validation split's name, in the order in which they are looked for (`val` finds `validation`)."""
+MOST_CLASSES = 1_000_000
+"""More is taken for a column of identifiers."""
+
+
+class ParquetImages:
+    """The rows of one split. `labels` is int64 (n,), -1 where the row has none; None for no labels at all.
+
+    `parts` names the files that hold the rows and their row counts, in order, for `describe`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, *, config: ParquetData, parts: list[tuple[str, int]]):
+        image_type = datasets.Image(decode=False)  # decoded here: `datasets` would apply the EXIF rotation
+        self._images = rows.select_columns([config.image_column]).cast_column(config.image_column, image_type)
+        self._column = config.image_column
+        self._parts = parts
+        self.classes: list[str] | None = None
+        self.labels: np.ndarray | None = None
+        if config.label_column is not None:
+            table: Any = rows.select_columns([config.label_column]).with_format("arrow")[:]
+            labels = table.column(config.label_column).cast(pa.int64()).fill_null(-1).to_numpy()
+            self.labels = labels if (labels >= 0).any() else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image as RGB, stored orientation, and label or -1."""
+        encoded = self._images[int(index)][self._column] or {}
+        content = encoded.get("bytes")
+        file = encoded.get("path") if content is None else io.BytesIO(content)
+        if file is None:
+            raise ValueError("the row has no image")
+        with Image.open(file) as image:
+            return image.convert("RGB"), -1 if self.labels is None else int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        """File and row in it."""
+        row = int(index)
+        for name, count in self._parts:
+            if row < count:
+                return f"{name} row {row}"
+            row -= count
+        raise IndexError(index)
+
+
+def open_parquet(config: ParquetData) -> tuple[ParquetImages, ParquetImages | None, str | None]:
+    """Training images, validation images where there are labelled ones, and what the user should know."""
+    root = existing_path(config.path)
+    saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    with _silent():
+        train, val, names, notice = _open_saved(root, config) if saved else _open_files(root, config)
+    if train.labels is None:
+        return train, None, _join(notice, "no labels: no k-NN evaluation")
+    if val is not None and val.labels is None:
+        val, notice = None, _join(notice, "the validation split has no labels and is not used")
+    top = max(int(part.labels.max()) for part in (train, val) if part is not None and part.labels is not None)
+    if top >= (len(names) if names else MOST_CLASSES):
+        known = f"there are {len(names)} class names" if names else "class numbers from 0 are expected"
+        raise UserError(f"data.label_column={config.label_column} holds the label {top}, but {known}")
+    train.classes = names or [str(label) for label in range(top + 1)]
+    if val is not None:
+        val.classes = train.classes
+    return train, val, notice
+
+
+Opened = tuple[ParquetImages, ParquetImages | None, list[str] | None, str | None]
+"""Training images, validation images, class names, notice."""
+
+
+def _open_saved(root: Path, config: ParquetData) -> Opened:
+    """A `Dataset` (all of it trains) or a `DatasetDict` from `save_to_disk`."""
+    saved = datasets.load_from_disk(str(root))
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if "train" not in splits:
+        raise UserError(f"data.path={config.path} has the splits {', '.join(map(str, splits))}; 'train' is missing")
+    val_name = next((str(name) for start in VAL_PREFIXES for name in splits if str(name).startswith(start)), None)
+    opened = {}
+    for name in filter(None, ("train", val_name)):
+        rows = splits[name]
+        _check_columns(rows.features, config, where=f"the split '{name}'")
+        if not len(rows):
+            raise UserError(f"data.path={config.path}: the split '{name}' has no rows")
+        opened[name] = ParquetImages(rows, config=config, parts=[(f"{root.name} {name}", len(rows))])
+    return opened["train"], opened.get(val_name), _label_names(splits["train"].features, config), None
+
+
+def _open_files(root: Path, config: ParquetData) -> Opened:
+    train_files, val_files, notice = split_files(root, config)
+    names = None
+    for file in [*train_files, *val_files]:
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"data.path: '{file}' is not a parquet file that can be read ({error})") from error
+        features = datasets.Features.from_arrow_schema(schema)
+        _check_columns(features, config, where=f"'{file}'")
+        if names is None:
+            names = _label_names(features, config) or _schema_classes(schema, file=file)
+    base = root if root.is_dir() else root.parent
+    train, trouble = _read(train_files, config=config, base=base)
+    val = _read(val_files, config=config, base=base)[0] if val_files else None
+    return train, val, names, _join(notice, trouble)
+
+
+def split_files(root: Path, config: ParquetData) -> tuple[list[Path], list[Path], str | None]:
+    """Parquet files of the training and the validation split, sorted, and a notice of those that belong to neither.
+
+    A file belongs to the split with which its name begins, else to that of the closest folder above it. Where no file
+    belongs to any, all of them train.
+    """
+    if root.is_file():
+        return [root], [], None
+    groups: dict[str | None, list[Path]] = {}
+    for file in sorted(root.rglob("*.parquet")):
+        inside = file.relative_to(root).parts
+        if not any(part.startswith(".") for part in inside):
+            starts = (
+                start for part in reversed(inside) for start in ("train", *VAL_PREFIXES) if part.startswith(start)
+            )
+            groups.setdefault(next(starts, None), []).append(file)
+    if not groups:
+        raise UserError(f"data.path={config.path} holds neither *.parquet files nor a folder written by save_to_disk")
+    loose = groups.pop(None, [])
+    if not groups:
+        return loose, [], None
+    if "train" not in groups:
+        found = next(iter(groups.values()))[0].name
+        raise UserError(f"data.path={config.path} has no train*.parquet, only files such as '{found}'")
+    val = next((groups[start] for start in VAL_PREFIXES if start in groups), [])
+    return groups["train"], val, f"not used, of no split: {loose[0]} ({len(loose)} such)" if loose else None
+
+
+def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[ParquetImages, str | None]:
+    columns = [name for name in (config.image_column, config.label_column) if name is not None]
+    parts = [(str(file.relative_to(base)), pq.read_metadata(file).num_rows) for file in files]
+    if not sum(count for _, count in parts):
+        raise UserError(f"data.path: '{files[0]}' has no rows")
+    trouble = None
+    try:
+        # `datasets` takes paths for patterns; escaped, a folder called "[a]" is found.
+        rows = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], columns=columns)
+    except OSError as error:
+        rows = datasets.Dataset(pa.concat_tables(pq.read_table(file, columns=columns) for file in files))
+        trouble = (
+            f"images are kept in memory, the cache {datasets.config.HF_DATASETS_CACHE} cannot be written ({error})"
+        )
+    except DatasetGenerationError as error:
+        raise UserError(f"data.path: '{files[0]}' and its split cannot be read ({error.__cause__})") from error
+    assert isinstance(rows, datasets.Dataset)
+    return ParquetImages(rows, config=config, parts=parts), trouble
+
+
+def _check_columns(features: datasets.Features, config: ParquetData, *, where: str) -> None:
+    for key in ("image_column", "label_column"):
+        name = getattr(config, key)
+        if name is not None and name not in features:
+            off = "; null for no labels" if key == "label_column" else ""
+            raise UserError(f"data.{key}={name} is not a column of {where}; {nearest(name, features)}{off}")
+    image: Any = features[config.image_column]
+    encoded = isinstance(image, datasets.Value) and image.dtype in ("binary", "large_binary", "string")
+    if not (encoded or isinstance(image, datasets.Image) or (isinstance(image, dict) and "bytes" in image)):
+        raise UserError(f"data.image_column={config.image_column} of {where} does not hold encoded images but {image}")
+    label: Any = None if config.label_column is None else features[config.label_column]
+    whole = isinstance(label, datasets.Value) and "int" in label.dtype
+    if not (label is None or whole or isinstance(label, datasets.ClassLabel)):
+        raise UserError(f"data.label_column={config.label_column} of {where} does not hold whole numbers but {label}")
+
+
+def _label_names(features: datasets.Features, config: ParquetData) -> list[str] | None:
+    label = features.get(config.label_column)
+    return list(label.names) if isinstance(label, datasets.ClassLabel) else None
+
+
+def _schema_classes(schema: pa.Schema, *, file: Path) -> list[str] | None:
+    """Class names from the schema's metadata key `classes`, a JSON list of strings."""
+    text = (schema.metadata or {}).get(b"classes")
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"data.path: the metadata key 'classes' of '{file}' is not a JSON list of names")
+    return names
+
+
+def _join(*notices: str | None) -> str | None:
+    return "; ".join(filter(None, notices)) or None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which would run into those of the training."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

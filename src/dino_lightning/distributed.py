@@ -1,0 +1,87 @@
+"""Sums, means and gathers over ranks that also work without a process group.
+
+Without one (a single process, or before the group starts) there is one rank, and every function returns its argument's
+values. None of them carries gradient: they serve statistics and evaluation, while gradients are averaged by the
+strategy. All ranks must call the same functions in the same order.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number in the group; 0 without one."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the group; 1 without one."""
+    return dist.get_world_size() if _active() else 1
+
+
+@torch.no_grad()
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks of a tensor of one shape; the argument keeps its values."""
+    if not _active():
+        return tensor.clone()
+    total = tensor.to(_group_device(tensor), copy=True).contiguous()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+@torch.no_grad()
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks of a floating-point tensor of one shape; the argument keeps its values."""
+    assert tensor.is_floating_point(), f"the mean of {tensor.dtype} would be cut to whole numbers"
+    return all_reduce_sum(tensor) / world_size()
+
+
+@torch.no_grad()
+def all_gather_concat(tensor: Tensor) -> Tensor:
+    """The rows of rank 0, then those of rank 1, ...: (n_0 + n_1 + ..., ...) on every rank.
+
+    Ranks may hold different numbers of rows, none included, but the same dtype and row shape.
+    """
+    if not _active():
+        return tensor.clone()
+    device = _group_device(tensor)
+    counts = _gather_equal(torch.tensor([len(tensor)], device=device))
+    lengths = [int(count) for count in counts]
+    # Collectives exchange equal shapes only: pad to the longest and cut again.
+    padding = (0, 0) * (tensor.ndim - 1) + (0, max(lengths) - len(tensor))
+    padded = F.pad(tensor.to(device), padding)
+    rows = torch.cat([part[:n] for part, n in zip(_gather_equal(padded), lengths, strict=True)])
+    return rows.to(tensor.device)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if not _active():
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
+        dist.barrier()
+
+
+def _gather_equal(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def _group_device(tensor: Tensor) -> torch.device:
+    """Where the group can exchange this tensor: NCCL reads GPU memory only, gloo that of the CPU."""
+    match dist.get_backend():
+        case "nccl":
+            return tensor.device if tensor.is_cuda else torch.device("cuda", torch.cuda.current_device())
+        case "gloo":
+            return torch.device("cpu")
+        case _:
+            return tensor.device

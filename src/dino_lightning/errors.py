@@ -1,0 +1,18 @@
+"""The error that a user can cause: one sentence that names the key, the value, what was expected and a way out."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A wrong setting, file or combination. The command line prints its sentence and exits with status 2."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A clause that names the closest of `choices`, or lists them where none is close."""
+    known = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    shown = ", ".join(sorted(known)[:20])
+    return f"choose one of {shown}{', …' if len(known) > 20 else ''}"

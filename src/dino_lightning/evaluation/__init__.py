@@ -1,0 +1,1 @@
+"""Evaluations: features of whole data sets and what is measured on them."""

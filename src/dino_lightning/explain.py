@@ -1,0 +1,69 @@
+"""Errors of Hydra and OmegaConf as one sentence with the nearest valid choice."""
+
+import re
+from pathlib import Path
+
+from dino_lightning.config import SCHEMAS
+from dino_lightning.config.keys import all_keys
+from dino_lightning.errors import UserError, nearest
+
+
+def explain(error: Exception, *, conf: Path) -> str:
+    """One sentence for a person; our own errors are one already."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = _whole_text(error)
+    if match := re.search(r"(?:In .*?)?Could not find '(\w+)/(\S+)'", text):
+        return _unknown_option(match[1], match[2], conf)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
+        key = _full_key(text) or match[1] or match[2]
+        return f"{key} has no value: give it on the command line, {key}=…; {_doc(key)}"
+    if "full_key" in text:
+        return f"{_full_key(text)}: {_first_line(text, 'Value')}; {_doc(_full_key(text))}"
+    return " ".join(text.split("See https://")[0].split())
+
+
+def _whole_text(error: BaseException) -> str:
+    """The error's words and those of what caused it, which tell more."""
+    parts = []
+    current: BaseException | None = error
+    while current is not None:
+        parts.append(str(current))
+        current = current.__cause__ or current.__context__
+    return "\n".join(parts)
+
+
+def _unknown_option(group: str, option: str, conf: Path) -> str:
+    known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    sentence = f"{group}={option} is not an option of {group}; {nearest(option, known)}"
+    if group == "backbone":
+        sentence += " Every network of timm works by its name, too (`timm.list_models()`)."
+    return sentence
+
+
+def _unknown_key(key: str) -> str:
+    keys = all_keys()
+    known = {found.name for found in keys} | set(SCHEMAS)
+    if key in known:
+        owners = [found.schema for found in keys if found.name == key]
+        group = key.split(".")[0]
+        options = [name for name, schema in SCHEMAS[group].items() if any(issubclass(schema, o) for o in owners)]
+        return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
+    return f"{key} is not a key of the configuration; {nearest(key, known)}"
+
+
+def _full_key(text: str) -> str:
+    match = re.search(r"full_key: ([\w.\[\]]+)", text)
+    return match[1] if match else ""
+
+
+def _first_line(text: str, start: str) -> str:
+    line = next((line for line in text.splitlines() if line.startswith(start)), text.splitlines()[-1])
+    return line[0].lower() + line[1:]
+
+
+def _doc(key: str) -> str:
+    doc = next((found.doc for found in all_keys() if found.name == re.sub(r"\[\d+\]", "", key)), "see its group")
+    return f"it is: {doc}"

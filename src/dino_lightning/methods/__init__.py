@@ -1,0 +1,1 @@
+"""Methods: what a student learns from a teacher."""

@@ -1,0 +1,170 @@
+"""What every method shares: a student, a teacher that follows it, schedules, and one place where state moves.
+
+`optimizer_step` is that place. In this order, once per optimizer step and never per micro-batch: write the learning
+rate and weight decay, step the student, move the teacher, let the method move its own state (DINO: the centre).
+`global_step` has the index of the step just taken throughout.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.config import OptimConfig
+from dino_lightning.distributed import all_reduce_mean
+from dino_lightning.ema import ema_update, follow
+from dino_lightning.numerics import at_least_float32
+from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
+from dino_lightning.schedules import Cosine, Duration
+
+REFERENCE_BATCH = 256
+"""Images per optimizer step for which `optim.lr` is given (linear scaling rule)."""
+
+
+class MultiCropNetwork(nn.Module):
+    """Backbone and head over crops of several resolutions: one backbone pass per resolution, one head pass in all."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def features(self, crops: list[Tensor]) -> Tensor:
+        """Features (V B, D) of V crops (B, 3, size, size) in their order; consecutive equal sizes go together."""
+        runs: list[list[Tensor]] = []
+        for crop in crops:
+            if runs and runs[-1][-1].shape[-1] == crop.shape[-1]:
+                runs[-1].append(crop)
+            else:
+                runs.append([crop])
+        # In full precision, as the head's input is in the original also under mixed precision.
+        return torch.cat([at_least_float32(self.backbone(torch.cat(run))) for run in runs])
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Head outputs (V B, K)."""
+        return self.head(self.features(crops))
+
+
+class StudentTeacher(L.LightningModule, ABC):
+    """A student trained by gradient and a teacher that is its moving average."""
+
+    student: MultiCropNetwork
+    teacher: MultiCropNetwork
+
+    def __init__(
+        self,
+        student: MultiCropNetwork,
+        teacher: MultiCropNetwork,
+        *,
+        optim: OptimConfig,
+        teacher_momentum: float,
+        teacher_momentum_end: float,
+        batch_size_per_device: int,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = follow(teacher, student)
+        self.optim = optim
+        self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
+        self.batch_size_per_device = batch_size_per_device
+
+    # ------------------------------------------------------------------------------------- what a method adds
+
+    @abstractmethod
+    def loss(self, crops: list[Tensor]) -> Tensor:
+        """The loss of one micro-batch: V crops (B, 3, size, size), the first two global."""
+
+    def method_schedules(self) -> dict[str, Callable[[int], float]]:
+        """The method's own schedules by name; they are logged and readable as `self.value(name)`."""
+        return {}
+
+    def after_clip(self, step: int) -> None:
+        """Change gradients after they are unscaled and clipped."""
+
+    def after_step(self, step: int) -> None:
+        """Move the method's own state, after the teacher has moved."""
+
+    # ------------------------------------------------------------------------------------------------ schedules
+
+    @property
+    def total_batch_size(self) -> int:
+        """Images per optimizer step, over all devices and accumulated micro-batches."""
+        return self.batch_size_per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch, the last, shorter window of accumulation included."""
+        micro_batches, window = int(self.trainer.num_training_batches), self.trainer.accumulate_grad_batches
+        return -(-micro_batches // window)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def duration(self, text: str, *, key: str) -> int:
+        """A duration of the configuration in optimizer steps."""
+        return Duration.parse(text, key=key).steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+
+    def _make_schedules(self) -> dict[str, Callable[[int], float]]:
+        total, optim = self.total_steps, self.optim  # total_steps first: asking for it makes Lightning read the loader
+        lr = optim.lr * self.total_batch_size / REFERENCE_BATCH
+        return {
+            "lr": Cosine(lr, optim.lr_end, total, self.duration(optim.lr_warmup, key="optim.lr_warmup")),
+            "weight_decay": Cosine(optim.weight_decay, optim.weight_decay_end, total),
+            "teacher_momentum": Cosine(self.teacher_momentum, self.teacher_momentum_end, total),
+            **self.method_schedules(),
+        }
+
+    def value(self, schedule: str) -> float:
+        """The schedule's value at the current optimizer step."""
+        return self.schedules[schedule](self.global_step)
+
+    # ----------------------------------------------------------------------------------------------------- step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over the student, and the schedules, now that the length of the run is known."""
+        self.schedules = self._make_schedules()
+        return build_optimizer(self.optim, parameter_groups(self.student))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Loss of one micro-batch; stops every rank in the same step when it is not finite on any."""
+        loss = self.loss(batch)
+        mean = all_reduce_mean(loss.detach())
+        if not torch.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss is {mean.item()} at step {self.global_step}: lower optim.lr or optim.clip_grad, lengthen "
+                "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
+            )
+        self.log("train/loss", mean)
+        self.log("train/loss_epoch", mean, on_step=False, on_epoch=True)
+        if self.is_logging_step:
+            self.log_dict({f"schedule/{name}": self.value(name) for name in self.schedules})
+        return loss
+
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether this step's metrics are written, so that the others need not be computed."""
+        every = getattr(self.trainer, "log_every_n_steps", 0)
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip tensor by tensor. Lightning calls this after gradients are unscaled under mixed precision."""
+        if self.optim.clip_grad:
+            clip_each_gradient(self.student.parameters(), max_norm=self.optim.clip_grad)
+        self.after_clip(self.global_step)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Move everything that moves, once."""
+        step = self.global_step
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedules["lr"](step)
+        optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Also when mixed precision skipped the student's step, as in the original.
+        ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
+        self.after_step(step)

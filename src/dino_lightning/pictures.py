@@ -1,0 +1,220 @@
+"""Contact sheets of attention maps, nearest neighbours and crops, drawn with PIL alone.
+
+Shapes: B images, C channels, H and W pixels, h and w patches.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""(H, W, 3)."""
+Colour: TypeAlias = tuple[int, int, int]
+
+MOST_HEADS = 6
+"""Attention heads shown one by one; the mean is over all."""
+GAP = 6
+"""Pixels between the cells of a sheet."""
+PAPER: Colour = (255, 255, 255)
+INK: Colour = (32, 34, 40)
+FAINT: Colour = (200, 202, 208)
+AGREES: Colour = (0, 145, 110)
+DIFFERS: Colour = (213, 94, 0)
+"""Bluish green and vermilion stay apart under every common colour blindness; a tick and a cross say the same."""
+
+ANCHORS = np.array(
+    [(7, 6, 32), (52, 18, 105), (117, 29, 127), (185, 50, 108), (232, 98, 68), (249, 166, 50), (252, 245, 170)]
+)
+"""Equally spaced colours from dark to bright. Lightness grows all the way, so the map also reads in grey."""
+
+
+def attention_sheet(
+    images_BCHW: Tensor, attention_BHhw: Tensor, masks: Sequence[np.ndarray] | None = None, *, cell: int = 128
+) -> Image.Image:
+    """One row per image: the picture, the mean over heads laid over it, and up to six heads.
+
+    Images are RGB in 0 to 1; `attention_BHhw` is (B, heads, h, w), of any scale: each map is shown from its smallest to
+    its largest value. `masks`, boolean and of the images' shape, are drawn as outlines on the maps. `cell` is the width
+    of a panel in pixels.
+    """
+    H, W = images_BCHW.shape[-2:]
+    size = (cell, max(1, round(cell * H / W)))
+    rows = []
+    for image, heads, mask in zip(images_BCHW, attention_BHhw, masks or [None] * len(images_BCHW), strict=True):
+        picture = to_picture(image).resize(size, Image.Resampling.LANCZOS)
+        maps = [_stretched(map_hw, size) for map_hw in (heads.mean(0), *heads[:MOST_HEADS])]
+        panels = [_overlay(np.asarray(picture), maps[0]), *(colour_map(values) for values in maps[1:])]
+        if mask is not None:
+            panels = [_outlined(panel, mask) for panel in panels]
+        rows.append([picture, *map(Image.fromarray, panels)])
+    heads_shown = min(attention_BHhw.shape[1], MOST_HEADS)
+    return _sheet(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
+
+
+def neighbour_sheet(
+    queries: Sequence[Image.Image],
+    neighbours: Sequence[Sequence[Image.Image]],
+    *,
+    query_labels: Sequence[str] | None = None,
+    neighbour_labels: Sequence[Sequence[str]] | None = None,
+    cell: int = 96,
+) -> Image.Image:
+    """One row per query: the picture and its nearest neighbours, nearest first.
+
+    With labels, each stands below its picture, and a neighbour has a green frame and a tick where its label is the
+    query's, an orange frame and a cross where not. `cell` is the side of a picture in pixels.
+    """
+    caption = _font_size(cell) + 6 if query_labels or neighbour_labels else 0
+    own = query_labels or [None] * len(queries)
+    others = neighbour_labels or [[None] * len(found) for found in neighbours]
+    rows = []
+    for query, label, found, labels in zip(queries, own, neighbours, others, strict=True):
+        row = [_labelled(query, label, cell=cell, caption=caption)]
+        for neighbour, other in zip(found, labels, strict=True):
+            agrees = None if label is None or other is None else label == other
+            row.append(_labelled(neighbour, other, cell=cell, caption=caption, agrees=agrees))
+        rows.append(row)
+    most = max((len(row) for row in rows), default=1) - 1
+    return _sheet(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
+
+
+def crop_sheet(
+    crops: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], *, per_row: int, cell: int = 112
+) -> Image.Image:
+    """Crops (C, H, W), normalised by `mean` and `std`, `per_row` in a row.
+
+    All are shown at one scale, the largest at `cell` pixels, so that local crops look as small as they are.
+    """
+    largest = max((max(crop.shape[-2:]) for crop in crops), default=1)
+    rows = []
+    for start in range(0, len(crops), per_row):
+        row = []
+        for crop in crops[start : start + per_row]:
+            H, W = crop.shape[-2:]
+            shown = (max(1, round(cell * W / largest)), max(1, round(cell * H / largest)))
+            picture = to_picture(crop * crop.new_tensor(std)[:, None, None] + crop.new_tensor(mean)[:, None, None])
+            panel = Image.new("RGB", (cell, cell), PAPER)
+            resized = picture.resize(shown, Image.Resampling.LANCZOS)
+            panel.paste(resized, ((cell - shown[0]) // 2, (cell - shown[1]) // 2))
+            row.append(panel)
+        rows.append(row)
+    titles = [f"{max(crop.shape[-2:])} px" for crop in crops[:per_row]]
+    return _sheet(rows, titles=titles, size=(cell, cell))
+
+
+def to_picture(image_CHW: Tensor) -> Image.Image:
+    """An RGB tensor in 0 to 1 as a picture; values outside are cut off."""
+    pixels = (image_CHW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def colour_map(values_HW: np.ndarray) -> Pixels:
+    """Values in 0 to 1 as colours (H, W, 3), from near black over purple and orange to pale yellow."""
+    places = np.linspace(0, 1, len(ANCHORS))
+    channels = [np.interp(values_HW, places, ANCHORS[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def outline(mask_HW: np.ndarray) -> NDArray[np.bool_]:
+    """The pixels of a mask that have a neighbour outside it, the picture's border not counting as outside."""
+    padded = np.pad(mask_HW.astype(bool), 1, mode="edge")
+    inner = padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
+    return padded[1:-1, 1:-1] & ~inner
+
+
+def _stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A map from 0 (its minimum) to 1 (its maximum) at `size` = (width, height) pixels; 0 where it is constant."""
+    values = map_hw.detach().float().cpu().numpy()
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+
+
+def _overlay(picture: Pixels, values_HW: np.ndarray) -> Pixels:
+    # In grey, because the picture's own colours would read as attention.
+    grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
+    return (grey * 0.45 + colour_map(values_HW) * 0.55).round().astype(np.uint8)
+
+
+def _outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
+    """White on a dark rim, to be seen on every colour."""
+    height, width = panel.shape[:2]
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    inside = np.asarray(resized) >= 128
+    drawn = panel.copy()
+    drawn[outline(~inside)] = INK
+    drawn[outline(inside)] = PAPER
+    return drawn
+
+
+def _labelled(
+    picture: Image.Image, label: str | None, *, cell: int, caption: int, agrees: bool | None = None
+) -> Image.Image:
+    panel = Image.new("RGB", (cell, cell + caption), PAPER)
+    panel.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (0, 0))
+    draw = ImageDraw.Draw(panel)
+    if agrees is not None:
+        draw.rectangle((0, 0, cell - 1, cell - 1), outline=AGREES if agrees else DIFFERS, width=max(2, cell // 32))
+        _badge(draw, agrees=agrees, side=cell // 5, corner=cell)
+    if label is not None:
+        _centred(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
+    return panel
+
+
+def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -> None:
+    """A tick or a cross in the lower right corner, drawn: not every font has the signs."""
+    left, top = corner - side, corner - side
+    draw.rectangle((left, top, corner - 1, corner - 1), fill=AGREES if agrees else DIFFERS)
+    strokes = [[(0.22, 0.52), (0.42, 0.72), (0.78, 0.28)]] if agrees else [[(0.27, 0.27), (0.73, 0.73)]]
+    if not agrees:
+        strokes.append([(0.73, 0.27), (0.27, 0.73)])
+    for stroke in strokes:
+        draw.line([(left + side * x, top + side * y) for x, y in stroke], fill=PAPER, width=max(2, side // 8))
+
+
+def _sheet(
+    rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], size: tuple[int, int], split: int = 0
+) -> Image.Image:
+    """Panels of one size in rows under column titles; `split` pixels and a line set the first column apart."""
+    width, height = size
+    top = _font_size(width) + 10
+    columns = max(len(titles), 1)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP) + split, top + max(1, len(rows)) * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    lefts = [GAP + column * (width + GAP) + (split if column else 0) for column in range(columns)]
+    for left, title in zip(lefts, titles, strict=False):
+        _centred(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
+    for i, row in enumerate(rows):
+        for left, panel in zip(lefts, row, strict=False):
+            sheet.paste(panel, (left, top + i * (height + GAP)))
+    if split:
+        x = GAP + width + (GAP + split) // 2
+        draw.line([(x, top), (x, sheet.height - GAP)], fill=FAINT)
+    return sheet
+
+
+def _centred(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
+    font = ImageFont.load_default(size=size)
+    left, top, right, bottom = box
+    shown = _shortened(draw, " ".join(text.split()), font=font, width=right - left)
+    draw.text(((left + right) / 2, (top + bottom) / 2), shown, fill=INK, font=font, anchor="mm")
+
+
+def _shortened(
+    draw: ImageDraw.ImageDraw, text: str, *, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    def candidates() -> Iterable[str]:
+        yield text
+        for length in range(len(text) - 1, 0, -1):
+            yield text[:length].rstrip() + "…"
+
+    return next((shown for shown in candidates() if draw.textlength(shown, font=font) <= width), "")
+
+
+def _font_size(width: int) -> int:
+    return max(9, min(16, math.ceil(width / 8)))

@@ -1,0 +1,126 @@
+"""A run's folder, read: what a report is made from. Any file may be missing."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from dino_lightning.errors import UserError
+
+Curve: TypeAlias = list[tuple[int, float]]
+"""(step, value), by step."""
+Sheets: TypeAlias = list[tuple[int | None, Path]]
+"""(epoch, file), by epoch; the epoch of the run's end is None and stands last."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder tells; empty where a file is missing."""
+
+    name: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    config_text: str
+    curves: dict[str, Curve]
+    """Column of `metrics.csv` -> its values."""
+    epochs: list[tuple[int, int]]
+    """(first step, epoch), epochs counted from 1."""
+    sheets: dict[str, Sheets]
+    """Name of a picture -> its sheets."""
+
+    def number(self, key: str) -> float | None:
+        """A finite number of the summary, or None."""
+        return finite(self.summary.get(key))
+
+    def setting(self, key: str) -> Any:
+        """A setting by its dotted name; None where the configuration lacks it."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def finite(value: Any) -> float | None:
+    """A number, or the text of one, as a float; None for anything else, infinities and NaN included."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read `metrics.csv`, `summary.json`, `config.yaml` and the names of `pictures/*.png`.
+
+    Raises `UserError` where there is no such folder or `summary.json` is no JSON object.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json in it.")
+    config_text = _text(run_dir / "config.yaml")
+    rows = list(csv.DictReader(_text(run_dir / "metrics.csv").splitlines()))
+    return Run(
+        name=run_dir.resolve().name,
+        summary=_read_summary(run_dir / "summary.json"),
+        config=_parse_config(config_text),
+        config_text=config_text,
+        curves=_read_curves(rows),
+        epochs=_read_epochs(rows),
+        sheets=_read_sheets(run_dir / "pictures"),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.exists() else ""
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(_text(path) or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: expected JSON, but {error}; without the file the report leaves it out.") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(summary).__name__}.")
+    return summary
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:  # the report still shows its text
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _read_curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
+    columns: dict[str, dict[int, float]] = {}
+    for row in rows:
+        step = finite(row.get("step"))
+        for name, cell in row.items():
+            value = finite(cell)
+            if step is not None and value is not None and name not in ("step", "epoch"):
+                columns.setdefault(name, {})[int(step)] = value  # a resumed run repeats steps: the later row counts
+    return {name: sorted(points.items()) for name, points in columns.items()}
+
+
+def _read_epochs(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    pairs = [(finite(row.get("step")), finite(row.get("epoch"))) for row in rows]
+    known = sorted((int(step), int(epoch) + 1) for step, epoch in pairs if step is not None and epoch is not None)
+    return known[:1] + [after for before, after in pairwise(known) if after[1] != before[1]]
+
+
+def _read_sheets(folder: Path) -> dict[str, Sheets]:
+    found: dict[str, Sheets] = {}
+    for path in sorted(folder.glob("*.png")):
+        numbered = re.fullmatch(r"(.+)_epoch(\d+)", path.stem, re.DOTALL)
+        name, epoch = (numbered[1], int(numbered[2])) if numbered else (path.stem, None)
+        found.setdefault(name, []).append((epoch, path))
+    return {
+        name: sorted(sheets, key=lambda sheet: math.inf if sheet[0] is None else sheet[0])
+        for name, sheets in found.items()
+    }

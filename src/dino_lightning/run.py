@@ -1,0 +1,166 @@
+"""One training run from configuration to summary, in its order."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from dino_lightning.build import build_data, build_method, build_trainer
+from dino_lightning.callbacks.knn import KNNCallback
+from dino_lightning.callbacks.speed import Speed
+from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checks import check_config, check_data
+from dino_lightning.config import TrainConfig
+from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.report import results_table, write_report
+
+C = TypeVar("C", bound=Callback)
+
+
+def run_training(composed: DictConfig) -> float | None:
+    """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated."""
+    config = cast(TrainConfig, OmegaConf.to_object(composed))
+    check_config(config)
+    quieten_libraries()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+
+    data = build_data(config)
+    trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()})
+    check_data(config, data, world_size=trainer.world_size)
+    method = build_method(config)
+    output = Path(config.output_dir)
+    if trainer.is_global_zero:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+        introduce(config, data, trainer, method)
+
+    checkpoint = str(output / "checkpoints" / "last.ckpt") if config.resume else None
+    trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        return None
+    summary = summarise(config, trainer, method)
+    if trainer.is_global_zero:
+        write_results(config, summary, method, output)
+    return summary["knn_top1"]
+
+
+def quieten_libraries() -> None:
+    """Leave the screen to what this package says."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Each is about something that is on purpose here or said by `checks.py` in its own words.
+    for message in (".*does not have many workers.*", ".*`val_dataloader`.*", ".*exists and is not empty.*",
+                    ".*but CUDA is not available.*", ".*pin_memory.*", ".*LeafSpec.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def environment() -> dict[str, Any]:
+    """What the run was made with: versions, machine, commit."""
+    packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "gpu": gpu,
+        "cpu_count": os.cpu_count(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def commit() -> str | None:
+    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder), "--no-optional-locks"]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        if tracked.returncode:
+            return None
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.stdout.strip() else "")
+
+
+def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: StudentTeacher) -> None:
+    """Say in a few lines what is about to happen."""
+    train, val = data.sources.train, data.sources.val
+    weights = sum(parameter.numel() for parameter in method.student.backbone.parameters())
+    batch = config.data.batch_size_per_device * trainer.world_size * config.trainer.accumulate_grad_batches
+    console = Console(stderr=True, highlight=False)
+    classes = f", {data.num_classes} classes" if data.labelled else ""
+    console.print(f"[bold]Images[/]    {len(train)} for training, {len(val) if val else 0} as k-NN queries{classes}")
+    if data.sources.notice:
+        console.print(f"          {data.sources.notice}")
+    network = type(method.student.backbone).__name__
+    console.print(f"[bold]Network[/]   {network}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
+                  f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}")  # fmt: skip
+    length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_epochs != -1 else "as many epochs as it takes"
+    console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
+    console.print(f"[bold]Output[/]    {config.output_dir}")
+
+
+def summarise(config: TrainConfig, trainer: L.Trainer, method: StudentTeacher) -> dict[str, Any]:
+    """The run in a few numbers: `summary.json`."""
+    knn = find(trainer, KNNCallback)
+    speed = find(trainer, Speed)
+    bad_images = Path(config.output_dir) / "bad_images.txt"
+    return {
+        "knn_top1": knn.last.get("top1") if knn else None,
+        "knn_top5": knn.last.get("top5") if knn else None,
+        "knn_top1_untrained": knn.untrained.get("top1") if knn else None,
+        "knn_top1_pixels": knn.pixels.get("top1") if knn else None,
+        "images_per_second": round(speed.images_per_second, 1) if speed else None,
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "commit": commit(),
+        "seed": config.seed,
+        "experiment": config.experiment,
+        "feature_dim": method.student.backbone.num_features,
+        "bad_images": len(set(bad_images.read_text().splitlines())) if bad_images.exists() else 0,
+    }
+
+
+def find(trainer: L.Trainer, kind: type[C]) -> C | None:
+    """The trainer's callback of a kind."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
+
+
+def write_results(config: TrainConfig, summary: dict[str, Any], method: StudentTeacher, output: Path) -> None:
+    """`summary.json`, `teacher.safetensors`, `report.html`, and the table on the screen."""
+    recipe = export_backbone(
+        cast(nn.Module, method.teacher.backbone),
+        output / "teacher.safetensors",
+        config=config.backbone,
+        image_size=config.crops.global_size,
+        mean=config.crops.mean,
+        std=config.crops.std,
+    )
+    write_atomically(output / "summary.json", json.dumps({**summary, "timm": recipe}, indent=2) + "\n")
+    report = write_report(output)
+    console = Console()
+    console.print(results_table(summary))
+    if summary["bad_images"]:
+        console.print(f"{summary['bad_images']} images could not be read: see {output / 'bad_images.txt'}")
+    console.print(f"Report and pictures: {report}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text so that nobody ever sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

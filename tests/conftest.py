@@ -1,0 +1,37 @@
+"""What every test shares: one thread, known random states, and the real data where it is."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _known_start() -> Iterator[None]:
+    """Equal random states for every test, and no name of a run left over from another one."""
+    os.environ.pop("DINO_LIGHTNING_RUN", None)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    os.environ.pop("DINO_LIGHTNING_RUN", None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images; the test is skipped where there is none."""
+    folder = Path(os.environ.get("DINO_TEST_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}: set DINO_TEST_DATA to their folder")
+    return folder

@@ -1,0 +1,109 @@
+"""The centre: equation 4, and when it moves."""
+
+import oracles
+import pytest
+import torch
+from torch import Tensor
+
+from dino_lightning.centering import Center
+from dino_lightning.losses import cross_view_entropy
+
+K = 5
+
+
+def _center(momentum: float = 0.9) -> Center:
+    return Center(K, momentum=momentum).double()
+
+
+def _logits(B: int = 8) -> Tensor:
+    return torch.randn(B, K, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+def test_moves_as_equation_4(momentum: float) -> None:
+    center, expected = _center(momentum), [0.0] * K
+    assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
+    for _ in range(5):
+        batch = _logits()
+        center.observe(batch)
+        center.commit()
+        expected = oracles.move_center(expected, batch.tolist(), momentum=momentum)
+        torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_four_micro_batches_are_one_batch() -> None:
+    whole, parts, batch = _center(), _center(), _logits(16)
+    whole.observe(batch)
+    whole.commit()
+    for part in batch.chunk(4):
+        parts.observe(part)
+    parts.commit()
+    torch.testing.assert_close(parts.center, whole.center, rtol=1e-13, atol=0)
+
+
+def test_micro_batches_count_by_their_images() -> None:
+    """A mean of means would weigh the short last batch too much."""
+    center, batch = _center(), _logits(8)
+    for part in batch.split([6, 2]):
+        center.observe(part)
+    center.commit()
+    expected = oracles.move_center([0.0] * K, batch.tolist(), momentum=0.9)
+    torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
+    of_means = torch.stack([part.mean(0) for part in batch.split([6, 2])]).mean(0) * 0.1
+    assert (center.center[0] - of_means).abs().max() > 1e-3
+
+
+def test_the_loss_sees_the_old_center_until_commit() -> None:
+    center, student, teacher = _center(), torch.randn(2, 4, K).double(), torch.randn(2, 4, K).double()
+
+    def loss() -> Tensor:
+        return cross_view_entropy(
+            student, teacher, student_temperature=0.1, teacher_temperature=0.04, center=center.center
+        )
+
+    before = loss()
+    center.observe(teacher.flatten(0, 1))
+    assert torch.equal(loss(), before)
+    center.commit()
+    assert not torch.equal(loss(), before)
+
+
+def test_commit_without_observe_does_nothing() -> None:
+    center = _center()
+    center.commit()
+    assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
+    center.observe(_logits())
+    center.commit()
+    moved = center.center.clone()
+    center.commit()
+    assert torch.equal(center.center, moved)
+
+
+def test_saved_under_the_original_name_and_nothing_else() -> None:
+    center = _center()
+    center.observe(_logits())
+    center.commit()
+    center.observe(_logits())  # pending: part of no checkpoint
+    assert list(center.state_dict()) == ["center"]
+    assert center.state_dict()["center"].shape == (1, K)
+    copy = _center()
+    copy.load_state_dict(center.state_dict())
+    assert torch.equal(copy.center, center.center)
+    assert not list(center.parameters())
+
+
+def test_half_precision_is_summed_in_full() -> None:
+    """4096 logits of 1: a float16 sum stops at 2048, a bfloat16 one at 256."""
+    for dtype in (torch.float16, torch.bfloat16):
+        center = Center(K, momentum=0.0)
+        for _ in range(16):
+            center.observe(torch.ones(256, K, dtype=dtype))
+        center.commit()
+        assert torch.equal(center.center, torch.ones(1, K))
+
+
+def test_keeps_no_graph() -> None:
+    center = _center()
+    center.observe(_logits().requires_grad_())
+    center.commit()
+    assert not center.center.requires_grad

@@ -1,0 +1,101 @@
+"""Each function against a sum or a concatenation written out in one process."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from dino_lightning import distributed
+
+WORLD = 3
+ROWS = [2, 0, 3]
+
+
+def _statistic(rank: int) -> Tensor:
+    return torch.tensor([[1.5, -2.0], [0.25, 8.0]]) * (rank + 1)
+
+
+def _rows(rank: int) -> Tensor:
+    return torch.arange(ROWS[rank] * 4.0).reshape(ROWS[rank], 4) + 100 * rank
+
+
+def _run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    statistic = _statistic(rank).requires_grad_()
+    column = torch.arange(6).reshape(3, 2).T[rank % 2 :]
+    results: dict[str, object] = {
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "sum": distributed.all_reduce_sum(statistic),
+        "sum of int": distributed.all_reduce_sum(torch.tensor(2**40 + rank)),
+        "mean": distributed.all_reduce_mean(statistic),
+        "rows": distributed.all_gather_concat(_rows(rank)),
+        "labels": distributed.all_gather_concat(torch.full((rank + 1,), rank)),
+        "none anywhere": distributed.all_gather_concat(torch.empty(0, 5)),
+        "not contiguous": distributed.all_gather_concat(column),
+        "argument": statistic.detach(),
+    }
+    if rank == 1:
+        time.sleep(0.5)
+    results["before barrier"] = time.time()
+    distributed.barrier()
+    results["after barrier"] = time.time()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_run_rank, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def test_ranks_are_numbered(ranks: list[dict]) -> None:
+    assert [(result["rank"], result["world_size"]) for result in ranks] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_reductions(ranks: list[dict]) -> None:
+    total = _statistic(0) + _statistic(1) + _statistic(2)
+    for rank, result in enumerate(ranks):
+        # Every value and sum is a short binary fraction: exact.
+        assert torch.equal(result["sum"], total)
+        # A division by 3 rounds; once here, perhaps at another place there.
+        torch.testing.assert_close(result["mean"], total / 3, rtol=1e-6, atol=0)
+        assert result["sum of int"] == 3 * 2**40 + 3
+        assert torch.equal(result["argument"], _statistic(rank)), "the argument was changed"
+        assert not result["sum"].requires_grad
+
+
+def test_gather_keeps_the_order_of_ranks_and_drops_the_padding(ranks: list[dict]) -> None:
+    for result in ranks:
+        assert torch.equal(result["rows"], torch.cat([_rows(0), _rows(1), _rows(2)]))
+        assert result["labels"].tolist() == [0, 1, 1, 2, 2, 2]
+        assert result["labels"].dtype == torch.int64
+        assert result["none anywhere"].shape == (0, 5)
+        assert result["not contiguous"].tolist() == [[0, 2, 4], [1, 3, 5], [1, 3, 5], [0, 2, 4], [1, 3, 5]]
+
+
+def test_nobody_leaves_the_barrier_before_the_last_has_come(ranks: list[dict]) -> None:
+    assert min(result["after barrier"] for result in ranks) >= max(result["before barrier"] for result in ranks)
+
+
+def test_without_a_group_there_is_one_rank() -> None:
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    distributed.barrier()
+    value = torch.tensor([1.0, 2.0], requires_grad=True)
+    for function in (distributed.all_reduce_sum, distributed.all_reduce_mean, distributed.all_gather_concat):
+        result = function(value)
+        assert result.tolist() == [1.0, 2.0]
+        assert not result.requires_grad
+        result.add_(1)
+    assert value.tolist() == [1.0, 2.0], "the result shares memory with the argument"
+
+
+def test_mean_of_integers_is_refused() -> None:
+    with pytest.raises(AssertionError, match="whole numbers"):
+        distributed.all_reduce_mean(torch.tensor([1, 2]))

@@ -1,0 +1,99 @@
+"""The teacher as a moving average: of parameters, factor by factor, and of nothing else."""
+
+import oracles
+import pytest
+import torch
+from torch import nn
+
+from dino_lightning.ema import ema_update, follow
+from dino_lightning.heads import DINOHead, Prototypes
+
+
+def _network(*, batch_norm: bool = True) -> nn.Module:
+    network = DINOHead(6, out_dim=9, hidden_dim=7, bottleneck_dim=4, batch_norm=batch_norm, train_norm=True).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return network
+
+
+def _copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 1.0])
+def test_averages_every_parameter(momentum: float) -> None:
+    teacher, student = _network(), _network()
+    before, now = (_copies(dict(network.named_parameters())) for network in (teacher, student))
+    ema_update(teacher, student, momentum=momentum)
+    for name, parameter in teacher.named_parameters():
+        expected = [
+            momentum * t + (1 - momentum) * s
+            for t, s in zip(before[name].flatten().tolist(), now[name].flatten().tolist(), strict=True)
+        ]
+        torch.testing.assert_close(parameter.flatten().tolist(), expected, rtol=1e-12, atol=1e-14)
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, now[name])
+
+
+def test_never_averages_buffers() -> None:
+    """Batch-norm statistics of the teacher come from its own forward passes."""
+    teacher, student = _network(), _network()
+    student(torch.randn(8, 6).double() * 3 + 5)
+    before = _copies(dict(teacher.named_buffers()))
+    assert before
+    assert any(not torch.equal(before[name], buffer) for name, buffer in student.named_buffers())
+    ema_update(teacher, student, momentum=0.5)
+    for name, buffer in teacher.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_the_factors_of_the_prototypes_are_averaged_not_their_product() -> None:
+    teacher, student = (Prototypes(4, 9, train_norm=True).double() for _ in range(2))
+    with torch.no_grad():
+        for layer in (teacher, student):
+            layer.weight_g.uniform_(0.5, 2)
+
+    def composed(layer: Prototypes) -> torch.Tensor:
+        return oracles.prototypes(layer.weight_g, layer.weight_v).detach()
+
+    average_of_products = (composed(teacher) + composed(student)) / 2
+    g, v = ((getattr(teacher, name) + getattr(student, name)).detach() / 2 for name in ("weight_g", "weight_v"))
+    product_of_averages = oracles.prototypes(g, v)
+    ema_update(teacher, student, momentum=0.5)
+    torch.testing.assert_close(composed(teacher), product_of_averages, rtol=1e-12, atol=1e-14)
+    assert (product_of_averages - average_of_products).norm() / average_of_products.norm() > 0.1
+
+
+def test_leaves_no_graph_and_no_gradient() -> None:
+    student, teacher = _network(), _network()
+    follow(teacher, student)
+    ema_update(teacher, student, momentum=0.9)
+    assert all(parameter.grad_fn is None and not parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_the_teacher_starts_as_the_student_in_storage_of_its_own() -> None:
+    student, teacher = _network(), _network()
+    student(torch.randn(8, 6).double() + 5)  # batch-norm statistics away from where they start
+    assert follow(teacher, student) is teacher
+    ours, theirs = teacher.state_dict(), student.state_dict()
+    assert any("running_mean" in name for name in ours)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor)
+    pointers = {tensor.data_ptr() for tensor in theirs.values()}
+    assert not pointers & {tensor.data_ptr() for tensor in ours.values()}
+    with torch.no_grad():
+        next(student.parameters()).add_(1)
+    assert not torch.equal(next(teacher.parameters()), next(student.parameters()))
+
+
+def test_a_network_cannot_follow_itself() -> None:
+    network = _network()
+    with pytest.raises(ValueError, match="same object"):
+        follow(network, network)
+
+
+def test_networks_of_different_shapes_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="mlp"):
+        follow(_network(batch_norm=False), _network(batch_norm=True))

@@ -1,0 +1,127 @@
+"""Image folders: files written with PIL, read as torchvision reads them."""
+
+import pytest
+from pictures import check_consistent, numbers, write
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from dino_lightning.config.images import FolderData
+from dino_lightning.data.sources import open_sources
+from dino_lightning.errors import UserError
+
+
+class TestFolder:
+    def test_class_folders_are_read_as_torchvision_reads_them(self, tmp_path):
+        for number, name in enumerate(
+            ["b/2.png", "b/10.png", "a/x/1.png", "a/x-y/1.png", "a/z.jpg", "c d/é.png", "a/0.JPEG"]
+        ):
+            write(tmp_path / "images" / name, number)
+        theirs = ImageFolder(str(tmp_path / "images"))
+        ours = open_sources(FolderData(path=str(tmp_path / "images"), holdout=0), seed=0)
+        assert ours.val is None
+        assert ours.train.classes == theirs.classes
+        assert [(ours.train.describe(i), ours.train[i][1]) for i in range(len(ours.train))] == theirs.samples
+        assert [ours.train[i][0].tobytes() for i in range(7)] == [theirs[i][0].tobytes() for i in range(7)]
+        check_consistent(ours.train)
+
+    @pytest.mark.parametrize("val_name", ["val", "validation", "test"])
+    def test_splits(self, tmp_path, val_name):
+        for number, name in enumerate(
+            ["train/cat/0.png", "train/dog/1.png", f"{val_name}/cat/2.png", f"{val_name}/dog/3.png"]
+        ):
+            write(tmp_path / name, number)
+        sources = open_sources(FolderData(path=str(tmp_path)), seed=0)
+        assert (numbers(sources.train), numbers(sources.val)) == ([0, 1], [2, 3])
+        assert sources.train.classes == sources.val.classes == ["cat", "dog"]
+        assert sources.val.labels.tolist() == [0, 1]
+        assert sources.notice is None
+
+    @pytest.mark.parametrize("top", ["", "train/"])
+    def test_flat_folder_has_no_labels_and_no_holdout(self, tmp_path, top):
+        for number, name in enumerate(["a.png", "b.png", "deep/er/c.png"]):
+            write(tmp_path / "images" / f"{top}{name}", number)
+        sources = open_sources(FolderData(path=str(tmp_path / "images")), seed=0)
+        assert sources.train.labels is None
+        assert sources.train.classes is None
+        assert sources.val is None
+        assert "no labels" in sources.notice
+        assert numbers(sources.train) == [0, 1, 2]
+        check_consistent(sources.train)
+
+    def test_one_folder_is_no_class(self, tmp_path):
+        write(tmp_path / "data" / "images" / "a.png")
+        sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
+        assert sources.train.labels is None
+        assert "one folder only" in sources.notice
+
+    def test_what_is_not_used_is_named(self, tmp_path):
+        for name in ("train/a.png", "val/b.png", "extra/c.png"):
+            write(tmp_path / "data" / name)
+        sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
+        assert sources.val is None
+        assert "not used: extra, val" in sources.notice
+
+    def test_hidden_files_and_other_endings_do_not_count(self, tmp_path):
+        for number, name in enumerate(["a/0.png", "b/1.png", "a/._2.png", ".git/3.png", "b/.cache/4.png"]):
+            write(tmp_path / "data" / name, number)
+        (tmp_path / "data" / "a" / "notes.txt").write_text("no image")
+        sources = open_sources(FolderData(path=str(tmp_path / "data"), holdout=0), seed=0)
+        assert sources.train.classes == ["a", "b"]
+        assert numbers(sources.train) == [0, 1]
+
+    @pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg")])
+    def test_any_mode_becomes_rgb(self, tmp_path, mode, name):
+        path = write(tmp_path / "data" / name, mode=mode)
+        image, label = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train[0]
+        assert (image.mode, label) == ("RGB", -1)
+        assert image.tobytes() == Image.open(path).convert("RGB").tobytes()
+
+    def test_exif_rotation_is_left_alone(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+        (tmp_path / "data").mkdir()
+        Image.new("RGB", (8, 4)).save(tmp_path / "data" / "a.jpg", exif=exif)
+        assert open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train[0][0].size == (8, 4)
+
+    def test_home_folder_is_expanded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        write(tmp_path / "pictures" / "a.png")
+        assert len(open_sources(FolderData(path="~/pictures"), seed=0).train) == 1
+
+    def test_broken_image_opens_and_raises_when_read(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "a.png").write_bytes(b"not a picture")
+        source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
+        assert source.describe(0) == str(tmp_path / "data" / "a.png")
+        with pytest.raises(OSError, match="cannot identify"):
+            source[0]
+
+    @pytest.mark.parametrize(
+        ("files", "path", "words"),
+        [
+            (["imagenet/a/0.png"], "imagnet/train", ["data.path=", "no 'imagnet'", "did you mean 'imagenet'"]),
+            (["imagenet/a/0.png"], "imagenet/a/0.png", ["data.path=", "is a file"]),
+            (["data/readme.txt"], "data", ["'{root}/data' holds no image", ".jpeg"]),
+            (["data/a/0.png", "data/b/readme.txt"], "data", ["class folder '{root}/data/b' holds no image"]),
+            (["train/a/0.png", "train/b/0.png", "val/a/0.png"], ".", ["class folder 'b' is in '{root}/train'"]),
+            (
+                ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png", "val/dgo/0.png"],
+                ".",
+                ["class folder 'dgo' is in '{root}/val'", "did you mean 'dog'"],
+            ),
+            (["train/a/0.png", "train/b/0.png", "val/0.png"], ".", ["'{root}/val' has none", "a, b"]),
+            (["val/a/0.png", "val/b/0.png"], ".", ["'val/' but no 'train/'"]),
+        ],
+    )
+    def test_wrong_folders_are_named(self, tmp_path, files, path, words):
+        root = tmp_path / "root"
+        for name in files:
+            if name.endswith(".png"):
+                write(root / name)
+            else:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).touch()
+        with pytest.raises(UserError) as caught:
+            open_sources(FolderData(path=str(root / path)), seed=0)
+        for word in words:
+            assert word.format(root=root) in str(caught.value)

@@ -1,0 +1,189 @@
+"""Which weights decay, clipping tensor by tensor, the frozen last layer, LARS."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from torch import nn
+
+from dino_lightning.backbones import OriginalViT
+from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, ViTConfig
+from dino_lightning.heads import DINOHead
+from dino_lightning.methods.base import MultiCropNetwork
+from dino_lightning.optim import (
+    LARS,
+    build_optimizer,
+    clip_each_gradient,
+    drop_last_layer_gradients,
+    parameter_groups,
+)
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def _network(*, train_norm: bool = True) -> MultiCropNetwork:
+    config = ViTConfig(width=16, depth=1, heads=2, patch_size=8)
+    vit = OriginalViT(config, image_size=16, drop_path_rate=0.0)
+    return MultiCropNetwork(vit, DINOHead(16, out_dim=9, hidden_dim=7, bottleneck_dim=4, train_norm=train_norm)).double()
+
+
+def _with_gradients(network: nn.Module, *, scale: float = 1.0) -> nn.Module:
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter) * scale
+    return network
+
+
+def _names(network: nn.Module, group: dict) -> set[str]:
+    chosen = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in chosen}
+
+
+def test_only_biases_and_vectors_escape_weight_decay() -> None:
+    network = _network()
+    decayed, exempt = parameter_groups(network)
+    assert _names(network, decayed) == {
+        "backbone.cls_token",
+        "backbone.pos_embed",
+        "backbone.patch_embed.proj.weight",
+        "backbone.blocks.0.attn.qkv.weight",
+        "backbone.blocks.0.attn.proj.weight",
+        "backbone.blocks.0.mlp.fc1.weight",
+        "backbone.blocks.0.mlp.fc2.weight",
+        "head.mlp.0.weight",
+        "head.mlp.2.weight",
+        "head.mlp.4.weight",
+        "head.last_layer.weight_g",
+        "head.last_layer.weight_v",
+    }
+    others = {name for name, _ in network.named_parameters()} - _names(network, decayed)
+    assert _names(network, exempt) == others
+    assert all(name.endswith("bias") or "norm" in name for name in others)
+    assert exempt["weight_decay"] == 0
+    assert "weight_decay" not in decayed
+
+
+def test_a_bias_of_two_dimensions_is_exempt_too() -> None:
+    module = nn.Module()
+    module.inner = nn.Module()
+    module.inner.register_parameter("bias", nn.Parameter(torch.ones(2, 2)))
+    assert [len(group["params"]) for group in parameter_groups(module)] == [0, 1]
+
+
+def test_parameters_that_are_not_trained_are_in_no_group() -> None:
+    network = _network(train_norm=False)
+    names = set().union(*(_names(network, group) for group in parameter_groups(network)))
+    assert {name for name, _ in network.named_parameters()} - names == {"head.last_layer.weight_g"}
+
+
+def test_clips_tensor_by_tensor() -> None:
+    network = _with_gradients(_network())
+    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    raw = [parameter.grad.clone() for parameter in parameters]
+    expected = oracles.clip_each(raw, max_norm=3.0)
+    clip_each_gradient(network.parameters(), max_norm=3.0)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **EXACT)
+    clipped = [not torch.equal(a, b.grad) for a, b in zip(raw, parameters, strict=True)]
+    assert any(clipped)
+    assert not all(clipped)
+    for parameter, gradient in zip(parameters, raw, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(parameters, 3.0)  # one norm over all tensors: every one of them is scaled
+    ratios = [math.sqrt((p.grad**2).sum() / (e**2).sum()) for p, e in zip(parameters, expected, strict=True)]
+    assert max(ratios) < 0.8
+
+
+def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    parameter.grad = torch.tensor([3e-6, 4e-6], dtype=torch.float64)
+    clip_each_gradient([parameter], max_norm=1e-6)
+    torch.testing.assert_close(parameter.grad.norm().item(), 1e-6 * 5e-6 / 6e-6, rtol=1e-9, atol=0)
+
+
+def test_clipping_passes_over_missing_gradients() -> None:
+    network = _network()
+    clip_each_gradient(network.parameters(), max_norm=1.0)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_frozen_last_layer_has_no_adam_state_and_starts_at_step_one() -> None:
+    network = _network()
+    groups = parameter_groups(network)
+    groups[0]["weight_decay"] = 0.4
+    adamw = build_optimizer(AdamWConfig(), groups)
+    for group in adamw.param_groups:
+        group["lr"] = 1e-2
+    last = list(network.head.last_layer.parameters())
+    start = [parameter.detach().clone() for parameter in last]
+    for frozen in (True, True, True, False):
+        _with_gradients(network)
+        if frozen:
+            drop_last_layer_gradients(network)
+        adamw.step()
+        if frozen:
+            assert all(parameter not in adamw.state for parameter in last)
+            assert all(torch.equal(a, b) for a, b in zip(last, start, strict=True))  # no weight decay either
+    assert all(adamw.state[parameter]["step"] == 1 for parameter in last)
+    assert adamw.state[network.head.mlp[0].weight]["step"] == 4
+    adam = oracles.AdamW()
+    for parameter, before in zip(last, start, strict=True):
+        adam = oracles.AdamW()
+        expected = adam.step(before, parameter.grad, lr=1e-2, weight_decay=0.4)
+        torch.testing.assert_close(parameter.detach(), expected, **EXACT)
+
+
+def test_lars_is_the_loop() -> None:
+    shapes = [(4, 3), (3, 1), (5,), (2, 3, 2, 2)]
+    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    parameters.append(nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))  # of norm 0: its trust ratio is 1
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    exempt = [parameter for parameter in parameters if parameter.ndim == 1]
+    lars = LARS([{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.1}], lr=0.0)
+    rows = [parameter.detach().flatten(1).tolist() if parameter.ndim > 1 else [parameter.tolist()] for parameter in parameters]
+    speed = [[[0.0 for _ in row] for row in weight] for weight in rows]
+    for step in range(5):
+        options = {"lr": 0.1 * (step + 1), "weight_decay": 0.1, "momentum": 0.9, "trust_coefficient": 0.001}
+        for group in lars.param_groups:
+            group["lr"] = options["lr"]
+        _with_gradients(nn.ParameterList(parameters))
+        for i, parameter in enumerate(parameters):
+            matrix = parameter.ndim > 1
+            gradient = parameter.grad.flatten(1).tolist() if matrix else [parameter.grad.tolist()]
+            rows[i], speed[i] = oracles.lars_step(rows[i], gradient, speed[i], matrix=matrix, **options)
+        lars.step()
+        for parameter, expected in zip(parameters, rows, strict=True):
+            ours = parameter.detach().flatten(1) if parameter.ndim > 1 else parameter.detach()[None]
+            torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_lars_evaluates_its_closure_and_skips_what_has_no_gradient() -> None:
+    trained, other = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    lars = LARS([{"params": [trained, other]}], lr=1.0)
+
+    def closure() -> torch.Tensor:
+        loss = (trained**2).sum()
+        loss.backward()
+        return loss
+
+    assert lars.step(closure).item() == 4.0
+    assert not torch.equal(trained, torch.ones(2, 2))
+    assert torch.equal(other, torch.ones(2, 2))
+    assert other not in lars.state
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "defaults"),
+    [
+        (AdamWConfig(betas=[0.8, 0.95]), torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-8}),
+        (SGDConfig(momentum=0.8), torch.optim.SGD, {"momentum": 0.8, "nesterov": False, "dampening": 0}),
+        (LARSConfig(momentum=0.8, trust_coefficient=0.02), LARS, {"momentum": 0.8, "trust_coefficient": 0.02}),
+    ],
+)
+def test_the_configured_optimizer(config: OptimConfig, kind: type, defaults: dict) -> None:
+    optimizer = build_optimizer(config, parameter_groups(_network()))
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in defaults} == defaults
+    assert optimizer.param_groups[1]["weight_decay"] == 0
