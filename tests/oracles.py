@@ -91,15 +91,25 @@ class AdamW:
 
 
 def lars_step(
-    weight: list[list[float]], gradient: list[list[float]], velocity: list[list[float]], *, matrix: bool, **options: float
+    weight: list[list[float]],
+    gradient: list[list[float]],
+    velocity: list[list[float]],
+    *,
+    matrix: bool,
+    **options: float,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """One LARS step of one tensor, seen as rows; returns the new weight and velocity."""
     lr, decay, momentum, eta = (options[name] for name in ("lr", "weight_decay", "momentum", "trust_coefficient"))
-    step = [[g + decay * w if matrix else g for g, w in zip(*rows, strict=True)] for rows in zip(gradient, weight)]
+    step = [
+        [g + decay * w if matrix else g for g, w in zip(*rows, strict=True)]
+        for rows in zip(gradient, weight, strict=True)
+    ]
     norm_w, norm_s = (math.sqrt(sum(x * x for row in rows for x in row)) for rows in (weight, step))
     trust = eta * norm_w / norm_s if matrix and norm_w > 0 and norm_s > 0 else 1.0
-    velocity = [[momentum * v + trust * s for v, s in zip(*rows, strict=True)] for rows in zip(velocity, step)]
-    weight = [[w - lr * v for w, v in zip(*rows, strict=True)] for rows in zip(weight, velocity)]
+    velocity = [
+        [momentum * v + trust * s for v, s in zip(*rows, strict=True)] for rows in zip(velocity, step, strict=True)
+    ]
+    weight = [[w - lr * v for w, v in zip(*rows, strict=True)] for rows in zip(weight, velocity, strict=True)]
     return weight, velocity
 
 
@@ -257,7 +267,7 @@ class DINOTraining:
         self.center_K = torch.tensor(
             move_center(self.center_K.tolist(), rows, momentum=self.center_momentum), dtype=torch.float64
         )
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
 
     def run(self, batches: list[list[Tensor]]) -> "DINOTraining":
         for index, crops in enumerate(batches):

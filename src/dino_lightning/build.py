@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dino_lightning.backbones import build_backbone
 from dino_lightning.callbacks.knn import KNNCallback
@@ -22,6 +23,7 @@ from dino_lightning.config import (
     WandbLoggerConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.errors import UserError
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.methods.dino import DINO
 
@@ -36,12 +38,11 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.
     """Lightning's trainer with this run's callbacks and loggers."""
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
     callbacks = build_callbacks(config) if not config.trainer.barebones else []
-    return L.Trainer(
-        **arguments,
-        callbacks=callbacks,
-        logger=build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False,
-        default_root_dir=config.output_dir,
-    )
+    loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
+    try:
+        return L.Trainer(**arguments, callbacks=callbacks, logger=loggers, default_root_dir=config.output_dir)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:

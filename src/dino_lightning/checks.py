@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.backbones import check_timm_name
 from dino_lightning.config import TimmConfig, TorchvisionData, TrainConfig, ViTConfig, WandbLoggerConfig
@@ -150,6 +151,20 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
     total = per_epoch * (config.trainer.max_epochs or 1)
     for key in DURATIONS:
         _check_fits(config, key, per_epoch, total)
+
+
+def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
+    """Refuse keys that no dataclass has: `+key=value` and files can add them, and nothing would read them."""
+    schema = OmegaConf.get_type(composed)
+    if not dataclasses.is_dataclass(schema):
+        return
+    known = [field.name for field in dataclasses.fields(schema)]
+    for name in composed:
+        if name not in known:
+            raise UserError(f"{prefix}{name} is not a key of the configuration; {nearest(str(name), known)}")
+        node = composed._get_node(name)
+        if isinstance(node, DictConfig):
+            check_keys(node, prefix=f"{prefix}{name}.")
 
 
 def lookup(config: Any, key: str) -> Any:

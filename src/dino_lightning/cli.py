@@ -7,12 +7,15 @@ sentence and exit status 2.
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,6 +27,9 @@ PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] / "conf"
 """Folder of the YAML files: inside an installed wheel, beside `src/` in a checkout."""
 
+EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
+"""Errors that a user causes; all others keep their traceback."""
+
 
 def train() -> None:
     """Entry point of training."""
@@ -33,19 +39,33 @@ def train() -> None:
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     try:
         _train()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"dino-lightning: {explain(error, conf=CONF)}", file=sys.stderr)
-        sys.exit(2)
+    except EXPLAINED as error:
+        refuse(error)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _train(cfg: DictConfig) -> float | None:
     from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
 
-    # Under --multirun the folder of this job is a numbered one below `output_dir`.
-    cfg.output_dir = HydraConfig.get().runtime.output_dir
-    return run_training(cfg)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        # The numbered folder of this job. The processes of the other devices, which Lightning starts once with the same
+        # arguments, go through the same jobs in step.
+        cfg.output_dir = HydraConfig.get().runtime.output_dir
+    else:
+        cfg.output_dir = str(Path(cfg.output_dir).expanduser().absolute())
+    try:
+        return run_training(cfg)
+    except EXPLAINED as error:
+        with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
+            Path(cfg.output_dir).rmdir()
+        refuse(error)  # here already: Hydra would print the overrides above the sentence
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Say what is wrong, once over all processes, and leave with status 2."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"dino-lightning: {explain(error, conf=CONF)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def register_timm_networks(overrides: list[str]) -> None:

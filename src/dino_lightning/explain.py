@@ -51,7 +51,9 @@ def _unknown_key(key: str) -> str:
         group = key.split(".")[0]
         options = [name for name, schema in SCHEMAS[group].items() if any(issubclass(schema, o) for o in owners)]
         return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
-    return f"{key} is not a key of the configuration; {nearest(key, known)}"
+    group = key.split(".")[0]
+    own = {name for name in known if name.startswith(f"{group}.")} or known
+    return f"{key} is not a key of the configuration; {nearest(key, own)}"
 
 
 def _full_key(text: str) -> str:

@@ -38,7 +38,7 @@ def cross_view_entropy(
 
 @torch.no_grad()
 def sharpen(teacher_TBK: Tensor, *, temperature: float, center: Tensor) -> Tensor:
-    """The teacher's distribution over prototypes (T, B, K) in full precision: softmax of (logits - centre) / temperature."""
+    """The teacher's distributions (T, B, K), in full precision: softmax of (logits - centre) / temperature."""
     return ((at_least_float32(teacher_TBK) - center) / temperature).softmax(dim=-1)
 
 

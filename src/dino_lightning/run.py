@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
@@ -21,7 +22,7 @@ from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import export_backbone
-from dino_lightning.checks import check_config, check_data
+from dino_lightning.checks import check_config, check_data, check_keys
 from dino_lightning.config import TrainConfig
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.methods.base import StudentTeacher
@@ -29,9 +30,21 @@ from dino_lightning.report import results_table, write_report
 
 C = TypeVar("C", bound=Callback)
 
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*`val_dataloader`.*",
+    ".*exists and is not empty.*",
+    ".*but CUDA is not available.*",
+    ".*pin_memory.*",
+    ".*LeafSpec.*",
+    ".*smaller than the logging interval.*",
+)
+"""About things that are on purpose here, or that `checks.py` says in its own words."""
+
 
 def run_training(composed: DictConfig) -> float | None:
     """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated."""
+    check_keys(composed)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
     check_config(config)
     quieten_libraries()
@@ -49,7 +62,10 @@ def run_training(composed: DictConfig) -> float | None:
         introduce(config, data, trainer, method)
 
     checkpoint = str(output / "checkpoints" / "last.ckpt") if config.resume else None
-    trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        finish_loggers(trainer)
     if trainer.interrupted:
         return None
     summary = summarise(config, trainer, method)
@@ -62,9 +78,7 @@ def quieten_libraries() -> None:
     """Leave the screen to what this package says."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Each is about something that is on purpose here or said by `checks.py` in its own words.
-    for message in (".*does not have many workers.*", ".*`val_dataloader`.*", ".*exists and is not empty.*",
-                    ".*but CUDA is not available.*", ".*pin_memory.*", ".*LeafSpec.*"):  # fmt: skip
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -112,6 +126,13 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
     length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_epochs != -1 else "as many epochs as it takes"
     console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
     console.print(f"[bold]Output[/]    {config.output_dir}")
+
+
+def finish_loggers(trainer: L.Trainer) -> None:
+    """Close W&B's run: the next job of a sweep is another one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
 
 
 def summarise(config: TrainConfig, trainer: L.Trainer, method: StudentTeacher) -> dict[str, Any]:

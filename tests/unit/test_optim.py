@@ -25,7 +25,9 @@ EXACT = {"rtol": 1e-12, "atol": 1e-14}
 def _network(*, train_norm: bool = True) -> MultiCropNetwork:
     config = ViTConfig(width=16, depth=1, heads=2, patch_size=8)
     vit = OriginalViT(config, image_size=16, drop_path_rate=0.0)
-    return MultiCropNetwork(vit, DINOHead(16, out_dim=9, hidden_dim=7, bottleneck_dim=4, train_norm=train_norm)).double()
+    return MultiCropNetwork(
+        vit, DINOHead(16, out_dim=9, hidden_dim=7, bottleneck_dim=4, train_norm=train_norm)
+    ).double()
 
 
 def _with_gradients(network: nn.Module, *, scale: float = 1.0) -> nn.Module:
@@ -127,10 +129,8 @@ def test_a_frozen_last_layer_has_no_adam_state_and_starts_at_step_one() -> None:
             assert all(torch.equal(a, b) for a, b in zip(last, start, strict=True))  # no weight decay either
     assert all(adamw.state[parameter]["step"] == 1 for parameter in last)
     assert adamw.state[network.head.mlp[0].weight]["step"] == 4
-    adam = oracles.AdamW()
     for parameter, before in zip(last, start, strict=True):
-        adam = oracles.AdamW()
-        expected = adam.step(before, parameter.grad, lr=1e-2, weight_decay=0.4)
+        expected = oracles.AdamW().step(before, parameter.grad, lr=1e-2, weight_decay=0.4)
         torch.testing.assert_close(parameter.detach(), expected, **EXACT)
 
 
@@ -141,7 +141,7 @@ def test_lars_is_the_loop() -> None:
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
     exempt = [parameter for parameter in parameters if parameter.ndim == 1]
     lars = LARS([{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.1}], lr=0.0)
-    rows = [parameter.detach().flatten(1).tolist() if parameter.ndim > 1 else [parameter.tolist()] for parameter in parameters]
+    rows = [_rows(parameter.detach()) for parameter in parameters]
     speed = [[[0.0 for _ in row] for row in weight] for weight in rows]
     for step in range(5):
         options = {"lr": 0.1 * (step + 1), "weight_decay": 0.1, "momentum": 0.9, "trust_coefficient": 0.001}
@@ -149,13 +149,15 @@ def test_lars_is_the_loop() -> None:
             group["lr"] = options["lr"]
         _with_gradients(nn.ParameterList(parameters))
         for i, parameter in enumerate(parameters):
-            matrix = parameter.ndim > 1
-            gradient = parameter.grad.flatten(1).tolist() if matrix else [parameter.grad.tolist()]
+            gradient, matrix = _rows(parameter.grad), parameter.ndim > 1
             rows[i], speed[i] = oracles.lars_step(rows[i], gradient, speed[i], matrix=matrix, **options)
         lars.step()
         for parameter, expected in zip(parameters, rows, strict=True):
-            ours = parameter.detach().flatten(1) if parameter.ndim > 1 else parameter.detach()[None]
-            torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), **EXACT)
+            torch.testing.assert_close(_rows(parameter.detach()), expected, **EXACT)
+
+
+def _rows(tensor: torch.Tensor) -> list[list[float]]:
+    return tensor.flatten(1).tolist() if tensor.ndim > 1 else [tensor.tolist()]
 
 
 def test_lars_evaluates_its_closure_and_skips_what_has_no_gradient() -> None:

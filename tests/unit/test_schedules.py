@@ -19,7 +19,10 @@ def _table(schedule: Cosine | LinearWarmup, total: int) -> np.ndarray:
 @pytest.mark.parametrize(("base", "final"), [(1e-3, 1e-6), (0.04, 0.4), (0.996, 1.0), (0.1, 0.1)])
 def test_cosine_is_the_table(base: float, final: float, warmup: int) -> None:
     total = 40
-    ours, expected = _table(Cosine(base, final, total, warmup), total), oracles.cosine_schedule(base, final, total, warmup)
+    ours, expected = (
+        _table(Cosine(base, final, total, warmup), total),
+        oracles.cosine_schedule(base, final, total, warmup),
+    )
     assert len(expected) == total
     np.testing.assert_allclose(ours, expected, rtol=ROUNDING, atol=0)
 
@@ -83,7 +86,16 @@ def test_temperature_changes_every_step_in_other_units(text: str, steps: int) ->
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("10ep", 1000), ("0ep", 0), ("0.5ep", 50), ("500it", 500), ("10%", 200), ("2.5%", 50), ("100%", 2000), (" 3 ep ", 300)],
+    [
+        ("10ep", 1000),
+        ("0ep", 0),
+        ("0.5ep", 50),
+        ("500it", 500),
+        ("10%", 200),
+        ("2.5%", 50),
+        ("100%", 2000),
+        (" 3 ep ", 300),
+    ],
 )
 def test_durations_in_steps(text: str, steps: int) -> None:
     assert Duration.parse(text, key="k").steps(steps_per_epoch=100, total_steps=2000) == steps

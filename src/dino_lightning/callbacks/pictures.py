@@ -97,12 +97,15 @@ class Pictures(L.Callback):
             queries = backbone(images_B3HW).float().cpu()
         _, found = nearest(features, queries, k=NEIGHBOURS + own, device=torch.device("cpu"))
         found = found[:, int(own) :]
-        names = data.classes
+
+        def named(label: int) -> str:
+            return data.classes[label] if label >= 0 else "?"
+
         return neighbour_sheet(
             [self._plain(data, image) for image in images_B3HW.cpu()],
             [[self._plain(data, bank[int(positions[i])][0]) for i in row] for row in found],
-            query_labels=[names[shown[index][1]] for index in chosen] if data.labelled else None,
-            neighbour_labels=[[names[int(labels[i])] for i in row] for row in found] if data.labelled else None,
+            query_labels=[named(shown[index][1]) for index in chosen] if data.labelled else None,
+            neighbour_labels=[[named(int(labels[i])) for i in row] for row in found] if data.labelled else None,
         )
 
     def _chosen(self, labels: np.ndarray | None, n: int) -> list[int]:

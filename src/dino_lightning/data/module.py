@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning.config import BuiltinData, CropsConfig, DataConfig
+from dino_lightning.config import CropsConfig, DataConfig
+from dino_lightning.data.builtin import BuiltinImages
 from dino_lightning.data.crops import MultiCrop, eval_transform
 from dino_lightning.data.sources import ImageSource, Sources, open_sources
 from dino_lightning.errors import UserError
@@ -118,8 +119,10 @@ class MultiCropDataModule(L.LightningDataModule):
 
     def object_mask(self, index: int) -> np.ndarray | None:
         """The pixels of the object in validation image `index` (bool (H, W)), where the data has masks."""
-        mask = getattr(self.sources.val, "mask", None)
-        return mask(index) if isinstance(self.config, BuiltinData) and mask else None
+        # A mask fits the picture only where evaluation shows the whole of it.
+        whole = self.crops.eval_resize == self.crops.eval_size
+        val = self.sources.val
+        return val.mask(index) if whole and isinstance(val, BuiltinImages) else None
 
 
 def stack_crops(samples: list[tuple[list[Tensor], int]]) -> list[Tensor]:

@@ -139,7 +139,7 @@ class StudentTeacher(L.LightningModule, ABC):
                 "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
             )
         self.log("train/loss", mean)
-        self.log("train/loss_epoch", mean, on_step=False, on_epoch=True)
+        self.log("train/loss_epoch", mean, on_step=False, on_epoch=True, sync_dist=True)
         if self.is_logging_step:
             self.log_dict({f"schedule/{name}": self.value(name) for name in self.schedules})
         return loss

@@ -1,6 +1,7 @@
 """A run's folder, read: what a report is made from. Any file may be missing."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -63,7 +64,7 @@ def read_run(run_dir: Path) -> Run:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json in it.")
     config_text = _text(run_dir / "config.yaml")
-    rows = list(csv.DictReader(_text(run_dir / "metrics.csv").splitlines()))
+    rows = list(csv.DictReader(io.StringIO(_text(run_dir / "metrics.csv"))))
     return Run(
         name=run_dir.resolve().name,
         summary=_read_summary(run_dir / "summary.json"),

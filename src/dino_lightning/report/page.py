@@ -109,12 +109,14 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 def _verdict(run: Run) -> str:
     trained, before = run.number("knn_top1"), run.number("knn_top1_untrained")
+    if trained is None and not run.sheets and not run.curves:
+        return "This run has left nothing to judge it by."
     if trained is None:
         return "There are no k-NN figures, so look at the pictures and curves to judge this run."
     said = f"Judged by nearest neighbours, the trained teacher gets {trained:.1f} % of the validation images right"
     if before is None:
         return f"{said}."
-    gained = trained - before
+    gained = round(trained, 1) - round(before, 1)  # so that it agrees with the figures as shown
     return f"{said}: {abs(gained):.1f} points {'more' if gained >= 0 else 'fewer'} than before training."
 
 

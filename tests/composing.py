@@ -1,0 +1,30 @@
+"""Compose configurations inside a test, as the command line does."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from dino_lightning.cli import CONF, register_timm_networks, run_name
+from dino_lightning.config import register
+
+SMALL = [
+    "data.train_images=96",
+    "data.val_images=48",
+    "data.num_workers=0",
+    "data.batch_size_per_device=16",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.pictures.images=2",
+]
+"""A run of seconds on the built-in images."""
+
+
+def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:
+    """The configuration of `python train.py OVERRIDES`."""
+    register()
+    register_timm_networks(list(overrides))
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", overrides=[*overrides, f"output_dir={output_dir}"])

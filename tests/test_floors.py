@@ -1,0 +1,66 @@
+"""A module imports only from lower floors or its own folder; files stay readable in length."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
+
+FLOORS = [
+    {"config", "schedules", "distributed", "numerics", "errors"},
+    {"heads", "losses", "centering", "ema", "optim", "pictures"},
+    {"backbones", "data"},
+    {"methods", "evaluation", "checkpoints"},
+    {"callbacks"},
+    {"build", "run", "checks", "report"},
+    {"cli", "explain", "reference"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+# The entry points of a floor, which import their neighbours on purpose.
+WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain")}
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def top(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("dino_lightning.")}
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {top(path) for path in MODULES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    here = top(path)
+    for other in imports_of(path) - {here}:
+        # Floor 0's parts know each other; so do a run and what it consists of.
+        neighbour = FLOOR[here] == FLOOR[other] and (FLOOR[here] == 0 or (here, other) in WITHIN)
+        assert FLOOR[other] < FLOOR[here] or neighbour, f"{here} (floor {FLOOR[here]}) imports {other} ({FLOOR[other]})"
+
+
+def test_the_test_sees_an_upward_import(tmp_path: Path) -> None:
+    module = tmp_path / "losses.py"
+    module.write_text("from dino_lightning.methods.dino import DINO\n")
+    assert imports_of(module) == {"methods"}
+    assert FLOOR["methods"] > FLOOR["losses"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350

@@ -1,0 +1,186 @@
+"""A whole run: what it writes, how it goes on, what the loggers get."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from composing import SMALL, composed
+from safetensors import safe_open
+
+from dino_lightning.run import run_training
+
+
+def run(output: Path, *overrides: str) -> float | None:
+    torch.manual_seed(0)
+    return run_training(composed(*SMALL, *overrides, output_dir=output))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | None]:
+    output = tmp_path_factory.mktemp("run")
+    return output, run(output)
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(output: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(output) if row.get(name)]
+
+
+def test_output_folder(finished: tuple[Path, float | None]) -> None:
+    output, _ = finished
+    names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
+    expected |= {"checkpoints/last.ckpt", "checkpoints/best_knn.ckpt"}
+    expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "neighbours")}
+    assert names == expected
+
+
+def test_summary(finished: tuple[Path, float | None]) -> None:
+    output, returned = finished
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["knn_top1"] == returned == pytest.approx(column(output, "knn/top1")[-1])
+    for key in ("knn_top1_untrained", "knn_top1_pixels"):
+        assert 0 < summary[key] <= 100
+    assert summary["images_per_second"] > 0
+    assert (summary["steps"], summary["seed"], summary["bad_images"]) == (12, 0, 0)
+    assert "commit" in summary
+
+
+def test_config_is_resolved_and_runs_again(finished: tuple[Path, float | None]) -> None:
+    output, _ = finished
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["output_dir"] == str(output)
+    assert config["data"]["train_images"] == 96
+    assert "${" not in (output / "config.yaml").read_text()
+
+
+def test_metrics_hold_losses_schedules_and_collapse_signals(finished: tuple[Path, float | None]) -> None:
+    output, _ = finished
+    assert len(column(output, "train/loss")) == 12
+    assert len(column(output, "knn/top1")) == 2
+    for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temperature"):
+        assert len(column(output, f"schedule/{name}")) == 12, name
+    for name in ("teacher_entropy", "teacher_student_kl", "feature_std", "center_norm"):
+        assert len(column(output, f"collapse/{name}")) == 12, name
+    assert column(output, "schedule/lr")[0] == 0
+    assert column(output, "speed/images_per_second")
+
+
+def test_teacher_loads_into_timm(finished: tuple[Path, float | None]) -> None:
+    output, _ = finished
+    arguments = json.loads((output / "summary.json").read_text())["timm"]
+    network = timm.create_model(**arguments, checkpoint_path=str(output / "teacher.safetensors")).eval()
+    checkpoint = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
+    prefix = "teacher.backbone."
+    trained = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    assert trained.keys() == network.state_dict().keys()
+    assert all(torch.equal(trained[name], weight) for name, weight in network.state_dict().items())
+    with safe_open(output / "teacher.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["timm"]) == arguments
+
+
+def test_checkpoint_is_safe_and_holds_the_centre(finished: tuple[Path, float | None]) -> None:
+    output, _ = finished
+    checkpoint = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["center.center"].norm() > 0
+    assert checkpoint["global_step"] == 12
+
+
+def test_resume_goes_on(tmp_path: Path) -> None:
+    run(tmp_path, "trainer.max_steps=6", "callbacks.pictures.enabled=false")
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
+    before = rows(tmp_path)
+    run(tmp_path, "resume=true", "callbacks.pictures.enabled=false")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert len(column(tmp_path, "train/loss")) == 12
+    assert [row["step"] for row in rows(tmp_path)][: len(before)] == [row["step"] for row in before]
+    baseline = json.loads((tmp_path / "summary.json").read_text())["knn_top1_untrained"]
+    assert baseline is not None
+
+
+def test_unlabelled_photos(tmp_path: Path) -> None:
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(50):
+        Image.effect_noise((60, 45), 40 + index).convert("RGB").save(photos / f"{index}.jpg")
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    data = [o for o in SMALL if not o.startswith(("data.train_images", "data.val_images"))]
+    cfg = composed(*data, "data=folder", f"data.path={photos}", "callbacks.knn.enabled=false",
+                   "callbacks.pictures.images=3", output_dir=tmp_path / "run")  # fmt: skip
+    assert run_training(cfg) is None
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["knn_top1"] is None
+    assert summary["bad_images"] == 1
+    assert "broken.jpg" in (tmp_path / "run" / "bad_images.txt").read_text()
+    assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
+
+
+def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], tmp_path: Path) -> None:
+    output, _ = finished
+    run(tmp_path, "callbacks.pictures.enabled=false")
+    assert column(tmp_path, "train/loss") == column(output, "train/loss")
+    run(tmp_path / "other", "seed=1", "callbacks.pictures.enabled=false")
+    assert column(tmp_path / "other", "train/loss") != column(output, "train/loss")
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(tmp_path, "logger=tensorboard", "trainer.max_steps=2", "callbacks.pictures.enabled=false")
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def offline_records(folder: Path) -> list[Any]:
+    """The records of an offline run, read with wandb's own data format."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    content, position, parts, records = path.read_bytes()[7:], 0, b"", []
+    # A LevelDB log: blocks of 32 KiB, chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last).
+    while position + 7 <= len(content):
+        left = 32768 - (position + 7) % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = pb.Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(tmp_path, "logger=wandb", "trainer.max_steps=4")
+    records = offline_records(tmp_path)
+    logged: dict[str, list[Any]] = {}
+    for record in records:
+        for item in record.history.item:
+            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    expected = {"train/loss", "schedule/lr", "schedule/weight_decay", "schedule/teacher_momentum"}
+    expected |= {"schedule/teacher_temperature", "collapse/teacher_entropy", "collapse/teacher_student_kl"}
+    expected |= {"collapse/center_norm", "collapse/feature_std", "knn/top1", "speed/images_per_second"}
+    expected |= {"pictures/attention"}
+    assert expected <= {key for key in logged} | {key.split("/_")[0] for key in logged}
+    assert len(logged["train/loss"]) == 4
+    config = {u.key or "/".join(u.nested_key): u.value_json for r in records for u in r.config.update}
+    config |= {u.key or "/".join(u.nested_key): u.value_json for r in records for u in r.run.config.update}
+    assert "environment" in " ".join(config)
+    assert "commit" in json.dumps(config)
+    assert "lightning" in json.dumps(config)
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/pictures/attention*.png"))

@@ -1,0 +1,127 @@
+"""What a user can get wrong: one sentence each, before a model is built."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+from composing import SMALL, composed
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dino_lightning.build import build_data
+from dino_lightning.checks import check_config, check_data, check_keys
+from dino_lightning.cli import CONF, EXPLAINED
+from dino_lightning.config import TrainConfig
+from dino_lightning.errors import UserError
+from dino_lightning.explain import explain
+
+WRONG = [
+    ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),
+    ("experiment=quik", "did you mean 'quick'?"),
+    (
+        "backbone.pach_size=8",
+        "backbone.pach_size is not a key of the configuration; did you mean 'backbone.patch_size'?",
+    ),
+    ("trainer.max_epoch=3", "did you mean 'trainer.max_epochs'?"),
+    ("optim.momentum=0.9", "optim.momentum belongs to optim=sgd or lars"),
+    ("optim.lr=fast", "optim.lr: value 'fast'"),
+    ("trainer.max_epochs=2.5", "trainer.max_epochs: value '2.5'"),
+    ("+foo=1", "foo is not a key"),
+    ("+crops.zoom=1", "crops.zoom is not a key"),
+    ("data=folder", "data.path has no value"),
+    ("data=folder data.path=/nowhere-at-all", "data.path=/nowhere-at-all does not exist"),
+    ("backbone=timm", "backbone.name has no value"),
+    ("backbone=timm backbone.name=resnet5O", "did you mean 'resnet50'?"),
+    ("method.out_dim=0", "method.out_dim=0: expected at least 2"),
+    ("method.teacher_temperature=0", "method.teacher_temperature=0.0: expected a positive number"),
+    ("method.teacher_momentum=1.5", "method.teacher_momentum=1.5: expected a share"),
+    ("method.freeze_last_layer=3", "method.freeze_last_layer=3 is not a duration"),
+    ("optim.lr_warmup=99ep", "optim.lr_warmup=99ep is longer than the run of trainer.max_epochs"),
+    ("optim.lr_warmup=999999it", "optim.lr_warmup=999999it is longer than the run of"),
+    ("method.teacher_temperature_warmup=101%", "longer than the run: at most '100%'"),
+    ("crops.local_size=20", "crops.local_size=20 is not a multiple of backbone.patch_size=8; the nearest is 16"),
+    ("crops.global_size=36", "crops.global_size=36 is not a multiple"),
+    ("crops.eval_resize=16", "crops.eval_resize=16 is smaller than crops.eval_size=32"),
+    ("crops.global_scale=[0.9,0.1]", "crops.global_scale=[0.9,0.1]: expected two shares"),
+    ("crops.blur_p=[0.5]", "crops.blur_p=[0.5]: expected three probabilities"),
+    ("crops.hue=0.7", "crops.hue=0.7: expected a number of turns from 0 to 0.5"),
+    ("crops.std=[0,1,1]", "crops.std=[0.0,1.0,1.0]: expected a positive number"),
+    ("backbone=vit_tiny backbone.heads=5 crops.local_size=32", "backbone.heads=5 does not divide backbone.width=192"),
+    ("data.batch_size_per_device=100000", "is larger than the"),
+    ("data.num_workers=-1", "data.num_workers=-1: expected at least 0"),
+    ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
+    ("trainer.precision=fp8", "trainer.precision=fp8:"),
+    ("trainer.strategy=ddpp", "trainer.strategy=ddpp: did you mean 'ddp'?"),
+    ("trainer.strategy=fsdp", "trainer.strategy=fsdp needs GPUs"),
+    ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
+    ("trainer.max_epochs=-1", "trainer.max_epochs=-1 needs a length in trainer.max_steps"),
+    ("callbacks.knn.headline_k=7", "callbacks.knn.headline_k=7 is not one of"),
+    ("callbacks.knn.k=[]", "callbacks.knn.k=[]: expected one or more"),
+    ("logger=wandb logger.mode=on", "logger.mode=on:"),
+    ("data=cifar10 data.name=cifar11", "data.name=cifar11: did you mean 'cifar10'?"),
+    ("seed=-1", "seed=-1: expected a whole number"),
+    ("resume=true", "resume=true: output_dir="),
+]
+
+
+def sentence_for(*overrides: str, output_dir: Path) -> str:
+    """What the command line would print; composing and checking only, nothing is built."""
+    accelerator = [] if any(o.startswith("trainer.accelerator") for o in overrides) else ["trainer.accelerator=cpu"]
+    try:
+        cfg = composed(*overrides, *accelerator, output_dir=output_dir)
+        check_keys(cfg)
+        config = cast(TrainConfig, OmegaConf.to_object(cfg))
+        check_config(config)
+        check_data(config, build_data(config), world_size=1)
+    except EXPLAINED as error:
+        return explain(error, conf=CONF)
+    return ""
+
+
+@pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
+def test_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
+    sentence = sentence_for(*overrides.split(), output_dir=tmp_path)
+    assert expected in sentence
+    assert "\n" not in sentence
+
+
+def test_right_settings_get_none(tmp_path: Path) -> None:
+    assert sentence_for(output_dir=tmp_path) == ""
+
+
+def test_unlabelled_images_and_knn(tmp_path: Path) -> None:
+    for index in range(80):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    data = ["data=folder", f"data.path={tmp_path}", "data.batch_size_per_device=8", "optim.lr_warmup=1ep"]
+    assert "callbacks.knn.enabled=true: k-NN evaluation needs labelled" in sentence_for(*data, output_dir=tmp_path)
+    assert sentence_for(*data, "callbacks.knn.enabled=false", output_dir=tmp_path) == ""
+
+
+def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert "already holds a run; add resume=true" in sentence_for(output_dir=tmp_path)
+
+
+def test_gpu_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "has no GPU" in sentence_for("trainer.accelerator=gpu", output_dir=tmp_path)
+
+
+def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "train.py"
+    output = tmp_path / "run"
+    command = [sys.executable, str(script), *SMALL, "crops.local_size=20", f"output_dir={output}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "dino-lightning: crops.local_size=20 is not a multiple of backbone.patch_size=8; the nearest is 16."
+    )
+    assert done.stdout == ""
+    assert not output.exists()
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(UserError, ValueError)

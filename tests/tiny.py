@@ -1,0 +1,93 @@
+"""A DINO small enough to train in a test, and a real `lightning.Trainer` around it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino_lightning.backbones import build_backbone
+from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, ViTConfig
+from dino_lightning.ema import follow
+from dino_lightning.methods.dino import DINO
+
+PATCH, HEADS, K = 8, 2, 64
+BACKBONE = ViTConfig(width=32, depth=1, heads=HEADS, patch_size=PATCH, drop_path_rate=0.0)
+Batches = list[list[Tensor]]
+
+
+def dino(*, optim: OptimConfig | None = None, batch_size: int = 8, **method: Any) -> DINO:
+    """With weights far enough from their start that every term counts, the same on each call after the same seed."""
+    small: dict[str, Any] = {"out_dim": K, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_last_layer": "0ep"}
+    module = DINO(
+        DINOConfig(**{**small, **method}),
+        student_backbone=build_backbone(BACKBONE, image_size=32, drop_path=True),
+        teacher_backbone=build_backbone(BACKBONE, image_size=32, drop_path=False),
+        feature_dim=BACKBONE.width,
+        optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
+        batch_size_per_device=batch_size,
+    )
+    with torch.no_grad():
+        for parameter in module.student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    follow(module.teacher, module.student)
+    return module
+
+
+def batches(count: int, *, dtype: torch.dtype = torch.float64) -> Batches:
+    """Two global and two local crops of noise for 8 images, each image with a brightness of its own."""
+    return [
+        [(torch.randn(8, 3, side, side) + torch.randn(8, 1, 1, 1)).to(dtype) for side in (32, 32, 16, 16)]
+        for _ in range(count)
+    ]
+
+
+def split(whole: Batches, *, parts: int) -> Batches:
+    """The same images in micro-batches."""
+    return [[crop.chunk(parts)[i] for crop in crops] for crops in whole for i in range(parts)]
+
+
+@dataclass
+class Record(Callback):
+    """What can be seen from outside after every micro-batch."""
+
+    losses: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """Optimizer steps taken so far."""
+    rates: list[float] = field(default_factory=list)
+    decays: list[tuple[float, ...]] = field(default_factory=list)
+    """Weight decay of each group."""
+    students: list[dict[str, Tensor]] = field(default_factory=list)
+    teachers: list[dict[str, Tensor]] = field(default_factory=list)
+    centers: list[Tensor] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning has divided it
+        self.steps.append(trainer.global_step)
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.decays.append(tuple(group["weight_decay"] for group in optimizer.param_groups))
+        self.students.append(copy(pl_module.student))
+        self.teachers.append(copy(pl_module.teacher))
+        self.centers.append(pl_module.center.center.clone())
+
+
+def copy(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def fit(module: DINO, data: Any, *, ckpt_path: str | None = None, **trainer: Any) -> Record:
+    """Train on `data` (batches in this order, or a data module) in float64, unless `trainer` says otherwise."""
+    record = Record()
+    default: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "enable_checkpointing": False}
+    options = {**default, **trainer, "callbacks": [record, *trainer.get("callbacks", [])]}
+    options |= {"accelerator": "cpu", "devices": 1, "logger": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False}
+    if isinstance(data, list):
+        data = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    L.Trainer(**options).fit(module, data, ckpt_path=ckpt_path)
+    return record

@@ -1,0 +1,243 @@
+"""The augmentation against the original's, rebuilt from torchvision's older public transforms."""
+
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from dino_lightning.config import CropsConfig
+from dino_lightning.data.crops import GLOBAL_1, GLOBAL_2, LOCAL, MultiCrop, denormalize, eval_transform, view_transform
+
+SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
+Transform = Callable[[Image.Image], Image.Image]
+
+
+def _picture(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
+    """Smooth colours with noise: crop, blur and colour changes all show."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
+    noisy = smooth + generator.normal(0, 12, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------- the original, rebuilt
+
+
+def _blur(p: float) -> Transform:
+    def apply(image: Image.Image) -> Image.Image:
+        if random.random() <= p:
+            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+        return image
+
+    return apply
+
+
+def _solarize(p: float) -> Transform:
+    return lambda image: ImageOps.solarize(image) if random.random() < p else image
+
+
+def _original_view(size: int, scale: tuple[float, float], *after: Transform) -> transforms.Compose:
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            *after,
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def _original() -> Callable[[Image.Image], list[Tensor]]:
+    first = _original_view(224, (0.4, 1.0), _blur(1.0))
+    second = _original_view(224, (0.4, 1.0), _blur(0.1), _solarize(0.2))
+    local = _original_view(96, (0.05, 0.4), _blur(0.5))
+    return lambda image: [first(image), second(image), *(local(image) for _ in range(8))]
+
+
+def _seeded(transform: Callable, image: Image.Image, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return transform(image)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (90, 400)])
+def test_bit_for_bit_the_original(size: tuple[int, int]) -> None:
+    for seed in range(4):
+        image = _picture(*size, seed=seed)
+        ours, theirs = _seeded(MultiCrop(CropsConfig()), image, seed), _seeded(_original(), image, seed)
+        assert len(ours) == len(theirs) == 10
+        differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
+        assert not differing, f"seed {seed}: crops {differing} differ"
+
+
+@pytest.mark.parametrize("view", [GLOBAL_1, GLOBAL_2, LOCAL])
+def test_each_view_is_bit_for_bit_the_original(view: int) -> None:
+    size, scale = (96, (0.05, 0.4)) if view == LOCAL else (224, (0.4, 1.0))
+    after = {GLOBAL_1: [_blur(1.0)], GLOBAL_2: [_blur(0.1), _solarize(0.2)], LOCAL: [_blur(0.5)]}[view]
+    theirs, ours = _original_view(size, scale, *after), view_transform(CropsConfig(), view)
+    for seed in range(20):
+        image = _picture(160, 120, seed=seed)
+        assert torch.equal(_seeded(ours, image, seed), _seeded(theirs, image, seed)), f"seed {seed}"
+
+
+# --------------------------------------------------------------------------------------------------- probabilities
+
+
+def _calm(**changes: object) -> CropsConfig:
+    """Every operator off and the crop the whole image, but for `changes`."""
+    calm = CropsConfig(
+        global_size=8, local_size=8, global_scale=[1.0, 1.0], local_scale=[1.0, 1.0], ratio=[1.0, 1.0], local_count=1,
+        flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=[0.0] * 3, blur_radius=[1.0, 2.0], solarize_p=[0.0] * 3,
+        mean=[0.0] * 3, std=[1.0] * 3,
+    )  # fmt: skip
+    return dataclasses.replace(calm, **changes)
+
+
+def _changes(view: int, *, draws: int, **changes: object) -> int:
+    """How many of `draws` views of one picture are not that picture."""
+    image = _picture(8, 8)
+    unchanged = view_transform(_calm(), view)(image)
+    transform = view_transform(_calm(**changes), view)
+    return sum(not torch.equal(transform(image), unchanged) for _ in range(draws))
+
+
+@pytest.mark.parametrize("view", [GLOBAL_1, GLOBAL_2, LOCAL])
+@pytest.mark.parametrize("field", ["flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"])
+def test_operators_come_with_their_probability(field: str, view: int) -> None:
+    """Counts of the defaults within 4 standard deviations of the binomial."""
+    default = getattr(CropsConfig(), field)
+    p = default[view] if isinstance(default, list) else default
+    count = _changes(view, draws=2000, **{field: default})
+    assert abs(count - p * 2000) <= 4 * math.sqrt(p * (1 - p) * 2000)
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = CropsConfig()
+    assert config.blur_p == [1.0, 0.1, 0.5]
+    assert config.solarize_p == [0.0, 0.2, 0.0]
+    assert (config.flip_p, config.jitter_p, config.grayscale_p) == (0.5, 0.8, 0.2)
+    assert (config.brightness, config.contrast, config.saturation, config.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (config.global_size, config.global_scale) == (224, [0.4, 1.0])
+    assert (config.local_size, config.local_scale, config.local_count) == (96, [0.05, 0.4], 8)
+
+
+@pytest.mark.parametrize("field", ["flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"])
+def test_probability_one_is_always_and_zero_never(field: str) -> None:
+    for p in (0.0, 1.0):
+        value = [p] * 3 if field in ("blur_p", "solarize_p") else p
+        for view in (GLOBAL_1, GLOBAL_2, LOCAL):
+            assert _changes(view, draws=100, **{field: value}) == p * 100
+
+
+# -------------------------------------------------------------------------------------------------- configured values
+
+
+@pytest.mark.parametrize("local_count", [0, 1, 5])
+def test_numbers_and_sizes_of_crops(local_count: int) -> None:
+    config = dataclasses.replace(SMALL, local_count=local_count)
+    crops = MultiCrop(config)(_picture())
+    assert [tuple(crop.shape) for crop in crops] == [(3, 24, 24)] * 2 + [(3, 12, 12)] * local_count
+    assert all(crop.dtype == torch.float32 for crop in crops)
+
+
+def test_scales_and_ratios_of_the_crops() -> None:
+    """On a picture whose colour is its position, a crop tells its corners."""
+    side, size = 128, 64
+    yy, xx = np.mgrid[0:side, 0:side]
+    image = Image.fromarray(np.stack([xx, yy, np.zeros_like(xx)], -1).astype(np.uint8))
+    config = dataclasses.replace(
+        _calm(),
+        global_size=size,
+        local_size=size,
+        global_scale=[0.4, 1.0],
+        local_scale=[0.05, 0.4],
+        ratio=[0.75, 4 / 3],
+    )
+    for view, (low, high) in (
+        (GLOBAL_1, config.global_scale),
+        (GLOBAL_2, config.global_scale),
+        (LOCAL, config.local_scale),
+    ):
+        transform, areas, ratios = view_transform(config, view), [], []
+        for _ in range(300):
+            red, green, _ = transform(image) * 255
+            width, height = ((c.max() - c.min()).item() + 1 for c in (red, green))
+            areas.append(width * height / side**2)
+            ratios.append(width / height)
+        assert low * 0.93 < min(areas) < low + 0.1 * (high - low) + 0.02
+        assert high - 0.15 * (high - low) < max(areas) < high * 1.07
+        assert 0.7 < min(ratios) < 0.85
+        assert 1.2 < max(ratios) < 1.45
+
+
+def test_order_of_the_operators() -> None:
+    """Grayscale, blur, solarise, normalise: in any other order the numbers differ."""
+    config = _calm(
+        global_size=16, grayscale_p=1.0, blur_p=[1.0] * 3, blur_radius=[0.7, 0.7], solarize_p=[1.0] * 3,
+        solarize_threshold=100, mean=[0.5] * 3, std=[0.25] * 3,
+    )  # fmt: skip
+    image = _picture(16, 16)
+    steps: dict[str, Transform] = {
+        "gray": lambda x: ImageOps.grayscale(x).convert("RGB"),
+        "blur": lambda x: x.filter(ImageFilter.GaussianBlur(0.7)),
+        "solarize": lambda x: ImageOps.solarize(x, 100),
+    }
+
+    def by_hand(order: tuple[str, ...]) -> Tensor:
+        x = image
+        for name in order:
+            x = steps[name](x)
+        return (transforms.functional.to_tensor(x) - 0.5) / 0.25
+
+    ours = view_transform(config, GLOBAL_2)(image)
+    orders = itertools.permutations(steps)
+    assert [order for order in orders if torch.allclose(ours, by_hand(order), atol=1e-5)] == [tuple(steps)]
+
+
+@pytest.mark.parametrize(
+    ("field", "extremes"),
+    [("brightness", (0.0, 0.9)), ("contrast", (0.0, 0.9)), ("saturation", (0.0, 0.9)), ("hue", (0.0, 0.5))],
+)
+def test_strength_of_the_jitter(field: str, extremes: tuple[float, float]) -> None:
+    off = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    for strength in extremes:
+        count = _changes(GLOBAL_1, draws=100, jitter_p=1.0, **{**off, field: strength})
+        assert count == 0 if strength == 0 else count > 90
+
+
+def test_evaluation_resizes_crops_and_normalises() -> None:
+    image = _picture(50, 40)
+    resize = transforms.Resize(32, interpolation=InterpolationMode.BICUBIC)
+    theirs = transforms.Compose(
+        [resize, transforms.CenterCrop(24), transforms.ToTensor(), transforms.Normalize(SMALL.mean, SMALL.std)]
+    )
+    ours = eval_transform(SMALL)(image)
+    assert torch.equal(ours, theirs(image))
+    pixels = transforms.CenterCrop(24)(resize(image))
+    torch.testing.assert_close(
+        denormalize(ours, config=SMALL), torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6
+    )
+
+
+def test_real_photographs_bit_for_bit(shared_data: Path) -> None:
+    photographs = sorted((shared_data / "voc_labelme3" / "JPEGImages").glob("*.jpg"))
+    assert photographs
+    for seed, path in enumerate(photographs[:2]):
+        image = Image.open(path).convert("RGB")
+        ours, theirs = _seeded(MultiCrop(CropsConfig()), image, seed), _seeded(_original(), image, seed)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), path.name

@@ -1,0 +1,344 @@
+"""The report, parsed as a browser would, against the files it is made from."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from dino_lightning.errors import UserError
+from dino_lightning.report import results_table, write_report
+from dino_lightning.report.charts import MOST_POINTS, thinned
+from dino_lightning.report.page import MOST_SHEETS
+
+SUMMARY = {
+    "knn_top1": 76.66666412353516,
+    "knn_top5": 92.25,
+    "knn_top1_untrained": 53.91666793823242,
+    "knn_top1_pixels": 27.66666603088379,
+    "images_per_second": 1312.4,
+    "steps": 1395,
+    "epochs": 15,
+    "commit": "3f2a9c1e8b7d6540a1b2c3d4e5f60718293a4b5c+",
+    "seed": 0,
+    "experiment": "quick",
+    "feature_dim": 64,
+    "bad_images": 0,
+}
+CONFIG: dict[str, Any] = {
+    "backbone": {"width": 64, "depth": 2, "heads": 2, "patch_size": 8},
+    "method": {"out_dim": 256},
+    "data": {"batch_size_per_device": 64, "draw_seed": 0},
+    "callbacks": {"knn": {"enabled": True, "headline_k": 20}, "pictures": {"enabled": True}},
+}
+VOID = {"meta", "img", "input", "br"}
+LOADING = {"src", "srcset", "href", "action", "poster", "data", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text outside of scripts and styles, and tags that do not match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.scripts, self.css = "", [], ""
+        self.open: list[str] = []
+        self.source = path.read_text()
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "style" in self.open:
+            self.css += data
+        else:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+    def curves(self) -> dict[str, list[list[float]]]:
+        return {series["name"]: series["points"] for chart in self.data["charts"] for series in chart["series"]}
+
+    def references(self) -> dict[str, float]:
+        return {line["label"]: line["value"] for chart in self.data["charts"] for line in chart["references"]}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Sparse, as Lightning writes them: a row of steps, at times one of an epoch."""
+    made: list[dict[str, Any]] = []
+    for step in range(9, 400, 10):
+        made.append(
+            {
+                "epoch": step // 100,
+                "step": step,
+                "train/loss": 5.5 - step / 200,
+                "schedule/lr": 0.002 * (1 - step / 400),
+                "collapse/teacher_entropy": 5.4 - step / 300,
+                "collapse/teacher_student_kl": 0.01 + step / 400,
+                "collapse/feature_std": 0.06 + step / 10000,
+            }
+        )
+        if step % 100 == 99:
+            knn = {"knn/top1": 50 + step / 20, "knn/top5": 70 + step / 20}
+            by_k = {"knn/top1_k10": 49 + step / 20, "knn/top1_k20": 50 + step / 20, "knn/top5_k10": 1.0}
+            made.append({"epoch": step // 100, "step": step, "train/loss_epoch": 5.6 - step / 200, **knn, **by_k})
+    return made
+
+
+def write_metrics(run: Path, some: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(column for row in some for column in row))
+    with (run / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(some)
+
+
+def draw(run: Path, *names: str) -> None:
+    (run / "pictures").mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(run / "pictures" / f"{name}.png")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    write_metrics(tmp_path, rows())
+    draw(tmp_path, "attention", "neighbours", "crops", "attention_epoch0010", "attention_epoch0002")
+    return tmp_path
+
+
+def test_is_one_file_that_loads_nothing(run: Path):
+    report = write_report(run)
+    assert report == run / "report.html"
+    assert not list(run.glob("*.tmp"))
+    page = Page(report)
+    for tag, attributes in page.tags:
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        for name in LOADING & attributes.keys():
+            assert str(attributes[name]).startswith("data:image/png;base64,"), (tag, name)
+    assert not re.search(r"url\(|@import", page.css)
+    assert not re.search(r"\bfetch\(|XMLHttpRequest|import\(|WebSocket", page.scripts[1])
+    # The only address is the name of the SVG namespace; and the page forbids the browser to load anything.
+    assert set(re.findall(r"https?://[^\"'\s<]*", page.source)) == {"http://www.w3.org/2000/svg"}
+    policy = next(meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy["content"]).startswith("default-src 'none'; img-src data:;")
+
+
+def test_is_accessible(run: Path):
+    page = Page(write_report(run))
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(len(str(image["alt"])) > 10 for image in page.all("img"))
+    assert all(plot["aria-label"] for plot in page.all("div") if plot.get("class") == "plot")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {section["aria-labelledby"] for section in page.all("section")} <= set(ids)
+
+
+def test_pictures_are_those_of_the_folder(run: Path):
+    page = Page(write_report(run))
+    images = page.all("img")
+    expected = ["attention_epoch0002", "attention_epoch0010", "attention", "neighbours", "crops"]
+    for image, name in zip(images, expected, strict=True):
+        decoded = Image.open(io.BytesIO(base64.b64decode(str(image["src"]).partition(",")[2])))
+        assert (np.asarray(decoded) == np.asarray(Image.open(run / "pictures" / f"{name}.png"))).all()
+    shown = [name for image, name in zip(images, expected, strict=True) if "hidden" not in image]
+    assert shown == ["attention", "neighbours", "crops"]
+
+
+def test_of_many_epochs_the_first_the_last_and_some_between_are_shown(run: Path):
+    draw(run, *(f"neighbours_epoch{epoch:04d}" for epoch in range(10, 300, 10)))
+    page = Page(write_report(run))
+    epochs = [radio["value"] for radio in page.all("input") if radio.get("name") == "neighbours"]
+    assert len(epochs) == MOST_SHEETS
+    assert (epochs[0], epochs[-1]) == ("10", "None")
+
+
+def test_an_unfinished_run_shows_its_latest_epoch(run: Path):
+    (run / "pictures" / "attention.png").unlink()
+    page = Page(write_report(run))
+    assert [image["data-epoch"] for image in page.all("img") if "hidden" not in image] == ["10", "None", "None"]
+
+
+def test_figures_are_those_of_the_summary(run: Path):
+    page = Page(write_report(run))
+    keys = ["knn_top1_pixels", "knn_top1_untrained", "knn_top1"]
+    assert [float(str(data["value"])) for data in page.all("data")] == [SUMMARY[key] for key in keys]
+    widths = [str(span["style"]) for span in page.all("span") if span.get("class") == "bar"]
+    assert widths == ["width:27.67%", "width:53.92%", "width:76.67%"]
+    for shown in ("76.7 %", "22.8 points more", "53.9 %", "27.7 %", "1,395 steps", "15 epochs", "1,312.4 images/s",
+                  "3f2a9c1e8b and changes", "ViT: 2 blocks, width 64, patch 8", "20 most similar"):  # fmt: skip
+        assert shown in page.text
+    assert "Unreadable images" not in page.text
+
+
+def test_curves_are_those_of_the_metrics(run: Path):
+    curves = Page(write_report(run)).curves()
+    names = {
+        "one step": "train/loss",
+        "mean of the epoch": "train/loss_epoch",
+        "top-1": "knn/top1",
+        "k = 10": "knn/top1_k10",
+        "learning rate": "schedule/lr",
+        "entropy": "collapse/teacher_entropy",
+    }
+    for name, column in names.items():
+        assert curves[name] == [[row["step"], row[column]] for row in rows() if column in row]
+    assert "momentum" not in curves
+
+
+def test_order_starts_with_loss_and_knn(run: Path):
+    page = Page(write_report(run))
+    titles = re.findall(r"<h3>([^<]*)</h3>", page.source.partition('id="learning"')[2])
+    assert titles[:2] == ["Training loss", "k-NN accuracy"]
+    assert len(titles) == len(page.data["charts"])
+
+
+def test_reference_lines(run: Path):
+    lines = Page(write_report(run)).references()
+    assert lines["ln 256: all prototypes alike"] == pytest.approx(math.log(256))
+    assert lines["1/√D: evenly spread"] == pytest.approx(1 / 8)
+    assert lines["untrained, top-1"] == SUMMARY["knn_top1_untrained"]
+    assert lines["raw pixels, top-1"] == SUMMARY["knn_top1_pixels"]
+
+
+def test_epochs_are_counted_from_one(run: Path):
+    assert Page(write_report(run)).data["epochs"] == [[9, 1], [109, 2], [209, 3], [309, 4]]
+
+
+def test_a_step_that_stands_twice_has_its_later_value_and_what_is_no_number_is_left_out(run: Path):
+    values = [(1, 5.0), (2, 4.0), (3, "nan"), (2, 3.5), (4, "inf"), (5, "3.0")]
+    write_metrics(run, [{"step": step, "train/loss": value} for step, value in values])
+    assert Page(write_report(run)).curves() == {"one step": [[1, 5.0], [2, 3.5], [5, 3.0]]}
+
+
+def test_unknown_columns_get_a_chart(run: Path):
+    write_metrics(run, [{"step": step, "mine/<b>": 10.0**step} for step in range(5)])
+    page = Page(write_report(run))
+    assert page.curves() == {"mine/<b>": [[step, 10.0**step] for step in range(5)]}
+    assert "mine/<b>" in page.text
+    assert "checked" in next(box for box in page.all("input") if box["type"] == "checkbox")  # a logarithmic axis
+
+
+def test_thinning_keeps_ends_and_spikes():
+    rng = np.random.default_rng(0)
+    curve = [(step, float(value)) for step, value in enumerate(rng.normal(size=50_000))]
+    curve[12_345], curve[40_000] = (12_345, 99.0), (40_000, -99.0)
+    kept = thinned(curve)
+    assert len(kept) <= MOST_POINTS
+    assert set(kept) <= set(curve)
+    assert {curve[0], curve[-1], curve[12_345], curve[40_000]} <= set(kept)
+    assert [step for step, _ in kept] == sorted({step for step, _ in kept})
+    assert thinned(curve[:MOST_POINTS]) == curve[:MOST_POINTS]
+
+
+HOSTILE = "</script></pre></details><img src=x onerror=alert(1)>{{data}}\"'&amp;\u2028"
+
+
+def test_hostile_text_stays_text(run: Path):
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "experiment": HOSTILE, "backbone": {"name": HOSTILE}}))
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "experiment": HOSTILE, "seed": HOSTILE, "commit": "<i>"}))
+    write_metrics(run, [{"step": 1, HOSTILE: 1.0}])
+    draw(run, "<img src=x onerror=alert(1)>&quot;")
+    page = Page(write_report(run))
+    assert len(page.all("script")) == 2
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert all(str(image["src"]).startswith("data:image/png") for image in page.all("img"))
+    assert page.text.count(HOSTILE) >= 4  # title, network, seed, chart
+    assert page.curves() == {HOSTILE: [[1, 1.0]]}
+    assert (run / "config.yaml").read_text() in page.text
+
+
+def test_the_configuration_is_whole_and_folded(run: Path):
+    page = Page(write_report(run))
+    assert (run / "config.yaml").read_text() in page.text
+    assert "open" not in page.all("details")[0]
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("summary.json", "There are no k-NN figures: the images have no labels, or"),
+        ("config.yaml", "The configuration is unknown: config.yaml is missing."),
+        ("metrics.csv", "There are no curves: metrics.csv is missing or empty."),
+        ("pictures/attention.png pictures/attention_epoch0002.png pictures/attention_epoch0010.png",
+         "There are no attention maps"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said(run: Path, missing: str, sentence: str):
+    assert sentence not in Page(write_report(run)).text
+    for name in missing.split():
+        (run / name).unlink()
+    assert sentence in Page(write_report(run)).text
+
+
+def test_an_empty_folder_has_a_report(tmp_path: Path):
+    page = Page(write_report(tmp_path))
+    assert tmp_path.name in page.text
+    assert page.data["charts"] == []
+    assert "nothing to judge it by" in page.text
+    assert "There are no pictures: the run has drawn none." in page.text
+
+
+@pytest.mark.parametrize("name", ["knn", "pictures"])
+def test_what_was_switched_off_is_said(tmp_path: Path, name: str):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callbacks": {name: {"enabled": False}}}))
+    assert f"callbacks.{name}.enabled is false." in Page(write_report(tmp_path)).text
+
+
+def test_without_baselines_the_trained_figure_stands_alone(run: Path):
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "knn_top1_untrained": None, "knn_top1_pixels": None}))
+    page = Page(write_report(run))
+    assert [data["value"] for data in page.all("data")] == [repr(SUMMARY["knn_top1"])]
+    assert "Not evaluated: raw pixels, untrained network." in page.text
+    assert "points" not in page.text
+    assert not [label for label in page.references() if "top-1" in label]
+
+
+def test_broken_files_are_named(run: Path):
+    (run / "config.yaml").write_text("a: [1, <2\n")
+    assert "a: [1, <2" in Page(write_report(run)).text
+    (run / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="summary.json: expected JSON"):
+        write_report(run)
+    with pytest.raises(UserError, match="expected the folder of a run"):
+        write_report(run / "nowhere")
+
+
+def test_results_table_has_the_three_figures():
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(results_table(SUMMARY))
+    console.print(results_table({"knn_top1": None}))
+    shown = console.export_text()
+    for name, figure in [("Raw pixels", "27.7 %"), ("Untrained network", "53.9 %"), ("Trained teacher", "76.7 %")]:
+        assert re.search(rf"{name}\s+\W\s+{figure}", shown)
+    assert shown.count("not evaluated") == 3
+    assert "report.html" in shown
