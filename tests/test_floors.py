@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 
 FLOORS = [
-    {"config", "schedules", "distributed", "numerics", "errors"},
+    {"config", "schedules", "distributed", "numerics", "sharding", "errors"},
     {"heads", "losses", "centering", "ema", "optim", "pictures"},
     {"backbones", "data"},
-    {"methods", "evaluation", "checkpoints"},
+    {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
     {"build", "run", "checks", "report"},
     {"cli", "explain", "reference"},

@@ -135,6 +135,12 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], t
     assert column(tmp_path / "other", "train/loss") != column(output, "train/loss")
 
 
+def test_a_checkpoint_of_every_epoch(tmp_path: Path) -> None:
+    run(tmp_path, "callbacks.checkpoint.every_n_epochs=1", "callbacks.pictures.enabled=false")
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "best_knn.ckpt", "epoch0000.ckpt", "epoch0001.ckpt"}
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run(tmp_path, "logger=tensorboard", "trainer.max_steps=2", "callbacks.pictures.enabled=false")

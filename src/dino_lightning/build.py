@@ -26,6 +26,7 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.methods.dino import DINO
+from dino_lightning.strategy import FullySharded
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
@@ -37,6 +38,8 @@ def build_data(config: TrainConfig) -> MultiCropDataModule:
 def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.Trainer:
     """Lightning's trainer with this run's callbacks and loggers."""
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
+    if config.trainer.strategy == "fsdp":
+        arguments["strategy"] = FullySharded()  # Lightning's own "fsdp" is FSDP1
     callbacks = build_callbacks(config) if not config.trainer.barebones else []
     loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
     try:
@@ -60,6 +63,14 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     return callbacks
 
 
+class KeptCheckpoint(ModelCheckpoint):
+    """Checkpoints kept for good.
+
+    A class of its own because Lightning tells callbacks apart by class and interval: at an interval of one epoch it
+    would take this one for that of `last.ckpt`.
+    """
+
+
 def _checkpoints(config: TrainConfig, folder: Path) -> list[Callback]:
     always: dict[str, Any] = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
     always["save_on_train_epoch_end"] = True
@@ -71,7 +82,7 @@ def _checkpoints(config: TrainConfig, folder: Path) -> list[Callback]:
         )
     if config.callbacks.checkpoint.every_n_epochs:
         every = config.callbacks.checkpoint.every_n_epochs
-        kept.append(ModelCheckpoint(filename="epoch{epoch:04d}", save_top_k=-1, every_n_epochs=every, **always))
+        kept.append(KeptCheckpoint(filename="epoch{epoch:04d}", save_top_k=-1, every_n_epochs=every, **always))
     return kept
 
 

@@ -8,21 +8,27 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lightning.backbones import timm_recipes
 from dino_lightning.config import BackboneConfig
 
 
 def export_backbone(
-    backbone: nn.Module, path: Path, *, config: BackboneConfig, image_size: int, mean: list[float], std: list[float]
+    weights: dict[str, Tensor],
+    path: Path,
+    *,
+    config: BackboneConfig,
+    image_size: int,
+    mean: list[float],
+    std: list[float],
 ) -> dict[str, Any]:
-    """Write the weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
+    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
 
     The file's metadata holds the same arguments as JSON (`timm`) and the normalisation of the images, so the file
     alone says how to use it.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size))
     metadata = {"format": "pt", "timm": json.dumps(recipe), "mean": json.dumps(mean), "std": json.dumps(std)}
     temporary = path.with_suffix(".tmp")

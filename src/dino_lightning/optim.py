@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig
+from dino_lightning.distributed import all_reduce_sum
+from dino_lightning.numerics import at_least_float32
+from dino_lightning.sharding import is_sharded, local
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -31,9 +34,12 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    norms = torch.stack(torch._foreach_norm(gradients, 2))
+    slices = [local(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(slices, 2))
+    if is_sharded(gradients[0]):  # then all are
+        norms = all_reduce_sum(at_least_float32(norms).square()).sqrt()
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    torch._foreach_mul_(slices, list(factors.unbind()))
 
 
 def drop_last_layer_gradients(module: nn.Module) -> None:

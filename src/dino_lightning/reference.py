@@ -19,6 +19,8 @@ A *duration* is a string with a unit: `10ep` (epochs), `500it` (optimizer steps)
 
 def main() -> None:
     """Write or check the page."""
+    if not TARGET.parent.is_dir():
+        sys.exit("dino-docs writes docs/configuration.md of a checkout, and this is an installed package")
     page = render()
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(page)

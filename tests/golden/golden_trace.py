@@ -1,6 +1,8 @@
-"""The golden trace: 20 steps of DINO in float64 from fixed numbers; `python tests/golden/golden_trace.py` rewrites the file.
+"""The golden trace: 20 steps of DINO in float64 from fixed numbers.
 
-Weights and images come from numpy's PCG64, whose streams are fixed, so the trace does not depend on the version of torch.
+Running this file (`python tests/golden/golden_trace.py`) rewrites the stored numbers.
+
+Weights and images come from numpy's PCG64, whose streams are fixed, so the trace does not depend on torch's version.
 Rewrite it only for a change that is meant to change results, and say so under "Numerics" in CHANGELOG.md.
 """
 

@@ -1,8 +1,5 @@
-"""Two ranks over gloo train as one process with the same total batch."""
+"""Two ranks over gloo train as one process with the same total batch, each with whole networks (DDP) or with slices."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,11 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 """Float64: only the order of sums differs."""
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    tests = str(Path(__file__).parents[1])
-    shared = {**os.environ, "PYTHONPATH": tests, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command = [sys.executable, str(Path(__file__).with_name("ranks_worker.py")), str(folder)]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    results = ranks_worker.launch(request.param, tmp_path_factory.mktemp("ranks"))
+    assert {*results[0]["sharded"], *results[1]["sharded"]} == {request.param == "fsdp"}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +27,7 @@ def alone() -> tuple[tiny.Record, ranks_worker.Gradients, Any]:
     module, whole = ranks_worker.module_and_batches()
     module.batch_size_per_device = 8
     gradients = ranks_worker.Gradients()
-    return tiny.fit(module, whole, callbacks=[gradients]), gradients, module
+    return tiny.fit(module, whole, callbacks=[gradients], max_epochs=ranks_worker.EPOCHS), gradients, module
 
 
 def test_losses(ranks: list[dict[str, Any]], alone: Any) -> None:
@@ -65,8 +54,13 @@ def test_gradients(ranks: list[dict[str, Any]], alone: Any) -> None:
                 torch.testing.assert_close(gradient, expected[name], **EXACT, msg=name)
 
 
+def test_some_gradients_are_clipped(alone: Any) -> None:
+    norms = [gradient.norm() for step in alone[1].seen for gradient in step.values()]
+    assert {bool(norm > ranks_worker.CLIP) for norm in norms} == {True, False}
+
+
 @pytest.mark.parametrize("network", ["student", "teacher"])
-def test_weights_after_five_steps(network: str, ranks: list[dict[str, Any]], alone: Any) -> None:
+def test_weights_in_the_end(network: str, ranks: list[dict[str, Any]], alone: Any) -> None:
     expected = tiny.copy(getattr(alone[2], network))
     for rank in ranks:
         for name, weight in rank[network].items():

@@ -206,7 +206,9 @@ def test_exported_weights_load_into_timm(config: BackboneConfig, size: int, tmp_
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.02)
     path = tmp_path / "teacher.safetensors"
-    recipe = export_backbone(ours, path, config=config, image_size=size, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
+    recipe = export_backbone(
+        ours.state_dict(), path, config=config, image_size=size, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0]
+    )
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -83,13 +83,14 @@ def _data() -> MultiCropDataModule:
 
 
 def test_knn_evaluation_moves_nothing() -> None:
-    """Weights, centre and random states: a run with k-NN each epoch is bit for bit the run without."""
+    """Weights, centre, random states, train mode: a run with k-NN each epoch is bit for bit the run without."""
     runs = []
     for callbacks in ([], [KNNCallback(KNNConfig(k=[5], headline_k=5, batch_size_per_device=16))]):
         L.seed_everything(1, verbose=False)
         module = tiny.dino(batch_size=16)
         tiny.fit(module, _data(), max_epochs=2, precision=32, callbacks=callbacks)
         runs.append(tiny.copy(module))
+        assert all(part.training for part in module.modules())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 

@@ -20,6 +20,7 @@ from dino_lightning.config import KNNConfig
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.knn import knn_accuracy
+from dino_lightning.sharding import gathered
 
 PIXEL_SIDE = 32
 """Raw pixels are compared at this many pixels per side."""
@@ -54,6 +55,8 @@ class KNNCallback(Callback):
         self.pixels: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.last_step = -1
+        self.on_images: Callable[[int, int], None] | None = None
+        """Told how many images of how many this rank has seen, during an evaluation."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
@@ -117,13 +120,15 @@ class KNNCallback(Callback):
         asked = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
         backbone = cast(nn.Module, cast(Any, pl_module).teacher.backbone)
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
+        chosen = self._bank(images)
         options: dict[str, Any] = {
+            "on_batch": self._counter(-(-(len(chosen) + len(asked)) // trainer.world_size)),
             "batch_size": self.config.batch_size_per_device,
             "num_workers": images.config.num_workers,
             "device": pl_module.device,
         }
         with evaluating(backbone):
-            bank = extract_features(forward, train, indices=self._bank(images), **options)
+            bank = extract_features(forward, train, indices=chosen, **options)
             queries = extract_features(forward, val, indices=asked, **options)
         bank_ND, bank_labels_N, _ = gather_by_index(*_labelled(*bank))
         queries_MD, query_labels_M, _ = _labelled(*queries)
@@ -146,6 +151,17 @@ class KNNCallback(Callback):
             for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True)
         ]
 
+    def _counter(self, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            if self.on_images is not None:
+                self.on_images(done, total)
+
+        return count
+
     def _bank(self, images: LabelledImages) -> list[int]:
         known = np.flatnonzero(images.train_labels >= 0)
         return [int(known[i]) for i in subset_indices(len(known), limit=self.config.bank, seed=self.seed)]
@@ -157,11 +173,15 @@ class KNNCallback(Callback):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode within; after it each submodule has its own flag back, frozen ones in eval mode theirs."""
+    """Eval mode within; after it each submodule has its own flag back, frozen ones in eval mode theirs.
+
+    Sharded weights are gathered once for the whole evaluation: ranks may have different numbers of batches.
+    """
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        yield
+        with gathered(module):
+            yield
     finally:
         for part, training in flags:
             part.training = training

@@ -6,9 +6,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
 
 REFRESH_SECONDS = 0.25
@@ -35,22 +35,16 @@ class RunProgress(ProgressBar):
         """Show the bar."""
         self._enabled = True
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen to the k-NN evaluations."""
+        super().setup(trainer, pl_module, stage)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, KNNCallback):
+                callback.on_images = lambda done, total: self._evaluating(trainer, done, total)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
-        if not (self._enabled and self.console.is_terminal):
-            return
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            StepsColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.console,
-        )
-        total = int(trainer.estimated_stepping_batches)
-        self._task = self._bar.add_task(self._describe(trainer), total=total, completed=trainer.global_step)
-        self._bar.start()
+        self._open(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,10 +56,12 @@ class RunProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the epoch's figures."""
+        # On every rank: reading a metric of the epoch averages it over them.
+        description = self._describe(trainer)
         if self._bar is not None:
             self._show(trainer)
         elif self._enabled:
-            self.console.print(self._describe(trainer), highlight=False)
+            self.console.print(description, highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -74,6 +70,25 @@ class RunProgress(ProgressBar):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the error stands below it."""
         self._close()
+
+    def _open(self, trainer: L.Trainer) -> None:
+        if self._bar is not None or not (self._enabled and self.console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),  # leaves room for the rest in 80 columns
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+        )
+        total = int(trainer.estimated_stepping_batches)
+        self._task = self._bar.add_task("starting", total=total, completed=trainer.global_step)
+        self._bar.start()
+
+    def _evaluating(self, trainer: L.Trainer, done: int, total: int) -> None:
+        self._open(trainer)
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"epoch {trainer.current_epoch + 1}  k-NN: {done}/{total} images")
 
     def _show(self, trainer: L.Trainer) -> None:
         assert self._bar is not None
@@ -94,11 +109,3 @@ class RunProgress(ProgressBar):
         if self.speed.seconds:
             parts.append(f"{self.speed.images_per_second:.0f} images/s")
         return "  ".join(parts)
-
-
-class StepsColumn(ProgressColumn):
-    """Steps done of steps in all."""
-
-    def render(self, task: Task) -> Text:
-        """For example `120/1395`."""
-        return Text(f"{int(task.completed)}/{int(task.total or 0)}")

@@ -101,6 +101,8 @@ class TrainConfig:
     """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
     seed: int = 0
     """Seed of weights, order of images, augmentation and drop path."""
+    cpu_threads: int | None = None
+    """Threads of PyTorch where it trains on a CPU; null leaves a core to each loader process, of at least one."""
     resume: bool = False
     """Go on from the last checkpoint in `output_dir`."""
 

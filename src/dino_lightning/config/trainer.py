@@ -21,9 +21,10 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """`auto`, `ddp`, `fsdp` or another of Lightning's strategies."""
+    """`auto`, `ddp`, `fsdp` (weights spread over the devices, for networks too large for one; with `precision`
+    `bf16-mixed` or `32`) or another of Lightning's strategies."""
     precision: Any = "16-mixed"
-    """`32`, `bf16-mixed`, `16-mixed` or another of Lightning's precisions."""
+    """`32`, `bf16-mixed`, `16-mixed` or `64`; weights are never kept in half precision."""
     max_epochs: int | None = 100
     """Length of the run (epochs); the schedules span it. -1 for a run given in `max_steps`."""
     max_steps: int = -1

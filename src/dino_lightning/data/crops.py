@@ -4,11 +4,13 @@ A view is: crop and resize (bicubic), flip, colour jitter, grayscale, blur, sola
 """
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, ToTensor, v2
 
 from dino_lightning.config import CropsConfig
 
@@ -40,7 +42,8 @@ class Solarize:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Solarise, or not."""
-        return ImageOps.solarize(image, self.threshold) if random.random() < self.p else image
+        # A view without solarisation draws nothing, as in the original, which has no such operator there.
+        return ImageOps.solarize(image, self.threshold) if self.p and random.random() < self.p else image
 
 
 class MultiCrop:
@@ -92,6 +95,6 @@ def denormalize(images: Tensor, *, config: CropsConfig) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def _to_normalised(config: CropsConfig) -> list[v2.Transform]:
-    to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    return [*to_tensor, v2.Normalize(config.mean, config.std)]
+def _to_normalised(config: CropsConfig) -> list[Callable[[Any], Any]]:
+    # v2.ToDtype(scale=True) multiplies by 1/255 where ToTensor divides by 255: half of the values differ in a bit.
+    return [ToTensor(), v2.Normalize(config.mean, config.std)]

@@ -19,6 +19,7 @@ from dino_lightning.ema import ema_update, follow
 from dino_lightning.numerics import at_least_float32
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
 from dino_lightning.schedules import Cosine, Duration
+from dino_lightning.sharding import shard
 
 REFERENCE_BATCH = 256
 """Images per optimizer step for which `optim.lr` is given (linear scaling rule)."""
@@ -69,6 +70,7 @@ class StudentTeacher(L.LightningModule, ABC):
         self.optim = optim
         self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
         self.batch_size_per_device = batch_size_per_device
+        self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
 
@@ -123,6 +125,18 @@ class StudentTeacher(L.LightningModule, ABC):
         return self.schedules[schedule](self.global_step)
 
     # ----------------------------------------------------------------------------------------------------- step
+
+    def configure_model(self) -> None:
+        """Spread the weights over the devices where the strategy is FSDP."""
+        if self.device_mesh is None or self._sharded:
+            return
+        self._sharded = True
+        synchronised = self.trainer.strategy._layer_sync  # pyright: ignore[reportAttributeAccessIssue]
+        if synchronised is not None:  # `trainer.sync_batchnorm`, which Lightning forgets under this strategy
+            synchronised.apply(self)
+        # Backbone and head each by itself: methods and evaluation call them, not the network around them.
+        for network in (self.student, self.teacher):
+            shard(network.backbone, network.head, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over the student, and the schedules, now that the length of the run is known."""
