@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import sys
 import types
 from functools import partial
@@ -234,9 +235,14 @@ def compare(initial: Weights, original: Trace, ours: Trace) -> None:
         print(f"{step:4d} {loss:18.12f} {apart:9.1e} {center:10.1e} {student:11.1e} {teacher:11.1e}")
     last = difference(original.students[-1], ours.students[-1])
     moved = difference(original.students[-1], initial)
-    print("\nlargest difference after the last step, by parameter (and how far the parameter moved):")
-    for name in sorted(last, key=last.__getitem__, reverse=True)[:8]:
-        print(f"  {last[name]:.1e}  ({moved[name]:.1e})  {name}")
+    print("\nlargest difference after the last step by parameter, blocks taken together (and how far it moved):")
+    kinds: dict[str, tuple[float, float]] = {}
+    for name, apart in last.items():
+        kind = re.sub(r"(blocks|layer\d)\.\d+\.", r"\1.*.", name)
+        before = kinds.get(kind, (0.0, 0.0))
+        kinds[kind] = max(before[0], apart), max(before[1], moved[name])
+    for kind in sorted(kinds, key=kinds.__getitem__, reverse=True):
+        print(f"  {kinds[kind][0]:.1e}  ({kinds[kind][1]:.1e})  {kind}")
 
 
 def difference(one: Weights, other: Weights) -> dict[str, float]:
