@@ -248,22 +248,6 @@ def test_no_validation_images_are_noticed_before_training(tmp_path: Path) -> Non
         fit(tmp_path, [KNNCallback(knn_config(baselines=False))], data=Data(n_val=0))
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"k": []}, r"callbacks\.knn\.k=\[\]: expected 1 or more"),
-        ({"k": [0, 3]}, r"callbacks\.knn\.k=\[0, 3\]: expected 1 or more"),
-        ({"headline_k": 9}, r"callbacks\.knn\.headline_k=9: .* the closest is 10"),
-        ({"temperature": 0.0}, r"callbacks\.knn\.temperature=0\.0: expected a value above 0"),
-        ({"every_n_epochs": 0}, r"callbacks\.knn\.every_n_epochs=0"),
-        ({"bank": 0}, r"callbacks\.knn\.bank=0"),
-    ],
-)
-def test_wrong_settings_are_refused(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        KNNCallback(knn_config(**changes))
-
-
 def test_evaluating_gives_flags_back_after_an_error() -> None:
     backbone = Backbone().train()
     backbone[4].eval()

@@ -48,7 +48,6 @@ class KNNCallback(Callback):
     """
 
     def __init__(self, config: KNNConfig, *, seed: int = 0) -> None:
-        _check(config)
         self.config = config
         self.seed = seed
         self.untrained: dict[str, float] = {}
@@ -211,28 +210,3 @@ def _labelled(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple
 
 def _images(trainer: Trainer) -> LabelledImages:
     return cast(LabelledImages, cast(Any, trainer).datamodule)
-
-
-def _check(config: KNNConfig) -> None:
-    least_one = {
-        "every_n_epochs": config.every_n_epochs,
-        "batch_size_per_device": config.batch_size_per_device,
-        "bank": config.bank,
-        "queries": config.queries,
-        "k": min(config.k, default=0),
-    }
-    for key, value in least_one.items():
-        if value is not None and value < 1:
-            shown = config.k if key == "k" else value
-            raise UserError(
-                f"callbacks.knn.{key}={shown}: expected 1 or more; the default is {getattr(KNNConfig(), key)}."
-            )
-    if config.temperature <= 0:
-        raise UserError(
-            f"callbacks.knn.temperature={config.temperature}: expected a value above 0; the paper has 0.07."
-        )
-    if config.headline_k not in config.k:
-        raise UserError(
-            f"callbacks.knn.headline_k={config.headline_k}: expected one of callbacks.knn.k={config.k}; "
-            f"the closest is {min(config.k, key=lambda k: abs(k - config.headline_k))}."
-        )
