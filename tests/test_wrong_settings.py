@@ -53,7 +53,7 @@ WRONG = [
     ("data.num_workers=-1", "data.num_workers=-1: expected at least 0"),
     ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
     ("trainer.precision=fp8", "trainer.precision=fp8:"),
-    ("trainer.precision=bf16-true", "trainer.precision=bf16-true: did you mean 'bf16-mixed'?"),
+    ("trainer.precision=bf16-true", "trainer.precision=bf16-true would round"),
     ("trainer.strategy=ddpp", "trainer.strategy=ddpp: did you mean 'ddp'?"),
     ("trainer.strategy=fsdp trainer.precision=64", "trainer.strategy=fsdp does not work with trainer.precision=64"),
     ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),

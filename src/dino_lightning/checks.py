@@ -19,7 +19,6 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.schedules import Duration
 
-# Not 16-true and bf16-true: in half precision the teacher's moving average would round its small steps away.
 PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
 SHARDED_PRECISIONS = ("32", "32-true", "bf16-mixed")
@@ -205,6 +204,9 @@ def _check_crops(config: TrainConfig) -> None:
 
 def _check_trainer(config: TrainConfig) -> None:
     trainer = config.trainer
+    if str(trainer.precision) in ("16-true", "bf16-true"):
+        raise UserError(f"trainer.precision={trainer.precision} would round the teacher's small steps away; set "
+                        "trainer.precision=bf16-mixed.")  # fmt: skip
     for key, known in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
         value = str(getattr(trainer, key))
         if value not in known:
