@@ -90,8 +90,8 @@ def quieten_libraries() -> None:
 def threads_beside(workers: int, devices: int) -> int:
     """Threads for each training process on a CPU, so that they and the loader processes have a core each.
 
-    Threads that share a core with a loader wait for each other in every small operation: on two cores with two
-    loaders, one thread trains several times faster than two.
+    Threads that share a core with a loader wait for each other in every small operation, which costs more than a
+    second thread gains.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // devices - workers)
