@@ -60,16 +60,6 @@ def all_gather_concat(tensor: Tensor) -> Tensor:
     return rows.to(tensor.device)
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if not _active():
-        return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-    else:
-        dist.barrier()
-
-
 def _gather_equal(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())

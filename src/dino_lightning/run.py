@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import warnings
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -110,8 +111,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def commit() -> str | None:
-    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel."""
+    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel.
+
+    Asked at the start of a run and kept: by its end the checkout may have moved on.
+    """
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder), "--no-optional-locks"]
