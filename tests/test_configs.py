@@ -63,6 +63,15 @@ def test_backbones_build_by_name(backbone: str) -> None:
     assert features.shape == (6, method.teacher.backbone.num_features)
 
 
+def test_own_images_get_the_settings_for_photographs() -> None:
+    bare = composed("data=parquet", "data.path=.")
+    assert bare == composed("experiment=photos32", "data=parquet", "data.path=.")
+    assert bare.experiment == "photos32"
+    for builtin in ((), ("data=builtin",), ("backbone=vit_tiny",)):
+        assert composed(*builtin).experiment == "quick"
+    assert composed("data=folder", "data.path=.", "experiment=quick").experiment == "quick"
+
+
 def test_patch_size_is_a_key_of_its_own() -> None:
     backbone = config_of("backbone=vit_small", "backbone.patch_size=8").backbone
     assert isinstance(backbone, ViTConfig)
