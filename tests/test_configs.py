@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -70,6 +72,26 @@ def test_own_images_get_the_settings_for_photographs() -> None:
     for builtin in ((), ("data=builtin",), ("backbone=vit_tiny",)):
         assert composed(*builtin).experiment == "quick"
     assert composed("data=folder", "data.path=.", "experiment=quick").experiment == "quick"
+    for backbone in ("vit_tiny", "resnet50", "resnet18"):
+        assert config_of("data=folder", "data.path=.", f"backbone={backbone}").experiment == "photos32"
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_hydra_flags_may_stand_anywhere_beside_own_images(tmp_path: Path, place: int) -> None:
+    command = [sys.executable, "train.py", "data=folder", "data.path=.", f"output_dir={tmp_path}"]
+    command[place + 1 : place + 1] = ["--cfg", "job"]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True)
+    assert "\nexperiment: photos32\n" in done.stdout
+
+
+def test_help_lists_every_option_and_no_schema() -> None:
+    command = [sys.executable, "train.py", "--help"]
+    shown = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True).stdout
+    listed = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line)
+    for option in [*OPTIONS, "backbone=timm", *(f"experiment={name}" for name in EXPERIMENTS)]:
+        group, name = option.split("=")
+        assert name in listed[group].split(", ")
+    assert "schema_" not in shown
 
 
 def test_patch_size_is_a_key_of_its_own() -> None:

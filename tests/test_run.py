@@ -135,6 +135,14 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], t
     assert column(tmp_path / "other", "train/loss") != column(output, "train/loss")
 
 
+def test_paths_are_printed_in_one_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / ("long" * 30)
+    run(output, "trainer.max_epochs=1", "callbacks.pictures.enabled=false")
+    shown = capsys.readouterr()
+    assert f"Output    {output}\n" in shown.err
+    assert f"Pictures and curves: {output / 'report.html'}\n" in shown.out
+
+
 def test_a_checkpoint_of_every_epoch(tmp_path: Path) -> None:
     run(tmp_path, "callbacks.checkpoint.every_n_epochs=1", "callbacks.pictures.enabled=false")
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -36,8 +36,9 @@ def train() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     register_timm_networks(sys.argv[1:])
-    sys.argv += settings_for_data(sys.argv[1:])
+    sys.argv[1:] = with_settings_for_data(sys.argv[1:])
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         _train()
     except EXPLAINED as error:
@@ -81,14 +82,17 @@ def register_timm_networks(overrides: list[str]) -> None:
         ConfigStore.instance().store(group="backbone", name=name, node=TimmConfig(name=name))
 
 
-def settings_for_data(overrides: list[str]) -> list[str]:
-    """The experiment for images of one's own, where data is named and no experiment is: that for photographs.
+def with_settings_for_data(overrides: list[str]) -> list[str]:
+    """The overrides and, where they name data but no experiment, the experiment for photographs.
 
     The default experiment, `quick`, is tuned to the drawings of the built-in set.
     """
     groups = dict(text.split("=", 1) for text in overrides if "=" in text)
-    own = groups.get("data", "builtin") != "builtin"
-    return ["experiment=photos32"] if own and "experiment" not in groups else []
+    if groups.get("data", "builtin") == "builtin" or "experiment" in groups:
+        return overrides
+    # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
+    place = overrides.index(f"data={groups['data']}")
+    return [*overrides[:place], "experiment=photos32", *overrides[place:]]
 
 
 def run_name() -> str:
@@ -99,3 +103,11 @@ def run_name() -> str:
     # Processes that Lightning starts for the other devices inherit it.
     os.environ["DINO_LIGHTNING_RUN"] = time.strftime("%Y%m%d-%H%M%S")
     return os.environ["DINO_LIGHTNING_RUN"]
+
+
+def groups() -> str:
+    """The options of each group, for `--help`: the files, without the schemas that Hydra would list beside them."""
+    folders = [folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "hydra"]
+    return "\n".join(
+        f"{folder.name}: {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}" for folder in folders
+    )

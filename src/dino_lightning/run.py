@@ -145,7 +145,7 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
                   f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}")  # fmt: skip
     length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_epochs != -1 else "as many epochs as it takes"
     console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
-    console.print(f"[bold]Output[/]    {config.output_dir}")
+    console.print(f"[bold]Output[/]    {config.output_dir}", soft_wrap=True)
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
@@ -197,7 +197,7 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     console.print(results_table(summary))
     if summary["bad_images"]:
         console.print(f"{summary['bad_images']} images could not be read: see {output / 'bad_images.txt'}")
-    console.print(f"Report and pictures: {report}")
+    console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied
 
 
 def write_atomically(path: Path, text: str) -> None:

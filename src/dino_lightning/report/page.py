@@ -98,7 +98,7 @@ def write_report(run_dir: Path) -> Path:
 
 def results_table(summary: dict[str, Any]) -> Table:
     """The three k-NN figures of `summary.json`, for the terminal."""
-    table = Table("Features", title="k-NN top-1", caption="Pictures and curves: report.html", min_width=36)
+    table = Table("Features", title="k-NN top-1", min_width=36)
     table.add_column("Correct", justify="right")
     for key, name, _ in KNN_ROWS:
         value = finite(summary.get(key))
