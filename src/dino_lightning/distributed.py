@@ -25,6 +25,16 @@ def world_size() -> int:
     return dist.get_world_size() if _active() else 1
 
 
+def leave_group() -> None:
+    """Close the process group, if there is one; for the end of a process.
+
+    Lightning does so for NCCL alone. With gloo, threads that outlive the interpreter abort some processes on their way
+    out ("terminate called without an active exception"), although their work is done.
+    """
+    if _active():
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks of a tensor of one shape; the argument keeps its values."""

@@ -1,5 +1,6 @@
 """One training run from configuration to summary, in its order."""
 
+import atexit
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checks import check_config, check_data, check_keys
 from dino_lightning.config import TrainConfig
 from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.distributed import leave_group
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.report import results_table, write_report
 from dino_lightning.sharding import whole_state
@@ -67,6 +69,7 @@ def run_training(composed: DictConfig) -> float | None:
         introduce(config, data, trainer, method)
 
     checkpoint = str(output / "checkpoints" / "last.ckpt") if config.resume else None
+    atexit.register(leave_group)
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     finally:

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig
+from dino_lightning.distributed import leave_group
 from dino_lightning.sharding import is_sharded, whole
 from dino_lightning.strategy import FullySharded
 
@@ -87,6 +88,7 @@ def main(strategy: str, folder: Path) -> None:
         },
         folder / f"rank{trainer.global_rank}.pt",
     )
+    leave_group()
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dino_lightning.callbacks.knn import KNNCallback, evaluating
+from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
 
 NAMES = {"top1", "top5", "top1_k3", "top5_k3", "top1_k10", "top5_k10"}
@@ -266,6 +267,7 @@ def _run_rank(rank: int, folder: str, port: int) -> None:
     about_us = [str(warning.message) for warning in caught if "knn/" in str(warning.message)]
     result = {"state": knn.state_dict(), "logged": float(trainer.callback_metrics["knn/top1"]), "warnings": about_us}
     torch.save(result, f"{folder}/{rank}.pt")
+    leave_group()
 
 
 def test_two_ranks_agree_and_have_the_untrained_result_of_one(tmp_path: Path) -> None:
