@@ -28,8 +28,8 @@ def world_size() -> int:
 def leave_group() -> None:
     """Close the process group, if there is one; for the end of a process.
 
-    Lightning does so for NCCL alone. With gloo, threads that outlive the interpreter abort some processes on their way
-    out ("terminate called without an active exception"), although their work is done.
+    Lightning does so for NCCL alone. A process that ended with a gloo group still open was seen to abort on its way out
+    ("terminate called without an active exception"), although its work was done.
     """
     if _active():
         dist.destroy_process_group()

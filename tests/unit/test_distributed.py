@@ -38,8 +38,9 @@ def _run_rank(rank: int, folder: str) -> None:
         "not contiguous": distributed.all_gather_concat(column),
         "argument": statistic.detach(),
     }
+    distributed.leave_group()
+    results["left"] = not dist.is_initialized()
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,12 @@ def test_gather_keeps_the_order_of_ranks_and_drops_the_padding(ranks: list[dict]
         assert result["not contiguous"].tolist() == [[0, 2, 4], [1, 3, 5], [1, 3, 5], [0, 2, 4], [1, 3, 5]]
 
 
+def test_leaving_closes_the_group(ranks: list[dict]) -> None:
+    assert all(result["left"] for result in ranks)
+
+
 def test_without_a_group_there_is_one_rank() -> None:
+    distributed.leave_group()
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0], requires_grad=True)
     for function in (distributed.all_reduce_sum, distributed.all_reduce_mean, distributed.all_gather_concat):
