@@ -23,13 +23,19 @@ from dino_lightning.config.around import (
     TensorBoardLoggerConfig,
     WandbLoggerConfig,
 )
-from dino_lightning.config.images import (
+from dino_lightning.config.crops import CropsConfig
+from dino_lightning.config.data import (
+    TORCHVISION_NAMES,
+    ArchiveData,
     BuiltinData,
-    CropsConfig,
     DataConfig,
     FolderData,
+    HuggingFaceData,
+    LandmarksData,
+    ListingData,
     ParquetData,
     TorchvisionData,
+    WebDatasetData,
 )
 from dino_lightning.config.model import (
     AdamWConfig,
@@ -46,7 +52,9 @@ from dino_lightning.config.trainer import TrainerConfig
 
 __all__ = [
     "SCHEMAS",
+    "TORCHVISION_NAMES",
     "AdamWConfig",
+    "ArchiveData",
     "BackboneConfig",
     "BuiltinData",
     "CSVLoggerConfig",
@@ -56,8 +64,11 @@ __all__ = [
     "DINOConfig",
     "DataConfig",
     "FolderData",
+    "HuggingFaceData",
     "KNNConfig",
     "LARSConfig",
+    "LandmarksData",
+    "ListingData",
     "LoggerConfig",
     "MethodConfig",
     "OptimConfig",
@@ -71,6 +82,7 @@ __all__ = [
     "TrainerConfig",
     "ViTConfig",
     "WandbLoggerConfig",
+    "WebDatasetData",
     "register",
 ]
 
@@ -114,7 +126,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "data": {
         "builtin": BuiltinData,
         "folder": FolderData,
+        "listing": ListingData,
+        "landmarks": LandmarksData,
+        "archive": ArchiveData,
         "parquet": ParquetData,
+        "huggingface": HuggingFaceData,
+        "webdataset": WebDatasetData,
         "torchvision": TorchvisionData,
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig, "lars": LARSConfig},

@@ -1,80 +1,76 @@
 """The LightningDataModule: multi-crop batches for training, plain images for evaluation."""
 
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dino_lightning.config import CropsConfig, DataConfig
-from dino_lightning.data.builtin import BuiltinImages
-from dino_lightning.data.crops import MultiCrop, eval_transform
-from dino_lightning.data.sources import ImageSource, Sources, open_sources
+from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
+from dino_lightning.data.batches import CropBatches, StreamBatches, crop_seed
+from dino_lightning.data.cache import cached
+from dino_lightning.data.crops import CutCrops, EvalView, crop_backend, without_colour
+from dino_lightning.data.decode import Decoder
+from dino_lightning.data.loader import KeyBatches, MapLoader, PlacedLoader, StreamLoader
+from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
+from dino_lightning.data.sources.base import Beginning
+from dino_lightning.data.sources.builtin import BuiltinImages
+from dino_lightning.distributed import rank, world_size
 from dino_lightning.errors import UserError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises on broken files."""
+SEEN_OF_A_STREAM = 256
+"""First images of a stream that pictures are made of."""
 
 
-class TransformedImages(Dataset[tuple[Any, int]]):
-    """A source seen through a transform; an unreadable image is replaced by the next readable one, and named.
+class EvalImages(Dataset[tuple[Tensor, int]]):
+    """Readable images of a source as evaluation sees them, with labels (-1 for none)."""
 
-    The replacement does not depend on chance: index i falls back to i + 1, i + 2, … . Each unreadable image is
-    appended to `bad_images` (one line, image and reason) by whichever process met it.
-    """
-
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Any], *, bad_images: Path | None):
-        self.source, self.transform, self.bad_images = source, transform, bad_images
+    def __init__(self, images: ReadableImages[Any], view: EvalView) -> None:
+        self.images, self.view, self.source = images, view, images.source
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        total = len(self.source)
-        for shift in range(total):
-            position = (index + shift) % total
-            try:
-                image, label = self.source[position]
-            except UNREADABLE as error:
-                self._note(position, error)
-                continue
-            return self.transform(image), label
-        raise UserError("data: none of the images can be read; see bad_images.txt in output_dir.")
-
-    def _note(self, position: int, error: Exception) -> None:
-        if self.bad_images is not None:
-            with self.bad_images.open("a") as file:
-                file.write(f"{self.source.describe(position)}\t{type(error).__name__}: {error}\n")
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, position = self.images[index]
+        labels = self.source.labels
+        return self.view(image), -1 if labels is None else int(labels[position])
 
 
 class MultiCropDataModule(L.LightningDataModule):
-    """Batches of V crops, each (B, 3, size, size); labels never reach training.
+    """Batches of V crops, each (B, C, size, size); labels never reach training.
 
-    For evaluation it offers `eval_dataset("train" | "val")` of (image (3, H, W), label).
+    For evaluation it offers `eval_dataset("train" | "val")` of (image (C, H, W), label).
     """
 
     def __init__(self, config: DataConfig, crops: CropsConfig, *, seed: int, bad_images: Path | None = None) -> None:
         super().__init__()
-        self.config, self.crops, self.seed, self.bad_images = config, crops, seed, bad_images
-        self._sources: Sources | None = None
+        self.config, self.seed, self.bad_images = config, seed, bad_images
+        self.crops = crops if config.channels == 3 else without_colour(crops)
+        self.decoder = Decoder(config)
 
-    @property
+    @cached_property
     def sources(self) -> Sources:
         """Training and validation images, opened at first use."""
-        if self._sources is None:
-            self._sources = open_sources(self.config, seed=self.seed)
-        return self._sources
+        return open_sources(self.config, seed=self.seed)
+
+    @property
+    def num_images(self) -> int:
+        """Training images of an epoch."""
+        train = self.sources.train
+        return train.images if isinstance(train, ImageStream) else len(train)
 
     @property
     def labelled(self) -> bool:
         """Whether a k-NN evaluation is possible: labels on both sides."""
         train, val = self.sources.train, self.sources.val
-        return train.labels is not None and val is not None and val.labels is not None
+        return (
+            isinstance(train, ImageSource) and train.labels is not None and val is not None and val.labels is not None
+        )
 
     @property
     def classes(self) -> list[str]:
@@ -89,33 +85,74 @@ class MultiCropDataModule(L.LightningDataModule):
     @property
     def train_labels(self) -> np.ndarray:
         """Labels of the training images, int64 (n,); -1 marks an image without."""
-        labels = self.sources.train.labels
-        return np.full(len(self.sources.train), -1) if labels is None else labels
+        train = self._train_images
+        return np.full(len(train), -1) if train.labels is None else train.labels
 
-    def train_dataset(self) -> TransformedImages:
-        """Training images as lists of V crops."""
-        return TransformedImages(self.sources.train, MultiCrop(self.crops), bad_images=self.bad_images)
+    @cached_property
+    def _train_images(self) -> ImageSource:
+        """The training images by index; of a stream, the first ones."""
+        train = self.sources.train
+        return Beginning(train, images=SEEN_OF_A_STREAM) if isinstance(train, ImageStream) else train
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled multi-crop batches; an incomplete last batch is left out, as in the original."""
-        workers = self.config.num_workers
-        return DataLoader(
-            self.train_dataset(),
-            batch_size=self.config.batch_size_per_device,
-            shuffle=True,
-            drop_last=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.config.pin_memory and torch.cuda.is_available(),
-            collate_fn=stack_crops,
+    @cached_property
+    def _kept_images(self) -> ImageSource:
+        """The training images, or their decoded copies. Evaluation reads the images themselves, so that a cache does
+        not change its figures."""
+        config = self.config
+        workers = max(1, config.num_workers)
+        return cached(
+            self._train_images, config=config, decoder=self.decoder, bad_images=self.bad_images, workers=workers
         )
 
-    def eval_dataset(self, split: str) -> TransformedImages:
+    def train_dataloader(self) -> PlacedLoader:
+        """Shuffled multi-crop batches that can be left and found again."""
+        config, train = self.config, self.sources.train
+        crops = crop_backend(self.crops, channels=config.channels)
+        decode = getattr(self.decoder, crops.decoding)
+        options: dict[str, Any] = {
+            "num_workers": config.num_workers,
+            "prefetch_batches": config.prefetch_batches,
+            "pin_memory": config.pin_memory,
+        }
+        ranks: dict[str, Any] = {"batch_size": config.batch_size_per_device, "seed": self.seed}
+        ranks |= {"rank": rank(), "world_size": world_size()}
+        if isinstance(train, ImageStream):
+            bad = BadImages(
+                self.bad_images,
+                images=train.images,
+                on_error=config.on_error,
+                max_bad_share=config.max_bad_share,
+            )
+            buffer: int = config.shuffle_buffer  # type: ignore[attr-defined]
+            return StreamLoader(
+                StreamBatches(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks), **options
+            )  # fmt: skip
+        images = self._readable(self._kept_images, crops.decoding)
+        return MapLoader(CropBatches(images, crops, seed=self.seed), KeyBatches(len(images), **ranks), **options)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """`crops=device`: the rest of the augmentation, where the batch is now."""
+        return batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
+
+    def example_crops(self, indices: list[int]) -> list[list[Tensor]]:
+        """The V crops of training images as the first epoch has them."""
+        crops = crop_backend(self.crops, channels=self.config.channels)
+        images = self._readable(self._train_images, crops.decoding)
+        batch = crops([images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices])
+        views = batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
+        return [list(sample) for sample in zip(*views, strict=True)]
+
+    def eval_dataset(self, split: str) -> EvalImages:
         """The images of `train` or `val` as evaluation sees them, with labels."""
-        source = self.sources.train if split == "train" else self.sources.val
+        source = self._train_images if split == "train" else self.sources.val
         if source is None:
             raise UserError("data: there are no validation images; set data.holdout to a share of the images.")
-        return TransformedImages(source, eval_transform(self.crops), bad_images=self.bad_images)
+        decoding = "pil" if self.config.channels in (1, 3) else "pixels"
+        # A file for each split: the share of bad images is one of its images.
+        bad_images = self.bad_images
+        if bad_images is not None and split == "val":
+            bad_images = bad_images.with_stem(f"{bad_images.stem}_val")
+        return EvalImages(self._readable(source, decoding, bad_images=bad_images), EvalView(self.crops))
 
     def object_mask(self, index: int) -> np.ndarray | None:
         """The pixels of the object in validation image `index` (bool (H, W)), where the data has masks."""
@@ -124,7 +161,23 @@ class MultiCropDataModule(L.LightningDataModule):
         val = self.sources.val
         return val.mask(index) if whole and isinstance(val, BuiltinImages) else None
 
+    def check_some_images(self, count: int = 8) -> None:
+        """Raise `UserError` where none of some training images can be used: a wrong setting, not a broken file."""
+        train, reason = self._train_images, ""
+        decode = getattr(self.decoder, crop_backend(self.crops, channels=self.config.channels).decoding)
+        for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
+            try:
+                decode(train.read(index))
+                return
+            except UNREADABLE as error:
+                reason = reason or f"{train.describe(index)}: {why_unreadable(error)}"
+        raise UserError(f"data: none of the images that were tried can be used ({reason})")
 
-def stack_crops(samples: list[tuple[list[Tensor], int]]) -> list[Tensor]:
-    """Samples of V crops -> V batches (B, 3, size, size)."""
-    return [torch.stack(crops) for crops in zip(*(crops for crops, _ in samples), strict=True)]
+    def _readable(self, source: ImageSource, decoding: str, *, bad_images: Path | None = None) -> ReadableImages[Any]:
+        return ReadableImages(
+            source,
+            getattr(self.decoder, decoding),
+            on_error=self.config.on_error,
+            max_bad_share=self.config.max_bad_share,
+            bad_images=bad_images or self.bad_images,
+        )

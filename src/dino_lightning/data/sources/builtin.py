@@ -20,9 +20,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import Dataset
 
+from dino_lightning.config import BuiltinData
+from dino_lightning.data.sources.base import Sources, digest
 from dino_lightning.errors import UserError
 
 Field: TypeAlias = NDArray[np.floating]
@@ -43,7 +43,7 @@ OUTLINE = 0.1
 OUTLINE_COLOUR = np.array([0.08, 0.07, 0.1], np.float32)
 
 
-class BuiltinImages(Dataset[tuple[Image.Image, int]]):
+class BuiltinImages:
     """`images` pictures of `image_size` pixels square, with labels and object masks.
 
     A picture depends on `draw_seed`, the split and its index alone: number 7 of 10 is number 7 of 6,000. Labels are
@@ -68,8 +68,9 @@ class BuiltinImages(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The picture (H, W, 3)."""
+        return self.images[index]
 
     def mask(self, index: int) -> NDArray[np.bool_]:
         """The object's pixels (H, W)."""
@@ -78,6 +79,17 @@ class BuiltinImages(Dataset[tuple[Image.Image, int]]):
     def describe(self, index: int) -> str:
         """The picture's name, for a person."""
         return f"built-in {self.split} picture {index} ({self.classes[self.labels[index]]})"
+
+    def fingerprint(self) -> str:
+        """Of the pixels themselves."""
+        return digest(self.images.tobytes())
+
+
+def open_builtin(config: BuiltinData) -> Sources:
+    """Training and validation pictures."""
+    options = {"image_size": config.image_size, "draw_seed": config.draw_seed}
+    train = BuiltinImages("train", images=config.train_images, **options)
+    return Sources(train, BuiltinImages("val", images=config.val_images, **options), None)
 
 
 def _check(split: str, *, images: int, image_size: int, draw_seed: int) -> None:

@@ -1,14 +1,15 @@
-"""The images and their augmentation: `data`, `crops`."""
+"""The augmentation: `crops`."""
 
 from dataclasses import dataclass, field
-
-from omegaconf import MISSING
 
 
 @dataclass
 class CropsConfig:
     """The multi-crop augmentation: two global views and `local_count` local ones."""
 
+    backend: str = "pil"
+    """What makes the crops. `pil`: the original's operators, bit for bit. `cpu`: the same with tensors, faster.
+    `device`: loader processes decode and cut, the rest happens on the accelerator."""
     global_size: int = 224
     """Side of a global crop (pixels)."""
     global_scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
@@ -51,63 +52,3 @@ class CropsConfig:
     """Shorter side to which an image is resized for evaluation (pixels)."""
     eval_size: int = 224
     """Side of the centre crop for evaluation (pixels)."""
-
-
-@dataclass
-class DataConfig:
-    """The images; one of the children below."""
-
-    batch_size_per_device: int = 64
-    """Images per device and micro-batch. Images per optimizer step: this x devices x nodes x accumulation."""
-    num_workers: int = 10
-    """Loader processes per device; 0 loads in the training process."""
-    pin_memory: bool = True
-    """Copy batches to page-locked memory (only where there is an accelerator)."""
-    holdout: float = 0.1
-    """Share of the images kept from training as k-NN queries, where the data has no validation split (0 to 1)."""
-
-
-@dataclass
-class BuiltinData(DataConfig):
-    """Procedurally drawn, labelled pictures with object masks: nothing to download."""
-
-    train_images: int = 6000
-    """Number of training images."""
-    val_images: int = 1200
-    """Number of validation images."""
-    image_size: int = 32
-    """Side of an image (pixels)."""
-    draw_seed: int = 0
-    """Seed of the drawings (not of the training)."""
-
-
-@dataclass
-class FolderData(DataConfig):
-    """Image files on disk: `train/` and `val/`, or class folders, or a flat folder without labels."""
-
-    path: str = MISSING
-    """Folder of the images."""
-
-
-@dataclass
-class ParquetData(DataConfig):
-    """A folder of parquet files in the Hugging Face `datasets` image layout, or one written by `save_to_disk`."""
-
-    path: str = MISSING
-    """Folder of `train*.parquet` (and `val*`, `validation*` or `test*`), or of `Dataset.save_to_disk`."""
-    image_column: str = "image"
-    """Column of the encoded images."""
-    label_column: str | None = "label"
-    """Column of the integer labels; null for images without labels."""
-
-
-@dataclass
-class TorchvisionData(DataConfig):
-    """A data set of torchvision: `cifar10`, `cifar100` or `stl10` (which trains on its unlabelled images too)."""
-
-    name: str = MISSING
-    """`cifar10`, `cifar100` or `stl10`."""
-    path: str = "data"
-    """Folder for the download."""
-    download: bool = True
-    """Download the data when `path` lacks it."""

@@ -7,8 +7,8 @@ where the cache cannot be written.
 """
 
 import glob
-import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image
 
-from dino_lightning.config.images import ParquetData
-from dino_lightning.data.folder import existing_path
+from dino_lightning.config import HuggingFaceData, ParquetData
+from dino_lightning.data.sources.base import Sources, digest
+from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError, nearest
 
+Columns = ParquetData | HuggingFaceData
+"""What has `image_column` and `label_column`."""
 VAL_PREFIXES = ("val", "test")
 """Beginnings of a validation split's name, in the order in which they are looked for (`val` finds `validation`)."""
 MOST_CLASSES = 1_000_000
@@ -35,14 +37,18 @@ MOST_CLASSES = 1_000_000
 class ParquetImages:
     """The rows of one split. `labels` is int64 (n,), -1 where the row has none; None for no labels at all.
 
-    `parts` names the files that hold the rows and their row counts, in order, for `describe`.
+    `parts` names the files that hold the rows and their row counts, in order, for `describe`. `state` changes when the
+    rows do; None for the fingerprint that `datasets` gives them.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, config: ParquetData, parts: list[tuple[str, int]]):
+    def __init__(
+        self, rows: datasets.Dataset, *, config: Columns, parts: list[tuple[str, int]], state: str | None = None
+    ):
         image_type = datasets.Image(decode=False)  # decoded here: `datasets` would apply the EXIF rotation
         self._images = rows.select_columns([config.image_column]).cast_column(config.image_column, image_type)
         self._column = config.image_column
         self._parts = parts
+        self._state = rows._fingerprint if state is None else state
         self.classes: list[str] | None = None
         self.labels: np.ndarray | None = None
         if config.label_column is not None:
@@ -53,15 +59,14 @@ class ParquetImages:
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Image as RGB, stored orientation, and label or -1."""
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises `ValueError` where the row has none."""
         encoded = self._images[int(index)][self._column] or {}
-        content = encoded.get("bytes")
-        file = encoded.get("path") if content is None else io.BytesIO(content)
-        if file is None:
+        if encoded.get("bytes") is not None:
+            return encoded["bytes"]
+        if encoded.get("path") is None:
             raise ValueError("the row has no image")
-        with Image.open(file) as image:
-            return image.convert("RGB"), -1 if self.labels is None else int(self.labels[index])
+        return Path(encoded["path"]).read_bytes()
 
     def describe(self, index: int) -> str:
         """File and row in it."""
@@ -72,15 +77,26 @@ class ParquetImages:
             row -= count
         raise IndexError(index)
 
+    def fingerprint(self) -> str:
+        """Of the files' paths, sizes and times, or of `datasets`' own, and of the column."""
+        return digest(self._state.encode(), self._column.encode())
 
-def open_parquet(config: ParquetData) -> tuple[ParquetImages, ParquetImages | None, str | None]:
+
+def open_parquet(config: ParquetData) -> Sources:
     """Training images, validation images where there are labelled ones, and what the user should know."""
     root = existing_path(config.path)
     saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
     with _silent():
         train, val, names, notice = _open_saved(root, config) if saved else _open_files(root, config)
+    return with_classes(train, val, names=names, notice=notice, config=config)
+
+
+def with_classes(
+    train: ParquetImages, val: ParquetImages | None, *, names: list[str] | None, notice: str | None, config: Columns
+) -> Sources:
+    """Give both the class names; `val` without labels goes. Raises `UserError` for labels beyond them."""
     if train.labels is None:
-        return train, None, _join(notice, "no labels: no k-NN evaluation")
+        return Sources(train, None, _join(notice, "no labels: no k-NN evaluation"))
     if val is not None and val.labels is None:
         val, notice = None, _join(notice, "the validation split has no labels and is not used")
     top = max(int(part.labels.max()) for part in (train, val) if part is not None and part.labels is not None)
@@ -90,7 +106,7 @@ def open_parquet(config: ParquetData) -> tuple[ParquetImages, ParquetImages | No
     train.classes = names or [str(label) for label in range(top + 1)]
     if val is not None:
         val.classes = train.classes
-    return train, val, notice
+    return Sources(train, val, notice)
 
 
 Opened = tuple[ParquetImages, ParquetImages | None, list[str] | None, str | None]
@@ -107,11 +123,11 @@ def _open_saved(root: Path, config: ParquetData) -> Opened:
     opened = {}
     for name in filter(None, ("train", val_name)):
         rows = splits[name]
-        _check_columns(rows.features, config, where=f"the split '{name}'")
+        check_columns(rows.features, config, where=f"the split '{name}'")
         if not len(rows):
             raise UserError(f"data.path={config.path}: the split '{name}' has no rows")
         opened[name] = ParquetImages(rows, config=config, parts=[(f"{root.name} {name}", len(rows))])
-    return opened["train"], opened.get(val_name), _label_names(splits["train"].features, config), None
+    return opened["train"], opened.get(val_name), label_names(splits["train"].features, config), None
 
 
 def _open_files(root: Path, config: ParquetData) -> Opened:
@@ -123,9 +139,9 @@ def _open_files(root: Path, config: ParquetData) -> Opened:
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"data.path: '{file}' is not a parquet file that can be read ({error})") from error
         features = datasets.Features.from_arrow_schema(schema)
-        _check_columns(features, config, where=f"'{file}'")
+        check_columns(features, config, where=f"'{file}'")
         if names is None:
-            names = _label_names(features, config) or _schema_classes(schema, file=file)
+            names = label_names(features, config) or _schema_classes(schema, file=file)
     base = root if root.is_dir() else root.parent
     train, trouble = _read(train_files, config=config, base=base)
     val = _read(val_files, config=config, base=base)[0] if val_files else None
@@ -177,10 +193,16 @@ def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[Parque
     except DatasetGenerationError as error:
         raise UserError(f"data.path: '{files[0]}' and its split cannot be read ({error.__cause__})") from error
     assert isinstance(rows, datasets.Dataset)
-    return ParquetImages(rows, config=config, parts=parts), trouble
+    return ParquetImages(rows, config=config, parts=parts, state=_state(files)), trouble
 
 
-def _check_columns(features: datasets.Features, config: ParquetData, *, where: str) -> None:
+def _state(files: list[Path]) -> str:
+    """Path, size and time of each file."""
+    return str([(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files])
+
+
+def check_columns(features: datasets.Features, config: Columns, *, where: str) -> None:
+    """Raises `UserError` where the columns of `config` are not there or hold something else."""
     for key in ("image_column", "label_column"):
         name = getattr(config, key)
         if name is not None and name not in features:
@@ -196,7 +218,8 @@ def _check_columns(features: datasets.Features, config: ParquetData, *, where: s
         raise UserError(f"data.label_column={config.label_column} of {where} does not hold whole numbers but {label}")
 
 
-def _label_names(features: datasets.Features, config: ParquetData) -> list[str] | None:
+def label_names(features: datasets.Features, config: Columns) -> list[str] | None:
+    """Class names where the label column knows them."""
     label = features.get(config.label_column)
     return list(label.names) if isinstance(label, datasets.ClassLabel) else None
 

@@ -1,0 +1,159 @@
+"""The images: `data`, one class for each kind of source."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DataConfig:
+    """The images; one of the children below."""
+
+    batch_size_per_device: int = 64
+    """Images per device and micro-batch. Images per optimizer step: this x devices x nodes x accumulation."""
+    num_workers: int = 10
+    """Loader processes per device; 0 loads in the training process."""
+    prefetch_batches: int = 2
+    """Batches that each loader process keeps ready."""
+    pin_memory: bool = True
+    """Copy batches to page-locked memory (only where there is an accelerator)."""
+    holdout: float = 0.1
+    """Share of the images kept from training as k-NN queries, where the data has no validation split (0 to 1)."""
+    channels: int = 3
+    """Channels of an image. 3: whatever is stored becomes RGB. 1: gray. Others must be stored so."""
+    value_range: list[float] | None = None
+    """Stored values that become 0 and 255 (black and white), for images of more than 8 bits; null refuses those, except
+    16-bit colour, of which PIL keeps the upper 8 bits."""
+    apply_exif_rotation: bool = False
+    """Turn photographs as their EXIF tag says. The original does not."""
+    on_error: str = "skip"
+    """At an image that cannot be read: `skip` takes the next one and names it in `bad_images.txt`, `raise` stops."""
+    max_bad_share: float = 0.05
+    """Share of unreadable images above which the run stops (0 to 1)."""
+    cache: str = "none"
+    """Keep the decoded training images, shrunk to `cache_resize`: `ram`, `disk` (in `cache_dir`), or `none`."""
+    cache_resize: int = 256
+    """Shorter side of a kept image (pixels); smaller images stay as they are."""
+    cache_dir: str = "~/.cache/dino-lightning"
+    """Folder for kept images and for the lists of large folders."""
+
+
+@dataclass
+class BuiltinData(DataConfig):
+    """Procedurally drawn, labelled pictures with object masks: nothing to download."""
+
+    train_images: int = 6000
+    """Number of training images."""
+    val_images: int = 1200
+    """Number of validation images."""
+    image_size: int = 32
+    """Side of an image (pixels)."""
+    draw_seed: int = 0
+    """Seed of the drawings (not of the training)."""
+
+
+@dataclass
+class FolderData(DataConfig):
+    """Image files on disk: `train/` and `val/`, or class folders, or a flat folder without labels."""
+
+    path: str = MISSING
+    """Folder of the images."""
+
+
+@dataclass
+class ListingData(DataConfig):
+    """Image files named by a list: a text file with one path per line, or a CSV or TSV table."""
+
+    path: str = MISSING
+    """The list. A table has a header and ends in `.csv` or `.tsv`."""
+    root: str | None = None
+    """Folder to which the paths are relative; null for the folder of the list."""
+    path_column: str = "path"
+    """Column of the paths (tables only)."""
+    label_column: str | None = None
+    """Column of the class, a name or a number (tables only); null for images without labels."""
+
+
+@dataclass
+class LandmarksData(DataConfig):
+    """Google Landmarks v2: a CSV of image identifiers and folders named by their first three characters."""
+
+    path: str = MISSING
+    """Folder that holds the CSV and the images, `0/1/2/012….jpg` below it or below its `train/`."""
+    csv: str = "train.csv"
+    """The list in it: `train.csv` (id, url, landmark_id), or `train_clean.csv` (landmark_id, images)."""
+
+
+@dataclass
+class ArchiveData(DataConfig):
+    """Images inside zip or tar files, read in place."""
+
+    path: str = MISSING
+    """A `.zip` or `.tar`, or a folder of them: splits where one is named like `train.zip`, else a class each."""
+
+
+@dataclass
+class ParquetData(DataConfig):
+    """A folder of parquet files in the Hugging Face `datasets` image layout, or one written by `save_to_disk`."""
+
+    path: str = MISSING
+    """Folder of `train*.parquet` (and `val*`, `validation*` or `test*`), or of `Dataset.save_to_disk`."""
+    image_column: str = "image"
+    """Column of the encoded images."""
+    label_column: str | None = "label"
+    """Column of the integer labels; null for images without labels."""
+
+
+@dataclass
+class HuggingFaceData(DataConfig):
+    """A data set of the Hugging Face Hub, or a folder that `datasets.load_dataset` reads."""
+
+    name: str = MISSING
+    """Name on the Hub, or a folder."""
+    subset: str | None = None
+    """Name of the subset (`load_dataset`'s second argument)."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str | None = None
+    """Split of the k-NN queries; null for none."""
+    image_column: str = "image"
+    """Column of the images."""
+    label_column: str | None = "label"
+    """Column of the integer labels; null for images without labels."""
+    streaming: bool = False
+    """Read while training instead of downloading first. There is no k-NN evaluation then."""
+    images: int | None = None
+    """Images of an epoch when streaming; null for what the data set says of itself."""
+    shuffle_buffer: int = 1000
+    """Images that each loader process draws from when streaming."""
+
+
+@dataclass
+class WebDatasetData(DataConfig):
+    """WebDataset shards: tar files, local or at URLs, read from beginning to end."""
+
+    shards: str = MISSING
+    """Paths or URLs: `/data/train-{000000..000146}.tar`, `a.tar::b.tar`, `/data/*.tar`, or a folder of tar files."""
+    images: int = MISSING
+    """Images of an epoch."""
+    image_keys: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp", "tif", "tiff", "npy"])
+    """Endings of the members that are images."""
+    shuffle_buffer: int = 1000
+    """Images that each loader process draws from."""
+
+
+TORCHVISION_NAMES = ("cifar10", "cifar100", "stl10", "svhn", "food101", "flowers102", "dtd", "oxford_iiit_pet")
+"""Values of `data.name` for `TorchvisionData`."""
+
+
+@dataclass
+class TorchvisionData(DataConfig):
+    """A data set that torchvision downloads and reads."""
+
+    name: str = MISSING
+    """`cifar10`, `cifar100`, `stl10` (its unlabelled images train too), `svhn`, `food101`, `flowers102`, `dtd` (the
+    validation images of both train too) or `oxford_iiit_pet`. The k-NN queries are the test images."""
+    path: str = "data"
+    """Folder for the download."""
+    download: bool = True
+    """Download the data when `path` lacks it."""

@@ -1,0 +1,137 @@
+"""What loader processes do: read, decode and crop the images of a batch.
+
+The crops of an image depend on the run's seed, the epoch and the image alone. So they are the same whichever process
+makes them, they differ between all ranks, processes and epochs, and a run that goes on in the middle of an epoch gets
+the crops that it would have got.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
+from dino_lightning.data.crops import CropBackend
+from dino_lightning.data.sources.base import Content, ImageStream, Sample
+from dino_lightning.data.stream_order import Place, read_stream
+from dino_lightning.errors import UserError
+
+Key = tuple[int, int]
+"""Epoch and index of an image."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A `UserError` on its way out of a loader process, where PyTorch would wrap it into a traceback."""
+
+    message: str
+
+
+def crop_seed(*numbers: int) -> int:
+    """63 bits that stand for the numbers."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class CropBatches(Dataset[Any]):
+    """Keys -> a batch of crops. PyTorch's loader hands over all keys of a batch at once."""
+
+    def __init__(self, images: ReadableImages[Any], crops: CropBackend, *, seed: int) -> None:
+        self.images, self.crops, self.seed = images, crops, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[Key]) -> Any:
+        try:
+            images = [self.images[index][0] for _, index in keys]
+        except UserError as error:
+            return Failure(str(error))
+        return self.crops(images, [crop_seed(self.seed, *key) for key in keys])
+
+
+class StreamBatches(IterableDataset[Any]):
+    """Endless batches of crops from a stream, each with the place in the stream behind it.
+
+    Every loader process of every rank reads its own part: process w of W on rank r reads as number r W + w.
+    """
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        decode: Callable[[Content], Any],
+        crops: CropBackend,
+        *,
+        bad: BadImages,
+        batch_size: int,
+        seed: int,
+        shuffle_buffer: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.stream, self.decode, self.crops, self.bad = stream, decode, crops, bad
+        self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
+        self.rank, self.world_size = rank, world_size
+        self.places: list[Place | None] | None = None
+        """Where each process of this rank goes on."""
+        self.first = 0
+        """The process whose turn is first: PyTorch's loader begins with its number 0."""
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        number, workers = (info.id, info.num_workers) if info else (0, 1)
+        own = (number + self.first) % workers
+        samples = read_stream(
+            self.stream,
+            seed=self.seed,
+            reader=self.rank * workers + own,
+            readers=self.world_size * workers,
+            shuffle_buffer=self.shuffle_buffer,
+            start=self.places[own] if self.places else None,
+        )
+        try:
+            yield from self._batches(samples)
+        except UserError as error:
+            yield Failure(str(error)), None
+
+    def _batches(self, samples: Iterator[Any]) -> Iterator[Any]:
+        images, seeds = [], []
+        for sample, key, place in samples:
+            image = self._decoded(sample)
+            if image is None:
+                continue
+            images.append(image)
+            seeds.append(crop_seed(self.seed, *key))
+            if len(images) == self.batch_size:
+                yield self.crops(images, seeds), place
+                images, seeds = [], []
+
+    def _decoded(self, sample: Sample) -> Any | None:
+        """None where the image cannot be read: the next one of the stream takes its place."""
+        try:
+            if sample.content is not None:
+                return self.decode(sample.content)
+            reason = "the sample has no image"
+        except UNREADABLE as error:
+            reason = why_unreadable(error)
+        self.bad.note(sample.name, reason)
+        return None
+
+
+def start_worker(_: int) -> None:
+    """One thread per loader process, and memory that is kept: for large tensors glibc asks the system each time."""
+    torch.set_num_threads(1)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
