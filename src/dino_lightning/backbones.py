@@ -24,9 +24,10 @@ class OriginalViT(VisionTransformer):
     Its state dict has the original's keys and loads into `timm.create_model` as it is.
     """
 
-    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float) -> None:
+    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
         super().__init__(
             img_size=image_size,
+            in_chans=channels,
             patch_size=config.patch_size,
             embed_dim=config.width,
             depth=config.depth,
@@ -88,21 +89,21 @@ def has_attention(backbone: nn.Module) -> bool:
     return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None and backbone.dynamic_img_size
 
 
-def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool) -> nn.Module:
+def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool, channels: int = 3) -> nn.Module:
     """The configured network; `image_size` (pixels) sets the grid of a learnt position embedding."""
-    drop_path_rate = config.drop_path_rate if drop_path else 0.0
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate if drop_path else 0.0, "channels": channels}
     match config:
         case ViTConfig():
-            return OriginalViT(config, image_size=image_size, drop_path_rate=drop_path_rate)
+            return OriginalViT(config, image_size=image_size, **options)
         case TimmConfig():
-            return _timm_network(config, image_size=image_size, drop_path_rate=drop_path_rate)
+            return _timm_network(config, image_size=image_size, **options)
         case _:
             raise TypeError(f"no backbone for {type(config).__name__}")
 
 
-def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float) -> nn.Module:
+def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float, channels: int) -> nn.Module:
     check_timm_name(config.name)
-    arguments: dict[str, Any] = {"num_classes": 0, **config.arguments}
+    arguments: dict[str, Any] = {"num_classes": 0, **_unusual(channels), **config.arguments}
     if drop_path_rate:
         arguments["drop_path_rate"] = drop_path_rate
     if config.patch_size is not None:
@@ -128,7 +129,12 @@ def check_timm_name(name: str) -> None:
                         f"{nearest(name, timm.list_models())}")  # fmt: skip
 
 
-def timm_recipes(config: BackboneConfig, *, image_size: int) -> list[dict[str, Any]]:
+def _unusual(channels: int) -> dict[str, Any]:
+    """timm's argument for images that are not RGB."""
+    return {} if channels == 3 else {"in_chans": channels}
+
+
+def timm_recipes(config: BackboneConfig, *, image_size: int, channels: int = 3) -> list[dict[str, Any]]:
     """Keyword arguments of `timm.create_model`, likeliest first, one of which builds the network of this config."""
     match config:
         case ViTConfig():
@@ -136,13 +142,13 @@ def timm_recipes(config: BackboneConfig, *, image_size: int) -> list[dict[str, A
             size = sizes.get((config.width, config.depth, config.heads))
             name = f"vit_{size}_patch{config.patch_size}_{image_size}"
             if size and timm.is_model(name):
-                return [{"model_name": name, "num_classes": 0}]
+                return [{"model_name": name, "num_classes": 0, **_unusual(channels)}]
             shape = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
             shape |= {"img_size": image_size, "patch_size": config.patch_size}
-            return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape}]
+            return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape, **_unusual(channels)}]
         case TimmConfig():
             patch = {} if config.patch_size is None else {"patch_size": config.patch_size}
-            named = {"model_name": config.name, "num_classes": 0, **patch, **config.arguments}
+            named = {"model_name": config.name, "num_classes": 0, **patch, **_unusual(channels), **config.arguments}
             return [{**named, "img_size": image_size}, named]
         case _:
             raise TypeError(f"no recipe for {type(config).__name__}")

@@ -126,8 +126,9 @@ def _csv_logger(output: Path, *, resume: bool) -> CSVLogger:
 def build_method(config: TrainConfig) -> StudentTeacher:
     """The LightningModule: student, teacher, and what they learn."""
     size = config.crops.global_size
-    student = build_backbone(config.backbone, image_size=size, drop_path=True)
-    teacher = build_backbone(config.backbone, image_size=size, drop_path=False)
+    channels = config.data.channels
+    student = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=True)
+    teacher = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=False)
     match config.method:
         case DINOConfig() as dino:
             return DINO(

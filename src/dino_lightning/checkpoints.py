@@ -22,6 +22,7 @@ def export_backbone(
     image_size: int,
     mean: list[float],
     std: list[float],
+    channels: int = 3,
 ) -> dict[str, Any]:
     """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
 
@@ -29,7 +30,7 @@ def export_backbone(
     alone says how to use it.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size))
+    recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
     metadata = {"format": "pt", "timm": json.dumps(recipe), "mean": json.dumps(mean), "std": json.dumps(std)}
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata=metadata)

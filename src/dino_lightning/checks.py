@@ -14,7 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.backbones import check_timm_name
-from dino_lightning.config import TimmConfig, TorchvisionData, TrainConfig, ViTConfig, WandbLoggerConfig
+from dino_lightning.config import (
+    TORCHVISION_NAMES,
+    TimmConfig,
+    TorchvisionData,
+    TrainConfig,
+    ViTConfig,
+    WandbLoggerConfig,
+)
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.schedules import Duration
@@ -46,7 +53,7 @@ AREAS = Rule("two shares of the image, such as [0.05,0.4], the smaller first",
 ORDERED = Rule("two positive numbers, the smaller first", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
 PER_VIEW = Rule("three probabilities: first global, second global, local crops",
                 lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
-CHANNELS = Rule("one number for each of 3 channels", lambda value: len(value) == 3)
+TWO_VALUES = Rule("two numbers, the smaller first", lambda value: len(value) == 2 and value[0] < value[1])
 NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
 BETAS = Rule("two shares below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 
@@ -83,12 +90,18 @@ RULES: dict[str, Rule] = {
     "crops.blur_radius": ORDERED,
     "crops.solarize_p": PER_VIEW,
     "crops.solarize_threshold": Rule("a value from 0 to 256", lambda value: 0 <= value <= 256),
-    "crops.mean": CHANNELS,
-    "crops.std": Rule("a positive number for each of 3 channels", lambda value: len(value) == 3 and min(value) > 0),
+    "crops.std": Rule("a positive number for each channel", lambda value: min(value, default=0) > 0),
     "crops.eval_resize": at_least(1),
     "crops.eval_size": at_least(1),
     "data.batch_size_per_device": at_least(1),
     "data.num_workers": at_least(0),
+    "data.prefetch_batches": at_least(1),
+    "data.channels": at_least(1),
+    "data.value_range": TWO_VALUES,
+    "data.max_bad_share": SHARE,
+    "data.cache_resize": at_least(1),
+    "data.images": at_least(1),
+    "data.shuffle_buffer": at_least(1),
     "data.holdout": BELOW_ONE,
     "data.train_images": at_least(1),
     "data.val_images": at_least(1),
@@ -117,6 +130,12 @@ RULES: dict[str, Rule] = {
     "seed": Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
 }
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "crops.backend": ("pil", "cpu", "device"),
+    "data.on_error": ("skip", "raise"),
+    "data.cache": ("none", "ram", "disk"),
+}
+
 DURATIONS = ("method.freeze_last_layer", "method.teacher_temperature_warmup", "optim.lr_warmup")
 
 
@@ -126,7 +145,12 @@ def check_config(config: TrainConfig) -> None:
         value = lookup(config, key)
         if value is not None and not rule.holds(value):
             raise UserError(f"{key}={_shown(value)}: expected {rule.expected}.")
+    for key, known in CHOICES.items():
+        value = lookup(config, key)
+        if value not in known:
+            raise UserError(f"{key}={value}: {nearest(value, known)}")
     _check_backbone(config)
+    _check_channels(config)
     _check_crops(config)
     _check_trainer(config)
     _check_durations(config)
@@ -141,15 +165,16 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
             "callbacks.knn.enabled=true: k-NN evaluation needs labelled training and validation images, and this data "
             "has none; add callbacks.knn.enabled=false."
         )
-    images, batch = len(data.sources.train), config.data.batch_size_per_device
+    images, batch = data.num_images, config.data.batch_size_per_device
     if images < batch * world_size:
         raise UserError(
             f"data.batch_size_per_device={batch} on {world_size} device(s) is larger than the {images} training "
             f"images; set it to at most {max(1, images // world_size)}."
         )
+    data.check_some_images()
     if config.trainer.max_epochs in (None, -1):
         return
-    per_epoch = -(-(images // world_size // batch) // config.trainer.accumulate_grad_batches)
+    per_epoch = -(-(-(-images // world_size) // batch) // config.trainer.accumulate_grad_batches)
     total = per_epoch * (config.trainer.max_epochs or 1)
     for key in DURATIONS:
         _check_fits(config, key, per_epoch, total)
@@ -182,8 +207,8 @@ def _check_backbone(config: TrainConfig) -> None:
         check_timm_name(backbone.name)
     if isinstance(backbone, ViTConfig) and backbone.width % backbone.heads:
         raise UserError(f"backbone.heads={backbone.heads} does not divide backbone.width={backbone.width}.")
-    if isinstance(config.data, TorchvisionData) and config.data.name not in ("cifar10", "cifar100", "stl10"):
-        raise UserError(f"data.name={config.data.name}: {nearest(config.data.name, ('cifar10', 'cifar100', 'stl10'))}")
+    if isinstance(config.data, TorchvisionData) and config.data.name not in TORCHVISION_NAMES:
+        raise UserError(f"data.name={config.data.name}: {nearest(config.data.name, TORCHVISION_NAMES)}")
 
 
 def _check_crops(config: TrainConfig) -> None:
@@ -200,6 +225,20 @@ def _check_crops(config: TrainConfig) -> None:
             f"crops.eval_resize={crops.eval_resize} is smaller than crops.eval_size={crops.eval_size}, the centre crop "
             "taken from it."
         )
+
+
+def _check_channels(config: TrainConfig) -> None:
+    channels = config.data.channels
+    for key in ("mean", "std"):
+        values = getattr(config.crops, key)
+        if len(values) != channels:
+            raise UserError(
+                f"crops.{key}={_shown(values)} has {len(values)} numbers, but data.channels={channels}; those of your "
+                "images are printed by `dino-data stats`."
+            )
+    if config.crops.backend == "pil" and channels not in (1, 3):
+        raise UserError(f"crops.backend=pil knows images of 1 or 3 channels, not data.channels={channels}; "
+                        "set crops=cpu or crops=device.")  # fmt: skip
 
 
 def _check_trainer(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -108,8 +109,13 @@ def crop_sheet(
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:
-    """An RGB tensor in 0 to 1 as a picture; values outside are cut off."""
-    pixels = (image_CHW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    """A tensor in 0 to 1 as a picture; values outside are cut off.
+
+    One channel is shown in gray; of two or more, the first three are red, green and blue.
+    """
+    C = image_CHW.shape[0]
+    shown_3HW = image_CHW.expand(3, -1, -1) if C == 1 else F.pad(image_CHW[:3], (0, 0, 0, 0, 0, max(0, 3 - C)))
+    pixels = (shown_3HW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.numpy())
 
 

@@ -43,6 +43,7 @@ EXPECTED_WARNINGS = (
     ".*LeafSpec.*",
     ".*smaller than the logging interval.*",
     ".*returned a view tensor.*",
+    ".*has `__len__` defined.*",
 )
 """About things that are on purpose here, or that `checks.py` says in its own words."""
 
@@ -135,14 +136,19 @@ def commit() -> str | None:
 
 def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: StudentTeacher) -> None:
     """Say in a few lines what is about to happen."""
-    train, val = data.sources.train, data.sources.val
+    val = data.sources.val
     weights = sum(parameter.numel() for parameter in method.student.backbone.parameters())
     batch = config.data.batch_size_per_device * trainer.world_size * config.trainer.accumulate_grad_batches
     console = Console(stderr=True, highlight=False)
     classes = f", {data.num_classes} classes" if data.labelled else ""
-    console.print(f"[bold]Images[/]    {len(train)} for training, {len(val) if val else 0} as k-NN queries{classes}")
+    queries = len(val) if val else 0
+    console.print(f"[bold]Images[/]    {data.num_images} for training, {queries} as k-NN queries{classes}")
     if data.sources.notice:
         console.print(f"          {data.sources.notice}")
+    if config.data.channels != 3:
+        console.print(
+            f"          {config.data.channels} channels: no saturation, hue and grayscale in the augmentation"
+        )
     network = type(method.student.backbone).__name__
     console.print(f"[bold]Network[/]   {network}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
                   f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}")  # fmt: skip
@@ -193,6 +199,7 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
         image_size=config.crops.global_size,
         mean=config.crops.mean,
         std=config.crops.std,
+        channels=config.data.channels,
     )
     write_atomically(output / "summary.json", json.dumps({**summary, "timm": recipe}, indent=2) + "\n")
     report = write_report(output)

@@ -24,7 +24,6 @@ from dino_lightning.sharding import gathered
 
 PIXEL_SIDE = 32
 """Raw pixels are compared at this many pixels per side."""
-PIXELS = 3 * PIXEL_SIDE**2
 
 
 class LabelledImages(Protocol):
@@ -132,7 +131,8 @@ class KNNCallback(Callback):
         bank_ND, bank_labels_N, _ = gather_by_index(*_labelled(*bank))
         queries_MD, query_labels_M, _ = _labelled(*queries)
         D = bank_ND.shape[1]
-        widths = [D - PIXELS, PIXELS] if with_pixels else [D]
+        pixels = PIXEL_SIDE**2 * train[0][0].shape[0] if with_pixels else 0
+        widths = [D - pixels, pixels] if with_pixels else [D]
         return [
             self._named(
                 knn_accuracy(

@@ -1,8 +1,6 @@
 """Pictures of what the teacher sees: crops at the start, attention maps and nearest neighbours while training."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,15 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
 from dino_lightning.backbones import cls_attention, has_attention
 from dino_lightning.callbacks.knn import evaluating
 from dino_lightning.config import PicturesConfig
 from dino_lightning.data.crops import denormalize
-from dino_lightning.data.module import MultiCropDataModule, TransformedImages
+from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.knn import nearest
-from dino_lightning.pictures import attention_sheet, crop_sheet, neighbour_sheet
+from dino_lightning.pictures import attention_sheet, crop_sheet, neighbour_sheet, to_picture
 
 BANK = 2000
 """Most images among which neighbours are looked for: enough for a picture."""
@@ -39,9 +36,8 @@ class Pictures(L.Callback):
         if not trainer.is_global_zero or trainer.global_step:
             return
         data = _data(trainer)
-        dataset = data.train_dataset()
-        with random_states_kept():
-            samples = [dataset[index][0] for index in self._chosen(dataset.source.labels, len(dataset))[:4]]
+        labels = data.train_labels
+        samples = data.example_crops(self._chosen(labels, len(labels))[:4])
         crops = [crop for sample in samples for crop in sample]
         sheet = crop_sheet(crops, data.crops.mean, data.crops.std, per_row=len(samples[0]))
         self._save(trainer, sheet, "crops", epoch=None)
@@ -79,7 +75,7 @@ class Pictures(L.Callback):
         data: MultiCropDataModule,
         backbone: Callable[[Tensor], Tensor],
         images_B3HW: Tensor,
-        shown: TransformedImages,
+        shown: EvalImages,
         chosen: list[int],
         *,
         device: torch.device,
@@ -120,7 +116,7 @@ class Pictures(L.Callback):
         return order[: self.config.images].tolist()
 
     def _plain(self, data: MultiCropDataModule, image_3HW: Tensor) -> Image.Image:
-        return to_pil_image(denormalize(image_3HW, config=data.crops))
+        return to_picture(denormalize(image_3HW, config=data.crops))
 
     def _save(self, trainer: L.Trainer, sheet: Image.Image, name: str, *, epoch: int | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,15 +124,6 @@ class Pictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key=f"pictures/{name}", images=[sheet])
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Augment without changing what training draws next."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state)
 
 
 def _data(trainer: L.Trainer) -> MultiCropDataModule:
