@@ -45,9 +45,17 @@ def test_experiments_pass_the_checks_and_build(experiment: str) -> None:
     assert method.student.head.last_layer.weight_v.shape[0] == config.method.out_dim  # type: ignore[attr-defined]
 
 
+PLACES = {
+    "data=huggingface": ["data.name=."],
+    "data=webdataset": ["data.shards=x.tar", "data.images=1000"],
+    **{f"data={name}": [] for name in ("builtin", "cifar10", "cifar100", "stl10")},
+}
+"""Where the images of an option are; at `data.path` if it is not here."""
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_pass_the_checks(option: str) -> None:
-    path = ["data.path=."] if option in ("data=folder", "data=imagenet", "data=parquet") else []
+    path = PLACES.get(option, ["data.path=."]) if option.startswith("data=") else []
     sizes = ["crops.global_size=224", "crops.local_size=96"]
     sizes += ["crops.eval_size=224", "crops.eval_resize=256"]
     check_config(config_of(option, "trainer.precision=32", *path, *sizes))

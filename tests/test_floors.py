@@ -14,12 +14,13 @@ FLOORS = [
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
     {"build", "run", "checks", "report"},
-    {"cli", "explain", "reference"},
+    {"cli", "explain", "inspect_data", "reference"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain")}
+WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain"),
+          ("inspect_data", "cli"), ("inspect_data", "explain")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

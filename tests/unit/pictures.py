@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dino_lightning.config import DataConfig
+from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource
 
 
@@ -28,23 +30,34 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
+def decoded(source: ImageSource, index: int) -> Image.Image:
+    """The image as the training sees it."""
+    return Decoder(DataConfig()).pil(source.read(index))
+
+
 def numbers(source: ImageSource, *, among: int = 60) -> list[int]:
     """Which `picture` each image of the source is."""
     known = {picture(number).tobytes(): number for number in range(among)}
-    return [known[source[i][0].tobytes()] for i in range(len(source))]
+    return [known[decoded(source, i).tobytes()] for i in range(len(source))]
 
 
 def check_consistent(source: ImageSource) -> None:
-    """What any source promises: RGB, labels that agree with `labels`, and the same from a copy in a worker."""
+    """What any source promises: RGB pictures, labels with names, and the same from a copy in a worker."""
+    assert isinstance(source, ImageSource)
     copy = pickle.loads(pickle.dumps(source))
+    assert len(copy) == len(source)
+    assert copy.classes == source.classes
     assert len({source.describe(i) for i in range(len(source))}) == len(source)
     for i in range(len(source)):
-        image, label = source[i]
+        image = decoded(source, i)
         assert image.mode == "RGB"
-        assert isinstance(label, int)
-        assert label == (-1 if source.labels is None else source.labels[i])
-        assert (copy[i][0].tobytes(), copy[i][1]) == (image.tobytes(), label)
+        assert decoded(copy, i).tobytes() == image.tobytes()
+        assert copy.describe(i) == source.describe(i)
+    assert copy.fingerprint() == source.fingerprint()
+    assert (source.labels is None) == (source.classes is None)
     if source.labels is not None:
-        assert source.labels.dtype == np.int64
         assert source.classes is not None
+        assert source.labels.dtype == np.int64
+        assert source.labels.shape == (len(source),)
         assert source.labels.max() < len(source.classes)
+        np.testing.assert_array_equal(copy.labels, source.labels)

@@ -1,4 +1,4 @@
-"""The augmentation against the original's, rebuilt from torchvision's older public transforms."""
+"""`crops=pil` against the original's augmentation, rebuilt from torchvision's older public transforms."""
 
 import dataclasses
 import itertools
@@ -11,25 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crop_cases import picture
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops import GLOBAL_1, GLOBAL_2, LOCAL, MultiCrop, denormalize, eval_transform, view_transform
+from dino_lightning.data.crops import EvalView, denormalize, pil
+from dino_lightning.data.crops.draws import GLOBAL_1, GLOBAL_2, LOCAL, OriginalDice, draw_crop
 
 SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
+VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
 Transform = Callable[[Image.Image], Image.Image]
-
-
-def _picture(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
-    """Smooth colours with noise: crop, blur and colour changes all show."""
-    generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
-    noisy = smooth + generator.normal(0, 12, smooth.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------- the original, rebuilt
@@ -63,37 +57,70 @@ def _original_view(size: int, scale: tuple[float, float], *after: Transform) -> 
     )
 
 
-def _original() -> Callable[[Image.Image], list[Tensor]]:
+def _original() -> Callable[[Image.Image], list]:
     first = _original_view(224, (0.4, 1.0), _blur(1.0))
     second = _original_view(224, (0.4, 1.0), _blur(0.1), _solarize(0.2))
     local = _original_view(96, (0.05, 0.4), _blur(0.5))
     return lambda image: [first(image), second(image), *(local(image) for _ in range(8))]
 
 
-def _seeded(transform: Callable, image: Image.Image, seed: int) -> list[Tensor]:
+def _after_seeding(transform: Callable[[Image.Image], Any], image: Image.Image, seed: int) -> Any:
     torch.manual_seed(seed)
     random.seed(seed)
     return transform(image)
 
 
+def _view(config: CropsConfig, view: int, image: Image.Image, dice: OriginalDice) -> Tensor:
+    """One view of an image, finished."""
+    crop = draw_crop(config, view, width=image.width, height=image.height, dice=dice)
+    return pil.Normalized(config)(pil.apply(crop, image, threshold=config.solarize_threshold))
+
+
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (90, 400)])
 def test_bit_for_bit_the_original(size: tuple[int, int]) -> None:
     for seed in range(4):
-        image = _picture(*size, seed=seed)
-        ours, theirs = _seeded(MultiCrop(CropsConfig()), image, seed), _seeded(_original(), image, seed)
+        image = picture(*size, seed=seed)
+        ours = pil.PILCrops(CropsConfig())(image, seed=seed)
+        theirs = _after_seeding(_original(), image, seed)
         assert len(ours) == len(theirs) == 10
         differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
         assert not differing, f"seed {seed}: crops {differing} differ"
 
 
-@pytest.mark.parametrize("view", [GLOBAL_1, GLOBAL_2, LOCAL])
+@pytest.mark.parametrize("view", VIEWS)
 def test_each_view_is_bit_for_bit_the_original(view: int) -> None:
     size, scale = (96, (0.05, 0.4)) if view == LOCAL else (224, (0.4, 1.0))
     after = {GLOBAL_1: [_blur(1.0)], GLOBAL_2: [_blur(0.1), _solarize(0.2)], LOCAL: [_blur(0.5)]}[view]
-    theirs, ours = _original_view(size, scale, *after), view_transform(CropsConfig(), view)
+    theirs = _original_view(size, scale, *after)
     for seed in range(20):
-        image = _picture(160, 120, seed=seed)
-        assert torch.equal(_seeded(ours, image, seed), _seeded(theirs, image, seed)), f"seed {seed}"
+        image = picture(160, 120, seed=seed)
+        ours = _view(CropsConfig(), view, image, OriginalDice(seed))
+        assert torch.equal(ours, _after_seeding(theirs, image, seed)), f"seed {seed}"
+
+
+def test_real_photographs_bit_for_bit(shared_data: Path) -> None:
+    photographs = sorted((shared_data / "voc_labelme3" / "JPEGImages").glob("*.jpg"))
+    assert photographs
+    for seed, path in enumerate(photographs[:2]):
+        image = Image.open(path).convert("RGB")
+        ours = pil.PILCrops(CropsConfig())(image, seed=seed)
+        theirs = _after_seeding(_original(), image, seed)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), path.name
+
+
+def test_the_process_s_own_random_numbers_stay_as_they_are() -> None:
+    """Neither does a crop consume them, nor do they change a crop."""
+    crops, image = pil.PILCrops(SMALL), picture()
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tobytes()  # type: ignore[union-attr]
+    first = crops(image, seed=3)
+    after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tobytes()  # type: ignore[union-attr]
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert before[2] == after[2]
+    random.seed(99)
+    torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, crops(image, seed=3), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, crops(image, seed=4), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- probabilities
@@ -111,13 +138,12 @@ def _calm(**changes: Any) -> CropsConfig:
 
 def _changes(view: int, *, draws: int, **changes: Any) -> int:
     """How many of `draws` views of one picture are not that picture."""
-    image = _picture(8, 8)
-    unchanged = view_transform(_calm(), view)(image)
-    transform = view_transform(_calm(**changes), view)
-    return sum(not torch.equal(transform(image), unchanged) for _ in range(draws))
+    image, config, dice = picture(8, 8), _calm(**changes), OriginalDice(0)
+    crops = (draw_crop(config, view, width=8, height=8, dice=dice) for _ in range(draws))
+    return sum(pil.apply(crop, image, threshold=128).tobytes() != image.tobytes() for crop in crops)
 
 
-@pytest.mark.parametrize("view", [GLOBAL_1, GLOBAL_2, LOCAL])
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("field", ["flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"])
 def test_operators_come_with_their_probability(field: str, view: int) -> None:
     """Counts of the defaults within 4 standard deviations of the binomial."""
@@ -129,8 +155,11 @@ def test_operators_come_with_their_probability(field: str, view: int) -> None:
 
 def test_the_defaults_are_the_published_ones() -> None:
     config = CropsConfig()
+    assert config.backend == "pil"
     assert config.blur_p == [1.0, 0.1, 0.5]
+    assert config.blur_radius == [0.1, 2.0]
     assert config.solarize_p == [0.0, 0.2, 0.0]
+    assert config.solarize_threshold == 128
     assert (config.flip_p, config.jitter_p, config.grayscale_p) == (0.5, 0.8, 0.2)
     assert (config.brightness, config.contrast, config.saturation, config.hue) == (0.4, 0.4, 0.2, 0.1)
     assert (config.global_size, config.global_scale) == (224, [0.4, 1.0])
@@ -141,7 +170,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 def test_probability_one_is_always_and_zero_never(field: str) -> None:
     for p in (0.0, 1.0):
         value = [p] * 3 if field in ("blur_p", "solarize_p") else p
-        for view in (GLOBAL_1, GLOBAL_2, LOCAL):
+        for view in VIEWS:
             assert _changes(view, draws=100, **{field: value}) == p * 100
 
 
@@ -151,12 +180,12 @@ def test_probability_one_is_always_and_zero_never(field: str) -> None:
 @pytest.mark.parametrize("local_count", [0, 1, 5])
 def test_numbers_and_sizes_of_crops(local_count: int) -> None:
     config = dataclasses.replace(SMALL, local_count=local_count)
-    crops = MultiCrop(config)(_picture())
+    crops = pil.PILCrops(config)(picture(), seed=0)
     assert [tuple(crop.shape) for crop in crops] == [(3, 24, 24)] * 2 + [(3, 12, 12)] * local_count
     assert all(crop.dtype == torch.float32 for crop in crops)
 
 
-@pytest.mark.parametrize("view", [GLOBAL_1, GLOBAL_2, LOCAL])
+@pytest.mark.parametrize("view", VIEWS)
 def test_scales_and_ratios_of_the_crops(view: int) -> None:
     """On a picture whose colour is its position, a crop tells its corners; areas and ratios fill their ranges."""
     side, size = 128, 64
@@ -165,9 +194,9 @@ def test_scales_and_ratios_of_the_crops(view: int) -> None:
     scales: dict[str, Any] = {"global_scale": [0.3, 0.4], "local_scale": [0.1, 0.2]}
     config = dataclasses.replace(_calm(), global_size=size, local_size=size, ratio=[0.5, 2.0], **scales)
     low, high = scales["local_scale" if view == LOCAL else "global_scale"]
-    transform, areas, ratios = view_transform(config, view), [], []
+    dice, areas, ratios = OriginalDice(0), [], []
     for _ in range(300):
-        red, green, _ = transform(image) * 255
+        red, green, _ = _view(config, view, image, dice) * 255
         width, height = ((c.max() - c.min()).item() + 1 for c in (red, green))
         areas.append(width * height / side**2)
         ratios.append(width / height)
@@ -183,7 +212,7 @@ def test_order_of_the_operators() -> None:
         global_size=16, grayscale_p=1.0, blur_p=[1.0] * 3, blur_radius=[0.7, 0.7], solarize_p=[1.0] * 3,
         solarize_threshold=100, mean=[0.5] * 3, std=[0.25] * 3,
     )  # fmt: skip
-    image = _picture(16, 16)
+    image = picture(16, 16)
     steps: dict[str, Transform] = {
         "gray": lambda x: ImageOps.grayscale(x).convert("RGB"),
         "blur": lambda x: x.filter(ImageFilter.GaussianBlur(0.7)),
@@ -194,9 +223,9 @@ def test_order_of_the_operators() -> None:
         x = image
         for name in order:
             x = steps[name](x)
-        return (transforms.functional.to_tensor(x) - 0.5) / 0.25
+        return (transforms.ToTensor()(x) - 0.5) / 0.25
 
-    ours = view_transform(config, GLOBAL_2)(image)
+    ours = _view(config, GLOBAL_2, image, OriginalDice(0))
     orders = itertools.permutations(steps)
     assert [order for order in orders if torch.allclose(ours, by_hand(order), atol=1e-5)] == [tuple(steps)]
 
@@ -212,24 +241,31 @@ def test_strength_of_the_jitter(field: str, extremes: tuple[float, float]) -> No
         assert count == 0 if strength == 0 else count > 90
 
 
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
 def test_evaluation_resizes_crops_and_normalises() -> None:
-    image = _picture(50, 40)
+    image = picture(50, 40)
     resize = transforms.Resize(32, interpolation=InterpolationMode.BICUBIC)
     theirs = transforms.Compose(
         [resize, transforms.CenterCrop(24), transforms.ToTensor(), transforms.Normalize(SMALL.mean, SMALL.std)]
     )
-    ours = eval_transform(SMALL)(image)
-    assert torch.equal(ours, theirs(image))
+    ours = EvalView(SMALL)(image)
+    torch.testing.assert_close(ours, theirs(image), rtol=0, atol=0)
     pixels = transforms.CenterCrop(24)(resize(image))
     torch.testing.assert_close(
         denormalize(ours, config=SMALL), torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6
     )
 
 
-def test_real_photographs_bit_for_bit(shared_data: Path) -> None:
-    photographs = sorted((shared_data / "voc_labelme3" / "JPEGImages").glob("*.jpg"))
-    assert photographs
-    for seed, path in enumerate(photographs[:2]):
-        image = Image.open(path).convert("RGB")
-        ours, theirs = _seeded(MultiCrop(CropsConfig()), image, seed), _seeded(_original(), image, seed)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), path.name
+@pytest.mark.parametrize("size", [(50, 40), (40, 70), (30, 24)])
+def test_evaluation_of_tensors_is_that_of_pil_images(size: tuple[int, int]) -> None:
+    """`crops=cpu` and `device` decode to tensors; their interpolation rounds a value otherwise now and then."""
+    image = picture(*size)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    of_tensor, of_image = (denormalize(EvalView(SMALL)(x), config=SMALL) * 255 for x in (tensor, image))
+    assert of_tensor.shape == (3, 24, 24)
+    assert of_tensor.dtype == torch.float32
+    difference = (of_tensor - of_image).abs()
+    assert difference.max() < 2.1
+    assert difference.mean() < 0.02

@@ -1,7 +1,5 @@
 """Batches of crops: their shapes, their order, and what happens to broken images."""
 
-import itertools
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,19 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import BuiltinData, CropsConfig, FolderData
-from dino_lightning.data.module import MultiCropDataModule, stack_crops
+from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 
 STEP = 5
 """Grey values between one numbered picture and the next."""
+BACKENDS = ["pil", "cpu", "device"]
 
 
-def _crops() -> CropsConfig:
+def _crops(backend: str = "pil") -> CropsConfig:
     """Crops that keep a plain picture as it is."""
     plain: dict[str, Any] = {"jitter_p": 0.0, "solarize_p": [0.0] * 3, "mean": [0.0] * 3, "std": [1.0] * 3}
-    return CropsConfig(global_size=8, local_size=4, local_count=2, eval_resize=8, eval_size=8, **plain)
+    sizes = {"global_size": 8, "local_size": 4, "local_count": 2, "eval_resize": 8, "eval_size": 8}
+    return CropsConfig(backend=backend, **sizes, **plain)
 
 
 def _folder(root: Path, *, images: int, val: int = 0, broken: tuple[int, ...] = ()) -> Path:
@@ -37,9 +37,10 @@ def _folder(root: Path, *, images: int, val: int = 0, broken: tuple[int, ...] = 
     return root
 
 
-def _module(root: Path) -> MultiCropDataModule:
-    config = FolderData(path=str(root), batch_size_per_device=4, num_workers=0, pin_memory=False, holdout=0.0)
-    return MultiCropDataModule(config, _crops(), seed=0, bad_images=root / "bad_images.txt")
+def _module(root: Path, *, backend: str = "pil", seed: int = 0, **changes: Any) -> MultiCropDataModule:
+    settings: dict[str, Any] = {"batch_size_per_device": 4, "num_workers": 0, "holdout": 0.0, "max_bad_share": 1.0}
+    config = FolderData(path=str(root), **{**settings, **changes})
+    return MultiCropDataModule(config, _crops(backend), seed=seed, bad_images=root / "bad_images.txt")
 
 
 def _numbers(crop: Tensor) -> Any:
@@ -47,79 +48,80 @@ def _numbers(crop: Tensor) -> Any:
     return (crop[..., 0, 0, 0] * 255 / STEP).round().int().tolist()
 
 
-def _epoch(module: MultiCropDataModule) -> list[int]:
-    return [number for batch in module.train_dataloader() for number in _numbers(batch[0])]
+def _batches(module: MultiCropDataModule, *, epoch: int = 0) -> list[list[Tensor]]:
+    loader = module.train_dataloader()
+    loader.set_epoch(epoch)
+    return [module.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
-def test_stacks_crops_view_by_view() -> None:
-    samples = [([torch.full((3, 4, 4), 10.0 * b), torch.full((3, 2, 2), 10.0 * b + 1)], b) for b in range(3)]
-    first, second = stack_crops(samples)
-    assert (first.shape, second.shape) == ((3, 3, 4, 4), (3, 3, 2, 2))
-    assert first[:, 0, 0, 0].tolist() == [0, 10, 20]
-    assert second[:, 0, 0, 0].tolist() == [1, 11, 21]
+def _epoch(module: MultiCropDataModule, *, epoch: int = 0) -> list[int]:
+    return [number for batch in _batches(module, epoch=epoch) for number in _numbers(batch[0])]
 
 
-def test_a_batch_is_a_list_of_views_without_labels(tmp_path: Path) -> None:
-    module = _module(_folder(tmp_path, images=8))
-    batch = next(iter(module.train_dataloader()))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_is_a_list_of_views_without_labels(backend: str, tmp_path: Path) -> None:
+    module = _module(_folder(tmp_path, images=8), backend=backend)
+    batch = _batches(module)[0]
     assert [tuple(crop.shape) for crop in batch] == [(4, 3, 8, 8)] * 2 + [(4, 3, 4, 4)] * 2
     assert all(_numbers(crop) == _numbers(batch[0]) for crop in batch)  # row b of every view is the same image
 
 
 def test_an_incomplete_last_batch_is_left_out(tmp_path: Path) -> None:
-    loader = _module(_folder(tmp_path, images=11)).train_dataloader()
-    batches = list(loader)
-    assert len(loader) == len(batches) == 2
-    seen = [number for batch in batches for number in _numbers(batch[0])]
-    assert len(set(seen)) == 8
+    module = _module(_folder(tmp_path, images=11))
+    seen = _epoch(module)
+    assert len(module.train_dataloader()) == 2
+    assert len(seen) == len(set(seen)) == 8
 
 
-def test_every_epoch_has_its_own_order(tmp_path: Path) -> None:
-    module = _module(_folder(tmp_path, images=24))
-    loader = module.train_dataloader()
-    one, two = ([n for batch in loader for n in _numbers(batch[0])] for _ in range(2))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_epoch_has_its_own_order(backend: str, tmp_path: Path) -> None:
+    module = _module(_folder(tmp_path, images=24), backend=backend)
+    one, two = _epoch(module, epoch=0), _epoch(module, epoch=1)
     assert sorted(one) == sorted(two) == list(range(24))
     assert one != two
     assert one != list(range(24))
+    assert _epoch(module, epoch=0) == one
 
 
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:
-    module = _module(_folder(tmp_path, images=24))
-    orders = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        orders.append(_epoch(module))
+    root = _folder(tmp_path, images=24)
+    orders = [_epoch(_module(root, seed=seed)) for seed in (3, 3, 4)]
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_seed_decides_the_augmentation(workers: int, tmp_path: Path) -> None:
-    """Crops, jitter, blur and solarisation, in this process and in workers."""
-    data = BuiltinData(train_images=8, val_images=2, batch_size_per_device=4, num_workers=workers, pin_memory=False)
-    crops = CropsConfig(global_size=16, local_size=8, local_count=2)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_seed_alone_decides_the_augmentation(backend: str) -> None:
+    """Crops, jitter, blur and solarisation: not the number of processes, nor any global random state."""
     runs = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        runs.append([crop for batch in MultiCropDataModule(data, crops, seed=0).train_dataloader() for crop in batch])
+    for seed, workers in ((3, 0), (3, 2), (4, 0)):
+        torch.manual_seed(len(runs))
+        data = BuiltinData(train_images=16, val_images=2, batch_size_per_device=4, num_workers=workers)
+        crops = CropsConfig(backend=backend, global_size=16, local_size=8, local_count=2)
+        state = torch.get_rng_state()
+        runs.append([crop for batch in _batches(MultiCropDataModule(data, crops, seed=seed)) for crop in batch])
+        assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+def test_an_image_gets_other_crops_in_every_epoch() -> None:
+    data = BuiltinData(train_images=4, val_images=2, batch_size_per_device=4, num_workers=0)
+    module = MultiCropDataModule(data, CropsConfig(global_size=16, local_count=0), seed=0)
+    first, second = (torch.cat([crop for batch in _batches(module, epoch=e) for crop in batch]) for e in (0, 1))
+    assert not any(torch.equal(a, b) for a in first for b in second)
+
+
 @pytest.mark.parametrize("broken", [(2,), (2, 3), (7,), (6, 7, 0)])
-def test_a_broken_image_is_replaced_by_the_next_and_named(broken: tuple[int, ...], tmp_path: Path) -> None:
-    dataset = _module(_folder(tmp_path, images=8, broken=broken)).train_dataset()
-    log = tmp_path / "bad_images.txt"
-    for i in range(8):
-        log.write_text("")
-        crops, label = dataset[i]
-        passed = list(itertools.takewhile(lambda j: j in broken, (j % 8 for j in range(i, i + 8))))
-        expected = (i + len(passed)) % 8
-        assert {_numbers(crop) for crop in crops} == {expected}
-        assert label == dataset.source.labels[expected]
-        lines = [line.split("\t") for line in log.read_text().splitlines()]
-        assert [name for name, _ in lines] == [dataset.source.describe(j) for j in passed]
-        assert all("Error: " in reason for _, reason in lines)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_broken_image_is_replaced_by_the_next_and_named(
+    broken: tuple[int, ...], backend: str, tmp_path: Path
+) -> None:
+    module = _module(_folder(tmp_path, images=8, broken=broken), backend=backend)
+    expected = [next(j % 8 for j in range(i, i + 9) if j % 8 not in broken) for i in range(8)]
+    assert sorted(_epoch(module)) == sorted(expected)
+    lines = [line.split("\t") for line in (tmp_path / "bad_images.txt").read_text().splitlines()]
+    assert sorted(name for name, _ in lines) == sorted(module.sources.train.describe(j) for j in broken)  # type: ignore[union-attr]
+    assert all(reason for _, reason in lines)
 
 
 def test_evaluation_replaces_broken_images_too(tmp_path: Path) -> None:
@@ -129,22 +131,31 @@ def test_evaluation_replaces_broken_images_too(tmp_path: Path) -> None:
     assert "002.png" in (root / "bad_images.txt").read_text()
 
 
-def test_a_folder_without_one_good_image_is_an_error(tmp_path: Path) -> None:
-    module = _module(_folder(tmp_path, images=4, broken=(0, 1, 2, 3)))
-    with pytest.raises(UserError, match="none of the images can be read"):
-        module.train_dataset()[0]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_the_images_arrive_as_one_sentence(workers: int, tmp_path: Path) -> None:
+    """From loader processes too, where PyTorch would hand over a traceback."""
+    root = _folder(tmp_path, images=8, broken=(1, 2, 3, 5, 6))
+    expected = {
+        "none of the": _module(_folder(tmp_path / "x", images=4, broken=(0, 1, 2, 3)), num_workers=workers),
+        r"data\.on_error=raise": _module(root, num_workers=workers, on_error="raise"),
+        r"data\.max_bad_share=0\.3": _module(root, num_workers=workers, max_bad_share=0.3),
+    }
+    for sentence, module in expected.items():
+        with pytest.raises(UserError, match=sentence) as caught:
+            _batches(module)
+        assert "Traceback" not in str(caught.value)
 
 
-def test_an_error_of_the_transform_is_not_taken_for_a_broken_image(tmp_path: Path) -> None:
+def test_an_error_of_the_augmentation_is_not_taken_for_a_broken_image(tmp_path: Path) -> None:
     """A bug in the augmentation must not look like a data set of broken images."""
-    dataset = _module(_folder(tmp_path, images=4)).train_dataset()
+    dataset = _module(_folder(tmp_path, images=4)).train_dataloader().loader.dataset
 
-    def fails(_: Image.Image) -> None:
+    def fails(*_: Any) -> None:
         raise ValueError("not the image's fault")
 
-    dataset.transform = fails
+    dataset.crops = fails  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="not the image's fault"):
-        dataset[0]
+        dataset.__getitems__([(0, 0)])  # type: ignore[attr-defined]
     assert not (tmp_path / "bad_images.txt").exists()
 
 
@@ -170,3 +181,19 @@ def test_images_without_labels(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.holdout"):
         module.eval_dataset("val")
     assert sorted(_epoch(module)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_cache_changes_no_crop(cache: str, tmp_path: Path) -> None:
+    root = _folder(tmp_path / "images", images=8, broken=(5,))
+    plain = _batches(_module(root, backend="cpu"))
+    kept = _batches(_module(root, backend="cpu", cache=cache, cache_dir=str(tmp_path / "cache")))
+    assert all(torch.equal(a, b) for one, two in zip(plain, kept, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_the_examples_are_the_crops_of_the_first_epoch(tmp_path: Path) -> None:
+    data = BuiltinData(train_images=4, val_images=2, batch_size_per_device=4, num_workers=0)
+    module = MultiCropDataModule(data, CropsConfig(backend="cpu", global_size=16, local_count=1), seed=0)
+    batch = _batches(module)[0]
+    for example in module.example_crops([0, 1, 2, 3]):
+        assert any(all(torch.equal(a, b[i]) for a, b in zip(example, batch, strict=True)) for i in range(4))

@@ -1,11 +1,12 @@
 """Image folders: files written with PIL, read as torchvision reads them."""
 
+import os
+
 import pytest
-from pictures import check_consistent, numbers, write
-from PIL import Image
+from pictures import check_consistent, decoded, numbers, png, write
 from torchvision.datasets import ImageFolder
 
-from dino_lightning.config.images import FolderData
+from dino_lightning.config import FolderData
 from dino_lightning.data.sources import open_sources
 from dino_lightning.errors import UserError
 
@@ -20,8 +21,8 @@ class TestFolder:
         ours = open_sources(FolderData(path=str(tmp_path / "images"), holdout=0), seed=0)
         assert ours.val is None
         assert ours.train.classes == theirs.classes
-        assert [(ours.train.describe(i), ours.train[i][1]) for i in range(len(ours.train))] == theirs.samples
-        assert [ours.train[i][0].tobytes() for i in range(7)] == [theirs[i][0].tobytes() for i in range(7)]
+        assert [(ours.train.describe(i), ours.train.labels[i]) for i in range(len(ours.train))] == theirs.samples
+        assert [decoded(ours.train, i).tobytes() for i in range(7)] == [theirs[i][0].tobytes() for i in range(7)]
         check_consistent(ours.train)
 
     @pytest.mark.parametrize("val_name", ["val", "validation", "test"])
@@ -69,32 +70,57 @@ class TestFolder:
         assert sources.train.classes == ["a", "b"]
         assert numbers(sources.train) == [0, 1]
 
-    @pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg")])
-    def test_any_mode_becomes_rgb(self, tmp_path, mode, name):
-        path = write(tmp_path / "data" / name, mode=mode)
-        image, label = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train[0]
-        assert (image.mode, label) == ("RGB", -1)
-        assert image.tobytes() == Image.open(path).convert("RGB").tobytes()
+    @pytest.mark.parametrize(
+        ("files", "order"),
+        [
+            (["b.png", "z/a.png", "-x/c.png", "a.png"], ["a.png", "b.png", "-x/c.png", "z/a.png"]),
+            (["d/x/1.png", "d/x-y/1.png", "d/z.png"], ["d/z.png", "d/x/1.png", "d/x-y/1.png"]),
+        ],
+    )
+    def test_flat_folders_stand_in_the_order_of_a_sorted_walk(self, tmp_path, files, order):
+        for name in files:
+            write(tmp_path / "data" / name)
+        source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
+        assert [os.path.relpath(source.describe(i), tmp_path / "data") for i in range(len(source))] == order
 
-    def test_exif_rotation_is_left_alone(self, tmp_path):
-        exif = Image.Exif()
-        exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+    def test_names_that_are_no_text_are_read(self, tmp_path):
         (tmp_path / "data").mkdir()
-        Image.new("RGB", (8, 4)).save(tmp_path / "data" / "a.jpg", exif=exif)
-        assert open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train[0][0].size == (8, 4)
+        name = os.path.join(os.fsencode(tmp_path / "data"), b"\xff\n.png")
+        with open(name, "wb") as file:
+            file.write(png(3))
+        source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
+        assert numbers(source) == [3]
+        assert os.fsencode(source.describe(0)) == name
+
+    def test_the_fingerprint_follows_the_files(self, tmp_path):
+        def fingerprint():
+            return open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train.fingerprint()
+
+        first = write(tmp_path / "data" / "a.png", 1)
+        write(tmp_path / "data" / "b.png", 2)
+        seen = [fingerprint(), fingerprint()]
+        assert seen[0] == seen[1]
+        os.utime(first, ns=(0, 0))
+        seen.append(fingerprint())
+        first.rename(tmp_path / "data" / "c.png")
+        seen.append(fingerprint())
+        (tmp_path / "data" / "c.png").write_bytes(b"other")
+        os.utime(tmp_path / "data" / "c.png", ns=(0, 0))
+        seen.append(fingerprint())
+        assert len(set(seen)) == 4
 
     def test_home_folder_is_expanded(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         write(tmp_path / "pictures" / "a.png")
         assert len(open_sources(FolderData(path="~/pictures"), seed=0).train) == 1
 
-    def test_broken_image_opens_and_raises_when_read(self, tmp_path):
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "a.png").write_bytes(b"not a picture")
+    def test_a_file_that_is_gone_is_named_when_it_is_read(self, tmp_path):
+        path = write(tmp_path / "data" / "a.png")
         source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
-        assert source.describe(0) == str(tmp_path / "data" / "a.png")
-        with pytest.raises(OSError, match="cannot identify"):
-            source[0]
+        path.unlink()
+        assert source.describe(0) == str(path)
+        with pytest.raises(FileNotFoundError):
+            source.read(0)
 
     @pytest.mark.parametrize(
         ("files", "path", "words"),

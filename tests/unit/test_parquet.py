@@ -12,10 +12,10 @@ import datasets.config
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import check_consistent, numbers, picture, png
+from pictures import check_consistent, decoded, numbers, picture, png
 from PIL import Image
 
-from dino_lightning.config.images import ParquetData
+from dino_lightning.config import ParquetData
 from dino_lightning.data.sources import open_sources
 from dino_lightning.errors import UserError
 
@@ -117,8 +117,8 @@ class TestParquet:
         pq.write_table(rows, tmp_path / "train.parquet")
         source = open_sources(ParquetData(path=str(tmp_path / "train.parquet"), holdout=0), seed=0).train
         with pytest.raises(ValueError, match="no image"):
-            source[0]
-        assert source[1][0].tobytes() == picture(0).tobytes()
+            source.read(0)
+        assert source.read(1) == png(0)
 
     def test_save_to_disk(self, tmp_path):
         splits = datasets.DatasetDict({"train": hub_dataset(0, 6), "test": hub_dataset(6, 2)})
@@ -134,6 +134,33 @@ class TestParquet:
         source = open_sources(ParquetData(path=str(tmp_path / "d"), holdout=0), seed=0).train
         assert numbers(source) == [5, 0, 3, 2]
         assert source.labels.tolist() == [1, 0, 1, 0]
+
+    @pytest.mark.parametrize("change", ["rows", "time", "column"])
+    def test_fingerprint(self, tmp_path, change):
+        def fingerprint(**options) -> str:
+            config = ParquetData(path=str(tmp_path), holdout=0, label_column=None, **options)
+            return open_sources(config, seed=0).train.fingerprint()
+
+        path = tmp_path / "train.parquet"
+        rows = table(0, 4, form="bytes")
+        pq.write_table(rows.append_column("other", rows.column("image")), path)
+        before = fingerprint()
+        assert fingerprint() == before
+        if change == "rows":
+            times = os.stat(path).st_mtime_ns
+            pq.write_table(table(10, 5, form="bytes"), path)
+            os.utime(path, ns=(times, times))
+        elif change == "time":
+            os.utime(path, (1, 1))
+        assert fingerprint(**({"image_column": "other"} if change == "column" else {})) != before
+
+    def test_fingerprint_of_save_to_disk(self, tmp_path):
+        for name, count in (("a", 4), ("b", 3)):
+            hub_dataset(0, 4).select(range(count)).save_to_disk(tmp_path / name)
+        first, again, other = (
+            open_sources(ParquetData(path=str(tmp_path / name), holdout=0), seed=0).train for name in "aab"
+        )
+        assert first.fingerprint() == again.fingerprint() != other.fingerprint()
 
     def test_class_names_of_the_hub_survive_parquet(self, tmp_path):
         hub_dataset(0, 4).to_parquet(tmp_path / "train.parquet")
@@ -208,8 +235,9 @@ class TestParquet:
         assert sources.train.classes[:3] == ["airplane", "automobile", "bird"]
         assert Counter(sources.val.labels.tolist()) == dict.fromkeys(range(10), 1000)
         content = pq.read_table(SHARED / "cifar10" / "train.parquet").slice(33_333, 1).to_pylist()[0]
-        image, label = sources.train[33_333]
-        assert image.tobytes() == Image.open(io.BytesIO(content["image"]["bytes"])).convert("RGB").tobytes()
-        assert label == content["label"]
+        assert sources.train.read(33_333) == content["image"]["bytes"]
+        shown = Image.open(io.BytesIO(content["image"]["bytes"])).convert("RGB")
+        assert decoded(sources.train, 33_333).tobytes() == shown.tobytes()
+        assert sources.train.labels[33_333] == content["label"]
         # 15 MB of images: a copy for a loader worker holds the labels and the way to the memory-mapped file.
         assert len(pickle.dumps(sources.train)) < 1_000_000

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from pictures import check_consistent, numbers, write
 
-from dino_lightning.config.images import BuiltinData, DataConfig, FolderData
-from dino_lightning.data.sources import held_out, open_sources
+from dino_lightning.config import BuiltinData, DataConfig, FolderData
+from dino_lightning.data.sources import open_sources
+from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
 
 
@@ -48,8 +49,8 @@ class TestHoldOut:
 def test_builtin_pictures():
     sources = open_sources(BuiltinData(train_images=24, val_images=13, image_size=16), seed=0)
     assert (len(sources.train), len(sources.val), sources.notice) == (24, 13, None)
-    assert sources.train[0][0].size == (16, 16)
-    assert sources.train[0][0].tobytes() != sources.val[0][0].tobytes()
+    assert sources.train.read(0).shape == (16, 16, 3)
+    assert (sources.train.read(0) != sources.val.read(0)).any()
     check_consistent(sources.train)
     check_consistent(sources.val)
 

@@ -1,0 +1,454 @@
+"""The cache of decoded images: right pixels, built once, whole or not at all, and gone from memory afterwards."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_lightning.config import DataConfig
+from dino_lightning.data.bad_images import ReadableImages
+from dino_lightning.data.cache import CachedImages, cached, remove_unused
+from dino_lightning.data.cache_build import CHUNK
+from dino_lightning.data.decode import Decoder, UnreadableImageError
+from dino_lightning.data.sources.base import ImageSource, Part, Sources, digest, hold_out
+from dino_lightning.errors import UserError
+
+SIZES = [(40, 30), (30, 40), (16, 16), (20, 100), (17, 16), (100, 20), (15, 90)]
+"""Width and height in turn, on both sides of the shorter side kept below."""
+RESIZE = 16
+FORK = multiprocessing.get_context("fork")
+
+
+class Drawn:
+    """Smooth coloured pictures as PNG, drawn when they are read; `broken` ones are cut off, each with a delay."""
+
+    def __init__(self, total=70, *, broken=(), seconds=0.0, name="drawn"):
+        self.total, self.broken, self.seconds, self.name = total, tuple(broken), seconds, name
+        self.labels, self.classes = np.arange(total) % 2, ["even", "odd"]
+        self.reads = FORK.Value("q", 0)
+
+    def __len__(self):
+        return self.total
+
+    def read(self, index):
+        with self.reads.get_lock():
+            self.reads.value += 1
+        time.sleep(self.seconds)
+        return encoded(index)[: 60 if index in self.broken else None]
+
+    def describe(self, index):
+        return f"{self.name} {index}.png"
+
+    def fingerprint(self):
+        return digest(self.name.encode())
+
+    def __getstate__(self):
+        return {**self.__dict__, "reads": None}
+
+
+def picture(index):
+    width, height = SIZES[index % len(SIZES)]
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = [np.sin(index + 3 * x + k * y) for k in range(3)]
+    return Image.fromarray(np.uint8(127 + 120 * np.stack(waves, axis=-1)))
+
+
+def encoded(index):
+    buffer = io.BytesIO()
+    picture(index).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def expected(index):
+    """By Pillow: the shorter side 16, the other one in proportion, cut to whole pixels."""
+    image = picture(index)
+    short, long = sorted(image.size)
+    if short > RESIZE:
+        size = [RESIZE if side == short else int(RESIZE * long / short) for side in image.size]
+        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def settings(tmp_path, **others):
+    return DataConfig(**{"cache": "disk", "cache_dir": str(tmp_path / "kept"), "cache_resize": RESIZE, **others})
+
+
+def keep(source, config, *, bad_images=None, workers=0) -> ImageSource:
+    return cached(source, config=config, decoder=Decoder(config), bad_images=bad_images, workers=workers)
+
+
+def folders(tmp_path):
+    return [path for path in (tmp_path / "kept" / "images").iterdir() if path.is_dir()]
+
+
+class TestPixels:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_are_those_of_pillow(self, tmp_path, workers):
+        source = Drawn()
+        assert len(source) > 2 * CHUNK
+        kept = keep(source, settings(tmp_path), workers=workers)
+        for index in range(len(source)):
+            pixels = kept.read(index)
+            assert pixels.dtype == np.uint8
+            assert pixels.shape == expected(index).shape
+            # torchvision rounds between the two directions where Pillow does too, but with other weights.
+            difference = np.abs(pixels.astype(int) - expected(index)).max()
+            assert difference <= (1 if min(picture(index).size) > RESIZE else 0)
+
+    @pytest.mark.parametrize("channels", [1, 4])
+    def test_of_other_channels(self, tmp_path, channels):
+        arrays = np.random.default_rng(0).integers(0, 256, (3, 12, 10, channels), dtype=np.uint8)
+        kept = keep(Arrays(arrays), settings(tmp_path, channels=channels))
+        assert all((kept.read(i) == array).all() for i, array in enumerate(arrays))
+
+    def test_are_a_view_that_cannot_be_written_to(self, tmp_path):
+        kept = keep(Drawn(), settings(tmp_path))
+        first, again = kept.read(3), kept.read(3)
+        assert np.shares_memory(first, again)
+        with pytest.raises(ValueError, match="read-only"):
+            first[0] = 0
+
+    def test_decode_to_tensors(self, tmp_path):
+        config = settings(tmp_path)
+        kept = keep(Drawn(), config)
+        pixels = Decoder(config).pixels(kept.read(3))
+        assert torch.equal(pixels, torch.tensor(kept.read(3)).permute(2, 0, 1))
+
+    def test_the_rest_is_the_source_s(self, tmp_path):
+        source = Drawn()
+        kept = keep(source, settings(tmp_path))
+        assert isinstance(kept, ImageSource)
+        assert (len(kept), kept.classes, kept.describe(4)) == (70, ["even", "odd"], "drawn 4.png")
+        assert (kept.labels == source.labels).all()
+        assert kept.fingerprint() == source.fingerprint()
+
+
+class Arrays:
+    """A source of arrays (n, H, W, C)."""
+
+    classes = None
+    labels = None
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays)
+
+    def read(self, index):
+        return self.arrays[index]
+
+    def describe(self, index):
+        return f"row {index}"
+
+    def fingerprint(self):
+        return digest(self.arrays.tobytes())
+
+
+class TestUnreadable:
+    def test_keeps_its_reason_and_stops_nothing(self, tmp_path):
+        config, source = settings(tmp_path, max_bad_share=0.0), Drawn(broken=(2, 40))
+        kept = keep(source, config, bad_images=tmp_path / "run" / "bad_images.txt")
+        reasons = []
+        for index in (2, 40):
+            with pytest.raises(ValueError) as original:  # noqa: PT011 - whatever the decoder says
+                Decoder(config).pixels(source.read(index))
+            with pytest.raises(UnreadableImageError) as remembered:
+                kept.read(index)
+            assert str(remembered.value) == str(original.value)
+            reasons.append(f"drawn {index}.png\t{original.value}")
+        assert kept.read(3).shape == (80, 16, 3)
+        assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == reasons
+
+    def test_counts_when_it_is_met(self, tmp_path):
+        config, path = settings(tmp_path), tmp_path / "bad_images.txt"
+        kept = keep(Drawn(broken=(2, 40)), config, bad_images=path)
+        images = ReadableImages(kept, len, on_error="skip", max_bad_share=1 / 70, bad_images=path)
+        assert images[1][1] == 1
+        with pytest.raises(UserError, match="2 of 70 images"):
+            images[2]
+        assert len(path.read_text().splitlines()) == 2
+
+    def test_all_of_them(self, tmp_path):
+        kept = keep(Drawn(5, broken=range(5)), settings(tmp_path))
+        with pytest.raises(UnreadableImageError):
+            kept.read(4)
+
+
+class TestReuse:
+    def test_a_second_run_reads_nothing(self, tmp_path):
+        source, again = Drawn(), Drawn()
+        first, second = keep(source, settings(tmp_path)), keep(again, settings(tmp_path))
+        assert source.reads.value >= 70
+        assert again.reads.value == 0
+        assert all((first.read(i) == second.read(i)).all() for i in range(70))
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"cache_resize": 12}, {"channels": 1}, {"value_range": [0.0, 9.0]}, {"apply_exif_rotation": True}],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_what_decides_pixels_is_in_the_key(self, tmp_path, change):
+        keep(Drawn(3), settings(tmp_path))
+        keep(Drawn(3), settings(tmp_path, **change))
+        assert len(folders(tmp_path)) == 2
+
+    def test_other_images_and_no_other_setting_are_in_the_key(self, tmp_path):
+        keep(Drawn(3), settings(tmp_path))
+        keep(Drawn(3), settings(tmp_path, batch_size_per_device=7, on_error="raise", num_workers=1))
+        assert len(folders(tmp_path)) == 1
+        keep(Drawn(3, name="others"), settings(tmp_path))
+        assert len(folders(tmp_path)) == 2
+
+    def test_the_hold_out_of_another_seed_shares_it(self, tmp_path):
+        source = Drawn(broken=(0, 1))
+        for seed in (0, 1):
+            train = hold_out(Sources(source, None, None), share=0.2, seed=seed).train
+            assert isinstance(train, Part)
+            bad = tmp_path / f"bad{seed}.txt"
+            kept = keep(train, settings(tmp_path), bad_images=bad)
+            assert (len(kept), kept.describe(5)) == (len(train), train.describe(5))
+            assert (kept.labels == train.labels).all()
+            for index in {5, 20}:
+                assert (kept.read(index) == keep(source, settings(tmp_path)).read(train.indices[index])).all()
+            listed = {line.split("\t")[0] for line in bad.read_text().splitlines()} if bad.exists() else set()
+            assert listed == {f"drawn {i}.png" for i in {0, 1} & set(train.indices.tolist())}
+        assert len(folders(tmp_path)) == 1
+
+    def test_a_small_part_is_kept_alone(self, tmp_path):
+        source = Drawn()
+        kept = keep(Part(source, indices=np.array([4, 9])), settings(tmp_path))
+        assert isinstance(kept, CachedImages)
+        assert (kept.read(1) == keep(source, settings(tmp_path)).read(9)).all()
+
+    def test_a_damaged_one_is_built_again(self, tmp_path):
+        good = keep(Drawn(), settings(tmp_path)).read(69).copy()
+        (folder,) = folders(tmp_path)
+        os.truncate(folder / "pixels.bin", 1000)
+        assert (keep(Drawn(), settings(tmp_path)).read(69) == good).all()
+
+    def test_the_random_state_does_not_tell(self, tmp_path):
+        before = torch.get_rng_state()
+        keep(Drawn(), settings(tmp_path), workers=1)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestSettings:
+    def test_none_is_the_source_itself(self, tmp_path):
+        source = Drawn()
+        assert keep(source, settings(tmp_path, cache="none")) is source
+
+    @pytest.mark.parametrize(
+        ("wrong", "sentence"),
+        [
+            ({"cache": "rma"}, r"data\.cache=rma .*did you mean 'ram'"),
+            ({"cache_resize": 0}, r"data\.cache_resize=0"),
+            ({"cache_dir": "/proc/nowhere"}, r"data\.cache_dir=/proc/nowhere cannot be made"),
+        ],
+    )
+    def test_wrong_ones(self, tmp_path, wrong, sentence):
+        with pytest.raises(UserError, match=sentence):
+            keep(Drawn(), settings(tmp_path, **wrong))
+
+    @pytest.mark.parametrize(
+        ("cache", "way_out"), [("ram", r"take data\.cache=disk"), ("disk", r"give a roomier data\.cache_dir")]
+    )
+    def test_too_little_room(self, tmp_path, cache, way_out):
+        sentence = rf"^data\.cache={cache} needs about \d+\.\d GB in /.*, where .* GB are free; {way_out} or "
+        with pytest.raises(UserError, match=sentence):
+            keep(Endless(), settings(tmp_path, cache=cache))
+
+    def test_a_full_file_system_is_no_bad_image(self, tmp_path):
+        limited = FORK.Process(target=build_with_little_room, args=(tmp_path,))
+        limited.start()
+        limited.join()
+        assert "cannot be kept" in (tmp_path / "said").read_text()
+        assert folders(tmp_path) == []
+
+
+class Endless(Drawn):
+    """Says that it has more images than any disk holds."""
+
+    def __init__(self):
+        super().__init__(2, name="endless")
+        self.total = 10**11
+
+
+def build_with_little_room(tmp_path):
+    """The system refuses files beyond a length, as it refuses those for which there is no room."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        keep(Drawn(), settings(tmp_path), workers=1)
+    except UserError as error:
+        (tmp_path / "said").write_text(str(error))
+
+
+class TestProcesses:
+    def test_unpickled_it_maps_the_same_file(self, tmp_path):
+        kept = keep(Drawn(200, name="many"), settings(tmp_path))
+        data = pickle.dumps(kept)
+        assert len(data) < len(pickle.dumps(kept.source)) + 1000
+        assert (pickle.loads(data).read(7) == kept.read(7)).all()
+
+    def test_two_build_at_once(self, tmp_path, capfd):
+        source = Drawn(seconds=0.012)
+        builders = [FORK.Process(target=keep, args=(source, settings(tmp_path))) for _ in range(2)]
+        for builder in builders:
+            builder.start()
+        for builder in builders:
+            builder.join()
+        assert [builder.exitcode for builder in builders] == [0, 0]
+        # Each image once, and once more for the estimate: the second process found what the first had built.
+        assert source.reads.value == 140
+        (folder,) = folders(tmp_path)
+        assert json.loads((folder / "meta.json").read_text())["images"] == 70
+        said = capfd.readouterr().err
+        assert [said.count(words) for words in ("decoding 70 images into", "waiting for the process")] == [1, 1]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_killed_build_leaves_nothing_that_counts(self, tmp_path, workers):
+        source = Drawn(seconds=0.005)
+        builder = FORK.Process(target=in_own_group, args=(source, settings(tmp_path), workers))
+        builder.start()
+        # The first reads are for the estimate.
+        wait_until(lambda: source.reads.value > len(source) + 30)
+        os.killpg(builder.pid, signal.SIGKILL)
+        builder.join()
+        (remains,) = folders(tmp_path)
+        assert ".part-" in remains.name
+        assert (remains / "pixels.bin").stat().st_size > 0
+        assert source.reads.value < 2 * len(source)
+
+        kept = keep(Drawn(), settings(tmp_path))
+        assert all(kept.read(i).shape == expected(i).shape for i in range(70))
+        (folder,) = folders(tmp_path)
+        assert ".part-" not in folder.name
+
+    def test_an_interrupted_build_cleans_up(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            keep(Interrupted(), settings(tmp_path))
+        assert folders(tmp_path) == []
+
+
+class Interrupted(Drawn):
+    """Somebody presses Ctrl-C in the middle."""
+
+    def read(self, index):
+        if self.reads.value > 100:
+            raise KeyboardInterrupt
+        return super().read(index)
+
+
+def in_own_group(source, config, workers):
+    os.setpgid(0, 0)
+    keep(source, config, workers=workers)
+
+
+def wait_until(condition, *, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class TestMemory:
+    """Folders in memory are removed by the process that is the last to use them."""
+
+    @pytest.fixture
+    def config(self, tmp_path):
+        return settings(tmp_path, cache="ram")
+
+    @pytest.fixture
+    def source(self, tmp_path, config):
+        source = Drawn(10, name=f"memory {tmp_path}")
+        yield source
+        for path in Path(memory_folder(source, config)).parent.glob(f"{memory_folder(source, config).name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def test_is_gone_when_the_images_are_dropped(self, source, config):
+        kept = keep(source, config)
+        folder = kept.folder
+        assert str(folder).startswith("/dev/shm/dino-lightning-" if os.access("/dev/shm", os.W_OK) else "/")
+        pixels = kept.read(3)
+        del kept
+        assert not folder.exists()
+        assert (pixels == keep(source, config).read(3)).all()  # what was handed out stays
+
+    def test_stays_for_another_user(self, source, config):
+        first, second = keep(source, config), keep(source, config)
+        folder = first.folder
+        del first
+        assert folder.exists()
+        assert second.read(3).shape == (80, 16, 3)
+        del second
+        assert not folder.exists()
+
+    def test_of_two_processes_the_last_removes_it(self, source, config):
+        code = f"from test_cache import *; kept = keep(Drawn(10, name={source.name!r}), DataConfig(**{vars(config)!r}))"
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        other = subprocess.Popen(
+            [sys.executable, "-c", f"{code}; print(kept.folder, flush=True); input()"],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert other.stdout is not None
+        folder = Path(other.stdout.readline().strip())
+        kept = keep(source, config)
+        assert (kept.folder, source.reads.value) == (folder, 0)
+        del kept
+        assert folder.exists()
+        other.communicate("\n")
+        assert other.returncode == 0
+        assert not folder.exists()
+
+    def test_loader_processes_do_not_remove_it(self, source, config):
+        kept = keep(source, config)
+        loader = FORK.Process(target=forget, args=(kept,))
+        loader.start()
+        loader.join()
+        assert loader.exitcode == 0
+        assert kept.folder.exists()
+
+    def test_what_a_killed_process_left_goes_away(self, source, config, tmp_path):
+        folder = memory_folder(source, config)
+        killed = FORK.Process(target=keep_and_die, args=(source, config))
+        killed.start()
+        killed.join()
+        assert folder.exists()
+        remove_unused(folder)  # a process that would use it itself
+        assert folder.exists()
+        remove_unused(folder.with_name("another"))
+        assert not folder.exists()
+
+
+def memory_folder(source, config):
+    kept = keep(source, config)
+    return kept.folder
+
+
+def forget(kept):
+    del kept.user
+    assert kept.read(3).shape == (80, 16, 3)
+
+
+def keep_and_die(source, config):
+    kept = keep(source, config)
+    assert len(kept) == 10
+    os.kill(os.getpid(), signal.SIGKILL)
