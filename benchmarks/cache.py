@@ -1,0 +1,147 @@
+"""What the cache of decoded images saves: images/s of one core, decoding each time and reading decoded ones.
+
+    python benchmarks/cache.py                    500x375 JPEGs made of Imagenette's photographs, a minute
+    python benchmarks/cache.py --images DIR       a folder of your own
+    python benchmarks/cache.py --json             the last line is one JSON object
+
+One thread decodes (or reads) and cuts the ten crops of multi-crop, two of 224 and eight of 96 pixels. Both ways see the
+same images in the same shuffled order, in turn, round after round; the median round counts. Files and cache are in the
+page cache. Cached images are smaller (`--resize`), which makes the crops faster too. The stretched photographs are
+smoother than true ones of that size, their JPEGs smaller: what the cache saves of yours, `--images` shows.
+"""
+
+import argparse
+import io
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+from dino_lightning.config import DataConfig, FolderData
+from dino_lightning.data.cache import cached
+from dino_lightning.data.decode import Decoder
+from dino_lightning.data.sources import ImageSource, open_sources
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette160"
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+CROPS = [(224, (0.4, 1.0))] * 2 + [(96, (0.05, 0.4))] * 8
+RATIO = [3 / 4, 4 / 3]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=Path, help="folder of images, instead of those made from --data")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with Imagenette's val.parquet")
+    parser.add_argument("--count", type=int, default=400, help="images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--resize", type=int, default=256, help="shorter side of a cached image (pixels)")
+    parser.add_argument("--cache", choices=["ram", "disk"], default="ram")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        images = options.images or make_photographs(options.data, Path(folder) / "photographs", count=options.count)
+        cache_dir = str(Path(folder) / "cache")
+        config = FolderData(path=str(images), cache_resize=options.resize, cache=options.cache, cache_dir=cache_dir)
+        result = measure(config, count=options.count, rounds=options.rounds)
+    show(result)
+    if options.json:
+        print(json.dumps({**result, "torch": torch.__version__, "resize": options.resize, "cache": options.cache}))
+
+
+def make_photographs(data: Path, folder: Path, *, count: int) -> Path:
+    """Imagenette's squares of 160 pixels, stretched to a usual size of ImageNet's photographs and stored as JPEG."""
+    folder.mkdir(parents=True)
+    column = pq.read_table(data / "val.parquet", columns=["image"]).column("image")
+    # The rows are sorted by class.
+    for row in range(0, len(column), max(1, len(column) // count)):
+        image = Image.open(io.BytesIO(column[row].as_py()["bytes"])).convert("RGB")
+        image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(folder / f"{row:05}.jpg", quality=QUALITY)
+    return folder
+
+
+def measure(config: DataConfig, *, count: int, rounds: int) -> dict[str, float]:
+    """Images per second of one thread, by way and with or without crops, and what the cache takes."""
+    decoder = Decoder(config)
+    stored = open_sources(config, seed=0).train
+    assert isinstance(stored, ImageSource)
+    started = time.perf_counter()
+    kept = cached(stored, config=config, decoder=decoder, bad_images=None, workers=2)
+    build = time.perf_counter() - started
+    order = random.Random(0).sample(range(len(stored)), min(count, len(stored)))
+    ways = {
+        "decode": lambda: [decoder.pixels(stored.read(index)) for index in order],
+        "cached": lambda: [decoder.pixels(kept.read(index)) for index in order],
+        "decode_crops": lambda: [ten_crops(decoder.pixels(stored.read(index))) for index in order],
+        "cached_crops": lambda: [ten_crops(decoder.pixels(kept.read(index))) for index in order],
+    }
+    rates = {name: len(order) / seconds for name, seconds in timed(ways, rounds=rounds).items()}
+    return {
+        **{f"{name}_images_per_s": round(rate, 1) for name, rate in rates.items()},
+        "ratio_decode": round(rates["cached_crops"] / rates["decode_crops"], 2),
+        "ratio_decode_alone": round(rates["cached"] / rates["decode"], 2),
+        "bytes_per_image": round(sum(decoder.pixels(kept.read(index)).numel() for index in order) / len(order)),
+        "stored_bytes_per_image": round(sum(len(stored.read(index)) for index in order) / len(order)),
+        "build_s": round(build, 2),
+        "images": len(order),
+    }
+
+
+def timed(ways: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of each, taken in turn so that a slow moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            torch.manual_seed(number)
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first one warms up
+
+
+def ten_crops(pixels: Tensor) -> list[Tensor]:
+    """The crops (3, size, size) of an image, not augmented otherwise."""
+    crops = []
+    for size, scale in CROPS:
+        top, left, height, width = RandomResizedCrop.get_params(pixels, list(scale), RATIO)
+        cut = F.crop(pixels, top, left, height, width)
+        crops.append(F.resize(cut, [size, size], InterpolationMode.BICUBIC, antialias=True))
+    return crops
+
+
+def show(result: dict[str, float]) -> None:
+    """The table."""
+    table = Table(title=f"{result['images']} images, one thread, images/s")
+    for column, justify in (
+        ("", "left"),
+        ("decoded each time", "right"),
+        ("from the cache", "right"),
+        ("ratio", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for label, suffix, ratio in (
+        ("pixels", "", "ratio_decode_alone"),
+        ("pixels and ten crops", "_crops", "ratio_decode"),
+    ):
+        rates = [f"{result[f'{way}{suffix}_images_per_s']:.0f}" for way in ("decode", "cached")]
+        table.add_row(label, *rates, f"{result[ratio]:.2f}")
+    sizes = [f"{result[name] / 1e3:.0f}" for name in ("stored_bytes_per_image", "bytes_per_image")]
+    table.add_row("kB per image", *sizes, "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

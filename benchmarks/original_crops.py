@@ -1,0 +1,69 @@
+"""The original's augmentation, rebuilt from the public operators of torchvision and PIL: the measure of the others."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+
+class Blur:
+    """Gaussian blur of a random radius (pixels), with a probability."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The blurred image, or the image itself."""
+        if random.random() > self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+class Solarize:
+    """Invert bright values, with a probability."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The solarised image, or the image itself."""
+        return ImageOps.solarize(image) if random.random() < self.p else image
+
+
+def view(size: int, scale: tuple[float, float], *after: Callable) -> transforms.Compose:
+    """The transform of one kind of view."""
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            *after,
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+class OriginalCrops(Dataset[list[Tensor]]):
+    """Files -> lists of two global and eight local crops, as the original's data set gives them."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.first = view(224, (0.4, 1.0), Blur(1.0))
+        self.second = view(224, (0.4, 1.0), Blur(0.1), Solarize(0.2))
+        self.local = view(96, (0.05, 0.4), Blur(0.5))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        with Image.open(self.files[index]) as file:
+            image = file.convert("RGB")
+        return [self.first(image), self.second(image), *(self.local(image) for _ in range(8))]
