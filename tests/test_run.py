@@ -2,16 +2,20 @@
 
 import csv
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 import yaml
 from composing import SMALL, composed
 from safetensors import safe_open
 
+from dino_lightning.errors import UserError
 from dino_lightning.run import run_training
 
 
@@ -108,23 +112,75 @@ def test_resume_goes_on(tmp_path: Path) -> None:
     assert baseline is not None
 
 
+UNLABELLED = [o for o in SMALL if not o.startswith(("data.train_images", "data.val_images"))]
+UNLABELLED += ["callbacks.knn.enabled=false", "callbacks.pictures.images=3"]
+
+
 def test_unlabelled_photos(tmp_path: Path) -> None:
     from PIL import Image
 
-    photos = tmp_path / "photos"
-    photos.mkdir()
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for index in range(50):
-        Image.effect_noise((60, 45), 40 + index).convert("RGB").save(photos / f"{index}.jpg")
-    (photos / "broken.jpg").write_bytes(b"not a picture")
-    data = [o for o in SMALL if not o.startswith(("data.train_images", "data.val_images"))]
-    cfg = composed(*data, "data=folder", f"data.path={photos}", "callbacks.knn.enabled=false",
-                   "callbacks.pictures.images=3", output_dir=tmp_path / "run")  # fmt: skip
+        Image.effect_noise((60, 45), 40 + index).convert("RGB").save(folder / f"{index}.jpg")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    cfg = composed(*UNLABELLED, "data=folder", f"data.path={folder}", output_dir=tmp_path / "run")
     assert run_training(cfg) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn_top1"] is None
     assert summary["bad_images"] == 1
     assert "broken.jpg" in (tmp_path / "run" / "bad_images.txt").read_text()
     assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
+
+
+def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
+    """Noise of any number of channels, as TIFF."""
+    folder.mkdir()
+    for index in range(count):
+        values = np.random.default_rng(index).integers(0, 256, (40, 50, channels), dtype=np.uint8)
+        shape = {"photometric": "minisblack", "planarconfig": "contig"} if channels != 3 else {}
+        tifffile.imwrite(folder / f"{index:02}.tif", values[..., 0] if channels == 1 else values, **shape)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["pil", "cpu", "device"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels(
+    channels: int, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if (channels, backend) == (5, "pil"):
+        pytest.skip("PIL has no images of five channels")
+    half = "[" + ",".join(["0.5"] * channels) + "]"
+    cfg = composed(*UNLABELLED, "data=folder", f"data.path={photos(tmp_path / 'in', channels=channels)}",
+                   f"data.channels={channels}", f"crops={backend}", f"crops.mean={half}", f"crops.std={half}",
+                   "experiment=quick", output_dir=tmp_path / "run")  # fmt: skip
+    run_training(cfg)
+    assert f"{channels} channels: no saturation, hue and grayscale" in " ".join(capfd.readouterr().err.split())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["timm"]["in_chans"] == channels
+    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == {"crops", "attention", "neighbours"}
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "images-0.tar", "w") as tar:
+        for path in sorted(photos(tmp_path / "in", channels=3).iterdir()):
+            tar.add(path, arcname=path.name)
+    cfg = composed(*UNLABELLED, "data=webdataset", f"data.shards={tmp_path}/images-0.tar", "data.images=40",
+                   output_dir=tmp_path / "run")  # fmt: skip
+    run_training(cfg)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (40 // 16)
+    assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
+
+
+def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(20):
+        deep = np.full((40, 50), 1000 * index, np.uint16)
+        tifffile.imwrite(tmp_path / "in" / f"{index}.tif", deep)
+    cfg = composed(*UNLABELLED, "data=folder", f"data.path={tmp_path}/in", output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"16-bit image; set data\.value_range, such as \[0,65535\]"):
+        run_training(cfg)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], tmp_path: Path) -> None:

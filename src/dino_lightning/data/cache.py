@@ -12,7 +12,6 @@ and the next build removes it. `disk` keeps the folder in `data.cache_dir`, wher
 somebody removes the folder; `ram` in the memory file system, from where the last process that uses it removes it.
 """
 
-import fcntl
 import json
 import mmap
 import os
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -151,7 +150,7 @@ class MemoryUser:
     def __init__(self, folder: Path) -> None:
         remove_unused(folder)
         lock = os.open(f"{folder}.users", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        _lock(lock, "shared")
         weakref.finalize(self, _leave, folder, lock=lock, process=os.getpid())
 
 
@@ -166,20 +165,29 @@ def _leave(folder: Path, *, lock: int, process: int) -> None:
     if os.getpid() != process:
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, "alone")
     except OSError:
         pass  # there are other users
     else:
         for remains in (folder, *_parts(folder)):
             shutil.rmtree(remains, ignore_errors=True)
     # Explicitly: a forked process that lives longer would keep it.
-    fcntl.flock(lock, fcntl.LOCK_UN)
+    _lock(lock, "off")
     os.close(lock)
+
+
+def _lock(lock: int, kind: Literal["shared", "alone", "off"]) -> None:
+    import fcntl  # not on Windows, where `_root` refuses
+
+    kinds = {"shared": fcntl.LOCK_SH, "alone": fcntl.LOCK_EX | fcntl.LOCK_NB, "off": fcntl.LOCK_UN}
+    fcntl.flock(lock, kinds[kind])
 
 
 def _root(config: DataConfig) -> Path:
     if config.cache == "disk":
         root = Path(config.cache_dir).expanduser() / "images"
+    elif not hasattr(os, "getuid"):
+        raise UserError("data.cache=ram is for Linux and macOS; take data.cache=disk")
     else:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
         root = Path(memory) / f"dino-lightning-{os.getuid()}"

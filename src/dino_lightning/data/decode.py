@@ -223,7 +223,7 @@ def _in_words() -> Iterator[None]:
     """Whatever a library raises on broken data becomes `UnreadableImageError`."""
     try:
         yield
-    except UnreadableImageError:
+    except (UserError, UnreadableImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels", str(error))

@@ -21,6 +21,9 @@ LARGE = 10_000
 UNUSED_DAYS = 30
 """Kept arrays that nobody opened for longer are removed when new ones are written beside them."""
 
+BROKEN = (OSError, ValueError, EOFError)
+"""What `np.load` raises on files that are gone, damaged or empty."""
+
 
 class KeptArrays:
     """Named arrays, read-only where they are mapped from the folder `place`."""
@@ -85,12 +88,12 @@ def keep(arrays: dict[str, np.ndarray], *, under: Path) -> KeptArrays:
             _write(place, arrays)
         os.utime(place)
         return open_kept(place)
-    except (OSError, ValueError):
+    except BROKEN:
         return KeptArrays(arrays)
 
 
 def open_kept(place: Path) -> KeptArrays:
-    """The arrays of a folder. Raises `OSError` or `ValueError` where they are gone or broken."""
+    """The arrays of a folder. Raises one of `BROKEN` where they are gone or damaged."""
     files = sorted(place.glob("*.npy"))
     if not files:
         raise FileNotFoundError(place)
@@ -116,7 +119,7 @@ def _state(file: str) -> tuple[int, int]:
 def _holds(place: Path, arrays: dict[str, np.ndarray]) -> bool:
     try:
         kept = open_kept(place).arrays
-    except (OSError, ValueError):
+    except BROKEN:
         return False
     return kept.keys() == arrays.keys() and all(
         kept[name].dtype == array.dtype and np.array_equal(kept[name], array) for name, array in arrays.items()
