@@ -22,15 +22,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-import torchvision.transforms.v2.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from dino_lightning.config import DataConfig, FolderData
+from dino_lightning.config import CropsConfig, DataConfig, FolderData
 from dino_lightning.data.cache import cached
+from dino_lightning.data.crops import crop_backend
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 
@@ -81,12 +79,13 @@ def measure(config: DataConfig, *, count: int, rounds: int) -> dict[str, float]:
     started = time.perf_counter()
     kept = cached(stored, config=config, decoder=decoder, bad_images=None, workers=2)
     build = time.perf_counter() - started
+    crops = crop_backend(CropsConfig(backend="device"), channels=3)
     order = random.Random(0).sample(range(len(stored)), min(count, len(stored)))
     ways = {
         "decode": lambda: [decoder.pixels(stored.read(index)) for index in order],
         "cached": lambda: [decoder.pixels(kept.read(index)) for index in order],
-        "decode_crops": lambda: [ten_crops(decoder.pixels(stored.read(index))) for index in order],
-        "cached_crops": lambda: [ten_crops(decoder.pixels(kept.read(index))) for index in order],
+        "decode_crops": lambda: [crops([decoder.pixels(stored.read(index))], [index]) for index in order],
+        "cached_crops": lambda: [crops([decoder.pixels(kept.read(index))], [index]) for index in order],
     }
     rates = {name: len(order) / seconds for name, seconds in timed(ways, rounds=rounds).items()}
     return {
@@ -110,16 +109,6 @@ def timed(ways: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, fl
             way()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first one warms up
-
-
-def ten_crops(pixels: Tensor) -> list[Tensor]:
-    """The crops (3, size, size) of an image, not augmented otherwise."""
-    crops = []
-    for size, scale in CROPS:
-        top, left, height, width = RandomResizedCrop.get_params(pixels, list(scale), RATIO)
-        cut = F.crop(pixels, top, left, height, width)
-        crops.append(F.resize(cut, [size, size], InterpolationMode.BICUBIC, antialias=True))
-    return crops
 
 
 def show(result: dict[str, float]) -> None:
