@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, register_timm_networks, run_name, with_settings_for_data
+from dino_lightning.cli import CONF, register_timm_networks, run_name, with_settings_for_data, with_shards_in_one_piece
 from dino_lightning.config import register
 
 SMALL = [
@@ -27,4 +27,5 @@ def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictC
     register_timm_networks(list(overrides))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("config", overrides=[*with_settings_for_data(list(overrides)), f"output_dir={output_dir}"])
+        words = with_shards_in_one_piece(with_settings_for_data(list(overrides)))
+        return compose("config", overrides=[*words, f"output_dir={output_dir}"])

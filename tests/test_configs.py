@@ -73,6 +73,20 @@ def test_backbones_build_by_name(backbone: str) -> None:
     assert features.shape == (6, method.teacher.backbone.num_features)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["data.shards=/a b/x-{00..02}.tar"], ["data.shards='/a b/x-{00..02}.tar'"], ['data.shards="/a b/x-{00..02}.tar"']],
+)
+def test_braces_of_shards_need_no_quotes_of_their_own(words: list[str]) -> None:
+    cfg = composed("data=webdataset", *words, "data.images=5", "seed=3")
+    assert (cfg.data.shards, cfg.data.images, cfg.seed) == ("/a b/x-{00..02}.tar", 5, 3)
+
+
+def test_shards_that_the_shell_took_apart_are_put_together() -> None:
+    cfg = composed("data=webdataset", "data.shards=x-0.tar", "data.shards=x-1.tar", "data.images=5")
+    assert cfg.data.shards == "x-0.tar::x-1.tar"
+
+
 def test_own_images_get_the_settings_for_photographs() -> None:
     bare = composed("data=parquet", "data.path=.")
     assert bare == composed("experiment=photos32", "data=parquet", "data.path=.")

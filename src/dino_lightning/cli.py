@@ -36,7 +36,7 @@ def train() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     register_timm_networks(sys.argv[1:])
-    sys.argv[1:] = with_settings_for_data(sys.argv[1:])
+    sys.argv[1:] = with_shards_in_one_piece(with_settings_for_data(sys.argv[1:]))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
@@ -93,6 +93,19 @@ def with_settings_for_data(overrides: list[str]) -> list[str]:
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
     place = overrides.index(f"data={groups['data']}")
     return [*overrides[:place], "experiment=photos32", *overrides[place:]]
+
+
+def with_shards_in_one_piece(overrides: list[str]) -> list[str]:
+    """The overrides with one `data.shards`, in quotes: Hydra takes braces for a dictionary, and a shell makes of a word
+    with unquoted braces many words, of which Hydra would keep the last."""
+    key = "data.shards="
+    words = [text for text in overrides if text.startswith(key)]
+    value = "::".join(word.removeprefix(key) for word in words)
+    if not words or value[:1] in "'\"":
+        return overrides
+    place = overrides.index(words[0])
+    others = [text for text in overrides[place:] if text not in words]
+    return [*overrides[:place], f'{key}"{value}"', *others]
 
 
 def run_name() -> str:

@@ -123,7 +123,7 @@ class HuggingFaceData(DataConfig):
     streaming: bool = False
     """Read while training instead of downloading first. There is no k-NN evaluation then."""
     images: int | None = None
-    """Images of an epoch when streaming; null for what the data set says of itself."""
+    """Images of an epoch of a stream; a Hugging Face data set may say so itself (null)."""
     shuffle_buffer: int = 1000
     """Images that each loader process draws from when streaming."""
 

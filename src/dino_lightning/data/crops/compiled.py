@@ -7,6 +7,9 @@ numba compiles them at first use, in seconds, and keeps the result on disk.
 Arrays: x (C, S, S) float32 of values from 0 to 255.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numpy as np
 import torch
 from numba import njit
@@ -20,7 +23,16 @@ from dino_lightning.data.crops.photometric import BLUE, GREEN, RED
 
 Floats = NDArray[np.float32]
 WHITE = np.float32(255)
-compiled = njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """The function in machine code."""
+    options: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep the result in: compile it in every run
+        return njit(**options)(function)
 
 
 class Finisher:
