@@ -23,6 +23,7 @@ from dino_lightning.config import (
     WandbLoggerConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.methods.dino import DINO
@@ -40,6 +41,8 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
     if config.trainer.strategy == "fsdp":
         arguments["strategy"] = FullySharded()  # Lightning's own "fsdp" is FSDP1
+    # PyTorch shares the statistics of batch norms on GPUs only; `run` says so.
+    arguments["sync_batchnorm"] = config.trainer.sync_batchnorm and not trains_on_cpu(config.trainer.accelerator)
     callbacks = build_callbacks(config) if not config.trainer.barebones else []
     loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
     try:

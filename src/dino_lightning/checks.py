@@ -23,6 +23,7 @@ from dino_lightning.config import (
     WandbLoggerConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.schedules import Duration
 
@@ -258,8 +259,7 @@ def _check_trainer(config: TrainConfig) -> None:
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
                         "set trainer.accelerator=cpu.")  # fmt: skip
-    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not _has_accelerator())
-    if on_cpu and str(trainer.precision).startswith("16"):
+    if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
         raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
     if trainer.strategy == "fsdp" and str(trainer.precision) not in SHARDED_PRECISIONS:
         raise UserError(f"trainer.strategy=fsdp does not work with trainer.precision={trainer.precision}; set "
@@ -303,10 +303,6 @@ def _check_output(config: TrainConfig) -> None:
     if not config.resume and last.exists():
         raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
                         "choose another folder.")  # fmt: skip
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,12 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def trains_on_cpu(accelerator: str) -> bool:
+    """Whether Lightning's `accelerator` means the CPU on this machine."""
+    other = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return accelerator == "cpu" or (accelerator == "auto" and not other)
+
+
 def rank() -> int:
     """This process's number in the group; 0 without one."""
     return dist.get_rank() if _active() else 0

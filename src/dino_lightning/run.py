@@ -27,7 +27,7 @@ from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checks import check_config, check_data, check_keys
 from dino_lightning.config import TrainConfig
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.distributed import leave_group
+from dino_lightning.distributed import leave_group, trains_on_cpu
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.report import results_table, write_report
 from dino_lightning.sharding import whole_state
@@ -152,6 +152,14 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
     network = type(method.student.backbone).__name__
     console.print(f"[bold]Network[/]   {network}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
                   f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}")  # fmt: skip
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    if (
+        normed
+        and config.trainer.sync_batchnorm
+        and trainer.world_size > 1
+        and trains_on_cpu(config.trainer.accelerator)
+    ):
+        console.print("          batch norms see their own process's images: PyTorch shares statistics on GPUs only")
     length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_epochs != -1 else "as many epochs as it takes"
     console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
     console.print(f"[bold]Output[/]    {config.output_dir}", soft_wrap=True)

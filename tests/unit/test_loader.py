@@ -151,8 +151,9 @@ class Watcher(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, **options: Any) -> None:
-    checkpoints = ModelCheckpoint(root, filename="last", every_n_train_steps=1, enable_version_counter=False)
+def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, *, every: str, **options: Any) -> None:
+    when: dict[str, Any] = {"every_n_train_steps": 1} if every == "step" else {"save_on_train_epoch_end": True}
+    checkpoints = ModelCheckpoint(root, filename="last", enable_version_counter=False, **when)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, logger=False, max_epochs=3, default_root_dir=root, callbacks=[checkpoints],
         enable_progress_bar=False, enable_model_summary=False,
@@ -160,13 +161,19 @@ def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, **options: Any)
     trainer.fit(watcher, datamodule=data, weights_only=True, **options)
 
 
-@pytest.mark.parametrize("stops_after", [2, EPOCH, EPOCH + 5])
+@pytest.mark.parametrize(
+    ("every", "stops_after", "kept"),
+    [("step", 2, 2), ("step", EPOCH, EPOCH), ("step", EPOCH + 5, EPOCH + 5), ("epoch", EPOCH + 2, EPOCH),
+     ("epoch", 2 * EPOCH, 2 * EPOCH)],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["builtin", "webdataset"])
-def test_lightning_goes_on_in_the_middle_of_an_epoch(kind: str, stops_after: int, folder: Path, tmp_path: Path) -> None:
+def test_lightning_goes_on_where_its_checkpoint_was_written(
+    kind: str, every: str, stops_after: int, kept: int, folder: Path, tmp_path: Path
+) -> None:
     whole = run(module(kind, folder), epochs=3)
     first, second = Watcher(stops_after=stops_after), Watcher()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(first, module(kind, folder), tmp_path)
+        fit(first, module(kind, folder), tmp_path, every=every)
     check_equal(first.seen, whole[:stops_after])
-    fit(second, module(kind, folder), tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
-    check_equal(second.seen, whole[stops_after:])
+    fit(second, module(kind, folder), tmp_path, every=every, ckpt_path=str(tmp_path / "last.ckpt"))
+    check_equal(second.seen, whole[kept:])

@@ -52,6 +52,8 @@ class MultiCropDataModule(L.LightningDataModule):
         self.config, self.seed, self.bad_images = config, seed, bad_images
         self.crops = crops if config.channels == 3 else without_colour(crops)
         self.decoder = Decoder(config)
+        self._loader: PlacedLoader | None = None
+        self._place: dict[str, Any] | None = None
 
     @cached_property
     def sources(self) -> Sources:
@@ -105,7 +107,23 @@ class MultiCropDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> PlacedLoader:
-        """Shuffled multi-crop batches that can be left and found again."""
+        """Shuffled multi-crop batches, from the place that a checkpoint had."""
+        self._loader = self._train_loader()
+        if self._place is not None:
+            self._loader.load_state_dict(self._place)
+            self._place = None
+        return self._loader
+
+    # Lightning keeps the place of a loader, too, but gives it back only in the middle of an epoch.
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the images, for a checkpoint; all ranks call it."""
+        return {} if self._loader is None else {"place": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The next `train_dataloader` goes on from there."""
+        self._place = state_dict.get("place")
+
+    def _train_loader(self) -> PlacedLoader:
         config, train = self.config, self.sources.train
         crops = crop_backend(self.crops, channels=config.channels)
         decode = getattr(self.decoder, crops.decoding)

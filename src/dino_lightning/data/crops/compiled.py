@@ -8,7 +8,7 @@ Arrays: x (C, S, S) float32 of values from 0 to 255.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ def compiled(function: F) -> F:
     """The function in machine code."""
     options: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return cast(F, njit(cache=True, **options)(function))
     except RuntimeError:  # no folder to keep the result in: compile it in every run
-        return njit(**options)(function)
+        return cast(F, njit(**options)(function))
 
 
 class Finisher:
