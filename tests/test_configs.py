@@ -14,7 +14,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning import reference
-from dino_lightning.build import build_method
+from dino_lightning.build import build_method, build_trainer
 from dino_lightning.checks import DURATIONS, RULES, check_config
 from dino_lightning.cli import CONF
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
@@ -85,6 +85,14 @@ def test_braces_of_shards_need_no_quotes_of_their_own(words: list[str]) -> None:
 def test_shards_that_the_shell_took_apart_are_put_together() -> None:
     cfg = composed("data=webdataset", "data.shards=x-0.tar", "data.shards=x-1.tar", "data.images=5")
     assert cfg.data.shards == "x-0.tar::x-1.tar"
+
+
+def test_batch_norms_share_statistics_where_pytorch_can(tmp_path: Path) -> None:
+    """On GPUs only: on a CPU their synchronised kind raises as soon as there are two processes."""
+    config = config_of("method.head_batch_norm=true", "trainer.accelerator=cpu")
+    config.output_dir = str(tmp_path)
+    assert config.trainer.sync_batchnorm
+    assert build_trainer(config, hyperparameters={}).strategy._layer_sync is None  # type: ignore[attr-defined]
 
 
 def test_own_images_get_the_settings_for_photographs() -> None:

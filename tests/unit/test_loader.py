@@ -132,6 +132,14 @@ def test_a_stream_read_by_another_number_of_processes_is_refused(folder: Path) -
         module("webdataset", folder, workers=2).train_dataloader().load_state_dict(state)
 
 
+def test_a_stream_in_another_order_is_refused(folder: Path) -> None:
+    state = module("webdataset", folder).train_dataloader().state_dict()
+    with pytest.raises(UserError, match="read with seed=0, not seed=1"):
+        module("webdataset", folder, seed=1).train_dataloader().load_state_dict(state)
+    with pytest.raises(UserError, match=r"read with data\.shuffle_buffer=9, not data\.shuffle_buffer=5"):
+        module("webdataset", folder).train_dataloader().load_state_dict({**state, "shuffle_buffer": 9})
+
+
 class Watcher(L.LightningModule):
     """Sees the batches, and stops for good after one of them."""
 

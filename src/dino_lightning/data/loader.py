@@ -125,11 +125,17 @@ class StreamLoader(PlacedLoader):
         unread = (-1,) * len(Place._fields)
         own = torch.tensor([tuple(place) if place else unread for place in self.places])
         everywhere: Tensor = all_gather_concat(own)
-        return {**super().state_dict(), "turn": self.turn, "places": everywhere.tolist()}
+        order = {"seed": self.dataset.seed, "shuffle_buffer": self.dataset.shuffle_buffer}
+        return {**super().state_dict(), **order, "turn": self.turn, "places": everywhere.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises `UserError` for another number of readers: their parts would be others."""
+        """Go on from there. Raises `UserError` where the order of the stream would be another."""
         super().load_state_dict(state)
+        for name, key in (("seed", "seed"), ("shuffle_buffer", "data.shuffle_buffer")):
+            if state[name] != (now := getattr(self.dataset, name)):
+                raise UserError(
+                    f"resume=true: the stream was read with {key}={state[name]}, not {key}={now}; set it back."
+                )
         workers, readers = len(self.places), len(self.places) * self.dataset.world_size
         if len(state["places"]) != readers:
             raise UserError(
