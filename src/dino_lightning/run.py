@@ -212,7 +212,10 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     write_atomically(output / "summary.json", json.dumps({**summary, "timm": recipe}, indent=2) + "\n")
     report = write_report(output)
     console = Console()
-    console.print(results_table(summary))
+    if summary["knn_top1"] is None:
+        console.print("No k-NN evaluation in this run: judge it by its pictures and curves.")
+    else:
+        console.print(results_table(summary))
     if summary["bad_images"]:
         console.print(f"{summary['bad_images']} images could not be read: see {output / 'bad_images.txt'}")
     console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied
