@@ -65,5 +65,8 @@ class OriginalCrops(Dataset[list[Tensor]]):
 
     def __getitem__(self, index: int) -> list[Tensor]:
         with Image.open(self.files[index]) as file:
-            image = file.convert("RGB")
+            return self.crops(file.convert("RGB"))
+
+    def crops(self, image: Image.Image) -> list[Tensor]:
+        """The ten crops of an image."""
         return [self.first(image), self.second(image), *(self.local(image) for _ in range(8))]

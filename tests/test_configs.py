@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from dino_lightning import reference
 from dino_lightning.build import build_method, build_trainer
 from dino_lightning.checks import DURATIONS, RULES, check_config
-from dino_lightning.cli import CONF
+from dino_lightning.cli import CONF, with_shards_in_one_piece
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.keys import all_keys
 
@@ -80,6 +80,10 @@ def test_backbones_build_by_name(backbone: str) -> None:
 def test_braces_of_shards_need_no_quotes_of_their_own(words: list[str]) -> None:
     cfg = composed("data=webdataset", *words, "data.images=5", "seed=3")
     assert (cfg.data.shards, cfg.data.images, cfg.seed) == ("/a b/x-{00..02}.tar", 5, 3)
+
+
+def test_shards_can_be_swept_over() -> None:
+    assert with_shards_in_one_piece(["-m", "data.shards=a.tar,b.tar"]) == ["-m", "data.shards=a.tar,b.tar"]
 
 
 def test_shards_that_the_shell_took_apart_are_put_together() -> None:

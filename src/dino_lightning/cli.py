@@ -101,7 +101,7 @@ def with_shards_in_one_piece(overrides: list[str]) -> list[str]:
     key = "data.shards="
     words = [text for text in overrides if text.startswith(key)]
     value = "::".join(word.removeprefix(key) for word in words)
-    if not words or value[:1] in "'\"":
+    if value[:1] in ("", "'", '"') or (len(words) == 1 and "{" not in value):
         return overrides
     place = overrides.index(words[0])
     others = [text for text in overrides[place:] if text not in words]

@@ -176,7 +176,7 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: StudentTeacher) -
     """The run in a few numbers: `summary.json`."""
     knn = find(trainer, KNNCallback)
     speed = find(trainer, Speed)
-    bad_images = Path(config.output_dir) / "bad_images.txt"
+    bad_images = [file.read_text().splitlines() for file in Path(config.output_dir).glob("bad_images*.txt")]
     return {
         "knn_top1": knn.last.get("top1") if knn else None,
         "knn_top5": knn.last.get("top5") if knn else None,
@@ -189,7 +189,7 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: StudentTeacher) -
         "seed": config.seed,
         "experiment": config.experiment,
         "feature_dim": method.student.backbone.num_features,
-        "bad_images": len(set(bad_images.read_text().splitlines())) if bad_images.exists() else 0,
+        "bad_images": sum(map(len, bad_images)),
     }
 
 
@@ -217,7 +217,7 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     else:
         console.print(results_table(summary))
     if summary["bad_images"]:
-        console.print(f"{summary['bad_images']} images could not be read: see {output / 'bad_images.txt'}")
+        console.print(f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}")
     console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied
 
 

@@ -1,4 +1,4 @@
-"""`crops=pil` against the original's augmentation, rebuilt from torchvision's older public transforms."""
+"""`crops=pil` against the original's augmentation, as the benchmark rebuilds it."""
 
 import dataclasses
 import itertools
@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from crop_cases import picture
+from original_crops import Blur, OriginalCrops, Solarize
+from original_crops import view as original_view
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
@@ -24,44 +26,6 @@ from dino_lightning.data.crops.draws import GLOBAL_1, GLOBAL_2, LOCAL, OriginalD
 SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
 Transform = Callable[[Image.Image], Image.Image]
-
-
-# ------------------------------------------------------------------------------------------- the original, rebuilt
-
-
-def _blur(p: float) -> Transform:
-    def apply(image: Image.Image) -> Image.Image:
-        if random.random() <= p:
-            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
-        return image
-
-    return apply
-
-
-def _solarize(p: float) -> Transform:
-    return lambda image: ImageOps.solarize(image) if random.random() < p else image
-
-
-def _original_view(size: int, scale: tuple[float, float], *after: Transform) -> transforms.Compose:
-    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(p=0.5),
-            transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            *after,
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-
-
-def _original() -> Callable[[Image.Image], list]:
-    first = _original_view(224, (0.4, 1.0), _blur(1.0))
-    second = _original_view(224, (0.4, 1.0), _blur(0.1), _solarize(0.2))
-    local = _original_view(96, (0.05, 0.4), _blur(0.5))
-    return lambda image: [first(image), second(image), *(local(image) for _ in range(8))]
 
 
 def _after_seeding(transform: Callable[[Image.Image], Any], image: Image.Image, seed: int) -> Any:
@@ -81,7 +45,7 @@ def test_bit_for_bit_the_original(size: tuple[int, int]) -> None:
     for seed in range(4):
         image = picture(*size, seed=seed)
         ours = pil.PILCrops(CropsConfig())(image, seed=seed)
-        theirs = _after_seeding(_original(), image, seed)
+        theirs = _after_seeding(OriginalCrops([]).crops, image, seed)
         assert len(ours) == len(theirs) == 10
         differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
         assert not differing, f"seed {seed}: crops {differing} differ"
@@ -90,8 +54,8 @@ def test_bit_for_bit_the_original(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("view", VIEWS)
 def test_each_view_is_bit_for_bit_the_original(view: int) -> None:
     size, scale = (96, (0.05, 0.4)) if view == LOCAL else (224, (0.4, 1.0))
-    after = {GLOBAL_1: [_blur(1.0)], GLOBAL_2: [_blur(0.1), _solarize(0.2)], LOCAL: [_blur(0.5)]}[view]
-    theirs = _original_view(size, scale, *after)
+    after = {GLOBAL_1: [Blur(1.0)], GLOBAL_2: [Blur(0.1), Solarize(0.2)], LOCAL: [Blur(0.5)]}[view]
+    theirs = original_view(size, scale, *after)
     for seed in range(20):
         image = picture(160, 120, seed=seed)
         ours = _view(CropsConfig(), view, image, OriginalDice(seed))
@@ -104,7 +68,7 @@ def test_real_photographs_bit_for_bit(shared_data: Path) -> None:
     for seed, path in enumerate(photographs[:2]):
         image = Image.open(path).convert("RGB")
         ours = pil.PILCrops(CropsConfig())(image, seed=seed)
-        theirs = _after_seeding(_original(), image, seed)
+        theirs = _after_seeding(OriginalCrops([]).crops, image, seed)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), path.name
 
 

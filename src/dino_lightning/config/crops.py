@@ -8,7 +8,7 @@ class CropsConfig:
     """The multi-crop augmentation: two global views and `local_count` local ones."""
 
     backend: str = "pil"
-    """What makes the crops. `pil`: the original's operators, bit for bit. `cpu`: the same with tensors, faster.
+    """What makes the crops. `pil`: the original's operators, bit for bit. `cpu`: the same, compiled, in float32.
     `device`: loader processes decode and cut, the rest happens on the accelerator."""
     global_size: int = 224
     """Side of a global crop (pixels)."""

@@ -1,5 +1,6 @@
 """The LightningDataModule: multi-crop batches for training, plain images for evaluation."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
 from dino_lightning.data.batches import CropBatches, StreamBatches, crop_seed
 from dino_lightning.data.cache import cached
-from dino_lightning.data.crops import CutCrops, EvalView, crop_backend, without_colour
+from dino_lightning.data.crops import CropBackend, CutCrops, EvalView, crop_backend
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.loader import KeyBatches, MapLoader, PlacedLoader, StreamLoader
 from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
-from dino_lightning.data.sources.base import Beginning
+from dino_lightning.data.sources.base import Beginning, Content
 from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.distributed import rank, world_size
 from dino_lightning.errors import UserError
@@ -50,7 +51,7 @@ class MultiCropDataModule(L.LightningDataModule):
     def __init__(self, config: DataConfig, crops: CropsConfig, *, seed: int, bad_images: Path | None = None) -> None:
         super().__init__()
         self.config, self.seed, self.bad_images = config, seed, bad_images
-        self.crops = crops if config.channels == 3 else without_colour(crops)
+        self.crops = crops
         self.decoder = Decoder(config)
         self._loader: PlacedLoader | None = None
         self._place: dict[str, Any] | None = None
@@ -59,6 +60,11 @@ class MultiCropDataModule(L.LightningDataModule):
     def sources(self) -> Sources:
         """Training and validation images, opened at first use."""
         return open_sources(self.config, seed=self.seed)
+
+    @cached_property
+    def backend(self) -> CropBackend:
+        """What makes the crops."""
+        return crop_backend(self.crops, channels=self.config.channels)
 
     @property
     def num_images(self) -> int:
@@ -125,8 +131,7 @@ class MultiCropDataModule(L.LightningDataModule):
 
     def _train_loader(self) -> PlacedLoader:
         config, train = self.config, self.sources.train
-        crops = crop_backend(self.crops, channels=config.channels)
-        decode = getattr(self.decoder, crops.decoding)
+        crops, decode = self.backend, self._decode(self.backend.decoding)
         options: dict[str, Any] = {
             "num_workers": config.num_workers,
             "prefetch_batches": config.prefetch_batches,
@@ -154,9 +159,10 @@ class MultiCropDataModule(L.LightningDataModule):
 
     def example_crops(self, indices: list[int]) -> list[list[Tensor]]:
         """The V crops of training images as the first epoch has them."""
-        crops = crop_backend(self.crops, channels=self.config.channels)
-        images = self._readable(self._train_images, crops.decoding)
-        batch = crops([images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices])
+        images = self._readable(self._train_images, self.backend.decoding)
+        batch = self.backend(
+            [images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices]
+        )
         views = batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
         return [list(sample) for sample in zip(*views, strict=True)]
 
@@ -182,7 +188,7 @@ class MultiCropDataModule(L.LightningDataModule):
     def check_some_images(self, count: int = 8) -> None:
         """Raise `UserError` where none of some training images can be used: a wrong setting, not a broken file."""
         train, reason = self._train_images, ""
-        decode = getattr(self.decoder, crop_backend(self.crops, channels=self.config.channels).decoding)
+        decode = self._decode(self.backend.decoding)
         for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
             try:
                 decode(train.read(index))
@@ -191,10 +197,13 @@ class MultiCropDataModule(L.LightningDataModule):
                 reason = reason or f"{train.describe(index)}: {why_unreadable(error)}"
         raise UserError(f"data: none of the images that were tried can be used ({reason})")
 
+    def _decode(self, decoding: str) -> Callable[[Content], Any]:
+        return self.decoder.pil if decoding == "pil" else self.decoder.pixels
+
     def _readable(self, source: ImageSource, decoding: str, *, bad_images: Path | None = None) -> ReadableImages[Any]:
         return ReadableImages(
             source,
-            getattr(self.decoder, decoding),
+            self._decode(decoding),
             on_error=self.config.on_error,
             max_bad_share=self.config.max_bad_share,
             bad_images=bad_images or self.bad_images,

@@ -121,10 +121,6 @@ class CutGroup:
     plan: Plan
     views: int
 
-    def shape(self, images: int) -> tuple[int, ...]:
-        """Of the finished crops of a number of images (B, views, C, size, size)."""
-        return (images, self.views, *self.crops.shape[1:])
-
 
 @dataclass
 class CutCrops:
@@ -184,5 +180,5 @@ def cut(image_CHW: Tensor, crop: Crop) -> Tensor:
     """Cut out and resize one crop (C, size, size): the bicubic interpolation of PIL."""
     top, left, height, width = crop.box
     box = image_CHW[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    # What torchvision's `resize` calls in the end, without its dispatch, which takes a fifth of a small crop's time.
+    # What torchvision's `resize` calls in the end, without its dispatch, which a small crop feels.
     return interpolate(box, size=(crop.size, crop.size), mode="bicubic", antialias=True)[0]
