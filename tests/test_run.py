@@ -133,6 +133,22 @@ def test_unlabelled_photos(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
 
 
+def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
+    """In a file for each, so that the share of bad ones is one of their own split."""
+    for split, count in (("train", 40), ("val", 10)):
+        for index in range(count):
+            path = tmp_path / "in" / split / "ab"[index % 2] / f"{index}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(path, np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+        path.write_bytes(b"not a picture")
+    cfg = composed(*UNLABELLED[:-2], "data=folder", f"data.path={tmp_path}/in", "callbacks.pictures.enabled=false",
+                   "data.max_bad_share=0.1", output_dir=tmp_path / "run")  # fmt: skip
+    run_training(cfg)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_images"] == 2
+    assert "train" in (tmp_path / "run" / "bad_images.txt").read_text()
+    assert "val" in (tmp_path / "run" / "bad_images_val.txt").read_text()
+
+
 def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
     """Noise of any number of channels, as TIFF."""
     folder.mkdir()
