@@ -29,3 +29,13 @@ def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictC
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         words = with_shards_in_one_piece(with_settings_for_data(list(overrides)))
         return compose("config", overrides=[*words, f"output_dir={output_dir}"])
+
+
+def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:
+    """The configuration of `dino-eval OVERRIDES`, on one CPU and without the user's feature cache."""
+    register()
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    here = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "feature_cache=null"]
+    here = [word for word in here if not any(o.startswith(word.split("=")[0] + "=") for o in overrides)]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("evaluate", overrides=[*overrides, *here, f"output_dir={output_dir}"], return_hydra_config=False)

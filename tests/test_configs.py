@@ -16,16 +16,16 @@ from omegaconf import OmegaConf
 from dino_lightning import reference
 from dino_lightning.build import build_method, build_trainer
 from dino_lightning.checks import DURATIONS, RULES, check_config
-from dino_lightning.cli import CONF, with_shards_in_one_piece
+from dino_lightning.cli import CONF, options, with_shards_in_one_piece
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.keys import all_keys
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = [
-    f"{group}={path.stem}"
-    for group in SCHEMAS
-    for path in sorted((CONF / group).glob("*.yaml"))
-    if path.stem != "timm"  # it has no name of its own: tested by name below
+    f"{group}={name}"
+    for group, names in options("train").items()
+    for name in names
+    if group in SCHEMAS and name != "timm"  # it has no name of its own: tested by name below
 ]
 
 

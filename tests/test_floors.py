@@ -8,18 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 
 FLOORS = [
-    {"config", "schedules", "distributed", "numerics", "sharding", "errors"},
-    {"heads", "losses", "centering", "ema", "optim", "pictures"},
-    {"backbones", "data"},
+    {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet"},
+    {"heads", "losses", "centering", "ema", "optim", "pictures", "pictures_tokens"},
+    {"backbones", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
-    {"build", "run", "checks", "report"},
-    {"cli", "explain", "inspect_data", "reference"},
+    {"build", "run", "run_evaluation", "checks", "checks_evaluation", "report"},
+    {"cli", "evaluate", "explain", "inspect_data", "reference"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain"),
+WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain"), ("evaluate", "cli"),
+          ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("inspect_data", "cli"), ("inspect_data", "explain")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dino_lightning.build import build_data
-from dino_lightning.checks import check_config, check_data, check_keys
+from dino_lightning.checks import check_config, check_data
 from dino_lightning.cli import CONF, EXPLAINED
 from dino_lightning.config import TrainConfig
+from dino_lightning.config.rules import check_keys
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
 

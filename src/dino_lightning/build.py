@@ -15,6 +15,7 @@ from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.speed import Speed
+from dino_lightning.checkpoints import Description
 from dino_lightning.config import (
     CSVLoggerConfig,
     DINOConfig,
@@ -134,7 +135,7 @@ def build_method(config: TrainConfig) -> StudentTeacher:
     teacher = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=False)
     match config.method:
         case DINOConfig() as dino:
-            return DINO(
+            method: StudentTeacher = DINO(
                 dino,
                 student_backbone=student,
                 teacher_backbone=teacher,
@@ -144,3 +145,12 @@ def build_method(config: TrainConfig) -> StudentTeacher:
             )
         case _:
             raise TypeError(f"no method for {type(config.method).__name__}")
+    method.description = Description(
+        config.backbone,
+        image_size=size,
+        mean=config.crops.mean,
+        std=config.crops.std,
+        resize=config.crops.eval_resize,
+        size=config.crops.eval_size,
+    ).plain()
+    return method

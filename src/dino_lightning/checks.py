@@ -4,14 +4,9 @@
 the key, its value and what was expected.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.backbones import check_timm_name
 from dino_lightning.config import (
@@ -21,6 +16,17 @@ from dino_lightning.config import (
     TrainConfig,
     ViTConfig,
     WandbLoggerConfig,
+)
+from dino_lightning.config.rules import (
+    BELOW_ONE,
+    NEIGHBOURS,
+    POSITIVE,
+    SHARE,
+    Rule,
+    at_least,
+    check_values,
+    lookup,
+    shown,
 )
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import trains_on_cpu
@@ -33,29 +39,12 @@ SHARDED_PRECISIONS = ("32", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A condition on one value and the words for it."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(low: float) -> Rule:
-    """A finite number of at least `low`."""
-    return Rule(f"at least {low}", lambda value: math.isfinite(value) and value >= low)
-
-
-POSITIVE = Rule("a positive number", lambda value: math.isfinite(value) and value > 0)
-SHARE = Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)
-BELOW_ONE = Rule("a share from 0 up to but not including 1", lambda value: 0 <= value < 1)
 AREAS = Rule("two shares of the image, such as [0.05,0.4], the smaller first",
              lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1)  # fmt: skip
 ORDERED = Rule("two positive numbers, the smaller first", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
 PER_VIEW = Rule("three probabilities: first global, second global, local crops",
                 lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
 TWO_VALUES = Rule("two numbers, the smaller first", lambda value: len(value) == 2 and value[0] < value[1])
-NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
 BETAS = Rule("two shares below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 
 RULES: dict[str, Rule] = {
@@ -142,14 +131,7 @@ DURATIONS = ("method.freeze_last_layer", "method.teacher_temperature_warmup", "o
 
 def check_config(config: TrainConfig) -> None:
     """Everything that the configuration alone can tell."""
-    for key, rule in RULES.items():
-        value = lookup(config, key)
-        if value is not None and not rule.holds(value):
-            raise UserError(f"{key}={_shown(value)}: expected {rule.expected}.")
-    for key, known in CHOICES.items():
-        value = lookup(config, key)
-        if value not in known:
-            raise UserError(f"{key}={value}: {nearest(value, known)}")
+    check_values(config, RULES, CHOICES)
     _check_backbone(config)
     _check_channels(config)
     _check_crops(config)
@@ -179,27 +161,6 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
     total = per_epoch * (config.trainer.max_epochs or 1)
     for key in DURATIONS:
         _check_fits(config, key, per_epoch, total)
-
-
-def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
-    """Refuse keys that no dataclass has: `+key=value` and files can add them, and nothing would read them."""
-    schema = OmegaConf.get_type(composed)
-    if not dataclasses.is_dataclass(schema):
-        return
-    known = [field.name for field in dataclasses.fields(schema)]
-    for name in composed:
-        if name not in known:
-            raise UserError(f"{prefix}{name} is not a key of the configuration; {nearest(str(name), known)}")
-        node = composed._get_node(name)
-        if isinstance(node, DictConfig):
-            check_keys(node, prefix=f"{prefix}{name}.")
-
-
-def lookup(config: Any, key: str) -> Any:
-    """The value at a dotted key, or None where this configuration has no such key."""
-    for part in key.split("."):
-        config = getattr(config, part, None)
-    return config
 
 
 def _check_backbone(config: TrainConfig) -> None:
@@ -234,7 +195,7 @@ def _check_channels(config: TrainConfig) -> None:
         values = getattr(config.crops, key)
         if len(values) != channels:
             raise UserError(
-                f"crops.{key}={_shown(values)} has {len(values)} numbers, but data.channels={channels}; those of your "
+                f"crops.{key}={shown(values)} has {len(values)} numbers, but data.channels={channels}; those of your "
                 "images are printed by `dino-data stats`."
             )
     if config.crops.backend == "pil" and channels not in (1, 3):
@@ -290,7 +251,7 @@ def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps
 def _check_callbacks(config: TrainConfig) -> None:
     knn = config.callbacks.knn
     if knn.headline_k not in knn.k:
-        raise UserError(f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={_shown(knn.k)}.")
+        raise UserError(f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={shown(knn.k)}.")
     if isinstance(config.logger, WandbLoggerConfig) and config.logger.mode not in ("offline", "online", "disabled"):
         modes = ("offline", "online", "disabled")
         raise UserError(f"logger.mode={config.logger.mode}: {nearest(config.logger.mode, modes)}")
@@ -303,7 +264,3 @@ def _check_output(config: TrainConfig) -> None:
     if not config.resume and last.exists():
         raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
                         "choose another folder.")  # fmt: skip
-
-
-def _shown(value: Any) -> str:
-    return str(value).replace(" ", "")

@@ -4,7 +4,9 @@ Hydra composes the configuration; here it becomes dataclasses, and every error t
 sentence and exit status 2.
 """
 
+import dataclasses
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -19,13 +21,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino_lightning.config import TimmConfig, register
+from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
+from dino_lightning.config.folder import CONF
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
 
-PACKAGE = Path(__file__).parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] / "conf"
-"""Folder of the YAML files: inside an installed wheel, beside `src/` in a checkout."""
+PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
+"""Program -> the root of its configuration."""
 
 EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a user causes; all others keep their traceback."""
@@ -63,10 +65,10 @@ def _train(cfg: DictConfig) -> float | None:
         refuse(error)  # here already: Hydra would print the overrides above the sentence
 
 
-def refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
     """Say what is wrong, once over all processes, and leave with status 2."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"dino-lightning: {explain(error, conf=CONF)}", file=sys.stderr)
+        print(f"{program}: {explain(error, conf=CONF)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -118,9 +120,22 @@ def run_name() -> str:
     return os.environ["DINO_LIGHTNING_RUN"]
 
 
-def groups() -> str:
-    """The options of each group, for `--help`: the files, without the schemas that Hydra would list beside them."""
-    folders = [folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "hydra"]
-    return "\n".join(
-        f"{folder.name}: {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}" for folder in folders
-    )
+def groups(program: str) -> str:
+    """The options of each group, for `--help`."""
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options(program).items())
+
+
+def options(program: str) -> dict[str, list[str]]:
+    """The options of each group that the program `train` or `evaluate` knows: files, without the schemas."""
+    kinds = {field.name: field.type for field in dataclasses.fields(PROGRAMS[program])}
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml") if _fits(path, kinds[folder.name]))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and folder.name in kinds
+    }
+
+
+def _fits(path: Path, kind: object) -> bool:
+    """Whether an option starts from a schema of this kind; experiments start from none."""
+    schema = re.search(r"schema_(\w+)", path.read_text())
+    return schema is None or issubclass(SCHEMAS[path.parent.name][schema[1]], kind)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ from dino_lightning.config import SCHEMAS
 from dino_lightning.config.keys import all_keys
 from dino_lightning.errors import UserError, nearest
 
+PROGRAMS = {"TrainConfig": "training (train.py)", "EvaluateConfig": "evaluation (dino-eval)"}
+
 
 def explain(error: Exception, *, conf: Path) -> str:
     """One sentence for a person; our own errors are one already."""
@@ -17,6 +19,8 @@ def explain(error: Exception, *, conf: Path) -> str:
         return _unknown_option(match[1], match[2], conf)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
+    if match := re.search(r"(\w+) is not a subclass of (\w+)", text):
+        return _wrong_kind(match[1], match[2])
     if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
         key = _full_key(text) or match[1] or match[2]
         return f"{key} has no value: give it on the command line, {key}=…; {_doc(key)}"
@@ -43,12 +47,25 @@ def _unknown_option(group: str, option: str, conf: Path) -> str:
     return sentence
 
 
+def _wrong_kind(chosen: str, wanted: str) -> str:
+    """An option of a group that training and evaluation share, chosen in the wrong one of the two."""
+    for group, schemas in SCHEMAS.items():
+        option = next((name for name, schema in schemas.items() if schema.__name__ == chosen), None)
+        if option:
+            roots = {parent.__name__: parent for schema in schemas.values() for parent in schema.__mro__}
+            known = [name for name, schema in schemas.items() if issubclass(schema, roots[wanted])]
+            return f"{group}={option} does not belong to this program; choose {group}={' or '.join(known)}."
+    return f"{chosen} is not a {wanted}"
+
+
 def _unknown_key(key: str) -> str:
     keys = all_keys()
     known = {found.name for found in keys} | set(SCHEMAS)
     if key in known:
         owners = [found.schema for found in keys if found.name == key]
         group = key.split(".")[0]
+        if group not in SCHEMAS:
+            return f"{key} is a key of {' and '.join(PROGRAMS[owner.__name__] for owner in owners)} only."
         options = [name for name, schema in SCHEMAS[group].items() if any(issubclass(schema, o) for o in owners)]
         return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
     group = key.split(".")[0]

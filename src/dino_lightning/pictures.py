@@ -27,6 +27,8 @@ FAINT: Colour = (200, 202, 208)
 AGREES: Colour = (0, 145, 110)
 DIFFERS: Colour = (213, 94, 0)
 """Bluish green and vermilion stay apart under every common colour blindness; a tick and a cross say the same."""
+UNJUDGED: Colour = (150, 152, 158)
+COLOURS: dict[bool | None, Colour] = {True: AGREES, False: DIFFERS, None: UNJUDGED}
 
 ANCHORS = np.array(
     [(7, 6, 32), (52, 18, 105), (117, 29, 127), (185, 50, 108), (232, 98, 68), (249, 166, 50), (252, 245, 170)]
@@ -48,40 +50,46 @@ def attention_sheet(
     rows = []
     for image, heads, mask in zip(images_BCHW, attention_BHhw, masks or [None] * len(images_BCHW), strict=True):
         picture = to_picture(image).resize(size, Image.Resampling.LANCZOS)
-        maps = [_stretched(map_hw, size) for map_hw in (heads.mean(0), *heads[:MOST_HEADS])]
-        panels = [_overlay(np.asarray(picture), maps[0]), *(colour_map(values) for values in maps[1:])]
+        maps = [stretched(map_hw, size) for map_hw in (heads.mean(0), *heads[:MOST_HEADS])]
+        panels = [overlay(np.asarray(picture), maps[0]), *(colour_map(values) for values in maps[1:])]
         if mask is not None:
-            panels = [_outlined(panel, mask) for panel in panels]
+            panels = [outlined(panel, mask) for panel in panels]
         rows.append([picture, *map(Image.fromarray, panels)])
     heads_shown = min(attention_BHhw.shape[1], MOST_HEADS)
-    return _sheet(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
+    return sheet_of(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
 
 
 def neighbour_sheet(
     queries: Sequence[Image.Image],
     neighbours: Sequence[Sequence[Image.Image]],
     *,
-    query_labels: Sequence[str] | None = None,
-    neighbour_labels: Sequence[Sequence[str]] | None = None,
+    query_labels: Sequence[str | None] | None = None,
+    neighbour_labels: Sequence[Sequence[str | None]] | None = None,
+    verdicts: Sequence[Sequence[bool | None]] | None = None,
     cell: int = 96,
 ) -> Image.Image:
     """One row per query: the picture and its nearest neighbours, nearest first.
 
     With labels, each stands below its picture, and a neighbour has a green frame and a tick where its label is the
-    query's, an orange frame and a cross where not. `cell` is the side of a picture in pixels.
+    query's, an orange frame and a cross where not; None is a label that nobody knows. `verdicts` say so in the labels'
+    place: right, wrong, or None for neither, framed gray. `cell` is the side of a picture in pixels.
     """
     caption = _font_size(cell) + 6 if query_labels or neighbour_labels else 0
     own = query_labels or [None] * len(queries)
     others = neighbour_labels or [[None] * len(found) for found in neighbours]
     rows = []
-    for query, label, found, labels in zip(queries, own, neighbours, others, strict=True):
+    for i, (query, label, found, labels) in enumerate(zip(queries, own, neighbours, others, strict=True)):
         row = [_labelled(query, label, cell=cell, caption=caption)]
-        for neighbour, other in zip(found, labels, strict=True):
+        for j, (neighbour, other) in enumerate(zip(found, labels, strict=True)):
             agrees = None if label is None or other is None else label == other
-            row.append(_labelled(neighbour, other, cell=cell, caption=caption, agrees=agrees))
+            frame = None if agrees is None else COLOURS[agrees]
+            if verdicts is not None:
+                agrees = verdicts[i][j]
+                frame = COLOURS[agrees]
+            row.append(_labelled(neighbour, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
         rows.append(row)
     most = max((len(row) for row in rows), default=1) - 1
-    return _sheet(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
+    return sheet_of(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
 
 
 def crop_sheet(
@@ -105,7 +113,7 @@ def crop_sheet(
             row.append(panel)
         rows.append(row)
     titles = [f"{max(crop.shape[-2:])} px" for crop in crops[:per_row]]
-    return _sheet(rows, titles=titles, size=(cell, cell))
+    return sheet_of(rows, titles=titles, size=(cell, cell))
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:
@@ -133,7 +141,7 @@ def outline(mask_HW: np.ndarray) -> NDArray[np.bool_]:
     return padded[1:-1, 1:-1] & ~inner
 
 
-def _stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
+def stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
     """A map from 0 (its minimum) to 1 (its maximum) at `size` = (width, height) pixels; 0 where it is constant."""
     values = map_hw.detach().float().cpu().numpy()
     low, high = float(values.min()), float(values.max())
@@ -141,13 +149,14 @@ def _stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
 
 
-def _overlay(picture: Pixels, values_HW: np.ndarray) -> Pixels:
+def overlay(picture: Pixels, values_HW: np.ndarray) -> Pixels:
+    """A map from 0 to 1 in colours, laid over a picture."""
     # In grey, because the picture's own colours would read as attention.
     grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
     return (grey * 0.45 + colour_map(values_HW) * 0.55).round().astype(np.uint8)
 
 
-def _outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
+def outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
     """White on a dark rim, to be seen on every colour."""
     height, width = panel.shape[:2]
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
@@ -159,13 +168,20 @@ def _outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
 
 
 def _labelled(
-    picture: Image.Image, label: str | None, *, cell: int, caption: int, agrees: bool | None = None
+    picture: Image.Image,
+    label: str | None,
+    *,
+    cell: int,
+    caption: int,
+    agrees: bool | None = None,
+    frame: Colour | None = None,
 ) -> Image.Image:
     panel = Image.new("RGB", (cell, cell + caption), PAPER)
     panel.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (0, 0))
     draw = ImageDraw.Draw(panel)
+    if frame is not None:
+        draw.rectangle((0, 0, cell - 1, cell - 1), outline=frame, width=max(2, cell // 32))
     if agrees is not None:
-        draw.rectangle((0, 0, cell - 1, cell - 1), outline=AGREES if agrees else DIFFERS, width=max(2, cell // 32))
         _badge(draw, agrees=agrees, side=cell // 5, corner=cell)
     if label is not None:
         _centred(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
@@ -183,7 +199,7 @@ def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -
         draw.line([(left + side * x, top + side * y) for x, y in stroke], fill=PAPER, width=max(2, side // 8))
 
 
-def _sheet(
+def sheet_of(
     rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], size: tuple[int, int], split: int = 0
 ) -> Image.Image:
     """Panels of one size in rows under column titles; `split` pixels and a line set the first column apart."""

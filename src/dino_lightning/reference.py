@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 from dino_lightning.config.keys import Key, all_keys
 
 TARGET = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -31,7 +31,9 @@ def main() -> None:
 def render() -> str:
     """The page as Markdown."""
     keys = all_keys()
-    parts = [HEADER, _table("The run", TrainConfig, [key for key in keys if "." not in key.name])]
+    parts = [HEADER]
+    for title, root in (("A training run", TrainConfig), ("An evaluation", EvaluateConfig)):
+        parts.append(_table(title, root, [key for key in keys if key.schema is root]))
     for group, schemas in SCHEMAS.items():
         own = [key for key in keys if key.name.startswith(f"{group}.")]
         owners = list(dict.fromkeys(key.schema for key in own))

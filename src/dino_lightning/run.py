@@ -2,13 +2,7 @@
 
 import atexit
 import json
-import logging
 import os
-import platform
-import subprocess
-import warnings
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,28 +18,18 @@ from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import export_backbone
-from dino_lightning.checks import check_config, check_data, check_keys
+from dino_lightning.checks import check_config, check_data
 from dino_lightning.config import TrainConfig
+from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
 from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.quiet import quieten_libraries
+from dino_lightning.records import commit, environment, write_atomically
 from dino_lightning.report import results_table, write_report
 from dino_lightning.sharding import whole_state
 
 C = TypeVar("C", bound=Callback)
-
-EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*`val_dataloader`.*",
-    ".*exists and is not empty.*",
-    ".*but CUDA is not available.*",
-    ".*pin_memory.*",
-    ".*LeafSpec.*",
-    ".*smaller than the logging interval.*",
-    ".*returned a view tensor.*",
-    ".*has `__len__` defined.*",
-)
-"""About things that are on purpose here, or that `checks.py` says in its own words."""
 
 
 def run_training(composed: DictConfig) -> float | None:
@@ -84,14 +68,6 @@ def run_training(composed: DictConfig) -> float | None:
     return summary["knn_top1"]
 
 
-def quieten_libraries() -> None:
-    """Leave the screen to what this package says."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-
-
 def threads_beside(workers: int, devices: int) -> int:
     """Threads for each training process on a CPU, so that they and the loader processes have a core each.
 
@@ -100,38 +76,6 @@ def threads_beside(workers: int, devices: int) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // devices - workers)
-
-
-def environment() -> dict[str, Any]:
-    """What the run was made with: versions, machine, commit."""
-    packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "gpu": gpu,
-        "cpu_count": os.cpu_count(),
-        **{name: version(name) for name in packages},
-    }
-
-
-@cache
-def commit() -> str | None:
-    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel.
-
-    Asked at the start of a run and kept: by its end the checkout may have moved on.
-    """
-    folder = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(folder), "--no-optional-locks"]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.stdout.strip() else "")
 
 
 def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: StudentTeacher) -> None:
@@ -208,6 +152,8 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
         mean=config.crops.mean,
         std=config.crops.std,
         channels=config.data.channels,
+        eval_resize=config.crops.eval_resize,
+        eval_size=config.crops.eval_size,
     )
     write_atomically(output / "summary.json", json.dumps({**summary, "timm": recipe}, indent=2) + "\n")
     report = write_report(output)
@@ -219,10 +165,3 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     if summary["bad_images"]:
         console.print(f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}")
     console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text so that nobody ever sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

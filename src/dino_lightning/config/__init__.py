@@ -31,11 +31,32 @@ from dino_lightning.config.data import (
     DataConfig,
     FolderData,
     HuggingFaceData,
+    ImagesConfig,
     LandmarksData,
     ListingData,
     ParquetData,
     TorchvisionData,
     WebDatasetData,
+)
+from dino_lightning.config.evaluation import (
+    AttentionEval,
+    BenchmarkData,
+    ClassificationEval,
+    CopydaysData,
+    CopyDetectionEval,
+    DavisData,
+    EvaluationConfig,
+    FinetuneEval,
+    KNNEval,
+    LinearEval,
+    LinearFastEval,
+    LogisticEval,
+    NeighborsEval,
+    PicturesData,
+    RetrievalEval,
+    RevisitedData,
+    VideoEval,
+    VOCData,
 )
 from dino_lightning.config.model import (
     AdamWConfig,
@@ -48,39 +69,60 @@ from dino_lightning.config.model import (
     TimmConfig,
     ViTConfig,
 )
-from dino_lightning.config.trainer import TrainerConfig
+from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
 __all__ = [
     "SCHEMAS",
     "TORCHVISION_NAMES",
     "AdamWConfig",
     "ArchiveData",
+    "AttentionEval",
     "BackboneConfig",
+    "BenchmarkData",
     "BuiltinData",
     "CSVLoggerConfig",
     "CallbacksConfig",
     "CheckpointConfig",
+    "ClassificationEval",
+    "CopyDetectionEval",
+    "CopydaysData",
     "CropsConfig",
     "DINOConfig",
     "DataConfig",
+    "DavisData",
+    "DevicesConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "FinetuneEval",
     "FolderData",
     "HuggingFaceData",
+    "ImagesConfig",
     "KNNConfig",
+    "KNNEval",
     "LARSConfig",
     "LandmarksData",
+    "LinearEval",
+    "LinearFastEval",
     "ListingData",
     "LoggerConfig",
+    "LogisticEval",
     "MethodConfig",
+    "NeighborsEval",
     "OptimConfig",
     "ParquetData",
     "PicturesConfig",
+    "PicturesData",
+    "RetrievalEval",
+    "RevisitedData",
     "SGDConfig",
     "TensorBoardLoggerConfig",
     "TimmConfig",
     "TorchvisionData",
     "TrainConfig",
     "TrainerConfig",
+    "VOCData",
     "ViTConfig",
+    "VideoEval",
     "WandbLoggerConfig",
     "WebDatasetData",
     "register",
@@ -119,6 +161,34 @@ class TrainConfig:
     """Go on from the last checkpoint in `output_dir`."""
 
 
+@dataclass
+class EvaluateConfig:
+    """One evaluation of one network: `dino-eval`."""
+
+    eval: EvaluationConfig = MISSING
+    """What is measured."""
+    checkpoint: str = MISSING
+    """The network: a run's folder, its `teacher.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
+    timm's published weights, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
+    weights."""
+    checkpoint_key: str = "teacher"
+    """Which network of a checkpoint that holds several: `teacher` or `student`."""
+    baseline: bool = False
+    """Evaluate the same network with fresh weights, too."""
+    data: ImagesConfig = MISSING
+    """The images."""
+    trainer: DevicesConfig = field(default_factory=DevicesConfig)
+    """Devices and precision."""
+    output_dir: str = MISSING
+    """Folder of everything the evaluation writes; `results.jsonl` in it is appended to."""
+    seed: int = 0
+    """Seed of what is drawn: subsets, splits, fresh weights."""
+    cpu_threads: int | None = None
+    """Threads of PyTorch on a CPU; null for one for each core, shared by the devices."""
+    feature_cache: str | None = "~/.cache/dino-lightning/features"
+    """Folder in which extracted features are kept, by the content of weights and images; null keeps nothing."""
+
+
 SCHEMAS: dict[str, dict[str, Any]] = {
     "backbone": {"vit": ViTConfig, "timm": TimmConfig},
     "method": {"dino": DINOConfig},
@@ -133,19 +203,37 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "huggingface": HuggingFaceData,
         "webdataset": WebDatasetData,
         "torchvision": TorchvisionData,
+        "revisited": RevisitedData,
+        "copydays": CopydaysData,
+        "davis": DavisData,
+        "voc": VOCData,
+        "pictures": PicturesData,
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig, "lars": LARSConfig},
-    "trainer": {"lightning": TrainerConfig},
+    "trainer": {"lightning": TrainerConfig, "devices": DevicesConfig},
     "logger": {"csv": CSVLoggerConfig, "wandb": WandbLoggerConfig, "tensorboard": TensorBoardLoggerConfig},
     "callbacks": {"standard": CallbacksConfig},
+    "eval": {
+        "knn": KNNEval,
+        "linear": LinearEval,
+        "linear_fast": LinearFastEval,
+        "logistic": LogisticEval,
+        "finetune": FinetuneEval,
+        "retrieval": RetrievalEval,
+        "copy_detection": CopyDetectionEval,
+        "video": VideoEval,
+        "attention": AttentionEval,
+        "neighbors": NeighborsEval,
+    },
 }
 """Group -> schema name -> dataclass. A file `conf/GROUP/x.yaml` starts from its schema by `defaults: [schema_NAME]`."""
 
 
 def register() -> None:
-    """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, and the root as `schema`."""
+    """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
+    store.store(name="schema_evaluate", node=EvaluateConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)

@@ -6,8 +6,13 @@ from omegaconf import MISSING
 
 
 @dataclass
-class DataConfig:
+class ImagesConfig:
     """The images; one of the children below."""
+
+
+@dataclass
+class DataConfig(ImagesConfig):
+    """Images to train on; one of the children below."""
 
     batch_size_per_device: int = 64
     """Images per device and micro-batch. Images per optimizer step: this x devices x nodes x accumulation."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Key:
 
 def all_keys() -> list[Key]:
     """Every key of every schema; a key that several options of a group have stands once for each that declares it."""
-    keys = [key for key in _keys_of(TrainConfig, prefix="") if key.name not in SCHEMAS]
+    roots = (*_keys_of(TrainConfig, prefix=""), *_keys_of(EvaluateConfig, prefix=""))
+    keys = [key for key in roots if key.name not in SCHEMAS]
     seen: set[tuple[str, type]] = set()
     for group, schemas in SCHEMAS.items():
         for schema in schemas.values():

@@ -1,4 +1,4 @@
-"""The arguments of `lightning.Trainer`: `trainer`.
+"""The arguments of `lightning.Trainer` (training) and `lightning.Fabric` (evaluation): `trainer`.
 
 They are written out so that a typo is refused by name and each has its unit; a test holds them against the signature
 of the installed Lightning. Missing on purpose are `logger` and `callbacks` (groups of their own), `default_root_dir`
@@ -8,6 +8,24 @@ of the installed Lightning. Missing on purpose are `logger` and `callbacks` (gro
 
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass
+class DevicesConfig:
+    """Devices and precision of an evaluation, passed on to `lightning.Fabric`."""
+
+    accelerator: str = "auto"
+    """`auto`, `cpu`, `gpu`, `mps` or another of Lightning's accelerators."""
+    devices: Any = "auto"
+    """Devices per node: a number, a list of indices or `auto`."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """`auto` or `ddp`."""
+    precision: Any = "32"
+    """`32`, `bf16-mixed`, `16-mixed` or `64`. Features are kept in float32."""
+    enable_progress_bar: bool = True
+    """Show the progress bar."""
 
 
 @dataclass

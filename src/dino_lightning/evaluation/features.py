@@ -8,13 +8,16 @@ Nothing here touches a global random state or a module's train / eval mode: an e
 leaves the training as it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dino_lightning.data.batches import Failure, start_worker
 from dino_lightning.distributed import all_gather_concat, rank, world_size
+from dino_lightning.errors import UserError
 
 GATHER_ROWS = 16_384
 """Rows per rank and collective in `gather_by_index`: bounds what passes through GPU memory under NCCL."""
@@ -31,8 +34,6 @@ def subset_indices(n: int, *, limit: int | None, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-# Not inference_mode: a backbone may cache a tensor of its forward pass, and training cannot use an inference tensor.
-@torch.no_grad()
 def extract_features(
     forward: Callable[[Tensor], Tensor],
     dataset: Dataset,
@@ -54,19 +55,48 @@ def extract_features(
     features_ND = torch.empty(0, 0)
     labels_N = torch.empty(len(own), dtype=torch.int64)
     done = 0
-    for images_B3HW, labels_B in _loader(Subset(dataset, own), batch_size=batch_size, workers=num_workers, on=device):
-        features_BD = forward(images_B3HW.to(device, non_blocking=True))
-        assert features_BD.ndim == 2, f"features of shape {tuple(features_BD.shape)}, not (B, D)"
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    for features_BD, labels_B in features_of_batches(
+        forward, dataset, batches=batches, num_workers=num_workers, device=device
+    ):
         if done == 0:
             features_ND = torch.empty(len(own), features_BD.shape[1])
         rows = slice(done, done + len(labels_B))
-        features_ND[rows], labels_N[rows] = features_BD.float().cpu(), labels_B
+        features_ND[rows], labels_N[rows] = features_BD, labels_B
         done += len(labels_B)
         if on_batch is not None:
             on_batch(len(labels_B))
-    # A rank without images learns D from the others.
+    return with_common_width(features_ND), labels_N, torch.tensor(own, dtype=torch.int64)
+
+
+def features_of_batches(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    *,
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (B, D) float32 and labels (B,) int64 of each batch of indices in turn, on the CPU.
+
+    Raises the `UserError` of a loader process as it was.
+    """
+    for batch in _loader(dataset, batches=batches, workers=num_workers, on=device):
+        if isinstance(batch, Failure):
+            raise UserError(batch.message)
+        images_B3HW, labels_B = batch
+        # Not inference_mode: a backbone may cache a tensor of its forward pass, and training cannot use an inference
+        # tensor.
+        with torch.no_grad():
+            features_BD = forward(images_B3HW.to(device, non_blocking=True))
+        assert features_BD.ndim == 2, f"features of shape {tuple(features_BD.shape)}, not (B, D)"
+        yield features_BD.detach().float().cpu(), labels_B
+
+
+def with_common_width(features_ND: Tensor) -> Tensor:
+    """The features of a rank, which learns D from the others where it has no images, and gets (0, D)."""
     width = int(all_gather_concat(torch.tensor([features_ND.shape[1]])).max())
-    return features_ND.reshape(len(own), width), labels_N, torch.tensor(own, dtype=torch.int64)
+    return features_ND.reshape(len(features_ND), width)
 
 
 def gather_by_index(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,12 +116,31 @@ def gather_by_index(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) ->
     return features_MD, labels_M, indices_M
 
 
-def _loader(images: Subset, *, batch_size: int, workers: int, on: torch.device) -> DataLoader:
-    batches = -(-len(images) // batch_size)
+class _Images(Dataset[Any]):
+    """A data set whose `UserError` comes back as a value."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> list[Any] | Failure:
+        """PyTorch's loader hands over all indices of a batch at once."""
+        try:
+            return [self.dataset[index] for index in indices]
+        except UserError as error:
+            return Failure(str(error))
+
+
+def _collated(samples: list[Any] | Failure) -> Any:
+    return samples if isinstance(samples, Failure) else default_collate(samples)
+
+
+def _loader(dataset: Dataset, *, batches: Sequence[Sequence[int]], workers: int, on: torch.device) -> DataLoader:
     return DataLoader(
-        images,
-        batch_size=batch_size,
-        num_workers=min(workers, batches),
+        _Images(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_collated,
+        num_workers=min(workers, len(batches)),
+        worker_init_fn=start_worker,
         pin_memory=on.type == "cuda",
         # Without its own generator every iterator draws a seed from the global one.
         generator=torch.Generator().manual_seed(0),

@@ -39,14 +39,40 @@ def knn_accuracy(
     A k above N is cut to N. Of j guesses (top-j) at most min(k, C) are made, as in the original. `device` finds the
     neighbours (see `nearest` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
     """
-    for labels in (bank_labels_N, query_labels_M):
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(f"labels {labels.min()} ... {labels.max()} are not within 0 ... {num_classes - 1}")
     similarity_MK, neighbours_MK = nearest(
         bank_ND, queries_MD, k=max(k), device=device, bank_chunk=bank_chunk, query_chunk=query_chunk
     )
+    return vote_accuracy(
+        similarity_MK,
+        neighbours_MK,
+        bank_labels_N,
+        query_labels_M,
+        k=k,
+        temperature=temperature,
+        num_classes=num_classes,
+        topk=topk,
+        query_chunk=query_chunk,
+    )
+
+
+def vote_accuracy(
+    similarity_MK: Tensor,
+    neighbours_MK: Tensor,
+    bank_labels_N: Tensor,
+    query_labels_M: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    topk: Sequence[int] = (1, 5),
+    query_chunk: int = 1024,
+) -> dict[int, dict[str, float]]:
+    """What `knn_accuracy` returns, from neighbours that `nearest` has found: for several temperatures at one search."""
+    for labels in (bank_labels_N, query_labels_M):
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(f"labels {labels.min()} ... {labels.max()} are not within 0 ... {num_classes - 1}")
     classes_N, targets_M = bank_labels_N.cpu(), query_labels_M.cpu()
-    cut = [min(wanted, len(bank_ND)) for wanted in k]
+    cut = [min(wanted, len(classes_N)) for wanted in k]
     counts = torch.zeros(len(k), len(topk), dtype=torch.int64)
     for rows in torch.arange(len(targets_M)).split(query_chunk):
         ranks = _target_ranks(
@@ -86,7 +112,7 @@ def nearest(
     if not len(bank_ND):
         raise ValueError("k-NN needs at least one image in the bank")
     k = min(k, len(bank_ND))
-    with _exact_matmul(device):
+    with exact_matmul(device):
         queries_MD = F.normalize(queries_MD.to(device).float(), dim=1)
         best_MK = torch.empty(len(queries_MD), 0, dtype=torch.int64, device=device)
         for start in range(0, len(bank_ND), bank_chunk):
@@ -148,7 +174,7 @@ def _target_ranks(
 
 
 @contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
+def exact_matmul(device: torch.device) -> Iterator[None]:
     """Products in full float32 also under autocast or TF32, whose error of 1e-3 moves a vote by 1.4 % at T = 0.07."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -70,6 +70,8 @@ class StudentTeacher(L.LightningModule, ABC):
         self.optim = optim
         self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
         self.batch_size_per_device = batch_size_per_device
+        self.description: dict[str, Any] = {}
+        """The backbone and its images in plain types, so that a checkpoint alone says what its weights belong to."""
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
@@ -123,6 +125,11 @@ class StudentTeacher(L.LightningModule, ABC):
     def value(self, schedule: str) -> float:
         """The schedule's value at the current optimizer step."""
         return self.schedules[schedule](self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `checkpoints.load_network` wants to know."""
+        if self.description:
+            checkpoint["network"] = self.description
 
     # ----------------------------------------------------------------------------------------------------- step
 

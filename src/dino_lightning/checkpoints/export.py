@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lightning.backbones import timm_recipes
+from dino_lightning.checkpoints.description import PAPER, Description
 from dino_lightning.config import BackboneConfig
 
 
@@ -23,15 +24,25 @@ def export_backbone(
     mean: list[float],
     std: list[float],
     channels: int = 3,
+    eval_resize: int = PAPER.eval_resize,
+    eval_size: int = PAPER.eval_size,
 ) -> dict[str, Any]:
     """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
 
-    The file's metadata holds the same arguments as JSON (`timm`) and the normalisation of the images, so the file
-    alone says how to use it.
+    The file's metadata holds the same arguments as JSON (`timm`), the normalisation of the images, their sizes in
+    evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
-    metadata = {"format": "pt", "timm": json.dumps(recipe), "mean": json.dumps(mean), "std": json.dumps(std)}
+    described = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
+    values = {
+        "timm": recipe,
+        "mean": mean,
+        "std": std,
+        "eval": {"resize": eval_resize, "size": eval_size},
+        "network": described.plain(),
+    }
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata=metadata)
     os.replace(temporary, path)

@@ -1,0 +1,74 @@
+"""Memory of a k-NN search of ImageNet's size: random features against as many queries, on a CPU or a GPU.
+
+    python benchmarks/knn_memory.py                                  1.28 M x 384 against 50,000
+    python benchmarks/knn_memory.py --queries 2000 --json            the same bank in minutes
+
+Prints the largest memory that the process has held (the features themselves included) and whether it stays within
+16 GiB, and exits with 1 where it does not. On a GPU its memory is counted apart.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+
+import torch
+
+from dino_lightning.evaluation.knn import nearest, vote_accuracy
+
+LIMIT_GIB = 16
+CLASSES = 1000
+K = [10, 20, 100, 200]
+
+
+def main() -> None:
+    """Search and vote as `eval=knn` does, and look at the peak."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bank", type=int, default=1_281_167, help="rows of the bank")
+    parser.add_argument("--queries", type=int, default=50_000, help="queries")
+    parser.add_argument("--dim", type=int, default=384, help="width of a feature")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+
+    generator = torch.Generator().manual_seed(0)
+    bank_ND = torch.randn(options.bank, options.dim, generator=generator)
+    queries_MD = torch.randn(options.queries, options.dim, generator=generator)
+    bank_labels_N = torch.randint(CLASSES, (options.bank,), generator=generator)
+    query_labels_M = torch.randint(CLASSES, (options.queries,), generator=generator)
+    features = _peak_gib()
+    started = time.perf_counter()
+    found = nearest(bank_ND, queries_MD, k=max(K), device=device)
+    searched = time.perf_counter()
+    accuracy = vote_accuracy(*found, bank_labels_N, query_labels_M, k=K, temperature=0.07, num_classes=CLASSES)
+    voted = time.perf_counter()
+
+    print(f"{options.bank:,} x {options.dim} against {options.queries:,} queries, {max(K)} neighbours, on {device}, "
+          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")  # fmt: skip
+    print(f"search {searched - started:.1f} s, votes {voted - searched:.1f} s")
+    print(f"top-1 at k = 20: {accuracy[20]['top1']:.2f} (chance: {100 / CLASSES:.2f})")
+    peak = _peak_gib()
+    if device.type == "cuda":
+        print(f"GPU memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB at its peak")
+    print(f"memory: {features:.2f} GiB with the features, {peak:.2f} GiB at the peak")
+    print(f"within {LIMIT_GIB} GiB: {'pass' if peak <= LIMIT_GIB else 'FAIL'}")
+    if options.json:
+        seconds = {"search_s": round(searched - started, 1), "votes_s": round(voted - searched, 1)}
+        memory = {"features_gib": round(features, 2), "peak_gib": round(peak, 2), "within": peak <= LIMIT_GIB}
+        settings = {"bank": options.bank, "queries": options.queries, "dim": options.dim, "device": str(device)}
+        print(json.dumps({**settings, **seconds, **memory}))
+    sys.exit(peak > LIMIT_GIB)
+
+
+def _peak_gib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+if __name__ == "__main__":
+    main()

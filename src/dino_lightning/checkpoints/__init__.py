@@ -1,0 +1,7 @@
+"""Weights out of a run, and weights of any origin in again."""
+
+from dino_lightning.checkpoints.description import Description
+from dino_lightning.checkpoints.export import export_backbone
+from dino_lightning.checkpoints.load import load_network, untrained
+
+__all__ = ["Description", "export_backbone", "load_network", "untrained"]

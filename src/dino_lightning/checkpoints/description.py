@@ -1,0 +1,92 @@
+"""What must be known of weights besides their values: the architecture, and how its images are prepared."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from dino_lightning.backbones import build_backbone
+from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConfig, ViTConfig
+from dino_lightning.errors import UserError
+
+PAPER = CropsConfig()
+"""Preparation of images where a file says nothing of it: that of the original."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network without its weights. In plain types it stands in our checkpoints."""
+
+    backbone: BackboneConfig
+    image_size: int = PAPER.global_size
+    """Side for which a learnt position embedding is made (pixels)."""
+    mean: list[float] = field(default_factory=lambda: PAPER.mean)
+    std: list[float] = field(default_factory=lambda: PAPER.std)
+    """Of each channel, of values in 0 to 1."""
+    resize: int = PAPER.eval_resize
+    """Shorter side of an evaluated image before the centre crop (pixels)."""
+    size: int = PAPER.eval_size
+    """Side of the centre crop (pixels)."""
+
+    @classmethod
+    def of_run(cls, config: dict[str, Any]) -> Self:
+        """From a run's configuration as plain types. Raises `KeyError` and `TypeError` for anything else."""
+        crops = asdict(PAPER) | config["crops"]
+        return cls(
+            backbone_of(config["backbone"]),
+            image_size=crops["global_size"],
+            mean=crops["mean"],
+            std=crops["std"],
+            resize=crops["eval_resize"],
+            size=crops["eval_size"],
+        )
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `plain`."""
+        return cls(**{**values, "backbone": backbone_of(values["backbone"])})
+
+    def plain(self) -> dict[str, Any]:
+        """The same in plain types."""
+        return asdict(self)
+
+    def build(self, drop_path_rate: float = 0.0) -> nn.Module:
+        """The network with fresh weights, all of them trainable."""
+        config = replace(self.backbone, drop_path_rate=drop_path_rate)
+        if isinstance(config, TimmConfig):
+            config = replace(config, pretrained=False)
+        try:
+            return build_backbone(config, image_size=self.image_size, channels=len(self.mean), drop_path=True)
+        except UserError as error:
+            if not drop_path_rate:
+                raise
+            raise UserError(f"eval.drop_path_rate={drop_path_rate}: {self} has no stochastic depth; "
+                            "set eval.drop_path_rate=0.") from error  # fmt: skip
+
+    def __str__(self) -> str:
+        match self.backbone:
+            case ViTConfig() as vit:
+                return (f"ViT of width {vit.width}, depth {vit.depth}, {vit.heads} heads, patches of "
+                        f"{vit.patch_size} pixels, trained at {self.image_size}")  # fmt: skip
+            case TimmConfig() as network:
+                return f"timm's {network.name}"
+            case other:
+                return type(other).__name__
+
+
+def backbone_of(values: dict[str, Any]) -> BackboneConfig:
+    """The section `backbone` of a configuration; a run's file does not name the schema."""
+    for schema in SCHEMAS["backbone"].values():
+        if values.keys() <= {known.name for known in fields(schema)}:
+            return schema(**values)
+    raise KeyError(f"no network has the keys {', '.join(values)}")
+
+
+def built_by_seed(build: Any, *, seed: int) -> nn.Module:
+    """A frozen network in eval mode, its weights drawn by seed; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator alone: `torch.manual_seed` would seed the accelerators, too.
+        torch.default_generator.manual_seed(seed)
+        backbone: nn.Module = build(drop_path_rate=0.0)
+    return backbone.eval().requires_grad_(False)

@@ -1,0 +1,241 @@
+"""`checkpoint=…` as a network: our runs, the original's files, timm's names, and fresh weights for each of them."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from dino_lightning.checkpoints import published
+from dino_lightning.checkpoints.description import PAPER, Description, built_by_seed
+from dino_lightning.checkpoints.original import (
+    KEYS,
+    Weights,
+    backbone_weights,
+    few,
+    heads_in,
+    load_strictly,
+    recognised,
+    tensors,
+    with_prefix,
+)
+from dino_lightning.checkpoints.read import read_pickle, read_safetensors
+from dino_lightning.config import TimmConfig
+from dino_lightning.config.folder import backbone_config, backbone_names
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.networks import Network
+
+TIMM, UNTRAINED = "timm:", "untrained:"
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
+EXPORTED, LAST = "teacher.safetensors", "checkpoints/last.ckpt"
+
+
+def load_network(checkpoint: str, *, key: str = "teacher", seed: int = 0) -> Network:
+    """The frozen network that `checkpoint` names, in eval mode on the CPU.
+
+    A run's folder, its `teacher.safetensors` or a `.ckpt`; a `.pth` of the original, a backbone or a full checkpoint;
+    `timm:NAME`; `untrained:` before any of these or before a file of `conf/backbone`. `key` is `teacher` or `student`
+    of what holds both, `seed` draws fresh weights. Raises `UserError` for whatever is none of these.
+    """
+    if key not in KEYS:
+        raise UserError(f"checkpoint_key={key}: {nearest(key, KEYS)}")
+    if checkpoint.startswith(UNTRAINED):
+        return _untrained(checkpoint.removeprefix(UNTRAINED), key=key, seed=seed)
+    if checkpoint.startswith(TIMM):
+        source = f"checkpoint={checkpoint}"
+        name = checkpoint.removeprefix(TIMM)
+        description = published.described(name, source=source)
+        backbone = published.trained(name, description, source=source)
+        return _network(backbone.eval().requires_grad_(False), description, name=checkpoint)
+    return _from_file(checkpoint, key=key)
+
+
+def untrained(network: Network, *, seed: int) -> Network:
+    """The same architecture with fresh weights, drawn by `seed`; the global random state stays as it was."""
+    backbone = built_by_seed(network.rebuild, seed=seed)
+    return replace(network, backbone=backbone, name="untrained", digest=digest(backbone.state_dict()), trained=False)
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 of names and values in the order of names, the first 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _network(backbone: nn.Module, description: Description, *, name: str) -> Network:
+    return Network(
+        backbone,
+        name=name,
+        digest=digest(backbone.state_dict()),
+        mean=description.mean,
+        std=description.std,
+        resize=description.resize,
+        size=description.size,
+        rebuild=description.build,
+        description=description.plain(),
+    )
+
+
+def _untrained(what: str, *, key: str, seed: int) -> Network:
+    source = f"checkpoint={UNTRAINED}{what}"
+    if what.startswith(TIMM):
+        description = published.described(what.removeprefix(TIMM), source=source)
+    elif what in backbone_names():
+        description = Description(backbone_config(what))
+    elif _is_timm(what) and not Path(what).exists():
+        description = published.described(what, source=source)
+    elif what and Path(what).name == what and not Path(what).exists() and Path(what).suffix not in SUFFIXES:
+        known = [*backbone_names(), *timm.list_models()]
+        raise UserError(f"{source}: '{what}' is no file, no file of conf/backbone and no network of timm; "
+                        f"{nearest(what, known)}")  # fmt: skip
+    else:
+        return untrained(_from_file(what, key=key, prefix=UNTRAINED), seed=seed)
+    backbone = built_by_seed(description.build, seed=seed)
+    return replace(_network(backbone, description, name="untrained"), trained=False)
+
+
+def _is_timm(name: str) -> bool:
+    return timm.is_model(name.split(".")[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _from_file(checkpoint: str, *, key: str, prefix: str = "") -> Network:
+    source = f"checkpoint={prefix}{checkpoint}"
+    if not checkpoint:
+        raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
+    path = _file(Path(checkpoint).expanduser(), key=key, source=source)
+    if path.suffix == ".safetensors":
+        weights, description = _exported(path, key=key, source=source)
+    else:
+        content = read_pickle(path, source=source)
+        if _is_ours(content):
+            weights, description = _of_lightning(content, path, key=key, source=source)
+        else:
+            weights = backbone_weights(content, key=key, source=source)
+            weights, description = recognised(weights, heads=heads_in(content), source=source)
+    backbone = built_by_seed(description.build, seed=0)
+    load_strictly(backbone, weights, source=source, taken_for=description)
+    return _network(backbone, description, name=_name(path) + (" (student)" if key == "student" else ""))
+
+
+def _file(path: Path, *, key: str, source: str) -> Path:
+    """The file of weights that a path means. Raises `UserError` where there is none."""
+    if path.is_dir():
+        found = [path / EXPORTED, path / LAST] if key == "teacher" else [path / LAST]
+        file = next((file for file in found if file.is_file()), None)
+        if file is None:
+            raise UserError(f"{source} is a folder without {' or '.join(str(f.relative_to(path)) for f in found)}; "
+                            "expected the folder of a run, or a file of weights.")  # fmt: skip
+        return file
+    if path.is_file():
+        return path
+    if _is_timm(str(path)):
+        raise UserError(f"{source}: there is no such file; for timm's weights write checkpoint={TIMM}{path}, for fresh "
+                        f"ones checkpoint={UNTRAINED}{path}.")  # fmt: skip
+    if str(path) in backbone_names():
+        raise UserError(f"{source}: there is no such file; for fresh weights write checkpoint={UNTRAINED}{path}.")
+    raise UserError(f"{source}: there is no such file; {_nearest_path(path)}")
+
+
+def _nearest_path(path: Path) -> str:
+    """A clause that leads from a path that does not exist to one that does."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(folder).parts[0]
+    names = sorted(each.name for each in folder.iterdir() if each.is_dir() or each.suffix in SUFFIXES)
+    close = difflib.get_close_matches(missing, names, n=1)
+    if close:
+        return f"did you mean '{folder / close[0]}'?"
+    return f"in {folder} there are {few(names)}." if names else f"in {folder} there is no checkpoint."
+
+
+def _name(path: Path) -> str:
+    """A file's name in tables: that of its run, where it has one."""
+    if path.name == EXPORTED:
+        return path.resolve().parent.name
+    run = path.resolve().parents[1] if path.suffix == ".ckpt" and path.resolve().parent.name == "checkpoints" else None
+    return f"{run.name}/{path.stem}" if run else path.stem
+
+
+def _exported(path: Path, *, key: str, source: str) -> tuple[Weights, Description]:
+    """Weights of a safetensors file, and what it or the run beside it says of them."""
+    weights, metadata = read_safetensors(path, source=source)
+    if key != "teacher":
+        raise UserError(f"checkpoint_key={key}: {source} holds the teacher only; the run's {LAST} holds both.")
+    config = path.parent / "config.yaml"
+    if "classifier" in metadata:  # of eval=finetune, above the backbone
+        top = json.loads(metadata["classifier"]) + "."
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(top)}
+    if "network" in metadata:
+        return weights, _told(lambda: Description.from_plain(json.loads(metadata["network"])), source)
+    if config.is_file():
+        return weights, _of_run(config, source=source)
+    if "timm" in metadata:
+        return weights, _told(lambda: _of_recipe(weights, metadata, source=source), source)
+    return recognised(backbone_weights({"teacher": weights}, key=key, source=source), source=source)
+
+
+def _is_ours(content: dict[str, Any]) -> bool:
+    """Whether a file is a checkpoint of training with this package."""
+    state, prefixes = content.get("state_dict"), tuple(f"{key}.backbone." for key in KEYS)
+    return isinstance(state, dict) and any(str(name).startswith(prefixes) for name in state)
+
+
+def _of_lightning(content: dict[str, Any], path: Path, *, key: str, source: str) -> tuple[Weights, Description]:
+    """Weights of a checkpoint of ours. The architecture stands in it, or in the folder of its run in older ones."""
+    weights = with_prefix(tensors(content["state_dict"]), f"{key}.backbone.")
+    if not weights:
+        raise UserError(f"checkpoint_key={key}: {source} does not hold it.")
+    if isinstance(content.get("network"), dict):
+        return weights, _told(lambda: Description.from_plain(content["network"]), source)
+    config = path.resolve().parents[1] / "config.yaml"
+    if config.is_file():
+        return weights, _of_run(config, source=source)
+    return recognised(weights, source=source)
+
+
+def _told(describe: Callable[[], Description], source: str) -> Description:
+    """What `describe` makes of a file's own words, which another version or program may have written."""
+    try:
+        return describe()
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{source}: its description of the network is not of this version ({error}).") from error
+
+
+def _of_run(config: Path, *, source: str) -> Description:
+    try:
+        return Description.of_run(yaml.safe_load(config.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: {config} is not the configuration of a run ({reason}).") from error
+
+
+def _of_recipe(weights: Weights, metadata: dict[str, str], *, source: str) -> Description:
+    """From the arguments of `timm.create_model` alone, which are all that the first version wrote.
+
+    A ViT is taken for an `OriginalViT`, with which nearly all were trained.
+    """
+    recipe = json.loads(metadata["timm"])
+    name, size = recipe.pop("model_name"), recipe.pop("img_size", None)
+    if size is None:
+        settings = get_pretrained_cfg(name)
+        size = settings.input_size[-1] if settings else PAPER.global_size
+    seen = {key: json.loads(metadata[key]) for key in ("mean", "std")} | {"size": size, "resize": round(size * 8 / 7)}
+    if name.startswith("vit_"):
+        _, description = recognised(weights, heads=recipe.get("num_heads"), source=source, **seen)
+        return description
+    arguments = {key: value for key, value in recipe.items() if key not in ("num_classes", "in_chans", "patch_size")}
+    config = TimmConfig(name=name, patch_size=recipe.get("patch_size"), arguments=arguments)
+    return Description(config, image_size=size, **seen)

@@ -1,0 +1,157 @@
+"""State dicts of facebookresearch/dino and of what has the same names: which network they belong to.
+
+A published backbone is a state dict. A full checkpoint holds `student` and `teacher`, whose names start with
+`backbone.` or `head.` (the student's behind `module.`), the optimizer, and the script's `args`.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+from timm.models.xcit import checkpoint_filter_fn
+from torch import Tensor
+
+from dino_lightning.checkpoints.description import Description
+from dino_lightning.config import TimmConfig, ViTConfig
+from dino_lightning.errors import UserError
+
+Weights = dict[str, Tensor]
+
+KEYS = ("teacher", "student")
+
+RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+"""Whether blocks have a bottleneck, and how many there are in each stage -> timm's name, which is torchvision's."""
+
+XCITS = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
+"""Width -> size in the name."""
+
+
+def backbone_weights(content: dict[str, Any], *, key: str, source: str) -> Weights:
+    """The weights of the backbone in a file, by the names of its state dict; `source` names the file in errors."""
+    networks = [name for name in KEYS if isinstance(content.get(name), dict)]
+    if networks and key not in networks:
+        raise UserError(f"checkpoint_key={key}: {source} holds {' and '.join(networks)} only.")
+    if not networks and key != "teacher":
+        raise UserError(f"checkpoint_key={key}: {source} holds one network; leave checkpoint_key=teacher.")
+    nested = [content[name] for name in ("state_dict", "model") if isinstance(content.get(name), dict)]
+    weights = tensors(content[key] if networks else [*nested, content][0])
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
+    inside = with_prefix(weights, "backbone.")
+    # A classifier or DINO head on top is no part of the features.
+    weights = {name: tensor for name, tensor in (inside or weights).items() if not name.startswith(("head.", "fc."))}
+    if not weights:
+        raise UserError(f"{source} holds no weights; expected a state dict of tensors, or one under 'teacher'.")
+    return weights
+
+
+def tensors(values: dict[str, Any]) -> Weights:
+    """The entries that are tensors."""
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def with_prefix(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def heads_in(content: dict[str, Any]) -> int | None:
+    """Attention heads that the arguments of the script name; those of the original do not, its forks' may."""
+    arguments = content.get("args")
+    found = getattr(arguments, "num_heads", None) if isinstance(arguments, argparse.Namespace) else None
+    return found if isinstance(found, int) else None
+
+
+def recognised(weights: Weights, *, source: str, heads: int | None = None, **seen: Any) -> tuple[Weights, Description]:
+    """The network that these names and shapes belong to, and the weights under its own names.
+
+    `seen` is what is known of the images: `mean`, `std`, `resize`, `size`; by default they are the paper's.
+    """
+    if "pos_embed" in weights and "patch_embed.proj.weight" in weights and "blocks.0.norm1.weight" in weights:
+        description, first = _vit(weights, heads=heads, source=source, **seen), "patch_embed.proj.weight"
+    elif "cls_attn_blocks.0.norm1.weight" in weights:
+        description, first = _xcit(weights, source=source, **seen), "patch_embed.proj.0.0.weight"
+        with torch.device("meta"):
+            network = description.build()
+        weights = checkpoint_filter_fn(dict(weights), network)
+    elif "layer1.0.conv1.weight" in weights:
+        description, first = _resnet(weights, source=source, **seen), "conv1.weight"
+    else:
+        raise UserError(f"{source} belongs to no network that is known by its names (ViT, ResNet, XCiT): the first "
+                        f"are {few(weights)}. Networks of timm load by checkpoint=timm:NAME.")  # fmt: skip
+    channels = weights[first].shape[1] if first in weights else 3
+    if channels != len(description.mean):
+        raise UserError(f"{source} takes images of {channels} channels, and nothing says how they were normalised; "
+                        "keep config.yaml of the run beside it.")  # fmt: skip
+    return weights, description
+
+
+def _vit(weights: Weights, *, heads: int | None, source: str, **seen: Any) -> Description:
+    width, patch = len(weights["patch_embed.proj.weight"]), weights["patch_embed.proj.weight"].shape[-1]
+    if heads is None and width % 64:
+        raise UserError(f"{source}: a ViT of width {width} does not tell its number of heads; the original's have 64 "
+                        "features each. Keep config.yaml of the run beside it.")  # fmt: skip
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    config = ViTConfig(width=width, depth=_count(weights, "blocks"), heads=heads or width // 64, patch_size=patch)
+    return Description(config, image_size=side * patch, **seen)
+
+
+def _resnet(weights: Weights, *, source: str, **seen: Any) -> Description:
+    stages = tuple(_count(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in weights
+    name = RESNETS.get((bottleneck, stages))
+    if name is None:
+        kind = "bottleneck" if bottleneck else "basic"
+        raise UserError(f"{source}: a ResNet of {stages} {kind} blocks is not known; choose one of "
+                        f"{', '.join(RESNETS.values())}.")  # fmt: skip
+    # Torchvision's branches do not start at zero, as timm's do: it matters for fresh weights.
+    return Description(TimmConfig(name=name, arguments={"zero_init_last": False}), **seen)
+
+
+def _xcit(weights: Weights, *, source: str, **seen: Any) -> Description:
+    width, depth = weights["cls_token"].shape[-1], _count(weights, "blocks")
+    patch = 16 if any(name.startswith("patch_embed.proj.6.") for name in weights) else 8
+    name = f"xcit_{XCITS.get(width)}_{depth}_p{patch}_224"
+    if not timm.is_model(name):
+        raise UserError(f"{source}: timm has no XCiT of width {width} and depth {depth}; known are widths "
+                        f"{', '.join(map(str, XCITS))} and depths 12 and 24.")  # fmt: skip
+    return Description(TimmConfig(name=name), **seen)
+
+
+def _count(weights: Weights, name: str) -> int:
+    """How many modules there are in a numbered list."""
+    pattern = re.compile(rf"{name}\.(\d+)\.")
+    return 1 + max((int(found[1]) for found in map(pattern.match, weights) if found), default=-1)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def load_strictly(network: torch.nn.Module, weights: Weights, *, source: str, taken_for: object) -> None:
+    """Load weights of which none may be missing, left over or of another shape."""
+    expected = network.state_dict()
+    # The counters of batch norms, which older files lack, are not used in evaluation.
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in weights if name not in expected]
+    shapes = [
+        f"{name} of shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    lists = {"missing": missing, "unexpected": unknown, "other": shapes}
+    wrong = [f"{what} {few(names)}" for what, names in lists.items() if names]
+    if wrong:
+        raise UserError(f"{source} does not fit the architecture it was taken for, {taken_for}: {'; '.join(wrong)}.")
+    network.load_state_dict(weights, strict=False)

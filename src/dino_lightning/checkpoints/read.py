@@ -1,0 +1,56 @@
+"""Files of weights as tensors, without running what a pickle may contain."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dino_lightning.errors import UserError
+
+try:
+    from numpy._core.multiarray import scalar
+except ImportError:  # NumPy 1
+    from numpy.core.multiarray import scalar  # type: ignore[no-redef]
+
+SAFE: list[Any] = [
+    argparse.Namespace,
+    # The original writes learning rates as scalars of NumPy, whose modules have two names.
+    (scalar, "numpy.core.multiarray.scalar"),
+    (scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+]
+"""What the original's full checkpoints hold besides tensors: data without behaviour."""
+
+
+def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
+    """The content of a `.pth`, `.pt` or `.ckpt` on the CPU; `source` names it in errors."""
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
+                            "code; save it anew as a state dict of tensors.") from error  # fmt: skip
+        raise UserError(f"{source} is not a checkpoint, or not a whole one: PyTorch cannot read it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{source} holds a {type(content).__name__}; expected a state dict or a checkpoint.")
+    return content
+
+
+def read_safetensors(path: Path, *, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{source} is not a safetensors file, or not a whole one ({error}).") from error

@@ -1,0 +1,196 @@
+"""What the configuration of an evaluation must satisfy, checked before weights or images are read.
+
+What only the network or the images can tell, the evaluations check themselves, first of all.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dino_lightning.config import (
+    SCHEMAS,
+    AttentionEval,
+    BuiltinData,
+    ClassificationEval,
+    CopydaysData,
+    CopyDetectionEval,
+    DataConfig,
+    DavisData,
+    DevicesConfig,
+    EvaluateConfig,
+    EvaluationConfig,
+    ImagesConfig,
+    PicturesData,
+    RetrievalEval,
+    RevisitedData,
+    VideoEval,
+    VOCData,
+)
+from dino_lightning.config.rules import (
+    BELOW_ONE,
+    NEIGHBOURS,
+    POSITIVE,
+    SHARE,
+    Rule,
+    at_least,
+    check_values,
+    shown,
+)
+from dino_lightning.distributed import trains_on_cpu
+from dino_lightning.errors import UserError, nearest
+
+POSITIVES = Rule("one or more positive numbers", lambda value: bool(value) and min(value) > 0)
+SHARES = Rule("one or more shares above 0, up to 1", lambda value: bool(value) and all(0 < v <= 1 for v in value))
+BETWEEN = Rule("a share above 0 and below 1", lambda value: 0 < value < 1)
+SOME = Rule("one or more choices", bool)
+POSITIONS = Rule("one or more positions of at least 0", lambda value: bool(value) and min(value) >= 0)
+
+
+def per_kind(value: Any) -> list[Any]:
+    """A number or a list of them, as a list: two evaluations may call a number and a list by one name."""
+    return list(value) if isinstance(value, list) else [value]
+
+
+BLOCKS = Rule("numbers of at least 1", lambda value: bool(per_kind(value)) and min(per_kind(value)) >= 1)
+AVGPOOL = Rule("true, false, or for eval=linear_fast a list of them", lambda value: bool(per_kind(value)))
+
+RULES: dict[str, Rule] = {
+    "eval.batch_size_per_device": at_least(1),
+    "eval.image_size": at_least(1),
+    "eval.image_resize": at_least(1),
+    "eval.k": NEIGHBOURS,
+    "eval.temperatures": POSITIVES,
+    "eval.n_per_class": at_least(1),
+    "eval.bank": at_least(1),
+    "eval.n_last_blocks": BLOCKS,
+    "eval.avgpool": AVGPOOL,
+    "eval.epochs": at_least(1),
+    "eval.lr": POSITIVE,
+    "eval.lr_end": at_least(0),
+    "eval.lrs": POSITIVES,
+    "eval.val_every_n_epochs": at_least(1),
+    "eval.classifier_batch_size": at_least(1),
+    "eval.holdout": BETWEEN,
+    "eval.shares": SHARES,
+    "eval.splits": at_least(1),
+    "eval.c": POSITIVES,
+    "eval.max_iterations": at_least(1),
+    "eval.warmup_epochs": at_least(0),
+    "eval.weight_decay": at_least(0),
+    "eval.layer_decay": Rule("a factor above 0, up to 1", lambda value: 0 < value <= 1),
+    "eval.drop_path_rate": BELOW_ONE,
+    "eval.label_smoothing": BELOW_ONE,
+    "eval.mixup": at_least(0),
+    "eval.cutmix": at_least(0),
+    "eval.random_erasing": SHARE,
+    "eval.repeated_augmentation": at_least(1),
+    "eval.ema_decay": BELOW_ONE,
+    "eval.scales": POSITIVES,
+    "eval.gem_power": POSITIVE,
+    "eval.top": at_least(1),
+    "eval.last_frames": at_least(0),
+    "eval.neighborhood": at_least(0),
+    "eval.temperature": POSITIVE,
+    "eval.masses": SHARES,
+    "eval.pictures": at_least(0),
+    "eval.frames_per_second": POSITIVE,
+    "eval.random_queries": at_least(1),
+    "eval.neighbors": at_least(1),
+    "data.num_workers": at_least(0),
+    "data.channels": at_least(1),
+    "data.max_bad_share": SHARE,
+    "data.holdout": BELOW_ONE,
+    "data.train_images": at_least(1),
+    "data.val_images": at_least(1),
+    "data.image_size": at_least(8),
+    "trainer.num_nodes": at_least(1),
+    "cpu_threads": at_least(1),
+    "seed": Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "eval.solver": ("device", "sklearn"),
+    "eval.whitening": ("none", "original", "corrected"),
+    "checkpoint_key": ("teacher", "student"),
+    "data.name": (),
+    "data.on_error": ("skip", "raise"),
+}
+
+TRAINING_KEYS = ("batch_size_per_device", "prefetch_batches", "cache", "cache_resize", "shuffle_buffer")
+"""Keys of `data` that evaluation does not know."""
+
+
+def kinds_of_data(config: EvaluationConfig) -> tuple[type[ImagesConfig], ...]:
+    """The kinds of data that an evaluation takes."""
+    match config:
+        case RetrievalEval():
+            return (RevisitedData,)
+        case CopyDetectionEval():
+            return (CopydaysData,)
+        case VideoEval():
+            return (DavisData,)
+        case AttentionEval():
+            return (VOCData, PicturesData, BuiltinData, DataConfig)
+        case _:
+            return (DataConfig,)
+
+
+def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -> None:
+    """Everything that the configuration alone can tell; `overrides` are the words of the command line."""
+    own = dict(RULES)
+    if isinstance(config.eval, RetrievalEval):
+        check_values(config, own, {"data.name": ("roxford5k", "rparis6k"), "checkpoint_key": CHOICES["checkpoint_key"]})
+    else:
+        check_values(config, own, {key: known for key, known in CHOICES.items() if known})
+    _check_data(config, overrides)
+    _check_sizes(config.eval)
+    _check_devices(config.trainer)
+
+
+def _check_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
+    kinds = kinds_of_data(config.eval)
+    if not isinstance(config.data, kinds):
+        options = [name for name, schema in SCHEMAS["data"].items() if issubclass(schema, kinds)]
+        raise UserError(
+            f"eval={_name('eval', config.eval)} does not go with data={_name('data', config.data)}; choose data="
+            f"{' or '.join(options)}."
+        )
+    for word in overrides:
+        key = word.lstrip("+~").split("=")[0]
+        if key.startswith("data.") and key[5:] in TRAINING_KEYS:
+            instead = "; set eval.batch_size_per_device" if key == "data.batch_size_per_device" else ""
+            raise UserError(f"{word}: {key} is for training, an evaluation does not use it{instead}.")
+
+
+def _check_sizes(config: EvaluationConfig) -> None:
+    if not isinstance(config, ClassificationEval) or config.image_resize is None:
+        return
+    if config.image_size is None:
+        raise UserError(f"eval.image_resize={config.image_resize} needs eval.image_size, the centre taken from it.")
+    if config.image_resize < config.image_size:
+        raise UserError(f"eval.image_resize={config.image_resize} is smaller than eval.image_size={config.image_size}, "
+                        "the centre taken from it.")  # fmt: skip
+
+
+def _check_devices(trainer: DevicesConfig) -> None:
+    if type(trainer) is not DevicesConfig:
+        raise UserError("trainer: an evaluation has no training loop; leave trainer=devices and set its keys.")
+    known = {
+        "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+        "strategy": ("auto", "ddp"),
+        "precision": ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true"),
+    }
+    for key, choices in known.items():
+        value = str(getattr(trainer, key))
+        if value not in choices:
+            raise UserError(f"trainer.{key}={value}: {nearest(value, choices)}")
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
+                        "set trainer.accelerator=cpu.")  # fmt: skip
+    if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
+        raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
+
+
+def _name(group: str, config: Any) -> str:
+    return next((name for name, schema in SCHEMAS[group].items() if type(config) is schema), shown(config))

@@ -1,0 +1,1 @@
+"""Benchmarks in their own layouts on disk."""

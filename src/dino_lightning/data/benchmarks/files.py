@@ -1,0 +1,29 @@
+"""Image files of a benchmark's folder."""
+
+import os
+from pathlib import Path
+
+from dino_lightning.data.sources.folder import existing_path, extensions
+from dino_lightning.data.sources.index import is_image
+from dino_lightning.errors import UserError
+
+
+def existing_folder(path: str | Path, *, key: str) -> Path:
+    """The folder of the setting `key`. Raises `UserError` where there is none."""
+    folder = existing_path(str(path), key=key)
+    if not folder.is_dir():
+        raise UserError(f"{key}={path} is a file, not a folder.")
+    return folder
+
+
+def images_in(folder: str | Path, *, key: str, below: bool = False) -> list[Path]:
+    """The folder's image files, sorted by path; with `below`, those of its subfolders too.
+
+    Raises `UserError` where there is none.
+    """
+    root = existing_folder(folder, key=key)
+    walked = os.walk(root) if below else [next(os.walk(root))]
+    found = sorted(Path(at) / name for at, _, names in walked for name in names if is_image(name))
+    if not found:
+        raise UserError(f"{key}={folder} has no images; expected files that end in {extensions()}.")
+    return found

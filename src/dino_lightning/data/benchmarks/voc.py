@@ -1,0 +1,121 @@
+"""Pascal VOC segmentation (Everingham et al.) as it unpacks: photographs and the classes of their pixels.
+
+PATH/JPEGImages/NAME.jpg
+PATH/SegmentationClass/NAME.png               0 background, 1 to 20 classes, 255 void
+PATH/ImageSets/Segmentation/SPLIT.txt         names, one a line; without it, all images with a mask
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dino_lightning.config import VOCData
+from dino_lightning.data.bad_images import UNREADABLE
+from dino_lightning.data.benchmarks.files import existing_folder
+from dino_lightning.data.decode import UnreadableImageError
+from dino_lightning.data.sources.base import digest
+from dino_lightning.errors import UserError, nearest
+
+IMAGES, MASKS, LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
+NUMBERED = ("P", "L", "1")
+"""PIL's modes of images with a number for each pixel."""
+
+
+class VOCImages:
+    """An `ImageSource` of the photographs, each with `mask`."""
+
+    classes: list[str] | None = None
+    labels: np.ndarray | None = None
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root, self.names = root, np.array(names, dtype=np.str_)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+        return self.image_path(index).read_bytes()
+
+    def mask(self, index: int) -> np.ndarray:
+        """The classes of the pixels (H, W) uint8: 0 background, 255 void. Raises `UnreadableImageError`."""
+        with Image.open(self.mask_path(index)) as image:
+            if image.mode not in NUMBERED:
+                raise UnreadableImageError(f"the mask is in colour (mode {image.mode}), not a number for each pixel")
+            return np.array(image, dtype=np.uint8)
+
+    def describe(self, index: int) -> str:
+        """The name in the lists."""
+        return str(self.names[index])
+
+    def fingerprint(self) -> str:
+        """Of paths, sizes and times of change of images and masks."""
+        files = (path for i in range(len(self)) for path in (self.image_path(i), self.mask_path(i)))
+        return digest(*(f"{path}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}".encode() for path in files))
+
+    def image_path(self, index: int) -> Path:
+        """Where the photograph is."""
+        return self.root / IMAGES / f"{self.names[index]}.jpg"
+
+    def mask_path(self, index: int) -> Path:
+        """Where its mask is."""
+        return self.root / MASKS / f"{self.names[index]}.png"
+
+
+def open_voc(config: VOCData) -> VOCImages:
+    """The images of `data.split`, the headers of all of them looked at.
+
+    Raises `UserError` where a folder, the list, an image or a mask is missing, and where a mask has not the size of its
+    image.
+    """
+    root = existing_folder(config.path, key="data.path")
+    for name in (IMAGES, MASKS):
+        if not (root / name).is_dir():
+            below = next((path.parent for deep in ("*", "*/*") for path in root.glob(f"{deep}/{MASKS}")), None)
+            hint = "expected the folder of a year, such as VOC2012" if below is None else f"did you mean '{below}'?"
+            raise UserError(f"data.path={config.path} has no folder {name}; {hint}.")
+    images = VOCImages(root, _names(root, config))
+    missing = [path for i in range(len(images)) for path in (images.image_path(i), images.mask_path(i))
+               if not path.is_file()]  # fmt: skip
+    if missing:
+        raise UserError(f"data.path={config.path} lacks {missing[0].relative_to(root)}, "
+                        f"one of {len(missing)} missing files of {len(images)} images.")  # fmt: skip
+    for i in range(len(images)):
+        _check_sizes(images, i, config)
+    return images
+
+
+def _names(root: Path, config: VOCData) -> list[str]:
+    lists = root / LISTS
+    if not lists.is_dir():
+        names = sorted(path.stem for path in (root / MASKS).glob("*.png"))
+        if not names:
+            raise UserError(f"data.path={config.path}: {MASKS} has no masks; expected NAME.png for {IMAGES}/NAME.jpg.")
+        return names
+    file = lists / f"{config.split}.txt"
+    if not file.is_file():
+        hint = nearest(config.split, [path.stem for path in lists.glob("*.txt")])
+        raise UserError(f"data.split={config.split}: there is no {file}; {hint}.")
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"data.split={config.split}: {file} names no images.")
+    return names
+
+
+def _check_sizes(images: VOCImages, index: int, config: VOCData) -> None:
+    image, mask = _size(images.image_path(index)), _size(images.mask_path(index))
+    if image and mask and image != mask:
+        raise UserError(
+            f"data.path={config.path}: the mask {MASKS}/{images.mask_path(index).name} has {mask[0]} x {mask[1]} "
+            f"pixels, but its image {image[0]} x {image[1]}; expected masks of the size of their images."
+        )
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height; None of a broken file, which is left out later."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except UNREADABLE:
+        return None

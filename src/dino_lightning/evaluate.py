@@ -1,0 +1,56 @@
+"""`dino-eval`, `python -m dino_lightning.evaluate`: one evaluation of one network.
+
+    dino-eval checkpoint=outputs/quick-20261124-154205                   k-NN on the built-in images
+    dino-eval eval=linear checkpoint=… data=imagenet data.path=DIR       the paper's linear evaluation
+
+Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one sentence.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, run_name, with_shards_in_one_piece
+from dino_lightning.config import register
+
+PROGRAM = "dino-eval"
+
+
+def main() -> None:
+    """Entry point of evaluation."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
+    register()
+    sys.argv[1:] = with_shards_in_one_piece(sys.argv[1:])
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
+    try:
+        _evaluate()
+    except EXPLAINED as error:
+        refuse(error, program=PROGRAM)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def _evaluate(cfg: DictConfig) -> float | None:
+    from dino_lightning.run_evaluation import run_evaluation  # loads in seconds: not needed for --help
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        cfg.output_dir = hydra_config.runtime.output_dir
+    else:
+        cfg.output_dir = str(Path(cfg.output_dir).expanduser().absolute())
+    try:
+        return run_evaluation(cfg, overrides=list(hydra_config.overrides.task))
+    except EXPLAINED as error:
+        with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
+            Path(cfg.output_dir).rmdir()
+        refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
+
+
+if __name__ == "__main__":
+    main()

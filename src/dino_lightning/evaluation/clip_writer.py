@@ -1,0 +1,108 @@
+"""Clips as files: MP4 (H.264) by PyAV where it is installed, else an animated WebP or GIF by PIL."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, features
+
+CODECS = ("libx264", "mpeg4")
+"""Encoders of PyAV, the better one first: not every build has it."""
+QUALITY = 80
+"""Of WebP (0 to 100)."""
+
+
+class ClipWriter(ABC):
+    """A file that grows by frames of one size; use it in a `with`."""
+
+    def __init__(self, path: Path, *, frames_per_second: float) -> None:
+        self.path, self.frames_per_second = path, frames_per_second
+
+    def __enter__(self) -> "ClipWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def add(self, frame: Image.Image) -> None:
+        """The next frame (RGB)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish the file. Without a frame there is none."""
+
+
+class VideoWriter(ClipWriter):
+    """MP4 by PyAV, written as the frames come."""
+
+    def __init__(self, path: Path, *, frames_per_second: float) -> None:
+        super().__init__(path, frames_per_second=frames_per_second)
+        self.container: Any = None
+        self.stream: Any = None
+
+    def add(self, frame: Image.Image) -> None:
+        """A column or row is cut off where the size is odd: H.264 has colours for pairs of pixels."""
+        import av  # pyright: ignore[reportMissingImports]
+
+        pixels = np.asarray(frame.convert("RGB"))
+        pixels = np.ascontiguousarray(pixels[: len(pixels) // 2 * 2, : pixels.shape[1] // 2 * 2])
+        started = self.container is not None
+        if not started:
+            self._open(av, width=pixels.shape[1], height=pixels.shape[0])
+        for packet in self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            self.container.mux(packet)
+
+    def close(self) -> None:
+        """Write what the encoder still holds."""
+        if self.container is None:
+            return
+        for packet in self.stream.encode(None):
+            self.container.mux(packet)
+        self.container.close()
+
+    def _open(self, av: Any, *, width: int, height: int) -> None:
+        self.container = av.open(str(self.path), mode="w")
+        codec = next(name for name in CODECS if name in av.codecs_available)
+        rate = Fraction(self.frames_per_second).limit_denominator(1000)
+        options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
+        self.stream = self.container.add_stream(codec, rate=rate, options=options)
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+
+
+class AnimationWriter(ClipWriter):
+    """Animated WebP or GIF by PIL, which needs all frames at the end: they are kept in memory."""
+
+    def __init__(self, path: Path, *, frames_per_second: float) -> None:
+        super().__init__(path, frames_per_second=frames_per_second)
+        self.frames: list[Image.Image] = []
+
+    def add(self, frame: Image.Image) -> None:
+        """Kept until `close`."""
+        self.frames.append(frame.convert("RGB"))
+
+    def close(self) -> None:
+        """Write all of it."""
+        if not self.frames:
+            return
+        first, *others = self.frames
+        duration = round(1000 / self.frames_per_second)
+        options: dict[str, Any] = {"quality": QUALITY} if self.path.suffix == ".webp" else {}
+        first.save(self.path, save_all=True, append_images=others, duration=duration, loop=0, **options)
+        self.frames = []
+
+
+def ending() -> str:
+    """`.mp4`, `.webp` or `.gif`: the best that can be written here."""
+    if importlib.util.find_spec("av") is not None:
+        return ".mp4"
+    return ".webp" if features.check("webp") else ".gif"
+
+
+def clip_writer(path: Path, *, frames_per_second: float) -> ClipWriter:
+    """For a path with one of the endings above."""
+    kind = VideoWriter if path.suffix == ".mp4" else AnimationWriter
+    return kind(path, frames_per_second=frames_per_second)

@@ -1,0 +1,1 @@
+"""One file for each evaluation: its protocol, as `evaluate(config, task)`."""

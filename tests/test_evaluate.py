@@ -1,0 +1,154 @@
+"""`dino-eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from composing import SMALL, composed, composed_evaluation
+from omegaconf import OmegaConf
+
+from dino_lightning.checks_evaluation import RULES, check_evaluation, kinds_of_data
+from dino_lightning.cli import CONF, EXPLAINED, options
+from dino_lightning.config import SCHEMAS, EvaluateConfig
+from dino_lightning.config.keys import all_keys
+from dino_lightning.config.rules import check_keys
+from dino_lightning.explain import explain
+from dino_lightning.run import run_training
+from dino_lightning.run_evaluation import run_evaluation
+
+EVALUATIONS = options("evaluate")["eval"]
+ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"]
+"""The built-in images, few."""
+
+WRONG = [
+    ("eval=vidio", "eval=vidio is not an option of eval; did you mean 'video'?"),
+    ("eval=knn", "checkpoint has no value"),
+    ("eval=knn checkpoint=x eval.kk=3", "did you mean 'eval.k'?"),
+    ("eval=knn checkpoint=x eval.epochs=3", "eval.epochs belongs to eval=linear or linear_fast or finetune"),
+    ("eval=knn checkpoint=x eval.k=[0]", "eval.k=[0]: expected one or more numbers of at least 1"),
+    ("eval=knn checkpoint=x eval.image_resize=10", "eval.image_resize=10 needs eval.image_size"),
+    ("eval=knn checkpoint=x eval.image_resize=10 eval.image_size=20", "is smaller than eval.image_size=20"),
+    ("eval=knn checkpoint=x data=davis data.path=.", "eval=knn does not go with data=davis; choose data=builtin or"),
+    ("eval=video checkpoint=x data=builtin", "eval=video does not go with data=builtin; choose data=davis."),
+    ("eval=video checkpoint=x", "data.path has no value"),
+    ("eval=retrieval checkpoint=x data.path=. data.name=oxford5k", "data.name=oxford5k: did you mean 'roxford5k'?"),
+    ("eval=copy_detection checkpoint=x data.path=. eval.whitening=pca", "eval.whitening=pca:"),
+    ("checkpoint=x data.batch_size_per_device=3", "data.batch_size_per_device is for training"),
+    ("checkpoint=x data.cache=ram", "data.cache is for training"),
+    ("checkpoint=x trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
+    ("checkpoint=x trainer.strategy=fsdp", "trainer.strategy=fsdp:"),
+    ("checkpoint=x trainer.max_epochs=3", "trainer.max_epochs belongs to trainer=lightning"),
+    ("checkpoint=x trainer=default", "trainer=lightning does not belong to this program"),
+    ("checkpoint=x seed=-1", "seed=-1: expected a whole number"),
+    ("checkpoint=x checkpoint_key=techer", "checkpoint_key=techer: did you mean 'teacher'?"),
+    ("checkpoint=x +foo=1", "foo is not a key"),
+    ("checkpoint=/nowhere-at-all.pth", "checkpoint=/nowhere-at-all.pth"),
+    ("checkpoint=timm:resnet5O", "did you mean 'resnet50'?"),
+    ("checkpoint=untrained:vit_smal", "checkpoint=untrained:vit_smal: "),
+    ("checkpoint=untrained:vit_tiny eval.image_size=30", "eval.image_size=30 is not a multiple of the patch size 16"),
+    ("checkpoint=untrained:vit_micro data.channels=1", "data.channels=1: untrained"),
+]
+
+
+def sentence_for(overrides: str, *, output_dir: Path) -> str:
+    """What the command line would print."""
+    words = overrides.split()
+    try:
+        cfg = composed_evaluation(*words, output_dir=output_dir)
+        run_evaluation(cfg, overrides=words)
+    except EXPLAINED as error:
+        return explain(error, conf=CONF)
+    return ""
+
+
+@pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
+def test_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
+    sentence = sentence_for(overrides, output_dir=tmp_path)
+    assert expected in sentence
+    assert "\n" not in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", EVALUATIONS)
+def test_options_compose_and_pass_the_checks(option: str) -> None:
+    cfg = composed_evaluation(f"eval={option}", "checkpoint=x")
+    if OmegaConf.is_missing(cfg.data, "path"):
+        cfg.data.path = "."
+    check_keys(cfg)
+    config = cast(EvaluateConfig, OmegaConf.to_object(cfg))
+    check_evaluation(config)
+    assert isinstance(config.data, kinds_of_data(config.eval))
+
+
+def test_every_evaluation_has_an_option() -> None:
+    assert set(SCHEMAS["eval"]) <= set(EVALUATIONS)
+
+
+def test_rules_are_about_keys_that_exist() -> None:
+    assert set(RULES) <= {key.name for key in all_keys()}
+
+
+def test_every_number_of_an_evaluation_has_a_rule() -> None:
+    numbers = {
+        key.name
+        for key in all_keys()
+        if key.name.startswith("eval.") and any(kind in key.kind for kind in ("int", "float"))
+    }
+    # Positions may be any; the evaluation compares them with the images.
+    assert numbers - set(RULES) <= {"eval.queries"}
+
+
+def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "dino_lightning.evaluate", "checkpoint=x", "eval=video", "data=builtin"]
+    done = subprocess.run([*command, f"output_dir={output}"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dino-eval: eval=video does not go with data=builtin")
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of seconds on the built-in images."""
+    output = tmp_path_factory.mktemp("trained")
+    run_training(composed(*SMALL, "callbacks.pictures.enabled=false", output_dir=output))
+    return output
+
+
+QUICK: dict[str, list[str]] = {
+    "knn": ["eval.k=[5]"],
+    "linear": ["eval.epochs=1", "eval.n_last_blocks=1"],
+    "linear_fast": ["eval.epochs=1", "eval.n_last_blocks=[1]", "eval.lrs=[0.1,1.0]"],
+    "logistic": ["eval.shares=[0.5]", "eval.splits=1", "eval.c=[1.0]"],
+    "finetune": ["eval.epochs=1", "eval.warmup_epochs=0", "eval.batch_size_per_device=24"],
+    "neighbors": ["eval.random_queries=3", "eval.neighbors=4"],
+    "attention": ["eval.pictures=2"],
+}
+
+
+@pytest.mark.parametrize("option", list(QUICK))
+def test_result_lines(option: str, trained: Path, tmp_path: Path) -> None:
+    words = [f"eval={option}", f"checkpoint={trained}", "baseline=true", *ON_IMAGES, *QUICK[option]]
+    value = run_evaluation(composed_evaluation(*words, output_dir=tmp_path), overrides=words)
+    lines: list[dict[str, Any]] = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {line["eval"] for line in lines} == {option}
+    assert {line["trained"] for line in lines} == {True, False}
+    assert value in [line["value"] for line in lines if line["trained"]]
+    by_network = [{line["metric"] for line in lines if line["trained"] is trained} for trained in (True, False)]
+    assert by_network[0] == by_network[1] != set()
+    for line in lines:
+        assert line["config"]["data"]["train_images"] == 120
+        assert line["checkpoint"] == str(trained)
+        assert line["seconds"] >= 0
+        assert {"commit", "torch", "timm"} <= set(line["environment"])
+    assert len({line["checkpoint_digest"] for line in lines}) == 2
+
+
+def test_knn_is_the_figure_of_the_training_run(trained: Path, tmp_path: Path) -> None:
+    data = [word for word in SMALL if word.startswith("data.") and "batch_size" not in word]
+    words = [f"checkpoint={trained}", *data]
+    value = run_evaluation(composed_evaluation(*words, "eval.k=[20]", output_dir=tmp_path), overrides=words)
+    assert value == json.loads((trained / "summary.json").read_text())["knn_top1"]
