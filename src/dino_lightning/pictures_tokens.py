@@ -4,6 +4,7 @@ Images of one sheet may differ in shape. H, W pixels, h, w patches, M masses, D 
 """
 
 import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ HEAD_COLOURS: list[Colour] = [
 COMPONENTS = 3
 OUTLIERS = 0.01
 """Share of the tokens at either end of a component that do not stretch its scale."""
-KEY = 24
-"""Height of the line that names the heads' colours (pixels)."""
+KEY, KEY_WIDTH = 24, 76
+"""Height of a line that names the heads' colours, and width of a head in it (pixels)."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def clip_frame(shown: Shown, colours: TokenColours | None, *, width: int) -> Ima
 def coloured_heads(shown: Shown, *, mass: int, size: tuple[int, int]) -> Image.Image:
     """The masks of one mass, each head's in its colour over the picture in gray, at `size` = (width, height).
 
-    The more attention a patch has in its head the stronger is the colour. Where heads meet, the patch belongs to the one
-    that thinks most of it, measured by the head's own strongest patch: mixed colours would be nobody's. The object,
+    The more attention a patch has in its head the stronger is the colour. Where heads meet, the patch belongs to the
+    one that thinks most of it, measured by the head's own strongest patch: mixed colours would be nobody's. The object,
     where there is one, is outlined.
     """
     attention, kept = shown.attention.detach().float().cpu(), shown.kept[mass].cpu()
@@ -194,14 +195,14 @@ def _below(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Im
 
 
 def _key(heads: int, *, width: int) -> Image.Image:
-    line = Image.new("RGB", (width, KEY), PAPER)
-    draw, font, left = ImageDraw.Draw(line), ImageFont.load_default(size=13), GAP
+    per_line = max(1, (width - GAP) // KEY_WIDTH)
+    key = Image.new("RGB", (width, KEY * math.ceil(heads / per_line)), PAPER)
+    draw, font = ImageDraw.Draw(key), ImageFont.load_default(size=13)
     for i, colour in enumerate(head_colours(heads)):
-        text = f"head {i + 1}"
-        draw.rectangle((left, 5, left + 13, 18), fill=colour)
-        draw.text((left + 18, KEY / 2), text, fill=INK, font=font, anchor="lm")
-        left += 32 + round(draw.textlength(text, font=font))
-    return line
+        left, top = GAP + i % per_line * KEY_WIDTH, i // per_line * KEY
+        draw.rectangle((left, top + 5, left + 13, top + 18), fill=colour)
+        draw.text((left + 18, top + KEY / 2), f"head {i + 1}", fill=INK, font=font, anchor="lm")
+    return key
 
 
 def _tokens(shown: Shown, colours: TokenColours, *, size: tuple[int, int]) -> Image.Image:

@@ -52,7 +52,7 @@ def trained(name: str, description: Description, *, source: str, file: Path | No
     except UserError:
         raise
     except Exception as error:  # each source of weights raises errors of its own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: its weights could not be loaded ({reason}).") from error
     if isinstance(description.backbone, TimmConfig):
         return network

@@ -19,6 +19,7 @@ from dino_lightning.evaluation.attention_masks import VOID, attended_area, mass_
 from dino_lightning.evaluation.base import Task
 from dino_lightning.evaluation.clip_writer import ClipWriter, clip_writer, ending
 from dino_lightning.networks import Network
+from dino_lightning.pictures import GAP, MOST_HEADS
 from dino_lightning.pictures_tokens import (
     Shown,
     TokenColours,
@@ -31,8 +32,9 @@ from dino_lightning.pictures_tokens import (
 
 SMALL = 128
 """Pixels: pictures of larger images are drawn larger."""
-CLIP_CELL = 480
-"""Largest width of one of the pictures that stand beside each other in a video (pixels)."""
+CLIP_CELL = {".mp4": 480, ".webp": 320, ".gif": 240}
+"""Largest width of one of the pictures that stand beside each other in a clip (pixels). Formats other than video grow
+large, in memory too."""
 
 
 def as_shown(seen: Seen, network: Network, *, masses: Sequence[float]) -> Shown:
@@ -63,7 +65,9 @@ def save_picture(config: AttentionEval, task: Task, seen: Seen, *, name: str) ->
     """All about one image, whichever rank has seen it."""
     shown = as_shown(seen, task.network, masses=config.masses)
     colours = _colours([shown]) if config.pca else None
-    page = stacked([attention_rows([shown], cell=192), heads_rows([shown], masses=config.masses, colours=colours)])
+    rows = heads_rows([shown], masses=config.masses, colours=colours)
+    maps = 2 + min(MOST_HEADS, len(shown.attention))
+    page = stacked([attention_rows([shown], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
     task.picture(page, name, every_rank=True)
 
 
@@ -142,7 +146,7 @@ def _look_together(looker: Looker, samples: list[Sample]) -> list[Seen]:
 
 
 def _add(writer: ClipWriter, shown: Shown, colours: TokenColours | None) -> None:
-    writer.add(clip_frame(shown, colours, width=min(CLIP_CELL, shown.image.shape[-1])))
+    writer.add(clip_frame(shown, colours, width=min(CLIP_CELL[writer.path.suffix], shown.image.shape[-1])))
 
 
 def _spread(total: int, count: int) -> list[int]:

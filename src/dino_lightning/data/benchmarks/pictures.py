@@ -25,6 +25,9 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 FEWEST_FRAMES = 3
 """Fewer numbered images of one size are no clip of themselves."""
 
+FAULTS = (*UNREADABLE, LookupError)
+"""What PIL raises where an animation is cut off in the middle."""
+
 OnBad = Callable[[str, str], None]
 """Hears the name and the fault of what cannot be read."""
 
@@ -70,10 +73,10 @@ def open_pictures(config: PicturesData) -> Pictures:
         return Pictures(path, files, FrameFiles(path.name, files) if is_clip else None)
     try:
         with Image.open(path) as image:
-            animated = image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+            animated = image.format in ANIMATED and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
         return Pictures(path.parent, [], _video(path, config))
-    except UNREADABLE as error:
+    except FAULTS as error:
         raise UserError(f"data.path={config.path} cannot be read ({why_unreadable(error)}).") from error
     clip = Animation(path) if animated and config.clip is not False else None
     return Pictures(path.parent, [] if clip else [path], clip)
@@ -114,9 +117,12 @@ class Animation:
         return self.path.stem
 
     def count(self) -> int:
-        """As the file says."""
-        with Image.open(self.path) as image:
-            return getattr(image, "n_frames", 1)
+        """As the file says, or those up to a fault."""
+        try:
+            with Image.open(self.path) as image:
+                return getattr(image, "n_frames", 1)
+        except FAULTS:
+            return sum(1 for _ in self.frames(lambda *_: None))
 
     def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
         """As of `Clip`."""
@@ -125,7 +131,7 @@ class Animation:
             with Image.open(self.path) as image:
                 for number, page in enumerate(ImageSequence.Iterator(image)):
                     yield number, opaque(page)
-        except UNREADABLE as error:
+        except FAULTS as error:
             on_bad(f"{self.path}, after frame {number}", why_unreadable(error))
 
 

@@ -34,8 +34,7 @@ from dino_lightning.evaluation.classifiers import (
     write_classifier,
 )
 from dino_lightning.evaluation.feature_cache import cached_features
-from dino_lightning.evaluation.images import ViewedImages, center_view
-from dino_lightning.evaluation.labelled import Labelled, labelled_sources
+from dino_lightning.evaluation.labelled import Labelled, labelled_sources, viewed
 from dino_lightning.evaluation.training_images import TrainingImages, TrainingLoader
 from dino_lightning.networks import Network
 
@@ -82,26 +81,17 @@ def _results(top: list[float], details: dict[str, Any]) -> Iterator[Result]:
 
 def validation(config: LinearEval, task: Task, images: Labelled, choice: FeatureChoice) -> tuple[Test, int]:
     """What tests a classifier, and on how many images."""
-    view = center_view(task.network, resize=config.image_resize, size=config.image_size)
-    side = config.image_size or task.network.size
-    viewed = ViewedImages(
-        images.val,
-        view,
-        blank=(task.network.channels, side, side),
-        config=cast(DataConfig, task.data),
-        bad_images=task.output / "bad_images_val.txt",
-    )
     features_MD, labels_M, _ = cached_features(
         task,
         task.runtime.forward(choice.of(task.network.backbone)),
-        viewed,
-        what="Features of the validation images",
+        viewed(task, images.val, config, split="val"),
+        what="validation images",
         kind=f"linear, {choice}",
         batch_size=config.batch_size_per_device,
         indices=images.known("val"),
     )
     if not len(labels_M):
-        raise UserError("data: none of the validation images can be read; see bad_images_val.txt.")
+        raise UserError(f"data: none of the validation images can be read, see {task.output / 'bad_images_val.txt'}.")
     topk, device = guesses(len(images.classes)), task.runtime.device
 
     def test(classify: Callable[[Tensor], Tensor]) -> list[float]:

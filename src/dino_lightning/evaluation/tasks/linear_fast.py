@@ -11,20 +11,19 @@ n + 1. Ranks share the choices of features among them, and their number changes 
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_lightning.config import DataConfig, LinearFastEval
+from dino_lightning.config import LinearFastEval
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.distributed import all_reduce_sum, rank, world_size
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.base import Result, Task
 from dino_lightning.evaluation.classifiers import FeatureChoice, accuracy, guesses, write_classifier
 from dino_lightning.evaluation.feature_cache import cached_features
-from dino_lightning.evaluation.images import ViewedImages, center_view
-from dino_lightning.evaluation.labelled import Labelled, labelled_sources
+from dino_lightning.evaluation.labelled import Labelled, labelled_sources, viewed
 from dino_lightning.evaluation.linear_heads import Heads, Tokens, train
 
 
@@ -105,27 +104,19 @@ def _tokens(
     config: LinearFastEval, task: Task, images: Labelled, layout: Tokens, *, split: str
 ) -> tuple[Tensor, Tensor]:
     """Tokens (N, T) and labels (N,) of the readable images of a split."""
-    network, side = task.network, config.image_size or task.network.size
-    viewed = ViewedImages(
-        images.train if split == "train" else images.val,
-        center_view(network, resize=config.image_resize, size=config.image_size),
-        blank=(network.channels, side, side),
-        config=cast(DataConfig, task.data),
-        bad_images=task.output / f"bad_images_{split}.txt",
-    )
     widest = FeatureChoice(layout.n, layout.mean_patch)
-    words = "training" if split == "train" else "validation"
+    source, what = (images.train, "training images") if split == "train" else (images.val, "validation images")
     tokens_NT, labels_N, _ = cached_features(
         task,
-        task.runtime.forward(widest.of(network.backbone)),
-        viewed,
-        what=f"Features of the {words} images",
+        task.runtime.forward(widest.of(task.network.backbone)),
+        viewed(task, source, config, split=split),
+        what=what,
         kind=f"linear, {widest}",
         batch_size=config.batch_size_per_device,
         indices=images.known(split),
     )
     if not len(labels_N):
-        raise UserError(f"data: none of the {words} images can be read; see bad_images_{split}.txt.")
+        raise UserError(f"data: none of the {what} can be read, see {task.output / f'bad_images_{split}.txt'}.")
     return tokens_NT, labels_N
 
 

@@ -1,0 +1,303 @@
+"""`checkpoint=…`: a run of ours in all its files, timm's networks, fresh weights, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import oracles
+import pytest
+import timm
+import torch
+from composing import SMALL, composed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dino_lightning.backbones import OriginalViT, build_backbone
+from dino_lightning.checkpoints import Description, export_backbone, load_network, untrained
+from dino_lightning.checkpoints.published import described, trained
+from dino_lightning.config import ViTConfig
+from dino_lightning.config.folder import backbone_config
+from dino_lightning.errors import UserError
+from dino_lightning.networks import Network
+from dino_lightning.run import run_training
+
+TINY = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
+SEEN = ["crops.mean=[0.4,0.5,0.6]", "crops.eval_resize=37", "crops.eval_size=32"]
+OPTIM = ["optim.lr=0.5", "optim.lr_warmup=0ep"]  # so that student and teacher part
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "first"
+    run_training(composed(*SMALL, *TINY, *SEEN, *OPTIM, output_dir=output))
+    return output
+
+
+def weights_of(run: Path, key: str) -> dict[str, Tensor]:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix(f"{key}.backbone."): w for name, w in state.items() if name.startswith(f"{key}.backbone")}
+
+
+def same(network: Network, weights: dict[str, Tensor]) -> bool:
+    """Whether the network has these weights, and makes of images what the equations make of them."""
+    for size in (32, 40):
+        images = torch.randn(2, 3, size, size)
+        expected, _ = oracles.vit(weights, images, patch=8, heads=2)
+        torch.testing.assert_close(network.backbone(images), expected, rtol=1e-5, atol=1e-5)
+    state = network.backbone.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
+
+
+# --------------------------------------------------------------------------------------------------------- our runs
+
+
+@pytest.mark.parametrize("file", ["", "teacher.safetensors", "checkpoints/last.ckpt"])
+def test_every_file_of_a_run_is_the_teacher(run: Path, file: str) -> None:
+    network = load_network(str(run / file))
+    assert same(network, weights_of(run, "teacher"))
+    assert isinstance(network.backbone, OriginalViT)
+    assert (network.mean, network.std, network.resize, network.size) == ([0.4, 0.5, 0.6], [0.229, 0.224, 0.225], 37, 32)
+    assert not network.backbone.training
+    assert not any(parameter.requires_grad for parameter in network.backbone.parameters())
+    assert network.digest == load_network(str(run)).digest
+    assert network.trained
+    assert network.name.startswith("first")
+
+
+@pytest.mark.parametrize("file", ["", "checkpoints/last.ckpt"])
+def test_the_student(run: Path, file: str) -> None:
+    student = load_network(str(run / file), key="student")
+    assert same(student, weights_of(run, "student"))
+    assert student.digest != load_network(str(run)).digest
+    assert student.name == "first/last (student)"
+
+
+def test_an_interrupted_run_has_its_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "second")
+    (tmp_path / "second" / "teacher.safetensors").unlink()
+    assert load_network(str(tmp_path / "second")).digest == load_network(str(run)).digest
+
+
+@pytest.mark.parametrize("file", ["teacher.safetensors", "checkpoints/last.ckpt"])
+def test_a_file_alone_says_everything(run: Path, file: str, tmp_path: Path) -> None:
+    alone = load_network(str(shutil.copy(run / file, tmp_path / f"alone{Path(file).suffix}")))
+    assert same(alone, weights_of(run, "teacher"))
+    assert (alone.mean, alone.resize, alone.size) == ([0.4, 0.5, 0.6], 37, 32)
+    with safe_open(run / "teacher.safetensors", framework="pt") as exported:
+        assert json.loads(exported.metadata()["eval"]) == {"resize": 37, "size": 32}
+
+
+def forget(path: Path, old: Path) -> None:
+    """Write the exported file with the words of earlier versions, which said less."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: file.metadata()[key] for key in ("format", "timm", "mean", "std")}
+    save_file(load_file(path), old, metadata=metadata)
+
+
+def old_run(run: Path, folder: Path) -> Path:
+    """The run as earlier versions wrote it."""
+    shutil.copytree(run, folder)
+    forget(run / "teacher.safetensors", folder / "teacher.safetensors")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content.pop("network")
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["", "teacher.safetensors", "checkpoints/last.ckpt"])
+def test_older_files_are_told_by_the_configuration_of_their_run(run: Path, file: str, tmp_path: Path) -> None:
+    network = load_network(str(old_run(run, tmp_path / "old") / file))
+    assert same(network, weights_of(run, "teacher"))
+    assert (network.mean, network.resize, network.size) == ([0.4, 0.5, 0.6], 37, 32)
+
+
+def test_an_older_export_alone_is_told_by_its_recipe(run: Path, tmp_path: Path) -> None:
+    old = old_run(run, tmp_path / "old")
+    network = load_network(str(shutil.move(old / "teacher.safetensors", tmp_path / "alone.safetensors")))
+    assert same(network, weights_of(run, "teacher"))
+    assert (network.mean, network.resize, network.size) == ([0.4, 0.5, 0.6], round(32 * 256 / 224), 32)
+
+
+def test_an_older_checkpoint_alone_does_not_tell_its_heads(run: Path, tmp_path: Path) -> None:
+    """64 features: the original's ViTs would have one head, this one has two."""
+    old = old_run(run, tmp_path / "old")
+    content = torch.load(old / "checkpoints" / "last.ckpt", weights_only=True)
+    content["state_dict"] = {name: w[:48] if w.shape[0] == 64 else w for name, w in content["state_dict"].items()}
+    torch.save(content, tmp_path / "alone.ckpt")
+    with pytest.raises(UserError, match=r"alone.ckpt: a ViT of width 48 does not tell .* config.yaml"):
+        load_network(str(tmp_path / "alone.ckpt"))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["today's", "older"])
+def test_a_convolutional_network_with_arguments(told: bool, tmp_path: Path) -> None:
+    config = backbone_config("vovnet_micro")
+    ours = build_backbone(config, image_size=32, drop_path=False).eval()
+    path, seen = tmp_path / "exported.safetensors", {"mean": [0.5] * 3, "std": [0.25] * 3}
+    export_backbone(ours.state_dict(), path, config=config, image_size=32, eval_resize=36, eval_size=32, **seen)  # type: ignore[arg-type]
+    if not told:
+        forget(path, path)
+    state = {f"teacher.backbone.{name}": tensor for name, tensor in ours.state_dict().items()}
+    network = {"network": Description(config, 32, resize=36, size=32, **seen).plain()}  # type: ignore[arg-type]
+    torch.save({"state_dict": state, **network}, tmp_path / "last.ckpt")
+    images = torch.randn(2, 3, 40, 40)
+    for file in (path, tmp_path / "last.ckpt"):
+        loaded = load_network(str(file))
+        assert torch.equal(loaded.backbone(images), ours(images))
+        assert loaded.mean == [0.5] * 3
+        assert (loaded.resize, loaded.size) == ((36, 32) if told or file.suffix == ".ckpt" else (256, 224))
+
+
+def test_the_digest_is_of_names_and_values(run: Path) -> None:
+    weights, found = weights_of(run, "teacher"), hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode() + weights[name].numpy().tobytes())
+    assert load_network(str(run)).digest == found.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------- fresh weights
+
+
+def test_rebuilt_networks_take_the_weights_and_train(run: Path) -> None:
+    network = load_network(str(run))
+    fresh = network.rebuild(drop_path_rate=0.5)
+    assert fresh.training
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+    assert fresh.blocks[-1].drop_path1.drop_prob == 0.5  # type: ignore[index,union-attr]
+    assert not torch.equal(fresh.pos_embed, network.backbone.pos_embed)  # type: ignore[arg-type]
+    fresh.load_state_dict(network.backbone.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(fresh.eval()(images), network.backbone(images))
+
+
+def test_a_network_without_stochastic_depth_says_so() -> None:
+    network = load_network("untrained:timm:densenet121")
+    with pytest.raises(UserError, match=r"eval.drop_path_rate=0.1: timm's densenet121 has no stochastic depth"):
+        network.rebuild(drop_path_rate=0.1)
+
+
+def test_the_baseline(run: Path) -> None:
+    network, before = load_network(str(run)), torch.random.get_rng_state()
+    first, again, other = (untrained(network, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.digest == again.digest
+    assert len({network.digest, first.digest, other.digest}) == 3
+    assert (first.name, first.trained) == ("untrained", False)
+    assert replace(first, backbone=network.backbone, name=network.name, digest=network.digest, trained=True) == network
+    assert not first.backbone.training
+    assert not any(parameter.requires_grad for parameter in first.backbone.parameters())
+    assert first.backbone.state_dict().keys() == network.backbone.state_dict().keys()
+    assert load_network(f"untrained:{run}", seed=1).digest == first.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "size"),
+    [("vit_micro", OriginalViT, 224), ("vovnet_micro", timm.models.VovNet, 224), ("test_vit", None, 160),
+     ("timm:test_resnet.r160_in1k", None, 160), ("timm:vit_small_patch16_224.dino", OriginalViT, 224)],
+)  # fmt: skip
+def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
+    network = load_network(f"untrained:{name}", seed=3)
+    assert not network.trained
+    assert network.size == size
+    assert network.backbone(torch.randn(1, 3, 64, 64)).shape == (1, network.width)
+    assert network.digest == untrained(network, seed=3).digest != untrained(network, seed=4).digest
+    if kind is not None:
+        assert type(network.backbone) is kind
+
+
+# -------------------------------------------------------------------------------------------------- timm's networks
+
+
+def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: Path) -> None:
+    name = "vit_small_patch16_224.dino"
+    settings = described(name, source="here")
+    assert (settings.resize, settings.size, settings.image_size) == (256, 224, 224)
+    ours = OriginalViT(ViTConfig(width=384, depth=12, heads=6, patch_size=16), image_size=224, drop_path_rate=0.0)
+    torch.save(ours.state_dict(), tmp_path / "weights.pth")
+    network = trained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(network(images), ours.eval()(images))
+    theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert not torch.allclose(theirs(images), ours(images), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
+def test_other_published_weights_stay_in_timm_s_network(name: str, tmp_path: Path) -> None:
+    theirs = timm.create_model(name).eval()
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    settings = described(name, source="here")
+    expected = timm.data.resolve_model_data_config(theirs)  # type: ignore[attr-defined]
+    assert (settings.mean, settings.std) == (list(expected["mean"]), list(expected["std"]))
+    assert (settings.size, settings.resize) == (160, int(160 / expected["crop_pct"]))
+    network = trained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
+    images = torch.randn(2, 3, 160, 160)
+    features = theirs.forward_head(theirs.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    torch.testing.assert_close(network(images), features)
+    assert network(torch.randn(1, 3, 96, 96)).shape == features[:1].shape
+    assert settings.build().state_dict().keys() == network.state_dict().keys()
+
+
+def test_descriptions_survive_plain_types() -> None:
+    for name in ("test_resnet", "vit_small_patch16_224.dino"):
+        description = described(name, source="here")
+        assert Description.from_plain(json.loads(json.dumps(description.plain()))) == description
+
+
+# ------------------------------------------------------------------------------------------------------ what fails
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "sentence"),
+    [
+        ("timm:resnet5O", r"checkpoint=timm:resnet5O: timm \S+ has no network 'resnet5O'; did you mean 'resnet50'\?"),
+        ("timm:vit_small_patch16_224.dinoo", "did you mean 'vit_small_patch16_224.dino'"),
+        ("timm:vovnet39a", "its weights could not be loaded .No pretrained weights exist for vovnet39a"),
+        ("untrained:vit_smal", "checkpoint=untrained:vit_smal: .* did you mean 'vit_small'"),
+        ("resnet50", "there is no such file; for timm's weights write checkpoint=timm:resnet50"),
+        ("vit_micro", "there is no such file; for fresh weights write checkpoint=untrained:vit_micro"),
+        ("", "checkpoint= names nothing"),
+        ("{run}/checkpoints/lost.ckpt", r"did you mean '\S*/checkpoints/last.ckpt'"),
+        ("{run}/checkpoint/last.ckpt", r"did you mean '\S*/first/checkpoints'"),
+        ("untrained:{run}/checkpoints/lost.ckpt", "checkpoint=untrained:.* there is no such file"),
+        ("{run}/nothing-of-the-kind", r"no such file; in \S*/first there are checkpoints, teacher.safetensors"),
+        ("{run}/checkpoints", "is a folder without teacher.safetensors or checkpoints/last.ckpt"),
+        ("{run}/config.yaml", "config.yaml is not a checkpoint, or not a whole one"),
+    ],
+)
+def test_wrong_names(run: Path, checkpoint: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_network(checkpoint.format(run=run))
+
+
+def test_weights_that_do_not_come(tmp_path: Path) -> None:
+    settings = described("test_vit", source="checkpoint=timm:test_vit")
+    with pytest.raises(
+        UserError, match=r"checkpoint=timm:test_vit: its weights could not be loaded \(FileNotFoundError\)"
+    ):
+        trained("test_vit", settings, source="checkpoint=timm:test_vit", file=tmp_path / "nowhere.pth")
+
+
+def test_wrong_keys(run: Path) -> None:
+    with pytest.raises(UserError, match="checkpoint_key=techer: did you mean 'teacher'"):
+        load_network(str(run), key="techer")
+    with pytest.raises(UserError, match="checkpoint_key=student: .* holds the teacher only"):
+        load_network(str(run / "teacher.safetensors"), key="student")
+
+
+def test_damaged_files(run: Path, tmp_path: Path) -> None:
+    for file in ("teacher.safetensors", "checkpoints/last.ckpt"):
+        cut = tmp_path / f"cut{Path(file).suffix}"
+        cut.write_bytes((run / file).read_bytes()[:-2000])
+        with pytest.raises(UserError, match=rf"{cut.name} is not .*, or not a whole one"):
+            load_network(str(cut))
+
+
+def test_a_configuration_that_is_none(run: Path, tmp_path: Path) -> None:
+    old = old_run(run, tmp_path / "old")
+    for text in ("crops: [", "other: 1", "- a"):
+        (old / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="config.yaml is not the configuration of a run"):
+            load_network(str(old))

@@ -1,0 +1,184 @@
+"""Heads in colour and patch tokens in colour: what stands where, read off their pixels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_lightning.pictures import GAP, PAPER
+from dino_lightning.pictures_tokens import (
+    KEY,
+    Shown,
+    TokenColours,
+    attention_rows,
+    clip_frame,
+    coloured_heads,
+    head_colours,
+    heads_rows,
+    stacked,
+    token_rows,
+)
+
+SIZE = (40, 20)
+
+
+def shown(*, h: int = 2, w: int = 4, heads: int = 2, seed: int = 0, tokens: bool = True) -> Shown:
+    """A black image of patches of 5 pixels in which nothing is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    return Shown(
+        torch.zeros(3, 5 * h, 5 * w),
+        torch.rand(heads, h, w, generator=generator),
+        torch.zeros(2, heads, h, w, dtype=torch.bool),
+        tokens=torch.randn(h, w, 6, generator=generator) if tokens else None,
+    )
+
+
+def patch_of(image: Image.Image, row: int, column: int, *, p: int = 10) -> np.ndarray:
+    """The pixels of one patch, all alike: (3,)."""
+    pixels = np.asarray(image)[row * p : (row + 1) * p, column * p : (column + 1) * p].reshape(-1, 3)
+    assert (pixels == pixels[0]).all()
+    return pixels[0]
+
+
+def test_kept_patches_have_their_heads_colour_and_others_none():
+    each = shown()
+    each.kept[0, 0, 0, 1] = each.kept[0, 1, 1, 3] = True
+    each.attention[0, 0, 1], each.attention[1, 1, 3] = 5.0, 7.0  # the largest of each head
+    found = coloured_heads(each, mass=0, size=SIZE)
+    colours = np.array(head_colours(2))
+    for place, expected in {(0, 1): colours[0] * 0.8, (1, 3): colours[1] * 0.8, (0, 0): 0, (1, 1): 0}.items():
+        np.testing.assert_allclose(patch_of(found, *place), expected, atol=1)
+    assert not np.asarray(coloured_heads(each, mass=1, size=SIZE)).any()
+
+
+def test_more_attention_is_stronger_and_the_weakest_kept_patch_is_seen():
+    each = shown(heads=1)
+    each.attention[0] = torch.tensor([[0.0, 1.0, 2.0, 4.0], [4.0, 4.0, 4.0, 4.0]])
+    each.kept[0, 0, 0] = True
+    found = coloured_heads(each, mass=0, size=SIZE)
+    reds = [int(patch_of(found, 0, column)[0]) for column in range(4)]
+    assert reds == sorted(reds)
+    np.testing.assert_allclose(reds, [230 * 0.8 * (0.4 + 0.6 * part) for part in (0, 0.25, 0.5, 1)], atol=1)
+
+
+def test_shared_patch_is_the_head_s_that_thinks_most_of_it():
+    each = shown()
+    each.kept[0, :, 0, 0] = True
+    each.attention[:] = 0.01
+    each.attention[0, 0, 0], each.attention[0, 1, 1] = 0.5, 1.0
+    each.attention[1, 0, 0] = 0.1  # little, but all that this head has
+    np.testing.assert_allclose(
+        patch_of(coloured_heads(each, mass=0, size=SIZE), 0, 0), np.array(head_colours(2)[1]) * 0.8, atol=1
+    )
+
+
+def test_object_is_outlined():
+    each = shown()
+    mask = np.zeros((10, 20), bool)
+    mask[2:8, 4:12] = True
+    found = np.asarray(coloured_heads(Shown(each.image, each.attention, each.kept, mask=mask), mass=0, size=SIZE))
+    assert (found == PAPER).all(-1).any()
+    assert not (np.asarray(coloured_heads(each, mass=0, size=SIZE)) == PAPER).all(-1).any()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 7, 12, 16])
+def test_every_head_has_its_own_colour(heads: int):
+    colours = np.array(head_colours(heads))
+    assert colours.shape == (heads, 3)
+    distances = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(heads)
+    assert distances.min() > 40
+
+
+def test_colours_are_the_first_principal_components():
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(240, 8)) @ np.diag([9, 5, 3, 1, 0.5, 0.3, 0.2, 0.1]) @ rng.normal(size=(8, 8)) + 4
+    tokens = [torch.from_numpy(data[:160]).reshape(16, 10, 8), torch.from_numpy(data[160:]).reshape(8, 10, 8)]
+    colours = TokenColours.of(tokens)
+    centred = data - data.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)  # another way to the same axes
+    for i in range(3):
+        axis = axes[i] * np.sign(axes[i][np.abs(axes[i]).argmax()])
+        values = centred @ axis
+        low, high = np.quantile(values, [0.01, 0.99])
+        expected = np.clip((values - low) / (high - low), 0, 1)
+        found = torch.cat([colours(each)[i].flatten() for each in tokens]).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert (found.min(), found.max()) == (0, 1)
+
+
+def test_signs_do_not_depend_on_the_order_of_images():
+    first, second = shown(seed=1).tokens, shown(seed=2).tokens
+    assert first is not None
+    assert second is not None
+    one, other = TokenColours.of([first, second]), TokenColours.of([second, first])
+    torch.testing.assert_close(one.axes, other.axes)
+    assert (one.axes.gather(0, one.axes.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_components_without_spread_are_half():
+    tokens = torch.zeros(3, 4, 6)
+    tokens[..., 2] = torch.arange(12.0).reshape(3, 4)
+    found = TokenColours.of([tokens])(tokens)
+    assert found.shape == (3, 3, 4)
+    assert (found[1:] == 0.5).all()
+    assert found[0].flatten().diff().min() > 0
+
+
+def test_rows_of_images_of_different_shapes():
+    wide, tall = shown(h=2, w=4), shown(h=4, w=2)
+    sheet = attention_rows([wide, tall], cell=40)
+    alone = attention_rows([wide], cell=40)
+    assert sheet.width == alone.width == GAP + 4 * (40 + GAP)  # image, mean and two heads
+    assert sheet.height == alone.height + 80 + GAP
+    assert np.array_equal(np.asarray(sheet)[: alone.height], np.asarray(alone))
+
+
+def test_heads_sheet_has_a_column_for_each_mass_and_a_key():
+    every = [shown(seed=seed) for seed in range(3)]
+    sheet = heads_rows(every, masses=[0.6, 0.8], cell=60)
+    assert sheet.width == GAP + 3 * (60 + GAP)
+    key = np.asarray(sheet)[-KEY:]
+    for colour in head_colours(2):
+        assert (key == colour).all(-1).sum() > 100
+    colours = TokenColours.of([each.tokens for each in every if each.tokens is not None])
+    assert heads_rows(every, masses=[0.6, 0.8], colours=colours, cell=60).width == GAP + 4 * (60 + GAP)
+
+
+def test_key_of_many_heads_is_whole():
+    every = [shown(heads=16)]
+    sheet = heads_rows(every, masses=[0.6], cell=60)
+    for colour in head_colours(16):
+        assert (np.asarray(sheet) == colour).all(-1).sum() > 100
+
+
+def test_tokens_stand_beside_their_image():
+    every = [shown(seed=seed) for seed in range(3)]
+    colours = TokenColours.of([each.tokens for each in every if each.tokens is not None])
+    sheet = token_rows(every, colours, per_row=2, cell=40)
+    assert sheet.width == GAP + 4 * (40 + GAP)
+    tokens = every[1].tokens
+    assert tokens is not None
+    left, top = GAP + 3 * (40 + GAP), sheet.height - 2 * (20 + GAP)
+    panel = sheet.crop((left, top, left + 40, top + 20))
+    expected = colours(tokens)
+    for row in range(2):
+        for column in range(4):
+            np.testing.assert_allclose(patch_of(panel, row, column) / 255, expected[:, row, column].numpy(), atol=0.003)
+
+
+def test_frame_of_a_clip_has_its_panels_side_by_side():
+    each = shown()
+    assert each.tokens is not None
+    each.kept[0, 0] = True
+    frame = clip_frame(each, TokenColours.of([each.tokens]), width=40)
+    assert frame.size == (160, 20)
+    pixels = np.asarray(frame)
+    assert not pixels[:, :40].any()
+    assert np.array_equal(pixels[:, 80:120], np.asarray(coloured_heads(each, mass=0, size=SIZE)))
+    assert clip_frame(each, None, width=40).size == (120, 20)
+
+
+def test_stacked_sheets_stand_on_paper():
+    page = stacked([Image.new("RGB", (10, 4)), Image.new("RGB", (6, 5))])
+    assert page.size == (10, 9)
+    assert np.asarray(page)[5, 8].tolist() == list(PAPER)
