@@ -49,7 +49,7 @@ def launch(folder: Path) -> list[dict[str, Any]]:
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
     command = [sys.executable, __file__, str(folder)]
     processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(number)}) for number in range(RANKS)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * RANKS
+    assert [process.wait(timeout=300) for process in processes] == [0] * RANKS
     return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(RANKS)]
 
 

@@ -97,7 +97,7 @@ def test_frames_of_a_folder_and_a_broken_one(tmp_path: Path):
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp", "clip.png"])
 def test_animations(name: str, tmp_path: Path):
     shown = [gray(value) for value in (0, 80, 160, 240)]
-    options = {"lossless": True} if name.endswith("webp") else {}
+    options: dict[str, Any] = {"lossless": True} if name.endswith("webp") else {}
     shown[0].save(tmp_path / name, save_all=True, append_images=shown[1:], duration=40, **options)
     clip = opened(tmp_path / name).clip
     assert isinstance(clip, Animation)

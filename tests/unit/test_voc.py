@@ -33,9 +33,9 @@ def write_list(root: Path, split: str, text: str) -> None:
     (folder / f"{split}.txt").write_text(text)
 
 
-def refusal(root: Path, **config: str) -> str:
+def refusal(root: Path, *, split: str = "val") -> str:
     with pytest.raises(UserError) as caught:
-        open_voc(VOCData(path=str(root), **config))
+        open_voc(VOCData(path=str(root), split=split))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

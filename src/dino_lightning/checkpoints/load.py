@@ -176,7 +176,7 @@ def _exported(path: Path, *, key: str, source: str) -> tuple[Weights, Descriptio
         raise UserError(f"checkpoint_key={key}: {source} holds the teacher only; the run's {LAST} holds both.")
     config = path.parent / "config.yaml"
     if "classifier" in metadata:  # of eval=finetune, above the backbone
-        top = json.loads(metadata["classifier"]) + "."
+        top = metadata["classifier"] + "."
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(top)}
     if "network" in metadata:
         return weights, _told(lambda: Description.from_plain(json.loads(metadata["network"])), source)

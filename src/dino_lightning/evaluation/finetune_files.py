@@ -70,10 +70,11 @@ def read_state(path: Path, runtime: Runtime, *, settings: dict[str, Any]) -> Sta
 
 
 def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], classifier: str, size: list[int]) -> None:
-    """Weights by timm's names, and in the metadata, as JSON, what belongs to them.
+    """Weights by timm's names, and in the metadata what belongs to them.
 
-    `classes`, the names of the rows of the layer `classifier`; `mean` and `std` of the images; `eval`, their shorter
-    side and centre (pixels); `network`, the architecture, by which `checkpoint=` takes the file, too.
+    `classifier` is the name of the top layer. As JSON: `classes`, the names of its rows; `mean` and `std` of the
+    images; `eval`, their shorter side and centre (pixels); `network`, the architecture, by which `checkpoint=` takes
+    the file, too.
     """
     resize, side = size
     described = task.network.description
@@ -81,7 +82,6 @@ def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], clas
         described = described | {"resize": resize, "size": side}
     values: dict[str, Any] = {
         "classes": classes,
-        "classifier": classifier,
         "mean": task.network.mean,
         "std": task.network.std,
         "eval": {"resize": resize, "size": side},
@@ -89,7 +89,6 @@ def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], clas
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = path.with_suffix(".tmp")
-    save_file(
-        weights, temporary, metadata={"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
-    )
+    plain = {"format": "pt", "classifier": classifier}
+    save_file(weights, temporary, metadata=plain | {key: json.dumps(value) for key, value in values.items()})
     os.replace(temporary, path)
