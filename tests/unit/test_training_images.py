@@ -79,6 +79,9 @@ def by_image(batches: list[Any]) -> dict[int, list[float]]:
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone() -> None:
     first, second = map(by_image, epochs(training_images(), numbers=[0, 1]))
+    random.seed(11)
+    np.random.seed(11)
+    torch.manual_seed(11)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
     (alone,) = map(by_image, epochs(training_images(), numbers=[1], batch_size=3))
     assert state[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[union-attr]
