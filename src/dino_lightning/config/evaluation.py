@@ -48,8 +48,8 @@ class LinearEval(ClassificationEval):
     batch_size_per_device: int = 128
     """Images per step and device."""
     n_last_blocks: int = 4
-    """Class tokens of this many last blocks are the features: 4 for ViT-S, 1 for ViT-B. Others than ViTs ignore none:
-    they take 1."""
+    """Class tokens of this many last blocks are the features: 4 for ViT-S, 1 for ViT-B.
+    Networks without class token take 1 alone."""
     avgpool: bool = False
     """Add the mean of the last block's patch tokens, interleaved as in the original: true for ViT-B."""
     epochs: int = 100
