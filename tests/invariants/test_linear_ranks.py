@@ -15,6 +15,7 @@ import linear_ranks_worker
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of both ranks, and of one process."""
     folder = tmp_path_factory.mktemp("linear")
+    torch.set_num_threads(1)  # as in the ranks: an earlier test may have trained with more, which reorders sums
     ranks = linear_ranks_worker.launch(folder)
     assert [seen["rank"] for seen in ranks] == [0, 1]
     return [*ranks, linear_ranks_worker.evaluated(folder, ranks=1)]
