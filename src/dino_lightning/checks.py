@@ -6,8 +6,6 @@ the key, its value and what was expected.
 
 from pathlib import Path
 
-import torch
-
 from dino_lightning.backbones import check_timm_name
 from dino_lightning.config import (
     TORCHVISION_NAMES,
@@ -24,12 +22,12 @@ from dino_lightning.config.rules import (
     SHARE,
     Rule,
     at_least,
+    check_devices,
     check_values,
     lookup,
     shown,
 )
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.schedules import Duration
 
@@ -208,20 +206,12 @@ def _check_trainer(config: TrainConfig) -> None:
     if str(trainer.precision) in ("16-true", "bf16-true"):
         raise UserError(f"trainer.precision={trainer.precision} would round the teacher's small steps away; set "
                         "trainer.precision=bf16-mixed.")  # fmt: skip
-    for key, known in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
-        value = str(getattr(trainer, key))
-        if value not in known:
-            raise UserError(f"trainer.{key}={value}: {nearest(value, known)}")
+    check_devices(trainer, {"precision": PRECISIONS, "strategy": STRATEGIES, "accelerator": ACCELERATORS})
     endless = trainer.max_epochs in (None, -1)
     if endless and trainer.max_steps < 1:
         raise UserError("trainer.max_epochs=-1 needs a length in trainer.max_steps: the schedules span the run.")
     if not endless and trainer.max_epochs < 1:  # type: ignore[operator]
         raise UserError(f"trainer.max_epochs={trainer.max_epochs}: expected at least 1.")
-    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
-                        "set trainer.accelerator=cpu.")  # fmt: skip
-    if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
-        raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
     if trainer.strategy == "fsdp" and str(trainer.precision) not in SHARDED_PRECISIONS:
         raise UserError(f"trainer.strategy=fsdp does not work with trainer.precision={trainer.precision}; set "
                         "trainer.precision=bf16-mixed or 32.")  # fmt: skip

@@ -6,8 +6,6 @@ What only the network or the images can tell, the evaluations check themselves, 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from dino_lightning.config import (
     SCHEMAS,
     AttentionEval,
@@ -34,11 +32,11 @@ from dino_lightning.config.rules import (
     SHARE,
     Rule,
     at_least,
+    check_devices,
     check_values,
     shown,
 )
-from dino_lightning.distributed import trains_on_cpu
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError
 
 POSITIVES = Rule("one or more positive numbers", lambda value: bool(value) and min(value) > 0)
 SHARES = Rule("one or more shares above 0, up to 1", lambda value: bool(value) and all(0 < v <= 1 for v in value))
@@ -111,10 +109,14 @@ RULES: dict[str, Rule] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "eval.solver": ("device", "sklearn"),
-    "eval.whitening": ("none", "original", "corrected"),
     "checkpoint_key": ("teacher", "student"),
-    "data.name": (),
     "data.on_error": ("skip", "raise"),
+}
+
+DEVICES = {
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "strategy": ("auto", "ddp"),
+    "precision": ("32", "32-true", "16-mixed", "bf16-mixed"),
 }
 
 TRAINING_KEYS = ("batch_size_per_device", "prefetch_batches", "cache", "cache_resize", "shuffle_buffer")
@@ -138,11 +140,12 @@ def kinds_of_data(config: EvaluationConfig) -> tuple[type[ImagesConfig], ...]:
 
 def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -> None:
     """Everything that the configuration alone can tell; `overrides` are the words of the command line."""
-    own = dict(RULES)
-    if isinstance(config.eval, RetrievalEval):
-        check_values(config, own, {"data.name": ("roxford5k", "rparis6k"), "checkpoint_key": CHOICES["checkpoint_key"]})
-    else:
-        check_values(config, own, {key: known for key, known in CHOICES.items() if known})
+    check_values(config, RULES, CHOICES)
+    # Others have keys of the same names with other values.
+    if isinstance(config.eval, CopyDetectionEval):
+        check_values(config, {}, {"eval.whitening": ("none", "original", "corrected")})
+    if isinstance(config.data, RevisitedData):
+        check_values(config, {}, {"data.name": ("roxford5k", "rparis6k")})
     _check_data(config, overrides)
     _check_sizes(config.eval)
     _check_devices(config.trainer)
@@ -176,20 +179,7 @@ def _check_sizes(config: EvaluationConfig) -> None:
 def _check_devices(trainer: DevicesConfig) -> None:
     if type(trainer) is not DevicesConfig:
         raise UserError("trainer: an evaluation has no training loop; leave trainer=devices and set its keys.")
-    known = {
-        "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-        "strategy": ("auto", "ddp"),
-        "precision": ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true"),
-    }
-    for key, choices in known.items():
-        value = str(getattr(trainer, key))
-        if value not in choices:
-            raise UserError(f"trainer.{key}={value}: {nearest(value, choices)}")
-    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
-                        "set trainer.accelerator=cpu.")  # fmt: skip
-    if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
-        raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
+    check_devices(trainer, DEVICES)
 
 
 def _name(group: str, config: Any) -> str:

@@ -46,7 +46,9 @@ class Network:
     @property
     def width(self) -> int:
         """Features per image, D."""
-        return cast(int, cast(Any, self.backbone).num_features)
+        backbone = cast(Any, self.backbone)
+        # Networks with a layer between pooling and classifier, such as mobilenetv3, give that layer's.
+        return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def is_vit(backbone: nn.Module) -> bool:

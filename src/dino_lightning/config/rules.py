@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 
 
@@ -39,6 +41,19 @@ def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, t
         value = lookup(config, key)
         if value is not None and value not in known:
             raise UserError(f"{key}={value}: {nearest(value, known)}")
+
+
+def check_devices(trainer: Any, known: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse devices that this machine lacks, and values of `trainer` that are not among the `known` ones of a key."""
+    for key, choices in known.items():
+        value = str(getattr(trainer, key))
+        if value not in choices:
+            raise UserError(f"trainer.{key}={value}: {nearest(value, choices)}")
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
+                        "set trainer.accelerator=cpu.")  # fmt: skip
+    if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
+        raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
 
 
 def check_keys(composed: DictConfig, *, prefix: str = "") -> None:

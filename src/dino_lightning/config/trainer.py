@@ -23,7 +23,7 @@ class DevicesConfig:
     strategy: str = "auto"
     """`auto` or `ddp`."""
     precision: Any = "32"
-    """`32`, `bf16-mixed`, `16-mixed` or `64`. Features are kept in float32."""
+    """`32`, `bf16-mixed` or `16-mixed`. Features are kept in float32."""
     enable_progress_bar: bool = True
     """Show the progress bar."""
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from PIL import Image
+
+from dino_lightning.data.bad_images import UNREADABLE
 from dino_lightning.data.sources.folder import existing_path, extensions
 from dino_lightning.data.sources.index import is_image
 from dino_lightning.errors import UserError
@@ -27,3 +30,12 @@ def images_in(folder: str | Path, *, key: str, below: bool = False) -> list[Path
     if not found:
         raise UserError(f"{key}={folder} has no images; expected files that end in {extensions()}.")
     return found
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image; None of a broken file, which is left out later."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except UNREADABLE:
+        return None

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from dino_lightning.config import DataConfig, PicturesData
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
-from dino_lightning.data.benchmarks.files import images_in
+from dino_lightning.data.benchmarks.files import images_in, size_of
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
@@ -197,16 +197,8 @@ def _numbered(files: list[Path]) -> bool:
     names = [(match[1], int(match[2])) for match in found if match]
     if len(names) < max(len(files), FEWEST_FRAMES) or len({path.parent for path in files}) > 1:
         return False
-    (prefix, first), sizes = names[0], {_size(path) for path in files} - {None}
+    (prefix, first), sizes = names[0], {size_of(path) for path in files} - {None}
     return names == [(prefix, first + i) for i in range(len(names))] and len(sizes) == 1
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE:
-        return None
 
 
 def _video(path: Path, config: PicturesData) -> Video:

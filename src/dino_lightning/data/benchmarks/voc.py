@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dino_lightning.config import VOCData
-from dino_lightning.data.bad_images import UNREADABLE
-from dino_lightning.data.benchmarks.files import existing_folder
+from dino_lightning.data.benchmarks.files import existing_folder, size_of
 from dino_lightning.data.decode import UnreadableImageError
 from dino_lightning.data.sources.base import digest
 from dino_lightning.errors import UserError, nearest
@@ -104,18 +103,9 @@ def _names(root: Path, config: VOCData) -> list[str]:
 
 
 def _check_sizes(images: VOCImages, index: int, config: VOCData) -> None:
-    image, mask = _size(images.image_path(index)), _size(images.mask_path(index))
+    image, mask = size_of(images.image_path(index)), size_of(images.mask_path(index))
     if image and mask and image != mask:
         raise UserError(
             f"data.path={config.path}: the mask {MASKS}/{images.mask_path(index).name} has {mask[0]} x {mask[1]} "
             f"pixels, but its image {image[0]} x {image[1]}; expected masks of the size of their images."
         )
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height; None of a broken file, which is left out later."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE:
-        return None
