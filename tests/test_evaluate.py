@@ -15,6 +15,7 @@ from dino_lightning.cli import CONF, EXPLAINED, options
 from dino_lightning.config import SCHEMAS, EvaluateConfig
 from dino_lightning.config.keys import all_keys
 from dino_lightning.config.rules import check_keys
+from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
 from dino_lightning.run import run_training
 from dino_lightning.run_evaluation import run_evaluation
@@ -81,6 +82,16 @@ def test_options_compose_and_pass_the_checks(option: str) -> None:
     config = cast(EvaluateConfig, OmegaConf.to_object(cfg))
     check_evaluation(config)
     assert isinstance(config.data, kinds_of_data(config.eval))
+
+
+@pytest.mark.parametrize(
+    "key", ["batch_size_per_device", "prefetch_batches", "cache", "cache_resize", "shuffle_buffer"]
+)
+def test_keys_that_only_training_reads_are_refused(key: str) -> None:
+    config = cast(EvaluateConfig, OmegaConf.to_object(composed_evaluation("checkpoint=x")))
+    check_evaluation(config, overrides=[f"data.{key}x=1"])
+    with pytest.raises(UserError, match=f"data.{key} is for training"):
+        check_evaluation(config, overrides=[f"data.{key}=1"])
 
 
 def test_every_evaluation_has_an_option() -> None:

@@ -74,11 +74,13 @@ class Runtime:
     @contextmanager
     def progress(self, what: str, *, total: int) -> Iterator[Callable[[int], None]]:
         """A bar with the time left, on the main process; within it, call the given function with a number of units."""
-        if not (self.show_progress and self.is_main):
+        console = Console(stderr=True)
+        # Where it is no terminal, all that a bar leaves is empty lines.
+        if not (self.show_progress and self.is_main and console.is_terminal):
             yield lambda _: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda units: bar.advance(task, units)
 
