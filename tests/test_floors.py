@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 
 FLOORS = [
-    {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet"},
-    {"heads", "losses", "centering", "ema", "optim", "pictures", "pictures_tokens"},
-    {"backbones", "networks", "data"},
+    {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
+     "ops"},
+    {"heads", "losses", "centering", "ema", "optim", "readings", "prototype_loss", "pictures", "pictures_tokens"},
+    {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_evaluation", "report"},

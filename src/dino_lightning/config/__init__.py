@@ -69,6 +69,7 @@ from dino_lightning.config.model import (
     TimmConfig,
     ViTConfig,
 )
+from dino_lightning.config.step import StepConfig
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
 __all__ = [
@@ -115,6 +116,7 @@ __all__ = [
     "RetrievalEval",
     "RevisitedData",
     "SGDConfig",
+    "StepConfig",
     "TensorBoardLoggerConfig",
     "TimmConfig",
     "TorchvisionData",
@@ -145,6 +147,8 @@ class TrainConfig:
     """Optimizer and schedules."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Devices, precision, length."""
+    step: StepConfig = field(default_factory=StepConfig)
+    """Speed and memory of a step."""
     logger: LoggerConfig = MISSING
     """Where metrics go besides `metrics.csv`."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
@@ -211,6 +215,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig, "lars": LARSConfig},
     "trainer": {"lightning": TrainerConfig, "devices": DevicesConfig},
+    "step": {"step": StepConfig},
     "logger": {"csv": CSVLoggerConfig, "wandb": WandbLoggerConfig, "tensorboard": TensorBoardLoggerConfig},
     "callbacks": {"standard": CallbacksConfig},
     "eval": {

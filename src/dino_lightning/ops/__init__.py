@@ -1,0 +1,1 @@
+"""Faster forms of what PyTorch has; each knows the plain form it equals."""
