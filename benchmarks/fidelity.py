@@ -3,6 +3,7 @@
     python benchmarks/fidelity.py --original DIR            ViT, float64: 2 epochs of 5 steps, minutes on 2 CPU cores
     python benchmarks/fidelity.py --original DIR --dtype float32
     python benchmarks/fidelity.py --original DIR --backbone resnet50
+    python benchmarks/fidelity.py --original DIR --step fused=false     with other settings of `step`
 
 DIR is a checkout of facebookresearch/dino (the figures in docs/fidelity.md: commit 7c446df). What runs there is its own
 `train_one_epoch`, with `.cuda()` made a no-op, against our LightningModule under Lightning's trainer. The settings
@@ -20,15 +21,16 @@ import sys
 import types
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dino_lightning.backbones import build_backbone
-from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, SGDConfig, TimmConfig, ViTConfig
+from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, SGDConfig, StepConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
 
 EPOCHS, STEPS, BATCH, LOCAL_CROPS, PROTOTYPES = 2, 5, 4, 2, 1024
@@ -59,7 +61,9 @@ def main() -> None:
     parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--backbone", choices=["vit", "resnet50"], default="vit")
+    parser.add_argument("--step", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `step` for ours")
     options = parser.parse_args()
+    step = OmegaConf.merge(OmegaConf.structured(StepConfig), OmegaConf.from_dotlist(options.step))
     dtype = getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(1)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * LOCAL_CROPS
@@ -69,7 +73,13 @@ def main() -> None:
     ]
     torch.set_default_dtype(dtype)
     initial, original = run_original(options.original, batches, backbone=options.backbone)
-    ours = run_ours(initial, batches, backbone=options.backbone, precision=options.dtype)
+    ours = run_ours(
+        initial,
+        batches,
+        backbone=options.backbone,
+        precision=options.dtype,
+        step=cast(StepConfig, OmegaConf.to_object(step)),
+    )
     torch.set_default_dtype(torch.float32)
     compare(initial, original, ours)
 
@@ -157,7 +167,9 @@ class NotedBatches:
             self.after()
 
 
-def run_ours(initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str) -> Trace:
+def run_ours(
+    initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str, step: StepConfig
+) -> Trace:
     """The trace of our LightningModule from the same weights."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     optim: OptimConfig
@@ -182,6 +194,7 @@ def run_ours(initial: Weights, batches: list[list[Tensor]], *, backbone: str, pr
         feature_dim=networks[0].num_features,  # type: ignore[arg-type]
         optim=optim,
         batch_size_per_device=BATCH,
+        step=step,
     )
     method.student.load_state_dict(initial)
     method.teacher.load_state_dict(initial)

@@ -7,21 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 
+# fmt: off
 FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
-     "ops"},
-    {"heads", "losses", "centering", "ema", "optim", "readings", "prototype_loss", "pictures", "pictures_tokens"},
+     "factors", "ops"},
+    {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss", "pictures", "pictures_tokens"},
     {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
-    {"build", "run", "run_evaluation", "checks", "checks_evaluation", "report"},
+    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_evaluation", "report"},
     {"cli", "evaluate", "explain", "inspect_data", "reference"},
 ]
+# fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("run", "report"), ("cli", "explain"), ("evaluate", "cli"),
-          ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
+WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("run", "report"), ("cli", "explain"), ("evaluate", "cli"),
+          ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"), ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"),
           ("inspect_data", "cli"), ("inspect_data", "explain")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_lightning.backbones import build_backbone
-from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, ViTConfig
+from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, StepConfig, ViTConfig
 from dino_lightning.ema import follow
 from dino_lightning.methods.dino import DINO
 
@@ -19,7 +19,9 @@ BACKBONE = ViTConfig(width=32, depth=1, heads=HEADS, patch_size=PATCH, drop_path
 Batches = list[list[Tensor]]
 
 
-def dino(*, optim: OptimConfig | None = None, batch_size: int = 8, **method: Any) -> DINO:
+def dino(
+    *, optim: OptimConfig | None = None, batch_size: int = 8, step: StepConfig | None = None, **method: Any
+) -> DINO:
     """With weights far enough from their start that every term counts, the same on each call after the same seed."""
     small: dict[str, Any] = {"out_dim": K, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_last_layer": "0ep"}
     module = DINO(
@@ -29,6 +31,7 @@ def dino(*, optim: OptimConfig | None = None, batch_size: int = 8, **method: Any
         feature_dim=BACKBONE.width,
         optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
         batch_size_per_device=batch_size,
+        step=step,
     )
     with torch.no_grad():
         for parameter in module.student.parameters():

@@ -1,67 +1,18 @@
 """Backbones: images (B, 3, H, W) -> features (B, D), at any resolution.
 
-A backbone is a timm network without classifier; `num_features` is D. The paper's Vision Transformers are timm's blocks
-with three things of the original put back: the initial class token, the resampling of the position embedding, and
-(in `optim.py`) which parameters decay.
+A backbone is a timm network without classifier; `num_features` is D.
 """
 
-import math
 from typing import Any, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.errors import UserError, nearest
-
-
-class OriginalViT(VisionTransformer):
-    """timm's Vision Transformer, initialised and resampled as the original DINO does.
-
-    Its state dict has the original's keys and loads into `timm.create_model` as it is.
-    """
-
-    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
-        super().__init__(
-            img_size=image_size,
-            in_chans=channels,
-            patch_size=config.patch_size,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.heads,
-            num_classes=0,
-            drop_path_rate=drop_path_rate,
-            dynamic_img_size=True,
-        )
-        assert self.cls_token is not None
-        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        assert self.cls_token is not None
-        assert self.pos_embed is not None
-        B, h, w, D = x.shape
-        tokens_BND = torch.cat([self.cls_token.expand(B, -1, -1), x.view(B, -1, D)], dim=1)
-        return self.pos_drop(tokens_BND + resample_position_embedding(self.pos_embed, h, w))
-
-
-def resample_position_embedding(table_1ND: Tensor, h: int, w: int) -> Tensor:
-    """The position embedding (1, 1 + h w, D) on a grid of h x w patches; the class token's stays.
-
-    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
-    shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
-    resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
-    """
-    side = math.isqrt(table_1ND.shape[1] - 1)
-    if (h, w) == (side, side):
-        return table_1ND
-    cls_11D, patches_1ND = table_1ND[:, :1], table_1ND[:, 1:]
-    grid_1Dss = patches_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    scale = ((h + 0.1) / side, (w + 0.1) / side)
-    grid_1Dhw = F.interpolate(grid_1Dss, scale_factor=scale, mode="bicubic")
-    return torch.cat([cls_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)
+from dino_lightning.vit import OriginalViT
 
 
 @torch.no_grad()

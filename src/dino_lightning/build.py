@@ -28,7 +28,7 @@ from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.methods.dino import DINO
-from dino_lightning.strategy import FullySharded
+from dino_lightning.strategy import build_strategy
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
@@ -40,13 +40,12 @@ def build_data(config: TrainConfig) -> MultiCropDataModule:
 def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.Trainer:
     """Lightning's trainer with this run's callbacks and loggers."""
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
-    if config.trainer.strategy == "fsdp":
-        arguments["strategy"] = FullySharded()  # Lightning's own "fsdp" is FSDP1
     # PyTorch shares the statistics of batch norms on GPUs only; `run` says so.
     arguments["sync_batchnorm"] = config.trainer.sync_batchnorm and not trains_on_cpu(config.trainer.accelerator)
     callbacks = build_callbacks(config) if not config.trainer.barebones else []
     loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
     try:
+        arguments["strategy"] = build_strategy(config.trainer)
         return L.Trainer(**arguments, callbacks=callbacks, logger=loggers, default_root_dir=config.output_dir)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
@@ -142,6 +141,7 @@ def build_method(config: TrainConfig) -> StudentTeacher:
                 feature_dim=student.num_features,  # type: ignore[arg-type]
                 optim=config.optim,
                 batch_size_per_device=config.data.batch_size_per_device,
+                step=config.step,
             )
         case _:
             raise TypeError(f"no method for {type(config.method).__name__}")

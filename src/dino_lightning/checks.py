@@ -7,6 +7,7 @@ the key, its value and what was expected.
 from pathlib import Path
 
 from dino_lightning.backbones import check_timm_name
+from dino_lightning.checks_step import check_step
 from dino_lightning.config import (
     TORCHVISION_NAMES,
     TimmConfig,
@@ -105,6 +106,7 @@ RULES: dict[str, Rule] = {
     "trainer.num_nodes": at_least(1),
     "trainer.accumulate_grad_batches": at_least(1),
     "trainer.log_every_n_steps": at_least(1),
+    "step.loss_rows": at_least(1),
     "callbacks.knn.every_n_epochs": at_least(1),
     "callbacks.knn.k": NEIGHBOURS,
     "callbacks.knn.temperature": POSITIVE,
@@ -119,6 +121,9 @@ RULES: dict[str, Rule] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "backbone.drop_path": ("sample", "subset"),
+    "step.attention": ("split", "varlen"),
+    "step.matmul_precision": ("highest", "high", "medium"),
     "crops.backend": ("pil", "cpu", "device"),
     "data.on_error": ("skip", "raise"),
     "data.cache": ("none", "ram", "disk"),
@@ -134,6 +139,7 @@ def check_config(config: TrainConfig) -> None:
     _check_channels(config)
     _check_crops(config)
     _check_trainer(config)
+    check_step(config)
     _check_durations(config)
     _check_callbacks(config)
     _check_output(config)

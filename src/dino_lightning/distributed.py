@@ -5,6 +5,8 @@ values. None of them carries gradient: they serve statistics and evaluation, whi
 strategy. All ranks must call the same functions in the same order.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,14 +43,31 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-@torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks of a tensor of one shape; the argument keeps its values."""
+    return all_reduce_sum_later(tensor)()
+
+
+@torch.no_grad()
+def all_reduce_sum_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to sum over ranks and go on; what is returned waits and gives the sum, every time it is called.
+
+    The values of now are summed, whatever becomes of the argument. Over NCCL it is the current stream that waits, not
+    the program.
+    """
+    device = tensor.device
     if not _active():
-        return tensor.clone()
-    total = tensor.to(_group_device(tensor), copy=True).contiguous()
-    dist.all_reduce(total)
-    return total.to(tensor.device)
+        total = tensor.clone()
+        return lambda: total
+    sent = tensor.to(_group_device(tensor), copy=True).contiguous()
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+
+    def wait() -> Tensor:
+        work.wait()
+        return sent.to(device)
+
+    return wait
 
 
 @torch.no_grad()

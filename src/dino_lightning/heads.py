@@ -2,10 +2,15 @@
 
 import math
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dino_lightning.factors import Factors
+from dino_lightning.ops.dense import dense, gelu_dense
 
 
 class Prototypes(nn.Module):
@@ -22,10 +27,36 @@ class Prototypes(nn.Module):
         # nn.Linear's default: the original adds this layer after its trunc_normal initialisation has run.
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
+    @property
+    def weight(self) -> Tensor:
+        """The composed weight (K, D)."""
+        return _WeightNorm.apply(self.weight_v, self.weight_g)  # type: ignore[return-value]
+
     def forward(self, x_BD: Tensor) -> Tensor:
         """Logits (B, K)."""
-        weight_KD = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-        return F.linear(x_BD, weight_KD)
+        return F.linear(x_BD, self.weight)
+
+
+class _WeightNorm(torch.autograd.Function):
+    """w = v g / |v|, row by row; for K x D numbers each pass counts, and autograd would make twice as many.
+
+    dg = <dw, v> / |v|;  dv = (g / |v|) (dw - v <dw, v> / |v|^2)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v_KD: Tensor, g_K1: Tensor) -> Tensor:
+        length_K1 = torch.linalg.vector_norm(v_KD, dim=1, keepdim=True)
+        ctx.save_for_backward(v_KD, g_K1, length_K1)
+        return v_KD * (g_K1 / length_K1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dw_KD: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        v_KD, g_K1, length_K1 = ctx.saved_tensors
+        along_K1 = torch.einsum("kd,kd->k", dw_KD, v_KD).unsqueeze(1)
+        scale_K1 = g_K1 / length_K1
+        dv_KD = torch.addcmul(dw_KD * scale_K1, v_KD, -scale_K1 * along_K1 / length_K1.square())
+        return dv_KD, along_K1 / length_K1 if ctx.needs_input_grad[1] else None
 
 
 class DINOHead(nn.Module):
@@ -58,6 +89,18 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_norm=train_norm)
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm."""
-        return self.last_layer(F.normalize(self.mlp(x_BD), dim=-1))
+    def forward(self, x_BD: Tensor, *, factors: bool = False) -> Any:
+        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm; or their `Factors`."""
+        if not factors:
+            return self.last_layer(F.normalize(self.mlp(x_BD), dim=-1))
+        return Factors(F.normalize(self._bottleneck(x_BD), dim=-1), self.last_layer.weight)
+
+    def _bottleneck(self, x_BD: Tensor) -> Tensor:
+        """`self.mlp(x_BD)`, with less kept for the gradient."""
+        modules = [self.mlp] if isinstance(self.mlp, nn.Linear) else list(cast(nn.Sequential, self.mlp))
+        for i, module in enumerate(modules):
+            if isinstance(module, nn.Linear):
+                x_BD = gelu_dense(x_BD, module) if i and isinstance(modules[i - 1], nn.GELU) else dense(x_BD, module)
+            elif not isinstance(module, nn.GELU):
+                x_BD = module(x_BD)
+        return x_BD

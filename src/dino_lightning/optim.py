@@ -1,15 +1,18 @@
 """Parameter groups, per-tensor clipping, the frozen last layer, and the optimizers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig
-from dino_lightning.distributed import all_reduce_sum
-from dino_lightning.numerics import at_least_float32
-from dino_lightning.sharding import is_sharded, local
+from dino_lightning.lars import LARS
+from dino_lightning.sharding import is_sharded, local, whole_norms
+
+FUSED_DEVICES, FUSED_DTYPES = ("cpu", "cuda"), (torch.float32, torch.float64)
+"""Where PyTorch's fused optimizers run and are tested here."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -35,9 +38,8 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -
     if not gradients:
         return
     slices = [local(gradient) for gradient in gradients]
-    norms = torch.stack(torch._foreach_norm(slices, 2))
-    if is_sharded(gradients[0]):  # then all are
-        norms = all_reduce_sum(at_least_float32(norms).square()).sqrt()
+    norms = whole_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
+    # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host.
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(slices, list(factors.unbind()))
 
@@ -52,62 +54,70 @@ def drop_last_layer_gradients(module: nn.Module) -> None:
             parameter.grad = None
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each matrix is scaled to the matrix's norm (You et al., 2017).
-
-    One-dimensional parameters take plain SGD steps without weight decay.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-    ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
-        return loss
-
-    def _step_one(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        update: Tensor = parameter.grad  # type: ignore[assignment]
-        if parameter.ndim > 1:
-            update = update.add(parameter, alpha=group["weight_decay"])
-            weight_norm, update_norm = parameter.norm(), update.norm()
-            trust = group["trust_coefficient"] * weight_norm / update_norm
-            update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust))
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
-
-
 def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The configured optimizer over `groups`; learning rate and weight decay are written by the schedules."""
+    """The configured optimizer over `groups`, which are on their device already.
+
+    Learning rate and weight decay are written by the schedules.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
     match config:
         case AdamWConfig():
             beta1, beta2 = config.betas
-            return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2))
+            kernels = fastest_kernels(parameters)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), **kernels)
         case SGDConfig():
-            return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+            # PyTorch's fused SGD does not know slices.
+            kernels = fastest_kernels(parameters, fused=not any(map(is_sharded, parameters)))
+            optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, **kernels)
+            optimizer.register_step_pre_hook(_start_velocities)
         case LARSConfig():
             return LARS(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
         case _:
             raise TypeError(f"no optimizer for {type(config).__name__}")
+    optimizer.register_load_state_dict_pre_hook(partial(_keep_kernels, kernels))
+    return optimizer
+
+
+def fastest_kernels(parameters: list[nn.Parameter], *, fused: bool = True) -> dict[str, bool]:
+    """Options of PyTorch's optimizers: one pass over weights, gradients and moments where that exists here."""
+    fused = fused and all(p.device.type in FUSED_DEVICES and p.dtype in FUSED_DTYPES for p in parameters)
+    return {"fused": fused, "foreach": not fused}
+
+
+def _start_velocities(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give parameters that have not moved yet a velocity of 0, which changes no step of theirs.
+
+    Left to itself, PyTorch's fused SGD fails where some parameters of a group have a velocity and others do not, as
+    prototypes at the end of their frozen epoch; and where the first step overflows under fp16, it keeps uninitialised
+    memory as velocity. Also those that stay frozen get one: here the gradients of this step are still to come.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _keep_kernels(kernels: dict[str, bool], _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    # A checkpoint names the kernels of the machine that wrote it.
+    return {**state, "param_groups": [{**group, **kernels} for group in state["param_groups"]]}
+
+
+def unscaling(closure: Callable[[], Any], *, optimizer: Any, precision: Any) -> Callable[[], Any]:
+    """`closure`, the forward and backward pass, and after it gradients free of fp16's loss scale.
+
+    Lightning's `precision` plugin does so itself before it calls hooks, except for fused optimizers, which could
+    unscale in their step: too late for clipping. The scaler remembers that it is done, and hands the step only what the
+    device knows and the host need not: whether a gradient overflowed, so that nothing may move.
+    """
+    own = getattr(optimizer, "optimizer", optimizer)  # not Lightning's wrapper, which the scaler would not recognise
+    scaler = getattr(precision, "scaler", None)
+    if scaler is None or not getattr(own, "_step_supports_amp_scaling", False):
+        return closure
+
+    def run() -> Any:
+        result = closure()
+        if result is not None:  # else there was no backward pass
+            scaler.unscale_(own)
+        return result
+
+    return run

@@ -14,17 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dino_lightning.distributed import all_reduce_sum
+from dino_lightning.numerics import at_least_float32
 
-def shard(*networks: nn.Module, mesh: DeviceMesh) -> None:
+
+def shard(network: nn.Module, *, mesh: DeviceMesh, in_parts: bool = True) -> None:
     """Spread the weights over `mesh`, in place; they must be equal on all ranks. Only once for each network.
 
-    Each network is gathered when it is called itself, not when a module around it is.
+    The network is gathered when it is called itself, not when a module around it is; `in_parts` part by part, each when
+    it is called itself, else all at once, for a network that reads weights of its parts without calling them.
     """
-    for network in networks:
-        # `reshard_after_forward` also at the top, where FSDP would keep the weights whole until the backward pass:
-        # a teacher has none, and the moving average needs its slices.
-        for part in (*_parts(network), network):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    # `reshard_after_forward` also at the top, where FSDP would keep the weights whole until the backward pass: a teacher
+    # has none, and the moving average needs its slices.
+    for part in (*(_parts(network) if in_parts else ()), network):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def _parts(network: nn.Module) -> list[nn.Module]:
@@ -65,6 +68,13 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice, sharing memory with `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_norms(slices: list[Tensor], *, sharded: bool) -> Tensor:
+    """L2 norms (n,) of n whole tensors, of which each rank has a slice where they are `sharded`."""
+    norms = torch.stack(torch._foreach_norm(slices, 2))
+    return all_reduce_sum(at_least_float32(norms).square()).sqrt() if sharded else norms
 
 
 @torch.no_grad()

@@ -1,24 +1,97 @@
-"""Lightning's FSDP2 strategy with checkpoints that every other strategy reads, and that read every other's.
+"""How a run is spread over devices: whole networks on each (DDP), or slices of them (FSDP2).
 
-Lightning numbers the optimizer's state by the position in the module instead of in the optimizer, and refuses to
-resume while a parameter has no state yet, as frozen prototypes have none. Here the file is what one process would have
-written.
+Both are Lightning's strategies with settings of their own; `build_strategy` turns the names of `trainer.strategy` into
+them.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from dino_lightning.config import TrainerConfig
 from dino_lightning.sharding import like, whole
+
+START_METHODS = {
+    "ddp": "popen",
+    "ddp_spawn": "spawn",
+    "ddp_fork": "fork",
+    "ddp_notebook": "fork",
+    "ddp_find_unused_parameters_true": "popen",
+}
+"""How each of Lightning's names for DDP starts its processes."""
+
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    SYNC_BUFFERS = "broadcast_buffers"  # its name up to PyTorch 2.12, deprecated since
+
+
+def build_strategy(config: TrainerConfig) -> Strategy | str:
+    """What `trainer.strategy` means, for `lightning.Trainer`."""
+    name = _chosen_by_lightning(config) if config.strategy == "auto" else config.strategy
+    if name == "fsdp":
+        return FullySharded()  # Lightning's own "fsdp" is FSDP1
+    if name not in START_METHODS:
+        return config.strategy
+    unused = "find_unused_parameters" in name
+    # PyTorch's static graph fails at the first backward pass where that is not reduced, as the first micro-batch of an
+    # accumulated step is not ("expect_autograd_hooks_ INTERNAL ASSERT FAILED", pytorch/pytorch issue 143580).
+    static = config.accumulate_grad_batches == 1 and not unused
+    return DataParallel(start_method=START_METHODS[name], static_graph=static, find_unused_parameters=unused)
+
+
+def _chosen_by_lightning(config: TrainerConfig) -> str:
+    """The name of the strategy that `auto` means with these devices."""
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        plugins=config.plugins,
+        barebones=True,
+    )
+    return getattr(trainer.strategy, "strategy_name", "auto") if isinstance(trainer.strategy, DDPStrategy) else "auto"
+
+
+class DataParallel(DDPStrategy):
+    """DDP whose gradients lie in its buckets, over a graph that is the same in every step.
+
+    Prototypes that are frozen at the start of a run are no exception: they are in the graph, and lose their gradients
+    after it has been reduced.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(gradient_as_bucket_view=True, **options)
+
+    def configure_ddp(self) -> None:
+        """Wrap the module; its buffers are copied from rank 0 at each forward pass only where ranks differ in them.
+
+        The centre is moved alike on all ranks, and synchronised batch norms see the same images on each.
+        """
+        assert self.model is not None
+        self._ddp_kwargs[SYNC_BUFFERS] = has_separate_statistics(self.model)
+        super().configure_ddp()
+
+
+def has_separate_statistics(module: nn.Module) -> bool:
+    """Whether there are batch norms that see the images of their own rank only."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
 class FullySharded(ModelParallelStrategy):
-    """Shards over all devices; the module does so itself in `configure_model`."""
+    """FSDP2 over all devices; the module shards itself in `configure_model`.
+
+    Its checkpoints are read by every other strategy, and it reads every other's. Lightning numbers the optimizer's
+    state by the position in the module instead of in the optimizer, and refuses to resume while a parameter has no
+    state yet, as frozen prototypes have none. Here the file is what one process would have written.
+    """
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)

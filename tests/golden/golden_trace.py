@@ -16,17 +16,18 @@ import numpy as np
 import tiny
 import torch
 
-from dino_lightning.config import AdamWConfig
+from dino_lightning.config import AdamWConfig, StepConfig
 from dino_lightning.ema import follow
 
 FILE = Path(__file__).with_suffix(".json")
 PER_EPOCH, EPOCHS = 10, 2
 
 
-def trace() -> dict[str, list[float]]:
+def trace(step: StepConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
     """Loss of each step, norms of centre and teacher after it."""
     numbers = np.random.default_rng(0)
     module = tiny.dino(
+        step=step,
         optim=AdamWConfig(lr=0.032, lr_warmup="5it", clip_grad=0.1),
         norm_last_layer=False,
         freeze_last_layer="1ep",
@@ -41,7 +42,9 @@ def trace() -> dict[str, list[float]]:
     follow(module.teacher, module.student)
     shapes = [(8, 3, side, side) for side in (32, 32, 16, 16)]
     batches = [[torch.from_numpy(numbers.standard_normal(shape)) for shape in shapes] for _ in range(PER_EPOCH)]
-    record = tiny.fit(module, batches, max_epochs=EPOCHS)
+    if precision != "64-true":
+        batches = [[crop.float() for crop in crops] for crops in batches]
+    record = tiny.fit(module, batches, max_epochs=EPOCHS, precision=precision)
     return {
         "loss": record.losses,
         "center_norm": [center.norm().item() for center in record.centers],

@@ -1,9 +1,10 @@
-"""One rank of a two-rank training: `python ranks_worker.py STRATEGY FOLDER`, started by `launch`."""
+"""One rank of two-rank trainings: `python ranks_worker.py FOLDER CASE...`, started by `launch`."""
 
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +12,161 @@ import lightning as L
 import tiny
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dino_lightning.config import AdamWConfig
+from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, TrainerConfig
 from dino_lightning.distributed import leave_group
-from dino_lightning.sharding import is_sharded, whole
-from dino_lightning.strategy import FullySharded
+from dino_lightning.sharding import is_sharded, local, whole
+from dino_lightning.strategy import build_strategy
 
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
 CLIP = 0.02
 """Above the norms of some gradients, below those of others."""
-STEPS, EPOCHS, RANKS = 5, 2, 2
+STEPS, EPOCHS, RANKS, BATCH = 5, 2, 2, 8
+SCHEDULE: dict[str, Any] = {"lr_warmup": "0ep", "clip_grad": CLIP}
 
 
-class Gradients(L.Callback):
-    """The student's gradients at each optimizer step, averaged over ranks and not yet clipped."""
+@dataclass(frozen=True)
+class Case:
+    """A way to train on two ranks."""
+
+    strategy: str
+    optim: OptimConfig = field(default_factory=lambda: AdamWConfig(lr=0.032, **SCHEDULE))
+    accumulate: int = 1
+    checkpointed: bool = False
+    batch_norm: bool = False
+
+
+CASES = {
+    "ddp": Case("ddp"),
+    "ddp, accumulated": Case("ddp", accumulate=2),
+    "ddp, checkpointed": Case("ddp", checkpointed=True),
+    "ddp, batch norms": Case("ddp", batch_norm=True),
+    "ddp, unused": Case("ddp_find_unused_parameters_true"),
+    "fsdp": Case("fsdp"),
+    "fsdp, accumulated": Case("fsdp", accumulate=2),
+    "fsdp, checkpointed": Case("fsdp", checkpointed=True),
+    "fsdp, sgd": Case("fsdp", SGDConfig(lr=3.2, **SCHEDULE)),
+    "fsdp, lars": Case("fsdp", LARSConfig(lr=32.0, trust_coefficient=0.01, **SCHEDULE)),
+}
+
+
+class Watch(L.Callback):
+    """The student's gradients at each optimizer step, averaged over ranks and not yet clipped, and who averages."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.storages: list[int] = []
+        """In how many pieces of memory the gradients of each step lie."""
+        self.settings: dict[str, bool] = {}
+        """Of DDP."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            names = ("static_graph", "gradient_as_bucket_view", "forward_sync_buffers", "broadcast_buffers")
+            self.settings = {name: getattr(wrapped, name) for name in names if hasattr(wrapped, name)}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        named = pl_module.student.named_parameters()
-        self.seen.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        named = {name: p.grad for name, p in pl_module.student.named_parameters() if p.grad is not None}
+        self.gradients.append({name: gradient.clone() for name, gradient in named.items()})
+        self.storages.append(len({local(gradient).untyped_storage().data_ptr() for gradient in named.values()}))
 
 
-def module_and_batches() -> tuple[Any, tiny.Batches]:
+def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
     """The same on every rank and in the test itself."""
     torch.manual_seed(3)
-    optim = AdamWConfig(lr=0.032, lr_warmup="0ep", clip_grad=CLIP)
-    return tiny.dino(optim=optim, batch_size=8 // RANKS, **METHOD), tiny.batches(STEPS)
+    batch_size = BATCH // RANKS // case.accumulate
+    module = tiny.dino(optim=case.optim, batch_size=batch_size, head_batch_norm=case.batch_norm, **METHOD)
+    for block in module.student.backbone.blocks:
+        block.checkpointed = case.checkpointed
+    return module, tiny.batches(STEPS)
 
 
-def launch(strategy: str, folder: Path) -> list[dict[str, Any]]:
-    """Run both ranks; what each has seen. They go on from `folder`/start.ckpt where there is one."""
+def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
+    """Run both ranks; what each has seen, by case. They go on from `folder`/start.ckpt where there is one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, strategy, str(folder)]
+    command = [sys.executable, __file__, str(folder), *cases]
     processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(RANKS)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * RANKS
+    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def main(strategy: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    module, whole = module_and_batches()
-    start = folder / "start.ckpt"
+def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
+    """One training of this rank; what it has seen."""
+    module, batches = module_and_batches(case)
+    trainer_config = TrainerConfig(
+        accelerator="cpu", devices=RANKS, strategy=case.strategy, accumulate_grad_batches=case.accumulate
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=RANKS,
-        strategy=FullySharded() if strategy == "fsdp" else strategy,
+        strategy=build_strategy(trainer_config),
         plugins=[DoublePrecision()],  # as precision="64-true", which Lightning does not let through with FSDP
+        accumulate_grad_batches=case.accumulate,
         max_epochs=EPOCHS,
-        callbacks=[record := tiny.Record(), gradients := Gradients()],
+        callbacks=[record := tiny.Record(), watch := Watch()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    own = [batch for index, batch in enumerate(tiny.split(whole, parts=RANKS)) if index % RANKS == trainer.global_rank]
+    parts = tiny.split(batches, parts=RANKS * case.accumulate)
+    own = [batch for index, batch in enumerate(parts) if index % RANKS == trainer.global_rank]
     loader = DataLoader(own, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader, ckpt_path=start if start.exists() else None, weights_only=True)
-    trainer.save_checkpoint(folder / "end.ckpt")
-    torch.save(
-        {
-            "losses": record.losses,
-            "centers": record.centers,
-            "student": gathered(record.students[-1]),
-            "teacher": gathered(record.teachers[-1]),
-            "gradients": [gathered(step) for step in gradients.seen],
-            "sharded": [is_sharded(tensor) for tensor in module.parameters()],
-            "rates": record.rates,
-        },
-        folder / f"rank{trainer.global_rank}.pt",
-    )
-    leave_group()
+    trainer.save_checkpoint(end)
+    return {
+        "losses": record.losses,
+        "centers": record.centers,
+        "student": gathered(record.students[-1]),
+        "teacher": gathered(record.teachers[-1]),
+        "gradients": [gathered(step) for step in watch.gradients],
+        "storages": watch.storages,
+        "settings": watch.settings,
+        "sharded": [is_sharded(tensor) for tensor in module.parameters()],
+        "rows": {name: rows(tensor) for name, tensor in all_tensors(module, trainer).items()},
+        "rates": record.rates,
+        "options": [{key: group[key] for key in ("fused", "foreach") if key in group}
+                    for group in trainer.optimizers[0].param_groups],
+    }  # fmt: skip
 
 
-def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def all_tensors(module: Any, trainer: L.Trainer) -> dict[str, Tensor]:
+    """Weights of student and teacher, last gradients, and the optimizer's state."""
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            tensors[f"gradient of {name}"] = parameter.grad
+        for key, value in trainer.optimizers[0].state[parameter].items() if parameter.requires_grad else ():
+            if value.ndim:
+                tensors[f"{key} of {name}"] = value
+    return tensors
+
+
+def rows(tensor: Tensor) -> tuple[int, int]:
+    """Of the whole tensor, and of those on this rank."""
+    return tensor.shape[0], local(tensor).shape[0]
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
+def main(folder: Path, *cases: str) -> None:
+    torch.set_num_threads(1)
+    start = folder / "start.ckpt"
+    seen = {case: train(CASES[case], start=start, end=folder / f"{case}.ckpt") for case in cases}
+    torch.save(seen, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+    leave_group()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -40,9 +40,9 @@ def test_a_run_of_one_process_goes_on_and_ends_as_it_would(tmp_path: Path) -> No
     tiny.fit(module, batches, callbacks=[checkpoints], max_epochs=ranks_worker.EPOCHS, enable_checkpointing=True)
     (tmp_path / "epoch=0.ckpt").rename(tmp_path / "start.ckpt")
     frozen = load(tmp_path / "start.ckpt")["optimizer_states"][0]["state"]
-    ranks_worker.launch("fsdp", tmp_path)
+    ranks_worker.launch(tmp_path, "fsdp")
 
-    ours, expected = load(tmp_path / "end.ckpt"), load(tmp_path / "epoch=1.ckpt")
+    ours, expected = load(tmp_path / "fsdp.ckpt"), load(tmp_path / "epoch=1.ckpt")
     assert ours["global_step"] == expected["global_step"] == 10
     assert ours["state_dict"].keys() == expected["state_dict"].keys()
     for name, weight in ours["state_dict"].items():

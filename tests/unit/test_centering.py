@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dino_lightning.centering import Center
-from dino_lightning.losses import cross_view_entropy
+from dino_lightning.losses import Sharpness, cross_view_entropy
 
 K = 5
 
@@ -25,7 +25,7 @@ def test_moves_as_equation_4(momentum: float) -> None:
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
     for _ in range(5):
         batch = _logits()
-        center.observe(batch)
+        center.observe_logits(batch)
         center.commit()
         expected = oracles.move_center(expected, batch.tolist(), momentum=momentum)
         torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
@@ -33,10 +33,10 @@ def test_moves_as_equation_4(momentum: float) -> None:
 
 def test_four_micro_batches_are_one_batch() -> None:
     whole, parts, batch = _center(), _center(), _logits(16)
-    whole.observe(batch)
+    whole.observe_logits(batch)
     whole.commit()
     for part in batch.chunk(4):
-        parts.observe(part)
+        parts.observe_logits(part)
     parts.commit()
     torch.testing.assert_close(parts.center, whole.center, rtol=1e-13, atol=0)
 
@@ -45,7 +45,7 @@ def test_micro_batches_count_by_their_images() -> None:
     """A mean of means would weigh the short last batch too much."""
     center, batch = _center(), _logits(8)
     for part in batch.split([6, 2]):
-        center.observe(part)
+        center.observe_logits(part)
     center.commit()
     expected = oracles.move_center([0.0] * K, batch.tolist(), momentum=0.9)
     torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
@@ -57,22 +57,42 @@ def test_the_loss_sees_the_old_center_until_commit() -> None:
     center, student, teacher = _center(), torch.randn(2, 4, K).double(), torch.randn(2, 4, K).double()
 
     def loss() -> Tensor:
-        return cross_view_entropy(
-            student, teacher, student_temperature=0.1, teacher_temperature=0.04, center=center.center
-        )
+        sharpness = Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center.center)
+        return cross_view_entropy(student, teacher, sharpness)
 
     before = loss()
-    center.observe(teacher.flatten(0, 1))
+    center.observe_logits(teacher.flatten(0, 1))
     assert torch.equal(loss(), before)
     center.commit()
     assert not torch.equal(loss(), before)
+
+
+def test_the_sum_is_all_that_is_observed() -> None:
+    """As the caller may know it for less than the logits."""
+    of_logits, of_sums = _center(), _center()
+    for part in _logits().split([6, 2]):
+        of_logits.observe_logits(part)
+        of_sums.observe(part.sum(0, keepdim=True), count=len(part))
+    for center in (of_logits, of_sums):
+        center.commit()
+    assert torch.equal(of_sums.center, of_logits.center)
+
+
+def test_a_sum_is_taken_as_it_is_when_observed() -> None:
+    center, expected, sum_1K = _center(), _center(), _logits(1)
+    expected.observe(sum_1K.clone(), count=1)
+    center.observe(sum_1K, count=1)
+    sum_1K.zero_()
+    for moved in (center, expected):
+        moved.commit()
+    assert torch.equal(center.center, expected.center)
 
 
 def test_commit_without_observe_does_nothing() -> None:
     center = _center()
     center.commit()
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
-    center.observe(_logits())
+    center.observe_logits(_logits())
     center.commit()
     moved = center.center.clone()
     center.commit()
@@ -81,9 +101,9 @@ def test_commit_without_observe_does_nothing() -> None:
 
 def test_saved_under_the_original_name_and_nothing_else() -> None:
     center = _center()
-    center.observe(_logits())
+    center.observe_logits(_logits())
     center.commit()
-    center.observe(_logits())  # pending: part of no checkpoint
+    center.observe_logits(_logits())  # pending: part of no checkpoint
     assert list(center.state_dict()) == ["center"]
     assert center.state_dict()["center"].shape == (1, K)
     copy = _center()
@@ -97,13 +117,13 @@ def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
     """The logits are rounded by their own precision once; their mean is good to float32."""
     center, batch = Center(K, momentum=0.0), (torch.rand(300, K) + 1).to(dtype)
     for part in batch.chunk(3):
-        center.observe(part)
+        center.observe_logits(part)
     center.commit()
     torch.testing.assert_close(center.center, batch.double().mean(0, keepdim=True).float(), rtol=1e-6, atol=0)
 
 
 def test_keeps_no_graph() -> None:
     center = _center()
-    center.observe(_logits().requires_grad_())
+    center.observe_logits(_logits().requires_grad_())
     center.commit()
     assert not center.center.requires_grad

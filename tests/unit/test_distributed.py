@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dino_lightning import distributed
+from dino_lightning.centering import Center
 
 WORLD = 3
 ROWS = [2, 0, 3]
@@ -22,6 +23,27 @@ def _rows(rank: int) -> Tensor:
     return torch.arange(ROWS[rank] * 4.0).reshape(ROWS[rank], 4) + 100 * rank
 
 
+def _later(rank: int) -> list[Tensor]:
+    """Two sums under way at once, of a tensor that changes meanwhile; the second is waited for first, and twice."""
+    changing = _statistic(rank).requires_grad_()
+    first = distributed.all_reduce_sum_later(changing)
+    with torch.no_grad():
+        changing.mul_(2)
+    second = distributed.all_reduce_sum_later(changing)
+    with torch.no_grad():
+        changing.zero_()
+    return [second(), first(), second()]
+
+
+def _center(rank: int) -> Tensor:
+    """Two micro-batches of as many rows as the rank has, the second of ones."""
+    center = Center(4, momentum=0.5).double()
+    for rows in (_rows(rank), torch.ones(ROWS[rank], 4)):
+        center.observe_logits(rows.double())
+    center.commit()
+    return center.center
+
+
 def _run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     statistic = _statistic(rank).requires_grad_()
@@ -32,6 +54,8 @@ def _run_rank(rank: int, folder: str) -> None:
         "sum": distributed.all_reduce_sum(statistic),
         "sum of int": distributed.all_reduce_sum(torch.tensor(2**40 + rank)),
         "mean": distributed.all_reduce_mean(statistic),
+        "later": _later(rank),
+        "center": _center(rank),
         "rows": distributed.all_gather_concat(_rows(rank)),
         "labels": distributed.all_gather_concat(torch.full((rank + 1,), rank)),
         "none anywhere": distributed.all_gather_concat(torch.empty(0, 5)),
@@ -66,6 +90,21 @@ def test_reductions(ranks: list[dict]) -> None:
         assert not result["sum"].requires_grad
 
 
+def test_sums_that_are_waited_for_later_are_those_of_their_start(ranks: list[dict]) -> None:
+    total = _statistic(0) + _statistic(1) + _statistic(2)
+    for result in ranks:
+        assert [torch.equal(a, b) for a, b in zip(result["later"], (2 * total, total, 2 * total), strict=True)] == [
+            True
+        ] * 3
+        assert not any(tensor.requires_grad for tensor in result["later"])
+
+
+def test_every_row_of_every_rank_weighs_the_same_in_the_centre(ranks: list[dict]) -> None:
+    rows = torch.cat([torch.cat([_rows(rank), torch.ones(ROWS[rank], 4)]) for rank in range(WORLD)])
+    for result in ranks:
+        torch.testing.assert_close(result["center"], 0.5 * rows.double().mean(0, keepdim=True), rtol=1e-13, atol=0)
+
+
 def test_gather_keeps_the_order_of_ranks_and_drops_the_padding(ranks: list[dict]) -> None:
     for result in ranks:
         assert torch.equal(result["rows"], torch.cat([_rows(0), _rows(1), _rows(2)]))
@@ -83,7 +122,11 @@ def test_without_a_group_there_is_one_rank() -> None:
     distributed.leave_group()
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0], requires_grad=True)
-    for function in (distributed.all_reduce_sum, distributed.all_reduce_mean, distributed.all_gather_concat):
+
+    def later(tensor: Tensor) -> Tensor:
+        return distributed.all_reduce_sum_later(tensor)()
+
+    for function in (distributed.all_reduce_sum, distributed.all_reduce_mean, distributed.all_gather_concat, later):
         result = function(value)
         assert result.tolist() == [1.0, 2.0]
         assert not result.requires_grad

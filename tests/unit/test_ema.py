@@ -1,9 +1,12 @@
 """The teacher as a moving average: of parameters, factor by factor, and of nothing else."""
 
+from typing import Any
+
 import oracles
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_lightning.ema import ema_update, follow
 from dino_lightning.heads import DINOHead, Prototypes
@@ -34,6 +37,43 @@ def test_averages_every_parameter(momentum: float) -> None:
         torch.testing.assert_close(parameter.flatten().tolist(), expected, rtol=1e-12, atol=1e-14)
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, now[name])
+
+
+def test_a_teacher_that_is_its_student_stays_so_in_float32() -> None:
+    """momentum * t + (1 - momentum) * t is not t: in float32 the factors do not sum to 1."""
+    teacher, student = _network().float(), _network().float()
+    teacher.load_state_dict(student.state_dict())
+    for momentum in (0.996, 0.9999, 0.99999):
+        for _ in range(20):
+            ema_update(teacher, student, momentum=momentum)
+    assert all(torch.equal(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_small_steps_add_up(dtype: torch.dtype) -> None:
+    """As the closed form: the distance shrinks by momentum ** steps."""
+    teacher, student = nn.Linear(5, 5, dtype=dtype), nn.Linear(5, 5, dtype=dtype)
+    start, goal = (network.weight.detach().double().clone() for network in (teacher, student))
+    for _ in range(2000):
+        ema_update(teacher, student, momentum=0.9999)
+    expected = goal + (start - goal) * 0.9999**2000
+    # Each of the steps rounds by up to half a unit in the last place: 2000 of them, mostly against each other.
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(teacher.weight.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+def test_one_pass_whatever_the_number_of_tensors() -> None:
+    asked: list[str] = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    teacher, student = _network(), _network()
+    with Operations():
+        ema_update(teacher, student, momentum=0.9)
+    assert len(asked) == 1
 
 
 def test_never_averages_buffers() -> None:

@@ -14,10 +14,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dino_lightning.backbones import OriginalViT
 from dino_lightning.checkpoints import load_network, untrained
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
+from dino_lightning.vit import OriginalViT
 
 Weights = dict[str, Tensor]
 

@@ -1,23 +1,27 @@
-"""Which weights decay, clipping tensor by tensor, the frozen last layer, LARS."""
+"""Which weights decay, clipping tensor by tensor, the frozen last layer, the optimizers."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import oracles
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.backbones import OriginalViT
+from dino_lightning import optim
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, ViTConfig
 from dino_lightning.heads import DINOHead
+from dino_lightning.lars import LARS
 from dino_lightning.methods.base import MultiCropNetwork
 from dino_lightning.optim import (
-    LARS,
     build_optimizer,
     clip_each_gradient,
     drop_last_layer_gradients,
     parameter_groups,
 )
+from dino_lightning.vit import OriginalViT
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -189,3 +193,143 @@ def test_the_configured_optimizer(config: OptimConfig, kind: type, defaults: dic
     for group in optimizer.param_groups:
         assert {name: group[name] for name in defaults} == defaults
     assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+CONFIGS: dict[str, OptimConfig] = {"adamw": AdamWConfig(), "sgd": SGDConfig(), "lars": LARSConfig()}
+
+
+def _parameters(count: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(3, 2, dtype=dtype)) for _ in range(count)]
+
+
+def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    _with_gradients(nn.ParameterList(parameters))
+    clip_each_gradient(parameters, max_norm=1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_asks_for_as_much_whatever_the_number_of_tensors_and_reads_nothing(name: str) -> None:
+    seen = []
+    for count in (2, 40):
+        parameters = _parameters(count)
+        optimizer = build_optimizer(CONFIGS[name], [{"params": parameters}])
+        _step(optimizer, parameters)  # makes the state
+        with Operations() as operations:
+            _with_gradients(nn.ParameterList(parameters))
+            before = operations.seen.total()
+            clip_each_gradient(parameters, max_norm=1.0)
+            optimizer.step()
+        assert "_local_scalar_dense" not in operations.seen
+        seen.append(operations.seen.total() - before)
+    assert seen[0] == seen[1] < 40
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_where_it_is_known_to_work(name: str, dtype: torch.dtype, fused: bool) -> None:
+    parameters = _parameters(2, dtype)
+    optimizer = build_optimizer(CONFIGS[name], [{"params": parameters}])
+    _step(optimizer, parameters)
+    (group,) = optimizer.param_groups
+    assert (group["fused"], group["foreach"]) == (fused, not fused)
+
+
+def test_other_devices_take_foreach() -> None:
+    (group,) = build_optimizer(AdamWConfig(), [{"params": [nn.Parameter(torch.empty(2, device="meta"))]}]).param_groups
+    assert (group["fused"], group["foreach"]) == (False, True)
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "foreach"])
+def test_adamw_is_the_equation(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "FUSED_DEVICES", devices)
+    parameters = _parameters(3, torch.float64)
+    groups = [{"params": parameters[:2], "weight_decay": 0.3}, {"params": parameters[2:], "weight_decay": 0.0}]
+    optimizer = build_optimizer(AdamWConfig(betas=[0.8, 0.95]), groups)
+    expected, moments = [p.detach().clone() for p in parameters], [oracles.AdamW(0.8, 0.95) for _ in parameters]
+    for step in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (step + 1)
+        _with_gradients(nn.ParameterList(parameters))
+        for i, (parameter, adam) in enumerate(zip(parameters, moments, strict=True)):
+            decay = 0.3 if i < 2 else 0.0
+            expected[i] = adam.step(expected[i], parameter.grad, lr=0.1 * (step + 1), weight_decay=decay)
+        optimizer.step()
+    for parameter, weight in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight, **EXACT)
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "foreach"])
+def test_sgd_is_the_equation_also_for_what_was_frozen_at_first(
+    devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "FUSED_DEVICES", devices)
+    parameters = _parameters(3, torch.float64)
+    optimizer = build_optimizer(SGDConfig(momentum=0.7), [{"params": parameters, "weight_decay": 0.2}])
+    optimizer.param_groups[0]["lr"] = 0.1
+    expected = [parameter.detach().clone() for parameter in parameters]
+    speed = [torch.zeros_like(weight) for weight in expected]
+    for step in range(5):
+        _with_gradients(nn.ParameterList(parameters))
+        parameters[0].grad = None if step < 2 else parameters[0].grad
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                speed[i] = 0.7 * speed[i] + parameter.grad + 0.2 * expected[i]
+                expected[i] = expected[i] - 0.1 * speed[i]
+        optimizer.step()
+    for parameter, weight in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight, **EXACT)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("written_with", [("cpu",), ()], ids=["fused", "foreach"])
+def test_goes_on_from_a_checkpoint_of_other_kernels(
+    name: str, written_with: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = () if written_with else ("cpu",)
+    weights, gradients = _parameters(3, torch.float64), [_parameters(3, torch.float64) for _ in range(4)]
+
+    def run(devices: list[tuple[str, ...]]) -> list[nn.Parameter]:
+        parameters = [nn.Parameter(weight.detach().clone()) for weight in weights]
+        state = None
+        for kernels, some in zip(devices, (gradients[:2], gradients[2:]), strict=True):
+            monkeypatch.setattr(optim, "FUSED_DEVICES", kernels)
+            optimizer = build_optimizer(CONFIGS[name], [{"params": parameters}])
+            if state is not None:
+                optimizer.load_state_dict(state)
+            if name != "lars":
+                assert optimizer.param_groups[0]["fused"] is bool(kernels)
+            for of_all in some:
+                for parameter, gradient in zip(parameters, of_all, strict=True):
+                    parameter.grad = gradient.detach().clone()
+                optimizer.param_groups[0]["lr"] = 0.1
+                optimizer.step()
+            state = optimizer.state_dict()
+        return parameters
+
+    for ours, expected in zip(run([written_with, here]), run([here, here]), strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+
+
+def test_lars_ignores_matrices_that_do_not_move() -> None:
+    still = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    still.grad = torch.zeros_like(still)
+    LARS([{"params": [still], "weight_decay": 0.0}], lr=1.0).step()
+    assert torch.equal(still, torch.ones(2, 2, dtype=torch.float64))  # not 0 / 0

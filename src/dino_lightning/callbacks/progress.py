@@ -1,7 +1,7 @@
 """The progress bar: one line for the whole run, with loss, k-NN, images/s and the time left."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
+from dino_lightning.methods.base import StudentTeacher
 
 REFRESH_SECONDS = 0.25
-"""Least time between two readings of the loss: each waits for the accelerator."""
+"""Least time between two drawings of the bar."""
 
 
 class RunProgress(ProgressBar):
@@ -25,6 +26,7 @@ class RunProgress(ProgressBar):
         self._bar: Progress | None = None
         self._task: Any = None
         self._next_refresh = 0.0
+        self._knn: KNNCallback | None = None
         self._enabled = True
 
     def disable(self) -> None:
@@ -40,6 +42,7 @@ class RunProgress(ProgressBar):
         super().setup(trainer, pl_module, stage)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, KNNCallback):
+                self._knn = callback
                 callback.on_images = lambda done, total: self._evaluating(trainer, done, total)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,12 +59,10 @@ class RunProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the epoch's figures."""
-        # On every rank: reading a metric of the epoch averages it over them.
-        description = self._describe(trainer)
         if self._bar is not None:
             self._show(trainer)
         elif self._enabled:
-            self.console.print(description, highlight=False)
+            self.console.print(self._describe(trainer), highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -100,12 +101,13 @@ class RunProgress(ProgressBar):
             self._bar = None
 
     def _describe(self, trainer: L.Trainer) -> str:
-        metrics = trainer.callback_metrics
+        """Of numbers that are here already: a metric of the trainer may be a tensor that has to be waited for."""
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
-        if "train/loss" in metrics:
-            parts.append(f"loss {metrics['train/loss'].item():.3f}")
-        if "knn/top1" in metrics:
-            parts.append(f"k-NN {metrics['knn/top1'].item():.1f} %")
+        loss = cast(StudentTeacher, trainer.lightning_module).readings.latest
+        if loss is not None:
+            parts.append(f"loss {loss:.3f}")
+        if self._knn is not None and self._knn.last:
+            parts.append(f"k-NN {self._knn.last['top1']:.1f} %")
         if self.speed.seconds:
             parts.append(f"{self.speed.images_per_second:.0f} images/s")
         return "  ".join(parts)

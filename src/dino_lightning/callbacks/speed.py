@@ -12,7 +12,7 @@ class Speed(L.Callback):
     def __init__(self) -> None:
         self.images, self.seconds = 0, 0.0
         self._window_images, self._window_seconds = 0, 0.0
-        self._last = 0.0
+        self._last, self._step = 0.0, 0
 
     @property
     def images_per_second(self) -> float:
@@ -21,19 +21,18 @@ class Speed(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._last = time.perf_counter()
+        self._last, self._step = time.perf_counter(), trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a micro-batch."""
         now = time.perf_counter()
         images, seconds = len(batch[0]) * trainer.world_size, now - self._last
         self._last = now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         self._window_images, self._window_seconds = self._window_images + images, self._window_seconds + seconds
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("speed/images_per_second", self._window_images / self._window_seconds)
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.note("speed/images_per_second", self._window_images / self._window_seconds)
             self._window_images, self._window_seconds = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class ViTConfig(BackboneConfig):
     """Attention heads per block; must divide `width`."""
     patch_size: int = 16
     """Side of a square patch (pixels)."""
+    drop_path: str = "sample"
+    """Stochastic depth: `sample` drops a branch crop by crop, as the original; `subset` computes each branch for a
+    fixed number of random crops only, which saves time and memory and draws other random numbers."""
 
 
 @dataclass

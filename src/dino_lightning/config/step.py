@@ -11,17 +11,16 @@ class StepConfig:
     """Tokens of all crops through each layer at once, activations recomputed where that is cheap, and head and loss in
     pieces. False computes layer by layer and keeps everything: the form to read and to compare with. Equal up to
     rounding."""
-    loss_rows: int = 640
+    loss_rows: int = 320
     """Rows of logits over prototypes that are held at once (crops; K numbers each)."""
     attention: str = "split"
     """`split` attends once per resolution; `varlen` in one call of PyTorch's kernel for sequences of several lengths (a
     GPU, half precision)."""
     gradient_checkpointing: bool = False
-    """Keep only the input of each block and compute the rest again for the gradient: far less memory, about a third more
-    time."""
+    """Keep only the input of each block and compute the rest again for the gradient: far less memory, about a third
+    more time."""
     compile: bool = False
-    """Compile the blocks by `torch.compile`; the first step waits for it (half a minute to minutes). On a CPU it needs a
-    C++ compiler."""
+    """Compile the blocks by `torch.compile`; the first step waits for it. On a CPU it needs a C++ compiler."""
     channels_last: bool | None = None
     """Images and convolutions with channels last in memory; null for networks without patches. Equal up to rounding."""
     matmul_precision: str = "highest"

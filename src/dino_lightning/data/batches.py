@@ -5,7 +5,6 @@ makes them, they differ between all ranks, processes and epochs, and a run that 
 the crops that it would have got.
 """
 
-import ctypes
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ from dino_lightning.data.crops import CropBackend
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
 from dino_lightning.data.stream_order import Place, read_stream
 from dino_lightning.errors import UserError
+from dino_lightning.ops.memory import keep_freed_memory
 
 Key = tuple[int, int]
 """Epoch and index of an image."""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -127,11 +124,6 @@ class StreamBatches(IterableDataset[Any]):
 
 
 def start_worker(_: int) -> None:
-    """One thread per loader process, and memory that is kept: for large tensors glibc asks the system each time."""
+    """One thread per loader process, and memory that is kept."""
     torch.set_num_threads(1)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    keep_freed_memory()

@@ -5,47 +5,25 @@ rate and weight decay, step the student, move the teacher, let the method move i
 `global_step` has the index of the step just taken throughout.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lightning.config import OptimConfig
-from dino_lightning.distributed import all_reduce_mean
 from dino_lightning.ema import ema_update, follow
-from dino_lightning.numerics import at_least_float32
-from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
+from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
+from dino_lightning.readings import Reading, Readings
 from dino_lightning.schedules import Cosine, Duration
 from dino_lightning.sharding import shard
 
 REFERENCE_BATCH = 256
 """Images per optimizer step for which `optim.lr` is given (linear scaling rule)."""
-
-
-class MultiCropNetwork(nn.Module):
-    """Backbone and head over crops of several resolutions: one backbone pass per resolution, one head pass in all."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def features(self, crops: list[Tensor]) -> Tensor:
-        """Features (V B, D) of V crops (B, 3, size, size) in their order; consecutive equal sizes go together."""
-        runs: list[list[Tensor]] = []
-        for crop in crops:
-            if runs and runs[-1][-1].shape[-1] == crop.shape[-1]:
-                runs[-1].append(crop)
-            else:
-                runs.append([crop])
-        # In full precision, as the head's input is in the original also under mixed precision.
-        return torch.cat([at_least_float32(self.backbone(torch.cat(run))) for run in runs])
-
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        """Head outputs (V B, K)."""
-        return self.head(self.features(crops))
 
 
 class StudentTeacher(L.LightningModule, ABC):
@@ -72,6 +50,7 @@ class StudentTeacher(L.LightningModule, ABC):
         self.batch_size_per_device = batch_size_per_device
         self.description: dict[str, Any] = {}
         """The backbone and its images in plain types, so that a checkpoint alone says what its weights belong to."""
+        self.readings = Readings()
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
@@ -127,7 +106,8 @@ class StudentTeacher(L.LightningModule, ABC):
         return self.schedules[schedule](self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `checkpoints.load_network` wants to know."""
+        """Add what `checkpoints.load_network` wants to know; no file is written after a loss that is not finite."""
+        self.collect()
         if self.description:
             checkpoint["network"] = self.description
 
@@ -143,7 +123,8 @@ class StudentTeacher(L.LightningModule, ABC):
             synchronised.apply(self)
         # Backbone and head each by itself: methods and evaluation call them, not the network around them.
         for network in (self.student, self.teacher):
-            shard(network.backbone, network.head, mesh=self.device_mesh["data_parallel"])
+            shard(network.backbone, mesh=self.device_mesh["data_parallel"])
+            shard(network.head, mesh=self.device_mesh["data_parallel"], in_parts=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over the student, and the schedules, now that the length of the run is known."""
@@ -151,25 +132,16 @@ class StudentTeacher(L.LightningModule, ABC):
         return build_optimizer(self.optim, parameter_groups(self.student))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Loss of one micro-batch; stops every rank in the same step when it is not finite on any."""
+        """Loss of one micro-batch. What it measures is read by the next one (see `readings`)."""
+        self.collect()
+        logged = self.is_logging_step
+        self.readings.open(step=self.global_step, epoch=self.trainer.current_epoch, images=len(batch[0]), logged=logged)
         loss = self.loss(batch)
-        mean = all_reduce_mean(loss.detach())
-        if not torch.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {mean.item()} at step {self.global_step}: lower optim.lr or optim.clip_grad, lengthen "
-                "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
-            )
-        self.log("train/loss", mean)
-        self.log("train/loss_epoch", mean, on_step=False, on_epoch=True, sync_dist=True)
-        if self.is_logging_step:
-            self.log_dict({f"schedule/{name}": self.value(name) for name in self.schedules})
+        if logged:
+            for name in self.schedules:
+                self.note(f"schedule/{name}", self.value(name))
+        self.readings.send(loss)
         return loss
-
-    @property
-    def is_logging_step(self) -> bool:
-        """Whether this step's metrics are written, so that the others need not be computed."""
-        every = getattr(self.trainer, "log_every_n_steps", 0)
-        return bool(every) and (self.global_step + 1) % every == 0
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -185,7 +157,70 @@ class StudentTeacher(L.LightningModule, ABC):
         for group in optimizer.param_groups:
             group["lr"] = self.schedules["lr"](step)
         optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        closure = unscaling(optimizer_closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         # Also when mixed precision skipped the student's step, as in the original.
         ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
         self.after_step(step)
+
+    # --------------------------------------------------------------------------------------- what a step measures
+
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether this step's metrics are written, so that the others need not be computed."""
+        every = getattr(self.trainer, "log_every_n_steps", 0)
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Log a figure of this micro-batch in logging steps. Unlike `self.log`, it does not make the program wait.
+
+        A tensor must be a scalar and come from within `loss`; numbers may come until the micro-batch ends.
+        """
+        self.readings.note(name, value)
+
+    def collect(self) -> None:
+        """Write the rows of steps taken; stop where a loss is not finite.
+
+        The mean over ranks is not finite where the loss of one rank is not, and all collect at the same places, so all
+        ranks stop at once.
+        """
+        self.readings.collect(self._use)
+
+    def _use(self, reading: Reading) -> None:
+        if not math.isfinite(reading.loss):
+            raise FloatingPointError(
+                f"the loss is {reading.loss} at step {reading.step}: lower optim.lr or optim.clip_grad, lengthen "
+                "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
+            )
+        # For callbacks that monitor the loss of a step: a tensor on the CPU, which nobody has to wait for.
+        self.trainer.callback_metrics["train/loss"] = torch.full((), reading.loss)
+        last_of_its_step = reading.step < self.global_step  # else the window of accumulation goes on
+        if last_of_its_step and (reading.logged or self.trainer.should_stop):
+            row = {"train/loss": reading.loss, **reading.values, "epoch": reading.epoch}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row, step=reading.step)
+                logger.save()
+
+    def on_train_start(self) -> None:
+        """Forget what another fit has left."""
+        self.readings = Readings()
+        # Lightning asks rank 0 before every micro-batch whether it was told to end, and waits on the device for the
+        # answer. Each rank still looks after every step whether it was told so itself.
+        self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Collect at once what the last step of an epoch or of the run has measured: no other one does."""
+        trainer = self.trainer
+        if trainer.is_last_batch or trainer.should_stop or self.global_step == trainer.max_steps:
+            self.collect()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss of the epoch."""
+        self.collect()
+        mean = self.readings.take_mean()
+        if mean is not None:
+            self.log("train/loss_epoch", mean, sync_dist=True)
+
+
+def _nothing() -> None:
+    pass

@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.centering import Center
-from dino_lightning.config import DINOConfig, OptimConfig
+from dino_lightning.config import DINOConfig, OptimConfig, StepConfig
+from dino_lightning.factors import Factors
 from dino_lightning.heads import DINOHead
-from dino_lightning.losses import cross_view_entropy, entropy_and_divergence
-from dino_lightning.methods.base import MultiCropNetwork, StudentTeacher
+from dino_lightning.losses import Sharpness, cross_view_entropy, entropy_and_divergence
+from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.optim import drop_last_layer_gradients
+from dino_lightning.prototype_loss import chunked_cross_view_entropy
 from dino_lightning.schedules import Duration, LinearWarmup
 
 GLOBAL_CROPS = 2
@@ -36,51 +39,57 @@ class DINO(StudentTeacher):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
+        step: StepConfig | None = None,
     ) -> None:
+        how = step or StepConfig()
+        heads = [_head(config, feature_dim, train_norm=train) for train in (not config.norm_last_layer, False)]
         super().__init__(
-            MultiCropNetwork(student_backbone, _head(config, feature_dim, train_norm=not config.norm_last_layer)),
-            MultiCropNetwork(teacher_backbone, _head(config, feature_dim, train_norm=False)),
+            MultiCropNetwork(student_backbone, heads[0], step=how),
+            MultiCropNetwork(teacher_backbone, heads[1], step=how),
             optim=optim,
             teacher_momentum=config.teacher_momentum,
             teacher_momentum_end=config.teacher_momentum_end,
             batch_size_per_device=batch_size_per_device,
         )
-        self.config = config
+        self.config, self.step = config, how
         self.center = Center(config.out_dim, momentum=config.center_momentum)
 
     def loss(self, crops: list[Tensor]) -> Tensor:
         """Cross-entropy between the views (equation 3)."""
         B = len(crops[0])
         with torch.no_grad():
-            features_BD = self.teacher.features(crops[:GLOBAL_CROPS])
-            teacher_BK = self.teacher.head(features_BD)
-        student_BK = self.student(crops)
-        # Seen now, moved in `after_step`: the loss below still uses the old centre.
-        self.center.observe(teacher_BK)
+            features_SD = self.teacher.features(crops[:GLOBAL_CROPS])
+            teacher: Factors = self.teacher.head(features_SD, factors=True)
+            # Seen now, moved in `after_step`: the loss below still uses the old centre. The sum of logits is the
+            # logits of the sum.
+            self.center.observe(teacher.of_the_sum(), count=GLOBAL_CROPS * B)
+        student: Factors = self.student.head(self.student.features(crops), factors=True)
+        sharpness = self._sharpness()
         if self.is_logging_step:
-            self._log_collapse_signals(features_BD, student_BK[: len(teacher_BK)], teacher_BK)
+            self._note_collapse_signals(features_SD, student, teacher, sharpness)
+        if self.step.fused:
+            return chunked_cross_view_entropy(student, teacher, sharpness, images=B, rows=self.step.loss_rows)
         return cross_view_entropy(
-            student_BK.unflatten(0, (-1, B)),
-            teacher_BK.unflatten(0, (-1, B)),
+            student.logits().unflatten(0, (-1, B)), teacher.logits().unflatten(0, (-1, B)), sharpness
+        )
+
+    def _sharpness(self) -> Sharpness:
+        return Sharpness(
             student_temperature=self.config.student_temperature,
             teacher_temperature=self.value("teacher_temperature"),
             center=self.center.center,
         )
 
     @torch.no_grad()
-    def _log_collapse_signals(self, features_BD: Tensor, student_BK: Tensor, teacher_BK: Tensor) -> None:
-        entropy, divergence = entropy_and_divergence(
-            student_BK,
-            teacher_BK,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=self.value("teacher_temperature"),
-            center=self.center.center,
-        )
+    def _note_collapse_signals(
+        self, features_SD: Tensor, student: Factors, teacher: Factors, sharpness: Sharpness
+    ) -> None:
+        entropy, divergence = entropy_and_divergence(student, teacher, sharpness, rows=self.step.loss_rows)
+        self.note("collapse/teacher_entropy", entropy)
+        self.note("collapse/teacher_student_kl", divergence)
         # Of normalised features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
-        feature_std = F.normalize(features_BD, dim=-1).std(dim=0).mean()
-        signals = {"teacher_entropy": entropy, "teacher_student_kl": divergence, "feature_std": feature_std}
-        self.log_dict({f"collapse/{name}": value for name, value in signals.items()})
-        self.log("collapse/center_norm", self.center.center.norm())
+        self.note("collapse/feature_std", F.normalize(features_SD, dim=-1).std(dim=0).mean())
+        self.note("collapse/center_norm", self.center.center.norm())
 
     def method_schedules(self) -> dict[str, Callable[[int], float]]:
         """The teacher's temperature."""

@@ -1,0 +1,152 @@
+"""Floating-point operations of a training step, counted from the configuration, and what the machine can do.
+
+    python benchmarks/flops.py                                  ViT-S/16, 2 crops of 224 and 8 of 96, K = 65536
+    python benchmarks/flops.py --backbone vit_base --patch 8
+
+Counted are the matrix products and convolutions of the model, two operations for a multiplication with its addition:
+the student's forward pass over all crops three times (its backward pass has two products for each one of the forward
+pass), the teacher's once over the two global crops, head and prototypes included in both. Left out are norms, GELU,
+softmax, the loss and the optimizer. An implementation that computes something twice, or leaves out what nobody reads,
+is measured against the same count.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_lightning.config import BackboneConfig, CropsConfig, DINOConfig, TimmConfig, ViTConfig
+from dino_lightning.config.folder import backbone_config, backbone_names
+
+GLOBAL_CROPS, CHANNELS, MLP_RATIO = 2, 3, 4
+
+Counts = dict[str, float]
+"""Operations by part."""
+
+
+def main() -> None:
+    """Print the count by part."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backbone", choices=backbone_names(), default="vit_small")
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--prototypes", type=int, default=65536)
+    parser.add_argument("--locals", type=int, default=8)
+    options = parser.parse_args()
+    backbone = backbone_config(options.backbone)
+    if isinstance(backbone, ViTConfig):
+        backbone = dataclasses.replace(backbone, patch_size=options.patch)
+    crops, method = CropsConfig(local_count=options.locals), DINOConfig(out_dim=options.prototypes)
+    for name, count in step_flops(backbone, crops=crops, method=method).items():
+        print(f"{name:<18} {count / 1e9:9.2f} GFLOP an image")
+    print(f"{'all':<18} {model_flops(backbone, crops=crops, method=method) / 1e9:9.2f} GFLOP an image")
+
+
+def model_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOConfig) -> float:
+    """Operations of one training step per image."""
+    return sum(step_flops(backbone, crops=crops, method=method).values())
+
+
+def step_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOConfig) -> Counts:
+    """The same by part: those of `forward_flops`, `head_mlp` and `prototypes`."""
+    # Passes over a crop: three for the student, one more over the global crops for the teacher.
+    passes = {crops.global_size: 4 * GLOBAL_CROPS, crops.local_size: 3 * crops.local_count}
+    counts: Counts = {}
+    for size, times in passes.items():
+        for name, count in forward_flops(backbone, image_size=size).items():
+            counts[name] = counts.get(name, 0) + times * count
+    for name, count in head_flops(method, features=feature_width(backbone)).items():
+        counts[name] = sum(passes.values()) * count
+    return counts
+
+
+def forward_flops(backbone: BackboneConfig, *, image_size: int) -> Counts:
+    """A backbone's forward pass over one crop."""
+    if isinstance(backbone, ViTConfig):
+        return vit_flops(backbone, image_size=image_size)
+    return {"network": counted(network_on_paper(backbone), image_size=image_size)}
+
+
+def vit_flops(config: ViTConfig, *, image_size: int) -> Counts:
+    """Patch embedding, linear layers around the attention, its two products, and the MLPs."""
+    patches, D = (image_size // config.patch_size) ** 2, config.width
+    tokens = patches + 1
+    return {
+        "patch_embedding": 2.0 * patches * CHANNELS * config.patch_size**2 * D,
+        "attention_linear": 2.0 * config.depth * tokens * 4 * D * D,
+        "attention": 2.0 * config.depth * 2 * tokens * tokens * D,
+        "mlp": 2.0 * config.depth * tokens * 2 * MLP_RATIO * D * D,
+    }
+
+
+def head_flops(method: DINOConfig, *, features: int) -> Counts:
+    """The head's forward pass over one crop."""
+    widths = [features, *[method.head_hidden_dim] * (method.head_layers - 1), method.head_bottleneck_dim]
+    linear = sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
+    return {"head_mlp": 2.0 * linear, "prototypes": 2.0 * method.head_bottleneck_dim * method.out_dim}
+
+
+def feature_width(backbone: BackboneConfig) -> int:
+    """Width of the head's input."""
+    return backbone.width if isinstance(backbone, ViTConfig) else network_on_paper(backbone).num_features
+
+
+def network_on_paper(config: BackboneConfig) -> Any:
+    """A network of timm without memory for its weights."""
+    import timm
+
+    assert isinstance(config, TimmConfig)
+    with torch.device("meta"):
+        return timm.create_model(config.name, num_classes=0, **config.arguments)
+
+
+def counted(network: torch.nn.Module, *, image_size: int) -> float:
+    """Operations of a forward pass over one image, counted by PyTorch without computing them."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network(torch.empty(1, CHANNELS, image_size, image_size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+
+
+def matrix_rate(device: str, *, precision: str, size: int | None = None, turns: int = 5) -> float:
+    """Operations per second of a large square matrix product, the best of some turns.
+
+    `precision` is `32`, `tf32` or `bf16`; the setting for float32 products is as it was afterwards.
+    """
+    size = size or (8192 if device == "cuda" else 1024)
+    products = 10 if device == "cuda" else 1
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    ways: list[Callable[[], Any]] = [lambda: torch.mm(a, b)]
+    if device == "cpu":  # another library, with another rate: a convolution of one pixel over `size` pixels
+        pixels, kernel = a.view(1, 2, size // 2, size).permute(0, 3, 1, 2), b[:, :, None, None]
+        ways.append(lambda: torch.nn.functional.conv2d(pixels, kernel))
+    try:
+        best = min(seconds(way, times=products, device=device) for _ in range(turns + 1) for way in ways)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * size**3 / best
+
+
+def seconds(what: Callable[[], Any], *, times: int, device: str) -> float:
+    """How long it takes once, on a GPU until it is done there."""
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        what()
+    wait()
+    return (time.perf_counter() - start) / times
+
+
+if __name__ == "__main__":
+    main()

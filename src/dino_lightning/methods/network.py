@@ -1,0 +1,69 @@
+"""Backbone and head over crops of several resolutions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.config import StepConfig
+from dino_lightning.errors import UserError
+from dino_lightning.numerics import at_least_float32
+from dino_lightning.vit import OriginalViT
+
+
+class MultiCropNetwork(nn.Module):
+    """Backbone and head: one backbone pass for all crops, or one per resolution; one head pass in all."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, step: StepConfig | None = None) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.step = step or StepConfig()
+        self.packed = self.step.fused and isinstance(backbone, OriginalViT)
+        self.channels_last = _channels_last(backbone, self.step)
+        self._prepare()
+
+    def features(self, crops: list[Tensor]) -> Tensor:
+        """Features (V B, D) of V crops (B, C, size, size) in their order; consecutive equal sizes go together."""
+        runs: list[list[Tensor]] = []
+        for crop in crops:
+            if runs and runs[-1][-1].shape[-1] == crop.shape[-1]:
+                runs[-1].append(crop)
+            else:
+                runs.append([crop])
+        batches = [torch.cat(run) for run in runs]
+        if self.channels_last:
+            batches = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+        # In full precision, as the head's input is in the original also under mixed precision.
+        if self.packed:
+            return at_least_float32(self.backbone(batches))
+        return torch.cat([at_least_float32(self.backbone(batch)) for batch in batches])
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Head outputs (V B, K)."""
+        return self.head(self.features(crops))
+
+    def _prepare(self) -> None:
+        step, backbone = self.step, self.backbone
+        if self.channels_last:
+            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(backbone, OriginalViT) and self.packed:
+            backbone.apply_step(step)
+            return
+        if step.gradient_checkpointing:
+            _checkpoint(backbone)
+        if step.compile:
+            backbone.compile(dynamic=False)
+
+
+def _channels_last(backbone: nn.Module, step: StepConfig) -> bool:
+    if step.channels_last is None:
+        return getattr(backbone, "patch_embed", None) is None
+    return step.channels_last
+
+
+def _checkpoint(backbone: Any) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"step.gradient_checkpointing=true: timm's {type(backbone).__name__} has none; set "
+                        "step.gradient_checkpointing=false.") from error  # fmt: skip

@@ -1,0 +1,22 @@
+"""Memory of a process on a CPU."""
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's `mallopt`."""
+
+KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors of this process.
+
+    For large tensors glibc asks the system each time and gives the memory back at once; touching new pages takes far
+    longer than writing to known ones.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -1,0 +1,174 @@
+"""The paper's Vision Transformer: timm's blocks with three things of the original put back, and a fast training pass.
+
+Put back are the initial class token, the resampling of the position embedding, and (in `optim.py`) which parameters
+decay. The fast pass takes the crops of all resolutions at once; see `ops/packing.py`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.ops.dense import dense, gelu_dense, norm_dense
+from dino_lightning.ops.packing import (
+    Shapes,
+    Subset,
+    add_branch,
+    attend,
+    attend_in_one_call,
+    drawn_subset,
+    first_tokens,
+    joined,
+    pack,
+    sampled_scales,
+)
+
+Drop = Tensor | tuple[Subset, Subset] | None
+"""Stochastic depth of a block: factors of its two branches (2, M, 1), or the crops that compute them, or none."""
+
+
+class PackedBlock(Block):
+    """timm's block, which also knows packed tokens (M, D)."""
+
+    attention: str = "split"
+    checkpointed: bool = False
+    pass_function: "Callable[..., Tensor] | None" = None
+    """`packed_pass`, compiled; None for as it is."""
+
+    def forward(self, x: Tensor, *args: Any, shapes: Shapes | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+        """timm's pass over tokens (B, N, D); with `shapes`, `packed_pass` over packed ones."""
+        if shapes is None:
+            return super().forward(x, *args, **options)
+        run = self.pass_function or packed_pass
+        if self.checkpointed and torch.is_grad_enabled():
+            # Nothing is drawn inside: what is dropped comes from outside.
+            return checkpoint(run, self, x, shapes, use_reentrant=False, preserve_rng_state=False, **options)
+        return run(self, x, shapes, **options)
+
+
+def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop = None, last: bool = False) -> Tensor:
+    """A pre-norm transformer block over packed tokens: (M, D).
+
+    With `last`, only the class tokens (S, D): of the last block nothing else is read, so nothing else is computed.
+    """
+    if isinstance(drop, tuple):
+        for branch, subset in zip((_attention, _mlp), drop, strict=True):
+            part_mD = branch(block, x_MD[subset.rows_m], subset.shapes) * subset.scale_m1
+            x_MD = x_MD.index_add(0, subset.rows_m, part_mD.to(x_MD.dtype))
+        return first_tokens(x_MD, shapes) if last else x_MD
+    first, second = (None, None) if drop is None else drop.unbind(0)
+    branch_MD = _attention(block, x_MD, shapes, first_only=last)
+    if last:
+        x_MD = first_tokens(x_MD, shapes)
+        first, second = (None if scale is None else first_tokens(scale, shapes) for scale in (first, second))
+    x_MD = add_branch(x_MD, branch_MD, first)
+    return add_branch(x_MD, _mlp(block, x_MD, shapes), second)
+
+
+def _attention(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, first_only: bool = False) -> Tensor:
+    layers, norm = cast(Any, block.attn), cast(nn.LayerNorm, block.norm1)
+    qkv_M3D = norm_dense(x_MD, norm, layers.qkv)
+    if block.attention == "varlen" and not first_only:
+        return dense(attend_in_one_call(qkv_M3D, shapes, heads=layers.num_heads), layers.proj)
+    parts = attend(qkv_M3D, shapes, heads=layers.num_heads, first_only=first_only)
+    return joined([dense(part, layers.proj) for part in parts])
+
+
+def _mlp(block: PackedBlock, x_MD: Tensor, shapes: Shapes) -> Tensor:
+    layers, norm = cast(Any, block.mlp), cast(nn.LayerNorm, block.norm2)
+    return gelu_dense(norm_dense(x_MD, norm, layers.fc1), layers.fc2)
+
+
+@cache
+def compiled_pass(backend: str = "inductor") -> Callable[..., Tensor]:
+    """`packed_pass` through `torch.compile`; all blocks share what it compiles."""
+    return torch.compile(packed_pass, dynamic=False, fullgraph=True, backend=backend)
+
+
+class OriginalViT(VisionTransformer):
+    """timm's Vision Transformer, initialised and resampled as the original DINO does.
+
+    Its state dict has the original's keys and loads into `timm.create_model` as it is.
+    """
+
+    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
+        super().__init__(
+            img_size=image_size,
+            in_chans=channels,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            drop_path_rate=drop_path_rate,
+            dynamic_img_size=True,
+            block_fn=PackedBlock,
+        )
+        assert self.cls_token is not None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
+        self.drop_path_mode = config.drop_path
+
+    def apply_step(self, step: StepConfig) -> None:
+        """Compute the training pass as configured."""
+        for block in cast("list[PackedBlock]", self.blocks):
+            block.attention = step.attention
+            block.checkpointed = step.gradient_checkpointing
+            block.pass_function = compiled_pass() if step.compile else None
+
+    def forward(self, x: Tensor | list[Tensor], *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        """Features (B, D) of images (B, C, H, W); (S, D) of a list of them of several sizes, in its order."""
+        return self.packed_features(x) if isinstance(x, list) else super().forward(x, *args, **options)
+
+    def packed_features(self, crops: list[Tensor]) -> Tensor:
+        """The features of S crops of several sizes, in one pass of all layers: (S, D)."""
+        x_MD, shapes = pack([self._pos_embed(self.patch_embed(images_BCHW)) for images_BCHW in crops])
+        blocks = cast("list[PackedBlock]", self.blocks)
+        for index, (block, drop) in enumerate(zip(blocks, self._drops(shapes, x_MD.device), strict=True)):
+            x_MD = block(x_MD, shapes=shapes, drop=drop, last=index + 1 == len(blocks))
+        return self.norm(x_MD)
+
+    def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
+        rates = tuple(_rate(block) for block in cast("list[PackedBlock]", self.blocks))
+        if not self.training or not any(rates):
+            return [None] * len(rates)
+        if self.drop_path_mode == "subset":
+            pairs = [(rate, (drawn_subset(rate, shapes, device), drawn_subset(rate, shapes, device))) for rate in rates]
+            return [pair if rate else None for rate, pair in pairs]
+        return [scales if rate else None
+                for rate, scales in zip(rates, sampled_scales(rates, shapes, device), strict=True)]  # fmt: skip
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
+        B, h, w, D = x.shape
+        tokens_BND = torch.cat([self.cls_token.expand(B, -1, -1), x.view(B, -1, D)], dim=1)
+        return self.pos_drop(tokens_BND + resample_position_embedding(self.pos_embed, h, w))
+
+
+def _rate(block: PackedBlock) -> float:
+    return block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
+
+
+def resample_position_embedding(table_1ND: Tensor, h: int, w: int) -> Tensor:
+    """The position embedding (1, 1 + h w, D) on a grid of h x w patches; the class token's stays.
+
+    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
+    shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
+    resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
+    """
+    side = math.isqrt(table_1ND.shape[1] - 1)
+    if (h, w) == (side, side):
+        return table_1ND
+    cls_11D, patches_1ND = table_1ND[:, :1], table_1ND[:, 1:]
+    grid_1Dss = patches_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((h + 0.1) / side, (w + 0.1) / side)
+    grid_1Dhw = F.interpolate(grid_1Dss, scale_factor=scale, mode="bicubic")
+    return torch.cat([cls_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)

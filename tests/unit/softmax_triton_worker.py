@@ -1,0 +1,57 @@
+"""Runs the Triton kernels on the CPU, in triton's interpreter: `python softmax_triton_worker.py CASES RESULTS`.
+
+A process of its own, because triton reads TRITON_INTERPRET when it is imported.
+"""
+
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
+
+TAU = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+
+
+FAR = {"views": ((3, 1, 100), (2**30, 128, 1)), "images": ((3, 3, 100), (128, 2**30, 1))}
+"""Shapes and strides of rows 2^30 elements apart: the third is past 2^31."""
+
+
+def far_apart(layout: str) -> dict[str, torch.Tensor]:
+    """A student and a teacher in a buffer of which only their rows are ever touched."""
+    buffer = torch.empty(2**31 + 1024, dtype=torch.float16)
+    student, teacher = (buffer.as_strided(*FAR[layout], offset) for offset in (0, 512))
+    for rows in (student, teacher):
+        rows.copy_(torch.rand(rows.shape) * 2 - 1)
+    center = torch.randn(100) / 5
+    before = {"before": student.clone(), "teacher": teacher.clone(), "center": center}
+    loss = loss_and_gradient_(student, teacher, center, **TAU, gradient_scale=1.0)
+    return before | {"after": student.clone(), "loss": loss}
+
+
+def without_triton() -> bool:
+    """What `_has_triton` says where it is not installed."""
+    softmax_triton._has_triton.cache_clear()
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    answer = softmax_triton._has_triton()
+    del sys.modules["triton"]
+    softmax_triton._has_triton.cache_clear()
+    return answer
+
+
+if __name__ == "__main__":
+    before = "triton" in sys.modules
+    from dino_lightning.ops import softmax_triton
+    from dino_lightning.ops.softmax_triton import loss_and_gradient_
+
+    results: dict[str, Any] = {"imports_triton": ("triton" in sys.modules) > before}
+    results["has_triton_without"] = without_triton()
+    for name, case in torch.load(sys.argv[1]).items():
+        student, teacher, center = case["student"], case["teacher"], case["center"]
+        loss = loss_and_gradient_(student, teacher, center, **TAU, gradient_scale=case["scale"])
+        results[name] = {"loss": loss, "buffer": case["buffer"]}
+    results |= {f"{layout} far apart": far_apart(layout) for layout in FAR}
+    torch.save(results, sys.argv[2])

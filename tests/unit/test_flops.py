@@ -1,0 +1,95 @@
+"""Operations of a step: the formula against what PyTorch counts in real networks."""
+
+import pytest
+import torch
+from flops import feature_width, forward_flops, head_flops, matrix_rate, model_flops, step_flops
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_lightning.config import CropsConfig, DINOConfig, TimmConfig, ViTConfig
+
+SMALL = ViTConfig(width=32, depth=2, heads=2, patch_size=8)
+
+
+def network(config: ViTConfig, *, image_size: int) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=image_size, patch_size=config.patch_size, embed_dim=config.width, depth=config.depth,
+        num_heads=config.heads, num_classes=0,
+    )  # fmt: skip
+
+
+def count(module: nn.Module, x: torch.Tensor, *, backward: bool = False) -> int:
+    """Operations that PyTorch counts, with the attention written out so that it sees its products."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward), counter:
+        y = module(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("image_size", [32, 48])
+def test_forward_of_a_vit(image_size: int):
+    counted = count(network(SMALL, image_size=image_size), torch.randn(3, 3, image_size, image_size))
+    assert 3 * sum(forward_flops(SMALL, image_size=image_size).values()) == counted
+
+
+def test_backward_of_a_vit_is_twice_its_forward():
+    parts = forward_flops(SMALL, image_size=32)
+    counted = count(network(SMALL, image_size=32), torch.randn(1, 3, 32, 32), backward=True)
+    # Nobody asks for the gradient of the images: PyTorch leaves out a third of the patch embedding, the convention not.
+    assert counted == 3 * sum(parts.values()) - parts["patch_embedding"]
+
+
+def test_parts_of_a_block():
+    block = network(SMALL, image_size=32).blocks[0]
+    parts, tokens = forward_flops(SMALL, image_size=32), torch.randn(1, 17, SMALL.width)
+    assert count(block.mlp, tokens) * SMALL.depth == parts["mlp"]
+    assert count(block.attn, tokens) * SMALL.depth == parts["attention_linear"] + parts["attention"]
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_head(layers: int):
+    method = DINOConfig(out_dim=48, head_layers=layers, head_hidden_dim=20, head_bottleneck_dim=12)
+    widths = [32, *[20] * (layers - 1), 12]
+    mlp = nn.Sequential(*[nn.Linear(widths[i], widths[i + 1]) for i in range(layers)])
+    x = torch.randn(1, 32)
+    assert head_flops(method, features=32) == {
+        "head_mlp": count(mlp, x),
+        "prototypes": count(nn.Linear(12, 48, bias=False), mlp(x)),
+    }
+
+
+def test_passes_of_a_step():
+    crops, method = CropsConfig(global_size=32, local_size=16, local_count=5), DINOConfig(out_dim=48)
+    large, small = (sum(forward_flops(SMALL, image_size=size).values()) for size in (32, 16))
+    head = sum(head_flops(method, features=32).values())
+    student, teacher = 2 * (large + head) + 5 * (small + head), 2 * (large + head)
+    assert model_flops(SMALL, crops=crops, method=method) == 3 * student + teacher
+
+
+def test_vit_small_of_the_paper():
+    assert model_flops(ViTConfig(), crops=CropsConfig(), method=DINOConfig()) == pytest.approx(114e9, rel=0.005)
+
+
+def test_resnet50():
+    config = TimmConfig(name="resnet50")
+    flops = [forward_flops(config, image_size=size)["network"] for size in (224, 96)]
+    assert flops[0] == pytest.approx(2 * 4.09e9, rel=0.01)  # as published: 4.09 billion multiply-adds
+    assert flops[1] / flops[0] == pytest.approx((96 / 224) ** 2, rel=0.01)
+    assert feature_width(config) == 2048
+    parts = step_flops(config, crops=CropsConfig(), method=DINOConfig())
+    assert parts["network"] == 8 * flops[0] + 24 * flops[1]
+
+
+@pytest.mark.parametrize("precision", ["32", "tf32", "bf16"])
+def test_matrix_rate_leaves_the_precision_alone(precision: str):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        # A core does no fewer than a million operations a second and no more than a trillion.
+        assert 1e6 < matrix_rate("cpu", precision=precision, size=128, turns=1) / torch.get_num_threads() < 1e12
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

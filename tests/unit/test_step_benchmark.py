@@ -1,0 +1,134 @@
+"""The benchmark of the training step: ours alone for real, and what it makes of its measurements."""
+
+import json
+from importlib.metadata import version
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import step
+import tiny
+from step_report import figures
+from step_sides import configured
+from step_turns import Measured
+from step_windows import Setting, Windows
+
+from dino_lightning.config import TimmConfig, ViTConfig
+
+MEASURED = Measured(
+    seconds={"ours": [2.0, 4.0, 3.0], "original": [4.0, 5.0, 4.0]},
+    memory={
+        "ours": {"resident": 300.0, "over_start": 100.0},
+        "original": {"resident": 400.0, "over_start": 250.0},
+    },
+    flops=2e9,
+    matrix_rate=4e9,
+)
+
+
+def test_ours_alone(capsys: pytest.CaptureFixture[str]):
+    words = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --pairs 2 --warmup 1 --json"
+    step.main([*words.split(), "--set", "backbone.depth=1"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["config"]["backbone"] == "vit_tiny"
+    assert row["pairs"] == 2
+    memory = row["memory_mb"]["ours"]
+    assert 0 < memory["over_start"] < memory["resident"]
+    assert row["utilisation"]["ours"] > 0
+    assert 0 < row["gflop_per_image"] < 4  # one block of twelve
+    assert {"commit", "torch", "device", "command"} <= row.keys()
+    assert "time_ratio" not in row
+
+
+def test_a_window_holds_whole_steps():
+    here, there = Pipe()
+    record, seen = tiny.Record(), []
+    setting = Setting(most_steps=5)
+
+    def command() -> None:
+        assert here.recv()[0] == "ready"
+        for steps in (2, 3):
+            here.send(steps)
+            kind, content = here.recv()
+            # The loop stands still until the next command: what it has done by now lay within the window.
+            seen.append((kind, len(record.losses), content["seconds"] > 0))
+        here.send("stop")
+
+    windows = Windows(there, setting)
+    windows.batches = tiny.batches(5)
+    thread = Thread(target=command)
+    thread.start()
+    with pytest.raises(EOFError):
+        tiny.fit(tiny.dino(), windows, callbacks=[record])
+    thread.join()
+    assert seen == [("done", 2, True), ("done", 5, True)]
+
+
+def test_figures_of_a_cpu_are_relative():
+    row = figures(MEASURED, Setting(device="cpu", batch=8))
+    assert row["ratios"] == [0.5, 0.8, 0.75]
+    assert (row["time_ratio"], row["time_ratio_min"], row["time_ratio_max"]) == (0.75, 0.5, 0.8)
+    assert row["memory_ratio"] == 0.75
+    assert row["memory_over_start_ratio"] == 0.4
+    # 8 images in 3 seconds at 2 GFLOP each, of 4 GFLOP/s.
+    assert row["utilisation"] == {"ours": round(8 / 3 / 2, 4), "original": 1.0}
+    assert not {"images_per_second", "matrix_tflops"} & row.keys()
+
+
+def test_figures_of_a_gpu():
+    memory = {"ours": {"allocated": 30.0}, "original": {"allocated": 50.0}}
+    row = figures(Measured(MEASURED.seconds, memory, 2e9, 4e12), Setting(device="cuda", batch=8))
+    assert row["images_per_second"] == {"ours": 2.7, "original": 2.0}
+    assert row["memory_ratio"] == 0.6
+    assert row["matrix_tflops"] == 4.0
+
+
+def test_figures_without_memory_for_one_side():
+    alone = Measured({"ours": [2.0]}, {"ours": {"resident": 1.0, "over_start": 0.5}}, 2e9, 4e9, ["original"], True)
+    row = figures(alone, Setting(device="cpu", batch=8))
+    assert row["out_of_memory"] == ["original"]
+    assert "time_ratio" not in row
+    step.show([row | {"config": step.described(Setting(), [])["config"], "pairs": 1}])
+
+
+def test_both_sides_get_the_same_setting(tmp_path: Path):
+    setting = Setting("vit_base", patch=8, batch=3, prototypes=99, local_crops=4, precision="bf16")
+    config = configured(setting, output_dir=tmp_path)
+    assert isinstance(config.backbone, ViTConfig)
+    assert (config.backbone.width, config.backbone.patch_size, config.backbone.drop_path_rate) == (768, 8, 0.1)
+    assert (config.data.batch_size_per_device, config.method.out_dim, config.crops.local_count) == (3, 99, 4)
+    assert (config.trainer.precision, config.optim.lr, config.optim.clip_grad) == ("bf16-mixed", 0.0005, 3.0)
+    assert config.method.freeze_last_layer == "0ep"
+    convolutional = configured(Setting("resnet50", precision="tf32"), output_dir=tmp_path)
+    assert isinstance(convolutional.backbone, TimmConfig)
+    assert (convolutional.optim.momentum, convolutional.optim.lr) == (0.9, 0.03)
+    assert convolutional.step.matmul_precision == "high"
+
+
+def test_a_folder_is_long_enough_for_one_epoch(tmp_path: Path):
+    for name in ("a/1.jpg", "b/2.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with step.enlarged(tmp_path, images=5) as folder:
+        files = sorted(folder.rglob("*.*"))
+        assert [file.parent.name for file in files] == ["a", "a", "a", "b", "b"]
+        assert {file.read_text() for file in files} == {"a/1.jpg", "b/2.png"}
+
+
+def test_recorded_commands_have_no_paths():
+    words = ["--original", "/home/me/dino", "--data=/mine", "--set", "step.compile=true"]
+    assert step.without_paths(words) == ["--original", "DIR", "--data=IMAGES", "--set", "step.compile=true"]
+
+
+def test_sweeps_begin_with_the_command_line():
+    rows = list(step.settings(step.parse(["--device", "cpu", "--sweep", "quick", "--threads", "1", "--patch", "8"])))
+    assert [row.batch for row in rows] == [2, 1, 2]
+    assert {row.patch for row in rows} == {8}
+    assert rows[-1] == Setting("resnet50", patch=8, batch=2, prototypes=256, local_crops=1, threads=1)
+
+
+def test_recorded_rows_name_the_machine():
+    row = step.described(Setting(threads=2), ["--json"])
+    assert row["torch"] == version("torch")
+    assert row["device"].startswith("2 threads of ")
