@@ -36,6 +36,7 @@ measure() {
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
   if [ "$status" -eq 0 ]; then
     tail -n 1 "$OUT/$name.log" | grep '^{' >"$OUT/$name.json" || rm -f "$OUT/$name.json"
+    result=$(tail -n 1 "$OUT/$name.log" | cut -c1-100)
     [ -f "$OUT/$name.json" ] && result=$("$PYTHON" benchmarks/gpu_tools.py figures "$OUT/$name.json")
   else
     failed+=("$name")
@@ -53,13 +54,13 @@ step() { # NAME LIMIT OPTIONS...
 small=()
 images=128
 sweep=short
-run=(backbone=vit_small data.batch_size_per_device=64 data.train_images=1920 data.num_workers=8 trainer.max_steps=30
+run=(backbone=vit_small data.batch_size_per_device=64 data.train_images=1920 data.num_workers=8
   trainer.precision=bf16-mixed trainer.accelerator=gpu crops.backend=device)
 if [ -n "$QUICK" ]; then
   small=(--batch 1 --prototypes 64 --locals 1 --warmup 1 --threads 1 --backbone vit_tiny)
   images=4
   sweep=quick
-  run=(backbone=vit_tiny data.batch_size_per_device=2 data.train_images=8 data.num_workers=0 trainer.max_steps=2
+  run=(backbone=vit_tiny data.batch_size_per_device=2 data.train_images=8 data.num_workers=0
     trainer.precision=32 "trainer.accelerator=$([ "$DEVICE" = cpu ] && echo cpu || echo gpu)" crops.backend=device
     backbone.depth=1 method.out_dim=64 cpu_threads=1)
 fi
@@ -84,8 +85,8 @@ compiled=(--set step.compile=true)
     $([ -n "$QUICK" ] && echo --steps 1)
   measure jpegs 10 "$PYTHON" benchmarks/gpu_tools.py jpegs "$WORK/images/all" --count "$images"
   step whole 40 "${beside[@]}" --precision bf16 --data "$WORK/images" --set crops.backend=device $(turns 10 2)
-  measure train 30 "$PYTHON" train.py experiment=vits16_100ep data=builtin trainer.devices=1 trainer.max_epochs=-1 \
-    trainer.enable_progress_bar=false trainer.enable_checkpointing=false callbacks.knn.enabled=false optim.lr_warmup=10it \
+  measure train 30 "$PYTHON" train.py experiment=vits16_100ep data=builtin trainer.devices=1 trainer.max_epochs=1 \
+    trainer.enable_progress_bar=false trainer.enable_checkpointing=false callbacks.knn.enabled=false optim.lr_warmup=4it \
     method.freeze_last_layer=0ep "${run[@]}" output_dir="$WORK/train"
   measure data_gpu 15 "$PYTHON" benchmarks/gpu_tools.py augmentation "$WORK/images/all"
   step sweep 40 --precision bf16 --sweep "$sweep" $(turns 10 1)

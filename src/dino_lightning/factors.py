@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from dino_lightning.numerics import without_autocast
+from dino_lightning.numerics import at_least_float32, without_autocast
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Factors:
     def of_the_sum(self) -> Tensor:
         """The sum (1, K) of the logits of all crops, for the price of one crop's and in full precision."""
         with without_autocast(self.points):
-            return F.linear(self.points.sum(dim=0, keepdim=True), self.prototypes)
+            return F.linear(at_least_float32(self.points).sum(dim=0, keepdim=True), at_least_float32(self.prototypes))
 
 
 # What a network gives back is searched for tensors by FSDP; up to PyTorch 2.12 it looks into registered classes only.

@@ -1,18 +1,19 @@
 """Networks whose weights are spread over devices (FSDP2).
 
-Each device keeps a slice of every parameter, its gradient and its optimizer state: a `DTensor`, cut along the first
-dimension. A block's weights are whole only while the block runs. What looks at weights in another place uses
+Each device keeps a slice of every parameter, its gradient and its optimizer state: a `DTensor`, mostly cut along the
+first dimension. A block's weights are whole only while the block runs. What looks at weights in another place uses
 `gathered` or `whole`, on all ranks together; all functions here leave ordinary networks and tensors as they are.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dino_lightning.distributed import all_reduce_sum
 from dino_lightning.numerics import at_least_float32
@@ -24,10 +25,24 @@ def shard(network: nn.Module, *, mesh: DeviceMesh, in_parts: bool = True) -> Non
     The network is gathered when it is called itself, not when a module around it is; `in_parts` part by part, each when
     it is called itself, else all at once, for a network that reads weights of its parts without calling them.
     """
-    # `reshard_after_forward` also at the top, where FSDP would keep the weights whole until the backward pass: a teacher
-    # has none, and the moving average needs its slices.
-    for part in (*(_parts(network) if in_parts else ()), network):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    parts = _parts(network) if in_parts else []
+    cut = partial(placement, ranks=mesh.size())
+    for part in (*parts, network):
+        # `reshard_after_forward` also at the top, where FSDP would keep the weights whole until the backward pass: a
+        # teacher has none, and the moving average needs its slices.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=cut)
+
+
+def placement(parameter: nn.Parameter, *, ranks: int) -> Shard | None:
+    """The dimension to cut along; None for the first.
+
+    What has fewer rows than there are ranks is cut along another dimension where one divides evenly, which FSDP asks
+    for: a slice of rows is padded to a whole row on every rank, so that of a position embedding, which is one row, each
+    rank would receive as many copies as there are ranks.
+    """
+    if parameter.shape[0] >= ranks:
+        return None
+    return next((Shard(i) for i, size in enumerate(parameter.shape) if i and size % ranks == 0), None)
 
 
 def _parts(network: nn.Module) -> list[nn.Module]:

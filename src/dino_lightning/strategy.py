@@ -56,7 +56,10 @@ def _chosen_by_lightning(config: TrainerConfig) -> str:
         plugins=config.plugins,
         barebones=True,
     )
-    return getattr(trainer.strategy, "strategy_name", "auto") if isinstance(trainer.strategy, DDPStrategy) else "auto"
+    if not isinstance(trainer.strategy, DDPStrategy):
+        return "auto"
+    launcher = trainer.strategy.launcher
+    return "ddp_notebook" if launcher is not None and launcher.is_interactive_compatible else "ddp"
 
 
 class DataParallel(DDPStrategy):

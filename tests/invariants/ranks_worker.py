@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import lightning as L
 import tiny
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +65,32 @@ class Watch(L.Callback):
         """In how many pieces of memory the gradients of each step lie."""
         self.settings: dict[str, bool] = {}
         """Of DDP."""
+        self.sent: list[dict[str, int]] = []
+        """Bytes by kind in each micro-batch, of what is asked of `torch.distributed`; and DDP's gradients."""
+        self._seen: Counter[str] = Counter()
+
+    def listen(self) -> None:
+        """Count what this rank sends from now on; of a gather or a sum over two ranks, as much as it brings."""
+        counted = {"all_gather_single": 1, "all_gather_into_tensor": 1, "reduce_scatter_single": 0,
+                   "reduce_scatter_tensor": 0, "all_reduce": 0}  # fmt: skip
+        for name, argument in counted.items():
+            if hasattr(dist, name):
+                setattr(dist, name, self._counting(name.removesuffix("_single"), getattr(dist, name), argument))
+
+    def _counting(self, name: str, function: Callable[..., Any], argument: int) -> Callable[..., Any]:
+        def count(*args: Any, **options: Any) -> Any:
+            own = [*args, *options.values()][argument]
+            self._seen[name] += own.numel() * own.element_size()
+            return function(*args, **options)
+
+        return count
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            self._seen["gradients"] = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
+        self.sent.append(dict(self._seen))
+        self._seen.clear()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         wrapped = trainer.strategy.model
@@ -121,6 +150,7 @@ def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
     parts = tiny.split(batches, parts=RANKS * case.accumulate)
     own = [batch for index, batch in enumerate(parts) if index % RANKS == trainer.global_rank]
     loader = DataLoader(own, batch_size=None)  # type: ignore[arg-type]
+    watch.listen()
     trainer.fit(module, loader, ckpt_path=start if start.exists() else None, weights_only=True)
     trainer.save_checkpoint(end)
     return {
@@ -132,7 +162,8 @@ def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
         "storages": watch.storages,
         "settings": watch.settings,
         "sharded": [is_sharded(tensor) for tensor in module.parameters()],
-        "rows": {name: rows(tensor) for name, tensor in all_tensors(module, trainer).items()},
+        "sizes": {name: sizes(tensor) for name, tensor in all_tensors(module, trainer).items()},
+        "sent": watch.sent,
         "rates": record.rates,
         "options": [{key: group[key] for key in ("fused", "foreach") if key in group}
                     for group in trainer.optimizers[0].param_groups],
@@ -151,9 +182,9 @@ def all_tensors(module: Any, trainer: L.Trainer) -> dict[str, Tensor]:
     return tensors
 
 
-def rows(tensor: Tensor) -> tuple[int, int]:
-    """Of the whole tensor, and of those on this rank."""
-    return tensor.shape[0], local(tensor).shape[0]
+def sizes(tensor: Tensor) -> tuple[list[int], int]:
+    """The shape of the whole, and how many numbers are on this rank."""
+    return list(tensor.shape), local(tensor).numel()
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """Two ranks over gloo train as one process with the same total batch, each with whole networks (DDP) or with slices."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling_bytes
 import tiny
 import torch
 from torch import Tensor
@@ -155,18 +157,36 @@ def test_who_averages_the_gradients(name: str, case: Case, ranks: list[dict[str,
 def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
     """Weights, gradients and moments, of the teacher as of the student."""
     assert {*ranks[0]["sharded"], *ranks[1]["sharded"]} == {case.strategy == "fsdp"}
-    first, second = (rank["rows"] for rank in ranks)
+    first, second = (rank["sizes"] for rank in ranks)
     assert any(name.startswith("gradient of student.") for name in first)
     assert any("exp_avg" in name or "momentum_buffer" in name for name in first)
-    for name, (whole, here) in first.items():
-        there = second[name][1]
+    for name, (shape, here) in first.items():
+        there, whole = second[name][1], math.prod(shape)
         if case.strategy == "fsdp":
-            assert (here, there) == (-(-whole // 2), whole // 2), name
+            # Rows, of which the first rank has the one that is left over; or half of the only row.
+            left = whole // shape[0] if shape[0] % 2 and shape[0] > 1 else 0
+            assert (here, there) == ((whole + left) // 2, (whole - left) // 2), name
         else:
             assert here == there == whole
     for name in first:
         if name.startswith("student."):
             assert first[name] == first[name.replace("student", "teacher")]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_bytes_sent_are_those_on_paper(name: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
+    """`docs/scaling.md` reckons with them."""
+    options: Any = {"gpus": ranks_worker.RANKS, "element": 8}
+    small = sum(scaling_bytes.small_bytes(tiny.K, **options).values())
+    if name == "ddp":
+        expected = {"all_reduce": small, "gradients": scaling_bytes.ddp_bytes(alone.module.student, **options)}
+    else:
+        paper = scaling_bytes.fsdp_bytes(alone.module, **options)
+        gathered = paper["teacher"] + paper["forward"] + paper["backward"]
+        expected = {"all_gather": gathered, "reduce_scatter": paper["gradients"], "all_reduce": small + paper["norms"]}
+    for rank in ranks:
+        for sent in rank["sent"][1 : ranks_worker.STEPS - 1]:  # around epochs, Lightning has words to exchange too
+            assert sent == expected
 
 
 def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from dino_lightning.config import AdamWConfig
+from dino_lightning.config import AdamWConfig, StepConfig
 from dino_lightning.methods.dino import DINO
 
 EPOCHS, PER_EPOCH = 2, 3
@@ -67,12 +67,15 @@ def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
     assert {adam.steps for adam in oracle.adam.values()} == {TOTAL, TOTAL - PER_EPOCH}
 
 
-def test_views_of_each_resolution_go_through_the_backbone_once() -> None:
-    module, sizes = tiny.dino().double(), []
-    module.student.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+@pytest.mark.parametrize("fused", [True, False])
+def test_views_of_each_resolution_go_through_the_backbone_once(fused: bool) -> None:
+    module, seen = tiny.dino(step=StepConfig(fused=fused)).double(), []
+    module.student.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     (crops,) = tiny.batches(1)
     together = module.student(crops)
-    assert sizes == [(16, 3, 32, 32), (16, 3, 16, 16)]
+    assert len(seen) == (1 if fused else 2), "all resolutions in one pass, or one each"
+    batches = seen[0] if fused else seen
+    assert [tuple(batch.shape) for batch in batches] == [(16, 3, 32, 32), (16, 3, 16, 16)]
     apart = torch.cat([module.student.head(module.student.backbone(crop)) for crop in crops])
     torch.testing.assert_close(together, apart, **EXACT)
 

@@ -23,7 +23,7 @@ from dino_lightning.config import (
     ViTConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.losses import cross_view_entropy
+from dino_lightning.losses import Sharpness, cross_view_entropy
 
 LAST = ("head.last_layer.weight_g", "head.last_layer.weight_v")
 
@@ -54,7 +54,9 @@ def test_centre_is_used_before_it_moves() -> None:
         teacher = module.teacher(crops[:2]).unflatten(0, (2, -1))
         student = module.student(crops).unflatten(0, (4, -1))
     losses = [
-        cross_view_entropy(student, teacher, student_temperature=0.1, teacher_temperature=0.04, center=center).item()
+        cross_view_entropy(
+            student, teacher, Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center)
+        ).item()
         for center in (torch.zeros(1, tiny.K).double(), teacher.flatten(0, 1).mean(0, keepdim=True) * 0.1)
     ]
     record = tiny.fit(module, [crops])

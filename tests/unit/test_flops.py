@@ -1,5 +1,7 @@
 """Operations of a step: the formula against what PyTorch counts in real networks."""
 
+import time
+
 import pytest
 import torch
 from flops import feature_width, forward_flops, head_flops, matrix_rate, model_flops, step_flops
@@ -88,8 +90,17 @@ def test_resnet50():
 def test_matrix_rate_leaves_the_precision_alone(precision: str):
     torch.set_float32_matmul_precision("medium")
     try:
-        # A core does no fewer than a million operations a second and no more than a trillion.
-        assert 1e6 < matrix_rate("cpu", precision=precision, size=128, turns=1) / torch.get_num_threads() < 1e12
+        assert matrix_rate("cpu", precision=precision, size=64, turns=1) > 0
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_matrix_rate():
+    a, best = torch.randn(256, 256), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    # Far apart, as a busy machine or another library may be, and still in the same unit.
+    assert 0.1 < matrix_rate("cpu", precision="32", size=256) * best / (2 * 256**3) < 10

@@ -76,8 +76,8 @@ def test_fused_trains_as_foreach(config: OptimConfig, scale: dict[str, float], m
 
 
 def test_clips_what_is_unscaled(config: OptimConfig) -> None:
-    _, watch, _ = train(config)
-    assert set(watch.scales) == {2.0**16}
+    _, watch, _ = train(config, init_scale=2.0**10)
+    assert set(watch.scales) == {2.0**10}, "no gradient overflows"
     raw = [norm for step in watch.before for norm in step.values()]
     assert max(raw) < 100, "a callback, too, sees no scale"
     assert any(norm > 2 * CLIP for norm in raw)

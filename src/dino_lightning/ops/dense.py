@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from dino_lightning.numerics import autocast_dtype, without_autocast
 
-LEAST_PRODUCTS = 1 << 20
-"""Multiplications below which a convolution is not worth its set-up."""
+LEAST_INPUTS, LEAST_PRODUCTS = 20480, 1 << 20
+"""Numbers up to which PyTorch itself keeps a picture from oneDNN, and products below which the set-up is not worth
+it."""
 
 VECTORS = ("AVX2", "AVX512")
 """Processors on which oneDNN is known to be the faster one."""
@@ -137,7 +138,7 @@ def _convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, grid: tuple[in
 
 def _grid(x_MI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
     """Height and width of a picture whose pixels are the rows of x; None where a matrix product is better."""
-    if not _convolves(x_MI) or x_MI.numel() * len(weight_OI) < LEAST_PRODUCTS:
+    if not _convolves(x_MI) or x_MI.numel() <= LEAST_INPUTS or x_MI.numel() * len(weight_OI) < LEAST_PRODUCTS:
         return None
     rows = len(x_MI)
     # Both sides above 1, or its strides would not say that channels come last.

@@ -123,4 +123,6 @@ def add_branch(x_MD: Tensor, branch_MD: Tensor, scale_M1: Tensor | None) -> Tens
     """x + scale * branch."""
     if scale_M1 is None:
         return x_MD + branch_MD
+    if branch_MD.dtype == x_MD.dtype:
+        return torch.addcmul(x_MD, branch_MD, scale_M1.to(x_MD.dtype))
     return x_MD + branch_MD * scale_M1.to(branch_MD.dtype)

@@ -1,0 +1,128 @@
+"""Training on many GPUs, on paper: bytes on the wire, what hides behind what, and where it stops growing.
+
+    python benchmarks/scaling.py                          # the tables of docs/scaling.md
+    python benchmarks/scaling.py --share 0.3 --cores 8    # under other assumptions
+
+Nothing is measured. Weights are counted in the real modules (`scaling_bytes.py`), operations by `flops.py`; what
+hardware does is an assumption with an option of its own (`scaling_seconds.py` reckons with it).
+"""
+
+import argparse
+
+from flops import model_flops
+from rich.console import Console
+from rich.table import Table
+from scaling_bytes import ddp_bytes, fsdp_bytes, numbers, on_paper, small_bytes, state_bytes, trained
+from scaling_seconds import Hardware, ddp_seconds, fsdp_seconds, step_on
+
+from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
+from dino_lightning.methods.base import StudentTeacher
+
+NETWORKS = {"vit_small": 64, "vit_base": 32, "vit_large": 16}
+"""Images per GPU; of the first two as in `experiment=vits16_100ep` and `vitb16`."""
+GPUS = (8, 64, 512)
+
+Networks = dict[str, tuple[ViTConfig, StudentTeacher]]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--matrix", type=float, default=790.0, help="TFLOP/s of large bfloat16 products on one GPU")
+    parser.add_argument("--share", type=float, default=0.45, help="share of it that a step sustains")
+    parser.add_argument("--memory", type=float, default=4800.0, help="GB/s of a GPU's memory")
+    parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s of a GPU to the others of its node")
+    parser.add_argument("--nodes", type=float, nargs=2, default=[400.0, 12.5], help="GB/s of a node, two to compare")
+    parser.add_argument("--attained", type=float, default=0.8, help="share of these rates in collectives")
+    parser.add_argument("--total", type=int, default=1024, help="images per step where their total is fixed")
+    parser.add_argument("--cores", type=int, default=16, help="CPU cores for each GPU")
+    options = parser.parse_args()
+    fabrics = [
+        Hardware(options.matrix * options.share * 1e12, options.memory * 1e9, options.nvlink * 1e9, node * 1e9,
+                 options.attained)
+        for node in options.nodes
+    ]  # fmt: skip
+    networks = {name: on_paper(name) for name in NETWORKS}
+    for table in (counts(networks), wire(networks), growing(networks, fabrics), fixed(networks, fabrics, options.total),
+                  feeding(networks, fabrics[0], options.cores)):  # fmt: skip
+        Console(width=150).print(table)
+
+
+def counts(networks: Networks) -> Table:
+    """What a network weighs and costs."""
+    table = Table(*("network", "trained weights, M", "of the backbone", "GFLOP / image", "state / GPU, GB: DDP"),
+                  *(f"FSDP, {gpus} GPUs" for gpus in GPUS), title="counted")  # fmt: skip
+    for name, (backbone, method) in networks.items():
+        own = trained(method.student), trained(method.student.backbone)
+        kept = [state_bytes(method), *(state_bytes(method, slices=gpus) for gpus in GPUS)]
+        cost = model_flops(backbone, crops=CropsConfig(), method=DINOConfig()) / 1e9
+        table.add_row(name, *(f"{numbers(some) / 1e6:.2f}" for some in own), f"{cost:.1f}",
+                      *(f"{size / 1e9:.3f}" for size in kept))  # fmt: skip
+    return table
+
+
+def wire(networks: Networks) -> Table:
+    """What each GPU sends in a step."""
+    kinds = ("teacher", "forward", "backward", "gradients")
+    table = Table(*("network", "GPUs", "DDP"), *(f"FSDP, {kind}" for kind in kinds), "FSDP, all", "FSDP / DDP",
+                  "centre", title="sent by each GPU in a step, MB; beside it 8 bytes of the loss at most")  # fmt: skip
+    for name, (_, method) in networks.items():
+        for gpus in GPUS:
+            ddp, fsdp = ddp_bytes(method.student, gpus=gpus), fsdp_bytes(method, gpus=gpus)
+            centre = small_bytes(DINOConfig().out_dim, gpus=gpus)["centre"]
+            sizes = [ddp, *(fsdp[kind] for kind in kinds), sum(fsdp.values())]
+            table.add_row(name, str(gpus), *(f"{size / 1e6:.0f}" for size in sizes), f"{sizes[-1] / ddp:.2f}",
+                          f"{centre / 1e6:.3f}")  # fmt: skip
+    return table
+
+
+def growing(networks: Networks, fabrics: list[Hardware]) -> Table:
+    """The images per GPU stay, the batch grows."""
+    titles = [f"{kind}, {fabric.node / 1e9:g} GB/s" for fabric in fabrics for kind in ("DDP", "FSDP")]
+    table = Table(*("network", "GPUs", "batch", "step alone, ms", "backward, ms"), *titles,
+                  "images / GPU that hide DDP's", title="ms on the way -> share of a step alone")  # fmt: skip
+    for name, (backbone, method) in networks.items():
+        for gpus in GPUS:
+            step = step_on(fabrics[0], backbone, method, images=NETWORKS[name])
+            cells, hiding = [f"{step.alone * 1e3:.1f}", f"{step.backward * 1e3:.1f}"], []
+            for fabric in fabrics:
+                cells += both(fabric, backbone, method, images=NETWORKS[name], gpus=gpus)
+                way, _ = ddp_seconds(fabric, step, method, gpus=gpus)
+                hiding.append(f"{way / step.backward * NETWORKS[name]:.1f}")
+            table.add_row(name, str(gpus), str(gpus * NETWORKS[name]), *cells, " / ".join(hiding))
+    return table
+
+
+def both(hardware: Hardware, backbone: ViTConfig, method: StudentTeacher, *, images: int, gpus: int) -> list[str]:
+    """DDP and FSDP: the way, and a step without a network against one with it."""
+    step = step_on(hardware, backbone, method, images=images)
+    part = step_on(hardware, backbone, method, images=images, slices=gpus)
+    ways = [(step, ddp_seconds(hardware, step, method, gpus=gpus)),
+            (part, fsdp_seconds(hardware, part, backbone, method, gpus=gpus))]  # fmt: skip
+    return [f"{way * 1e3:.1f} -> {step.alone / (own.alone + exposed):.0%}" for own, (way, exposed) in ways]
+
+
+def fixed(networks: Networks, fabrics: list[Hardware], total: int) -> Table:
+    """The batch stays, the images per GPU fall."""
+    titles = [f"DDP, {fabric.node / 1e9:g} GB/s" for fabric in fabrics]
+    table = Table("network", "GPUs", "images / GPU", "step alone, ms", *titles, title=f"{total} images in a step")
+    for name, (backbone, method) in networks.items():
+        for gpus in GPUS:
+            images = total // gpus
+            alone = step_on(fabrics[0], backbone, method, images=images).alone
+            cells = [both(fabric, backbone, method, images=images, gpus=gpus)[0] for fabric in fabrics]
+            table.add_row(name, str(gpus), str(images), f"{alone * 1e3:.1f}", *cells)
+    return table
+
+
+def feeding(networks: Networks, hardware: Hardware, cores: int) -> Table:
+    """What the loader must bring."""
+    table = Table("network", "images / s and GPU", f"images / s and core, {cores} cores a GPU", title="data")
+    for name, (backbone, method) in networks.items():
+        rate = NETWORKS[name] / step_on(hardware, backbone, method, images=NETWORKS[name]).alone
+        table.add_row(name, f"{rate:.0f}", f"{rate / cores:.0f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

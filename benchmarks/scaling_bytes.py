@@ -1,0 +1,87 @@
+"""What training on many GPUs sends and keeps, counted in the real modules without memory for their weights.
+
+Bytes sent are those of one GPU in one step; it receives as many.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dino_lightning.build import build_method
+from dino_lightning.config import AdamWConfig, DINOConfig, FolderData, TrainConfig, ViTConfig
+from dino_lightning.config.folder import backbone_config
+from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.sharding import placement
+
+FLOAT = 4
+"""Bytes of a weight, a gradient, a moment."""
+
+
+def on_paper(name: str) -> tuple[ViTConfig, StudentTeacher]:
+    """The method with the original's head, without memory for its weights."""
+    backbone = backbone_config(name)
+    assert isinstance(backbone, ViTConfig)
+    data, optim = FolderData(path="none"), AdamWConfig()
+    config = TrainConfig(backbone=backbone, method=DINOConfig(), data=data, optim=optim, output_dir="none")
+    with torch.device("meta"):
+        return backbone, build_method(config)
+
+
+def all_reduce(size: float, *, gpus: int) -> float:
+    """A ring sends every byte twice, but for its own part."""
+    return 2 * (gpus - 1) / gpus * size
+
+
+def ddp_bytes(student: nn.Module, *, gpus: int, element: int = FLOAT) -> float:
+    """The mean of the gradients."""
+    return all_reduce(element * numbers(trained(student)), gpus=gpus)
+
+
+def gather_bytes(parameters: Iterable[nn.Parameter], *, gpus: int, element: int = FLOAT) -> float:
+    """Each GPU sends its slices to all others once; the reduction of gradients to slices sends as much.
+
+    A slice is as large as the largest: FSDP pads the others.
+    """
+    return float((gpus - 1) * element * sum(slice_numbers(parameter, gpus=gpus) for parameter in parameters))
+
+
+def slice_numbers(parameter: nn.Parameter, *, gpus: int) -> int:
+    """Numbers in the largest slice of a parameter."""
+    cut = placement(parameter, ranks=gpus)
+    rows = parameter.shape[cut.dim if cut else 0]
+    return -(-rows // gpus) * (parameter.numel() // rows)
+
+
+def fsdp_bytes(method: StudentTeacher, *, gpus: int, element: int = FLOAT) -> dict[str, float]:
+    """By what it is sent for."""
+    weights, options = list(method.student.parameters()), {"gpus": gpus, "element": element}
+    return {
+        "teacher": gather_bytes(method.teacher.parameters(), **options),
+        "forward": gather_bytes(weights, **options),
+        "backward": gather_bytes(weights, **options),
+        "gradients": gather_bytes(trained(method.student), **options),
+        "norms": all_reduce(element * len(trained(method.student)), gpus=gpus),
+    }
+
+
+def small_bytes(prototypes: int, *, gpus: int, element: int = FLOAT) -> dict[str, float]:
+    """The centre with its number of rows, and the loss."""
+    return {"centre": all_reduce(element * (prototypes + 1), gpus=gpus), "loss": all_reduce(element, gpus=gpus)}
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Those that get a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def numbers(parameters: Iterable[nn.Parameter]) -> int:
+    """How many weights these are."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def state_bytes(method: StudentTeacher, *, slices: int = 1) -> float:
+    """What one GPU keeps between steps: both networks, and gradients and two moments of what is trained."""
+    student, teacher = (list(network.parameters()) for network in (method.student, method.teacher))
+    kept = [*student, *teacher, *3 * trained(method.student)]
+    return float(FLOAT * sum(slice_numbers(parameter, gpus=slices) for parameter in kept))
