@@ -81,7 +81,7 @@ def take_steps(setting: Setting, *, warmup: int, steps: int) -> tuple["Stopped",
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = configured(setting, output_dir=Path(folder))
-        trainer, method = trainer_and_method(config, setting)
+        trainer, method = trainer_and_method(config)
         stopped = Stopped(method, setting, warmup=warmup, steps=steps)
         with contextlib.suppress(EOFError):
             trainer.fit(method, train_dataloaders=stopped)

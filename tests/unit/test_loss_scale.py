@@ -111,3 +111,12 @@ def test_the_step_does_not_ask_the_device_about_overflows(config: OptimConfig, m
     monkeypatch.setattr(optim, "FUSED_DEVICES", ())
     train(config)
     assert len(asked) == STEPS, "which is what it does about other optimizers"
+
+
+def test_without_a_backward_pass_there_is_nothing_to_unscale() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.build_optimizer(AdamWConfig(), [{"params": [weight]}])
+    precision = MixedPrecision("16-mixed", "cpu")
+    assert optim.unscaling(lambda: None, optimizer=optimizer, precision=precision)() is None
+    with pytest.raises(AssertionError, match="scale"):  # the scaler has scaled nothing either
+        optim.unscaling(lambda: 1.0, optimizer=optimizer, precision=precision)()
