@@ -1,7 +1,7 @@
 """Training on many GPUs, on paper: bytes on the wire, what hides behind what, and where it stops growing.
 
     python benchmarks/scaling.py                          # the tables of docs/scaling.md
-    python benchmarks/scaling.py --share 0.3 --cores 8    # under other assumptions
+    python benchmarks/scaling.py --share 0.3              # under other assumptions
 
 Nothing is measured. Weights are counted in the real modules (`scaling_bytes.py`), operations by `flops.py`; what
 hardware does is an assumption with an option of its own (`scaling_seconds.py` reckons with it).
@@ -21,6 +21,7 @@ from dino_lightning.methods.base import StudentTeacher
 NETWORKS = {"vit_small": 64, "vit_base": 32, "vit_large": 16}
 """Images per GPU; of the first two as in `experiment=vits16_100ep` and `vitb16`."""
 GPUS = (8, 64, 512)
+LOADER = "images/s of one core, for crops=pil, cpu and device (benchmarks/data.py prints them)"
 
 Networks = dict[str, tuple[ViTConfig, StudentTeacher]]
 
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=float, nargs=2, default=[400.0, 12.5], help="GB/s of a node, two to compare")
     parser.add_argument("--attained", type=float, default=0.8, help="share of these rates in collectives")
     parser.add_argument("--total", type=int, default=1024, help="images per step where their total is fixed")
-    parser.add_argument("--cores", type=int, default=16, help="CPU cores for each GPU")
+    parser.add_argument("--loader", type=float, nargs="+", default=[87.0, 481.0, 774.0], help=LOADER)
+    parser.add_argument("--markdown", action="store_true", help="tables as they stand in docs/scaling.md")
     options = parser.parse_args()
     fabrics = [
         Hardware(options.matrix * options.share * 1e12, options.memory * 1e9, options.nvlink * 1e9, node * 1e9,
@@ -44,8 +46,15 @@ def main() -> None:
     ]  # fmt: skip
     networks = {name: on_paper(name) for name in NETWORKS}
     for table in (counts(networks), wire(networks), growing(networks, fabrics), fixed(networks, fabrics, options.total),
-                  feeding(networks, fabrics[0], options.cores)):  # fmt: skip
-        Console(width=150).print(table)
+                  feeding(networks, fabrics[0], options.loader)):  # fmt: skip
+        print(markdown(table)) if options.markdown else Console(width=150).print(table)
+
+
+def markdown(table: Table) -> str:
+    """Its lines, without the title."""
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += [list(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def counts(networks: Networks) -> Table:
@@ -115,12 +124,13 @@ def fixed(networks: Networks, fabrics: list[Hardware], total: int) -> Table:
     return table
 
 
-def feeding(networks: Networks, hardware: Hardware, cores: int) -> Table:
+def feeding(networks: Networks, hardware: Hardware, rates: list[float]) -> Table:
     """What the loader must bring."""
-    table = Table("network", "images / s and GPU", f"images / s and core, {cores} cores a GPU", title="data")
+    titles = [f"cores / GPU at {rate:g} images / s" for rate in rates]
+    table = Table("network", "images / s and GPU", *titles, title="data")
     for name, (backbone, method) in networks.items():
         rate = NETWORKS[name] / step_on(hardware, backbone, method, images=NETWORKS[name]).alone
-        table.add_row(name, f"{rate:.0f}", f"{rate / cores:.0f}")
+        table.add_row(name, f"{rate:.0f}", *(f"{rate / core:.1f}" for core in rates))
     return table
 
 

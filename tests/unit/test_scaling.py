@@ -1,5 +1,7 @@
 """Scaling on paper: counts against the modules, formulas against small cases reckoned by hand."""
 
+from pathlib import Path
+
 import pytest
 import scaling
 import torch
@@ -133,8 +135,18 @@ def test_fsdp_hides_pass_by_pass() -> None:
 
 
 def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["scaling.py", "--cores", "4"])
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--loader", "40"])
     scaling.main()
     text = capsys.readouterr().out
-    assert "4 cores a GPU" in text
+    assert "cores / GPU at 40 images / s" in text
     assert text.count("vit_large") == 1 + 3 + 3 + 3 + 1
+
+
+def test_the_page_has_these_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--markdown"])
+    scaling.main()
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 5
+    for table in tables:
+        assert table in page
