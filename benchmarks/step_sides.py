@@ -7,7 +7,6 @@ and tells how long the loop took from the first one until it asked for another.
 
 import contextlib
 import io
-import os
 import signal
 import tempfile
 import traceback
@@ -23,14 +22,9 @@ from step_windows import EPOCHS, Setting, Windows, noise_crops, signal_workers
 
 SIDES = ("ours", "original")
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""See `dino_lightning.ops.memory`: a setting of ours that the original does not have."""
-
 
 def serve(side: str, setting: Setting, checkout: str | None, pipe: Connection) -> None:
     """Be one side until the other end of the pipe says stop or is gone. Meant for a new process."""
-    if side == "original":  # our package has set it when it was imported; PyTorch reads it at its first tensor
-        os.environ.pop(HUGE_PAGES, None)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
@@ -122,8 +116,11 @@ def run_ours(setting: Setting, windows: Windows, *, folder: Path) -> None:
 def trainer_and_method(config: Any) -> tuple[Any, Any]:
     """What `dino_lightning.run` builds, after the settings of the process that it makes."""
     from dino_lightning.build import build_method, build_trainer
+    from dino_lightning.ops.memory import keep_freed_memory
     from dino_lightning.quiet import quieten_libraries
 
     quieten_libraries()
+    if config.trainer.accelerator == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     return build_trainer(config, hyperparameters={}), build_method(config)

@@ -84,15 +84,17 @@ class _Dense(torch.autograd.Function):
         dscale = dshift = None
         with without_autocast(x):
             dy = dy.contiguous()
-            a = x
-            if scale is not None:
-                a = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0]
-            elif ctx.gelu:
-                a = F.gelu(x)
-            a = a.to(weight.dtype)
-            dweight = weight_gradient(dy, a, weight).to(weight_type) if ctx.needs_input_grad[1] else None
+            dweight = None
+            if ctx.needs_input_grad[1]:
+                a = x
+                if scale is not None:
+                    a = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0]
+                elif ctx.gelu:
+                    a = F.gelu(x)
+                dweight = weight_gradient(dy, a.to(weight.dtype), weight).to(weight_type)
+                del a  # as large as anything here, and the rest needs room
             wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-            da = input_gradient(dy, a, weight) if wanted else None
+            da = input_gradient(dy, x, weight) if wanted else None
             dbias = None if bias_type is None else dy.sum(dim=0).to(bias_type)
             dx = da
             if da is not None and scale is not None:
@@ -100,7 +102,8 @@ class _Dense(torch.autograd.Function):
                     da.to(x.dtype), x, x.shape[-1:], mean, deviation, scale, shift, [True, True, True]
                 )
             elif da is not None and ctx.gelu:
-                dx = torch.ops.aten.gelu_backward(da.to(x.dtype), x)
+                da = da.to(x.dtype)
+                dx = torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=da)
         dx = None if dx is None else dx.to(x.dtype)
         return dx, dweight, dbias, dscale, dshift, None, None
 
@@ -114,8 +117,8 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def input_gradient(dy_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Gradient of `product` by x (M, I)."""
-    grid = _grid(x_MI, weight_OI)
+    """Gradient of `product` by x (M, I), of which only the shape matters."""
+    grid = _grid(x_MI, weight_OI) if x_MI.dtype == weight_OI.dtype else None
     if grid is None:
         return dy_MO @ weight_OI
     return _rows(_convolution_gradients(dy_MO, x_MI, weight_OI, grid, [True, False, False])[0])
