@@ -116,11 +116,8 @@ def run_ours(setting: Setting, windows: Windows, *, folder: Path) -> None:
 def trainer_and_method(config: Any) -> tuple[Any, Any]:
     """What `dino_lightning.run` builds, after the settings of the process that it makes."""
     from dino_lightning.build import build_method, build_trainer
-    from dino_lightning.ops.memory import keep_freed_memory
     from dino_lightning.quiet import quieten_libraries
 
     quieten_libraries()
-    if config.trainer.accelerator == "cpu":
-        keep_freed_memory()
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     return build_trainer(config, hyperparameters={}), build_method(config)

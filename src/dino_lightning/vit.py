@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.ops import tiles
 from dino_lightning.ops.dense import dense, gelu_dense, norm_dense
 from dino_lightning.ops.packing import (
     Shapes,
@@ -65,12 +66,32 @@ def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop 
             x_MD = x_MD.index_add(0, subset.rows_m, part_mD.to(x_MD.dtype))
         return first_tokens(x_MD, shapes) if last else x_MD
     first, second = (None, None) if drop is None else drop.unbind(0)
+    if not (last or block.checkpointed or torch.compiler.is_compiling()) and tiles.pays(x_MD):
+        return _tiled_pass(block, x_MD, shapes, first, second)
     branch_MD = _attention(block, x_MD, shapes, first_only=last)
     if last:
         x_MD = first_tokens(x_MD, shapes)
         first, second = (None if scale is None else first_tokens(scale, shapes) for scale in (first, second))
     x_MD = add_branch(x_MD, branch_MD, first)
     return add_branch(x_MD, _mlp(block, x_MD, shapes), second)
+
+
+def _tiled_pass(
+    block: PackedBlock, x_MD: Tensor, shapes: Shapes, first: Tensor | None, second: Tensor | None
+) -> Tensor:
+    attention, mlp = cast(Any, block.attn), cast(Any, block.mlp)
+    norms = cast("tuple[nn.LayerNorm, nn.LayerNorm]", (block.norm1, block.norm2))
+
+    def attended(x_mD: Tensor, shapes: Shapes) -> Tensor:
+        return joined(attend(norm_dense(x_mD, norms[0], attention.qkv), shapes, heads=attention.num_heads))
+
+    def hidden(x_mD: Tensor, shapes: Shapes) -> Tensor:
+        return F.gelu(norm_dense(x_mD, norms[1], mlp.fc1))
+
+    weights = [[*norm.parameters(), *layer.parameters()] for norm, layer in zip(norms, (attention.qkv, mlp.fc1),
+                                                                                 strict=True)]  # fmt: skip
+    x_MD = tiles.add_tiled_branch(x_MD, first, attended, attention.proj, shapes=shapes, weights=weights[0])
+    return tiles.add_tiled_branch(x_MD, second, hidden, mlp.fc2, shapes=shapes, weights=weights[1])
 
 
 def _attention(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, first_only: bool = False) -> Tensor:
@@ -124,16 +145,33 @@ class OriginalViT(VisionTransformer):
             block.pass_function = compiled_pass() if step.compile else None
 
     def forward(self, x: Tensor | list[Tensor], *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
-        """Features (B, D) of images (B, C, H, W); (S, D) of a list of them of several sizes, in its order."""
+        """Features (B, D) of images (B, C, H, W); (S, D) of the S images of a list of such batches, in its order."""
         return self.packed_features(x) if isinstance(x, list) else super().forward(x, *args, **options)
 
-    def packed_features(self, crops: list[Tensor]) -> Tensor:
-        """The features of S crops of several sizes, in one pass of all layers: (S, D)."""
-        x_MD, shapes = pack([self._pos_embed(self.patch_embed(images_BCHW)) for images_BCHW in crops])
+    def packed_features(self, views: list[Tensor]) -> Tensor:
+        """The features (S, D) of batches of images (B, C, H, W) of several sizes, in one pass of all layers.
+
+        The batches are not joined before they are tokens: the images would be copied, and the copy kept for the
+        gradient.
+        """
+        x_MD, shapes = pack(self._tokens(views))
         blocks = cast("list[PackedBlock]", self.blocks)
         for index, (block, drop) in enumerate(zip(blocks, self._drops(shapes, x_MD.device), strict=True)):
             x_MD = block(x_MD, shapes=shapes, drop=drop, last=index + 1 == len(blocks))
         return self.norm(x_MD)
+
+    def _tokens(self, views: list[Tensor]) -> list[Tensor]:
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
+        tokens, tables = [], {}
+        for images_BCHW in views:
+            patches_BhwD = self.patch_embed(images_BCHW)
+            B, h, w, _ = patches_BhwD.shape
+            if (h, w) not in tables:
+                tables[h, w] = resample_position_embedding(self.pos_embed, h, w)
+            joined_BND = torch.cat([self.cls_token.expand(B, -1, -1), patches_BhwD.flatten(1, 2)], dim=1)
+            tokens.append(self.pos_drop(joined_BND + tables[h, w]))
+        return tokens
 
     def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
         rates = tuple(_rate(block) for block in cast("list[PackedBlock]", self.blocks))

@@ -74,8 +74,9 @@ def test_views_of_each_resolution_go_through_the_backbone_once(fused: bool) -> N
     (crops,) = tiny.batches(1)
     together = module.student(crops)
     assert len(seen) == (1 if fused else 2), "all resolutions in one pass, or one each"
-    batches = seen[0] if fused else seen
-    assert [tuple(batch.shape) for batch in batches] == [(16, 3, 32, 32), (16, 3, 16, 16)]
+    sizes = [tuple(batch.shape) for batch in (seen[0] if fused else seen)]
+    views = [(8, 3, side, side) for side in (32, 32, 16, 16)]
+    assert sizes == (views if fused else [(16, 3, 32, 32), (16, 3, 16, 16)])
     apart = torch.cat([module.student.head(module.student.backbone(crop)) for crop in crops])
     torch.testing.assert_close(together, apart, **EXACT)
 

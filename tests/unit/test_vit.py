@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.ops import tiles
 from dino_lightning.ops.packing import drawn_subset, first_tokens, pack, sampled_scales, split
 from dino_lightning.vit import OriginalViT
 
@@ -170,7 +171,8 @@ def test_variable_length_attention_has_the_kernels_signature() -> None:
     """On a pretended GPU, which computes shapes only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dino_lightning.ops.packing import attend_in_one_call
+    from dino_lightning.ops import tiles
+from dino_lightning.ops.packing import attend_in_one_call
 
     with FakeTensorMode():
         qkv_M3D = torch.empty(3 * 17 + 5 * 5, 3 * 48, device="cuda", dtype=torch.bfloat16)
@@ -181,7 +183,8 @@ def test_variable_length_attention_has_the_kernels_signature() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel runs on GPUs only")
 def test_variable_length_attention_is_split_attention() -> None:
     """Half precision: one unit in the last place of outputs of order 1."""
-    from dino_lightning.ops.packing import attend, attend_in_one_call
+    from dino_lightning.ops import tiles
+from dino_lightning.ops.packing import attend, attend_in_one_call
 
     shapes = ((3, 197), (5, 37))
     qkv_M3D = torch.randn(3 * 197 + 5 * 37, 3 * 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -189,3 +192,45 @@ def test_variable_length_attention_is_split_attention() -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=2**-7)
     a, b = (torch.autograd.grad(x.float().square().sum(), qkv_M3D)[0] for x in (one, other))
     assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_tiles_change_no_number(
+    dtype: torch.dtype, relative: float, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of two large crops and of eight small ones, the last ones not full."""
+    network, results = vit(rate, dtype=dtype).train(), []
+    monkeypatch.setattr(tiles, "ROWS", 40)
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(tiles, "LEAST_NUMBERS", least)
+        torch.manual_seed(4)
+        features = network([*crops(dtype), crops(dtype)[1].flip(0)])
+        results.append({"features": features.detach(), **gradients(network, features)})
+    ours, plain = results
+    assert ours.keys() == plain.keys()
+    for name, value in ours.items():
+        assert (value - plain[name]).abs().max() <= relative * plain[name].abs().max(), name
+
+
+def test_tiles_are_whole_crops_of_one_resolution() -> None:
+    rows = list(tiles.tiles(((3, 1500), (5, 37))))
+    assert [(piece.start, piece.stop) for piece, _ in rows] == [(0, 3000), (3000, 4500), (4500, 4685)]
+    assert [shapes for _, shapes in rows] == [((2, 1500),), ((1, 1500),), ((5, 37),)]
+
+
+def test_tiles_keep_the_inputs_of_branches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, kept = vit(depth=2), {}
+    weights = {parameter.data_ptr() for parameter in network.parameters()}
+    monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    images = [torch.randn(16, 3, 32, 32, dtype=torch.float64)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(images)
+    # Images, two branches of the first block, then the last block's input, keys and values; class tokens beside.
+    assert sum(kept.values()) / (16 * 17 * 48) == pytest.approx(3 * 32 * 32 / (17 * 48) + 2 + 3, rel=0.1)

@@ -11,7 +11,7 @@ class StepConfig:
     """Tokens of all crops through each layer at once, activations recomputed where that is cheap, and head and loss in
     pieces. False computes layer by layer and keeps everything: the form to read and to compare with. Equal up to
     rounding."""
-    loss_rows: int = 320
+    loss_rows: int = 160
     """Rows of logits over prototypes that are held at once (crops; K numbers each)."""
     attention: str = "split"
     """`split` attends once per resolution; `varlen` in one call of PyTorch's kernel for sequences of several lengths (a

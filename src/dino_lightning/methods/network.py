@@ -1,5 +1,6 @@
 """Backbone and head over crops of several resolutions."""
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,20 +24,15 @@ class MultiCropNetwork(nn.Module):
         self._prepare()
 
     def features(self, crops: list[Tensor]) -> Tensor:
-        """Features (V B, D) of V crops (B, C, size, size) in their order; consecutive equal sizes go together."""
-        runs: list[list[Tensor]] = []
-        for crop in crops:
-            if runs and runs[-1][-1].shape[-1] == crop.shape[-1]:
-                runs[-1].append(crop)
-            else:
-                runs.append([crop])
-        batches = [torch.cat(run) for run in runs]
+        """Features (V B, D) of V crops (B, C, size, size) in their order."""
         if self.channels_last:
-            batches = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+            crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
         # In full precision, as the head's input is in the original also under mixed precision.
         if self.packed:
-            return at_least_float32(self.backbone(batches))
-        return torch.cat([at_least_float32(self.backbone(batch)) for batch in batches])
+            return at_least_float32(self.backbone(crops))
+        # Neighbours of one size go together, as in the original: batch norms see them as one batch.
+        runs = [list(run) for _, run in groupby(crops, key=lambda crop: crop.shape[-1])]
+        return torch.cat([at_least_float32(self.backbone(torch.cat(run))) for run in runs])
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Head outputs (V B, K)."""

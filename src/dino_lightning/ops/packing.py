@@ -22,9 +22,13 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 def pack(tokens: list[Tensor]) -> tuple[Tensor, Shapes]:
-    """Tokens (B, N, D) of each resolution in one matrix (M, D)."""
-    shapes = tuple((len(tokens_BND), tokens_BND.shape[1]) for tokens_BND in tokens)
-    return joined([tokens_BND.flatten(0, 1) for tokens_BND in tokens]), shapes
+    """Tokens (B, N, D) of several views in one matrix (M, D); neighbours of one resolution count as one."""
+    shapes: list[tuple[int, int]] = []
+    for B, N, _ in (view.shape for view in tokens):
+        if shapes and shapes[-1][1] == N:
+            B += shapes.pop()[0]
+        shapes.append((B, N))
+    return joined([view.flatten(0, 1) for view in tokens]), tuple(shapes)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
