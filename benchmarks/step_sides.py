@@ -116,8 +116,12 @@ def run_ours(setting: Setting, windows: Windows, *, folder: Path) -> None:
 def trainer_and_method(config: Any) -> tuple[Any, Any]:
     """What `dino_lightning.run` builds, after the settings of the process that it makes."""
     from dino_lightning.build import build_method, build_trainer
+    from dino_lightning.ops.memory import keep_freed_memory
     from dino_lightning.quiet import quieten_libraries
 
     quieten_libraries()
     torch.set_float32_matmul_precision(config.step.matmul_precision)
-    return build_trainer(config, hyperparameters={}), build_method(config)
+    method = build_method(config)
+    if config.trainer.accelerator == "cpu" and method.student.in_tiles:
+        keep_freed_memory()
+    return build_trainer(config, hyperparameters={}), method

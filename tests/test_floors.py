@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
      "factors", "ops"},
-    {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss", "pictures", "pictures_tokens"},
+    {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss",
+     "pictures", "pictures_tokens"},
     {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
@@ -22,9 +23,10 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("run", "report"), ("cli", "explain"), ("evaluate", "cli"),
-          ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"), ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"),
-          ("inspect_data", "cli"), ("inspect_data", "explain")}  # fmt: skip
+WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("run", "report"), ("cli", "explain"),
+          ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
+          ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
+          ("inspect_data", "explain")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -24,6 +24,7 @@ from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
 from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.ops.memory import keep_freed_memory
 from dino_lightning.quiet import quieten_libraries
 from dino_lightning.records import commit, environment, write_atomically
 from dino_lightning.report import results_table, write_report
@@ -48,6 +49,8 @@ def run_training(composed: DictConfig) -> float | None:
         torch.set_num_threads(config.cpu_threads or threads_beside(config.data.num_workers, trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config)
+    if trainer.strategy.root_device.type == "cpu" and method.student.in_tiles:
+        keep_freed_memory()
     output = Path(config.output_dir)
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)

@@ -171,8 +171,7 @@ def test_variable_length_attention_has_the_kernels_signature() -> None:
     """On a pretended GPU, which computes shapes only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dino_lightning.ops import tiles
-from dino_lightning.ops.packing import attend_in_one_call
+    from dino_lightning.ops.packing import attend_in_one_call
 
     with FakeTensorMode():
         qkv_M3D = torch.empty(3 * 17 + 5 * 5, 3 * 48, device="cuda", dtype=torch.bfloat16)
@@ -183,8 +182,7 @@ from dino_lightning.ops.packing import attend_in_one_call
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel runs on GPUs only")
 def test_variable_length_attention_is_split_attention() -> None:
     """Half precision: one unit in the last place of outputs of order 1."""
-    from dino_lightning.ops import tiles
-from dino_lightning.ops.packing import attend, attend_in_one_call
+    from dino_lightning.ops.packing import attend, attend_in_one_call
 
     shapes = ((3, 197), (5, 37))
     qkv_M3D = torch.randn(3 * 197 + 5 * 37, 3 * 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensors of this process.
 
     For large tensors glibc asks the system each time and gives the memory back at once. The system clears each page
-    before it hands it out, which takes longer than most operators do with it. For loader processes only: tensors
-    of many sizes leave gaps that grow from step to step in a C library without the mended `memalign` (glibc 2.38).
+    before it hands it out, which takes longer than most operators do with it. Not where large tensors
+    of many sizes come and go: the gaps between them grow from step to step before glibc 2.38.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
