@@ -28,7 +28,7 @@ from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import StudentTeacher
 from dino_lightning.methods.dino import DINO
-from dino_lightning.strategy import build_strategy
+from dino_lightning.strategy import SharedStatistics, build_strategy
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
@@ -41,7 +41,9 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.
     """Lightning's trainer with this run's callbacks and loggers."""
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
     # PyTorch shares the statistics of batch norms on GPUs only; `run` says so.
-    arguments["sync_batchnorm"] = config.trainer.sync_batchnorm and not trains_on_cpu(config.trainer.accelerator)
+    if arguments.pop("sync_batchnorm") and not trains_on_cpu(config.trainer.accelerator):
+        given = arguments.get("plugins", [])
+        arguments["plugins"] = [*(given if isinstance(given, list) else [given]), SharedStatistics()]
     callbacks = build_callbacks(config) if not config.trainer.barebones else []
     loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
     try:

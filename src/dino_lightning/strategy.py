@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -80,6 +82,19 @@ class DataParallel(DDPStrategy):
         assert self.model is not None
         self._ddp_kwargs[SYNC_BUFFERS] = has_separate_statistics(self.model)
         super().configure_ddp()
+
+
+class SharedStatistics(LayerSync):
+    """Batch norms that share their statistics over devices; Lightning's converter drops the activation that timm keeps
+    inside some of its batch norms."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert all batch norms."""
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Leave them: in evaluation they are ordinary ones."""
+        return model
 
 
 def has_separate_statistics(module: nn.Module) -> bool:

@@ -1,18 +1,26 @@
 """From the names of `trainer.strategy` to Lightning's strategies."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from composing import SMALL, composed
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
+from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dino_lightning.backbones import build_backbone
 from dino_lightning.build import build_trainer
 from dino_lightning.checks import STRATEGIES
 from dino_lightning.config import TrainerConfig
-from dino_lightning.strategy import DataParallel, FullySharded, build_strategy, has_separate_statistics
+from dino_lightning.strategy import (
+    DataParallel,
+    FullySharded,
+    SharedStatistics,
+    build_strategy,
+    has_separate_statistics,
+)
 
 
 def built(strategy: str, **options: Any) -> Any:
@@ -81,3 +89,15 @@ def test_statistics_that_differ_between_ranks(layers: list[nn.Module], separate:
     module = nn.Sequential(*layers)
     module.register_buffer("center", torch.zeros(3))
     assert has_separate_statistics(module) is separate
+
+
+def test_shared_statistics_keep_the_activation_inside_a_batch_norm() -> None:
+    config = cast(Any, OmegaConf.to_object(composed("backbone=vovnet_micro"))).backbone
+    network = build_backbone(config, image_size=32, drop_path=False)
+    before = [norm.act for norm in network.modules() if isinstance(norm, BatchNormAct2d)]
+    assert before
+    shared = SharedStatistics().apply(nn.ModuleList([network, nn.BatchNorm1d(3)]))
+    norms = [part for part in shared.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert [norm.act for norm in norms if hasattr(norm, "act")] == before
+    assert not has_separate_statistics(shared)
