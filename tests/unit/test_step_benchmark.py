@@ -1,7 +1,6 @@
 """The benchmark of the training step: ours alone for real, and what it makes of its measurements."""
 
 import json
-import os
 from contextlib import nullcontext
 from importlib.metadata import version
 from multiprocessing import Pipe
@@ -13,7 +12,7 @@ import pytest
 import step
 import tiny
 from step_report import figures
-from step_sides import HUGE_PAGES, configured, serve
+from step_sides import configured, serve
 from step_turns import Measured, OutOfMemoryError, measure
 from step_windows import Setting, Windows
 
@@ -160,15 +159,6 @@ def test_a_side_tells_why_it_ended(setting: Setting, kind: str, words: str):
     told, content = here.recv()
     assert told == kind
     assert words in content
-
-
-@pytest.mark.parametrize(("side", "kept"), [("ours", True), ("original", False)])
-def test_the_original_has_no_settings_of_ours(side: str, kept: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(HUGE_PAGES, "1")
-    here, there = Pipe()
-    serve(side, Setting(overrides=("step.nonsense=1",)), None, there)
-    assert here.recv()[0] == "failed"  # at once: no such key, no checkout
-    assert (HUGE_PAGES in os.environ) == kept
 
 
 def test_a_folder_is_long_enough_for_one_epoch(tmp_path: Path):
