@@ -106,9 +106,13 @@ class Operators(TorchDispatchMode):
 ])  # fmt: skip
 def test_float32_goes_to_onednn(rows: int, dtype: torch.dtype, convolved: bool) -> None:
     """Where the rows make a picture and are worth it; 641 is a prime number."""
-    layers = Layers().to(dtype)
-    with Operators() as operators:
-        outputs_and_gradients(FORMS["dense"][0], layers, torch.randn(rows, INPUTS, dtype=dtype))
+    layers, threads = Layers().to(dtype), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Operators() as operators:
+            outputs_and_gradients(FORMS["dense"][0], layers, torch.randn(rows, INPUTS, dtype=dtype))
+    finally:
+        torch.set_num_threads(threads)
     assert ({"convolution", "convolution_backward"} <= operators.names) == convolved
     assert ("mm" in operators.names) != convolved
 

@@ -152,6 +152,8 @@ def _grid(x_MI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
 def _convolves(x_MI: Tensor) -> bool:
     if x_MI.device.type != "cpu" or x_MI.dtype != torch.float32 or not x_MI.is_contiguous():
         return False
+    if torch.get_num_threads() == 1:
+        return False  # PyTorch would not hand this picture to oneDNN
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in VECTORS
 
 
