@@ -32,6 +32,9 @@ from dino_lightning.sharding import whole_state
 
 C = TypeVar("C", bound=Callback)
 
+LARGE_CROPS = 96
+"""Pixels from which a step is long against what its loader does, so that no core is left to the loader."""
+
 
 def run_training(composed: DictConfig) -> float | None:
     """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated."""
@@ -46,7 +49,9 @@ def run_training(composed: DictConfig) -> float | None:
     trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()})
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or threads_beside(config.data.num_workers, trainer.num_devices))
+        large = config.crops.global_size >= LARGE_CROPS
+        workers = 0 if large else config.data.num_workers
+        torch.set_num_threads(config.cpu_threads or threads_beside(workers, trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config)
     if trainer.strategy.root_device.type == "cpu" and method.student.in_tiles:

@@ -160,7 +160,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, order of images, augmentation and drop path."""
     cpu_threads: int | None = None
-    """Threads of PyTorch where it trains on a CPU; null leaves a core to each loader process, of at least one."""
+    """Threads of PyTorch where it trains on a CPU; null for all cores, but with crops below 96 pixels it leaves one to
+    each loader process."""
     resume: bool = False
     """Go on from the last checkpoint in `output_dir`."""
 
