@@ -51,6 +51,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"local_crops": 4},
         {"patch": 8, "batch": 2},
         {"backbone": "vit_small", "batch": 4},
+        {"backbone": "vit_base", "batch": 2},
         {"backbone": "resnet50", "batch": 4},
     ],
     "gpu": [
@@ -159,7 +160,7 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
     add("--locals", type=int, default=8, help="local crops per image")
     add("--precision", choices=["32", "tf32", "bf16"], default="32")
     add("--device", choices=["cpu", "cuda"], default=there)
-    add("--threads", type=int, help="of PyTorch; all cores, less the loader's where there is one")
+    add("--threads", type=int, help="of PyTorch; all cores")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours (repeatable)")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -214,7 +215,7 @@ def whole_run(setting: Setting, options: argparse.Namespace, checkout: str | Non
     """Loader and step together, on images of the folder."""
     batches = counts["warmup"] + counts["pairs"] * counts["steps"] + 4 * options.workers + 4
     with enlarged(options.data, images=batches * setting.batch) as folder:
-        threads = options.threads or max(1, cores() - options.workers)
+        threads = options.threads or cores()  # as `run` sets them with crops of this size
         setting = dataclasses.replace(setting, data=str(folder), workers=options.workers, threads=threads)
         row = figures(measure(setting, checkout, **counts), setting)
     kept = {f"whole{name.removeprefix('time')}": row[name] for name in row if name.startswith("time_ratio")}

@@ -54,7 +54,8 @@ def run_training(composed: DictConfig) -> float | None:
         torch.set_num_threads(config.cpu_threads or threads_beside(workers, trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config)
-    if trainer.strategy.root_device.type == "cpu" and method.student.in_tiles:
+    mixed = "mixed" in str(config.trainer.precision)
+    if trainer.strategy.root_device.type == "cpu" and method.student.in_tiles and not mixed:
         keep_freed_memory()
     output = Path(config.output_dir)
     if trainer.is_global_zero:

@@ -161,16 +161,14 @@ class OriginalViT(VisionTransformer):
         return self.norm(x_MD)
 
     def _tokens(self, views: list[Tensor]) -> list[Tensor]:
-        assert self.cls_token is not None
         assert self.pos_embed is not None
         tokens, tables = [], {}
         for images_BCHW in views:
             patches_BhwD = self.patch_embed(images_BCHW)
-            B, h, w, _ = patches_BhwD.shape
-            if (h, w) not in tables:
-                tables[h, w] = resample_position_embedding(self.pos_embed, h, w)
-            joined_BND = torch.cat([self.cls_token.expand(B, -1, -1), patches_BhwD.flatten(1, 2)], dim=1)
-            tokens.append(self.pos_drop(joined_BND + tables[h, w]))
+            size = patches_BhwD.shape[1:3]
+            if size not in tables:
+                tables[size] = resample_position_embedding(self.pos_embed, *size)
+            tokens.append(self._with_positions(patches_BhwD, tables[size]))
         return tokens
 
     def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
@@ -184,11 +182,13 @@ class OriginalViT(VisionTransformer):
                 for rate, scales in zip(rates, sampled_scales(rates, shapes, device), strict=True)]  # fmt: skip
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        assert self.cls_token is not None
         assert self.pos_embed is not None
-        B, h, w, D = x.shape
-        tokens_BND = torch.cat([self.cls_token.expand(B, -1, -1), x.view(B, -1, D)], dim=1)
-        return self.pos_drop(tokens_BND + resample_position_embedding(self.pos_embed, h, w))
+        return self._with_positions(x, resample_position_embedding(self.pos_embed, *x.shape[1:3]))
+
+    def _with_positions(self, patches_BhwD: Tensor, table_1ND: Tensor) -> Tensor:
+        assert self.cls_token is not None
+        cls_B1D = self.cls_token.expand(len(patches_BhwD), -1, -1)
+        return self.pos_drop(torch.cat([cls_B1D, patches_BhwD.flatten(1, 2)], dim=1) + table_1ND)
 
 
 def _rate(block: PackedBlock) -> float:

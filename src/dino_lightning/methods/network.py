@@ -21,8 +21,9 @@ class MultiCropNetwork(nn.Module):
         self.step = step or StepConfig()
         self.packed = self.step.fused and isinstance(backbone, OriginalViT)
         self.channels_last = _channels_last(backbone, self.step)
-        self.in_tiles = self.packed and not (self.step.compile or self.step.gradient_checkpointing)
-        """Whether large batches go through the blocks in tiles on a CPU."""
+        whole = self.step.compile or self.step.gradient_checkpointing
+        self.in_tiles = self.packed and not whole and backbone.drop_path_mode == "sample"
+        """Whether large batches in full precision go through the blocks in tiles on a CPU."""
         self._prepare()
 
     def features(self, crops: list[Tensor]) -> Tensor:

@@ -3,10 +3,10 @@
 Two things differ from `torch.nn.Linear`, neither in the numbers but for rounding.
 
 Memory: of f only its input is kept for the gradient, and f(x) is computed once more in the backward pass. In a
-transformer block that drops five of sixteen kept token widths for two cheap passes.
+transformer block that drops six of sixteen kept token widths for two cheap passes.
 
-Speed on x86 CPUs: PyTorch hands float32 matrix products to MKL, which leaves processors other than Intel's at half of
-what they can do. Convolutions go to oneDNN, which does not; and a linear layer is a convolution of one pixel.
+Speed on x86 CPUs: PyTorch hands float32 matrix products to MKL, which does not use all that processors other than
+Intel's can do. Convolutions go to oneDNN, which does; and a linear layer is a convolution of one pixel.
 
 M rows, I inputs, O outputs.
 """

@@ -2,8 +2,7 @@
 
 On a CPU what a layer leaves behind for the gradient is expensive: new memory, whose pages the system clears one by one,
 written once and read once from far away. Here only x is kept. Each tile of f(x) is used and overwritten by the next
-one, and computed again for the gradient; L itself is not, whose output
-the gradient does not need.
+one, and computed again for the gradient; L itself is not, whose output the gradient does not need.
 
     forward,  tile by tile: u = f(x);  y = x + s (u W' + b)
     backward, tile by tile: u = f(x) again;  dv = s dy;  dW += dv' u;  db += sum dv;  dx = dy + f'(x) (dv W)
