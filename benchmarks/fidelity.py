@@ -3,6 +3,7 @@
     python benchmarks/fidelity.py --original DIR            ViT, float64: 2 epochs of 5 steps, minutes on 2 CPU cores
     python benchmarks/fidelity.py --original DIR --dtype float32
     python benchmarks/fidelity.py --original DIR --backbone resnet50
+    python benchmarks/fidelity.py --original DIR --batch 16             large enough for tiles
     python benchmarks/fidelity.py --original DIR --step fused=false     with other settings of `step`
 
 DIR is a checkout of facebookresearch/dino (the figures in docs/fidelity.md: commit 7c446df). What runs there is its own
@@ -33,7 +34,7 @@ from dino_lightning.backbones import build_backbone
 from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, SGDConfig, StepConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
 
-EPOCHS, STEPS, BATCH, LOCAL_CROPS, PROTOTYPES = 2, 5, 4, 2, 1024
+EPOCHS, STEPS, LOCAL_CROPS, PROTOTYPES = 2, 5, 2, 1024
 GLOBAL_SIZE, LOCAL_SIZE, PATCH, WIDTH, DEPTH, HEADS = 224, 96, 16, 192, 12, 3
 LR, CLIP, MOMENTUM = 0.02, 0.02, 0.9
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--backbone", choices=["vit", "resnet50"], default="vit")
+    parser.add_argument("--batch", type=int, default=4, help="images; from 16 on a ViT's blocks run in tiles")
     parser.add_argument("--step", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `step` for ours")
     options = parser.parse_args()
     step = OmegaConf.merge(OmegaConf.structured(StepConfig), OmegaConf.from_dotlist(options.step))
@@ -68,7 +70,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * LOCAL_CROPS
     batches = [
-        [torch.randn(BATCH, 3, size, size, generator=generator, dtype=dtype) for size in sizes]
+        [torch.randn(options.batch, 3, size, size, generator=generator, dtype=dtype) for size in sizes]
         for _ in range(EPOCHS * STEPS)
     ]
     torch.set_default_dtype(dtype)
@@ -112,7 +114,7 @@ def run_original(checkout: Path, batches: list[list[Tensor]], *, backbone: str) 
     groups = utils.get_params_groups(student)
     optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9) if with_norm else torch.optim.AdamW(groups)
     schedules = (
-        utils.cosine_scheduler(LR * BATCH / 256, 1e-6, EPOCHS, STEPS, warmup_epochs=1),
+        utils.cosine_scheduler(LR * len(batches[0][0]) / 256, 1e-6, EPOCHS, STEPS, warmup_epochs=1),
         utils.cosine_scheduler(0.04, 0.4, EPOCHS, STEPS),
         utils.cosine_scheduler(MOMENTUM, 1, EPOCHS, STEPS),
     )
@@ -193,7 +195,7 @@ def run_ours(
         teacher_backbone=networks[1],
         feature_dim=networks[0].num_features,  # type: ignore[arg-type]
         optim=optim,
-        batch_size_per_device=BATCH,
+        batch_size_per_device=len(batches[0][0]),
         step=step,
     )
     method.student.load_state_dict(initial)
