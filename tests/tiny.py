@@ -1,6 +1,6 @@
 """A DINO small enough to train in a test, and a real `lightning.Trainer` around it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -20,14 +20,20 @@ Batches = list[list[Tensor]]
 
 
 def dino(
-    *, optim: OptimConfig | None = None, batch_size: int = 8, step: StepConfig | None = None, **method: Any
+    *,
+    optim: OptimConfig | None = None,
+    batch_size: int = 8,
+    step: StepConfig | None = None,
+    depth: int = BACKBONE.depth,
+    **method: Any,
 ) -> DINO:
     """With weights far enough from their start that every term counts, the same on each call after the same seed."""
     small: dict[str, Any] = {"out_dim": K, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_last_layer": "0ep"}
+    backbone = replace(BACKBONE, depth=depth)
     module = DINO(
         DINOConfig(**{**small, **method}),
-        student_backbone=build_backbone(BACKBONE, image_size=32, drop_path=True),
-        teacher_backbone=build_backbone(BACKBONE, image_size=32, drop_path=False),
+        student_backbone=build_backbone(backbone, image_size=32, drop_path=True),
+        teacher_backbone=build_backbone(backbone, image_size=32, drop_path=False),
         feature_dim=BACKBONE.width,
         optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
         batch_size_per_device=batch_size,

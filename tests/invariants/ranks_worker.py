@@ -16,15 +16,19 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, TrainerConfig
 from dino_lightning.distributed import leave_group
+from dino_lightning.ops import tiles
 from dino_lightning.sharding import is_sharded, local, whole
 from dino_lightning.strategy import build_strategy
+from dino_lightning.vit import compiled_pass
 
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
+LEAST_NUMBERS = tiles.LEAST_NUMBERS
 CLIP = 0.02
 """Above the norms of some gradients, below those of others."""
 STEPS, EPOCHS, RANKS, BATCH = 5, 2, 2, 8
@@ -39,6 +43,9 @@ class Case:
     optim: OptimConfig = field(default_factory=lambda: AdamWConfig(lr=0.032, **SCHEDULE))
     accumulate: int = 1
     checkpointed: bool = False
+    depth: int = 1
+    tiled: bool = False
+    compiled: bool = False
     batch_norm: bool = False
 
 
@@ -46,11 +53,14 @@ CASES = {
     "ddp": Case("ddp"),
     "ddp, accumulated": Case("ddp", accumulate=2),
     "ddp, checkpointed": Case("ddp", checkpointed=True),
+    "ddp, tiled": Case("ddp", depth=2, tiled=True),
+    "ddp, compiled": Case("ddp", depth=2, compiled=True),
     "ddp, batch norms": Case("ddp", batch_norm=True),
     "ddp, unused": Case("ddp_find_unused_parameters_true"),
     "fsdp": Case("fsdp"),
     "fsdp, accumulated": Case("fsdp", accumulate=2),
     "fsdp, checkpointed": Case("fsdp", checkpointed=True),
+    "fsdp, tiled": Case("fsdp", depth=2, tiled=True),
     "fsdp, sgd": Case("fsdp", SGDConfig(lr=3.2, **SCHEDULE)),
     "fsdp, lars": Case("fsdp", LARSConfig(lr=32.0, trust_coefficient=0.01, **SCHEDULE)),
 }
@@ -63,6 +73,8 @@ class Watch(L.Callback):
         self.gradients: list[dict[str, Tensor]] = []
         self.storages: list[int] = []
         """In how many pieces of memory the gradients of each step lie."""
+        self.graphs: list[int] = []
+        """Compiled so far, after each micro-batch."""
         self.settings: dict[str, bool] = {}
         """Of DDP."""
         self.sent: list[dict[str, int]] = []
@@ -86,6 +98,7 @@ class Watch(L.Callback):
         return count
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.graphs.append(counters["stats"]["unique_graphs"])
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             self._seen["gradients"] = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
@@ -108,9 +121,13 @@ def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
     """The same on every rank and in the test itself."""
     torch.manual_seed(3)
     batch_size = BATCH // RANKS // case.accumulate
-    module = tiny.dino(optim=case.optim, batch_size=batch_size, head_batch_norm=case.batch_norm, **METHOD)
-    for block in module.student.backbone.blocks:
+    module = tiny.dino(
+        optim=case.optim, batch_size=batch_size, depth=case.depth, head_batch_norm=case.batch_norm, **METHOD
+    )
+    for block in (*module.student.backbone.blocks, *module.teacher.backbone.blocks):
         block.checkpointed = case.checkpointed
+        block.pass_function = compiled_pass("aot_eager") if case.compiled else None  # without generating code
+    tiles.LEAST_NUMBERS = 0 if case.tiled else LEAST_NUMBERS
     return module, tiny.batches(STEPS)
 
 
@@ -161,6 +178,7 @@ def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
         "gradients": [gathered(step) for step in watch.gradients],
         "storages": watch.storages,
         "settings": watch.settings,
+        "graphs": watch.graphs,
         "sharded": [is_sharded(tensor) for tensor in module.parameters()],
         "sizes": {name: sizes(tensor) for name, tensor in all_tensors(module, trainer).items()},
         "sent": watch.sent,

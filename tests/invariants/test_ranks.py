@@ -18,6 +18,8 @@ from ranks_worker import CASES, Case
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 """Float64: only the order of sums differs."""
+AS_ONE: dict[str, Any] = {"accumulate": 1, "checkpointed": False, "tiled": False, "compiled": False}
+"""What one process need not do to train the same."""
 LAST = ("head.last_layer.weight_g", "head.last_layer.weight_v")
 
 
@@ -58,7 +60,7 @@ def ranks(all_ranks: list[dict[str, dict[str, Any]]], name: str) -> list[dict[st
 
 @pytest.fixture
 def alone(case: Case, trained_alone: dict[str, Alone]) -> Alone:
-    key = str(replace(case, strategy="", accumulate=1, checkpointed=False))
+    key = str(replace(case, **AS_ONE, strategy=""))
     if key not in trained_alone:
         trained_alone[key] = train_alone(case)
     return trained_alone[key]
@@ -67,7 +69,7 @@ def alone(case: Case, trained_alone: dict[str, Alone]) -> Alone:
 def train_alone(case: Case) -> Alone:
     # On CPUs a batch norm sees the images of its rank: those of one of two micro-batches.
     parts = ranks_worker.RANKS if case.batch_norm else 1
-    module, whole = ranks_worker.module_and_batches(replace(case, accumulate=1, checkpointed=False))
+    module, whole = ranks_worker.module_and_batches(replace(case, **AS_ONE))
     module.batch_size_per_device = ranks_worker.BATCH // parts
     watch = ranks_worker.Watch()
     options = {"max_epochs": ranks_worker.EPOCHS, "accumulate_grad_batches": parts}
@@ -193,3 +195,9 @@ def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:
     expected: dict[str, bool] = {"fused": True, "foreach": False}
     expected = {"fsdp, sgd": {"fused": False, "foreach": True}, "fsdp, lars": {}}.get(name, expected)
     assert all(group == expected for rank in ranks for group in rank["options"])
+
+
+def test_compiled_blocks_are_compiled_in_the_first_step(all_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    """Blocks and last blocks of student and teacher, beside DDP."""
+    for rank in all_ranks:
+        assert set(rank["ddp, compiled"]["graphs"]) == {4}
