@@ -118,10 +118,11 @@ def trainer_and_method(config: Any) -> tuple[Any, Any]:
     from dino_lightning.build import build_method, build_trainer
     from dino_lightning.ops.memory import keep_freed_memory
     from dino_lightning.quiet import quieten_libraries
+    from dino_lightning.run import trains_in_tiles
 
     quieten_libraries()
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config)
-    if config.trainer.accelerator == "cpu" and method.student.in_tiles:
+    if config.trainer.accelerator == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     return build_trainer(config, hyperparameters={}), method

@@ -49,13 +49,10 @@ def run_training(composed: DictConfig) -> float | None:
     trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()})
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
-        large = config.crops.global_size >= LARGE_CROPS
-        workers = 0 if large else config.data.num_workers
-        torch.set_num_threads(config.cpu_threads or threads_beside(workers, trainer.num_devices))
+        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config)
-    mixed = "mixed" in str(config.trainer.precision)
-    if trainer.strategy.root_device.type == "cpu" and method.student.in_tiles and not mixed:
+    if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     output = Path(config.output_dir)
     if trainer.is_global_zero:
@@ -78,14 +75,20 @@ def run_training(composed: DictConfig) -> float | None:
     return summary["knn_top1"]
 
 
-def threads_beside(workers: int, devices: int) -> int:
-    """Threads for each training process on a CPU, so that they and the loader processes have a core each.
+def threads_beside(config: TrainConfig, *, devices: int) -> int:
+    """Threads for each training process on a CPU.
 
-    Threads that share a core with a loader wait for each other in every small operation, which costs more than a
-    second thread gains.
+    With small crops each loader process has a core to itself: threads that share one with it wait for each other in
+    every small operation, which costs more than a second thread gains.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.data.num_workers if config.crops.global_size < LARGE_CROPS else 0
     return max(1, cores // devices - workers)
+
+
+def trains_in_tiles(config: TrainConfig, method: StudentTeacher) -> bool:
+    """Whether large batches take so little memory at once that freed memory can be kept."""
+    return method.student.in_tiles and "mixed" not in str(config.trainer.precision)
 
 
 def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: StudentTeacher) -> None:
