@@ -1,14 +1,17 @@
 """From configuration to objects: a `match` per group, in the order of a run."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.core.config_store import ConfigStore
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from dino_lightning.backbones import build_backbone
 from dino_lightning.callbacks.knn import KNNCallback
@@ -17,8 +20,15 @@ from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import Description
 from dino_lightning.config import (
+    SCHEMAS,
+    BYOLConfig,
     CSVLoggerConfig,
     DINOConfig,
+    MethodConfig,
+    MoCoConfig,
+    SupervisedConfig,
+    SwAVConfig,
+    TeacherConfig,
     TensorBoardLoggerConfig,
     TrainConfig,
     WandbLoggerConfig,
@@ -26,15 +36,20 @@ from dino_lightning.config import (
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.base import Method
+from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.moco import MoCo
+from dino_lightning.methods.supervised import Supervised
+from dino_lightning.methods.swav import SwAV
 from dino_lightning.strategy import SharedStatistics, build_strategy
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
     """The data module; images are opened at first use."""
     bad_images = Path(config.output_dir) / "bad_images.txt"
-    return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images)
+    labels = isinstance(config.method, SupervisedConfig)
+    return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images, labels=labels)
 
 
 def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.Trainer:
@@ -128,25 +143,53 @@ def _csv_logger(output: Path, *, resume: bool) -> CSVLogger:
     return logger
 
 
-def build_method(config: TrainConfig) -> StudentTeacher:
-    """The LightningModule: student, teacher, and what they learn."""
-    size = config.crops.global_size
-    channels = config.data.channels
-    student = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=True)
-    teacher = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=False)
+METHODS: dict[type[MethodConfig], Callable[..., Method]] = {}
+"""Methods of one's own, by their configuration: `register_method`."""
+
+
+def register_method(name: str, config: type[MethodConfig], method: Callable[..., Method]) -> None:
+    """Make `method=NAME` known: its dataclass, and what is called with an instance of it.
+
+    `method` gets what `build_method` gives to all: `student_backbone`, `feature_dim`, `optim`, `batch_size_per_device`,
+    `step` and, where it is a `StudentTeacher`, `teacher_backbone`.
+    """
+    SCHEMAS["method"][name] = config
+    ConfigStore.instance().store(group="method", name=name, node=config)
+    METHODS[config] = method
+
+
+def build_method(config: TrainConfig, *, num_classes: int = 0) -> Method:
+    """The LightningModule: what is trained, and how."""
+    size, channels = config.crops.global_size, config.data.channels
+
+    def backbone(*, drop_path: bool) -> nn.Module:
+        return build_backbone(config.backbone, image_size=size, channels=channels, drop_path=drop_path)
+
+    student = backbone(drop_path=True)
+    common: dict[str, Any] = {
+        "student_backbone": student,
+        "feature_dim": student.num_features,
+        "optim": config.optim,
+        "batch_size_per_device": config.data.batch_size_per_device,
+        "step": config.step,
+    }
+    if isinstance(config.method, TeacherConfig):
+        common["teacher_backbone"] = backbone(drop_path=False)
     match config.method:
         case DINOConfig() as dino:
-            method: StudentTeacher = DINO(
-                dino,
-                student_backbone=student,
-                teacher_backbone=teacher,
-                feature_dim=student.num_features,  # type: ignore[arg-type]
-                optim=config.optim,
-                batch_size_per_device=config.data.batch_size_per_device,
-                step=config.step,
-            )
-        case _:
-            raise TypeError(f"no method for {type(config.method).__name__}")
+            method: Method = DINO(dino, **common)
+        case BYOLConfig() as byol:
+            method = BYOL(byol, **common)
+        case MoCoConfig() as moco:
+            method = MoCo(moco, **common)
+        case SwAVConfig() as swav:
+            method = SwAV(swav, **common)
+        case SupervisedConfig() as supervised:
+            method = Supervised(supervised, num_classes=num_classes, **common)
+        case other if type(other) in METHODS:
+            method = METHODS[type(other)](other, **common)
+        case other:
+            raise TypeError(f"no method for {type(other).__name__}")
     method.description = Description(
         config.backbone,
         image_size=size,

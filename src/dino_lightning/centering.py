@@ -1,15 +1,91 @@
-"""Centring of the teacher's logits (equation 4 of the paper)."""
+"""What is subtracted from the teacher's logits so that no prototype takes everything.
 
+The paper's centre is a running mean (equation 4). Sinkhorn-Knopp, its alternative in table 7, scales the matrix of
+exp(logits / temperature) until every prototype gets the same share of the batch and every image a sum of 1. The last
+division is a softmax, and the scales of the prototypes before it are a subtraction inside it:
+
+    exp(t_bk / tau) r_k / sum_j exp(t_bj / tau) r_j = softmax_k((t_bk - c_k) / tau)   with c_k = -tau log r_k
+
+So it, too, is a centre, of one batch, and everything that is made for centres serves it.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.distributed import all_reduce_sum_later
+from dino_lightning.distributed import all_reduce_max, all_reduce_sum, all_reduce_sum_later
+from dino_lightning.factors import Factors
 from dino_lightning.numerics import at_least_float32
 
 
-class Center(nn.Module):
+class Centering(nn.Module, ABC):
+    """What DINO subtracts from the teacher's logits."""
+
+    center: Tensor
+    """The latest shift (1, K)."""
+
+    @abstractmethod
+    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+        """The shift (1, K) for the logits of one micro-batch; all ranks call it together."""
+
+    def commit(self) -> None:
+        """End an optimizer step."""
+
+
+class NoCenter(Centering):
+    """Nothing is subtracted."""
+
+    def __init__(self, out_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+        """Zeros."""
+        return self.center
+
+
+class SinkhornCenter(Centering):
+    """Sinkhorn-Knopp over the micro-batches of all ranks; with one iteration, a softmax over the batch."""
+
+    def __init__(self, out_dim: int, *, iterations: int) -> None:
+        super().__init__()
+        self.iterations = iterations
+        # Of one batch only: nothing that a checkpoint must keep.
+        self.register_buffer("center", torch.zeros(1, out_dim), persistent=False)
+
+    @torch.no_grad()
+    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+        """The shift that the assignment of this batch amounts to."""
+        logits_NK = at_least_float32(teacher.logits())
+        self.center.copy_(sinkhorn_shift(logits_NK, temperature=temperature, iterations=self.iterations))
+        return self.center
+
+
+@torch.no_grad()
+def sinkhorn_shift(logits_NK: Tensor, *, temperature: float, iterations: int) -> Tensor:
+    """Shift c (1, K) with which softmax((t - c) / temperature) is the Sinkhorn-Knopp assignment of all ranks' rows.
+
+    Each iteration divides every prototype by its sum over images, then every image by its sum over prototypes. In
+    logarithms: at a temperature of 0.04 the exponentials themselves leave float32 for logits above 3.
+    """
+    scaled_NK = logits_NK / temperature
+    row_N1 = scaled_NK.new_zeros(len(scaled_NK), 1)
+    column_1K = scaled_NK.new_zeros(1, scaled_NK.shape[1])
+    for iteration in range(iterations):
+        if iteration:
+            row_N1 = -(scaled_NK + column_1K).logsumexp(dim=1, keepdim=True)
+        column_1K = -_logsumexp_over_ranks(scaled_NK + row_N1)
+    return -temperature * column_1K
+
+
+def _logsumexp_over_ranks(x_NK: Tensor) -> Tensor:
+    largest_1K = all_reduce_max(x_NK.amax(dim=0, keepdim=True))
+    return all_reduce_sum((x_NK - largest_1K).exp().sum(dim=0, keepdim=True)).log() + largest_1K
+
+
+class Center(Centering):
     """Running mean of the teacher's logits, moved once per optimizer step.
 
     `observe` sends the sum of a micro-batch to the other ranks, which travels while student and gradient are computed;
@@ -17,14 +93,17 @@ class Center(nn.Module):
     between two commits thus sees the old centre.
     """
 
-    center: Tensor
-
     def __init__(self, out_dim: int, *, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
         # A plain attribute: buffers are overwritten with rank 0's by DDP at every forward.
         self._sums: list[Callable[[], Tensor]] = []
+
+    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+        """The old centre; the new one is on its way. The sum of logits is the logits of the sum."""
+        self.observe(teacher.of_the_sum(), count=len(teacher))
+        return self.center
 
     @torch.no_grad()
     def observe(self, sum_1K: Tensor, *, count: int) -> None:

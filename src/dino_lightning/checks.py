@@ -7,6 +7,7 @@ the key, its value and what was expected.
 from pathlib import Path
 
 from dino_lightning.backbones import check_timm_name
+from dino_lightning.checks_method import check_labels, check_method
 from dino_lightning.checks_step import check_step
 from dino_lightning.config import (
     TORCHVISION_NAMES,
@@ -60,6 +61,19 @@ RULES: dict[str, Rule] = {
     "method.teacher_temperature": POSITIVE,
     "method.teacher_temperature_start": POSITIVE,
     "method.center_momentum": SHARE,
+    "method.sinkhorn_iterations": at_least(1),
+    "method.koleo_weight": at_least(0),
+    "method.patch_loss_weight": at_least(0),
+    "method.mask_p": SHARE,
+    "method.mask_share": AREAS,
+    "method.temperature": POSITIVE,
+    "method.version": Rule("2 or 3", lambda value: value in (2, 3)),
+    "method.sinkhorn_epsilon": POSITIVE,
+    "method.queue_length": at_least(0),
+    "method.loss_scale": POSITIVE,
+    "method.label_smoothing": BELOW_ONE,
+    "backbone.registers": at_least(0),
+    "callbacks.collapse.patience": at_least(1),
     "method.teacher_momentum": SHARE,
     "method.teacher_momentum_end": SHARE,
     "crops.global_size": at_least(1),
@@ -121,6 +135,11 @@ RULES: dict[str, Rule] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "method.teacher_update": ("ema", "copy_each_step", "previous_step", "copy_each_epoch"),
+    "method.evaluate": ("teacher", "student"),
+    "method.head_activation": ("gelu", "relu"),
+    "method.loss": ("cross_entropy", "mse"),
+    "method.centering": ("center", "sinkhorn", "softmax", "none"),
     "backbone.drop_path": ("sample", "subset"),
     "step.attention": ("split", "varlen"),
     "step.matmul_precision": ("highest", "high", "medium"),
@@ -129,7 +148,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.cache": ("none", "ram", "disk"),
 }
 
-DURATIONS = ("method.freeze_last_layer", "method.teacher_temperature_warmup", "optim.lr_warmup")
+DURATIONS = (
+    "method.freeze_last_layer",
+    "method.teacher_temperature_warmup",
+    "method.queue_start",
+    "method.freeze_prototypes",
+    "optim.lr_warmup",
+    "callbacks.collapse.after",
+)
 
 
 def check_config(config: TrainConfig) -> None:
@@ -140,6 +166,7 @@ def check_config(config: TrainConfig) -> None:
     _check_crops(config)
     _check_trainer(config)
     check_step(config)
+    check_method(config)
     _check_durations(config)
     _check_callbacks(config)
     _check_output(config)
@@ -152,6 +179,7 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
             "callbacks.knn.enabled=true: k-NN evaluation needs labelled training and validation images, and this data "
             "has none; add callbacks.knn.enabled=false."
         )
+    check_labels(config, data)
     images, batch = data.num_images, config.data.batch_size_per_device
     if images < batch * world_size:
         raise UserError(

@@ -71,6 +71,16 @@ def all_reduce_sum_later(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest value over ranks of each element of a tensor of one shape; the argument keeps its values."""
+    if not _active():
+        return tensor.clone()
+    sent = tensor.to(_group_device(tensor), copy=True).contiguous()
+    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    return sent.to(tensor.device)
+
+
+@torch.no_grad()
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """The mean over ranks of a floating-point tensor of one shape; the argument keeps its values."""
     assert tensor.is_floating_point(), f"the mean of {tensor.dtype} would be cut to whole numbers"

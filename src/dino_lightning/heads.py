@@ -59,6 +59,9 @@ class _WeightNorm(torch.autograd.Function):
         return dv_KD, along_K1 / length_K1 if ctx.needs_input_grad[1] else None
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
 class DINOHead(nn.Module):
     """MLP, L2 bottleneck, prototypes: the head `h` of the paper's appendix C."""
 
@@ -72,14 +75,17 @@ class DINOHead(nn.Module):
         bottleneck_dim: int = 256,
         batch_norm: bool = False,
         train_norm: bool = False,
+        activation: str = "gelu",
+        normalize: bool = True,
     ) -> None:
         super().__init__()
+        self.normalize = normalize
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         modules: list[nn.Module] = []
         for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             if index:
                 modules += [nn.BatchNorm1d(fan_in)] if batch_norm else []
-                modules += [nn.GELU()]
+                modules += [ACTIVATIONS[activation]()]
             modules.append(nn.Linear(fan_in, fan_out))
         # A head of one layer is a bare Linear in the original: `mlp.weight` rather than `mlp.0.weight`.
         self.mlp = nn.Sequential(*modules) if layers > 1 else modules[0]
@@ -89,11 +95,17 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_norm=train_norm)
 
-    def forward(self, x_BD: Tensor, *, factors: bool = False) -> Any:
-        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm; or their `Factors`."""
-        if not factors:
-            return self.last_layer(F.normalize(self.mlp(x_BD), dim=-1))
-        return Factors(F.normalize(self._bottleneck(x_BD), dim=-1), self.last_layer.weight)
+    def forward(self, x_BD: Tensor, *, factors: bool = False, predictor: nn.Module | None = None) -> Any:
+        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm; or their `Factors`.
+
+        The predictor stands before the bottleneck is normalised.
+        """
+        points_BD = self._bottleneck(x_BD) if factors else self.mlp(x_BD)
+        if predictor is not None:
+            points_BD = predictor(points_BD)
+        if self.normalize:
+            points_BD = F.normalize(points_BD, dim=-1)
+        return Factors(points_BD, self.last_layer.weight) if factors else self.last_layer(points_BD)
 
     def _bottleneck(self, x_BD: Tensor) -> Tensor:
         """`self.mlp(x_BD)`, with less kept for the gradient."""
@@ -104,3 +116,22 @@ class DINOHead(nn.Module):
             elif not isinstance(module, nn.GELU):
                 x_BD = module(x_BD)
         return x_BD
+
+
+class MLPHead(nn.Sequential):
+    """Linear layers with batch norm and ReLU between them: projector and predictor of BYOL, MoCo and SwAV."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, layers: int, hidden_dim: int, batch_norm: bool, last_norm: bool = False
+    ) -> None:
+        """With `last_norm`, the output goes through a batch norm without scale and shift (MoCo v3)."""
+        widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+        modules: list[nn.Module] = []
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            if index:
+                modules += [nn.BatchNorm1d(fan_in)] if batch_norm else []
+                modules += [nn.ReLU(inplace=True)]
+            modules.append(nn.Linear(fan_in, fan_out))
+        if last_norm:
+            modules.append(nn.BatchNorm1d(out_dim, affine=False))
+        super().__init__(*modules)

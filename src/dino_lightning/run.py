@@ -23,7 +23,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.base import Method
 from dino_lightning.ops.memory import keep_freed_memory
 from dino_lightning.quiet import quieten_libraries
 from dino_lightning.records import commit, environment, write_atomically
@@ -51,7 +51,7 @@ def run_training(composed: DictConfig) -> float | None:
     if trainer.strategy.root_device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
-    method = build_method(config)
+    method = build_method(config, num_classes=data.num_classes)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     output = Path(config.output_dir)
@@ -69,7 +69,7 @@ def run_training(composed: DictConfig) -> float | None:
     if trainer.interrupted:
         return None
     summary = summarise(config, trainer, method)
-    weights = whole_state(cast(nn.Module, method.teacher.backbone))  # on all ranks: each may hold a part
+    weights = whole_state(cast(nn.Module, method.evaluated.backbone))  # on all ranks: each may hold a part
     if trainer.is_global_zero:
         write_results(config, summary, weights, output)
     return summary["knn_top1"]
@@ -86,12 +86,12 @@ def threads_beside(config: TrainConfig, *, devices: int) -> int:
     return max(1, cores // devices - workers)
 
 
-def trains_in_tiles(config: TrainConfig, method: StudentTeacher) -> bool:
+def trains_in_tiles(config: TrainConfig, method: Method) -> bool:
     """Whether large batches take so little memory at once that freed memory can be kept."""
     return method.student.in_tiles and "mixed" not in str(config.trainer.precision)
 
 
-def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: StudentTeacher) -> None:
+def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: Method) -> None:
     """Say in a few lines what is about to happen."""
     val = data.sources.val
     weights = sum(parameter.numel() for parameter in method.student.backbone.parameters())
@@ -129,7 +129,7 @@ def finish_loggers(trainer: L.Trainer) -> None:
             logger.experiment.finish()
 
 
-def summarise(config: TrainConfig, trainer: L.Trainer, method: StudentTeacher) -> dict[str, Any]:
+def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
     """The run in a few numbers: `summary.json`."""
     knn = find(trainer, KNNCallback)
     speed = find(trainer, Speed)

@@ -1,7 +1,7 @@
 """Weighted k-NN of the teacher while training, and of an untrained backbone and raw pixels before it.
 
 The data module offers `labelled`, `num_classes`, `train_labels` and `eval_dataset(split)`; the module offers
-`teacher.backbone`. An evaluation leaves weights, buffers, random states and train / eval flags as they were.
+`evaluated.backbone`. An evaluation leaves weights, buffers, random states and train / eval flags as they were.
 """
 
 from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ class KNNCallback(Callback):
         images = _images(trainer)
         train, val = images.eval_dataset("train"), images.eval_dataset("val")
         asked = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
-        backbone = cast(nn.Module, cast(Any, pl_module).teacher.backbone)
+        backbone = cast(nn.Module, cast(Any, pl_module).evaluated.backbone)
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
         chosen = self._bank(images)
         options: dict[str, Any] = {

@@ -53,7 +53,7 @@ class Pictures(L.Callback):
         self._draw(trainer, pl_module, epoch=None)
 
     def _draw(self, trainer: L.Trainer, pl_module: Any, *, epoch: int | None) -> None:
-        data, backbone = _data(trainer), pl_module.teacher.backbone
+        data, backbone = _data(trainer), pl_module.evaluated.backbone
         shown = data.eval_dataset("val" if data.sources.val is not None else "train")
         chosen = self._chosen(shown.source.labels, len(shown))
         images = torch.stack([shown[index][0] for index in chosen]).to(pl_module.device)

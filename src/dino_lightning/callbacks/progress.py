@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.base import Method
 
 REFRESH_SECONDS = 0.25
 """Least time between two drawings of the bar."""
@@ -103,7 +103,7 @@ class RunProgress(ProgressBar):
     def _describe(self, trainer: L.Trainer) -> str:
         """Of numbers that are here already: a metric of the trainer may be a tensor that has to be waited for."""
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
-        loss = cast(StudentTeacher, trainer.lightning_module).readings.latest
+        loss = cast(Method, trainer.lightning_module).readings.latest
         if loss is not None:
             parts.append(f"loss {loss:.3f}")
         if self._knn is not None and self._knn.last:

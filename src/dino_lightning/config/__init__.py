@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from dino_lightning.config.around import (
     CallbacksConfig,
     CheckpointConfig,
+    CollapseConfig,
     CSVLoggerConfig,
     KNNConfig,
     LoggerConfig,
@@ -58,12 +59,20 @@ from dino_lightning.config.evaluation import (
     VideoEval,
     VOCData,
 )
+from dino_lightning.config.method import (
+    MOCO_VERSIONS,
+    BYOLConfig,
+    DINOConfig,
+    MethodConfig,
+    MoCoConfig,
+    SupervisedConfig,
+    SwAVConfig,
+    TeacherConfig,
+)
 from dino_lightning.config.model import (
     AdamWConfig,
     BackboneConfig,
-    DINOConfig,
     LARSConfig,
-    MethodConfig,
     OptimConfig,
     SGDConfig,
     TimmConfig,
@@ -73,11 +82,10 @@ from dino_lightning.config.step import StepConfig
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
 __all__ = [
-    "SCHEMAS",
-    "TORCHVISION_NAMES",
     "AdamWConfig",
     "ArchiveData",
     "AttentionEval",
+    "BYOLConfig",
     "BackboneConfig",
     "BenchmarkData",
     "BuiltinData",
@@ -85,6 +93,7 @@ __all__ = [
     "CallbacksConfig",
     "CheckpointConfig",
     "ClassificationEval",
+    "CollapseConfig",
     "CopyDetectionEval",
     "CopydaysData",
     "CropsConfig",
@@ -108,6 +117,7 @@ __all__ = [
     "LoggerConfig",
     "LogisticEval",
     "MethodConfig",
+    "MoCoConfig",
     "NeighborsEval",
     "OptimConfig",
     "ParquetData",
@@ -115,8 +125,13 @@ __all__ = [
     "PicturesData",
     "RetrievalEval",
     "RevisitedData",
+    "SCHEMAS",
     "SGDConfig",
     "StepConfig",
+    "SupervisedConfig",
+    "SwAVConfig",
+    "TORCHVISION_NAMES",
+    "TeacherConfig",
     "TensorBoardLoggerConfig",
     "TimmConfig",
     "TorchvisionData",
@@ -155,6 +170,11 @@ class TrainConfig:
     """Evaluation, checkpoints and pictures while training."""
     experiment: str = ""
     """Name of the experiment the settings come from (set by the file under `conf/experiment/`)."""
+    imports: list[str] = field(default_factory=list)
+    """Python files or modules with methods of your own (docs/new_method.md), imported first."""
+    suggest: bool = False
+    """Choose prototypes, momentum, temperature, learning rate and crops by number and size of the images
+    (docs/small_data.md), wherever the command line does not."""
     output_dir: str = MISSING
     """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
     seed: int = 0
@@ -196,7 +216,13 @@ class EvaluateConfig:
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "backbone": {"vit": ViTConfig, "timm": TimmConfig},
-    "method": {"dino": DINOConfig},
+    "method": {
+        "dino": DINOConfig,
+        "byol": BYOLConfig,
+        "moco": MoCoConfig,
+        "swav": SwAVConfig,
+        "supervised": SupervisedConfig,
+    },
     "crops": {"multicrop": CropsConfig},
     "data": {
         "builtin": BuiltinData,
@@ -237,6 +263,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 def register() -> None:
     """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
+    OmegaConf.register_new_resolver("moco", lambda version, key: MOCO_VERSIONS.get(version, {}).get(key), replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
     store.store(name="schema_evaluate", node=EvaluateConfig)

@@ -67,6 +67,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class CollapseConfig:
+    """Alarms where all images come to look the same to the network."""
+
+    enabled: bool = True
+    """Watch at all."""
+    stop: bool = False
+    """End the run at an alarm instead of warning only."""
+    after: str = "10%"
+    """Duration at the start of the run without alarms: fresh networks look collapsed (duration)."""
+    patience: int = 10
+    """Rows of the log in a row that must show the same collapse."""
+
+
+@dataclass
 class PicturesConfig:
     """Attention maps and nearest neighbours as pictures."""
 
@@ -86,5 +100,7 @@ class CallbacksConfig:
     """Weighted k-NN evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    """Collapse alarms."""
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     """Pictures."""

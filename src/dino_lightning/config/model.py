@@ -1,4 +1,4 @@
-"""The network, what it learns, and the optimizer: `backbone`, `method`, `optim`."""
+"""The network and the optimizer: `backbone`, `optim`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ class ViTConfig(BackboneConfig):
     """Attention heads per block; must divide `width`."""
     patch_size: int = 16
     """Side of a square patch (pixels)."""
+    registers: int = 0
+    """Further tokens without position that gather what belongs to no patch (Darcet et al. 2024: 4)."""
     drop_path: str = "sample"
     """Stochastic depth: `sample` drops a branch crop by crop, as the original; `subset` computes each branch for a
     fixed number of random crops only, which saves time and memory and draws other random numbers."""
@@ -43,45 +45,6 @@ class TimmConfig(BackboneConfig):
     """Side of a square patch (pixels); null keeps the network's own. Only networks that have patches take it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of `timm.create_model`."""
-
-
-@dataclass
-class MethodConfig:
-    """What is learnt from the crops; one of the children below."""
-
-
-@dataclass
-class DINOConfig(MethodConfig):
-    """Self-distillation with no labels (Caron et al., ICCV 2021)."""
-
-    out_dim: int = 65536
-    """Number of prototypes K: width of the head's output."""
-    head_layers: int = 3
-    """Linear layers of the head's MLP before the L2 bottleneck."""
-    head_hidden_dim: int = 2048
-    """Width of the MLP's hidden layers."""
-    head_bottleneck_dim: int = 256
-    """Width of the L2-normalised bottleneck."""
-    head_batch_norm: bool = False
-    """Batch normalisation in the head's MLP (synchronised over devices by `trainer.sync_batchnorm`)."""
-    norm_last_layer: bool = True
-    """Keep the prototypes at unit norm. False learns better but can be unstable."""
-    freeze_last_layer: str = "1ep"
-    """Duration at the start of the run in which the prototypes get no gradient (duration; whole epochs or steps)."""
-    student_temperature: float = 0.1
-    """Temperature of the student's softmax."""
-    teacher_temperature: float = 0.04
-    """Temperature of the teacher's softmax after its warm-up. Above 0.07 most runs collapse."""
-    teacher_temperature_start: float = 0.04
-    """Temperature of the teacher's softmax in the first epoch."""
-    teacher_temperature_warmup: str = "0ep"
-    """Linear warm-up of the teacher's temperature (duration; in `ep` it changes once an epoch, as in the original)."""
-    center_momentum: float = 0.9
-    """Momentum of the centre: share of the old centre kept at each optimizer step."""
-    teacher_momentum: float = 0.996
-    """Momentum of the teacher's weights at the first step (use 0.9995 at a total batch of 256)."""
-    teacher_momentum_end: float = 1.0
-    """Momentum of the teacher's weights that the cosine goes towards."""
 
 
 @dataclass

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
 from dino_lightning.data.crops import CropBackend
+from dino_lightning.data.labels import LabelledCrops
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
 from dino_lightning.data.stream_order import Place, read_stream
 from dino_lightning.errors import UserError
@@ -41,18 +43,23 @@ def crop_seed(*numbers: int) -> int:
 class CropBatches(Dataset[Any]):
     """Keys -> a batch of crops. PyTorch's loader hands over all keys of a batch at once."""
 
-    def __init__(self, images: ReadableImages[Any], crops: CropBackend, *, seed: int) -> None:
-        self.images, self.crops, self.seed = images, crops, seed
+    def __init__(
+        self, images: ReadableImages[Any], crops: CropBackend, *, seed: int, labels: np.ndarray | None = None
+    ) -> None:
+        """With the labels (n,) of all images, batches are `LabelledCrops`."""
+        self.images, self.crops, self.seed, self.labels = images, crops, seed, labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, keys: list[Key]) -> Any:
         try:
-            images = [self.images[index][0] for _, index in keys]
+            # An image that cannot be read is replaced, and its label with it.
+            images, positions = zip(*(self.images[index] for _, index in keys), strict=True)
         except UserError as error:
             return Failure(str(error))
-        return self.crops(images, [crop_seed(self.seed, *key) for key in keys])
+        batch = self.crops(images, [crop_seed(self.seed, *key) for key in keys])
+        return batch if self.labels is None else LabelledCrops(batch, torch.from_numpy(self.labels[list(positions)]))
 
 
 class StreamBatches(IterableDataset[Any]):

@@ -16,6 +16,7 @@ from dino_lightning.data.batches import CropBatches, StreamBatches, crop_seed
 from dino_lightning.data.cache import cached
 from dino_lightning.data.crops import CropBackend, CutCrops, EvalView, crop_backend
 from dino_lightning.data.decode import Decoder
+from dino_lightning.data.labels import LabelledCrops
 from dino_lightning.data.loader import KeyBatches, MapLoader, PlacedLoader, StreamLoader
 from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
 from dino_lightning.data.sources.base import Beginning, Content
@@ -43,14 +44,23 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
 
 class MultiCropDataModule(L.LightningDataModule):
-    """Batches of V crops, each (B, C, size, size); labels never reach training.
+    """Batches of V crops, each (B, C, size, size); labels reach training only where `labels` asks for them.
 
     For evaluation it offers `eval_dataset("train" | "val")` of (image (C, H, W), label).
     """
 
-    def __init__(self, config: DataConfig, crops: CropsConfig, *, seed: int, bad_images: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        crops: CropsConfig,
+        *,
+        seed: int,
+        bad_images: Path | None = None,
+        labels: bool = False,
+    ) -> None:
+        """With `labels`, training batches are `LabelledCrops`."""
         super().__init__()
-        self.config, self.seed, self.bad_images = config, seed, bad_images
+        self.config, self.seed, self.bad_images, self.labels = config, seed, bad_images, labels
         self.crops = crops
         self.decoder = Decoder(config)
         self._loader: PlacedLoader | None = None
@@ -151,10 +161,13 @@ class MultiCropDataModule(L.LightningDataModule):
                 StreamBatches(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks), **options
             )  # fmt: skip
         images = self._readable(self._kept_images, crops.decoding)
-        return MapLoader(CropBatches(images, crops, seed=self.seed), KeyBatches(len(images), **ranks), **options)
+        batches = CropBatches(images, crops, seed=self.seed, labels=train.labels if self.labels else None)
+        return MapLoader(batches, KeyBatches(len(images), **ranks), **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """`crops=device`: the rest of the augmentation, where the batch is now."""
+        if isinstance(batch, LabelledCrops):
+            return batch._replace(crops=self.on_after_batch_transfer(batch.crops, dataloader_idx))
         return batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
 
     def example_crops(self, indices: list[int]) -> list[list[Tensor]]:

@@ -1,8 +1,8 @@
-"""What every method shares: a student, a teacher that follows it, schedules, and one place where state moves.
+"""What every method shares: a student, schedules, and one place where state moves.
 
 `optimizer_step` is that place. In this order, once per optimizer step and never per micro-batch: write the learning
-rate and weight decay, step the student, move the teacher, let the method move its own state (DINO: the centre).
-`global_step` has the index of the step just taken throughout.
+rate and weight decay, step the student, move the teacher if there is one, let the method move its own state (DINO: the
+centre). `global_step` has the index of the step just taken throughout.
 """
 
 import math
@@ -12,52 +12,56 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_lightning.config import OptimConfig
-from dino_lightning.ema import ema_update, follow
+from dino_lightning.data.labels import LabelledCrops
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
 from dino_lightning.readings import Reading, Readings
 from dino_lightning.schedules import Cosine, Duration
 from dino_lightning.sharding import shard
 
+GLOBAL_CROPS = 2
+"""The first crops of a batch, which are global."""
 REFERENCE_BATCH = 256
 """Images per optimizer step for which `optim.lr` is given (linear scaling rule)."""
 
 
-class StudentTeacher(L.LightningModule, ABC):
-    """A student trained by gradient and a teacher that is its moving average."""
+class Method(L.LightningModule, ABC):
+    """A student trained by gradient."""
 
     student: MultiCropNetwork
-    teacher: MultiCropNetwork
 
     def __init__(
         self,
         student: MultiCropNetwork,
-        teacher: MultiCropNetwork,
         *,
         optim: OptimConfig,
-        teacher_momentum: float,
-        teacher_momentum_end: float,
         batch_size_per_device: int,
+        predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = follow(teacher, student)
+        self.predictor = predictor
+        """Layers that are trained and stand in no network; None for none."""
         self.optim = optim
-        self.teacher_momentum, self.teacher_momentum_end = teacher_momentum, teacher_momentum_end
         self.batch_size_per_device = batch_size_per_device
         self.description: dict[str, Any] = {}
         """The backbone and its images in plain types, so that a checkpoint alone says what its weights belong to."""
         self.readings = Readings()
+        self.watchers: list[Callable[[Reading], None]] = []
+        """Called with every reading that is logged; for callbacks."""
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
 
     @abstractmethod
-    def loss(self, crops: list[Tensor]) -> Tensor:
-        """The loss of one micro-batch: V crops (B, 3, size, size), the first two global."""
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of one micro-batch: V crops (B, 3, size, size), the first two global.
+
+        Where the method wants labels, a `LabelledCrops`.
+        """
 
     def method_schedules(self) -> dict[str, Callable[[int], float]]:
         """The method's own schedules by name; they are logged and readable as `self.value(name)`."""
@@ -67,7 +71,29 @@ class StudentTeacher(L.LightningModule, ABC):
         """Change gradients after they are unscaled and clipped."""
 
     def after_step(self, step: int) -> None:
-        """Move the method's own state, after the teacher has moved."""
+        """Move the method's own state, after student and teacher have moved."""
+
+    # ---------------------------------------------------------------------------------- what a kind of method adds
+
+    @property
+    def evaluated(self) -> MultiCropNetwork:
+        """The network whose features are evaluated and exported."""
+        return self.student
+
+    @property
+    def networks(self) -> tuple[MultiCropNetwork, ...]:
+        """All networks, to be spread over devices."""
+        return (self.student,)
+
+    def kind_schedules(self) -> dict[str, Callable[[int], float]]:
+        """Schedules of this kind of method."""
+        return {}
+
+    def before_student(self, step: int) -> None:
+        """Called before the student moves."""
+
+    def after_student(self, step: int) -> None:
+        """Called when the student has moved."""
 
     # ------------------------------------------------------------------------------------------------ schedules
 
@@ -97,7 +123,7 @@ class StudentTeacher(L.LightningModule, ABC):
         return {
             "lr": Cosine(lr, optim.lr_end, total, self.duration(optim.lr_warmup, key="optim.lr_warmup")),
             "weight_decay": Cosine(optim.weight_decay, optim.weight_decay_end, total),
-            "teacher_momentum": Cosine(self.teacher_momentum, self.teacher_momentum_end, total),
+            **self.kind_schedules(),
             **self.method_schedules(),
         }
 
@@ -122,20 +148,24 @@ class StudentTeacher(L.LightningModule, ABC):
         if synchronised is not None:  # `trainer.sync_batchnorm`, which Lightning forgets under this strategy
             synchronised.apply(self)
         # Backbone and head each by itself: methods and evaluation call them, not the network around them.
-        for network in (self.student, self.teacher):
-            shard(network.backbone, mesh=self.device_mesh["data_parallel"])
-            shard(network.head, mesh=self.device_mesh["data_parallel"], in_parts=False)
+        mesh = self.device_mesh["data_parallel"]
+        for network in self.networks:
+            shard(network.backbone, mesh=mesh)
+            shard(network.head, mesh=mesh, in_parts=False)
+        if self.predictor is not None:
+            shard(self.predictor, mesh=mesh, in_parts=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over the student, and the schedules, now that the length of the run is known."""
+        """The optimizer over what is trained, and the schedules, now that the length of the run is known."""
         self.schedules = self._make_schedules()
-        return build_optimizer(self.optim, parameter_groups(self.student))
+        return build_optimizer(self.optim, parameter_groups(self))
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch. What it measures is read by the next one (see `readings`)."""
         self.collect()
         logged = self.is_logging_step
-        self.readings.open(step=self.global_step, epoch=self.trainer.current_epoch, images=len(batch[0]), logged=logged)
+        images = len(batch.labels if isinstance(batch, LabelledCrops) else batch[0])
+        self.readings.open(step=self.global_step, epoch=self.trainer.current_epoch, images=images, logged=logged)
         loss = self.loss(batch)
         if logged:
             for name in self.schedules:
@@ -148,7 +178,7 @@ class StudentTeacher(L.LightningModule, ABC):
     ) -> None:
         """Clip tensor by tensor. Lightning calls this after gradients are unscaled under mixed precision."""
         if self.optim.clip_grad:
-            clip_each_gradient(self.student.parameters(), max_norm=self.optim.clip_grad)
+            clip_each_gradient(self.parameters(), max_norm=self.optim.clip_grad)
         self.after_clip(self.global_step)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -157,10 +187,10 @@ class StudentTeacher(L.LightningModule, ABC):
         for group in optimizer.param_groups:
             group["lr"] = self.schedules["lr"](step)
         optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
+        self.before_student(step)
         closure = unscaling(optimizer_closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        # Also when mixed precision skipped the student's step, as in the original.
-        ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
+        self.after_student(step)
         self.after_step(step)
 
     # --------------------------------------------------------------------------------------- what a step measures
@@ -200,6 +230,8 @@ class StudentTeacher(L.LightningModule, ABC):
             for logger in self.trainer.loggers:
                 logger.log_metrics(row, step=reading.step)
                 logger.save()
+            for watch in self.watchers:
+                watch(reading)
 
     def on_train_start(self) -> None:
         """Forget what another fit has left."""

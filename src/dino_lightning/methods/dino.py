@@ -9,21 +9,19 @@ from collections.abc import Callable
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.centering import Center
 from dino_lightning.config import DINOConfig, OptimConfig, StepConfig
 from dino_lightning.factors import Factors
-from dino_lightning.heads import DINOHead
-from dino_lightning.losses import Sharpness, cross_view_entropy, entropy_and_divergence
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.losses import Sharpness, cross_view_distance, cross_view_entropy, koleo
+from dino_lightning.methods.base import GLOBAL_CROPS
+from dino_lightning.methods.dino_parts import dino_centering, dino_head, dino_predictor
 from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.methods.signals import note_feature_signals, note_output_signals
+from dino_lightning.methods.teacher import StudentTeacher
 from dino_lightning.optim import drop_last_layer_gradients
 from dino_lightning.prototype_loss import chunked_cross_view_entropy
 from dino_lightning.schedules import Duration, LinearWarmup
-
-GLOBAL_CROPS = 2
 
 
 @final
@@ -42,54 +40,56 @@ class DINO(StudentTeacher):
         step: StepConfig | None = None,
     ) -> None:
         how = step or StepConfig()
-        heads = [_head(config, feature_dim, train_norm=train) for train in (not config.norm_last_layer, False)]
+        heads = [dino_head(config, feature_dim, train_norm=train) for train in (not config.norm_last_layer, False)]
         super().__init__(
+            config,
             MultiCropNetwork(student_backbone, heads[0], step=how),
             MultiCropNetwork(teacher_backbone, heads[1], step=how),
             optim=optim,
-            teacher_momentum=config.teacher_momentum,
-            teacher_momentum_end=config.teacher_momentum_end,
             batch_size_per_device=batch_size_per_device,
+            predictor=dino_predictor(config),
         )
         self.config, self.step = config, how
-        self.center = Center(config.out_dim, momentum=config.center_momentum)
+        self.center = dino_centering(config)
+        self.compare = {"cross_entropy": self._cross_entropy, "mse": self._distance}[config.loss]
 
-    def loss(self, crops: list[Tensor]) -> Tensor:
-        """Cross-entropy between the views (equation 3)."""
-        B = len(crops[0])
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        """Cross-entropy between the views (equation 3), and what else is configured."""
+        crops, B = batch, len(batch[0])
         with torch.no_grad():
             features_SD = self.teacher.features(crops[:GLOBAL_CROPS])
             teacher: Factors = self.teacher.head(features_SD, factors=True)
-            # Seen now, moved in `after_step`: the loss below still uses the old centre. The sum of logits is the
-            # logits of the sum.
-            self.center.observe(teacher.of_the_sum(), count=GLOBAL_CROPS * B)
-        student: Factors = self.student.head(self.student.features(crops), factors=True)
-        sharpness = self._sharpness()
+            # The running mean is seen now and moves in `after_step`: the loss below still uses the old centre.
+            sharpness = self._sharpness(teacher)
+        student_SD = self.student.features(crops)
+        student: Factors = self.student.head(student_SD, factors=True, predictor=self.predictor)
         if self.is_logging_step:
-            self._note_collapse_signals(features_SD, student, teacher, sharpness)
+            note_feature_signals(self, features_SD)
+            note_output_signals(self, student, teacher, sharpness)
+        loss = self.compare(student, teacher, sharpness, B)
+        if self.config.koleo_weight:
+            views = student_SD[: GLOBAL_CROPS * B].chunk(GLOBAL_CROPS)
+            loss = loss + self.config.koleo_weight * torch.stack([koleo(view_BD) for view_BD in views]).sum()
+        return loss
+
+    def _cross_entropy(self, student: Factors, teacher: Factors, sharpness: Sharpness, B: int) -> Tensor:
         if self.step.fused:
             return chunked_cross_view_entropy(student, teacher, sharpness, images=B, rows=self.step.loss_rows)
         return cross_view_entropy(
             student.logits().unflatten(0, (-1, B)), teacher.logits().unflatten(0, (-1, B)), sharpness
         )
 
-    def _sharpness(self) -> Sharpness:
+    def _distance(self, student: Factors, teacher: Factors, sharpness: Sharpness, B: int) -> Tensor:
+        targets_SK = teacher.logits() - sharpness.center
+        return cross_view_distance(student.logits().unflatten(0, (-1, B)), targets_SK.unflatten(0, (-1, B)))
+
+    def _sharpness(self, teacher: Factors) -> Sharpness:
+        temperature = self.value("teacher_temperature")
         return Sharpness(
             student_temperature=self.config.student_temperature,
-            teacher_temperature=self.value("teacher_temperature"),
-            center=self.center.center,
+            teacher_temperature=temperature,
+            center=self.center.shift(teacher, temperature=temperature),
         )
-
-    @torch.no_grad()
-    def _note_collapse_signals(
-        self, features_SD: Tensor, student: Factors, teacher: Factors, sharpness: Sharpness
-    ) -> None:
-        entropy, divergence = entropy_and_divergence(student, teacher, sharpness, rows=self.step.loss_rows)
-        self.note("collapse/teacher_entropy", entropy)
-        self.note("collapse/teacher_student_kl", divergence)
-        # Of normalised features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
-        self.note("collapse/feature_std", F.normalize(features_SD, dim=-1).std(dim=0).mean())
-        self.note("collapse/center_norm", self.center.center.norm())
 
     def method_schedules(self) -> dict[str, Callable[[int], float]]:
         """The teacher's temperature."""
@@ -112,15 +112,3 @@ class DINO(StudentTeacher):
     def after_step(self, step: int) -> None:
         """Move the centre."""
         self.center.commit()
-
-
-def _head(config: DINOConfig, feature_dim: int, *, train_norm: bool) -> DINOHead:
-    return DINOHead(
-        feature_dim,
-        out_dim=config.out_dim,
-        layers=config.head_layers,
-        hidden_dim=config.head_hidden_dim,
-        bottleneck_dim=config.head_bottleneck_dim,
-        batch_norm=config.head_batch_norm,
-        train_norm=train_norm,
-    )

@@ -1,0 +1,41 @@
+"""What the settings of `method` ask of network, crops and data."""
+
+from dino_lightning.config import (
+    DINOConfig,
+    MoCoConfig,
+    StepConfig,
+    SupervisedConfig,
+    TrainConfig,
+    ViTConfig,
+)
+from dino_lightning.config.rules import lookup
+from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.data.sources.base import ImageStream
+from dino_lightning.errors import UserError
+
+
+def check_method(config: TrainConfig) -> None:
+    """Refuse settings that this method could not keep."""
+    method, step = config.method, config.step
+    vit = isinstance(config.backbone, ViTConfig)
+    if isinstance(method, DINOConfig):
+        if method.patch_loss_weight and not vit:
+            raise UserError(f"method.patch_loss_weight={method.patch_loss_weight} masks patches, which only the networks "
+                            "of this package's own ViT have; set backbone=vit_small or method.patch_loss_weight=0.")  # fmt: skip
+    elif step.loss_rows != StepConfig.loss_rows:
+        raise UserError(f"step.loss_rows={step.loss_rows} counts rows of DINO's logits, and method is another one; leave "
+                        f"step.loss_rows={StepConfig.loss_rows}.")  # fmt: skip
+    if isinstance(method, MoCoConfig) and method.freeze_patch_embedding and lookup(config, "backbone.patch_size") is None:
+        raise UserError("method.freeze_patch_embedding=true: this network has no patches; set it to false.")
+
+
+def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
+    """Refuse to learn from labels that are not there."""
+    if not isinstance(config.method, SupervisedConfig):
+        return
+    if isinstance(data.sources.train, ImageStream):
+        raise UserError("method=supervised reads labels by index, and a stream of shards has none; choose another method, "
+                        "or data=folder, parquet, listing or archive.")  # fmt: skip
+    if data.num_classes < 2:
+        raise UserError(f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}; "
+                        "choose method=dino.")  # fmt: skip

@@ -1,0 +1,14 @@
+"""Batches with labels, for `method=supervised`. Other methods never see one."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class LabelledCrops(NamedTuple):
+    """A batch of crops and what its images show."""
+
+    crops: Any
+    """V tensors (B, C, size, size), or `CutCrops` on their way to the device."""
+    labels: Tensor
+    """Class of each image, int64 (B,); -1 for none."""

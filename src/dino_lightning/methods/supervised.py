@@ -1,0 +1,61 @@
+"""Classification with labels on the same crops: the supervised baseline of the paper's tables."""
+
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_lightning.config import OptimConfig, StepConfig, SupervisedConfig
+from dino_lightning.data.labels import LabelledCrops
+from dino_lightning.methods.base import GLOBAL_CROPS, Method
+from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.methods.signals import note_feature_signals
+
+NO_LABEL = -1
+
+
+@final
+class Supervised(Method):
+    """A linear classifier on the features of every crop, trained with its backbone."""
+
+    def __init__(
+        self,
+        config: SupervisedConfig,
+        *,
+        student_backbone: nn.Module,
+        num_classes: int,
+        feature_dim: int,
+        optim: OptimConfig,
+        batch_size_per_device: int,
+        step: StepConfig | None = None,
+    ) -> None:
+        classifier = nn.Linear(feature_dim, num_classes)
+        nn.init.trunc_normal_(classifier.weight, std=0.02)
+        nn.init.zeros_(classifier.bias)
+        super().__init__(
+            MultiCropNetwork(student_backbone, classifier, step=step),
+            optim=optim,
+            batch_size_per_device=batch_size_per_device,
+        )
+        self.config = config
+
+    def loss(self, batch: LabelledCrops) -> Tensor:
+        """Cross-entropy of the label, mean over crops and images. Images without a label count for nothing."""
+        crops, labels_B = batch
+        features_SD = self.student.features(crops)
+        logits_SC = self.student.head(features_SD)
+        labels_S = labels_B.repeat(len(crops))
+        known_S = labels_S != NO_LABEL
+        if self.is_logging_step:
+            note_feature_signals(self, features_SD[: GLOBAL_CROPS * len(labels_B)].detach())
+            right_S = (logits_SC.argmax(dim=-1) == labels_S) & known_S
+            self.note("train/top1", 100 * right_S.sum() / known_S.sum().clamp(min=1))
+        losses_S = F.cross_entropy(
+            logits_SC.float() if logits_SC.dtype.itemsize < 4 else logits_SC,
+            labels_S,
+            ignore_index=NO_LABEL,
+            label_smoothing=self.config.label_smoothing,
+            reduction="none",
+        )
+        # Not `reduction="mean"`, which is 0 / 0 in a batch without any label.
+        return losses_S.sum() / known_S.sum().clamp(min=1)

@@ -1,0 +1,112 @@
+"""SwAV: swapping assignments between views (Caron et al., NeurIPS 2020).
+
+z = embedding of a crop at length 1;  scores = z · prototypes, all of length 1
+target:      Sinkhorn-Knopp assignment of a global crop's scores, batch by batch, without gradient
+prediction:  softmax(scores of another crop / temperature)
+loss:        cross-entropy between the two, over all pairs of a global crop and another crop
+"""
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_lightning.centering import sinkhorn_shift
+from dino_lightning.config import OptimConfig, StepConfig, SwAVConfig
+from dino_lightning.distributed import world_size
+from dino_lightning.feature_queue import FeatureQueue
+from dino_lightning.heads import MLPHead
+from dino_lightning.losses import view_entropy
+from dino_lightning.methods.base import GLOBAL_CROPS, Method
+from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.methods.signals import note_feature_signals
+from dino_lightning.sharding import local
+
+
+@final
+class SwAV(Method):
+    """One network that predicts, from each crop, the cluster of another crop of the same image."""
+
+    def __init__(
+        self,
+        config: SwAVConfig,
+        *,
+        student_backbone: nn.Module,
+        feature_dim: int,
+        optim: OptimConfig,
+        batch_size_per_device: int,
+        step: StepConfig | None = None,
+    ) -> None:
+        projector = MLPHead(
+            feature_dim,
+            config.head_bottleneck_dim,
+            layers=config.head_layers,
+            hidden_dim=config.head_hidden_dim,
+            batch_norm=config.head_batch_norm,
+        )
+        super().__init__(
+            MultiCropNetwork(student_backbone, projector, step=step),
+            optim=optim,
+            batch_size_per_device=batch_size_per_device,
+            predictor=nn.Linear(config.head_bottleneck_dim, config.out_dim, bias=False),
+        )
+        self.config = config
+        self.queues = nn.ModuleList(
+            FeatureQueue(config.queue_length, config.head_bottleneck_dim, start_random=False)
+            for _ in range(GLOBAL_CROPS if config.queue_length else 0)
+        )
+        self._normalize_prototypes()
+
+    @property
+    def prototypes(self) -> nn.Linear:
+        """Rows of length 1 (K, E)."""
+        assert isinstance(self.predictor, nn.Linear)
+        return self.predictor
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        """Cross-entropy between assignments and predictions (the paper's equation 2, over all crops)."""
+        B, config = len(batch[0]), self.config
+        features_SD = self.student.features(batch)
+        if self.is_logging_step:
+            note_feature_signals(self, features_SD[: GLOBAL_CROPS * B].detach())
+        z_VBE = F.normalize(self.student.head(features_SD), dim=-1).unflatten(0, (-1, B))
+        scores_VBK = self.prototypes(z_VBE)
+        targets = [self._assignment(z_VBE[view].detach(), scores_VBK[view].detach(), view)
+                   for view in range(GLOBAL_CROPS)]  # fmt: skip
+        return view_entropy(scores_VBK, torch.stack(targets), temperature=config.temperature)
+
+    @torch.no_grad()
+    def _assignment(self, z_BE: Tensor, scores_BK: Tensor, view: int) -> Tensor:
+        """The rows of this rank in the assignment of all ranks' batches and the queue (B, K)."""
+        config, joined_NK = self.config, scores_BK
+        if self.queues:
+            queue = self.queues[view]
+            assert isinstance(queue, FeatureQueue)
+            if queue.is_full:
+                # Each rank brings a part of the queue, so that no row counts twice.
+                part_ND = queue.features.tensor_split(world_size())[self.global_rank]
+                joined_NK = torch.cat([scores_BK, self.prototypes(part_ND)])
+            if self.global_step >= self.duration(config.queue_start, key="method.queue_start"):
+                queue.observe(z_BE)
+        shift_1K = sinkhorn_shift(
+            joined_NK, temperature=config.sinkhorn_epsilon, iterations=config.sinkhorn_iterations
+        )
+        return ((scores_BK - shift_1K) / config.sinkhorn_epsilon).softmax(dim=-1)
+
+    def after_clip(self, step: int) -> None:
+        """Freeze the prototypes at the start of the run."""
+        if step < self.duration(self.config.freeze_prototypes, key="method.freeze_prototypes"):
+            self.prototypes.weight.grad = None
+
+    def after_step(self, step: int) -> None:
+        """Bring the prototypes back to length 1; let the embeddings enter the queues."""
+        self._normalize_prototypes()
+        for queue in self.queues:
+            assert isinstance(queue, FeatureQueue)
+            queue.commit()
+
+    @torch.no_grad()
+    def _normalize_prototypes(self) -> None:
+        weight_KE = local(self.prototypes.weight)  # under FSDP a rank has whole rows
+        weight_KE.copy_(F.normalize(weight_KE, dim=-1))

@@ -1,0 +1,65 @@
+"""Methods with a teacher: a second network that gives the targets and follows the student."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dino_lightning.config import TeacherConfig
+from dino_lightning.ema import ema_update, follow
+from dino_lightning.methods.base import Method
+from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.schedules import Cosine
+
+
+class StudentTeacher(Method):
+    """A student trained by gradient and a teacher that follows it as `teacher_update` says."""
+
+    teacher: MultiCropNetwork
+
+    def __init__(
+        self, config: TeacherConfig, student: MultiCropNetwork, teacher: MultiCropNetwork, **options: Any
+    ) -> None:
+        super().__init__(student, **options)
+        self.teacher = follow(teacher, student)
+        self.teacher_config = config
+
+    @property
+    def evaluated(self) -> MultiCropNetwork:
+        """The network that `method.evaluate` names."""
+        return self.teacher if self.teacher_config.evaluate == "teacher" else self.student
+
+    @property
+    def networks(self) -> tuple[MultiCropNetwork, ...]:
+        """Both."""
+        return self.student, self.teacher
+
+    def kind_schedules(self) -> dict[str, Callable[[int], float]]:
+        """Share of the teacher's old weights that each step keeps: copies are a momentum of 0."""
+        config = self.teacher_config
+        match config.teacher_update:
+            case "copy_each_step" | "previous_step":
+                momentum: Callable[[int], float] = _always_zero
+            case "copy_each_epoch":
+                per_epoch = self.steps_per_epoch
+
+                def momentum(step: int) -> float:
+                    return 0.0 if (step + 1) % per_epoch == 0 else 1.0
+            case _:
+                momentum = Cosine(config.teacher_momentum, config.teacher_momentum_end, self.total_steps)
+        return {"teacher_momentum": momentum}
+
+    def before_student(self, step: int) -> None:
+        """`previous_step`: the teacher is what the student was before this step."""
+        if self.teacher_config.teacher_update == "previous_step":
+            self._move_teacher(step)
+
+    def after_student(self, step: int) -> None:
+        """Move the teacher. Also when mixed precision skipped the student's step, as in the original."""
+        if self.teacher_config.teacher_update != "previous_step":
+            self._move_teacher(step)
+
+    def _move_teacher(self, step: int) -> None:
+        ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
+
+
+def _always_zero(_: int) -> float:
+    return 0.0
