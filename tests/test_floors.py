@@ -12,18 +12,19 @@ FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
      "factors", "ops"},
     {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss",
-     "pictures", "pictures_tokens"},
+     "pictures", "pictures_tokens", "feature_queue"},
     {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
-    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_evaluation", "report"},
-    {"cli", "evaluate", "explain", "inspect_data", "reference"},
+    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation", "report"},
+    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("run", "report"), ("cli", "explain"),
+WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"),
+          ("checks", "checks_method"), ("run", "report"), ("cli", "explain"), ("cli", "imports"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain")}  # fmt: skip

@@ -25,6 +25,7 @@ from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConf
 from dino_lightning.config.folder import CONF
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
+from dino_lightning.imports import import_one, with_imports
 
 PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 """Program -> the root of its configuration."""
@@ -37,6 +38,10 @@ def train() -> None:
     """Entry point of training."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
+    try:
+        sys.argv[1:] = with_imports(sys.argv[1:])
+    except UserError as error:
+        refuse(error)
     register_timm_networks(sys.argv[1:])
     sys.argv[1:] = with_shards_in_one_piece(with_settings_for_data(sys.argv[1:]))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
@@ -49,6 +54,8 @@ def train() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _train(cfg: DictConfig) -> float | None:
+    for name in cfg.imports:  # named in a file instead of on the command line
+        import_one(name)
     from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -75,6 +75,10 @@ class Method(LightningModule):
         self.teacher.backbone = Backbone()
         self.losses: list[float] = []
 
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.teacher
+
     def on_train_start(self) -> None:
         self.teacher.backbone[4].eval()
 

@@ -338,6 +338,6 @@ def test_results_table_has_the_three_figures():
     console.print(results_table(SUMMARY))
     console.print(results_table({"knn_top1": None}))
     shown = console.export_text()
-    for name, figure in [("Raw pixels", "27.7 %"), ("Untrained network", "53.9 %"), ("Trained teacher", "76.7 %")]:
+    for name, figure in [("Raw pixels", "27.7 %"), ("Untrained network", "53.9 %"), ("Trained network", "76.7 %")]:
         assert re.search(rf"{name}\s+\W\s+{figure}", shown)
     assert shown.count("not evaluated") == 3

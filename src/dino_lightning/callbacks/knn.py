@@ -1,4 +1,4 @@
-"""Weighted k-NN of the teacher while training, and of an untrained backbone and raw pixels before it.
+"""Weighted k-NN of the network while training, and of an untrained backbone and raw pixels before it.
 
 The data module offers `labelled`, `num_classes`, `train_labels` and `eval_dataset(split)`; the module offers
 `evaluated.backbone`. An evaluation leaves weights, buffers, random states and train / eval flags as they were.
@@ -87,7 +87,7 @@ class KNNCallback(Callback):
         ends = trainer.should_stop or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if not self._on(trainer) or not (ends or epochs % self.config.every_n_epochs == 0):
             return
-        self._evaluate_teacher(trainer, pl_module)
+        self._evaluate_network(trainer, pl_module)
         for name, value in self.last.items():
             # Every rank has the value of all. "max" keeps it to the last bit, and unlike `sync_dist=False` does not
             # make Lightning warn about it.
@@ -97,7 +97,7 @@ class KNNCallback(Callback):
         """Evaluate what no end of an epoch has: another callback stopped the run after this one had its turn."""
         if not self._on(trainer) or self.last_step == trainer.global_step:
             return
-        self._evaluate_teacher(trainer, pl_module)
+        self._evaluate_network(trainer, pl_module)
         for logger in trainer.loggers:
             # Lightning, too, counts the row of an epoch's end as the last step taken.
             logger.log_metrics({f"knn/{name}": value for name, value in self.last.items()}, trainer.global_step - 1)
@@ -105,14 +105,14 @@ class KNNCallback(Callback):
     def _on(self, trainer: Trainer) -> bool:
         return self.config.enabled and _images(trainer).labelled
 
-    def _evaluate_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (self.last,) = self._evaluate(trainer, pl_module)
         self.last_step = trainer.global_step
 
     def _evaluate(
         self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False
     ) -> list[dict[str, float]]:
-        """The result of the teacher's backbone and, from the same pass over the images, that of raw pixels."""
+        """The result of the trained backbone and, from the same pass over the images, that of raw pixels."""
         images = _images(trainer)
         train, val = images.eval_dataset("train"), images.eval_dataset("val")
         asked = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)

@@ -1,4 +1,4 @@
-"""Pictures of what the teacher sees: crops at the start, attention maps and nearest neighbours while training."""
+"""Pictures of what the network sees: crops at the start, attention maps and nearest neighbours while training."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -36,7 +36,7 @@ class TensorBoardLoggerConfig(LoggerConfig):
 
 @dataclass
 class KNNConfig:
-    """Weighted k-NN evaluation of the teacher while training."""
+    """Weighted k-NN evaluation while training."""
 
     enabled: bool = True
     """Evaluate at all. Needs labels."""

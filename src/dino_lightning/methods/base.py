@@ -198,7 +198,7 @@ class Method(L.LightningModule, ABC):
     @property
     def is_logging_step(self) -> bool:
         """Whether this step's metrics are written, so that the others need not be computed."""
-        every = getattr(self.trainer, "log_every_n_steps", 0)
+        every = getattr(self._trainer, "log_every_n_steps", 0)  # none outside training, as in a test
         return bool(every) and (self.global_step + 1) % every == 0
 
     def note(self, name: str, value: Tensor | float) -> None:

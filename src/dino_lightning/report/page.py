@@ -24,7 +24,7 @@ MOST_SHEETS = 5
 KNN_ROWS = [
     ("knn_top1_pixels", "Raw pixels", "What colours and layout alone give away."),
     ("knn_top1_untrained", "Untrained network", "The same network with its first, random weights."),
-    ("knn_top1", "Trained teacher", "The network that this run leaves behind."),
+    ("knn_top1", "Trained network", "The network that this run leaves behind."),
 ]
 """Key of the summary, name and meaning of the three k-NN figures."""
 
@@ -40,7 +40,7 @@ class Caption:
 
 CAPTIONS = {
     "attention": Caption(
-        "Where the teacher looks",
+        "Where the network looks",
         "How much the class token attends to each patch in the last block, from little (dark) to much (bright), every "
         "map on its own scale. One image per row: the image, the mean over all heads laid over it, then single heads. "
         "A white line, where there is one, is the object's true outline. Look for bright areas that follow the object "
@@ -48,7 +48,7 @@ CAPTIONS = {
         "Attention maps of validation images, one image per row, one head per column",
     ),
     "neighbours": Caption(
-        "What the teacher finds alike",
+        "What the network finds alike",
         "Left, validation images; right of each, the training images with the most similar features, nearest first. "
         "Where labels are known, a green frame with a tick has the class of the query, an orange one with a cross "
         "another. Look for rows that agree on the object. Rows that share only colours or background show what the "
@@ -57,8 +57,8 @@ CAPTIONS = {
     ),
     "crops": Caption(
         "What the network trains on",
-        "Augmented crops of one training image per row, global ones first, all at one scale. The student sees all of "
-        "them, the teacher only the global ones, and the two have to agree. Check that you could still tell which "
+        "Augmented crops of one training image per row, global ones first, all at one scale. What the network makes of "
+        "one should tell what it makes of the others. Check that you could still tell which "
         "crops belong together: what you cannot tell, the network can hardly learn.",
         "Augmented crops of training images, one image per row",
     ),
@@ -113,7 +113,7 @@ def _verdict(run: Run) -> str:
         return "This run has left nothing to judge it by."
     if trained is None:
         return "There are no k-NN figures, so look at the pictures and curves to judge this run."
-    said = f"Judged by nearest neighbours, the trained teacher gets {trained:.1f} % of the validation images right"
+    said = f"Judged by nearest neighbours, the trained network gets {trained:.1f} % of the validation images right"
     if before is None:
         return f"{said}."
     gained = round(trained, 1) - round(before, 1)  # so that it agrees with the figures as shown

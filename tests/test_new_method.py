@@ -1,0 +1,71 @@
+"""docs/new_method.md, followed word by word: its file, its command, its test."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from composing import SMALL
+
+from dino_lightning.errors import UserError
+from dino_lightning.imports import import_one, with_imports
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "new_method.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page's two files."""
+    place = tmp_path_factory.mktemp("own")
+    for name, text in zip(
+        ("simsiam.py", "test_simsiam.py"), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), strict=True
+    ):
+        assert f"`{name}`" in PAGE
+        (place / name).write_text(text)
+    return place
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_page_trains(folder: Path) -> None:
+    (command,) = re.findall(r"^python (train\.py imports=.*crops.*)$", PAGE, re.MULTILINE)
+    script, *words = command.split()
+    done = run([str(ROOT / script), *words, *SMALL, "trainer.enable_progress_bar=false", "output_dir=out"], folder)
+    assert done.returncode == 0, done.stderr
+    assert "Trained" in done.stdout
+    header, *_ = (folder / "out" / "metrics.csv").read_text().splitlines()
+    assert {"train/loss", "simsiam/predicted_norm", "collapse/feature_std", "knn/top1"} <= set(header.split(","))
+    assert "simsiam.py" in (folder / "out" / "config.yaml").read_text()
+
+
+def test_its_keys_are_checked_and_shown(folder: Path) -> None:
+    script = str(ROOT / "train.py")
+    shown = run([script, "imports=simsiam.py", "method=simsiam", "--cfg", "job"], folder)
+    assert "  hidden_dim: 512\n" in shown.stdout
+    refused = run([script, "imports=simsiam.py", "method=simsiam", "method.hiden_dim=3"], folder)
+    assert refused.returncode == 2
+    assert "method.hidden_dim" in refused.stderr
+
+
+def test_the_test_of_the_page_passes(folder: Path) -> None:
+    (command,) = re.findall(r"^pytest (.*)$", PAGE, re.MULTILINE)
+    done = run(["-m", "pytest", "-q", command], folder)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+def test_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import no_such_thing\n")
+    with pytest.raises(UserError, match=r"mime\.py: there is no such file; .*mine\.py"):
+        import_one(str(tmp_path / "mime.py"))
+    with pytest.raises(UserError, match="No module named 'no_such_thing'"):
+        import_one(str(tmp_path / "mine.py"))
+
+
+def test_names_may_stand_in_brackets_or_not() -> None:
+    for word in ("imports=json,csv", "imports=[json,csv]", "imports=['json', \"csv\"]"):
+        assert with_imports(["a=1", word]) == ["a=1", 'imports=["json","csv"]']
