@@ -12,19 +12,21 @@ FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
      "factors", "ops"},
     {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss",
-     "pictures", "pictures_tokens", "feature_queue"},
+     "pictures", "pictures_tokens", "feature_queue", "collapse", "masking"},
     {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy"},
     {"callbacks"},
-    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation", "report"},
-    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference"},
+    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation", "report",
+     "suggest", "suggested"},
+    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
 WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"),
-          ("checks", "checks_method"), ("run", "report"), ("cli", "explain"), ("cli", "imports"),
+          ("checks", "checks_method"), ("run", "report"), ("run", "suggested"), ("suggested", "suggest"),
+          ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain")}  # fmt: skip

@@ -89,13 +89,14 @@ def timm_recipes(config: BackboneConfig, *, image_size: int, channels: int = 3) 
     """Keyword arguments of `timm.create_model`, likeliest first, one of which builds the network of this config."""
     match config:
         case ViTConfig():
+            registers = {"reg_tokens": config.registers, "no_embed_class": True} if config.registers else {}
             sizes = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
             size = sizes.get((config.width, config.depth, config.heads))
             name = f"vit_{size}_patch{config.patch_size}_{image_size}"
             if size and timm.is_model(name):
-                return [{"model_name": name, "num_classes": 0, **_unusual(channels)}]
+                return [{"model_name": name, "num_classes": 0, **registers, **_unusual(channels)}]
             shape = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
-            shape |= {"img_size": image_size, "patch_size": config.patch_size}
+            shape |= {"img_size": image_size, "patch_size": config.patch_size, **registers}
             return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape, **_unusual(channels)}]
         case TimmConfig():
             patch = {} if config.patch_size is None else {"patch_size": config.patch_size}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dino_lightning.backbones import build_backbone
+from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
@@ -74,6 +75,8 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     callbacks: list[Callback] = [speed]
     if config.callbacks.knn.enabled:
         callbacks.append(KNNCallback(config.callbacks.knn, seed=config.seed))
+    if config.callbacks.collapse.enabled:
+        callbacks.append(CollapseAlarm(config.callbacks.collapse))
     if trainer.enable_progress_bar:
         callbacks.append(RunProgress(speed))
     if config.callbacks.pictures.enabled:

@@ -81,7 +81,9 @@ def sinkhorn_shift(logits_NK: Tensor, *, temperature: float, iterations: int) ->
 
 
 def _logsumexp_over_ranks(x_NK: Tensor) -> Tensor:
-    largest_1K = all_reduce_max(x_NK.amax(dim=0, keepdim=True))
+    # A rank may have no rows.
+    largest_1K = x_NK.amax(dim=0, keepdim=True) if len(x_NK) else x_NK.new_full((1, x_NK.shape[1]), -torch.inf)
+    largest_1K = all_reduce_max(largest_1K)
     return all_reduce_sum((x_NK - largest_1K).exp().sum(dim=0, keepdim=True)).log() + largest_1K
 
 
@@ -125,5 +127,7 @@ class Center(Centering):
             return
         total = torch.stack([sum_of_ranks() for sum_of_ranks in self._sums]).sum(dim=0)
         mean_1K = (total[:-1] / total[-1]).unsqueeze(0)
-        self.center.mul_(self.momentum).add_(mean_1K, alpha=1 - self.momentum)
+        moved_1K = self.center.mul(self.momentum).add_(mean_1K, alpha=1 - self.momentum)
+        # No rank may have had a row (of masked patches): the centre stays. The host does not know and need not.
+        self.center.copy_(torch.where(total[-1] > 0, moved_1K, self.center))
         self._sums.clear()

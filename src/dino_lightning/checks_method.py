@@ -16,16 +16,19 @@ from dino_lightning.errors import UserError
 
 def check_method(config: TrainConfig) -> None:
     """Refuse settings that this method could not keep."""
-    method, step = config.method, config.step
-    vit = isinstance(config.backbone, ViTConfig)
-    if isinstance(method, DINOConfig):
-        if method.patch_loss_weight and not vit:
-            raise UserError(f"method.patch_loss_weight={method.patch_loss_weight} masks patches, which only the networks "
-                            "of this package's own ViT have; set backbone=vit_small or method.patch_loss_weight=0.")  # fmt: skip
-    elif step.loss_rows != StepConfig.loss_rows:
-        raise UserError(f"step.loss_rows={step.loss_rows} counts rows of DINO's logits, and method is another one; leave "
-                        f"step.loss_rows={StepConfig.loss_rows}.")  # fmt: skip
-    if isinstance(method, MoCoConfig) and method.freeze_patch_embedding and lookup(config, "backbone.patch_size") is None:
+    method, rows = config.method, config.step.loss_rows
+    if isinstance(method, DINOConfig) and method.patch_loss_weight and not isinstance(config.backbone, ViTConfig):
+        raise UserError(
+            f"method.patch_loss_weight={method.patch_loss_weight} masks patches, which only this package's own ViTs "
+            "know; set backbone=vit_small or method.patch_loss_weight=0."
+        )
+    if not isinstance(method, DINOConfig) and rows != StepConfig.loss_rows:
+        raise UserError(
+            f"step.loss_rows={rows} counts rows of DINO's logits, and the method is another one; leave "
+            f"step.loss_rows={StepConfig.loss_rows}."
+        )
+    patches = lookup(config, "backbone.patch_size")
+    if isinstance(method, MoCoConfig) and method.freeze_patch_embedding and patches is None:
         raise UserError("method.freeze_patch_embedding=true: this network has no patches; set it to false.")
 
 
@@ -34,8 +37,12 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
     if not isinstance(config.method, SupervisedConfig):
         return
     if isinstance(data.sources.train, ImageStream):
-        raise UserError("method=supervised reads labels by index, and a stream of shards has none; choose another method, "
-                        "or data=folder, parquet, listing or archive.")  # fmt: skip
+        raise UserError(
+            "method=supervised reads labels by index, which a stream of shards does not have; choose another method, or "
+            "data=folder, parquet, listing or archive."
+        )
     if data.num_classes < 2:
-        raise UserError(f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}; "
-                        "choose method=dino.")  # fmt: skip
+        raise UserError(
+            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}; choose "
+            "method=dino."
+        )

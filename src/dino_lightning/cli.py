@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,13 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
-from dino_lightning.config.folder import CONF
+from dino_lightning.config.folder import CONF, option_names
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
+from dino_lightning.sweeps import Jobs
 
 PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 """Program -> the root of its configuration."""
+
+BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": ()}
+"""Program -> groups that set keys of others and have none of their own."""
+
+JOBS = Jobs()
+"""The runs of `--multirun`."""
 
 EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a user causes; all others keep their traceback."""
@@ -50,6 +58,7 @@ def train() -> None:
         _train()
     except EXPLAINED as error:
         refuse(error)
+    JOBS.finish()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -58,18 +67,25 @@ def _train(cfg: DictConfig) -> float | None:
         import_one(name)
     from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    run = partial(run_training, given=HydraConfig.get().overrides.task)
+    several = HydraConfig.get().mode == RunMode.MULTIRUN
+    if several:
         # The numbered folder of this job. The processes of the other devices, which Lightning starts once with the same
         # arguments, go through the same jobs in step.
         cfg.output_dir = HydraConfig.get().runtime.output_dir
     else:
         cfg.output_dir = str(Path(cfg.output_dir).expanduser().absolute())
     try:
-        return run_training(cfg)
+        return JOBS.attempt(run, cfg, sentence=sentence) if several else run(cfg)
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
         refuse(error)  # here already: Hydra would print the overrides above the sentence
+
+
+def sentence(error: Exception) -> str | None:
+    """What a failed run has to say, or None for an error that nobody foresaw."""
+    return explain(error, conf=CONF) if isinstance(error, (*EXPLAINED, FloatingPointError)) else None
 
 
 def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
@@ -94,10 +110,10 @@ def register_timm_networks(overrides: list[str]) -> None:
 def with_settings_for_data(overrides: list[str]) -> list[str]:
     """The overrides and, where they name data but no experiment, the experiment for photographs.
 
-    The default experiment, `quick`, is tuned to the drawings of the built-in set.
+    The default experiment, `quick`, is tuned to the drawings of the built-in set. A sweep names its experiments itself.
     """
     groups = dict(text.split("=", 1) for text in overrides if "=" in text)
-    if groups.get("data", "builtin") == "builtin" or "experiment" in groups:
+    if groups.get("data", "builtin") == "builtin" or "experiment" in groups or groups.get("sweep", "null") != "null":
         return overrides
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
     place = overrides.index(f"data={groups['data']}")
@@ -128,15 +144,19 @@ def run_name() -> str:
 
 
 def groups(program: str) -> str:
-    """The options of each group, for `--help`."""
-    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options(program).items())
+    """The options of each group, for `--help`; a folder in a group stands for its files."""
+    shown = {
+        group: dict.fromkeys(re.sub(r"/.*", "/…", name) for name in names) for group, names in options(program).items()
+    }
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in shown.items())
 
 
 def options(program: str) -> dict[str, list[str]]:
     """The options of each group that the program `train` or `evaluate` knows: files, without the schemas."""
     kinds = {field.name: field.type for field in dataclasses.fields(PROGRAMS[program])}
+    kinds |= dict.fromkeys(BESIDE_KEYS[program], object)
     return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml") if _fits(path, kinds[folder.name]))
+        folder.name: [name for name in option_names(folder) if _fits(folder / f"{name}.yaml", kinds[folder.name])]
         for folder in sorted(CONF.iterdir())
         if folder.is_dir() and folder.name in kinds
     }

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from dino_lightning.config import SCHEMAS
+from dino_lightning.config.folder import option_names
 from dino_lightning.config.keys import all_keys
 from dino_lightning.errors import UserError, nearest
 
@@ -15,7 +16,7 @@ def explain(error: Exception, *, conf: Path) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = _whole_text(error)
-    if match := re.search(r"(?:In .*?)?Could not find '(\w+)/(\S+)'", text):
+    if match := re.search(r"(?:In .*?)?Could not find '(\w+)/([^']+)'", text):
         return _unknown_option(match[1], match[2], conf)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
@@ -40,7 +41,7 @@ def _whole_text(error: BaseException) -> str:
 
 
 def _unknown_option(group: str, option: str, conf: Path) -> str:
-    known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    known = option_names(conf / group)
     sentence = f"{group}={option} is not an option of {group}; {nearest(option, known)}"
     if group == "backbone":
         sentence += " Every network of timm works by its name, too (`timm.list_models()`)."

@@ -29,11 +29,13 @@ class FeatureQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self._observed: list[Tensor] = []
+        self._full = False
 
     @property
-    def is_full(self) -> Tensor:
-        """Whether every row has been written, bool (); on the queue's device."""
-        return self.filled == len(self.features)
+    def is_full(self) -> bool:
+        """Whether every row has been written. A full queue stays full, so only one that is not waits for the device."""
+        self._full = self._full or int(self.filled) == len(self.features)
+        return self._full
 
     @torch.no_grad()
     def observe(self, rows_BD: Tensor) -> None:

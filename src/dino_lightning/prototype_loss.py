@@ -19,6 +19,7 @@ V student views, T teacher views, B images, r images of a piece, K prototypes, D
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,7 +43,25 @@ def chunked_cross_view_entropy(
     logits have at most `rows` rows, but at least one.
     """
     factors = student.points, student.prototypes, teacher.points, teacher.prototypes
-    return _ChunkedLoss.apply(*factors, sharpness, images, rows)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(*factors, sharpness, images, rows, None)  # type: ignore[return-value]
+
+
+def chunked_row_entropy(
+    student: Factors, teacher: Factors, sharpness: Sharpness, weights_P: Tensor, *, rows: int
+) -> Tensor:
+    """The weighted sum of the cross-entropies between row p of the teacher and row p of the student.
+
+    The rows are dealt out to two views, and the teacher's are swapped: each view is then compared with the other's
+    crops, which are its own rows.
+    """
+    P, half = len(student), -(-len(student) // 2)
+    if not P:
+        return student.points.new_zeros((), dtype=weights_P.dtype)
+    student_SD, teacher_SD = (F.pad(each.points, (0, 0, 0, 2 * half - P)) for each in (student, teacher))
+    swapped_SD = torch.cat([teacher_SD[half:], teacher_SD[:half]])
+    relative_S = F.pad(weights_P * (2 * half), (0, 2 * half - P))  # about 1, which half precision holds best
+    factors = student_SD, student.prototypes, swapped_SD, teacher.prototypes
+    return _ChunkedLoss.apply(*factors, sharpness, half, rows, relative_S)  # type: ignore[return-value]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -56,11 +75,13 @@ class _ChunkedLoss(torch.autograd.Function):
         sharpness: Sharpness,
         images: int,
         rows: int,
+        weights_S: Tensor | None,
     ) -> Tensor:
         half = autocast_dtype(student_SD)
         with without_autocast(student_SD):
             points_VBD, teacher_TBD = (x.unflatten(0, (-1, images)) for x in (student_SD.to(half), teacher_SD.to(half)))
-            pieces = _Pieces(points_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), sharpness)
+            weights_VB = None if weights_S is None else weights_S.view(-1, images)
+            pieces = _Pieces(points_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), sharpness, weights_VB)
             each = max(1, rows // len(points_VBD))
             for start in range(0, images, each):
                 pieces.add(slice(start, min(start + each, images)))
@@ -75,16 +96,22 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("the loss in pieces has no second backward pass: its gradients are scaled in place")
         (dpoints, dweight), ctx.gradients = ctx.gradients, None
         points_type, weight_type = ctx.types
-        return dpoints.mul_(dloss).to(points_type), dweight.mul_(dloss).to(weight_type), *[None] * 5
+        return dpoints.mul_(dloss).to(points_type), dweight.mul_(dloss).to(weight_type), *[None] * 6
 
 
 class _Pieces:
     """Loss and gradients of the pieces so far."""
 
     def __init__(
-        self, points_VBD: Tensor, weight_KD: Tensor, teacher_TBD: Tensor, teacher_KD: Tensor, sharpness: Sharpness
+        self,
+        points_VBD: Tensor,
+        weight_KD: Tensor,
+        teacher_TBD: Tensor,
+        teacher_KD: Tensor,
+        sharpness: Sharpness,
+        row_weights_VB: Tensor | None = None,
     ) -> None:
-        self.points_VBD, self.weight_KD = points_VBD, weight_KD
+        self.points_VBD, self.weight_KD, self.row_weights_VB = points_VBD, weight_KD, row_weights_VB
         self.teacher_TBD, self.teacher_KD, self.sharpness = teacher_TBD, teacher_KD, sharpness
         full = torch.promote_types(points_VBD.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=full, device=points_VBD.device)
@@ -101,16 +128,22 @@ class _Pieces:
         teacher_TrD = self.teacher_TBD[:, piece]
         teacher_TrK = product(teacher_TrD.flatten(0, 1), self.teacher_KD).unflatten(0, teacher_TrD.shape[:2])
         step = softmax_triton.loss_and_gradient_ if softmax_triton.available(logits_VrK) else loss_and_gradient_
-        self.loss += step(
+        losses_Vr = step(
             logits_VrK,
             teacher_TrK,
             self.sharpness.center.flatten(),
             student_temperature=self.sharpness.student_temperature,
             teacher_temperature=self.sharpness.teacher_temperature,
             gradient_scale=self.scale,
-        ).sum()
+        )
         gradient_RK = logits_VrK.flatten(0, 1)
-        self.dpoints_VBD[:, piece] = input_gradient(gradient_RK, points_RD, self.weight_KD).unflatten(0, (V, r))
+        dpoints_VrD = input_gradient(gradient_RK, points_RD, self.weight_KD).unflatten(0, (V, r))
+        if self.row_weights_VB is not None:  # on what has few numbers, not on logits
+            weights_Vr = self.row_weights_VB[:, piece]
+            losses_Vr, dpoints_VrD = losses_Vr * weights_Vr, dpoints_VrD * weights_Vr[..., None]
+            points_RD = (points_RD * weights_Vr.reshape(-1, 1)).to(points_RD.dtype)
+        self.loss += losses_Vr.sum()
+        self.dpoints_VBD[:, piece] = dpoints_VrD
         if gradient_RK.dtype == self.dweight_KD.dtype:
             self.dweight_KD.addmm_(gradient_RK.T, points_RD)
         else:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+FAILED = "failed.txt"
+"""In the folder of a run that failed: the reason in its first line, and the traceback of an unforeseen error."""
+
 
 def environment() -> dict[str, Any]:
     """What the run was made with: versions, machine, commit."""

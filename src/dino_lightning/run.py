@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,9 +27,10 @@ from dino_lightning.distributed import leave_group, trains_on_cpu
 from dino_lightning.methods.base import Method
 from dino_lightning.ops.memory import keep_freed_memory
 from dino_lightning.quiet import quieten_libraries
-from dino_lightning.records import commit, environment, write_atomically
+from dino_lightning.records import FAILED, commit, environment, write_atomically
 from dino_lightning.report import results_table, write_report
 from dino_lightning.sharding import whole_state
+from dino_lightning.suggested import show, suggest_settings
 
 C = TypeVar("C", bound=Callback)
 
@@ -36,9 +38,13 @@ LARGE_CROPS = 96
 """Pixels from which a step is long against what its loader does, so that no core is left to the loader."""
 
 
-def run_training(composed: DictConfig) -> float | None:
-    """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated."""
+def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | None:
+    """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated.
+
+    `given` are the words of the command line, whose keys `suggest=true` leaves as they are.
+    """
     check_keys(composed)
+    suggested = suggest_settings(composed, given=given)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
     check_config(config)
     quieten_libraries()
@@ -58,6 +64,9 @@ def run_training(composed: DictConfig) -> float | None:
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+        (output / FAILED).unlink(missing_ok=True)  # of an attempt before this one
+        if suggested is not None:
+            show(suggested)
         introduce(config, data, trainer, method)
 
     checkpoint = str(output / "checkpoints" / "last.ckpt") if config.resume else None
@@ -71,7 +80,7 @@ def run_training(composed: DictConfig) -> float | None:
     summary = summarise(config, trainer, method)
     weights = whole_state(cast(nn.Module, method.evaluated.backbone))  # on all ranks: each may hold a part
     if trainer.is_global_zero:
-        write_results(config, summary, weights, output)
+        write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
     return summary["knn_top1"]
 
 
@@ -155,11 +164,12 @@ def find(trainer: L.Trainer, kind: type[C]) -> C | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
-def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[str, Tensor], output: Path) -> None:
-    """`summary.json`, `teacher.safetensors`, `report.html`, and the table on the screen."""
+def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[str, Tensor], exported: Path) -> None:
+    """The exported weights, `summary.json`, `report.html`, and the table on the screen."""
+    output = exported.parent
     recipe = export_backbone(
         weights,
-        output / "teacher.safetensors",
+        exported,
         config=config.backbone,
         image_size=config.crops.global_size,
         mean=config.crops.mean,

@@ -1,7 +1,8 @@
 """The paper's Vision Transformer: timm's blocks with three things of the original put back, and a fast training pass.
 
 Put back are the initial class token, the resampling of the position embedding, and (in `optim.py`) which parameters
-decay. The fast pass takes the crops of all resolutions at once; see `ops/packing.py`.
+decay. The fast pass takes the crops of all resolutions at once; see `ops/packing.py`. Beyond the original there are
+registers and masked patches.
 """
 
 import math
@@ -12,11 +13,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.masking import Masks
 from dino_lightning.ops import tiles
 from dino_lightning.ops.dense import dense, gelu_dense, norm_dense
 from dino_lightning.ops.packing import (
@@ -117,8 +120,13 @@ def compiled_pass(backend: str = "inductor") -> Callable[..., Tensor]:
 class OriginalViT(VisionTransformer):
     """timm's Vision Transformer, initialised and resampled as the original DINO does.
 
-    Its state dict has the original's keys and loads into `timm.create_model` as it is.
+    Its state dict has the original's keys and loads into `timm.create_model` as it is. With registers the class token
+    has no position either (timm's `no_embed_class`), which it does not need: its position would be one more vector to
+    be added to it at every resolution.
     """
+
+    mask_token: nn.Parameter | None
+    """Stands for masked patches; see `learn_mask_token`."""
 
     def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
         super().__init__(
@@ -131,10 +139,17 @@ class OriginalViT(VisionTransformer):
             num_classes=0,
             drop_path_rate=drop_path_rate,
             dynamic_img_size=True,
+            reg_tokens=config.registers,
+            no_embed_class=config.registers > 0,
             block_fn=PackedBlock,
         )
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
+        if self.reg_token is not None:
+            # As the class token. With timm's 1e-6 all registers would be one at first, and learn the same for long:
+            # no position tells them apart.
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
+        self.register_parameter("mask_token", None)
         self.drop_path_mode = config.drop_path
 
     def apply_step(self, step: StepConfig) -> None:
@@ -144,32 +159,68 @@ class OriginalViT(VisionTransformer):
             block.checkpointed = step.gradient_checkpointing
             block.pass_function = compiled_pass() if step.compile else None
 
-    def forward(self, x: Tensor | list[Tensor], *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
-        """Features (B, D) of images (B, C, H, W); (S, D) of the S images of a list of such batches, in its order."""
-        return self.packed_features(x) if isinstance(x, list) else super().forward(x, *args, **options)
+    def learn_mask_token(self) -> None:
+        """Add the token that stands for masked patches, zeros at first; for training only, no export has it."""
+        assert self.cls_token is not None
+        self.mask_token = nn.Parameter(torch.zeros_like(self.cls_token))
 
-    def packed_features(self, views: list[Tensor]) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor | list[Tensor], *args: Any, masks: Masks | None = None, replace: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (B, D) of images (B, C, H, W); (S, D) of the S images of a list of such batches, in its order.
+
+        With `masks`, which concern the first images and have one size, also their last patch tokens: of a list those
+        that are masked (P, D), of one batch all of them (images with a mask, N, D), since a compiled pass wants equal
+        shapes. With `replace` too, the mask token stands for the masked patches.
+        """
+        hidden_Shw = masks.hidden if masks is not None and replace else None
+        if isinstance(x, list):
+            return self.packed_features(x, hidden_Shw, None if masks is None else masks.positions)
+        if masks is None:
+            return super().forward(x, *args, **options)
+        x_BTD = self.norm_pre(self._tokens([x], hidden_Shw)[0])
+        x_BTD = self.norm(checkpoint_seq(self.blocks, x_BTD) if self.grad_checkpointing else self.blocks(x_BTD))
+        return x_BTD[:, 0], x_BTD[: len(masks.hidden), self.num_prefix_tokens :]
+
+    def packed_features(
+        self, views: list[Tensor], hidden_Shw: Tensor | None = None, read_P: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The features (S, D) of batches of images (B, C, H, W) of several sizes, in one pass of all layers.
 
         The batches are not joined before they are tokens: the images would be copied, and the copy kept for the
-        gradient.
+        gradient. `read_P` asks for patch tokens (P, D), too: places among the patches of the first images.
         """
-        x_MD, shapes = pack(self._tokens(views))
+        x_MD, shapes = pack(self._tokens(views, hidden_Shw))
         blocks = cast("list[PackedBlock]", self.blocks)
         for index, (block, drop) in enumerate(zip(blocks, self._drops(shapes, x_MD.device), strict=True)):
-            x_MD = block(x_MD, shapes=shapes, drop=drop, last=index + 1 == len(blocks))
-        return self.norm(x_MD)
+            x_MD = block(x_MD, shapes=shapes, drop=drop, last=read_P is None and index + 1 == len(blocks))
+        if read_P is None:
+            return self.norm(x_MD)
+        prefix, N = self.num_prefix_tokens, shapes[0][1] - self.num_prefix_tokens
+        rows_P = read_P + prefix * (1 + read_P // N)
+        return self.norm(first_tokens(x_MD, shapes)), self.norm(x_MD[rows_P])
 
-    def _tokens(self, views: list[Tensor]) -> list[Tensor]:
+    def _tokens(self, views: list[Tensor], hidden_Shw: Tensor | None = None) -> list[Tensor]:
         assert self.pos_embed is not None
-        tokens, tables = [], {}
+        tokens, tables, start = [], {}, 0
         for images_BCHW in views:
             patches_BhwD = self.patch_embed(images_BCHW)
             size = patches_BhwD.shape[1:3]
             if size not in tables:
-                tables[size] = resample_position_embedding(self.pos_embed, *size)
+                tables[size] = resample_position_embedding(self.pos_embed, *size, prefix=int(not self.no_embed_class))
+            if hidden_Shw is not None and start < len(hidden_Shw):
+                patches_BhwD = self._replaced(patches_BhwD, hidden_Shw[start : start + len(images_BCHW)])
             tokens.append(self._with_positions(patches_BhwD, tables[size]))
+            start += len(images_BCHW)
         return tokens
+
+    def _replaced(self, patches_BhwD: Tensor, hidden_shw: Tensor) -> Tensor:
+        """The mask token in place of hidden patches; images without a mask follow those that have one."""
+        assert self.mask_token is not None
+        rest = len(patches_BhwD) - len(hidden_shw)
+        hidden_Bhw = F.pad(hidden_shw, (0, 0, 0, 0, 0, rest)) if rest else hidden_shw
+        # Also where nothing is hidden, so that the token has its gradient on every rank and in each micro-batch.
+        return torch.where(hidden_Bhw[..., None], self.mask_token.to(patches_BhwD.dtype), patches_BhwD)
 
     def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
         rates = tuple(_rate(block) for block in cast("list[PackedBlock]", self.blocks))
@@ -183,30 +234,34 @@ class OriginalViT(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         assert self.pos_embed is not None
-        return self._with_positions(x, resample_position_embedding(self.pos_embed, *x.shape[1:3]))
+        table_1ND = resample_position_embedding(self.pos_embed, *x.shape[1:3], prefix=int(not self.no_embed_class))
+        return self._with_positions(x, table_1ND)
 
     def _with_positions(self, patches_BhwD: Tensor, table_1ND: Tensor) -> Tensor:
         assert self.cls_token is not None
-        cls_B1D = self.cls_token.expand(len(patches_BhwD), -1, -1)
-        return self.pos_drop(torch.cat([cls_B1D, patches_BhwD.flatten(1, 2)], dim=1) + table_1ND)
+        cls_B1D, patches_BND = self.cls_token.expand(len(patches_BhwD), -1, -1), patches_BhwD.flatten(1, 2)
+        if self.reg_token is None:
+            return self.pos_drop(torch.cat([cls_B1D, patches_BND], dim=1) + table_1ND)
+        registers_BRD = self.reg_token.expand(len(patches_BhwD), -1, -1)
+        return self.pos_drop(torch.cat([cls_B1D, registers_BRD, patches_BND + table_1ND], dim=1))
 
 
 def _rate(block: PackedBlock) -> float:
     return block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
 
 
-def resample_position_embedding(table_1ND: Tensor, h: int, w: int) -> Tensor:
-    """The position embedding (1, 1 + h w, D) on a grid of h x w patches; the class token's stays.
+def resample_position_embedding(table_1ND: Tensor, h: int, w: int, *, prefix: int = 1) -> Tensor:
+    """The position embedding (1, prefix + h w, D) on a grid of h x w patches; the class token's, its prefix, stays.
 
     Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
     shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
     resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
     """
-    side = math.isqrt(table_1ND.shape[1] - 1)
+    side = math.isqrt(table_1ND.shape[1] - prefix)
     if (h, w) == (side, side):
         return table_1ND
-    cls_11D, patches_1ND = table_1ND[:, :1], table_1ND[:, 1:]
+    cls_1pD, patches_1ND = table_1ND[:, :prefix], table_1ND[:, prefix:]
     grid_1Dss = patches_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     scale = ((h + 0.1) / side, (w + 0.1) / side)
     grid_1Dhw = F.interpolate(grid_1Dss, scale_factor=scale, mode="bicubic")
-    return torch.cat([cls_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([cls_1pD, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)

@@ -270,7 +270,7 @@ def test_descriptions_survive_plain_types() -> None:
         ("{run}/checkpoint/last.ckpt", r"did you mean '\S*/first/checkpoints'"),
         ("untrained:{run}/checkpoints/lost.ckpt", "checkpoint=untrained:.* there is no such file"),
         ("{run}/nothing-of-the-kind", r"no such file; in \S*/first there are checkpoints, teacher.safetensors"),
-        ("{run}/checkpoints", "is a folder without teacher.safetensors or checkpoints/last.ckpt"),
+        ("{run}/checkpoints", "is a folder without teacher.safetensors, student.safetensors or checkpoints/last.ckpt"),
         ("{run}/config.yaml", "config.yaml is not a checkpoint, or not a whole one"),
     ],
 )

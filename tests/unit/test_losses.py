@@ -128,7 +128,7 @@ def test_finite_where_a_softmax_underflows() -> None:
 
 def test_entropy_and_divergence_add_up_to_the_loss() -> None:
     student, teacher, center = (x.detach() for x in _logits(2))
-    entropy, divergence = entropy_and_divergence(
+    entropy, divergence, mean = entropy_and_divergence(
         _factors(student.flatten(0, 1)), _factors(teacher.flatten(0, 1)), _sharp(center), rows=4
     )
     p = sharpen(teacher, _sharp(center)).flatten(0, 1)
@@ -137,6 +137,7 @@ def test_entropy_and_divergence_add_up_to_the_loss() -> None:
     torch.testing.assert_close(entropy, torch.stack(by_image).mean(), **EXACT)
     kl = [sum(a * (a.log() - b.log()) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)]
     torch.testing.assert_close(divergence, torch.stack(kl).mean(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mean, sum(row for row in p) / len(p), **EXACT)
     swapped = cross_view_entropy(student.flip(0), teacher, _sharp(center))
     torch.testing.assert_close(entropy + divergence, swapped, **EXACT)
 
@@ -145,6 +146,7 @@ def test_entropy_and_divergence_add_up_to_the_loss() -> None:
 def test_the_two_collapses(logits: Tensor, expected: float) -> None:
     """ln K: uniform; 0: one prototype. The student being the teacher, the divergence is 0."""
     same = Sharpness(student_temperature=0.1, teacher_temperature=0.1, center=torch.zeros(1, 9))
-    entropy, divergence = entropy_and_divergence(_factors(logits), _factors(logits), same, rows=640)
+    entropy, divergence, mean = entropy_and_divergence(_factors(logits), _factors(logits), same, rows=640)
+    assert mean.sum().item() == pytest.approx(1)
     assert entropy.item() == pytest.approx(expected, abs=1e-6)
     assert divergence.item() == pytest.approx(0, abs=1e-6)

@@ -18,24 +18,26 @@ from waiting import Watch, waits
 
 from dino_lightning import centering
 from dino_lightning.callbacks import progress
+from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.speed import Speed
-from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig
+from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
 
 OPTIMS = {"adamw": AdamWConfig(clip_grad=0.05), "sgd": SGDConfig(), "lars": LARSConfig()}
 
 
 def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer: Any) -> L.Trainer:
-    """One epoch with all that a run has for every step: a logger, the speed, and the bar, drawn each time."""
-    speed = Speed()
+    """One epoch with all that a run has for every step: a logger, alarms, speed, and the bar, drawn each time."""
+    speed, alarm = Speed(), CollapseAlarm(CollapseConfig(after="0it", patience=1))
     bar = RunProgress(speed)
     bar.console = Console(file=io.StringIO(), force_terminal=True)
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 2, **trainer}
     options |= {"enable_checkpointing": False, "enable_model_summary": False}
-    fitting = L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, bar])
+    fitting = L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, bar])
     fitting.fit(module, loader)
     assert "loss" in bar.console.file.getvalue()  # type: ignore[attr-defined]
     assert "collapse/teacher_entropy" in (folder / "metrics.csv").read_text()
+    assert alarm._rows
     return fitting
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from dino_lightning.data.labels import images_in
+
 
 class Speed(L.Callback):
     """Counts images (not crops) over all devices and logs `speed/images_per_second` of the last logging window."""
@@ -26,7 +28,7 @@ class Speed(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a micro-batch."""
         now = time.perf_counter()
-        images, seconds = len(batch[0]) * trainer.world_size, now - self._last
+        images, seconds = images_in(batch) * trainer.world_size, now - self._last
         self._last = now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         self._window_images, self._window_seconds = self._window_images + images, self._window_seconds + seconds

@@ -67,8 +67,9 @@ class Description:
     def __str__(self) -> str:
         match self.backbone:
             case ViTConfig() as vit:
+                registers = f", {vit.registers} registers" if vit.registers else ""
                 return (f"ViT of width {vit.width}, depth {vit.depth}, {vit.heads} heads, patches of "
-                        f"{vit.patch_size} pixels, trained at {self.image_size}")  # fmt: skip
+                        f"{vit.patch_size} pixels{registers}, trained at {self.image_size}")  # fmt: skip
             case TimmConfig() as network:
                 return f"timm's {network.name}"
             case other:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dino_lightning.backbones import timm_recipes
 from dino_lightning.checkpoints.description import PAPER, Description
+from dino_lightning.checkpoints.original import without_mask_token
 from dino_lightning.config import BackboneConfig
 
 
@@ -32,7 +33,7 @@ def export_backbone(
     The file's metadata holds the same arguments as JSON (`timm`), the normalisation of the images, their sizes in
     evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in without_mask_token(weights).items()}
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
     described = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
     values = {

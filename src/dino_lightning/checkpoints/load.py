@@ -26,6 +26,7 @@ from dino_lightning.checkpoints.original import (
     recognised,
     tensors,
     with_prefix,
+    without_mask_token,
 )
 from dino_lightning.checkpoints.read import read_pickle, read_safetensors
 from dino_lightning.config import TimmConfig
@@ -35,17 +36,18 @@ from dino_lightning.networks import Network
 
 TIMM, UNTRAINED = "timm:", "untrained:"
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
-EXPORTED, LAST = "teacher.safetensors", "checkpoints/last.ckpt"
+EXPORTED, LAST = tuple(f"{key}.safetensors" for key in KEYS), "checkpoints/last.ckpt"
 
 
-def load_network(checkpoint: str, *, key: str = "teacher", seed: int = 0) -> Network:
+def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> Network:
     """The frozen network that `checkpoint` names, in eval mode on the CPU.
 
-    A run's folder, its `teacher.safetensors` or a `.ckpt`; a `.pth` of the original, a backbone or a full checkpoint;
-    `timm:NAME`; `untrained:` before any of these or before a file of `conf/backbone`. `key` is `teacher` or `student`
-    of what holds both, `seed` draws fresh weights. Raises `UserError` for whatever is none of these.
+    A run's folder, its `teacher.safetensors` or `student.safetensors`, a `.ckpt`; a `.pth` of the original, a backbone
+    or a full checkpoint; `timm:NAME`; `untrained:` before any of these or before a file of `conf/backbone`. `key` is
+    `teacher` or `student` of what holds both, None the one that the run evaluated; `seed` draws fresh weights. Raises
+    `UserError` for whatever is none of these.
     """
-    if key not in KEYS:
+    if key is not None and key not in KEYS:
         raise UserError(f"checkpoint_key={key}: {nearest(key, KEYS)}")
     if checkpoint.startswith(UNTRAINED):
         return _untrained(checkpoint.removeprefix(UNTRAINED), key=key, seed=seed)
@@ -87,7 +89,7 @@ def _network(backbone: nn.Module, description: Description, *, name: str) -> Net
     )
 
 
-def _untrained(what: str, *, key: str, seed: int) -> Network:
+def _untrained(what: str, *, key: str | None, seed: int) -> Network:
     source = f"checkpoint={UNTRAINED}{what}"
     if what.startswith(TIMM):
         description = published.described(what.removeprefix(TIMM), source=source)
@@ -112,7 +114,7 @@ def _is_timm(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _from_file(checkpoint: str, *, key: str, prefix: str = "") -> Network:
+def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> Network:
     source = f"checkpoint={prefix}{checkpoint}"
     if not checkpoint:
         raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
@@ -124,20 +126,22 @@ def _from_file(checkpoint: str, *, key: str, prefix: str = "") -> Network:
         if _is_ours(content):
             weights, description = _of_lightning(content, path, key=key, source=source)
         else:
-            weights = backbone_weights(content, key=key, source=source)
+            weights = backbone_weights(content, key=key or KEYS[0], source=source)
             weights, description = recognised(weights, heads=heads_in(content), source=source)
     backbone = built_by_seed(description.build, seed=0)
     load_strictly(backbone, weights, source=source, taken_for=description)
     return _network(backbone, description, name=_name(path) + (" (student)" if key == "student" else ""))
 
 
-def _file(path: Path, *, key: str, source: str) -> Path:
+def _file(path: Path, *, key: str | None, source: str) -> Path:
     """The file of weights that a path means. Raises `UserError` where there is none."""
     if path.is_dir():
-        found = [path / EXPORTED, path / LAST] if key == "teacher" else [path / LAST]
+        found = [path / name for name in EXPORTED if key is None or name.startswith(key)] + [path / LAST]
         file = next((file for file in found if file.is_file()), None)
         if file is None:
-            raise UserError(f"{source} is a folder without {' or '.join(str(f.relative_to(path)) for f in found)}; "
+            *names, last = (str(file.relative_to(path)) for file in found)
+            wanted = f"{', '.join(names)} or {last}" if names else last
+            raise UserError(f"{source} is a folder without {wanted}; "
                             "expected the folder of a run, or a file of weights.")  # fmt: skip
         return file
     if path.is_file():
@@ -163,17 +167,18 @@ def _nearest_path(path: Path) -> str:
 
 def _name(path: Path) -> str:
     """A file's name in tables: that of its run, where it has one."""
-    if path.name == EXPORTED:
+    if path.name in EXPORTED:
         return path.resolve().parent.name
     run = path.resolve().parents[1] if path.suffix == ".ckpt" and path.resolve().parent.name == "checkpoints" else None
     return f"{run.name}/{path.stem}" if run else path.stem
 
 
-def _exported(path: Path, *, key: str, source: str) -> tuple[Weights, Description]:
+def _exported(path: Path, *, key: str | None, source: str) -> tuple[Weights, Description]:
     """Weights of a safetensors file, and what it or the run beside it says of them."""
     weights, metadata = read_safetensors(path, source=source)
-    if key != "teacher":
-        raise UserError(f"checkpoint_key={key}: {source} holds the teacher only; the run's {LAST} holds both.")
+    held = path.stem if path.name in EXPORTED else KEYS[0]
+    if key not in (None, held):
+        raise UserError(f"checkpoint_key={key}: {source} holds the {held} only; a run's {LAST} holds what it has.")
     config = path.parent / "config.yaml"
     if "classifier" in metadata:  # of eval=finetune, above the backbone
         top = metadata["classifier"] + "."
@@ -184,7 +189,7 @@ def _exported(path: Path, *, key: str, source: str) -> tuple[Weights, Descriptio
         return weights, _of_run(config, source=source)
     if "timm" in metadata:
         return weights, _told(lambda: _of_recipe(weights, metadata, source=source), source)
-    return recognised(backbone_weights({"teacher": weights}, key=key, source=source), source=source)
+    return recognised(backbone_weights(weights, key=KEYS[0], source=source), source=source)
 
 
 def _is_ours(content: dict[str, Any]) -> bool:
@@ -193,9 +198,10 @@ def _is_ours(content: dict[str, Any]) -> bool:
     return isinstance(state, dict) and any(str(name).startswith(prefixes) for name in state)
 
 
-def _of_lightning(content: dict[str, Any], path: Path, *, key: str, source: str) -> tuple[Weights, Description]:
+def _of_lightning(content: dict[str, Any], path: Path, *, key: str | None, source: str) -> tuple[Weights, Description]:
     """Weights of a checkpoint of ours. The architecture stands in it, or in the folder of its run in older ones."""
-    weights = with_prefix(tensors(content["state_dict"]), f"{key}.backbone.")
+    key = key or content.get("evaluated", KEYS[0])
+    weights = without_mask_token(with_prefix(tensors(content["state_dict"]), f"{key}.backbone."))
     if not weights:
         raise UserError(f"checkpoint_key={key}: {source} does not hold it.")
     if isinstance(content.get("network"), dict):

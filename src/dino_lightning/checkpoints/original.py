@@ -64,6 +64,11 @@ def with_prefix(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
+def without_mask_token(weights: Weights) -> Weights:
+    """The weights that evaluation knows: what stands for masked patches in training is none of them."""
+    return {name: tensor for name, tensor in weights.items() if name != "mask_token"}
+
+
 def heads_in(content: dict[str, Any]) -> int | None:
     """Attention heads that the arguments of the script name; those of the original do not, its forks' may."""
     arguments = content.get("args")
@@ -100,8 +105,10 @@ def _vit(weights: Weights, *, heads: int | None, source: str, **seen: Any) -> De
     if heads is None and width % 64:
         raise UserError(f"{source}: a ViT of width {width} does not tell its number of heads; the original's have 64 "
                         "features each. Keep config.yaml of the run beside it.")  # fmt: skip
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    config = ViTConfig(width=width, depth=_count(weights, "blocks"), heads=heads or width // 64, patch_size=patch)
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    side = math.isqrt(weights["pos_embed"].shape[1] - (0 if registers else 1))  # with registers for patches alone
+    depth, heads = _count(weights, "blocks"), heads or width // 64
+    config = ViTConfig(width=width, depth=depth, heads=heads, patch_size=patch, registers=registers)
     return Description(config, image_size=side * patch, **seen)
 
 

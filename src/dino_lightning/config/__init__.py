@@ -7,6 +7,7 @@ epochs of ImageNet) wherever it has the option.
 A *duration* is a string with a unit: `"10ep"` (epochs), `"500it"` (optimizer steps) or `"10%"` (of the run).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,8 @@ from dino_lightning.config.step import StepConfig
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
 __all__ = [
+    "SCHEMAS",
+    "TORCHVISION_NAMES",
     "AdamWConfig",
     "ArchiveData",
     "AttentionEval",
@@ -125,12 +128,10 @@ __all__ = [
     "PicturesData",
     "RetrievalEval",
     "RevisitedData",
-    "SCHEMAS",
     "SGDConfig",
     "StepConfig",
     "SupervisedConfig",
     "SwAVConfig",
-    "TORCHVISION_NAMES",
     "TeacherConfig",
     "TensorBoardLoggerConfig",
     "TimmConfig",
@@ -193,11 +194,12 @@ class EvaluateConfig:
     eval: EvaluationConfig = MISSING
     """What is measured."""
     checkpoint: str = MISSING
-    """The network: a run's folder, its `teacher.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
+    """The network: a run's folder, its `.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
     timm's published weights, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
     weights."""
-    checkpoint_key: str = "teacher"
-    """Which network of a checkpoint that holds several: `teacher` or `student`."""
+    checkpoint_key: str | None = None
+    """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run evaluated,
+    and for the teacher of files of another origin."""
     baseline: bool = False
     """Evaluate the same network with fresh weights, too."""
     data: ImagesConfig = MISSING
@@ -261,9 +263,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 """Group -> schema name -> dataclass. A file `conf/GROUP/x.yaml` starts from its schema by `defaults: [schema_NAME]`."""
 
 
+def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float | int | bool:
+    """What a version sets, or less; an unknown version is refused with the other values."""
+    return min(MOCO_VERSIONS.get(version, MOCO_VERSIONS[2])[key], at_most)
+
+
 def register() -> None:
     """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
-    OmegaConf.register_new_resolver("moco", lambda version, key: MOCO_VERSIONS.get(version, {}).get(key), replace=True)
+    OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
     store.store(name="schema_evaluate", node=EvaluateConfig)

@@ -75,9 +75,9 @@ class CollapseConfig:
     stop: bool = False
     """End the run at an alarm instead of warning only."""
     after: str = "10%"
-    """Duration at the start of the run without alarms: fresh networks look collapsed (duration)."""
+    """Duration at the start of the run that is not judged: fresh networks look collapsed (duration)."""
     patience: int = 10
-    """Rows of the log in a row that must show the same collapse."""
+    """Rows of the log, the latest, whose mean must show a collapse."""
 
 
 @dataclass

@@ -12,6 +12,12 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] /
 """Folder of the YAML files: inside an installed wheel, beside `src/` in a checkout."""
 
 
+def option_names(folder: Path) -> list[str]:
+    """The options of a group, by its folder; those of a folder in it as FOLDER/NAME, at the end."""
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(names, key=lambda name: (name.count("/"), name))
+
+
 def backbone_names() -> list[str]:
     """The files of `conf/backbone` that name a network."""
     return sorted(path.stem for path in (CONF / "backbone").glob("*.yaml") if path.stem != "timm")

@@ -12,3 +12,8 @@ class LabelledCrops(NamedTuple):
     """V tensors (B, C, size, size), or `CutCrops` on their way to the device."""
     labels: Tensor
     """Class of each image, int64 (B,); -1 for none."""
+
+
+def images_in(batch: Any) -> int:
+    """Number of images B of a batch on its device, with labels or without."""
+    return len(batch.labels if isinstance(batch, LabelledCrops) else batch[0])

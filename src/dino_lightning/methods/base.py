@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import OptimConfig
-from dino_lightning.data.labels import LabelledCrops
+from dino_lightning.data.labels import images_in
 from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.methods.window import Window
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
 from dino_lightning.readings import Reading, Readings
 from dino_lightning.schedules import Cosine, Duration
@@ -52,6 +53,8 @@ class Method(L.LightningModule, ABC):
         self.readings = Readings()
         self.watchers: list[Callable[[Reading], None]] = []
         """Called with every reading that is logged; for callbacks."""
+        self.window: Window | None = None
+        """Where logging steps leave features and outputs, if a callback wants them."""
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
@@ -79,6 +82,11 @@ class Method(L.LightningModule, ABC):
     def evaluated(self) -> MultiCropNetwork:
         """The network whose features are evaluated and exported."""
         return self.student
+
+    @property
+    def evaluated_key(self) -> str:
+        """Its name in a checkpoint, `teacher` or `student`."""
+        return "student" if self.evaluated is self.student else "teacher"
 
     @property
     def networks(self) -> tuple[MultiCropNetwork, ...]:
@@ -134,6 +142,7 @@ class Method(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `checkpoints.load_network` wants to know; no file is written after a loss that is not finite."""
         self.collect()
+        checkpoint["evaluated"] = self.evaluated_key
         if self.description:
             checkpoint["network"] = self.description
 
@@ -164,8 +173,8 @@ class Method(L.LightningModule, ABC):
         """Loss of one micro-batch. What it measures is read by the next one (see `readings`)."""
         self.collect()
         logged = self.is_logging_step
-        images = len(batch.labels if isinstance(batch, LabelledCrops) else batch[0])
-        self.readings.open(step=self.global_step, epoch=self.trainer.current_epoch, images=images, logged=logged)
+        now = {"step": self.global_step, "epoch": self.trainer.current_epoch, "images": images_in(batch)}
+        self.readings.open(**now, logged=logged)
         loss = self.loss(batch)
         if logged:
             for name in self.schedules:

@@ -3,6 +3,8 @@
 student:  q(g_s(f_s(x)))                   g: projector, q: predictor
 teacher:  g_t(f_t(x'))                     its moving average, without predictor
 loss:     2 - 2 cos of the two, summed over both ways to pair the views
+
+The batch norms of projector and predictor see all crops of a batch at once, those of the paper one view.
 """
 
 from typing import final

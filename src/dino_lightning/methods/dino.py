@@ -16,6 +16,7 @@ from dino_lightning.factors import Factors
 from dino_lightning.losses import Sharpness, cross_view_distance, cross_view_entropy, koleo
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.dino_parts import dino_centering, dino_head, dino_predictor
+from dino_lightning.methods.masked_patches import MaskedPatches
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.methods.signals import note_feature_signals, note_output_signals
 from dino_lightning.methods.teacher import StudentTeacher
@@ -41,6 +42,8 @@ class DINO(StudentTeacher):
     ) -> None:
         how = step or StepConfig()
         heads = [dino_head(config, feature_dim, train_norm=train) for train in (not config.norm_last_layer, False)]
+        backbones = student_backbone, teacher_backbone
+        patches = MaskedPatches(config, *backbones, step=how) if config.patch_loss_weight else None
         super().__init__(
             config,
             MultiCropNetwork(student_backbone, heads[0], step=how),
@@ -50,19 +53,20 @@ class DINO(StudentTeacher):
             predictor=dino_predictor(config),
         )
         self.config, self.step = config, how
-        self.center = dino_centering(config)
+        self.center, self.patches = dino_centering(config), patches
         self.compare = {"cross_entropy": self._cross_entropy, "mse": self._distance}[config.loss]
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         """Cross-entropy between the views (equation 3), and what else is configured."""
         crops, B = batch, len(batch[0])
+        masks = None if self.patches is None else self.patches.draw(self, crops)
         with torch.no_grad():
-            features_SD = self.teacher.features(crops[:GLOBAL_CROPS])
-            teacher: Factors = self.teacher.head(features_SD, factors=True)
+            features_SD, teacher, teacher_patches = self.teacher.outputs(crops[:GLOBAL_CROPS], masks=masks)
             # The running mean is seen now and moves in `after_step`: the loss below still uses the old centre.
             sharpness = self._sharpness(teacher)
-        student_SD = self.student.features(crops)
-        student: Factors = self.student.head(student_SD, factors=True, predictor=self.predictor)
+        student_SD, student, student_patches = self.student.outputs(
+            crops, predictor=self.predictor, masks=masks, replace=True
+        )
         if self.is_logging_step:
             note_feature_signals(self, features_SD)
             note_output_signals(self, student, teacher, sharpness)
@@ -70,6 +74,8 @@ class DINO(StudentTeacher):
         if self.config.koleo_weight:
             views = student_SD[: GLOBAL_CROPS * B].chunk(GLOBAL_CROPS)
             loss = loss + self.config.koleo_weight * torch.stack([koleo(view_BD) for view_BD in views]).sum()
+        if self.patches is not None and masks is not None:
+            loss = loss + self.patches.loss(self, student_patches, teacher_patches, masks)
         return loss
 
     def _cross_entropy(self, student: Factors, teacher: Factors, sharpness: Sharpness, B: int) -> Tensor:
@@ -110,5 +116,7 @@ class DINO(StudentTeacher):
             drop_last_layer_gradients(self.student)
 
     def after_step(self, step: int) -> None:
-        """Move the centre."""
+        """Move the centres."""
         self.center.commit()
+        if self.patches is not None:
+            self.patches.center.commit()

@@ -5,7 +5,8 @@ key:    g_t(f_t(x'))               of the moving average
 loss:   -log of the softmax over own key and negatives, at a temperature
 
 Negatives are keys of former batches (version 2), or the keys of all other images of this batch over all devices
-(version 3).
+(version 3). The batch norms of version 3's projector and predictor see all crops of a batch at once, those of the paper
+one view. The shuffled batch norms of version 2, for networks that have some, are left out.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.methods.signals import note_feature_signals
 from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.numerics import at_least_float32
 
 
 @final
@@ -62,7 +64,7 @@ class MoCo(StudentTeacher):
         keyed = range(GLOBAL_CROPS) if self.config.symmetric else range(GLOBAL_CROPS - 1, GLOBAL_CROPS)
         with torch.no_grad():
             features_SD = self.teacher.features([batch[view] for view in keyed])
-            keys_TBE = F.normalize(self.teacher.head(features_SD), dim=-1).unflatten(0, (-1, B))
+            keys_TBE = _on_the_sphere(self.teacher.head(features_SD)).unflatten(0, (-1, B))
         if self.is_logging_step:
             note_feature_signals(self, features_SD)
         # A crop that is the only one with a key is no query: it has nothing to be compared with.
@@ -70,7 +72,7 @@ class MoCo(StudentTeacher):
         queries_SE = self.student([batch[view] for view in asked])
         if self.predictor is not None:
             queries_SE = self.predictor(queries_SE)
-        queries_VBE = F.normalize(queries_SE, dim=-1).unflatten(0, (-1, B))
+        queries_VBE = _on_the_sphere(queries_SE).unflatten(0, (-1, B))
         losses = []
         for view, keys_BE in zip(keyed, keys_TBE, strict=True):
             contrast = self._contrast(keys_BE)
@@ -96,6 +98,10 @@ class MoCo(StudentTeacher):
         """Let the keys enter the queue."""
         if self.queue is not None:
             self.queue.commit()
+
+
+def _on_the_sphere(x_SE: Tensor) -> Tensor:
+    return F.normalize(at_least_float32(x_SE), dim=-1)
 
 
 def _projector(config: MoCoConfig, feature_dim: int) -> MLPHead:

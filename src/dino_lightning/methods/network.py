@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dino_lightning.config import StepConfig
 from dino_lightning.errors import UserError
+from dino_lightning.factors import Factors
+from dino_lightning.masking import Masks
 from dino_lightning.numerics import at_least_float32
 from dino_lightning.vit import OriginalViT
 
@@ -28,14 +30,53 @@ class MultiCropNetwork(nn.Module):
 
     def features(self, crops: list[Tensor]) -> Tensor:
         """Features (V B, D) of V crops (B, C, size, size) in their order."""
-        if self.channels_last:
-            crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
         # In full precision, as the head's input is in the original also under mixed precision.
         if self.packed:
-            return at_least_float32(self.backbone(crops))
-        # Neighbours of one size go together, as in the original: batch norms see them as one batch.
-        runs = [list(run) for _, run in groupby(crops, key=lambda crop: crop.shape[-1])]
-        return torch.cat([at_least_float32(self.backbone(torch.cat(run))) for run in runs])
+            return at_least_float32(self.backbone(self._laid_out(crops)))
+        return torch.cat([at_least_float32(self.backbone(batch)) for batch in self._runs(crops)])
+
+    def features_and_patches(self, crops: list[Tensor], masks: Masks, *, replace: bool) -> tuple[Tensor, Tensor]:
+        """`features`, and the patch tokens (P, D) at the masked places, through the final norm.
+
+        With `replace`, the network sees its mask token there instead of the image.
+        """
+        if self.packed:
+            features_SD, patches_PD = self.backbone(self._laid_out(crops), masks=masks, replace=replace)
+            return at_least_float32(features_SD), at_least_float32(patches_PD)
+        first, *others = self._runs(crops)
+        features_BD, patches_SND = self.backbone(first, masks=masks, replace=replace)
+        rest = [at_least_float32(self.backbone(batch)) for batch in others]
+        patches_PD = at_least_float32(patches_SND.flatten(0, 1)[masks.positions])
+        return torch.cat([at_least_float32(features_BD), *rest]), patches_PD
+
+    def outputs(
+        self,
+        crops: list[Tensor],
+        *,
+        predictor: nn.Module | None = None,
+        masks: Masks | None = None,
+        replace: bool = False,
+    ) -> tuple[Tensor, Factors, Factors]:
+        """Features (S, D), their logits (S, K) as factors, and those of the masked patches (P, K), P = 0 for none."""
+        if masks is None:
+            features_SD = self.features(crops)
+            factors: Factors = self.head(features_SD, factors=True, predictor=predictor)
+            return features_SD, factors, Factors(factors.points[:0], factors.prototypes)
+        features_SD, patches_PD = self.features_and_patches(crops, masks, replace=replace)
+        # In one pass of the head: prototypes are composed once, and a batch norm has rows also without any mask.
+        both: Factors = self.head(torch.cat([features_SD, patches_PD]), factors=True, predictor=predictor)
+        S = len(features_SD)
+        return features_SD, Factors(both.points[:S], both.prototypes), Factors(both.points[S:], both.prototypes)
+
+    def _laid_out(self, crops: list[Tensor]) -> list[Tensor]:
+        if self.channels_last:
+            return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
+        return crops
+
+    def _runs(self, crops: list[Tensor]) -> list[Tensor]:
+        """Neighbours of one size go together, as in the original: batch norms see them as one batch."""
+        runs = groupby(self._laid_out(crops), key=lambda crop: crop.shape[-1])
+        return [torch.cat(list(run)) for _, run in runs]
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Head outputs (V B, K)."""

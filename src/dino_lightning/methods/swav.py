@@ -20,7 +20,8 @@ from dino_lightning.heads import MLPHead
 from dino_lightning.losses import view_entropy
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.methods.signals import note_feature_signals
+from dino_lightning.methods.signals import note_assignment_signals, note_feature_signals
+from dino_lightning.numerics import at_least_float32, without_autocast
 from dino_lightning.sharding import local
 
 
@@ -70,11 +71,16 @@ class SwAV(Method):
         features_SD = self.student.features(batch)
         if self.is_logging_step:
             note_feature_signals(self, features_SD[: GLOBAL_CROPS * B].detach())
-        z_VBE = F.normalize(self.student.head(features_SD), dim=-1).unflatten(0, (-1, B))
-        scores_VBK = self.prototypes(z_VBE)
-        targets = [self._assignment(z_VBE[view].detach(), scores_VBK[view].detach(), view)
-                   for view in range(GLOBAL_CROPS)]  # fmt: skip
-        return view_entropy(scores_VBK, torch.stack(targets), temperature=config.temperature)
+        z_VBE = F.normalize(at_least_float32(self.student.head(features_SD)), dim=-1).unflatten(0, (-1, B))
+        with without_autocast(z_VBE):  # a temperature of 0.05 makes much of the rounding of bfloat16
+            scores_VBK = self.prototypes(z_VBE)
+            targets = [self._assignment(z_VBE[view].detach(), scores_VBK[view].detach(), view)
+                       for view in range(GLOBAL_CROPS)]  # fmt: skip
+        target_TBK = torch.stack(targets)
+        if self.is_logging_step:
+            scores_SK = scores_VBK[:GLOBAL_CROPS].detach().flatten(0, 1)
+            note_assignment_signals(self, target_TBK.flatten(0, 1), scores_SK, temperature=config.temperature)
+        return view_entropy(scores_VBK, target_TBK, temperature=config.temperature)
 
     @torch.no_grad()
     def _assignment(self, z_BE: Tensor, scores_BK: Tensor, view: int) -> Tensor:
@@ -89,9 +95,7 @@ class SwAV(Method):
                 joined_NK = torch.cat([scores_BK, self.prototypes(part_ND)])
             if self.global_step >= self.duration(config.queue_start, key="method.queue_start"):
                 queue.observe(z_BE)
-        shift_1K = sinkhorn_shift(
-            joined_NK, temperature=config.sinkhorn_epsilon, iterations=config.sinkhorn_iterations
-        )
+        shift_1K = sinkhorn_shift(joined_NK, temperature=config.sinkhorn_epsilon, iterations=config.sinkhorn_iterations)
         return ((scores_BK - shift_1K) / config.sinkhorn_epsilon).softmax(dim=-1)
 
     def after_clip(self, step: int) -> None:

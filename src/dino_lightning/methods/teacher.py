@@ -34,18 +34,15 @@ class StudentTeacher(Method):
 
     def kind_schedules(self) -> dict[str, Callable[[int], float]]:
         """Share of the teacher's old weights that each step keeps: copies are a momentum of 0."""
-        config = self.teacher_config
+        config, per_epoch = self.teacher_config, self.steps_per_epoch
         match config.teacher_update:
             case "copy_each_step" | "previous_step":
-                momentum: Callable[[int], float] = _always_zero
+                return {"teacher_momentum": lambda step: 0.0}
             case "copy_each_epoch":
-                per_epoch = self.steps_per_epoch
-
-                def momentum(step: int) -> float:
-                    return 0.0 if (step + 1) % per_epoch == 0 else 1.0
+                return {"teacher_momentum": lambda step: 0.0 if (step + 1) % per_epoch == 0 else 1.0}
             case _:
-                momentum = Cosine(config.teacher_momentum, config.teacher_momentum_end, self.total_steps)
-        return {"teacher_momentum": momentum}
+                cosine = Cosine(config.teacher_momentum, config.teacher_momentum_end, self.total_steps)
+                return {"teacher_momentum": cosine}
 
     def before_student(self, step: int) -> None:
         """`previous_step`: the teacher is what the student was before this step."""
@@ -59,7 +56,3 @@ class StudentTeacher(Method):
 
     def _move_teacher(self, step: int) -> None:
         ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
-
-
-def _always_zero(_: int) -> float:
-    return 0.0

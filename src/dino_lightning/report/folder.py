@@ -56,10 +56,11 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path, *, half_written: bool = False) -> Run:
     """Read `metrics.csv`, `summary.json`, `config.yaml` and the names of `pictures/*.png`.
 
-    Raises `UserError` where there is no such folder or `summary.json` is no JSON object.
+    Raises `UserError` where there is no such folder or `summary.json` is no JSON object; with `half_written`, such a
+    file counts as missing.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json in it.")
@@ -67,7 +68,7 @@ def read_run(run_dir: Path) -> Run:
     rows = list(csv.DictReader(io.StringIO(_text(run_dir / "metrics.csv"))))
     return Run(
         name=run_dir.resolve().name,
-        summary=_read_summary(run_dir / "summary.json"),
+        summary=_read_summary(run_dir / "summary.json", half_written=half_written),
         config=_parse_config(config_text),
         config_text=config_text,
         curves=_read_curves(rows),
@@ -80,10 +81,12 @@ def _text(path: Path) -> str:
     return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _read_summary(path: Path, *, half_written: bool) -> dict[str, Any]:
     try:
         summary = json.loads(_text(path) or "{}")
     except json.JSONDecodeError as error:
+        if half_written:
+            return {}
         raise UserError(f"{path}: expected JSON, but {error}; without the file the report leaves it out.") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(summary).__name__}.")

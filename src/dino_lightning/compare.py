@@ -1,0 +1,66 @@
+"""`dino-table`, `python -m dino_lightning.compare`: the runs of a sweep in one table, next to the paper's figures.
+
+    dino-table outputs/table7-20261124-154205                      also while it runs, or where runs failed
+    dino-table FOLDER FOLDER --markdown                            for a document
+    dino-table outputs/collapse-… --curves collapse.svg            entropy and KL over the steps, as in figure 7
+
+Exit status: 0, or 2 where a folder holds no runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from dino_lightning.errors import UserError
+from dino_lightning.records import write_atomically
+from dino_lightning.report.collapse_curves import curves_svg
+from dino_lightning.report.jobs import read_rows
+from dino_lightning.report.table import markdown_table, terminal_table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        rows = read_rows(options.folders)
+        if not rows:
+            raise UserError(f"{', '.join(map(str, options.folders))}: no run has started yet.")
+        if options.curves:
+            write_curves(options.curves, curves_svg(rows))
+    except UserError as error:
+        print(f"dino-table: {error}", file=sys.stderr)
+        return 2
+    if options.markdown:
+        print(markdown_table(rows))
+    else:
+        Console().print(terminal_table(rows))
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="dino-table", description="The runs of a sweep in one table, next to the paper's figures."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep (--multirun) or a run")
+    parser.add_argument("--markdown", action="store_true", help="print the table for a document")
+    parser.add_argument(
+        "--curves", type=Path, metavar="FILE.svg", help="draw the teacher's entropy and KL(teacher‖student), too"
+    )
+    return parser.parse_args(argv)
+
+
+def write_curves(path: Path, svg: str) -> None:
+    """Write the picture; an unwritable path is the user's."""
+    if path.suffix != ".svg":
+        raise UserError(f"--curves {path}: the picture is an SVG file; name it {path.with_suffix('.svg')}")
+    try:
+        write_atomically(path, svg)
+    except OSError as error:
+        raise UserError(f"--curves {path}: {error.strerror or error}; name a file in a folder that exists") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What logging steps have seen over a while: figures that one batch is too small for."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from dino_lightning.collapse import dead_prototypes, effective_rank
+from dino_lightning.distributed import all_gather_concat, all_reduce_mean, world_size
+from dino_lightning.numerics import at_least_float32
+
+MOST_ROWS = 2048
+"""Features kept, over all ranks; the latest."""
+
+
+class Window:
+    """Features and outputs of logging steps, kept on their device until a figure is made of them.
+
+    Adding some waits for nothing. What a rank cannot know by itself is asked of all ranks together.
+    """
+
+    def __init__(self) -> None:
+        self.width = 0
+        """Of the features; 0 until there are some."""
+        self._features: deque[Tensor] = deque()
+        self._total_K: Tensor | None = None
+        self._crops = 0
+
+    @torch.no_grad()
+    def add_features(self, features_SD: Tensor) -> None:
+        """Keep them; the oldest make room."""
+        most, self.width = MOST_ROWS // world_size(), features_SD.shape[1]
+        self._features.append(at_least_float32(features_SD[:most]).clone())
+        while sum(map(len, self._features)) - len(self._features[0]) >= most:
+            self._features.popleft()
+
+    @torch.no_grad()
+    def add_output(self, mean_K: Tensor, *, crops: int) -> None:
+        """Add the mean output over so many crops, those of all ranks."""
+        total_K = crops * mean_K
+        self._total_K = total_K if self._total_K is None else self._total_K + total_K
+        self._crops += crops
+
+    def take_effective_rank(self) -> float | None:
+        """The effective rank of all ranks' features; None until there are as many as they are wide."""
+        if not self._features:
+            return None
+        most = MOST_ROWS // world_size()
+        features_ND = all_gather_concat(torch.cat(list(self._features))[-most:])
+        if len(features_ND) < min(features_ND.shape[1], MOST_ROWS // 2):
+            return None
+        self._features.clear()
+        # Ranks have the same features; the mean is for those whose arithmetic differs in the last bit.
+        return float(all_reduce_mean(effective_rank(features_ND)))
+
+    def take_dead_prototypes(self) -> float | None:
+        """The share of dead prototypes; None until there was a crop for each prototype."""
+        if self._total_K is None or self._crops < len(self._total_K):
+            return None
+        share, self._total_K, self._crops = dead_prototypes(self._total_K), None, 0
+        return float(share)

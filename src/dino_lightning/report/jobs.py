@@ -1,0 +1,199 @@
+"""The runs of a sweep, read from its folders, and sorted into rows: one for each experiment, over its seeds."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.records import FAILED
+from dino_lightning.report.folder import Run, read_run
+from dino_lightning.report.published import PUBLISHED
+
+FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
+"""What makes a folder that of a run."""
+
+OF_A_RUN = {"seed", "output_dir", "experiment", "resume", "cpu_threads"}
+"""Settings in which runs that are averaged may differ."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, in whatever state."""
+
+    run: Run
+    seed: int | None
+    failure: str | None
+    """The sentence of `failed.txt`, where there is one."""
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment; of the folder where no file tells."""
+        return str(self.run.setting("experiment") or self.run.summary.get("experiment") or self.run.name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end; `summary.json` is the last thing it writes."""
+        return bool(self.run.summary) and self.failure is None
+
+    @property
+    def status(self) -> str:
+        """How far it has come, in words."""
+        epoch, epochs = max((epoch for _, epoch in self.run.epochs), default=0), self.run.setting("trainer.max_epochs")
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        if self.finished:
+            return "finished"
+        return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
+
+    def last(self, *columns: str) -> float | None:
+        """The last value of the first of these columns that has any."""
+        return next((self.run.curves[name][-1][1] for name in columns if self.run.curves.get(name)), None)
+
+    @property
+    def knn(self) -> float | None:
+        """k-NN top-1, in percent: the run's, or the latest so far."""
+        return self.run.number("knn_top1") if self.finished else self.last("knn/top1")
+
+
+@dataclass
+class Row:
+    """The runs that differ in nothing but their seed."""
+
+    experiment: str
+    name: str
+    jobs: list[Job] = field(default_factory=list)
+    missing: list[int | None] = field(default_factory=list)
+    """Seeds of the sweep without a run; None where it names none."""
+
+    @property
+    def counted(self) -> list[Job]:
+        """Runs that figures are of: the finished ones or, where none is, those that have logged anything."""
+        return [job for job in self.jobs if job.finished] or [job for job in self.jobs if job.run.curves]
+
+    @property
+    def status(self) -> str:
+        """How far its runs have come; by seed where they differ."""
+        states = [(job.status, job.seed) for job in self.jobs] + [("not started", seed) for seed in self.missing]
+        seeds: dict[str, list[str]] = {}
+        for status, seed in sorted(states, key=lambda state: (state[1] is None, state[1])):
+            seeds.setdefault(status, []).append("?" if seed is None else str(seed))
+        if len(seeds) == 1:
+            return next(iter(seeds))
+        return "; ".join(f"seed {', '.join(those)}: {status}" for status, those in seeds.items())
+
+
+def read_rows(folders: Iterable[Path]) -> list[Row]:
+    """The rows of one or several folders of sweeps or runs, in the paper's order.
+
+    Raises `UserError` for a folder that is neither.
+    """
+    jobs: list[Job] = []
+    planned: dict[tuple[str, int | None], None] = {}
+    for folder in folders:
+        jobs += [_read_job(run_dir) for run_dir in _run_dirs(folder)]
+        planned |= dict.fromkeys(_planned(folder / "multirun.yaml"))
+    rows = _grouped(jobs)
+    for experiment, seed in planned:
+        those = [row for row in rows if row.experiment == experiment]
+        if any(seed in (None, job.seed) for row in those for job in row.jobs):
+            continue
+        if not those:
+            those = [Row(experiment, _name(experiment))]
+            rows += those
+        those[0].missing.append(seed)
+    order = list(PUBLISHED)
+    return sorted(rows, key=lambda row: order.index(row.experiment) if row.experiment in PUBLISHED else len(order))
+
+
+def _run_dirs(folder: Path) -> list[Path]:
+    """The folder of a run itself, or the numbered ones in that of a sweep."""
+    if not folder.is_dir():
+        beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        raise UserError(f"{folder}: there is no such folder; {nearest(folder.name, beside) if beside else ''}".rstrip())
+    if _is_run(folder):
+        return [folder]
+    numbered = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    if (folder / "multirun.yaml").exists() or numbered:
+        return [path for path in numbered if _is_run(path)]
+    below = [str(path) for path in sorted(folder.glob("*/")) if _is_run(path) or (path / "multirun.yaml").exists()]
+    hint = f"; {nearest(str(folder), below)}" if below else "."
+    raise UserError(f"{folder}: expected the folder of a sweep (--multirun) or of a run{hint}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in FILES)
+
+
+def _read_job(run_dir: Path) -> Job:
+    run = read_run(run_dir, half_written=True)
+    failed = run_dir / FAILED
+    lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
+    failure = None if lines is None else (lines or ["without a reason"])[0].strip()
+    seed = run.setting("seed")
+    return Job(run, seed=seed if isinstance(seed, int) else None, failure=failure)
+
+
+def _planned(multirun: Path) -> list[tuple[str, int | None]]:
+    """Experiment and seed of each run of a sweep, from what Hydra writes down of it."""
+    try:
+        hydra = yaml.safe_load(multirun.read_text("utf-8"))["hydra"]
+        words = [f"{key}={value}" for key, value in (hydra["sweeper"]["params"] or {}).items()]
+        words += hydra["overrides"]["task"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return []
+    swept: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith(("experiment=", "seed=")):
+            swept[word.split("=")[0]] = _values(word)
+    seeds = [int(seed) for seed in swept.get("seed", []) if seed.isdigit()]
+    return [(experiment, seed) for experiment in swept.get("experiment", []) for seed in seeds or [None]]
+
+
+def _values(word: str) -> list[str]:
+    try:
+        override = OverridesParser.create().parse_override(word)
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+        return [str(value) for value in values if value not in (None, "")]
+    except HydraException:
+        return []
+
+
+def _grouped(jobs: list[Job]) -> list[Row]:
+    by_experiment: dict[str, dict[str, list[Job]]] = {}
+    for job in jobs:
+        same = by_experiment.setdefault(job.experiment, {})
+        same.setdefault(json.dumps(_settings(job), sort_keys=True, default=str), []).append(job)
+    rows = []
+    for experiment, groups in by_experiment.items():
+        settings = [_settings(group[0]) for group in groups.values()]
+        keys = sorted(set().union(*settings))
+        differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+        for one, group in zip(settings, groups.values(), strict=True):
+            words = [_name(experiment), *(f"{key}={one.get(key)}".replace(" ", "") for key in differing)]
+            rows.append(Row(experiment, ", ".join(words), group))
+    return rows
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """The configuration by dotted keys, without what may differ from run to run."""
+    found: dict[str, Any] = {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif f"{prefix}{key}" not in OF_A_RUN:
+                found[f"{prefix}{key}"] = value
+
+    walk(job.run.config, "")
+    return found
+
+
+def _name(experiment: str) -> str:
+    return PUBLISHED[experiment].name if experiment in PUBLISHED else experiment

@@ -1,0 +1,96 @@
+"""The table of a sweep next to the paper's figures: for the terminal and as Markdown."""
+
+import json
+import math
+from statistics import mean, stdev
+
+from rich.table import Table
+
+from dino_lightning.report.jobs import Job, Row
+from dino_lightning.report.published import PUBLISHED
+
+COLUMNS = ("", "n", "k-NN, %", "paper's k-NN / linear", "loss", "entropy", "KL", "status")
+"""Run; seeds behind the figures; mean and deviation over them; last values of the teacher's entropy and of its
+divergence from the student, in nats."""
+
+
+def cells(row: Row) -> list[str]:
+    """The row's text for each of `COLUMNS`; empty where a figure is missing."""
+    jobs = row.counted
+    published = PUBLISHED.get(row.experiment)
+    return [
+        row.name,
+        str(len(jobs)),
+        spread([job.knn for job in jobs]),
+        published.figures if published else "",
+        _mean([job.last("train/loss_epoch", "train/loss") for job in jobs]),
+        _mean([job.last("collapse/teacher_entropy") for job in jobs]),
+        _mean([job.last("collapse/teacher_student_kl") for job in jobs]),
+        row.status,
+    ]
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What all rows are read against: the untrained network, and the entropy of a uniform output."""
+    jobs = [job for row in rows for job in row.jobs]
+    untrained: dict[str, dict[int | None, float]] = {}
+    for job in jobs:
+        value = job.run.number("knn_top1_untrained")
+        if value is not None:
+            untrained.setdefault(_network_and_images(job), {}).setdefault(job.seed, value)
+    figures = [f"k-NN {spread(list(values.values()))} % (n = {len(values)})" for values in untrained.values()]
+    lines = [f"untrained network: {' or '.join(dict.fromkeys(figures))}"] if figures else []
+    widths = sorted({K for job in jobs if job.last("collapse/teacher_entropy") is not None and (K := prototypes(job))})
+    if len(widths) == 1:
+        lines.append(f"uniform output: entropy ln {widths[0]} = {math.log(widths[0]):.2f}")
+    return lines
+
+
+def prototypes(job: Job) -> int | None:
+    """K, where the run has it."""
+    K = job.run.setting("method.out_dim")
+    return K if isinstance(K, int) and K > 1 else None
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean and, from two values on, standard deviation of the sample."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{mean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+
+
+def terminal_table(rows: list[Row]) -> Table:
+    """For `rich`."""
+    table = Table(caption="\n".join(notes(rows)) or None)
+    for index, title in enumerate(COLUMNS):
+        table.add_column(title, justify="right" if 0 < index < len(COLUMNS) - 1 else "left", overflow="fold")
+    for row in rows:
+        # Text from files is no markup.
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells(row)))
+    return table
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """For documents; the notes stand below."""
+    lines = [_markdown_line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"]
+    lines += [_markdown_line(cells(row)) for row in rows]
+    said = [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
+    return "\n".join([*lines, *(["", " ".join(said)] if said else [])])
+
+
+def _markdown_line(texts: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    value = mean(known)
+    return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}"
+
+
+def _network_and_images(job: Job) -> str:
+    """What the k-NN figure of an untrained network depends on besides its seed."""
+    return json.dumps([job.run.setting(group) for group in ("backbone", "data", "callbacks.knn")], default=str)

@@ -1,0 +1,122 @@
+"""One rank of two-rank trainings of all methods: `python method_ranks_worker.py FOLDER`, started by `launch`."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import tiny
+import tiny_methods
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino_lightning.config import AdamWConfig, TrainerConfig
+from dino_lightning.distributed import leave_group
+from dino_lightning.sharding import is_sharded, whole
+from dino_lightning.strategy import build_strategy
+
+STEPS, RANKS, BATCH = 4, 2, 8
+OPTIM = AdamWConfig(lr=0.064, lr_warmup="0ep", clip_grad=0.05)
+# On CPUs a batch norm sees the images of its rank alone, so there are none here.
+PLAIN: dict[str, Any] = {"head_batch_norm": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, how it is spread, and how many crops it gets."""
+
+    method: str
+    changed: dict[str, Any] = field(default_factory=dict)
+    strategy: str = "ddp"
+    accumulate: int = 1
+    views: int = 2
+
+
+CASES = {
+    "dino, sinkhorn": Case("dino", {"centering": "sinkhorn"}, views=4),
+    "dino, softmax": Case("dino", {"centering": "softmax"}),
+    "dino, sinkhorn, fsdp": Case("dino", {"centering": "sinkhorn", "predictor": True}, "fsdp"),
+    "byol": Case("byol", PLAIN),
+    "byol, fsdp": Case("byol", PLAIN, "fsdp"),
+    "moco 2": Case("moco2"),
+    "moco 2, accumulated": Case("moco2", accumulate=2),
+    "moco 2, fsdp": Case("moco2", strategy="fsdp"),
+    "moco 3": Case("moco3", PLAIN),
+    "moco 3, fsdp": Case("moco3", PLAIN, "fsdp"),
+    "swav": Case("swav", PLAIN, views=4),
+    "swav, queue": Case("swav", {**PLAIN, "queue_length": 11}),
+    "swav, queue, fsdp": Case("swav", {**PLAIN, "queue_length": 11}, "fsdp"),
+    "supervised": Case("supervised"),
+}
+
+
+def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
+    """The same on every rank and in the test itself."""
+    torch.manual_seed(3)
+    batch_size = BATCH // ranks // case.accumulate
+    if case.method == "dino":
+        module: Any = tiny.dino(optim=OPTIM, batch_size=batch_size, **case.changed)
+    else:
+        module = tiny_methods.build(case.method, optim=OPTIM, batch_size=batch_size, **case.changed)
+    whole_batches = [crops[: case.views] for crops in tiny.batches(STEPS)]
+    parts = tiny.split(whole_batches, parts=ranks * case.accumulate)
+    return module, tiny_methods.labelled(parts) if case.method == "supervised" else parts
+
+
+def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Run both ranks; what each has seen, by case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
+    command = [sys.executable, __file__, str(folder)]
+    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(RANKS)]
+    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def train(case: Case) -> dict[str, Any]:
+    """One training of this rank; what it has seen."""
+    module, parts = module_and_batches(case, ranks=RANKS)
+    config = TrainerConfig(accelerator="cpu", devices=RANKS, strategy=case.strategy)
+    config.accumulate_grad_batches = case.accumulate
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy=build_strategy(config),
+        plugins=[DoublePrecision()],  # as precision="64-true", which Lightning does not let through with FSDP
+        accumulate_grad_batches=case.accumulate,
+        max_epochs=1,
+        callbacks=[states := tiny_methods.States()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    # Micro-batch by micro-batch: rank 0, rank 1, rank 0, ...
+    own = [part for index, part in enumerate(parts) if index % RANKS == trainer.global_rank]
+    trainer.fit(module, DataLoader(own, batch_size=None))  # type: ignore[arg-type]
+    sharded = {name for name, tensor in module.named_parameters() if is_sharded(tensor)}
+    return {"losses": states.losses, "state": gathered(states.states[-1]), "sharded": sorted(sharded)}
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.save({name: train(case) for name, case in CASES.items()}, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,46 @@
+"""One rank of two that learn from masked patches: `ranks_worker` with another network and masks by content."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ranks_worker
+import tiny
+import torch
+from content_masks import mask_by_content
+from ranks_worker import BATCH, RANKS, STEPS, Case
+
+CASES = {
+    "ddp": Case("ddp"),
+    "ddp, accumulated": Case("ddp", accumulate=4),
+    "fsdp": Case("fsdp", depth=2),
+}
+
+
+UNMASKED = 7e-6
+"""A first pixel whose seed draws no mask."""
+
+
+def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
+    """The same on every rank and in the test itself; in one step of two, no image of the second rank has a mask."""
+    torch.manual_seed(3)
+    batch_size = BATCH // RANKS // case.accumulate
+    module = tiny.dino(
+        optim=case.optim, batch_size=batch_size, depth=case.depth, patch_loss_weight=0.5, **ranks_worker.METHOD
+    )
+    batches = tiny.batches(STEPS)
+    for crops in batches[::2]:
+        for view in crops[:2]:
+            view[BATCH // RANKS :, 0, 0, 0] = UNMASKED
+    return mask_by_content(module, patch=tiny.PATCH), batches
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where = Path(sys.argv[1])
+    ranks_worker.module_and_batches = module_and_batches
+    seen = {name: ranks_worker.train(CASES[name], start=where / "none", end=where / f"{name}.ckpt")
+            for name in sys.argv[2:]}  # fmt: skip
+    torch.save(seen, where / f"rank{os.environ['LOCAL_RANK']}.pt")
+    ranks_worker.leave_group()

@@ -1,0 +1,49 @@
+"""Two ranks over gloo train every method as one process with the same total batch: assignments, queues and negatives are
+those of all ranks."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_methods
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import method_ranks_worker
+from method_ranks_worker import CASES, RANKS, STEPS
+
+EXACT = {"rtol": 1e-8, "atol": 1e-11}
+"""Float64: only the order of sums differs."""
+
+
+@pytest.fixture(scope="module")
+def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return method_ranks_worker.launch(tmp_path_factory.mktemp("methods"))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_ranks_are_one_process(name: str, all_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    case, ranks = CASES[name], [rank[name] for rank in all_ranks]
+    module, batches = method_ranks_worker.module_and_batches(replace(case, accumulate=1), ranks=1)
+    alone = tiny_methods.fit(module, batches)
+    means = torch.tensor([rank["losses"] for rank in ranks]).double().unflatten(1, (STEPS, -1)).mean(dim=(0, 2))
+    torch.testing.assert_close(means, torch.tensor(alone.losses).double(), rtol=1e-6, atol=0)
+    assert ranks[0]["losses"] != ranks[1]["losses"], "each rank has images of its own"
+    for rank in ranks:
+        assert rank["state"].keys() == alone.states[-1].keys()
+        for key, tensor in rank["state"].items():
+            torch.testing.assert_close(tensor, alone.states[-1][key], **EXACT, msg=f"{key} differs")
+    assert all(torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]) for key in alone.states[-1])
+    assert bool(ranks[0]["sharded"]) == (case.strategy == "fsdp")
+
+
+def test_cases_show_what_they_should(all_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    """The queues were full and used, the predictor spread, and every method among them."""
+    assert {case.method for case in CASES.values()} == {"dino", *tiny_methods.CONFIGS}
+    state = all_ranks[0]["swav, queue"]["state"]
+    assert int(state["queues.0.filled"]) == 11 < STEPS * method_ranks_worker.BATCH
+    assert int(all_ranks[0]["moco 2"]["state"]["queue.filled"]) == 12
+    assert "predictor.weight" in all_ranks[0]["swav, queue, fsdp"]["sharded"]
+    assert RANKS == 2

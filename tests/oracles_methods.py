@@ -1,0 +1,287 @@
+"""Slow references of BYOL, MoCo and SwAV, and of DINO's other parts, from the equations of their papers.
+
+Nothing here imports the package. Shapes: V views of the student, T of the teacher, B images, N candidates or rows of an
+assignment, E embedding, K prototypes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import oracles
+import torch
+import torch.nn.functional as F
+from oracles import Weights
+from torch import Tensor
+
+Crops = list[Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True))
+
+
+def byol_loss(predicted_VBE: Tensor, target_TBE: Tensor) -> Tensor:
+    """BYOL's equation 2 in both directions: each target against the predictions from the other crops, by their mean."""
+    total = torch.zeros((), dtype=torch.float64)
+    for t, target_BE in enumerate(target_TBE):
+        others = [predicted for v, predicted in enumerate(predicted_VBE) if v != t]
+        for predicted_BE in others:
+            distances = [((unit(q) - unit(z)) ** 2).sum() for q, z in zip(predicted_BE, target_BE, strict=True)]
+            total = total + sum(distances) / len(distances) / len(others)
+    return total
+
+
+def info_nce(query_BE: Tensor, own_BE: Tensor, others: Sequence[Tensor], *, temperature: float) -> Tensor:
+    """MoCo's equation 1; `others` (N, E) of each query are its negatives."""
+    terms = []
+    for query, own, negatives in zip(query_BE, own_BE, others, strict=True):
+        positive = torch.exp((query * own).sum() / temperature)
+        scores = [torch.exp((query * negative).sum() / temperature) for negative in negatives]
+        terms.append(-torch.log(positive / (positive + sum(scores))))
+    return sum(terms) / len(terms)  # type: ignore[return-value]
+
+
+def in_batch(keys_NE: Tensor) -> list[Tensor]:
+    """For each key, all others."""
+    return [torch.stack([key for j, key in enumerate(keys_NE) if j != i]) for i in range(len(keys_NE))]
+
+
+def sinkhorn(scores_NK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+    """SwAV's algorithm: rows are prototypes; each iteration evens out the prototypes, then the images."""
+    Q = torch.exp(scores_NK / epsilon).T
+    K, N = Q.shape
+    Q = Q / Q.sum()
+    for _ in range(iterations):
+        Q = torch.stack([row / row.sum() / K for row in Q])
+        Q = torch.stack([column / column.sum() / N for column in Q.T]).T
+    return (Q * N).T
+
+
+def softmax_over_batch(scores_NK: Tensor, *, temperature: float) -> Tensor:
+    """Table 15 of DINO: exponentials divided by their sum over images, then by their sum over prototypes."""
+    e_NK = torch.exp(scores_NK / temperature)
+    over_images_NK = torch.stack([column / column.sum() for column in e_NK.T]).T
+    return torch.stack([row / row.sum() for row in over_images_NK])
+
+
+def pairs_entropy(logits_VBK: Tensor, targets_TBK: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy of each target with the softmax of each other view, mean over pairs and images."""
+    terms = []
+    for t, target_BK in enumerate(targets_TBK):
+        for v, logits_BK in enumerate(logits_VBK):
+            if v != t:
+                rows = zip(target_BK, logits_BK, strict=True)
+                terms.append(sum(-(p * F.log_softmax(s / temperature, dim=0)).sum() for p, s in rows) / len(target_BK))
+    return sum(terms) / len(terms)  # type: ignore[return-value]
+
+
+def koleo(features_BD: Tensor) -> Tensor:
+    """-mean log of the distance to the nearest other one on the sphere."""
+    x_BD, terms = unit(features_BD), []
+    for i, own in enumerate(x_BD):
+        terms.append(-torch.log(min(torch.sqrt(((own - x) ** 2).sum()) for j, x in enumerate(x_BD) if j != i)))
+    return sum(terms) / len(terms)  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+def batch_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+    """As in training, without the running statistics."""
+    centred = x - x.mean(dim=0)
+    normed = centred / torch.sqrt((centred * centred).mean(dim=0) + 1e-5)
+    return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"] if f"{name}.weight" in weights else normed
+
+
+def mlp(weights: Weights, x: Tensor, *, activation: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+    """The numbered layers in their order: what is a matrix is linear, the others are batch norms. The activation stands
+    before every linear layer but the first."""
+    numbers = sorted({int(name.split(".")[0]) for name in weights})
+    for i in numbers:
+        if f"{i}.weight" in weights and weights[f"{i}.weight"].ndim == 2:
+            x = oracles.linear(x if i == numbers[0] else activation(x), weights, str(i))
+        else:
+            x = batch_norm(x, weights, str(i))
+    return x
+
+
+def part(weights: Weights, name: str) -> Weights:
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+
+def crop_features(weights: Weights, crop: Tensor) -> Tensor:
+    return oracles.vit(part(weights, "backbone"), crop, patch=8, heads=2)[0]
+
+
+def outputs(weights: Weights, crops: Crops, *, predictor: Weights | None = None) -> Tensor:
+    """Backbone, projector and predictor (V, B, E); batch norms see all crops at once."""
+    x = mlp(part(weights, "head"), torch.cat([crop_features(weights, crop) for crop in crops]))
+    return (mlp(predictor, x) if predictor else x).unflatten(0, (len(crops), -1))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Training:
+    """A method's training: student, predictor, AdamW, what follows the student, and the method's own state.
+
+    A step is a list of micro-batches, the gradient their mean. Weights carry the names of the module's state.
+    """
+
+    state: Weights
+    """`student.…`, `predictor.…`, `teacher.…` and buffers."""
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    clip: float
+    momentum: np.ndarray | None = None
+    trained: Callable[[str], bool] = lambda name: True
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state = {name: value.detach().clone() for name, value in self.state.items()}
+        names = [name for name in self.state if name.startswith(("student.", "predictor."))]
+        real = [name for name in names if "running" not in name and "num_batches" not in name]
+        self.adam = {name: oracles.AdamW() for name in real if self.trained(name)}
+
+    def loss(self, weights: Weights, crops: Crops) -> Tensor:
+        """Of one micro-batch."""
+        raise NotImplementedError
+
+    def after(self) -> None:
+        """Move the method's own state."""
+
+    def frozen(self, name: str, index: int) -> bool:
+        """Whether a weight stands still in this step."""
+        return False
+
+    def step(self, index: int, micro_batches: list[Crops]) -> None:
+        leaves = {name: self.state[name].clone().requires_grad_() for name in self.adam}
+        losses = [self.loss({**self.state, **leaves}, crops) for crops in micro_batches]
+        loss = sum(losses) / len(losses)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))  # type: ignore[arg-type]
+        clipped = oracles.clip_each(list(gradients), max_norm=self.clip)
+        for (name, adam), gradient in zip(self.adam.items(), clipped, strict=True):
+            if self.frozen(name, index):
+                continue
+            decayed = not name.endswith(".bias") and self.state[name].ndim > 1
+            decay = float(self.weight_decay[index]) if decayed else 0.0
+            self.state[name] = adam.step(self.state[name], gradient, lr=float(self.lr[index]), weight_decay=decay)
+        if self.momentum is not None:
+            self._move_teacher(float(self.momentum[index]))
+        self.after()
+        self.losses.append(loss.item())  # type: ignore[union-attr]
+
+    def _move_teacher(self, m: float) -> None:
+        for name, value in self.state.items():
+            student = name.replace("teacher.", "student.", 1)
+            if name.startswith("teacher.") and "running" not in name and "num_batches" not in name:
+                self.state[name] = m * value + (1 - m) * self.state[student]
+
+    def run(self, steps: list[list[Crops]]) -> "Training":
+        for index, micro_batches in enumerate(steps):
+            self.step(index, micro_batches)
+        return self
+
+
+@dataclass
+class BYOL(Training):
+    def loss(self, weights: Weights, crops: Crops) -> Tensor:
+        targets = outputs(part(weights, "teacher"), crops[:2]).detach()
+        return byol_loss(outputs(part(weights, "student"), crops, predictor=part(weights, "predictor")), targets)
+
+
+@dataclass
+class Queue:
+    """The latest rows, first in, first out; random ones stand for those that have not come yet."""
+
+    rows: list[Tensor]
+    arrived: int = 0
+    waiting: list[Tensor] = field(default_factory=list)
+
+    def commit(self) -> None:
+        self.arrived += len(self.waiting)
+        self.rows = (self.rows + self.waiting)[len(self.waiting) :]
+        self.waiting = []
+
+    @property
+    def full(self) -> bool:
+        return self.arrived >= len(self.rows)
+
+
+@dataclass
+class MoCo(Training):
+    """Version 2 with a queue, one way; version 3 without, both ways, times 2 T."""
+
+    version: int = 2
+    temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.queue = Queue(list(self.state["queue.features"])) if self.version == 2 else None
+
+    def loss(self, weights: Weights, crops: Crops) -> Tensor:
+        student, teacher, predictor = (part(weights, name) for name in ("student", "teacher", "predictor"))
+        if self.queue is not None:
+            keys_BE = unit(outputs(teacher, crops[1:2])[0]).detach()
+            query_BE = unit(outputs(student, crops[:1])[0])
+            loss = info_nce(query_BE, keys_BE, [torch.stack(self.queue.rows)] * len(keys_BE), **self._at)
+            self.queue.waiting += list(keys_BE)
+            return loss
+        keys_TBE, queries_VBE = unit(outputs(teacher, crops[:2])).detach(), unit(outputs(student, crops, predictor=predictor))
+        one, two = (
+            info_nce(queries_VBE[query], keys_TBE[key], in_batch(keys_TBE[key]), **self._at)
+            for query, key in ((0, 1), (1, 0))
+        )
+        return 2 * self.temperature * (one + two)
+
+    @property
+    def _at(self) -> dict[str, float]:
+        return {"temperature": self.temperature}
+
+    def after(self) -> None:
+        if self.queue is not None:
+            self.queue.commit()
+
+
+@dataclass
+class SwAV(Training):
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    frozen_steps: int = 0
+    queue_length: int = 0
+    queue_start: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.queues = [Queue([torch.zeros(1)] * self.queue_length) for _ in range(2 if self.queue_length else 0)]
+
+    def loss(self, weights: Weights, crops: Crops) -> Tensor:
+        prototypes_KE = weights["predictor.weight"]
+        z_VBE = unit(outputs(part(weights, "student"), crops))
+        scores_VBK = z_VBE @ prototypes_KE.T
+        targets = []
+        for view in range(2):
+            rows_NE = z_VBE[view].detach()
+            if self.queues and self.queues[view].full:
+                rows_NE = torch.cat([rows_NE, torch.stack(self.queues[view].rows)])
+            scores_NK = rows_NE @ prototypes_KE.detach().T
+            targets.append(sinkhorn(scores_NK, epsilon=self.epsilon, iterations=3)[: len(crops[0])])
+            if self.queues and self.steps >= self.queue_start:
+                self.queues[view].waiting += list(z_VBE[view].detach())
+        return pairs_entropy(scores_VBK, torch.stack(targets), temperature=self.temperature)
+
+    def frozen(self, name: str, index: int) -> bool:
+        return name.startswith("predictor.") and index < self.frozen_steps
+
+    def after(self) -> None:
+        self.state["predictor.weight"] = torch.stack([w / math.sqrt(w @ w) for w in self.state["predictor.weight"]])
+        for queue in self.queues:
+            queue.commit()
+        self.steps += 1

@@ -1,0 +1,217 @@
+"""The paper's ablations: every experiment at every scale, the sweeps, and a sweep in which a run fails."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+from composing import SMALL, composed
+from omegaconf import DictConfig, OmegaConf
+
+from dino_lightning import cli, compare
+from dino_lightning.build import build_method
+from dino_lightning.checks import check_config
+from dino_lightning.cli import CONF, options, sentence
+from dino_lightning.config import TrainConfig
+from dino_lightning.report.jobs import read_rows
+from dino_lightning.report.published import PUBLISHED
+from dino_lightning.sweeps import Jobs
+
+FILES = {f"ablation/{path.stem}": path for path in (CONF / "experiment" / "ablation").glob("*.yaml")}
+PAGE = (CONF.parent / "docs" / "ablations.md").read_text()
+SWEEPS = sorted((CONF / "sweep").glob("*.yaml"))
+SMALL_SCALE = ["scale=quick", "trainer.accelerator=cpu"]
+PAPER_SCALE = ["data.path=.", "trainer.precision=32"]
+
+
+def body(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """What a file overrides of groups, and what of keys."""
+    values = yaml.safe_load(path.read_text())
+    return values.pop("defaults"), values
+
+
+CHANGES_KEYS_ONLY = sorted(name for name, path in FILES.items() if len(body(path)[0]) == 1)
+CHANGES_GROUPS = sorted(FILES.keys() - CHANGES_KEYS_ONLY)
+
+
+@pytest.fixture(scope="module")
+def base() -> Callable[[str], DictConfig]:
+    """`ablation/dino` at a scale of the paper or at `quick`, composed once."""
+    kept: dict[str, DictConfig] = {}
+
+    def of(scale: str) -> DictConfig:
+        if scale not in kept:
+            words = SMALL_SCALE if scale == "quick" else [*PAPER_SCALE, f"scale={scale}"]
+            kept[scale] = composed("experiment=ablation/dino", *words)
+        return kept[scale]
+
+    return of
+
+
+def checked(cfg: DictConfig, name: str) -> TrainConfig:
+    config = cast(TrainConfig, OmegaConf.to_object(cfg))
+    check_config(config)
+    assert config.experiment == name
+    if config.crops.global_size == 32:  # the parts that the large one has, in a fraction of the time
+        with torch.device("meta"):
+            build_method(config)
+    return config
+
+
+@pytest.mark.parametrize("name", CHANGES_KEYS_ONLY)
+def test_it_builds_large_and_small(name: str, base: Callable[[str], DictConfig]) -> None:
+    """The file's keys laid over DINO at its scale, which is what Hydra makes of them (the next test)."""
+    [defaults], values = body(FILES[name])
+    scale = defaults["override /scale"]
+    epochs = {"paper300": 300, "paper100": 100, "quick": 16}
+    for chosen in (scale, "quick"):
+        config = checked(cast(DictConfig, OmegaConf.merge(base(chosen), values)), name)
+        assert config.trainer.max_epochs == epochs[chosen]
+    assert set(values) - {"experiment"} or name == "ablation/dino"
+
+
+@pytest.mark.parametrize("name", ["ablation/no_momentum", "ablation/batch_size_256"])
+def test_hydra_lays_its_keys_over_the_scale(name: str, base: Callable[[str], DictConfig]) -> None:
+    [defaults], values = body(FILES[name])
+    assert composed(f"experiment={name}", *SMALL_SCALE) == OmegaConf.merge(base("quick"), values)
+    large = composed(f"experiment={name}", *PAPER_SCALE)
+    assert large == OmegaConf.merge(base(defaults["override /scale"]), values)
+
+
+@pytest.mark.parametrize("name", CHANGES_GROUPS)
+def test_other_methods_build_large_and_small(name: str) -> None:
+    large, small = (checked(composed(f"experiment={name}", *words), name) for words in (PAPER_SCALE, SMALL_SCALE))
+    assert (large.trainer.max_epochs, large.trainer.devices, large.trainer.num_nodes) == (300, 8, 2)
+    assert type(large.method).__name__[:4].lower() == name.split("/")[1][:4]
+    multicrop = name.endswith("multicrop") or name.endswith("swav")
+    assert (large.crops.local_count, small.crops.local_count) == ((8, 2) if multicrop else (0, 0))
+    assert (small.trainer.max_epochs, small.crops.global_size) == (16, 32)
+    assert small.method.head_hidden_dim == 256  # type: ignore[attr-defined]
+
+
+def test_small_recipes_with_multicrop_follow_those_without() -> None:
+    """A scale without one would fall back to the method's sizes for ImageNet."""
+    recipes = {path.stem for path in (CONF / "recipe").glob("*.yaml")}
+    small = [path.stem for path in (CONF / "scale").glob("*.yaml") if not path.stem.startswith("paper")]
+    for method in ("byol", "moco"):
+        assert {f"{scale}_{method}_multicrop" for scale in small if f"{scale}_{method}" in recipes} <= recipes
+
+
+def test_every_file_says_what_the_paper_reports() -> None:
+    assert FILES.keys() == PUBLISHED.keys()
+    for name, path in FILES.items():
+        row, (said,) = PUBLISHED[name], re.findall(r"Published: (.*)\.$", path.read_text(), re.MULTILINE)
+        figures = [f"k-NN {row.knn} %"] * (row.knn is not None) + [f"linear {row.linear} %"] * (row.linear is not None)
+        assert said == (", ".join(figures) or "curves only, no figures")
+        assert f"python train.py experiment={name} scale=quick" in path.read_text()
+        (line,) = re.findall(rf"^\| `{re.escape(path.stem)}` \| .* \| (.*) \|$", PAGE, re.MULTILINE)
+        assert line == (row.figures or "curves only")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_name_experiments_that_exist(path: Path) -> None:
+    hydra = yaml.safe_load(path.read_text())["hydra"]
+    assert hydra["mode"] == "MULTIRUN"  # also where `--multirun` is forgotten
+    swept = hydra["sweeper"]["params"]["experiment"].split(", ")
+    assert set(swept) <= FILES.keys()
+    assert len(set(swept)) == len(swept)
+    assert f"| `{path.stem}` | {', '.join(name.removeprefix('ablation/') for name in swept)} |" in PAGE
+
+
+def test_every_ablation_is_in_a_sweep() -> None:
+    assert all(any(name in path.read_text() for path in SWEEPS) for name in FILES)
+    assert options("train")["sweep"] == [path.stem for path in SWEEPS]
+
+
+def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
+    words = ["sweep=table7", "data=parquet", "scale=photos32"]
+    assert cli.with_settings_for_data(words) == words
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A sweep of three runs, the first of which is refused and the last of which diverges, and its exit status."""
+    folder = tmp_path_factory.mktemp("sweep") / "table15"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "failed.txt").write_text("an attempt before this one\n")
+    words = ["--multirun", "sweep=table15", "scale=quick", "experiment=ablation/sinkhorn", *SMALL]
+    words += ["seed=3", "optim.lr=-1,0.01,1e30", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+    words += ["callbacks.pictures.enabled=false", "cpu_threads=1", f"output_dir={folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words])
+        patch.setattr(cli, "JOBS", Jobs())
+        with pytest.raises(SystemExit) as left:
+            cli.train()
+    return folder, cast(int, left.value.code)
+
+
+def test_runs_after_a_failed_one_still_run(sweep: tuple[Path, int]) -> None:
+    folder, status = sweep
+    assert status == 1
+    refused = (folder / "0" / "failed.txt").read_text()
+    assert refused == "optim.lr=-1.0: expected at least 0.\n"
+    assert json.loads((folder / "1" / "summary.json").read_text())["experiment"] == "ablation/sinkhorn"
+    assert not (folder / "1" / "failed.txt").exists()
+    assert (folder / "2" / "failed.txt").read_text().startswith("the loss is nan at step ")
+    assert (folder / "2" / "metrics.csv").exists()
+
+
+def test_the_table_of_a_sweep_with_failures(sweep: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = sweep
+    assert compare.main([str(folder), "--markdown"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "Sinkhorn" in line]
+    assert [line[0] for line in lines] == [f"| Sinkhorn-Knopp, optim.lr={lr}" for lr in ("-1.0", "0.01", "1e+30")]
+    assert [line[-1].removesuffix(" |").split(":")[0] for line in lines] == ["failed", "finished", "failed"]
+    summary = json.loads((folder / "1" / "summary.json").read_text())
+    assert lines[1][1:4] == ["1", f"{summary['knn_top1']:.1f}", "72.2 / 76.0"]
+    assert all(float(cell) > 0 for cell in lines[1][4:7])
+
+
+def test_all_runs_get_their_place_in_the_rows(sweep: tuple[Path, int]) -> None:
+    folder, _ = sweep
+    rows = read_rows([folder])
+    assert [job.seed for row in rows for job in row.jobs] == [3, 3, 3]
+    assert not any(row.missing for row in rows)
+
+
+def fails(error: BaseException) -> Callable[[DictConfig], float]:
+    def job(cfg: DictConfig) -> float:
+        raise error
+
+    return job
+
+
+def test_an_unforeseen_error_leaves_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path / "7"), "experiment": "e", "other": "${missing}"})
+    assert math.isnan(cast(float, jobs.attempt(fails(RuntimeError("two\nlines")), cfg, sentence=sentence)))
+    first, *others = (tmp_path / "7" / "failed.txt").read_text().splitlines()
+    assert first == "RuntimeError: two lines"
+    assert any("in job" in line for line in others)
+    assert yaml.safe_load((tmp_path / "7" / "config.yaml").read_text())["experiment"] == "e"
+    assert jobs.attempt(lambda cfg: 4.0, cfg, sentence=sentence) == 4.0
+    with pytest.raises(SystemExit) as left:
+        jobs.finish()
+    assert left.value.code == 1
+    assert f"1 run failed:\n  {tmp_path / '7'}: RuntimeError: two lines" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_sweep(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Jobs().attempt(fails(KeyboardInterrupt()), OmegaConf.create({"output_dir": str(tmp_path)}), sentence=sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_in_step_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match="alone"):
+        jobs.attempt(fails(ValueError("alone")), cfg, sentence=sentence)
+    (tmp_path / "failed.txt").write_text("before it started the others\n")
+    assert math.isnan(cast(float, jobs.attempt(fails(ValueError("as the first")), cfg, sentence=sentence)))
+    assert (tmp_path / "failed.txt").read_text() == "before it started the others\n"

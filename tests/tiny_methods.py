@@ -1,0 +1,114 @@
+"""The methods beside DINO, small enough to train in a test."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import tiny
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino_lightning.backbones import build_backbone
+from dino_lightning.config import (
+    MOCO_VERSIONS,
+    AdamWConfig,
+    BYOLConfig,
+    MoCoConfig,
+    OptimConfig,
+    StepConfig,
+    SupervisedConfig,
+    SwAVConfig,
+    TeacherConfig,
+)
+from dino_lightning.data.labels import LabelledCrops
+from dino_lightning.ema import follow
+from dino_lightning.methods.base import Method
+from dino_lightning.methods.byol import BYOL
+from dino_lightning.methods.moco import MoCo
+from dino_lightning.methods.supervised import Supervised
+from dino_lightning.methods.swav import SwAV
+from dino_lightning.methods.teacher import StudentTeacher
+
+CLASSES = 3
+SMALL: dict[str, Any] = {"out_dim": 8, "head_hidden_dim": 16}
+CONFIGS: dict[str, Any] = {
+    "byol": BYOLConfig(**SMALL, teacher_momentum=0.9),
+    "moco2": MoCoConfig(**{**MOCO_VERSIONS[2], **SMALL, "queue_length": 12, "teacher_momentum": 0.9}),
+    "moco3": MoCoConfig(**{**MOCO_VERSIONS[3], **SMALL, "version": 3, "teacher_momentum": 0.9}),
+    "swav": SwAVConfig(**SMALL, head_bottleneck_dim=6, queue_start="0it", freeze_prototypes="0it"),
+    "supervised": SupervisedConfig(),
+}
+METHODS: dict[type, Any] = {BYOLConfig: BYOL, MoCoConfig: MoCo, SwAVConfig: SwAV, SupervisedConfig: Supervised}
+
+
+def build(
+    name: str, *, optim: OptimConfig | None = None, batch_size: int = 8, step: StepConfig | None = None, **changed: Any
+) -> Any:
+    """With weights far enough from their start that every term counts, the same on each call after the same seed."""
+    given = CONFIGS[name]
+    config = type(given)(**{**vars(given), **changed})
+    networks = {"student_backbone": build_backbone(tiny.BACKBONE, image_size=32, drop_path=True)}
+    if isinstance(config, TeacherConfig):
+        networks["teacher_backbone"] = build_backbone(tiny.BACKBONE, image_size=32, drop_path=False)
+    if isinstance(config, SupervisedConfig):
+        networks["num_classes"] = CLASSES  # type: ignore[assignment]
+    module: Method = METHODS[type(config)](
+        config,
+        **networks,
+        feature_dim=tiny.BACKBONE.width,
+        optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
+        batch_size_per_device=batch_size,
+        step=step,
+    )
+    with torch.no_grad():
+        for parameter in module.student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    if isinstance(module, StudentTeacher):
+        follow(module.teacher, module.student)
+    return module
+
+
+def labelled(batches: tiny.Batches) -> list[LabelledCrops]:
+    """The same with labels: each image's class is that of its brightness, so that it can be learnt; one has none."""
+    found = []
+    for crops in batches:
+        labels_B = (crops[0].mean(dim=(1, 2, 3)) > 0).long()
+        found.append(LabelledCrops(crops, labels_B))
+    return found
+
+
+def real(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the statistics of batch norms, which are of no use while training."""
+    return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
+
+
+@dataclass
+class States(Callback):
+    """Losses, and all that a checkpoint has, after every micro-batch."""
+
+    losses: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning has divided it
+        self.steps.append(trainer.global_step)
+        self.states.append(real(tiny.copy(pl_module)))
+
+
+def fit(module: Method, data: Any, *, ckpt_path: Any = None, **trainer: Any) -> States:
+    """Train on `data` (batches in this order, or a data module) in float64, unless `trainer` says otherwise."""
+    states = States()
+    if ckpt_path is not None:
+        module.double()  # Lightning loads the weights before it widens the module
+    default: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "enable_checkpointing": False}
+    options = {**default, **trainer, "callbacks": [states, *trainer.get("callbacks", [])]}
+    options |= {"accelerator": "cpu", "devices": 1, "logger": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False}
+    if isinstance(data, list):
+        data = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    L.Trainer(**options).fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return states

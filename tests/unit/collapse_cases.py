@@ -1,0 +1,73 @@
+"""Small methods on images that can be told apart, for the tests of collapse alarms."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import tiny
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino_lightning.backbones import build_backbone
+from dino_lightning.config import AdamWConfig, BYOLConfig, DINOConfig
+from dino_lightning.methods.base import Method
+from dino_lightning.methods.byol import BYOL
+from dino_lightning.methods.dino import DINO
+
+BATCH, SIZE, WIDTH = 16, 32, tiny.BACKBONE.width
+
+
+def images(count: int, *, seed: int = 0) -> list[list[Tensor]]:
+    """Batches of two views: every image is a pattern of its own in coarse colours, under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        coarse = torch.randn(BATCH, 3, 2, 2, generator=generator)
+        pattern = 2 * F.interpolate(coarse, size=(SIZE, SIZE), mode="nearest")
+        made.append([pattern + 0.3 * torch.randn(pattern.shape, generator=generator) for _ in range(2)])
+    return made
+
+
+def common() -> dict[str, Any]:
+    return {
+        **{
+            f"{role}_backbone": build_backbone(tiny.BACKBONE, image_size=SIZE, drop_path=False)
+            for role in ("student", "teacher")
+        },
+        "feature_dim": WIDTH,
+        "optim": AdamWConfig(lr=0.032, lr_warmup="10it"),
+        "batch_size_per_device": BATCH,
+    }
+
+
+def dino(**method: Any) -> DINO:
+    small: dict[str, Any] = {"out_dim": 32, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "freeze_last_layer": "0ep"}
+    torch.manual_seed(0)
+    return DINO(DINOConfig(**{**small, "teacher_momentum": 0.95, **method}), **common())
+
+
+def byol(**method: Any) -> BYOL:
+    small: dict[str, Any] = {"out_dim": 16, "head_hidden_dim": 32, "teacher_momentum": 0.95}
+    torch.manual_seed(0)
+    return BYOL(BYOLConfig(**{**small, **method}), **common())
+
+
+def fit(method: Method, *callbacks: Callback, folder: Path | None = None, steps: int = 128, **options: Any) -> L.Trainer:
+    """Train with a row of the log for every step."""
+    logger = CSVLogger(folder, name="", version="") if folder else False
+    options = {"max_epochs": steps // 16, "enable_checkpointing": False, **options}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        callbacks=list(callbacks),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"devices": 1, **options},
+    )
+    trainer.fit(method, DataLoader(images(16), batch_size=None))  # type: ignore[arg-type]
+    return trainer
