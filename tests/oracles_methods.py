@@ -233,7 +233,8 @@ class MoCo(Training):
             loss = info_nce(query_BE, keys_BE, [torch.stack(self.queue.rows)] * len(keys_BE), **self._at)
             self.queue.waiting += list(keys_BE)
             return loss
-        keys_TBE, queries_VBE = unit(outputs(teacher, crops[:2])).detach(), unit(outputs(student, crops, predictor=predictor))
+        keys_TBE = unit(outputs(teacher, crops[:2])).detach()
+        queries_VBE = unit(outputs(student, crops, predictor=predictor))
         one, two = (
             info_nce(queries_VBE[query], keys_TBE[key], in_batch(keys_TBE[key]), **self._at)
             for query, key in ((0, 1), (1, 0))

@@ -38,8 +38,8 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
         return
     if isinstance(data.sources.train, ImageStream):
         raise UserError(
-            "method=supervised reads labels by index, which a stream of shards does not have; choose another method, or "
-            "data=folder, parquet, listing or archive."
+            "method=supervised reads labels by index, which a stream of shards does not have; choose another method "
+            "or data=folder, parquet, listing or archive."
         )
     if data.num_classes < 2:
         raise UserError(

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dino_lightning.build import build_data, build_method, build_trainer
+from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import export_backbone
@@ -141,13 +142,14 @@ def finish_loggers(trainer: L.Trainer) -> None:
 def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
     """The run in a few numbers: `summary.json`."""
     knn = find(trainer, KNNCallback)
-    speed = find(trainer, Speed)
+    speed, alarm = find(trainer, Speed), find(trainer, CollapseAlarm)
     bad_images = [file.read_text().splitlines() for file in Path(config.output_dir).glob("bad_images*.txt")]
     return {
         "knn_top1": knn.last.get("top1") if knn else None,
         "knn_top5": knn.last.get("top5") if knn else None,
         "knn_top1_untrained": knn.untrained.get("top1") if knn else None,
         "knn_top1_pixels": knn.pixels.get("top1") if knn else None,
+        "collapse": alarm.verdict if alarm else None,
         "images_per_second": round(speed.images_per_second, 1) if speed else None,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,

@@ -26,13 +26,15 @@ from dino_lightning.config import (
     ViTConfig,
 )
 
-IMAGES_PER_PROTOTYPE = 20
+IMAGES_PER_PROTOTYPE = 5
 PROTOTYPES = (64, 65536)
 """Fewest and most."""
 PAPER_BATCH, PAPER_WINDOW, SMALL_BATCH_WINDOW = 1024, 250, 2000
 """Total batch of the paper; steps that the teacher averages over, 1 / (1 - momentum), there and at 256 images."""
 WINDOW_SHARE = 0.05
 """Largest window of the teacher (share of the run's steps)."""
+WINDOW_STEPS = 50
+"""Smallest window, whatever its share: a teacher that follows faster was seen to collapse."""
 TEMPERATURE, WARMEST = 0.04, 0.07
 PAPER_GLOBAL, PAPER_LOCAL, PAPER_RESIZE = 224, 96, 256
 """Sides of the crops, and of an image for evaluation (pixels)."""
@@ -148,7 +150,7 @@ def _prototypes(rows: Rows, *, images: int, method: MethodConfig) -> None:
     most = PROTOTYPES[1] if isinstance(method, DINOConfig) else type(method).out_dim
     count = 2 ** round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE))
     count = min(max(count, PROTOTYPES[0]), most)
-    rows.add("method.out_dim", count, f"about {IMAGES_PER_PROTOTYPE} images each; flat around it")
+    rows.add("method.out_dim", count, f"about {IMAGES_PER_PROTOTYPE} images each; flat around it" if count < most else "the paper's")
     key = "method.freeze_last_layer" if isinstance(method, DINOConfig) else "method.freeze_prototypes"
     rows.add(key, "1%", "the paper's 1 of 100 epochs")
 
@@ -162,8 +164,10 @@ def _momentum(rows: Rows, *, total_batch: int, steps: float, method: TeacherConf
         published = PAPER_WINDOW * (PAPER_BATCH / min(total_batch, PAPER_BATCH)) ** 1.5
         published = min(published, SMALL_BATCH_WINDOW)
         why = f"published for a batch of {min(max(total_batch, 256), PAPER_BATCH)}"
-    window = max(min(published, WINDOW_SHARE * steps), 2.0)
-    if window < published:
+    window = max(min(published, WINDOW_SHARE * steps), WINDOW_STEPS)
+    if window == WINDOW_STEPS:
+        why = f"averages over {WINDOW_STEPS} steps; fewer collapsed"
+    elif window < published:
         why = f"averages over {WINDOW_SHARE:.0%} of {steps:,.0f} steps"
     momentum = rows.add("method.teacher_momentum", _round_below_one(1 - 1 / window), why)
     if isinstance(method, MoCoConfig) and method.teacher_momentum_end < 1:

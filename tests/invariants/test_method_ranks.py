@@ -1,5 +1,7 @@
-"""Two ranks over gloo train every method as one process with the same total batch: assignments, queues and negatives are
-those of all ranks."""
+"""Two ranks over gloo train every method as one process with the same total batch.
+
+Assignments, queues and negatives are those of all ranks.
+"""
 
 import sys
 from dataclasses import replace

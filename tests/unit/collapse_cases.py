@@ -39,35 +39,42 @@ def common() -> dict[str, Any]:
             for role in ("student", "teacher")
         },
         "feature_dim": WIDTH,
-        "optim": AdamWConfig(lr=0.032, lr_warmup="10it"),
+        "optim": AdamWConfig(lr=0.016, lr_warmup="10it"),
         "batch_size_per_device": BATCH,
     }
 
 
 def dino(**method: Any) -> DINO:
-    small: dict[str, Any] = {"out_dim": 32, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "freeze_last_layer": "0ep"}
+    small: dict[str, Any] = {
+        "out_dim": 32,
+        "head_hidden_dim": 32,
+        "head_bottleneck_dim": 16,
+        "freeze_last_layer": "0ep",
+    }
     torch.manual_seed(0)
-    return DINO(DINOConfig(**{**small, "teacher_momentum": 0.95, **method}), **common())
+    return DINO(DINOConfig(**{**small, "teacher_momentum": 0.98, **method}), **common())
 
 
 def byol(**method: Any) -> BYOL:
-    small: dict[str, Any] = {"out_dim": 16, "head_hidden_dim": 32, "teacher_momentum": 0.95}
+    small: dict[str, Any] = {"out_dim": 16, "head_hidden_dim": 32, "teacher_momentum": 0.98}
     torch.manual_seed(0)
     return BYOL(BYOLConfig(**{**small, **method}), **common())
 
 
-def fit(method: Method, *callbacks: Callback, folder: Path | None = None, steps: int = 128, **options: Any) -> L.Trainer:
-    """Train with a row of the log for every step."""
+def fit(
+    method: Method,
+    *callbacks: Callback,
+    data: list[list[Tensor]] | None = None,
+    folder: Path | None = None,
+    steps: int = 128,
+    resume: Path | None = None,
+    **options: Any,
+) -> L.Trainer:
+    """Train with a row of the log for every step, and 16 steps to an epoch."""
     logger = CSVLogger(folder, name="", version="") if folder else False
-    options = {"max_epochs": steps // 16, "enable_checkpointing": False, **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=logger,
-        callbacks=list(callbacks),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"devices": 1, **options},
-    )
-    trainer.fit(method, DataLoader(images(16), batch_size=None))  # type: ignore[arg-type]
+    options = {"devices": 1, "max_epochs": steps // 16, "enable_checkpointing": False, **options}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = L.Trainer(accelerator="cpu", logger=logger, callbacks=list(callbacks), **options)
+    loader = DataLoader(data or images(16), batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(method, loader, ckpt_path=resume, weights_only=True if resume else None)
     return trainer

@@ -1,15 +1,12 @@
 """BYOL: a fit against an independent loop, what its predictor is for, and what it saves."""
 
-from pathlib import Path
-
 import oracles
 import pytest
 import tiny
 import tiny_methods
-import torch
 from method_fits import TOTAL, check_fit
 
-from dino_lightning.config import BYOLConfig, TrainConfig
+from dino_lightning.config import BYOLConfig
 
 
 @pytest.mark.parametrize(("accumulated", "views"), [(1, 2), (2, 2), (1, 4)])
@@ -45,14 +42,9 @@ def test_the_student_is_evaluated_and_the_teacher_may_be() -> None:
     assert module.evaluated_key == "teacher"
 
 
-def test_logged_figures(tmp_path: Path) -> None:
+def test_logged_figures() -> None:
     module, rows = tiny_methods.build("byol"), []
     module.watchers.append(lambda reading: rows.append(reading.values))
     tiny_methods.fit(module, [crops[:2] for crops in tiny.batches(2)], log_every_n_steps=1)
     assert len(rows) == 2
     assert {"schedule/teacher_momentum", "schedule/lr", "collapse/feature_std"} <= rows[0].keys()
-
-
-def test_defaults_of_the_whole_configuration_are_dino() -> None:
-    assert "BYOL" not in type(TrainConfig.__dataclass_fields__["method"]).__name__
-    assert torch.is_tensor(tiny_methods.build("byol").student.head[0].weight)

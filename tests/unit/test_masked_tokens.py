@@ -1,5 +1,6 @@
 """Masked patches in the network: every pass gives the features and patch tokens of the slow one."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from masked_oracle import slow_tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dino_lightning.checkpoints import Description, export_backbone, load_network
 from dino_lightning.config import StepConfig, ViTConfig
 from dino_lightning.masking import Masks, draw_masks
 from dino_lightning.methods.network import MultiCropNetwork
@@ -125,3 +127,17 @@ def test_only_the_first_crops_are_masked_where_sizes_are_equal() -> None:
 def test_the_mask_token_is_of_training_only() -> None:
     assert "mask_token" not in OriginalViT(ViTConfig(depth=1), image_size=32, drop_path_rate=0.0).state_dict()
     assert list(vit().state_dict())[-1] != "mask_token", "it stands with the other tokens"
+
+
+def test_no_file_of_weights_has_a_mask_token(tmp_path: Path) -> None:
+    """Neither the export nor what is read from a checkpoint of training."""
+    network, config = vit().float(), ViTConfig(width=32, depth=3, heads=2, patch_size=8)
+    export_backbone(network.state_dict(), tmp_path / "teacher.safetensors", config=config, image_size=32,
+                    mean=[0.5] * 3, std=[0.2] * 3)  # fmt: skip
+    state = {f"teacher.backbone.{name}": weight for name, weight in network.state_dict().items()}
+    torch.save({"state_dict": state, "network": Description(config, 32).plain()}, tmp_path / "last.ckpt")
+    images = torch.randn(2, 3, 32, 32)
+    for name in ("teacher.safetensors", "last.ckpt"):
+        loaded = load_network(str(tmp_path / name)).backbone
+        assert "mask_token" not in loaded.state_dict()
+        torch.testing.assert_close(loaded(images), network.eval()(images).detach())

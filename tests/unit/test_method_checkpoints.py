@@ -1,4 +1,4 @@
-"""What runs of other methods leave: the network that they evaluated, found again in each of their files; and resuming."""
+"""What runs of other methods leave: the network that they evaluated, found again in each of their files; resuming."""
 
 from pathlib import Path
 from typing import Any

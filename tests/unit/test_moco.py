@@ -67,7 +67,8 @@ def test_small_runs_keep_to_the_version(scale: str) -> None:
 
 
 def test_single_keys_can_be_set_beside_the_version() -> None:
-    found = settings("data=folder", "method.version=3", "method.queue_length=128", "method.out_dim=32", "method.symmetric=false")
+    single = ["method.queue_length=128", "method.out_dim=32", "method.symmetric=false"]
+    found = settings("data=folder", "method.version=3", *single)
     assert (found.queue_length, found.out_dim, found.symmetric, found.predictor) == (128, 32, False, True)
 
 

@@ -1,19 +1,17 @@
 """The report, parsed as a browser would, against the files it is made from."""
 
 import base64
-import csv
 import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from report_cases import CONFIG, SUMMARY, Page, draw, rows, write_metrics
 from rich.console import Console
 
 from dino_lightning.errors import UserError
@@ -21,110 +19,7 @@ from dino_lightning.report import results_table, write_report
 from dino_lightning.report.charts import MOST_POINTS, thinned
 from dino_lightning.report.page import MOST_SHEETS
 
-SUMMARY = {
-    "knn_top1": 76.66666412353516,
-    "knn_top5": 92.25,
-    "knn_top1_untrained": 53.91666793823242,
-    "knn_top1_pixels": 27.66666603088379,
-    "images_per_second": 1312.4,
-    "steps": 1395,
-    "epochs": 15,
-    "commit": "3f2a9c1e8b7d6540a1b2c3d4e5f60718293a4b5c+",
-    "seed": 0,
-    "experiment": "quick",
-    "feature_dim": 64,
-    "bad_images": 0,
-}
-CONFIG: dict[str, Any] = {
-    "backbone": {"width": 64, "depth": 2, "heads": 2, "patch_size": 8},
-    "method": {"out_dim": 256},
-    "data": {"batch_size_per_device": 64, "draw_seed": 0},
-    "callbacks": {"knn": {"enabled": True, "headline_k": 20}, "pictures": {"enabled": True}},
-}
-VOID = {"meta", "img", "input", "br"}
 LOADING = {"src", "srcset", "href", "action", "poster", "data", "xlink:href"}
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, text outside of scripts and styles, and tags that do not match."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.scripts, self.css = "", [], ""
-        self.open: list[str] = []
-        self.source = path.read_text()
-        self.feed(self.source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data: str) -> None:
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif "style" in self.open:
-            self.css += data
-        else:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return json.loads(self.scripts[0])
-
-    def curves(self) -> dict[str, list[list[float]]]:
-        return {series["name"]: series["points"] for chart in self.data["charts"] for series in chart["series"]}
-
-    def references(self) -> dict[str, float]:
-        return {line["label"]: line["value"] for chart in self.data["charts"] for line in chart["references"]}
-
-
-def rows() -> list[dict[str, Any]]:
-    """Sparse, as Lightning writes them: a row of steps, at times one of an epoch."""
-    made: list[dict[str, Any]] = []
-    for step in range(9, 400, 10):
-        made.append(
-            {
-                "epoch": step // 100,
-                "step": step,
-                "train/loss": 5.5 - step / 200,
-                "schedule/lr": 0.002 * (1 - step / 400),
-                "collapse/teacher_entropy": 5.4 - step / 300,
-                "collapse/teacher_student_kl": 0.01 + step / 400,
-                "collapse/feature_std": 0.06 + step / 10000,
-            }
-        )
-        if step % 100 == 99:
-            knn = {"knn/top1": 50 + step / 20, "knn/top5": 70 + step / 20}
-            by_k = {"knn/top1_k10": 49 + step / 20, "knn/top1_k20": 50 + step / 20, "knn/top5_k10": 1.0}
-            made.append({"epoch": step // 100, "step": step, "train/loss_epoch": 5.6 - step / 200, **knn, **by_k})
-    return made
-
-
-def write_metrics(run: Path, some: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(column for row in some for column in row))
-    with (run / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(some)
-
-
-def draw(run: Path, *names: str) -> None:
-    (run / "pictures").mkdir(exist_ok=True)
-    for number, name in enumerate(names):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(run / "pictures" / f"{name}.png")
 
 
 @pytest.fixture
@@ -208,7 +103,11 @@ def test_curves_are_those_of_the_metrics(run: Path):
         "top-1": "knn/top1",
         "k = 10": "knn/top1_k10",
         "learning rate": "schedule/lr",
-        "entropy": "collapse/teacher_entropy",
+        "one crop": "collapse/teacher_entropy",
+        "mean output": "collapse/mean_output_entropy",
+        "directions": "collapse/effective_rank",
+        "dead": "collapse/dead_prototypes",
+        "alarm": "collapse/alarm",
     }
     for name, column in names.items():
         assert curves[name] == [[row["step"], row[column]] for row in rows() if column in row]
@@ -225,9 +124,26 @@ def test_order_starts_with_loss_and_knn(run: Path):
 def test_reference_lines(run: Path):
     lines = Page(write_report(run)).references()
     assert lines["ln 256: all prototypes alike"] == pytest.approx(math.log(256))
+    assert lines["ln 256: one prototype"] == pytest.approx(math.log(256))
     assert lines["1/√D: evenly spread"] == pytest.approx(1 / 8)
+    assert lines["alarm"] in (pytest.approx(1 / 64), 2.0)
     assert lines["untrained, top-1"] == SUMMARY["knn_top1_untrained"]
     assert lines["raw pixels, top-1"] == SUMMARY["knn_top1_pixels"]
+
+
+def test_a_collapse_is_said_above_its_curves(run: Path):
+    assert "Collapse:" not in Page(write_report(run)).text
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "collapse": "uniform at step 120"}))
+    assert "Collapse: uniform at step 120." in Page(write_report(run)).text.partition("Signs of collapse")[2]
+
+
+def test_all_signals_have_a_chart_of_their_own_section(run: Path):
+    page = Page(write_report(run))
+    assert "Everything else" not in page.text
+    section = page.source.partition('id="signs-of-collapse"')[2].partition("</section>")[0]
+    titles = ["Entropy of the teacher", "Teacher against student", "Mean output against uniform", "Dead prototypes",
+              "Spread of the features", "Effective rank of the features", "Alarm"]  # fmt: skip
+    assert re.findall(r"<h3>([^<]*)</h3>", section) == titles
 
 
 def test_epochs_are_counted_from_one(run: Path):

@@ -17,7 +17,6 @@ from dino_lightning.config import CropsConfig, FolderData
 from dino_lightning.data.labels import LabelledCrops, images_in
 from dino_lightning.data.module import MultiCropDataModule
 
-
 STEP, CLASSES = 5, "abc"
 """Grey values between one numbered picture and the next."""
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

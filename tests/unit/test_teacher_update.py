@@ -1,5 +1,6 @@
 """How the teacher follows, against a hand-written rule over the weights that the student had."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def by_hand(update: str, start: Weights, students: list[Weights]) -> list[Weight
     return teachers
 
 
-def train(update: str, *, accumulated: int = 1, kinds: int = PER_EPOCH, **options: Any) -> tuple[Weights, tiny_methods.States]:
+def train(
+    update: str, *, accumulated: int = 1, kinds: int = PER_EPOCH, **options: Any
+) -> tuple[Weights, tiny_methods.States]:
     torch.manual_seed(1)
     module = tiny.dino(batch_size=8 // accumulated, teacher_update=update, teacher_momentum=0.9)
     start = {name: weight.double() for name, weight in tiny.copy(module.student).items()}
@@ -64,7 +67,7 @@ def test_teacher_after_each_step(update: str, accumulated: int) -> None:
                 torch.testing.assert_close(weight, wanted[name], rtol=1e-12, atol=1e-15, msg=f"{name} at step {step}")
             else:
                 assert torch.equal(weight, wanted[name]), f"{name} at step {step}: a copy, to the last bit"
-    for before, now in zip(students[:-1], students[1:], strict=True):
+    for before, now in pairwise(students):
         assert not torch.equal(before["backbone.pos_embed"], now["backbone.pos_embed"])
 
 

@@ -42,7 +42,7 @@ class Window:
         self._crops += crops
 
     def take_effective_rank(self) -> float | None:
-        """The effective rank of all ranks' features; None until there are as many as they are wide."""
+        """The effective rank of all ranks' features; None until there are as many as they are wide, or half of all kept."""
         if not self._features:
             return None
         most = MOST_ROWS // world_size()

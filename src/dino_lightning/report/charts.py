@@ -7,7 +7,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from dino_lightning.report.folder import Curve, Run
+from dino_lightning.collapse import LEAST_RANK, LEAST_SPREAD
+from dino_lightning.report.folder import Curve, Run, finite
 
 MOST_POINTS = 2000
 """Points of one curve in the page; of a longer one the extremes of equal parts are kept."""
@@ -48,16 +49,31 @@ CHARTS = [
           {"schedule/teacher_momentum": "momentum"}),
     Chart(SCHEDULES, "Temperature of the teacher", "The lower, the more certain its targets.",
           {"schedule/teacher_temperature": "temperature"}),
-    Chart(COLLAPSE, "Entropy of the teacher", "Of its output for one crop, in nats. A healthy run stays between the "
-          "lines: at the upper one all prototypes are alike, at 0 one takes everything.",
-          {"collapse/teacher_entropy": "entropy"}),
+    Chart(COLLAPSE, "Entropy of the teacher", "In nats: of its output for one crop, of the mean output over a batch. "
+          "A healthy run keeps a gap between the two curves: it is what an output tells about its image. Where they "
+          "meet, there is one output for all images: at the upper line every prototype gets the same, at 0 one gets "
+          "all.",
+          {"collapse/mean_output_entropy": "mean output", "collapse/teacher_entropy": "one crop"}),
     Chart(COLLAPSE, "Teacher against student", "Kullback-Leibler divergence of the student's output from the "
           "teacher's, in nats. At 0 there is nothing left to learn, as after a collapse.",
           {"collapse/teacher_student_kl": "divergence"}, log=True),
+    Chart(COLLAPSE, "Mean output against uniform", "Kullback-Leibler divergence of the mean output of a batch from an "
+          "equal share for each prototype, in nats. At 0 prototypes are used evenly; at the upper line one gets all. "
+          "A batch with few crops for its prototypes cannot reach 0.",
+          {"collapse/kl_to_uniform": "divergence"}),
+    Chart(COLLAPSE, "Dead prototypes", "Share that got less than 1 % of an equal share since the last point. With few "
+          "logged crops for each prototype, many look dead that are not.",
+          {"collapse/dead_prototypes": "dead"}, zero=True),
     Chart(COLLAPSE, "Spread of the features", "Standard deviation over a batch of the normalised features, mean over "
-          "dimensions. At 0 all images look the same.", {"collapse/feature_std": "spread"}),
+          "dimensions. At 0 all images look the same. Below the alarm line, and at less than half of its first value, "
+          "it counts as a collapse.", {"collapse/feature_std": "spread"}, zero=True),
+    Chart(COLLAPSE, "Effective rank of the features", "In how many directions the features of the epoch's logged steps "
+          "go (RankMe): exp of the entropy of their singular values, at most their width. It should not fall to a few.",
+          {"collapse/effective_rank": "directions"}, zero=True),
     Chart(COLLAPSE, "Length of the centre", "It should level off; if it grows without end, one prototype is winning.",
           {"collapse/center_norm": "length"}),
+    Chart(COLLAPSE, "Alarm", "1 from the row after a collapse is seen, as long as it lasts.",
+          {"collapse/alarm": "alarm"}, zero=True),
     Chart("Speed", "Images per second", "Over all devices, waiting for data included.",
           {"speed/images_per_second": "images/s"}, zero=True),
 ]  # fmt: skip
@@ -87,13 +103,19 @@ def _spans(curve: Curve, times: float) -> bool:
 
 def references(run: Run, chart: Chart) -> list[dict[str, Any]]:
     """Horizontal lines that a chart is read against."""
-    K, D = run.setting("method.out_dim"), run.number("feature_dim")
+    K, D = finite(run.setting("method.out_dim")), run.number("feature_dim")
+    ln_K = math.log(K) if K and K > 0 else None
+    even = 1 / math.sqrt(D) if D and D > 0 else None
     lines: list[tuple[float | None, str]] = []
     if "collapse/teacher_entropy" in chart.columns:
-        lines = [(math.log(K) if isinstance(K, int) and K > 0 else None, f"ln {K}: all prototypes alike")]
-        lines.append((0.0, "0: one prototype"))
+        lines = [(ln_K, f"ln {K:.0f}: all prototypes alike" if K else ""), (0.0, "0: one prototype")]
+    elif "collapse/kl_to_uniform" in chart.columns:
+        lines = [(ln_K, f"ln {K:.0f}: one prototype" if K else ""), (0.0, "0: all prototypes alike")]
     elif "collapse/feature_std" in chart.columns:
-        lines = [(1 / math.sqrt(D) if D and D > 0 else None, "1/√D: evenly spread"), (0.0, "0: collapsed")]
+        alarm = LEAST_SPREAD * even if even else None
+        lines = [(even, "1/√D: evenly spread"), (alarm, "alarm"), (0.0, "0: collapsed")]
+    elif "collapse/effective_rank" in chart.columns:
+        lines = [(LEAST_RANK, "alarm")]
     elif "knn/top1" in chart.columns:
         untrained, pixels = run.number("knn_top1_untrained"), run.number("knn_top1_pixels")
         lines = [(untrained, "untrained, top-1"), (pixels, "raw pixels, top-1")]
@@ -108,8 +130,14 @@ def curves_html(run: Run) -> str:
     sections = []
     for title, group in groupby(charts, key=lambda chart: chart.section):
         figures = "".join(_chart_html(run, chart) for chart in group)
-        sections.append(_section(title, f'{"" if sections else HINT}<div class="charts">{figures}</div>'))
+        lead = ("" if sections else HINT) + (_found(run) if title == COLLAPSE else "")
+        sections.append(_section(title, f'{lead}<div class="charts">{figures}</div>'))
     return "".join(sections)
+
+
+def _found(run: Run) -> str:
+    found = run.summary.get("collapse")
+    return f"<p>Collapse: {escape(str(found))}. What to change stands in docs/collapse.md.</p>" if found else ""
 
 
 def curves_json(run: Run) -> str:
