@@ -74,3 +74,15 @@ def test_the_test_sees_an_upward_import(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_file_is_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 350
+
+
+def test_final_methods_are_short() -> None:
+    """A method is read in one go: what all share stands in their base."""
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for path in (PACKAGE / "methods").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(d) == "final" for d in node.decorator_list)
+    }
+    assert {"DINO", "BYOL", "MoCo", "SwAV", "Supervised"} <= set(lengths)
+    assert max(lengths.values()) < 150, lengths

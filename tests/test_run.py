@@ -56,6 +56,7 @@ def test_summary(finished: tuple[Path, float | None]) -> None:
         assert 0 < summary[key] <= 100
     assert summary["images_per_second"] > 0
     assert (summary["steps"], summary["seed"], summary["bad_images"]) == (12, 0, 0)
+    assert summary["collapse"] is None
     assert "commit" in summary
 
 
@@ -73,8 +74,12 @@ def test_metrics_hold_losses_schedules_and_collapse_signals(finished: tuple[Path
     assert len(column(output, "knn/top1")) == 2
     for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temperature"):
         assert len(column(output, f"schedule/{name}")) == 12, name
-    for name in ("teacher_entropy", "teacher_student_kl", "feature_std", "center_norm"):
+    each_step = ("teacher_entropy", "teacher_student_kl", "mean_output_entropy", "kl_to_uniform", "feature_std",
+                 "center_norm", "alarm")  # fmt: skip
+    for name in each_step:
         assert len(column(output, f"collapse/{name}")) == 12, name
+    for name in ("effective_rank", "dead_prototypes"):
+        assert column(output, f"collapse/{name}"), name
     assert column(output, "schedule/lr")[0] == 0
     assert column(output, "speed/images_per_second")
 

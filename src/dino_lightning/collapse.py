@@ -80,10 +80,10 @@ UNIFORM = Kind(
     "uniform",
     "the teacher gives every prototype the same, whatever the image",
     (
+        _EMA,
+        _PREDICTOR_OFF,
         Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
         Change("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
-        _PREDICTOR_OFF,
-        _EMA,
         Change("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
         _BOTTLENECK,
         *_SWAV,
@@ -146,9 +146,10 @@ def diagnose(signals: Mapping[str, float], *, width: int = 0, spread_at_start: f
 
 def _of_outputs(signals: Mapping[str, float]) -> Kind | None:
     of_the_mean, entropy = signals["mean_output_entropy"], signals["teacher_entropy"]
-    if of_the_mean - entropy >= LEAST_INFORMATION:
+    if not of_the_mean - entropy < LEAST_INFORMATION:
         return None
-    share = entropy / (of_the_mean + signals["kl_to_uniform"])  # of ln K
+    most = of_the_mean + signals["kl_to_uniform"]  # ln K
+    share = entropy / most if most > 0 else 0.0
     if share < CONCENTRATED:
         return ONE_PROTOTYPE
     return UNIFORM if share > SPREAD_OUT else CONSTANT
@@ -171,8 +172,8 @@ def _written(value: Any) -> str:
 def effective_rank(features_ND: Tensor) -> Tensor:
     """RankMe (Garrido et al., ICML 2023): exp of the entropy of the singular values, normalised to a sum of 1.
 
-    From 1, where all features are multiples of one, to min(N, D). A scalar on the CPU, where an SVD of this size is
-    faster than on many a GPU.
+    From 1, where all features are multiples of one, to min(N, D). A scalar on the CPU, as not
+    every accelerator has an SVD.
     """
     values = torch.linalg.svdvals(at_least_float32(features_ND).cpu())
     return torch.special.entr(values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)).sum().exp()

@@ -62,6 +62,14 @@ class _WeightNorm(torch.autograd.Function):
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
+def initialize(layers: nn.Module) -> None:
+    """The original's start of linear layers: weights of standard deviation 0.02, biases 0."""
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
 class DINOHead(nn.Module):
     """MLP, L2 bottleneck, prototypes: the head `h` of the paper's appendix C."""
 
@@ -89,10 +97,7 @@ class DINOHead(nn.Module):
             modules.append(nn.Linear(fan_in, fan_out))
         # A head of one layer is a bare Linear in the original: `mlp.weight` rather than `mlp.0.weight`.
         self.mlp = nn.Sequential(*modules) if layers > 1 else modules[0]
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialize(self.mlp)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_norm=train_norm)
 
     def forward(self, x_BD: Tensor, *, factors: bool = False, predictor: nn.Module | None = None) -> Any:

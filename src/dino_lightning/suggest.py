@@ -35,7 +35,11 @@ WINDOW_SHARE = 0.05
 """Largest window of the teacher (share of the run's steps)."""
 WINDOW_STEPS = 50
 """Smallest window, whatever its share: a teacher that follows faster was seen to collapse."""
-TEMPERATURE, WARMEST = 0.04, 0.07
+TEMPERATURE = 0.04
+PAPER_STEPS = 125_000
+"""Of 100 epochs of ImageNet."""
+WARMUP_STEPS, WARMUP_SHARES = 100, (10, 30)
+"""Steps of the learning rate's warm-up where a run has room for them; its least and largest share (per cent)."""
 PAPER_GLOBAL, PAPER_LOCAL, PAPER_RESIZE = 224, 96, 256
 """Sides of the crops, and of an image for evaluation (pixels)."""
 PATCHES = (16, 8, 4, 2, 1)
@@ -98,7 +102,7 @@ def suggest(
         _momentum(rows, total_batch=total_batch, steps=steps, method=method)
     if isinstance(method, DINOConfig) and method.loss == "cross_entropy":
         _temperature(rows)
-    _rate(rows, total_batch=total_batch, optim=optim or AdamWConfig())
+    _rate(rows, total_batch=total_batch, steps=steps, optim=optim or AdamWConfig())
     return rows.rows
 
 
@@ -150,7 +154,8 @@ def _prototypes(rows: Rows, *, images: int, method: MethodConfig) -> None:
     most = PROTOTYPES[1] if isinstance(method, DINOConfig) else type(method).out_dim
     count = 2 ** round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE))
     count = min(max(count, PROTOTYPES[0]), most)
-    rows.add("method.out_dim", count, f"about {IMAGES_PER_PROTOTYPE} images each; flat around it" if count < most else "the paper's")
+    why = f"about {IMAGES_PER_PROTOTYPE} images each; flat around it" if count < most else "as published"
+    rows.add("method.out_dim", count, why)
     key = "method.freeze_last_layer" if isinstance(method, DINOConfig) else "method.freeze_prototypes"
     rows.add(key, "1%", "the paper's 1 of 100 epochs")
 
@@ -182,14 +187,21 @@ def _temperature(rows: Rows) -> None:
     rows.add("method.teacher_temperature_warmup", "10%" if rising else "0ep", why)
 
 
-def _rate(rows: Rows, *, total_batch: int, optim: OptimConfig) -> None:
+def _rate(rows: Rows, *, total_batch: int, steps: float, optim: OptimConfig) -> None:
     if isinstance(optim, SGDConfig | LARSConfig):
         rows.add("optim.lr", 0.03 if isinstance(optim, SGDConfig) else 0.3, "published for ResNet-50")
     elif isinstance(optim, AdamWConfig):
         smaller = max(1.0, PAPER_BATCH / total_batch)
-        why = "the paper's" if smaller == 1 else f"with the root of the batch, {total_batch}"
-        rows.add("optim.lr", float(f"{OptimConfig.lr * math.sqrt(smaller):.2g}"), why)
-    rows.add("optim.lr_warmup", "10%", "the paper's 10 of 100 epochs")
+        shorter = max(1.0, PAPER_STEPS / steps)
+        # Per 256 images: with the linear rule, a step's own rate at a smaller batch is at most the paper's at 1024.
+        rate = OptimConfig.lr * min(smaller**0.5 * shorter**0.25, smaller)
+        small = f"small batch, short run; {rate * total_batch / 256:.2g} a step"
+        why = small if smaller > 1 else "the paper's"
+        rows.add("optim.lr", float(f"{rate:.2g}"), why)
+    share = min(max(WARMUP_SHARES[0], math.ceil(WARMUP_STEPS / steps * 100)), WARMUP_SHARES[1])
+    longer = share > WARMUP_SHARES[0]
+    why = f"{share * steps / 100:.0f} steps; fewer collapsed" if longer else "the paper's 10 of 100 epochs"
+    rows.add("optim.lr_warmup", f"{share}%", why)
 
 
 def _round_below_one(share: float) -> float:

@@ -23,7 +23,7 @@ from dino_lightning.strategy import build_strategy
 
 STEPS, RANKS, BATCH = 4, 2, 8
 OPTIM = AdamWConfig(lr=0.064, lr_warmup="0ep", clip_grad=0.05)
-# On CPUs a batch norm sees the images of its rank alone, so there are none here.
+# On CPUs a batch norm sees the images of its rank alone, so there are none where ranks are compared with one process.
 PLAIN: dict[str, Any] = {"head_batch_norm": False}
 
 
@@ -36,6 +36,8 @@ class Case:
     strategy: str = "ddp"
     accumulate: int = 1
     views: int = 2
+    batch_norm: bool = False
+    """One process then has two micro-batches."""
 
 
 CASES = {
@@ -43,16 +45,18 @@ CASES = {
     "dino, softmax": Case("dino", {"centering": "softmax"}),
     "dino, sinkhorn, fsdp": Case("dino", {"centering": "sinkhorn", "predictor": True}, "fsdp"),
     "byol": Case("byol", PLAIN),
+    "byol, batch norms": Case("byol", batch_norm=True),
     "byol, fsdp": Case("byol", PLAIN, "fsdp"),
     "moco 2": Case("moco2"),
     "moco 2, accumulated": Case("moco2", accumulate=2),
     "moco 2, fsdp": Case("moco2", strategy="fsdp"),
     "moco 3": Case("moco3", PLAIN),
-    "moco 3, fsdp": Case("moco3", PLAIN, "fsdp"),
+    "moco 3, fsdp": Case("moco3", {**PLAIN, "freeze_patch_embedding": True}, "fsdp"),
     "swav": Case("swav", PLAIN, views=4),
     "swav, queue": Case("swav", {**PLAIN, "queue_length": 11}),
     "swav, queue, fsdp": Case("swav", {**PLAIN, "queue_length": 11}, "fsdp"),
     "supervised": Case("supervised"),
+    "supervised, fsdp": Case("supervised", strategy="fsdp"),
 }
 
 

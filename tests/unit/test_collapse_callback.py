@@ -185,8 +185,10 @@ def test_the_sentence_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
     fit(dino(centering="none"), watch, steps=48)
     lines = screen.getvalue().split("\n")
     (line,) = [line for line in lines if "Collapse at step" in line]
-    assert line.rstrip().endswith("docs/collapse.md.")
-    assert "left" not in line, "the bar has a line of its own"
+    _, erased, sentence = line.rpartition("\x1b[2K")
+    assert erased, "the bar was taken away before"
+    assert sentence.startswith("Collapse at step")
+    assert sentence.rstrip().endswith("docs/collapse.md.")
 
 
 def _halves(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from oracles import Weights
 from oracles_methods import part
 from torch import Tensor
 
-from dino_lightning.config import StepConfig
+from dino_lightning.config import DINOConfig, StepConfig
 from dino_lightning.heads import DINOHead
 from dino_lightning.methods.dino_parts import dino_predictor
 
@@ -153,3 +153,14 @@ def test_the_predictor_is_trained_and_clipped() -> None:
     after = tiny.copy(module.predictor)
     assert all(not torch.equal(before[name].double(), after[name]) for name in before)
     assert module.teacher.state_dict().keys() == module.student.state_dict().keys()
+
+
+def test_a_fresh_predictor_keeps_images_apart() -> None:
+    """Biases of PyTorch's start would put all points of a fresh, small bottleneck into one place."""
+    config = DINOConfig(out_dim=8, head_hidden_dim=256, head_bottleneck_dim=64, predictor=True)
+    torch.manual_seed(0)
+    predictor = dino_predictor(config)
+    assert predictor is not None
+    small_BD = 1e-3 * torch.randn(16, 64)
+    points_BD = torch.nn.functional.normalize(predictor(small_BD), dim=-1)
+    assert points_BD.std(dim=0).mean() > 0.5 / 64**0.5

@@ -98,14 +98,35 @@ def test_momentum_grows_with_the_length_of_the_run() -> None:
         assert found == sorted(found)
 
 
-def test_the_learning_rate_of_a_step_grows_with_the_batch_but_more_slowly_below_1024() -> None:
-    per_256 = [values(total_batch=batch)["optim.lr"] for batch in BATCHES]
-    assert per_256 == sorted(per_256, reverse=True)
-    rates = [rate * batch / 256 for rate, batch in zip(per_256, BATCHES, strict=True)]
-    assert rates == sorted(rates)
-    for (small, low), (large, high) in pairwise(zip(BATCHES, rates, strict=True)):
-        expected = (large / small) ** (0.5 if large <= 1024 else 1)
-        assert high / low == pytest.approx(expected, rel=0.06)  # two digits
+def test_the_learning_rate_of_a_step_grows_with_the_batch_up_to_the_papers() -> None:
+    for images, epochs in product(IMAGES, EPOCHS):
+        per_256 = [values(images, total_batch=batch, epochs=epochs)["optim.lr"] for batch in BATCHES]
+        assert per_256 == sorted(per_256, reverse=True)
+        assert min(per_256) == 0.0005, "at 1024 and above the paper's, with the linear rule"
+        rates = [rate * batch / 256 for rate, batch in zip(per_256, BATCHES, strict=True)]
+        for rate, batch in zip(rates, BATCHES, strict=True):
+            assert rate <= 0.002 * max(batch / 1024, 1) * 1.05  # two digits
+
+
+def test_in_a_run_of_the_papers_length_it_goes_with_the_root_of_the_batch() -> None:
+    rates = [values(1_281_167, total_batch=b, epochs=100)["optim.lr"] * b / 256 for b in (64, 128, 256, 512, 1024)]
+    for low, high in pairwise(rates):
+        assert high / low == pytest.approx(2**0.5, rel=0.06)  # two digits
+
+
+def test_shorter_runs_learn_faster() -> None:
+    rates = [values(5000, total_batch=64, epochs=epochs)["optim.lr"] for epochs in (1, 10, 100, 1000, 10_000)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == 0.002
+
+
+def test_the_warm_up_is_not_a_few_steps() -> None:
+    for images, batch, epochs in PLACES:
+        text = values(images, total_batch=batch, epochs=epochs)["optim.lr_warmup"]
+        steps, share = max(1.0, epochs * images / batch), int(text.removesuffix("%"))
+        assert 10 <= share <= 30
+        assert share == 30 or share * steps / 100 >= 100
+        assert share == 10 or (share - 1) * steps / 100 < 100, "nor longer than that without need"
 
 
 def test_temperature_stays_below_what_collapses() -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from dino_lightning.centering import Center, Centering, NoCenter, SinkhornCenter
 from dino_lightning.config import DINOConfig
-from dino_lightning.heads import ACTIVATIONS, DINOHead
+from dino_lightning.heads import ACTIVATIONS, DINOHead, initialize
 
 
 def dino_head(config: DINOConfig, feature_dim: int, *, train_norm: bool) -> DINOHead:
@@ -32,9 +32,13 @@ def dino_predictor(config: DINOConfig) -> nn.Module | None:
         return None
     width, hidden = config.head_bottleneck_dim, config.head_hidden_dim
     norm = [nn.BatchNorm1d(hidden)] if config.head_batch_norm else []
-    return nn.Sequential(
+    predictor = nn.Sequential(
         nn.Linear(width, hidden), *norm, ACTIVATIONS[config.head_activation](), nn.Linear(hidden, width)
     )
+    # As the head's own layers. PyTorch's start has biases many times larger than what the fresh bottleneck gives: all
+    # images would begin at one point, and the run would collapse to the uniform output in its first epoch.
+    initialize(predictor)
+    return predictor
 
 
 def dino_centering(config: DINOConfig) -> Centering:

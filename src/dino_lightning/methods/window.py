@@ -29,7 +29,7 @@ class Window:
     @torch.no_grad()
     def add_features(self, features_SD: Tensor) -> None:
         """Keep them; the oldest make room."""
-        most, self.width = MOST_ROWS // world_size(), features_SD.shape[1]
+        most, self.width = _share(), features_SD.shape[1]
         self._features.append(at_least_float32(features_SD[:most]).clone())
         while sum(map(len, self._features)) - len(self._features[0]) >= most:
             self._features.popleft()
@@ -42,11 +42,10 @@ class Window:
         self._crops += crops
 
     def take_effective_rank(self) -> float | None:
-        """The effective rank of all ranks' features; None until there are as many as they are wide, or half of all kept."""
+        """The effective rank of all ranks' features; None while they are fewer than wide (than half of `MOST_ROWS`)."""
         if not self._features:
             return None
-        most = MOST_ROWS // world_size()
-        features_ND = all_gather_concat(torch.cat(list(self._features))[-most:])
+        features_ND = all_gather_concat(torch.cat(list(self._features))[-_share() :])
         if len(features_ND) < min(features_ND.shape[1], MOST_ROWS // 2):
             return None
         self._features.clear()
@@ -59,3 +58,8 @@ class Window:
             return None
         share, self._total_K, self._crops = dead_prototypes(self._total_K), None, 0
         return float(share)
+
+
+def _share() -> int:
+    """Of this rank in `MOST_ROWS`."""
+    return max(1, MOST_ROWS // world_size())
