@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from dino_lightning.data.sources.base import digest
+
 ROOT = Path(__file__).parents[1]
 QUERIES = 1000
 
@@ -93,7 +95,9 @@ def run(setting: list[str], options: argparse.Namespace, *, seed: int) -> float 
     experiment = "small_data" if options.suggested else options.experiment
     words = [f"experiment={experiment}", *images(options), f"trainer.max_epochs={options.epochs}", f"seed={seed}"]
     words += [*setting, *options.set]
-    output = options.output / "_".join(word.replace("/", "-") for word in words if not word.startswith("data.path"))
+    name = "_".join(word.replace("/", "-") for word in words if not word.startswith("data.path"))
+    # A file's name has at most 255 bytes.
+    output = options.output / (name if len(name) < 200 else f"{name[:180]}_{digest(name.encode())}")
     if not (output / "summary.json").exists():
         command = [sys.executable, str(ROOT / "train.py"), *words, *COMMON, f"output_dir='{output.absolute()}'"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
