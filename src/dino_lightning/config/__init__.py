@@ -198,8 +198,8 @@ class EvaluateConfig:
     timm's published weights, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
     weights."""
     checkpoint_key: str | None = None
-    """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run evaluated,
-    and for the teacher of files of another origin."""
+    """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
+    evaluated, and for the teacher of files of another origin."""
     baseline: bool = False
     """Evaluate the same network with fresh weights, too."""
     data: ImagesConfig = MISSING
