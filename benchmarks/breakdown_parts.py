@@ -16,7 +16,8 @@ from torch import Tensor
 from dino_lightning.ema import ema_update
 from dino_lightning.factors import Factors
 from dino_lightning.losses import cross_view_entropy
-from dino_lightning.methods.dino import DINO, GLOBAL_CROPS
+from dino_lightning.methods.base import GLOBAL_CROPS
+from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.ops.dense import dense, norm_dense
 from dino_lightning.ops.packing import attend, attend_in_one_call, first_tokens, pack

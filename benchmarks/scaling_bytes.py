@@ -11,7 +11,7 @@ from torch import nn
 from dino_lightning.build import build_method
 from dino_lightning.config import AdamWConfig, DINOConfig, FolderData, TrainConfig, ViTConfig
 from dino_lightning.config.folder import backbone_config
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.teacher import StudentTeacher
 from dino_lightning.sharding import placement
 
 FLOAT = 4

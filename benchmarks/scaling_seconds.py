@@ -7,7 +7,7 @@ from flops import GLOBAL_CROPS, forward_flops, head_flops, model_flops
 from scaling_bytes import FLOAT, ddp_bytes, fsdp_bytes, numbers, trained
 
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
-from dino_lightning.methods.base import StudentTeacher
+from dino_lightning.methods.teacher import StudentTeacher
 
 NODE, BUCKET, HOP = 8, 25 * 2**20, 5e-6
 """GPUs of a node; bytes of a gradient bucket (DDP's default); seconds of a hop from GPU to GPU (assumed)."""
