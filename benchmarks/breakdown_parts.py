@@ -110,7 +110,7 @@ def loss_part(method: DINO, student: Maker, teacher: Maker) -> Part:
     """From the bottlenecks to the loss."""
     points_SD, prototypes_KD = student.values(lambda: student.factors(student.features()))
     target = Factors(*teacher.values(lambda: teacher.factors(teacher.features())))
-    B, sharpness = student.setting.batch, method._sharpness()
+    B, sharpness = student.setting.batch, method._sharpness(target)
 
     def loss(points_SD: Tensor, prototypes_KD: Tensor) -> Tensor:
         own = Factors(points_SD, prototypes_KD)

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from composing import SMALL
+from composing import SMALL, composed
+from hydra.errors import HydraException
 
+from dino_lightning.cli import CONF
 from dino_lightning.errors import UserError
+from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +46,11 @@ def test_the_page_trains(folder: Path) -> None:
 
 
 def test_its_keys_are_checked_and_shown(folder: Path) -> None:
-    script = str(ROOT / "train.py")
-    shown = run([script, "imports=simsiam.py", "method=simsiam", "--cfg", "job"], folder)
-    assert "  hidden_dim: 512\n" in shown.stdout
-    refused = run([script, "imports=simsiam.py", "method=simsiam", "method.hiden_dim=3"], folder)
-    assert refused.returncode == 2
-    assert "method.hidden_dim" in refused.stderr
+    import_one(str(folder / "simsiam.py"))
+    assert composed("method=simsiam").method.hidden_dim == 512
+    with pytest.raises(HydraException) as refused:
+        composed("method=simsiam", "method.hiden_dim=3")
+    assert "method.hidden_dim" in explain(refused.value, conf=CONF)
 
 
 def test_the_test_of_the_page_passes(folder: Path) -> None:
