@@ -18,7 +18,7 @@ from torch import Tensor
 from dino_lightning.numerics import at_least_float32
 
 LEAST_INFORMATION = 0.05
-"""Nats, below which outputs do not depend on their image. Healthy short runs keep above 0.25, collapsed ones reach 0.03
+"""Nats, below which outputs do not depend on their image. Healthy short runs keep above 0.2, collapsed ones reach 0.03
 and less, far below (docs/collapse.md)."""
 CONCENTRATED, SPREAD_OUT = 0.1, 0.95
 """Entropies as shares of ln K, below and above which an output is called that."""
@@ -81,10 +81,10 @@ UNIFORM = Kind(
     "the teacher gives every prototype the same, whatever the image",
     (
         _EMA,
-        _PREDICTOR_OFF,
         Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
         Change("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
         Change("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
+        _PREDICTOR_OFF,
         _BOTTLENECK,
         *_SWAV,
         _RATE,
@@ -96,11 +96,11 @@ CONSTANT = Kind(
     "the teacher has the same output for all images",
     (
         _EMA,
-        _CENTER,
-        _PREDICTOR_OFF,
-        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
         _MOMENTUM,
+        _CENTER,
         _CENTER_MOMENTUM,
+        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
+        _PREDICTOR_OFF,
         _BOTTLENECK,
         *_SWAV,
         _RATE,
