@@ -39,8 +39,11 @@ def import_one(name: str) -> None:
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"imports={name}: there is no such file; in its folder there are {', '.join(near) or 'none'}.")
-    if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) == str(path.resolve()):
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
         return
+    if loaded is not None or path.stem in sys.stdlib_module_names:
+        raise UserError(f"imports={name}: '{path.stem}' is the name of another Python module; rename the file.")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     assert spec is not None
     loader, module = spec.loader, importlib.util.module_from_spec(spec)
@@ -54,4 +57,5 @@ def _run(name: str, read: Callable[[], object]) -> None:
     try:
         read()
     except ModuleNotFoundError as error:
+        sys.modules.pop(Path(name).stem, None)  # half of it
         raise UserError(f"imports={name}: {error}; name a file that ends in .py, or an installed module.") from error

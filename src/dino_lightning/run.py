@@ -187,6 +187,8 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
         console.print("No k-NN evaluation in this run: judge it by its pictures and curves.")
     else:
         console.print(results_table(summary))
+    if summary["collapse"]:
+        console.print(f"A collapse was seen ({summary['collapse']}): docs/collapse.md says what to change.")
     if summary["bad_images"]:
         console.print(f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}")
     console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied

@@ -132,9 +132,12 @@ def test_reference_lines(run: Path):
 
 
 def test_a_collapse_is_said_above_its_curves(run: Path):
-    assert "Collapse:" not in Page(write_report(run)).text
+    assert "ollapse:" not in Page(write_report(run)).text
+    assert "A collapse was seen" not in Page(write_report(run)).text
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "collapse": "uniform at step 120"}))
-    assert "Collapse: uniform at step 120." in Page(write_report(run)).text.partition("Signs of collapse")[2]
+    first, _, signs = Page(write_report(run)).text.partition("Signs of collapse")
+    assert "A collapse was seen (uniform at step 120)" in first
+    assert "Collapse: uniform at step 120." in signs
 
 
 def test_all_signals_have_a_chart_of_their_own_section(run: Path):

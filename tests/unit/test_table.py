@@ -155,6 +155,17 @@ def test_the_terminal_shows_text_as_it_is(tmp_path: Path, capsys: pytest.Capture
     assert "[bold]x[/]" in re.sub(r"\s+", "", capsys.readouterr().out)
 
 
+def test_a_row_of_figures_fits_into_eighty_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for seed, knn in enumerate([79.0, 80.5]):
+        make(tmp_path / str(seed), "sinkhorn", seed=seed, knn=knn)
+    assert compare.main([str(tmp_path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "Sinkhorn" in line)
+    assert re.search(r"Sinkhorn-Knopp +2 +79\.8 ± 1\.1 +72\.2 / 76\.0 .* finished", line)
+
+
 def test_small_values_keep_a_digit(tmp_path: Path) -> None:
     make(tmp_path / "0", "no_momentum", knn=8.3, entropy=-0.2996)
     assert table(tmp_path)["no momentum (teacher: the student)"][4] == "4e-04"

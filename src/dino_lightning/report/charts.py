@@ -38,8 +38,8 @@ LEARNING, SCHEDULES, COLLAPSE = "Learning", "Schedules", "Signs of collapse"
 OTHERS = "Everything else"
 
 CHARTS = [
-    Chart(LEARNING, "Training loss", "Cross-entropy between teacher and student, in nats. It should fall, though a "
-          "teacher that grows more certain or less so moves it, too.",
+    Chart(LEARNING, "Training loss", "What the method makes small; of DINO the cross-entropy between teacher and "
+          "student, in nats. It should fall, though a teacher that grows more certain or less so moves it, too.",
           {"train/loss": "one step", "train/loss_epoch": "mean of the epoch"}),
     Chart(LEARNING, "k-NN accuracy", "Correct validation images, in percent: the figure to trust. It should rise, "
           "steeply at first.", {"knn/top1": "top-1", "knn/top5": "top-5"}),

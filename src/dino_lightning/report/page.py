@@ -111,13 +111,15 @@ def _verdict(run: Run) -> str:
     trained, before = run.number("knn_top1"), run.number("knn_top1_untrained")
     if trained is None and not run.sheets and not run.curves:
         return "This run has left nothing to judge it by."
+    collapse = run.summary.get("collapse")
+    warning = f" A collapse was seen ({collapse}): look at its signs below." if collapse else ""
     if trained is None:
-        return "There are no k-NN figures, so look at the pictures and curves to judge this run."
+        return f"There are no k-NN figures, so look at the pictures and curves to judge this run.{warning}"
     said = f"Judged by nearest neighbours, the trained network gets {trained:.1f} % of the validation images right"
     if before is None:
-        return f"{said}."
+        return f"{said}.{warning}"
     gained = round(trained, 1) - round(before, 1)  # so that it agrees with the figures as shown
-    return f"{said}: {abs(gained):.1f} points {'more' if gained >= 0 else 'fewer'} than before training."
+    return f"{said}: {abs(gained):.1f} points {'more' if gained >= 0 else 'fewer'} than before training.{warning}"
 
 
 def _facts(run: Run) -> str:

@@ -4,12 +4,13 @@ import json
 import math
 from statistics import mean, stdev
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dino_lightning.report.jobs import Job, Row
 from dino_lightning.report.published import PUBLISHED
 
-COLUMNS = ("", "n", "k-NN, %", "paper's k-NN / linear", "loss", "entropy", "KL", "status")
+COLUMNS = ("", "n", "k-NN, %", "paper's\nk-NN / linear", "loss", "entropy", "KL", "status")
 """Run; seeds behind the figures; mean and deviation over them; last values of the teacher's entropy and of its
 divergence from the student, in nats."""
 
@@ -62,9 +63,11 @@ def spread(values: list[float | None]) -> str:
 
 def terminal_table(rows: list[Row]) -> Table:
     """For `rich`."""
-    table = Table(caption="\n".join(notes(rows)) or None)
+    # Without lines between the columns, a row of figures fits into 80 characters; names and states may wrap.
+    table = Table(caption="\n".join(notes(rows)) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, title in enumerate(COLUMNS):
-        table.add_column(title, justify="right" if 0 < index < len(COLUMNS) - 1 else "left", overflow="fold")
+        figure = 0 < index < len(COLUMNS) - 1
+        table.add_column(title, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
     for row in rows:
         # Text from files is no markup.
         table.add_row(*(cell.replace("[", "\\[") for cell in cells(row)))
@@ -73,13 +76,16 @@ def terminal_table(rows: list[Row]) -> Table:
 
 def markdown_table(rows: list[Row]) -> str:
     """For documents; the notes stand below."""
-    lines = [_markdown_line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"]
+    lines = [
+        _markdown_line([title.replace("\n", " ") for title in COLUMNS]),
+        "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
+    ]
     lines += [_markdown_line(cells(row)) for row in rows]
     said = [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
     return "\n".join([*lines, *(["", " ".join(said)] if said else [])])
 
 
-def _markdown_line(texts: list[str] | tuple[str, ...]) -> str:
+def _markdown_line(texts: list[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
