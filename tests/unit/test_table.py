@@ -155,15 +155,17 @@ def test_the_terminal_shows_text_as_it_is(tmp_path: Path, capsys: pytest.Capture
     assert "[bold]x[/]" in re.sub(r"\s+", "", capsys.readouterr().out)
 
 
-def test_a_row_of_figures_fits_into_eighty_characters(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("columns", "name"), [(80, "Sinkhorn-Knopp"), (72, "Sinkhorn")])
+def test_names_wrap_before_figures(
+    columns: int, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     for seed, knn in enumerate([79.0, 80.5]):
         make(tmp_path / str(seed), "sinkhorn", seed=seed, knn=knn)
+        make(tmp_path / f"1{seed}", "no_momentum", seed=seed, knn=knn)  # a name that is too long for one line
     assert compare.main([str(tmp_path)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "Sinkhorn" in line)
-    assert re.search(r"Sinkhorn-Knopp +2 +79\.8 ± 1\.1 +72\.2 / 76\.0 .* finished", line)
+    assert re.search(rf"{name} +2 +79\.8 ± 1\.1 +72\.2 / 76\.0 .* finished", line)
 
 
 def test_small_values_keep_a_digit(tmp_path: Path) -> None:
