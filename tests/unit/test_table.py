@@ -155,7 +155,7 @@ def test_the_terminal_shows_text_as_it_is(tmp_path: Path, capsys: pytest.Capture
     assert "[bold]x[/]" in re.sub(r"\s+", "", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("columns", "name"), [(80, "Sinkhorn-Knopp"), (72, "Sinkhorn")])
+@pytest.mark.parametrize(("columns", "name"), [(80, "Sinkhorn-Knopp"), (72, "Sinkhorn-")])
 def test_names_wrap_before_figures(
     columns: int, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
