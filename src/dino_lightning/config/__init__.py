@@ -16,7 +16,6 @@ from omegaconf import MISSING, OmegaConf
 
 from dino_lightning.config.around import (
     CallbacksConfig,
-    CheckpointConfig,
     CollapseConfig,
     CSVLoggerConfig,
     KNNConfig,
@@ -79,6 +78,7 @@ from dino_lightning.config.model import (
     TimmConfig,
     ViTConfig,
 )
+from dino_lightning.config.reliability import CheckpointConfig, NonfiniteConfig
 from dino_lightning.config.step import StepConfig
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
@@ -122,6 +122,7 @@ __all__ = [
     "MethodConfig",
     "MoCoConfig",
     "NeighborsEval",
+    "NonfiniteConfig",
     "OptimConfig",
     "ParquetData",
     "PicturesConfig",
@@ -183,8 +184,11 @@ class TrainConfig:
     cpu_threads: int | None = None
     """Threads of PyTorch where it trains on a CPU; null for all cores, but with crops below 96 pixels it leaves one to
     each loader process."""
-    resume: bool = False
-    """Go on from the last checkpoint in `output_dir`."""
+    resume: Any = False
+    """Go on from the last whole checkpoint in `output_dir`: `true`; `auto`, where there is one, and start otherwise.
+    A run that SLURM, submitit or torchrun starts again is `auto` by itself."""
+    collective_timeout_s: int = 1800
+    """Seconds that a rank waits for the others before it ends with an error."""
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from dino_lightning.config.reliability import CheckpointConfig, NonfiniteConfig
+
 
 @dataclass
 class LoggerConfig:
@@ -59,14 +61,6 @@ class KNNConfig:
 
 
 @dataclass
-class CheckpointConfig:
-    """What is kept in `checkpoints/` besides the last state and the best k-NN."""
-
-    every_n_epochs: int = 20
-    """Epochs between checkpoints that are kept for good; 0 keeps none."""
-
-
-@dataclass
 class CollapseConfig:
     """Alarms where all images come to look the same to the network."""
 
@@ -100,6 +94,8 @@ class CallbacksConfig:
     """Weighted k-NN evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
+    """Losses and gradients that are not finite."""
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     """Collapse alarms."""
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
