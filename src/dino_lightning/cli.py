@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
-from dino_lightning.errors import UserError
+from dino_lightning.errors import RanksDifferError, UserError
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
 from dino_lightning.sweeps import Jobs
@@ -37,6 +37,9 @@ BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": ()}
 
 JOBS = Jobs()
 """The runs of `--multirun`."""
+
+ALONE_S = 2.0
+"""Seconds after which an error counts as that of this process alone."""
 
 EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a user causes; all others keep their traceback."""
@@ -81,6 +84,12 @@ def _train(cfg: DictConfig) -> float | None:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
         refuse(error)  # here already: Hydra would print the overrides above the sentence
+    except RuntimeError as error:
+        from dino_lightning.distributed import another_rank_is_lost
+
+        if another_rank_is_lost(error):
+            end_without_others(error)
+        raise
 
 
 def sentence(error: Exception) -> str | None:
@@ -89,10 +98,24 @@ def sentence(error: Exception) -> str | None:
 
 
 def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
-    """Say what is wrong, once over all processes, and leave with status 2."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"{program}: {explain(error, conf=CONF)}", file=sys.stderr)
+    """Say what is wrong, once over all processes that have the same error, and leave with status 2."""
+    words, number = explain(error, conf=CONF), int(os.environ.get("LOCAL_RANK", "0"))
+    if number == 0:
+        print(f"{program}: {words}", file=sys.stderr)
+    elif not isinstance(error, RanksDifferError):
+        # An error that the first process of the machine has, too, makes the launcher end this one meanwhile.
+        time.sleep(ALONE_S)
+        print(f"{program}: on rank {os.environ.get('RANK', number)}: {words}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_without_others(error: RuntimeError) -> NoReturn:
+    """Say that another rank is lost, in place of the traceback of whatever waited for it, and leave with status 1."""
+    cause = " ".join(str(error).split())
+    print(f"dino-lightning: rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} ends because another rank "
+          "has ended or has not answered within collective_timeout_s; if one has failed, its own message says why "
+          f"({cause[:300]})", file=sys.stderr)  # fmt: skip
+    sys.exit(1)
 
 
 def register_timm_networks(overrides: list[str]) -> None:

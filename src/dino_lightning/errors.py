@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A wrong setting, file or combination. The command line prints its sentence and exits with status 2."""
 
 
+class RanksDifferError(UserError):
+    """A wrong setting that all processes of a run have found together, so that one of them may say it."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A clause that names the closest of `choices`, or lists them where none is close."""
     known = [str(choice) for choice in choices]

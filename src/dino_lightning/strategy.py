@@ -6,6 +6,7 @@ them.
 
 import inspect
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dino_lightning.config import TrainerConfig
+from dino_lightning.launcher import Launcher, end_with_first_process
 from dino_lightning.sharding import like, whole
 
 START_METHODS = {
@@ -30,23 +32,28 @@ START_METHODS = {
 }
 """How each of Lightning's names for DDP starts its processes."""
 
+TIMEOUT = timedelta(minutes=30)
+"""As PyTorch has it."""
+
 SYNC_BUFFERS = "forward_sync_buffers"
 if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     SYNC_BUFFERS = "broadcast_buffers"  # its name up to PyTorch 2.12, deprecated since
 
 
-def build_strategy(config: TrainerConfig) -> Strategy | str:
-    """What `trainer.strategy` means, for `lightning.Trainer`."""
+def build_strategy(config: TrainerConfig, *, timeout: timedelta = TIMEOUT) -> Strategy | str:
+    """What `trainer.strategy` means, for `lightning.Trainer`; a rank waits no longer than `timeout` for the others."""
     name = _chosen_by_lightning(config) if config.strategy == "auto" else config.strategy
     if name == "fsdp":
-        return FullySharded()  # Lightning's own "fsdp" is FSDP1
+        return FullySharded(timeout=timeout)  # Lightning's own "fsdp" is FSDP1
     if name not in START_METHODS:
         return config.strategy
     unused = "find_unused_parameters" in name
     # PyTorch's static graph fails at the first backward pass where that is not reduced, as the first micro-batch of an
     # accumulated step is not ("expect_autograd_hooks_ INTERNAL ASSERT FAILED", pytorch/pytorch issue 143580).
     static = config.accumulate_grad_batches == 1 and not unused
-    return DataParallel(start_method=START_METHODS[name], static_graph=static, find_unused_parameters=unused)
+    return DataParallel(
+        start_method=START_METHODS[name], static_graph=static, find_unused_parameters=unused, timeout=timeout
+    )
 
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
@@ -73,6 +80,18 @@ class DataParallel(DDPStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(gradient_as_bucket_view=True, **options)
+
+    def _configure_launcher(self) -> None:
+        if self._start_method == "popen":
+            assert self.cluster_environment is not None
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            super()._configure_launcher()
+
+    def setup_environment(self) -> None:
+        """Start the process group."""
+        end_with_first_process()
+        super().setup_environment()
 
     def configure_ddp(self) -> None:
         """Wrap the module; its buffers are copied from rank 0 at each forward pass only where ranks differ in them.
@@ -111,11 +130,17 @@ class FullySharded(ModelParallelStrategy):
     state yet, as frozen prototypes have none. Here the file is what one process would have written.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    def __init__(self, *, timeout: timedelta = TIMEOUT) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Start the process group, now that the number of devices is known."""
+        end_with_first_process()
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
