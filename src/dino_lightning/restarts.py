@@ -18,7 +18,7 @@ INTERACTIVE = ("bash", "interactive")
 
 
 def resume_mode(resume: Any) -> Any:
-    """What the key `resume` means here: `"auto"` in place of False where somebody starts the command again by itself."""
+    """What the key `resume` means here: `"auto"` in place of False where a scheduler starts the command again."""
     return "auto" if resume is False and starts_again() else resume
 
 
