@@ -33,6 +33,9 @@ class Centering(nn.Module, ABC):
     def commit(self) -> None:
         """End an optimizer step."""
 
+    def forget(self) -> None:
+        """Drop what was observed since the last commit: its step is not taken."""
+
 
 class NoCenter(Centering):
     """Nothing is subtracted."""
@@ -130,4 +133,8 @@ class Center(Centering):
         moved_1K = self.center.mul(self.momentum).add_(mean_1K, alpha=1 - self.momentum)
         # No rank may have had a row (of masked patches): the centre stays. The host does not know and need not.
         self.center.copy_(torch.where(total[-1] > 0, moved_1K, self.center))
+        self._sums.clear()
+
+    def forget(self) -> None:
+        """The centre stays."""
         self._sums.clear()

@@ -55,3 +55,7 @@ class FeatureQueue(nn.Module):
         self.position.copy_((self.position + len(rows_ND)) % length)
         self.filled.copy_((self.filled + len(rows_ND)).clamp(max=length))
         self._observed.clear()
+
+    def forget(self) -> None:
+        """Drop what was observed since the last commit: its step is not taken."""
+        self._observed.clear()

@@ -1,8 +1,10 @@
 """What a step measures, on its way to the host while the device goes on.
 
 A program that asks for a loss (`loss.item()`) waits until the device has worked off its queue, and then the device
-waits until the program has filled it again. Here a micro-batch only sends its figures off, and the next one collects
-them. If they are not there yet, the device still has that micro-batch's backward pass to do while the program waits.
+waits until the program has filled it again. Here a micro-batch only sends its figures off. They arrive when the
+backward pass stands in the device's queue and before the weights move: if they are not there yet, the device still has
+that pass to do while the program waits. So all ranks know in the same step whether the loss of one is not finite, and
+whether one was asked to leave or to save. What was noted until the micro-batch's end is handed over with them, later.
 """
 
 from collections import deque
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from dino_lightning.distributed import all_reduce_sum_later, world_size
 from dino_lightning.numerics import at_least_float32
+
+SHARED = 4
+"""Numbers that are summed over ranks with each micro-batch: the loss, and three flags."""
 
 
 @dataclass
@@ -29,10 +34,19 @@ class Reading:
     logged: bool
     """Whether anything but the loss is kept."""
     loss: float = float("nan")
-    """Mean over ranks. It and device scalars among `values` are known once the reading has been collected."""
+    """Mean over ranks. It, `own_loss` and device scalars among `values` are known once the reading has arrived."""
+    own_loss: float = float("nan")
+    """Of this rank."""
+    ends_step: bool = False
+    """Whether it is the last micro-batch of its optimizer step."""
     values: dict[str, float] = field(default_factory=dict)
     _scalars: dict[str, Tensor] = field(default_factory=dict)
     _arrive: Callable[[], list[float]] | None = None
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether its figures are here."""
+        return self._arrive is None
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Keep a figure; a tensor must be a scalar and come before `send`."""
@@ -44,29 +58,55 @@ class Reading:
         else:
             self.values[name] = value
 
-    def send(self, loss: Tensor) -> None:
-        """Start the mean of the loss over ranks, and the way of all device scalars to the host."""
-        self._arrive = _send(loss, list(self._scalars.values()))
+    def send(self, loss: Tensor, *, leave: bool, save: bool, gradient: Tensor | None) -> None:
+        """Start the mean of the loss and the sums of three flags over ranks, and the way of all scalars to the host."""
+        loss = at_least_float32(loss.detach())
+        # `new_full`, not `new_tensor`: it is filled on the device, while a number from here is waited for.
+        failed = loss.new_zeros(()) if gradient is None else gradient.to(loss)
+        shared = torch.stack([loss, loss.new_full((), float(leave)), loss.new_full((), float(save)), failed])
+        self._arrive = _send(shared, [loss, *self._scalars.values()])
 
-    def arrive(self) -> "Reading":
-        """Wait for what was sent."""
-        if self._arrive is not None:
-            total, *others = self._arrive()
-            self.loss = total / world_size()
-            self.values.update(zip(self._scalars, others, strict=True))
-            self._arrive, self._scalars = None, {}
-        return self
+    def arrive(self) -> list[float] | None:
+        """Wait for what was sent; how many ranks ask to leave, to save, and tell of a gradient that is not finite.
+
+        None where it had arrived before.
+        """
+        if self._arrive is None:
+            return None
+        total, *flags = (figures := self._arrive())[:SHARED]
+        self.own_loss, *others = figures[SHARED:]
+        self.loss = total / world_size()
+        self.values.update(zip(self._scalars, others, strict=True))
+        self._arrive, self._scalars = None, {}
+        return flags
 
 
 class Readings:
-    """Readings that were sent and not yet collected, and what is known of those that were."""
+    """Readings that were sent and not yet handed over, and what is known of those that were."""
 
     def __init__(self) -> None:
         self.latest: float | None = None
-        """The loss that was collected last."""
+        """The loss that was handed over last."""
+        self.ask_to_leave = False
+        """Set by this rank to end the run; travels once, with the next loss, and is False from then on."""
+        self.ask_to_save = False
+        """The same, to write a checkpoint."""
+        self.leave_asked = False
+        """Whether a rank asked, known on all ranks in the same optimizer step; stays True until somebody resets it."""
+        self.save_asked = False
+        """The same, of `ask_to_save`."""
+        self.gradient_failed: Tensor | None = None
+        """Of the step before, on the device: 1 where a gradient was not finite. Travels with the next loss."""
+        self.gradients_failed = False
+        """Whether that has arrived from a rank."""
         self._open: Reading | None = None
         self._sent: deque[Reading] = deque()
         self._weighted, self._images = 0.0, 0
+
+    @property
+    def waiting(self) -> list[Reading]:
+        """Those not handed over, in their order."""
+        return list(self._sent)
 
     def open(self, *, step: int, epoch: int, images: int, logged: bool) -> None:
         """Start the reading of a micro-batch."""
@@ -80,21 +120,50 @@ class Readings:
     def send(self, loss: Tensor) -> None:
         """Send the figures of the open micro-batch off; all ranks together."""
         assert self._open is not None, "`open` comes first"
-        self._open.send(loss)
+        leave, save = self.ask_to_leave, self.ask_to_save
+        # A signal may ask between two of these lines: only what is sent is taken back.
+        if leave:
+            self.ask_to_leave = False
+        if save:
+            self.ask_to_save = False
+        self._open.send(loss, leave=leave, save=save, gradient=self.gradient_failed)
+        self.gradient_failed = None
         self._sent.append(self._open)
 
-    def collect(self, use: Callable[[Reading], None]) -> None:
-        """Hand over, in their order, all readings that were sent.
+    def arrive(self) -> None:
+        """Wait for all that was sent; flags and losses are known from then on, and numbers can still be noted."""
+        for reading in self._sent:
+            if (flags := reading.arrive()) is not None:
+                leave, save, gradient = (ranks > 0 for ranks in flags)
+                self.leave_asked |= leave
+                self.save_asked |= save
+                self.gradients_failed |= gradient
 
-        One for which `use` raises an error stays, and so it does again the next time: no way leads around it.
+    def hand_over(self, use: Callable[[Reading], None]) -> None:
+        """Give all readings that have arrived to `use`, in their order.
+
+        One for which it raises an error stays, and so it does again the next time: no way leads around it.
         """
-        while self._sent:
-            reading = self._sent[0].arrive()
+        while self._sent and self._sent[0].has_arrived:
+            reading = self._sent[0]
             use(reading)
             self._sent.popleft()
             self.latest = reading.loss
             self._weighted += reading.loss * reading.images
             self._images += reading.images
+
+    def collect(self, use: Callable[[Reading], None]) -> None:
+        """Wait for all that was sent, and hand it over."""
+        self.arrive()
+        self.hand_over(use)
+
+    def state_dict(self) -> dict[str, float]:
+        """What the mean of the epoch is made of, in plain types; what was only sent is not in it: collect first."""
+        return {"weighted": self._weighted, "images": self._images}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on with that mean."""
+        self._weighted, self._images = state["weighted"], int(state["images"])
 
     def take_mean(self) -> float | None:
         """Mean loss over the images since the last call; None where there were none."""
@@ -103,22 +172,21 @@ class Readings:
         return mean
 
 
-def _send(loss: Tensor, scalars: list[Tensor]) -> Callable[[], list[float]]:
-    """Start on their way the loss, summed over ranks, and other scalars; the call waits for them."""
-    loss = at_least_float32(loss.detach())
-    total = all_reduce_sum_later(loss)
+def _send(shared: Tensor, scalars: list[Tensor]) -> Callable[[], list[float]]:
+    """Start on their way `shared` (n,), summed over ranks, and scalars of this rank; the call waits for them."""
+    total = all_reduce_sum_later(shared)
     # Copied now, since a scalar may be changed in place before it has left.
-    others = torch.stack([scalar.to(loss.dtype) for scalar in scalars]) if scalars else loss.new_empty(0)
-    if loss.device.type != "cuda":
-        return lambda: [*total().reshape(1).tolist(), *others.tolist()]
+    others = torch.stack([scalar.to(shared.dtype) for scalar in scalars])
+    if shared.device.type != "cuda":
+        return lambda: [*total().tolist(), *others.tolist()]
     # In a stream of their own: the next kernels wait neither for the copies nor for the loss of slower ranks, and the
     # program waits for this point of the queue, not for its end.
-    stream = _side_stream(loss.device)
-    stream.wait_stream(torch.cuda.current_stream(loss.device))
+    stream = _side_stream(shared.device)
+    stream.wait_stream(torch.cuda.current_stream(shared.device))
     with torch.cuda.stream(stream):
-        on_host = torch.empty(1 + len(others), dtype=loss.dtype, pin_memory=True)
-        on_host[:1].copy_(total().reshape(1), non_blocking=True)
-        on_host[1:].copy_(others, non_blocking=True)
+        on_host = torch.empty(len(shared) + len(others), dtype=shared.dtype, pin_memory=True)
+        on_host[: len(shared)].copy_(total(), non_blocking=True)
+        on_host[len(shared) :].copy_(others, non_blocking=True)
         there = torch.cuda.Event(blocking=True)  # who waits for it sleeps, and leaves the core to a loader
         there.record(stream)
     # What is copied is kept until it has been: its memory would be given to other tensors.

@@ -8,14 +8,17 @@ centre). `global_step` has the index of the step just taken throughout.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from dino_lightning.centering import Centering
 from dino_lightning.config import OptimConfig
 from dino_lightning.data.labels import images_in
+from dino_lightning.feature_queue import FeatureQueue
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.methods.window import Window
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
@@ -75,6 +78,12 @@ class Method(L.LightningModule, ABC):
 
     def after_step(self, step: int) -> None:
         """Move the method's own state, after student and teacher have moved."""
+
+    def forget_step(self) -> None:
+        """Drop what micro-batches have left for a step that is not taken; centres and queues are known here."""
+        for module in self.modules():
+            if isinstance(module, Centering | FeatureQueue):
+                module.forget()
 
     # ---------------------------------------------------------------------------------- what a kind of method adds
 
@@ -142,11 +151,22 @@ class Method(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `checkpoints.load_network` wants to know; no file is written after a loss that is not finite."""
         self.collect()
+        checkpoint["readings"] = self.readings.state_dict()
         checkpoint["evaluated"] = self.evaluated_key
         if self.description:
             checkpoint["network"] = self.description
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the mean loss of the epoch."""
+        if "readings" in checkpoint:  # not in files of older versions
+            self.readings.load_state_dict(checkpoint["readings"])
+
     # ----------------------------------------------------------------------------------------------------- step
+
+    def setup(self, stage: str) -> None:
+        """Forget what another fit has left, before a checkpoint is read."""
+        self.readings = Readings()
+        self.forget_step()
 
     def configure_model(self) -> None:
         """Spread the weights over the devices where the strategy is FSDP."""
@@ -170,8 +190,8 @@ class Method(L.LightningModule, ABC):
         return build_optimizer(self.optim, parameter_groups(self))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch. What it measures is read by the next one (see `readings`)."""
-        self.collect()
+        """Loss of one micro-batch. What it measures is read before the student moves (see `readings`)."""
+        self.readings.hand_over(self._use)
         logged = self.is_logging_step
         now = {"step": self.global_step, "epoch": self.trainer.current_epoch, "images": images_in(batch)}
         self.readings.open(**now, logged=logged)
@@ -196,11 +216,22 @@ class Method(L.LightningModule, ABC):
         for group in optimizer.param_groups:
             group["lr"] = self.schedules["lr"](step)
         optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
-        self.before_student(step)
-        closure = unscaling(optimizer_closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
+        closure = partial(self._before_the_step, optimizer_closure)
+        closure = unscaling(closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.after_student(step)
         self.after_step(step)
+
+    def _before_the_step(self, forward_and_backward: Callable[[], Any]) -> Any:
+        """The last micro-batch's passes, and what has to be known and done before the student moves."""
+        result = forward_and_backward()
+        self.readings.arrive()
+        waiting = self.readings.waiting
+        waiting[-1].ends_step = True
+        for reading in waiting:
+            _must_be_finite(reading)
+        self.before_student(self.global_step)
+        return result
 
     # --------------------------------------------------------------------------------------- what a step measures
 
@@ -226,15 +257,10 @@ class Method(L.LightningModule, ABC):
         self.readings.collect(self._use)
 
     def _use(self, reading: Reading) -> None:
-        if not math.isfinite(reading.loss):
-            raise FloatingPointError(
-                f"the loss is {reading.loss} at step {reading.step}: lower optim.lr or optim.clip_grad, lengthen "
-                "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
-            )
+        _must_be_finite(reading)
         # For callbacks that monitor the loss of a step: a tensor on the CPU, which nobody has to wait for.
         self.trainer.callback_metrics["train/loss"] = torch.full((), reading.loss)
-        last_of_its_step = reading.step < self.global_step  # else the window of accumulation goes on
-        if last_of_its_step and (reading.logged or self.trainer.should_stop):
+        if reading.ends_step and (reading.logged or self.trainer.should_stop):
             row = {"train/loss": reading.loss, **reading.values, "epoch": reading.epoch}
             for logger in self.trainer.loggers:
                 logger.log_metrics(row, step=reading.step)
@@ -243,8 +269,7 @@ class Method(L.LightningModule, ABC):
                 watch(reading)
 
     def on_train_start(self) -> None:
-        """Forget what another fit has left."""
-        self.readings = Readings()
+        """No question to rank 0 before each micro-batch."""
         # Lightning asks rank 0 before every micro-batch whether it was told to end, and waits on the device for the
         # answer. Each rank still looks after every step whether it was told so itself.
         self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
@@ -261,6 +286,14 @@ class Method(L.LightningModule, ABC):
         mean = self.readings.take_mean()
         if mean is not None:
             self.log("train/loss_epoch", mean, sync_dist=True)
+
+
+def _must_be_finite(reading: Reading) -> None:
+    if not math.isfinite(reading.loss):
+        raise FloatingPointError(
+            f"the loss is {reading.loss} at step {reading.step}: lower optim.lr or optim.clip_grad, lengthen "
+            "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
+        )
 
 
 def _nothing() -> None:
