@@ -1,25 +1,34 @@
 """From configuration to objects: a `match` per group, in the order of a run."""
 
-import warnings
+import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.core.config_store import ConfigStore
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dino_lightning.backbones import build_backbone
+from dino_lightning.callbacks.agreement import RanksAgree
+from dino_lightning.callbacks.checkpoints import Checkpoints
 from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
+from dino_lightning.callbacks.leaving import Signals
+from dino_lightning.callbacks.metrics_file import MetricsFile
 from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
+from dino_lightning.callbacks.rank_states import RankStates
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import Description
+from dino_lightning.checkpoints.files import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
     SCHEMAS,
     BYOLConfig,
@@ -43,6 +52,7 @@ from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.moco import MoCo
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
+from dino_lightning.records import write_atomically
 from dino_lightning.strategy import SharedStatistics, build_strategy
 
 
@@ -53,28 +63,40 @@ def build_data(config: TrainConfig) -> MultiCropDataModule:
     return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images, labels=labels)
 
 
-def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> L.Trainer:
-    """Lightning's trainer with this run's callbacks and loggers."""
+def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], before_step: int | None = None) -> L.Trainer:
+    """Lightning's trainer with this run's callbacks and loggers.
+
+    `before_step` is the step of the checkpoint that the run goes on from; None where it starts.
+    """
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
+    given = arguments.get("plugins", [])
+    plugins = list(given) if isinstance(given, list) else [given]
     # PyTorch shares the statistics of batch norms on GPUs only; `run` says so.
     if arguments.pop("sync_batchnorm") and not trains_on_cpu(config.trainer.accelerator):
-        given = arguments.get("plugins", [])
-        arguments["plugins"] = [*(given if isinstance(given, list) else [given]), SharedStatistics()]
-    callbacks = build_callbacks(config) if not config.trainer.barebones else []
-    loggers = build_loggers(config, hyperparameters=hyperparameters) if not config.trainer.barebones else False
+        plugins.append(SharedStatistics())
+    kind = AsyncCheckpointIO if config.callbacks.checkpoint.asynchronous else SafeCheckpointIO
+    io = kind(keep_last=config.callbacks.checkpoint.keep_last)
+    arguments["plugins"] = [*plugins, io]
+    callbacks: list[Callback] = [RanksAgree(config)]
+    loggers: list[Logger] = []
+    if not config.trainer.barebones:
+        callbacks += build_callbacks(config, io)
+        loggers = build_loggers(config, hyperparameters=hyperparameters, before_step=before_step)
     try:
-        arguments["strategy"] = build_strategy(config.trainer)
+        timeout = timedelta(seconds=config.collective_timeout_s)
+        arguments["strategy"] = build_strategy(config.trainer, timeout=timeout)
         return L.Trainer(**arguments, callbacks=callbacks, logger=loggers, default_root_dir=config.output_dir)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """Callbacks in the order in which they run: k-NN before those that show or keep its result."""
-    output, trainer, speed = Path(config.output_dir), config.trainer, Speed()
-    callbacks: list[Callback] = [speed]
-    if config.callbacks.knn.enabled:
-        callbacks.append(KNNCallback(config.callbacks.knn, seed=config.seed))
+def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]:
+    """Callbacks in the order in which they run: k-NN before those that show or keep its result; `io` writes files."""
+    output, trainer, speed, signals = Path(config.output_dir), config.trainer, Speed(), Signals()
+    callbacks: list[Callback] = [signals, speed]
+    knn = KNNCallback(config.callbacks.knn, seed=config.seed) if config.callbacks.knn.enabled else None
+    if knn is not None:
+        callbacks.append(knn)
     if config.callbacks.collapse.enabled:
         callbacks.append(CollapseAlarm(config.callbacks.collapse))
     if trainer.enable_progress_bar:
@@ -82,37 +104,20 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     if config.callbacks.pictures.enabled:
         callbacks.append(Pictures(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
     if trainer.enable_checkpointing:
-        callbacks += _checkpoints(config, output / "checkpoints")
+        folder = output / "checkpoints"
+        saving = Checkpoints(config.callbacks.checkpoint, folder=folder, io=io, signals=signals, knn=knn)
+        callbacks += [RankStates(), saving]
+        if knn is not None:
+            knn.break_off = signals.asked_anywhere
     return callbacks
 
 
-class KeptCheckpoint(ModelCheckpoint):
-    """Checkpoints kept for good.
-
-    A class of its own because Lightning tells callbacks apart by class and interval: at an interval of one epoch it
-    would take this one for that of `last.ckpt`.
-    """
-
-
-def _checkpoints(config: TrainConfig, folder: Path) -> list[Callback]:
-    always: dict[str, Any] = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
-    always["save_on_train_epoch_end"] = True
-    kept: list[Callback] = [ModelCheckpoint(filename="last", **always)]
-    if config.callbacks.knn.enabled:
-        every = config.callbacks.knn.every_n_epochs
-        kept.append(
-            ModelCheckpoint(filename="best_knn", monitor="knn/top1", mode="max", every_n_epochs=every, **always)
-        )
-    if config.callbacks.checkpoint.every_n_epochs:
-        every = config.callbacks.checkpoint.every_n_epochs
-        kept.append(KeptCheckpoint(filename="epoch{epoch:04d}", save_top_k=-1, every_n_epochs=every, **always))
-    return kept
-
-
-def build_loggers(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> list[Logger]:
+def build_loggers(
+    config: TrainConfig, *, hyperparameters: dict[str, Any], before_step: int | None = None
+) -> list[Logger]:
     """`metrics.csv`, and the configured logger beside it; `hyperparameters` is logged as it is."""
     output = Path(config.output_dir)
-    loggers: list[Logger] = [_csv_logger(output, resume=config.resume)]
+    loggers: list[Logger] = [MetricsFile(output, before_step=before_step)]
     match config.logger:
         case CSVLoggerConfig():
             return loggers
@@ -124,6 +129,8 @@ def build_loggers(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> li
                 tags=wandb.tags,
                 mode=wandb.mode,
                 save_dir=output,
+                id=wandb_run_id(output, resume=before_step is not None),
+                resume="allow",
             )
         case TensorBoardLoggerConfig():
             other = TensorBoardLogger(save_dir=output, name="", version="tensorboard")
@@ -133,17 +140,18 @@ def build_loggers(config: TrainConfig, *, hyperparameters: dict[str, Any]) -> li
     return [*loggers, other]
 
 
-def _csv_logger(output: Path, *, resume: bool) -> CSVLogger:
-    before = (output / "metrics.csv").read_text() if resume and (output / "metrics.csv").exists() else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the folder not being empty: it has config.yaml
-        logger = CSVLogger(save_dir=output, name="", version="")
-        writer = logger.experiment
-    if before:
-        # Lightning starts the file anew: hand it the rows of the run that goes on.
-        header, *rows = (line.split(",") for line in before.splitlines())
-        writer.metrics += [{key: v for key, v in zip(header, row, strict=True) if v} for row in rows]  # type: ignore[attr-defined]
-    return logger
+def wandb_run_id(output: Path, *, resume: bool) -> str:
+    """The run's id at W&B, kept in the output folder: a run that goes on is the same one there."""
+    file = output / "wandb_run_id.txt"
+    if resume and file.exists():
+        return file.read_text().strip()
+    # Of the folder: all ranks agree on it without a word, and the first that comes here writes it.
+    started = str(time.time_ns()) if rank_zero_only.rank == 0 else ""
+    run_id = hashlib.sha256(f"{output.absolute()} {started}".encode()).hexdigest()[:12]
+    if rank_zero_only.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, run_id + "\n")
+    return run_id
 
 
 METHODS: dict[type[MethodConfig], Callable[..., Method]] = {}

@@ -7,6 +7,7 @@ the key, its value and what was expected.
 from pathlib import Path
 
 from dino_lightning.backbones import check_timm_name
+from dino_lightning.checkpoints.files import candidates
 from dino_lightning.checks_method import check_labels, check_method
 from dino_lightning.checks_step import check_step
 from dino_lightning.config import (
@@ -31,6 +32,7 @@ from dino_lightning.config.rules import (
 )
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError, nearest
+from dino_lightning.restarts import resume_mode
 from dino_lightning.schedules import Duration
 
 PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")
@@ -128,6 +130,9 @@ RULES: dict[str, Rule] = {
     "callbacks.knn.queries": at_least(1),
     "callbacks.knn.batch_size_per_device": at_least(1),
     "callbacks.checkpoint.every_n_epochs": at_least(0),
+    "callbacks.checkpoint.every_n_minutes": at_least(0),
+    "callbacks.checkpoint.keep_last": at_least(1),
+    "collective_timeout_s": at_least(1),
     "callbacks.pictures.every_n_epochs": at_least(1),
     "callbacks.pictures.images": at_least(1),
     "cpu_threads": at_least(1),
@@ -282,9 +287,12 @@ def _check_callbacks(config: TrainConfig) -> None:
 
 
 def _check_output(config: TrainConfig) -> None:
-    last = Path(config.output_dir) / "checkpoints" / "last.ckpt"
-    if config.resume and not last.exists():
+    if config.resume not in (True, False, "auto"):
+        raise UserError(f"resume={config.resume}: {nearest(config.resume, ('true', 'false', 'auto'))}")
+    found = candidates(Path(config.output_dir) / "checkpoints")
+    mode = resume_mode(config)
+    if mode is True and not found:
         raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
-    if not config.resume and last.exists():
+    if not mode and found:
         raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
                         "choose another folder.")  # fmt: skip

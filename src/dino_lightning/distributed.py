@@ -6,6 +6,7 @@ strategy. All ranks must call the same functions in the same order.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,6 +106,30 @@ def all_gather_concat(tensor: Tensor) -> Tensor:
     return rows.to(tensor.device)
 
 
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "wait timeout",
+    "timed out",
+    "recvValue failed",
+    "sendBytes failed",
+    "failed to recv",
+    "remote process exit",
+    "NCCL communicator was aborted",
+)
+"""What torch.distributed says, among other things, where another rank is gone or silent."""
+
+
+def another_rank_is_lost(error: BaseException) -> bool:
+    """Whether an error of this rank only says that another one has ended or does not answer."""
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and world_size() > 1 and any(words in str(error) for words in LOST)
+
+
 def _gather_equal(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
@@ -120,3 +145,17 @@ def _group_device(tensor: Tensor) -> torch.device:
             return torch.device("cpu")
         case _:
             return tensor.device
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, of plain types and tensors on the CPU, in the order of the ranks."""
+    if not _active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(condition: bool) -> bool:
+    """Whether the condition holds on any rank; all ranks ask together."""
+    return bool(all_reduce_max(torch.tensor(float(condition))))

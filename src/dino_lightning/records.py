@@ -6,10 +6,12 @@ Floor 0: needs nothing but the standard library and PyTorch.
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -49,8 +51,40 @@ def commit() -> str | None:
     return head + ("+" if changed.stdout.strip() else "")
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file open for writing that takes the place of `path` when the block ends, whole and on the disk.
+
+    Until then, and for good where the block ends with an error, `path` is what it was. What a killed process leaves is
+    `PATH.tmp`, and the next one writes over it.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: a file that was renamed is found again after a loss of power."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not know it
+        pass
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text so that nobody ever sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(text.encode())

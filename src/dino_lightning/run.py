@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
+from dino_lightning.callbacks.leaving import LeaveRun
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checkpoints.files import newest_whole
 from dino_lightning.checks import check_config, check_data
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.rules import check_keys
@@ -30,6 +34,7 @@ from dino_lightning.ops.memory import keep_freed_memory
 from dino_lightning.quiet import quieten_libraries
 from dino_lightning.records import FAILED, commit, environment, write_atomically
 from dino_lightning.report import results_table, write_report
+from dino_lightning.restarts import resume_mode
 from dino_lightning.sharding import whole_state
 from dino_lightning.suggested import show, suggest_settings
 
@@ -52,8 +57,11 @@ def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | 
     L.seed_everything(config.seed, workers=True, verbose=False)
     resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
 
+    output = Path(config.output_dir)
+    found = newest_whole(output / "checkpoints") if resume_mode(config) else None
     data = build_data(config)
-    trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()})
+    step = None if found is None else found[1]["global_step"]
+    trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()}, before_step=step)
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices))
@@ -61,7 +69,6 @@ def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | 
     method = build_method(config, num_classes=data.num_classes)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
-    output = Path(config.output_dir)
     if trainer.is_global_zero:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
@@ -70,10 +77,14 @@ def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | 
             show(suggested)
         introduce(config, data, trainer, method)
 
-    checkpoint = str(output / "checkpoints" / "last.ckpt") if config.resume else None
+    checkpoint = None if found is None else str(found[0])
+    del found
     atexit.register(leave_group)
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except LeaveRun as leave:
+        finish_loggers(trainer)
+        sys.exit(leave_with(leave, trainer))
     finally:
         finish_loggers(trainer)
     if trainer.interrupted:
@@ -83,6 +94,16 @@ def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | 
     if trainer.is_global_zero:
         write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
     return summary["knn_top1"]
+
+
+def leave_with(leave: LeaveRun, trainer: L.Trainer) -> int:
+    """The exit status of a run that has saved and was told to end."""
+    leave_group()
+    if leave.then is not None and trainer.is_global_zero:
+        leave.then()
+    # Lightning kills the first process where one that it started ends with another status than 0.
+    launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    return 0 if launched and not trainer.is_global_zero else leave.status
 
 
 def threads_beside(config: TrainConfig, *, devices: int) -> int:

@@ -26,6 +26,14 @@ PIXEL_SIDE = 32
 """Raw pixels are compared at this many pixels per side."""
 
 
+QUESTIONS = 50
+"""Times in an evaluation that it is asked whether to break it off."""
+
+
+class _BrokenOffError(Exception):
+    """An evaluation was broken off."""
+
+
 class LabelledImages(Protocol):
     """What the callback asks of `trainer.datamodule`. A label of -1 means: none known."""
 
@@ -55,6 +63,12 @@ class KNNCallback(Callback):
         self.last_step = -1
         self.on_images: Callable[[int, int], None] | None = None
         """Told how many images of how many this rank has seen, during an evaluation."""
+        self.break_off: Callable[[], bool] | None = None
+        """Asked now and then during an evaluation, on all ranks together, whether to break it off."""
+        self.pending = False
+        """Whether the latest evaluation was broken off. The run that goes on makes up for it when it starts."""
+        self.made_up = False
+        """Whether this run has done so."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
@@ -63,12 +77,14 @@ class KNNCallback(Callback):
             "pixels": dict(self.pixels),
             "last": dict(self.last),
             "last_step": self.last_step,
+            "pending": self.pending,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the results of the run that is resumed."""
         self.untrained, self.pixels = dict(state_dict["untrained"]), dict(state_dict["pixels"])
         self.last, self.last_step = dict(state_dict["last"]), int(state_dict["last_step"])
+        self.pending = bool(state_dict.get("pending", False))  # checkpoints of format 1 lack it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The baselines, once per run: a resumed run has its weights trained already."""
@@ -80,6 +96,9 @@ class KNNCallback(Callback):
             raise UserError("callbacks.knn.enabled=true needs validation images, and there are none; set it to false.")
         if self.config.baselines and trainer.global_step == 0 and not self.untrained:
             self.untrained, self.pixels = self._evaluate(trainer, pl_module, with_pixels=True)
+        if self.pending:
+            self._evaluate_network(trainer, pl_module)
+            self.pending, self.made_up = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and log. Lightning calls checkpoint callbacks after this one, wherever they stand."""
@@ -87,7 +106,9 @@ class KNNCallback(Callback):
         ends = trainer.should_stop or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if not self._on(trainer) or not (ends or epochs % self.config.every_n_epochs == 0):
             return
-        self._evaluate_network(trainer, pl_module)
+        self._evaluate_network(trainer, pl_module, may_break_off=not ends)
+        if self.pending:
+            return
         for name, value in self.last.items():
             # Every rank has the value of all. "max" keeps it to the last bit, and unlike `sync_dist=False` does not
             # make Lightning warn about it.
@@ -105,12 +126,16 @@ class KNNCallback(Callback):
     def _on(self, trainer: Trainer) -> bool:
         return self.config.enabled and _images(trainer).labelled
 
-    def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        (self.last,) = self._evaluate(trainer, pl_module)
+    def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule, *, may_break_off: bool = False) -> None:
+        try:
+            (self.last,) = self._evaluate(trainer, pl_module, may_break_off=may_break_off)
+        except _BrokenOffError:
+            self.pending = True
+            return
         self.last_step = trainer.global_step
 
     def _evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False
+        self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False, may_break_off: bool = False
     ) -> list[dict[str, float]]:
         """The result of the trained backbone and, from the same pass over the images, that of raw pixels."""
         images = _images(trainer)
@@ -120,7 +145,7 @@ class KNNCallback(Callback):
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
         chosen = self._bank(images)
         options: dict[str, Any] = {
-            "on_batch": self._counter(-(-(len(chosen) + len(asked)) // trainer.world_size)),
+            "on_batch": self._counter((len(chosen) + len(asked)) // trainer.world_size, may_break_off=may_break_off),
             "batch_size": self.config.batch_size_per_device,
             "num_workers": images.config.num_workers,
             "device": pl_module.device,
@@ -150,14 +175,21 @@ class KNNCallback(Callback):
             for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True)
         ]
 
-    def _counter(self, total: int) -> Callable[[int], None]:
-        done = 0
+    def _counter(self, total: int, *, may_break_off: bool) -> Callable[[int], None]:
+        done, asked = 0, 0
+        ask = self.break_off if may_break_off else None
+        every = max(self.config.batch_size_per_device, total // QUESTIONS)
 
         def count(images: int) -> None:
-            nonlocal done
+            nonlocal done, asked
             done += images
             if self.on_images is not None:
                 self.on_images(done, total)
+            # Ranks have the same number of images give or take one for each set: none asks near the end.
+            while ask is not None and (asked + 1) * every <= min(done, total - 2):
+                asked += 1
+                if ask():
+                    raise _BrokenOffError
 
         return count
 

@@ -1,6 +1,7 @@
 """What logging steps have seen over a while: figures that one batch is too small for."""
 
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,18 @@ class Window:
             return None
         share, self._total_K, self._crops = dead_prototypes(self._total_K), None, 0
         return float(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, on the CPU."""
+        features = [features_SD.cpu() for features_SD in self._features]
+        total = None if self._total_K is None else self._total_K.cpu()
+        return {"width": self.width, "features": features, "total": total, "crops": self._crops}
+
+    def load_state_dict(self, state: dict[str, Any], *, device: torch.device) -> None:
+        """Go on from there."""
+        self.width, self._crops = state["width"], state["crops"]
+        self._features = deque(features_SD.to(device) for features_SD in state["features"])
+        self._total_K = None if state["total"] is None else state["total"].to(device)
 
 
 def _share() -> int:

@@ -1,0 +1,85 @@
+"""`metrics.csv`: a row for every logged step, which kills leave whole and a resumed run goes on with."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from dino_lightning.records import write_atomically
+
+METRICS = "metrics.csv"
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSV logger, but it keeps the rows of the run that goes on, and changes the header in one stroke."""
+
+    def __init__(self, output: Path, *, before_step: int | None = None) -> None:
+        """Rows of a run that ended at `before_step` optimizer steps are kept up to there; None starts anew."""
+        super().__init__(save_dir=output, name="", version="")
+        self.before_step = before_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes."""
+        if self._experiment is None:
+            self._experiment = _Writer(Path(self.log_dir), before_step=self.before_step)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, folder: Path, *, before_step: int | None) -> None:
+        super().__init__(log_dir=str(folder))
+        self.path = folder / METRICS
+        rows = [] if before_step is None else [row for row in read_rows(self.path) if int(row["step"]) < before_step]
+        self.metrics_keys = sorted(set().union(*rows))
+        if rows:
+            write_atomically(self.path, _table(self.metrics_keys, rows))
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the file here."""
+
+    def save(self) -> None:
+        """Append the rows that were logged since the last call."""
+        if not self.metrics:
+            return
+        keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
+        if keys != self.metrics_keys or not self.path.exists():
+            rows = [*(read_rows(self.path) if self.path.exists() else []), *self.metrics]
+            write_atomically(self.path, _table(keys, rows))
+        else:
+            with open(self.path, "ab", buffering=0) as file:  # a row in one call: a kill leaves all of it or nothing
+                file.write(_table(keys, self.metrics, header=False).encode())
+        self.metrics_keys, self.metrics = keys, []
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows without their empty fields; a last row that was cut off is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return [{key: value for key, value in row.items() if value != ""} for row in rows if row.get("step", "").isdigit()]
+
+
+def has_row(path: Path, *, step: int, keys: Iterable[str]) -> bool:
+    """Whether one row of a step has all these columns."""
+    wanted = set(keys)
+    return any(int(row["step"]) == step and wanted <= row.keys() for row in read_rows(path))
+
+
+def _table(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=keys, lineterminator=os.linesep)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
