@@ -43,7 +43,7 @@ def test_output_folder(finished: tuple[Path, float | None]) -> None:
     output, _ = finished
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
-    expected |= {"checkpoints/last.ckpt", "checkpoints/best_knn.ckpt"}
+    expected |= {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best_knn")}
     expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "neighbours")}
     assert names == expected
 

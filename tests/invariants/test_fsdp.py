@@ -76,7 +76,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_output_folder(output: Path) -> None:
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
-    expected |= {"checkpoints/last.ckpt", "checkpoints/best_knn.ckpt"}
+    expected |= {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best_knn")}
     pictures = ("crops", "attention", "neighbours", "attention_epoch0001", "neighbours_epoch0001")
     assert names == expected | {f"pictures/{name}.png" for name in pictures}
 
