@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+from dino_lightning.config import TrainConfig
+
 PREEMPTED = 75
 """Exit status of a run that was told to end (SIGTERM, SIGUSR1, SIGUSR2) and has saved: start it again."""
 INTERRUPTED = 130
@@ -17,9 +19,9 @@ INTERACTIVE = ("bash", "interactive")
 """Names of SLURM jobs in which a person types: there is no script to start again."""
 
 
-def resume_mode(resume: Any) -> Any:
+def resume_mode(config: TrainConfig) -> Any:
     """What the key `resume` means here: `"auto"` in place of False where a scheduler starts the command again."""
-    return "auto" if resume is False and starts_again() else resume
+    return "auto" if config.resume is False and starts_again() else config.resume
 
 
 def starts_again() -> bool:
