@@ -35,6 +35,7 @@ from dino_lightning.data.crops.draws import FastDice
 from dino_lightning.data.crops.plan import make_plan
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources.builtin import BuiltinImages
+from dino_lightning.ops.memory import keep_freed_memory
 
 SIZE = (500, 375)
 QUALITY = 90
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start_worker(0)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         files = make_jpegs(Path(folder), options.images, count=options.count)
         results = per_core(files, batch=options.batch, rounds=options.rounds)

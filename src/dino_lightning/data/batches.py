@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
 from dino_lightning.data.crops import CropBackend
 from dino_lightning.data.labels import LabelledCrops
+from dino_lightning.data.signals import obey_parent_alone
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
 from dino_lightning.data.stream_order import Place, read_stream
 from dino_lightning.errors import UserError
@@ -131,6 +132,7 @@ class StreamBatches(IterableDataset[Any]):
 
 
 def start_worker(_: int) -> None:
-    """One thread per loader process, and memory that is kept."""
+    """One thread per loader process, memory that is kept, and signals that are left to the main process."""
+    obey_parent_alone()
     torch.set_num_threads(1)
     keep_freed_memory()
