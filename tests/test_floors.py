@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 # fmt: off
 FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
-     "factors", "ops"},
+     "factors", "ops", "restarts"},
     {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss",
      "pictures", "pictures_tokens", "feature_queue", "collapse", "masking"},
     {"backbones", "vit", "networks", "data"},
-    {"methods", "evaluation", "checkpoints", "strategy"},
+    {"methods", "evaluation", "checkpoints", "strategy", "launcher"},
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation", "report",
      "suggest", "suggested"},
@@ -29,7 +29,7 @@ WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
-          ("inspect_data", "explain")}  # fmt: skip
+          ("inspect_data", "explain"), ("strategy", "launcher")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
