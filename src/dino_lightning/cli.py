@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
-from dino_lightning.errors import RanksDifferError, UserError
+from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
+from dino_lightning.restarts import first_start
 from dino_lightning.sweeps import Jobs
 
 PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
@@ -61,6 +63,8 @@ def train() -> None:
         _train()
     except EXPLAINED as error:
         refuse(error)
+    except OSError as error:
+        refuse_folder(error)
     JOBS.finish()
 
 
@@ -118,6 +122,15 @@ def end_without_others(error: RuntimeError) -> NoReturn:
     sys.exit(1)
 
 
+def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoReturn:
+    """Say that Hydra could not make the folder of the run, which it does before all else; raise other errors again."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [file for file in files if Path(file).name not in ("pathlib.py", "_local.py", "os.py")]
+    if error.filename is None or Path(hydra.__file__).parent not in Path(ours[-1]).parents:
+        raise error
+    refuse(cannot_be_written("output_dir", error.filename, error), program=program)
+
+
 def register_timm_networks(overrides: list[str]) -> None:
     """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
     names = [part for text in overrides if text.startswith("backbone=") for part in text[9:].split(",")]
@@ -157,12 +170,13 @@ def with_shards_in_one_piece(overrides: list[str]) -> list[str]:
 
 
 def run_name() -> str:
-    """A name for the run's folder that all its processes agree on: the scheduler's, or the time of the first."""
+    """A name for the run's folder that all its processes and later starts agree on: the scheduler's, or the time of
+    the first process."""
     for variable in ("DINO_LIGHTNING_RUN", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         if os.environ.get(variable, "none") != "none":
             return os.environ[variable]
     # Processes that Lightning starts for the other devices inherit it.
-    os.environ["DINO_LIGHTNING_RUN"] = time.strftime("%Y%m%d-%H%M%S")
+    os.environ["DINO_LIGHTNING_RUN"] = time.strftime("%Y%m%d-%H%M%S", time.localtime(first_start()))
     return os.environ["DINO_LIGHTNING_RUN"]
 
 

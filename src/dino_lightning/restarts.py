@@ -6,9 +6,12 @@ Floor 0: needs the environment variables of SLURM, submitit and torchrun alone.
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from dino_lightning.config import TrainConfig
+from dino_lightning.errors import UserError
 
 PREEMPTED = 75
 """Exit status of a run that was told to end (SIGTERM, SIGUSR1, SIGUSR2) and has saved: start it again."""
@@ -38,6 +41,24 @@ def starts_again() -> bool:
 def inside_submitit() -> bool:
     """Whether submitit has started this process, and starts it again after its own signal."""
     return bool(os.environ.get("SUBMITIT_EXECUTOR"))
+
+
+def first_start() -> float:
+    """When the run was started, in seconds since 1970, alike in all processes that torchrun has started.
+
+    With `--rdzv-id` they have a name in common; without, on one machine, torchrun itself, which outlives them.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return time.time()
+    if _number("GROUP_WORLD_SIZE") > 1:
+        raise UserError("output_dir has no value that all machines share: give torchrun a name, --rdzv-id=NAME, or set "
+                        "output_dir=FOLDER.")  # fmt: skip
+    try:
+        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except OSError:
+        raise UserError("output_dir: give torchrun a name, --rdzv-id=NAME, or set output_dir=FOLDER.") from None
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def requeue_slurm_job() -> bool:

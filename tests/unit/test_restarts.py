@@ -1,0 +1,135 @@
+"""Who starts a run again is seen in the environment; SLURM is asked by its own program, here one that notes how."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dino_lightning.restarts import requeue_slurm_job, resume_mode, slurm_job
+
+VARIABLES = ("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
+             "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "SUBMITIT_EXECUTOR")  # fmt: skip
+
+
+@dataclass
+class Config:
+    resume: object = False
+
+
+@pytest.fixture(autouse=True)
+def _no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "7"},
+        {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"},
+        # The host whose own processes were fine counts from 0.
+        {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "3"},
+        {"SUBMITIT_EXECUTOR": "local"},
+    ],
+)
+def test_a_run_that_is_started_again_goes_on(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert resume_mode(Config(False)) == "auto"  # type: ignore[arg-type]
+    assert resume_mode(Config(True)) is True  # type: ignore[arg-type]
+    assert resume_mode(Config("auto")) == "auto"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_ID": "7"},
+        {"SLURM_RESTART_COUNT": "0", "SLURM_JOB_ID": "7"},
+        {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
+    ],
+)
+def test_a_first_start_does_not_go_on_with_what_lies_there(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert resume_mode(Config(False)) is False  # type: ignore[arg-type]
+
+
+def stand_in(folder: Path, *, status: int = 0) -> Path:
+    """A `scontrol` that writes down its arguments."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\necho "no such job" >&2\nexit {status}\n')
+    program.chmod(0o755)
+    return program.parent
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({"SLURM_JOB_ID": "123"}, "requeue 123\n"),
+        ({"SLURM_JOB_ID": "125", "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "4"}, "requeue 120_4\n"),
+        ({"SLURM_JOB_ID": "123", "SLURM_JOB_NAME": "interactive"}, None),
+        ({"SLURM_JOB_ID": "123", "SUBMITIT_EXECUTOR": "slurm"}, None),
+        ({}, None),
+    ],
+)
+def test_slurm_is_asked_for_the_job(
+    variables: dict[str, str], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{stand_in(tmp_path)}:{os.environ['PATH']}")
+    assert requeue_slurm_job() == (asked is not None)
+    written = tmp_path / "asked"
+    assert (written.read_text() if written.exists() else None) == asked
+
+
+def test_a_refusal_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("PATH", f"{stand_in(tmp_path, status=1)}:{os.environ['PATH']}")
+    assert not requeue_slurm_job()
+    assert "`scontrol requeue 123` has failed (no such job): submit the job again" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert not requeue_slurm_job()
+    assert "scontrol" in capsys.readouterr().err
+
+
+def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert slurm_job() == "9"
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert slurm_job() is None
+
+
+def names(tmp_path: Path, count: int, **variables: str) -> list[str]:
+    """What processes that one parent starts would call their run."""
+    code = "from dino_lightning.cli import run_name; print(run_name())"
+    shell = "; ".join([f"{sys.executable} -c '{code}'"] * count)
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "TORCHEL", "DINO_L"))}
+    source = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(["sh", "-c", f"{shell}; sleep 1.1; {sys.executable} -c '{code}'; true"], capture_output=True,
+                          text=True, check=False, env={**known, "PYTHONPATH": source, **variables})  # fmt: skip
+    return done.stdout.split() or [done.stderr]
+
+
+def test_a_run_that_is_started_again_keeps_its_folder(tmp_path: Path) -> None:
+    assert names(tmp_path, 1, SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1") == ["42", "42"]
+    assert names(tmp_path, 1, TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="1") == ["mine", "mine"]
+
+
+def test_torchrun_without_an_id_gives_all_its_processes_and_starts_one_name(tmp_path: Path) -> None:
+    """Its agent is the parent of all, and stays."""
+    first, *others = names(tmp_path, 1, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="1")
+    assert len(others) == 1
+    assert set(others) == {first}
+    assert first.startswith("20")
+    (refused,) = names(tmp_path, 1, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="2")[-1:]
+    assert "--rdzv-id" in refused
