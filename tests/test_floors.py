@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 # fmt: off
 FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
-     "factors", "ops", "restarts"},
-    {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss",
+     "factors", "ops", "restarts", "held_folder"},
+    {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss", "activations",
      "pictures", "pictures_tokens", "feature_queue", "collapse", "masking"},
     {"backbones", "vit", "networks", "data"},
     {"methods", "evaluation", "checkpoints", "strategy", "launcher"},
     {"callbacks"},
-    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation", "report",
-     "suggest", "suggested"},
+    {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
+     "checks_environment", "checks_resources", "checks_resume", "report", "suggest", "suggested"},
     {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare"},
 ]
 # fmt: on
@@ -25,7 +25,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
 WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"),
-          ("checks", "checks_method"), ("run", "report"), ("run", "suggested"), ("suggested", "suggest"),
+          ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
+          ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"), ("run", "suggested"), ("suggested", "suggest"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),

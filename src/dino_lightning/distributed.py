@@ -24,6 +24,11 @@ def trains_on_cpu(accelerator: str) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not other)
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a program that asks this device for a number waits for work that it could have added to meanwhile."""
+    return device.type == "cuda"
+
+
 def rank() -> int:
     """This process's number in the group; 0 without one."""
     return dist.get_rank() if _active() else 0

@@ -57,5 +57,6 @@ class FeatureQueue(nn.Module):
         self._observed.clear()
 
     def forget(self) -> None:
-        """Drop what was observed since the last commit: its step is not taken."""
+        """Drop what was observed since the last commit: its step is not taken, or the queue was read from a file."""
         self._observed.clear()
+        self._full = False

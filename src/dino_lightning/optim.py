@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig
 from dino_lightning.lars import LARS
@@ -29,20 +29,23 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -> None:
-    """Scale each gradient whose L2 norm exceeds `max_norm` down to it, tensor by tensor and in place.
+def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Tensor | None:
+    """Scale each gradient whose L2 norm exceeds `max_norm` down to it, tensor by tensor and in place; 0 scales none.
 
-    This is not `clip_grad_norm_`, which measures one norm over all tensors.
+    This is not `clip_grad_norm_`, which measures one norm over all tensors. Returns whether a norm is not finite, a
+    flag on the device that is the same on all ranks; None where there are no gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        return
+        return None
     slices = [local(gradient) for gradient in gradients]
     norms = whole_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
-    # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host. On a GPU
-    # this one call takes a kernel for each tensor, as PyTorch joins only lists of equal shapes.
-    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(slices, list(factors.unbind()))
+    if max_norm:
+        # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host. On a
+        # GPU this one call takes a kernel for each tensor, as PyTorch joins only lists of equal shapes.
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(slices, list(factors.unbind()))
+    return ~torch.isfinite(norms).all()
 
 
 def drop_last_layer_gradients(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ that pass to do while the program waits. So all ranks know in the same step whet
 whether one was asked to leave or to save. What was noted until the micro-batch's end is handed over with them, later.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Reading:
     """Of this rank."""
     ends_step: bool = False
     """Whether it is the last micro-batch of its optimizer step."""
+    left_out: bool = False
+    """Whether its step moves nothing, so that it counts for no mean."""
     values: dict[str, float] = field(default_factory=dict)
     _scalars: dict[str, Tensor] = field(default_factory=dict)
     _arrive: Callable[[], list[float]] | None = None
@@ -57,6 +60,13 @@ class Reading:
             self._scalars[name] = value.detach()
         else:
             self.values[name] = value
+
+    def row(self) -> dict[str, float]:
+        """What is logged; of a step that moves nothing, only what is a number."""
+        row = {**self.values, "epoch": self.epoch}
+        if self.left_out:
+            return {name: value for name, value in row.items() if math.isfinite(value)}
+        return {"train/loss": self.loss, **row}
 
     def send(self, loss: Tensor, *, leave: bool, save: bool, gradient: Tensor | None) -> None:
         """Start the mean of the loss and the sums of three flags over ranks, and the way of all scalars to the host."""
@@ -139,6 +149,13 @@ class Readings:
                 self.save_asked |= save
                 self.gradients_failed |= gradient
 
+    def settle(self) -> None:
+        """Learn of the step before what the next loss would tell; the program waits for that step."""
+        self.arrive()
+        failed, self.gradient_failed = self.gradient_failed, None
+        if failed is not None:
+            self.gradients_failed |= read_now(failed)
+
     def hand_over(self, use: Callable[[Reading], None]) -> None:
         """Give all readings that have arrived to `use`, in their order.
 
@@ -148,13 +165,14 @@ class Readings:
             reading = self._sent[0]
             use(reading)
             self._sent.popleft()
-            self.latest = reading.loss
-            self._weighted += reading.loss * reading.images
-            self._images += reading.images
+            if not reading.left_out:
+                self.latest = reading.loss
+                self._weighted += reading.loss * reading.images
+                self._images += reading.images
 
     def collect(self, use: Callable[[Reading], None]) -> None:
-        """Wait for all that was sent, and hand it over."""
-        self.arrive()
+        """Wait for all that is known of the steps so far, and hand it over."""
+        self.settle()
         self.hand_over(use)
 
     def state_dict(self) -> dict[str, float]:
@@ -170,6 +188,11 @@ class Readings:
         mean = self._weighted / self._images if self._images else None
         self._weighted, self._images = 0.0, 0
         return mean
+
+
+def read_now(flag: Tensor) -> bool:
+    """A flag on the device; the program waits for everything in the device's queue before it."""
+    return bool(flag.tolist())
 
 
 def _send(shared: Tensor, scalars: list[Tensor]) -> Callable[[], list[float]]:

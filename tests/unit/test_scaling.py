@@ -85,7 +85,7 @@ def test_fsdp() -> None:
 
 
 def test_centre_and_loss() -> None:
-    assert small_bytes(7, gpus=2, element=8) == {"centre": 64, "loss": 8}
+    assert small_bytes(7, gpus=2, element=8) == {"centre": 64, "loss": 32}
 
 
 def test_state() -> None:

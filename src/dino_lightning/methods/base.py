@@ -2,10 +2,10 @@
 
 `optimizer_step` is that place. In this order, once per optimizer step and never per micro-batch: write the learning
 rate and weight decay, step the student, move the teacher if there is one, let the method move its own state (DINO: the
-centre). `global_step` has the index of the step just taken throughout.
+centre). A step whose loss or gradient is not finite on any rank moves none of these (`nonfinite.py`). `global_step` has
+the index of the step just taken throughout.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from dino_lightning.centering import Centering
 from dino_lightning.config import OptimConfig
 from dino_lightning.data.labels import images_in
+from dino_lightning.distributed import runs_ahead
 from dino_lightning.feature_queue import FeatureQueue
 from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.methods.nonfinite import Overflows, Policy, Trouble, drop_gradients, hold_back, trouble_in
 from dino_lightning.methods.window import Window
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
-from dino_lightning.readings import Reading, Readings
+from dino_lightning.readings import Reading, Readings, read_now
 from dino_lightning.schedules import Cosine, Duration
 from dino_lightning.sharding import shard
 
@@ -58,6 +60,10 @@ class Method(L.LightningModule, ABC):
         """Called with every reading that is logged; for callbacks."""
         self.window: Window | None = None
         """Where logging steps leave features and outputs, if a callback wants them."""
+        self.policy = Policy()
+        """What follows a step whose loss or gradient is not finite; for a callback."""
+        self.overflows = Overflows()
+        self._trouble: Trouble | None = None
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
@@ -152,6 +158,7 @@ class Method(L.LightningModule, ABC):
         """Add what `checkpoints.load_network` wants to know; no file is written after a loss that is not finite."""
         self.collect()
         checkpoint["readings"] = self.readings.state_dict()
+        checkpoint["overflows"] = float(self.overflows.count)
         checkpoint["evaluated"] = self.evaluated_key
         if self.description:
             checkpoint["network"] = self.description
@@ -160,12 +167,13 @@ class Method(L.LightningModule, ABC):
         """Go on with the mean loss of the epoch."""
         if "readings" in checkpoint:  # not in files of older versions
             self.readings.load_state_dict(checkpoint["readings"])
+            self.overflows.count = checkpoint.get("overflows", 0.0)
 
     # ----------------------------------------------------------------------------------------------------- step
 
     def setup(self, stage: str) -> None:
         """Forget what another fit has left, before a checkpoint is read."""
-        self.readings = Readings()
+        self.readings, self.overflows = Readings(), Overflows()
         self.forget_step()
 
     def configure_model(self) -> None:
@@ -191,7 +199,9 @@ class Method(L.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch. What it measures is read before the student moves (see `readings`)."""
-        self.readings.hand_over(self._use)
+        waiting = self.readings.waiting
+        if waiting and waiting[-1].ends_step:
+            self.readings.hand_over(self._use)
         logged = self.is_logging_step
         now = {"step": self.global_step, "epoch": self.trainer.current_epoch, "images": images_in(batch)}
         self.readings.open(**now, logged=logged)
@@ -199,39 +209,77 @@ class Method(L.LightningModule, ABC):
         if logged:
             for name in self.schedules:
                 self.note(f"schedule/{name}", self.value(name))
+            if self._scaler is not None:
+                for name, figure in self.overflows.figures(self._scaler).items():
+                    self.note(name, figure)
         self.readings.send(loss)
         return loss
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip tensor by tensor. Lightning calls this after gradients are unscaled under mixed precision."""
-        if self.optim.clip_grad:
-            clip_each_gradient(self.parameters(), max_norm=self.optim.clip_grad)
+        """Clip tensor by tensor. Lightning calls this after gradients are unscaled under mixed precision.
+
+        The norms tell whether all gradients are finite. Where a wait for the device costs nothing, or the run is to go
+        on, that is read here; on a GPU under the policy `stop`, the device keeps a bad step from the weights, and the
+        program learns of it with the next loss.
+        """
+        if self._trouble is not None:
+            return
+        failed = clip_each_gradient(self.parameters(), max_norm=self.optim.clip_grad)
+        if failed is not None and self._scaler is not None:
+            self.overflows.add(failed)
+        elif failed is not None and (self.policy.leaves_out or not runs_ahead(self.device)):
+            if read_now(failed):
+                self._leave_out(Trouble(self.global_step))
+                return
+        elif failed is not None:
+            hold_back(getattr(optimizer, "optimizer", optimizer), failed)
+            self.readings.gradient_failed = failed
         self.after_clip(self.global_step)
+        self.before_student(self.global_step)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Move everything that moves, once."""
-        step = self.global_step
+        """Move everything that moves, once; or nothing, where the loss or a gradient of any rank is not finite."""
+        step, self._trouble = self.global_step, None
         for group in optimizer.param_groups:
             group["lr"] = self.schedules["lr"](step)
         optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
         closure = partial(self._before_the_step, optimizer_closure)
         closure = unscaling(closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        if self._trouble is not None:
+            self.forget_step()
+            self.policy.left_out(self._trouble)
+            return
         self.after_student(step)
         self.after_step(step)
 
     def _before_the_step(self, forward_and_backward: Callable[[], Any]) -> Any:
-        """The last micro-batch's passes, and what has to be known and done before the student moves."""
+        """The last micro-batch's passes, and what has to be known before the student moves."""
         result = forward_and_backward()
         self.readings.arrive()
         waiting = self.readings.waiting
         waiting[-1].ends_step = True
-        for reading in waiting:
-            _must_be_finite(reading)
-        self.before_student(self.global_step)
+        if self.readings.gradients_failed:
+            self.policy.found(Trouble(self.global_step - 1, late=True))
+        trouble = trouble_in(waiting)
+        if trouble is not None:
+            self._leave_out(trouble)
+            return None  # to a loss scale that means: no backward pass, so it stays as it is
         return result
+
+    def _leave_out(self, trouble: Trouble) -> None:
+        self.policy.found(trouble)
+        self._trouble = trouble
+        for reading in self.readings.waiting:
+            reading.left_out = True
+        drop_gradients(self)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """Of fp16, where it trains in that."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     # --------------------------------------------------------------------------------------- what a step measures
 
@@ -249,23 +297,23 @@ class Method(L.LightningModule, ABC):
         self.readings.note(name, value)
 
     def collect(self) -> None:
-        """Write the rows of steps taken; stop where a loss is not finite.
-
-        The mean over ranks is not finite where the loss of one rank is not, and all collect at the same places, so all
-        ranks stop at once.
-        """
+        """Write the rows of steps taken, on all ranks together; after a step that ended the run, raise that again."""
         self.readings.collect(self._use)
+        if self.readings.gradients_failed:
+            self.policy.found(Trouble(self.global_step - 1, late=True))
 
     def _use(self, reading: Reading) -> None:
-        _must_be_finite(reading)
-        # For callbacks that monitor the loss of a step: a tensor on the CPU, which nobody has to wait for.
-        self.trainer.callback_metrics["train/loss"] = torch.full((), reading.loss)
+        kept = not reading.left_out
+        if kept and (trouble := trouble_in([reading])) is not None:
+            Policy().found(trouble)
+        if kept:
+            # For callbacks that monitor the loss of a step: a tensor on the CPU, which nobody has to wait for.
+            self.trainer.callback_metrics["train/loss"] = torch.full((), reading.loss)
         if reading.ends_step and (reading.logged or self.trainer.should_stop):
-            row = {"train/loss": reading.loss, **reading.values, "epoch": reading.epoch}
             for logger in self.trainer.loggers:
-                logger.log_metrics(row, step=reading.step)
+                logger.log_metrics(reading.row(), step=reading.step)
                 logger.save()
-            for watch in self.watchers:
+            for watch in self.watchers if kept else ():
                 watch(reading)
 
     def on_train_start(self) -> None:
@@ -286,14 +334,6 @@ class Method(L.LightningModule, ABC):
         mean = self.readings.take_mean()
         if mean is not None:
             self.log("train/loss_epoch", mean, sync_dist=True)
-
-
-def _must_be_finite(reading: Reading) -> None:
-    if not math.isfinite(reading.loss):
-        raise FloatingPointError(
-            f"the loss is {reading.loss} at step {reading.step}: lower optim.lr or optim.clip_grad, lengthen "
-            "optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32."
-        )
 
 
 def _nothing() -> None:

@@ -38,7 +38,8 @@ class Window:
     @torch.no_grad()
     def add_output(self, mean_K: Tensor, *, crops: int) -> None:
         """Add the mean output over so many crops, those of all ranks."""
-        total_K = crops * mean_K
+        # A step that is left out since its loss is not finite would leave its mark here for good.
+        total_K = crops * torch.where(mean_K.isfinite().all(), mean_K, torch.zeros_like(mean_K))
         self._total_K = total_K if self._total_K is None else self._total_K + total_K
         self._crops += crops
 
@@ -47,6 +48,7 @@ class Window:
         if not self._features:
             return None
         features_ND = all_gather_concat(torch.cat(list(self._features))[-_share() :])
+        features_ND = features_ND[features_ND.isfinite().all(dim=1)]  # none of a step that was left out
         if len(features_ND) < min(features_ND.shape[1], MOST_ROWS // 2):
             return None
         self._features.clear()
