@@ -53,7 +53,7 @@ from dino_lightning.methods.moco import MoCo
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
 from dino_lightning.records import write_atomically
-from dino_lightning.strategy import SharedStatistics, build_strategy
+from dino_lightning.strategy import SharedStatistics, build_strategy, cluster_plugins
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
@@ -76,7 +76,7 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
         plugins.append(SharedStatistics())
     kind = AsyncCheckpointIO if config.callbacks.checkpoint.asynchronous else SafeCheckpointIO
     io = kind(keep_last=config.callbacks.checkpoint.keep_last)
-    arguments["plugins"] = [*plugins, io]
+    arguments["plugins"] = [*plugins, io, *cluster_plugins()]
     callbacks: list[Callback] = [RanksAgree(config)]
     loggers: list[Logger] = []
     if not config.trainer.barebones:

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -25,10 +24,14 @@ from dino_lightning.callbacks.speed import Speed
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checkpoints.files import newest_whole
 from dino_lightning.checks import check_config, check_data
+from dino_lightning.checks_environment import check_environment, check_port
+from dino_lightning.checks_resources import check_resources
+from dino_lightning.checks_resume import check_same_run, check_total_batch
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
+from dino_lightning.held_folder import held_folder
 from dino_lightning.methods.base import Method
 from dino_lightning.ops.memory import keep_freed_memory
 from dino_lightning.quiet import quieten_libraries
@@ -49,24 +52,36 @@ def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | 
 
     `given` are the words of the command line, whose keys `suggest=true` leaves as they are.
     """
+    with held_folder(composed.output_dir):
+        return _train(composed, given=given)
+
+
+def _train(composed: DictConfig, *, given: Sequence[str]) -> float | None:
     check_keys(composed)
     suggested = suggest_settings(composed, given=given)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
     check_config(config)
+    check_environment(config)
     quieten_libraries()
     L.seed_everything(config.seed, workers=True, verbose=False)
     resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
 
     output = Path(config.output_dir)
     found = newest_whole(output / "checkpoints") if resume_mode(config) else None
+    if found is not None:
+        check_same_run(resolved, output)
     data = build_data(config)
     step = None if found is None else found[1]["global_step"]
     trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()}, before_step=step)
+    if found is not None:
+        check_total_batch(resolved, output, ranks_before=len(found[1].get("ranks", [0])), ranks=trainer.world_size)
+    check_port(trainer.strategy, world_size=trainer.world_size)
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config, num_classes=data.num_classes)
+    check_resources(config, method, processes=trainer.num_devices, first=trainer.is_global_zero)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -101,9 +116,8 @@ def leave_with(leave: LeaveRun, trainer: L.Trainer) -> int:
     leave_group()
     if leave.then is not None and trainer.is_global_zero:
         leave.then()
-    # Lightning kills the first process where one that it started ends with another status than 0.
-    launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-    return 0 if launched and not trainer.is_global_zero else leave.status
+    # A launcher that sees another process end with a status kills the first one, which may still ask SLURM.
+    return leave.status if trainer.is_global_zero else 0
 
 
 def threads_beside(config: TrainConfig, *, devices: int) -> int:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from timm.layers import convert_sync_batchnorm
@@ -54,6 +55,17 @@ def build_strategy(config: TrainerConfig, *, timeout: timedelta = TIMEOUT) -> St
     return DataParallel(
         start_method=START_METHODS[name], static_graph=static, find_unused_parameters=unused, timeout=timeout
     )
+
+
+def cluster_plugins() -> list[SLURMEnvironment]:
+    """SLURM's environment where Lightning would choose it, without its handler of the signal that ends a job.
+
+    That one saves at once, within the signal, wherever the step is: with a student that has moved and a teacher that
+    has not. `callbacks.leaving` waits for the end of the step.
+    """
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
