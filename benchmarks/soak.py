@@ -4,8 +4,9 @@
     python benchmarks/soak.py FOLDER --hours 0.1 --every 30       a try
 
 First comes an uninterrupted run, the reference. Then the same run again and again until the time is up, each hit at
-random moments, `--every` seconds apart on average, by each of `KINDS` in turn, and started again with the same command
-line. Each ends by itself and is held against the reference: weights, optimizer, every row of `metrics.csv`, k-NN.
+random moments, `--every` seconds apart on average, by each kind of blow in turn, and started again with the same
+command line. Each ends by itself and is held against the reference: weights, optimizer, all rows of `metrics.csv`,
+k-NN. All run a copy of the code as it is at the beginning.
 Meanwhile memory, handles, threads, shared memory and the folder are measured every 10 s. `FOLDER/report.md` and
 `report.json` say what was seen; they are written every minute, so that a soak that is cut off leaves them too.
 
@@ -22,24 +23,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import soak_measures as measures
+from soak_blows import LEAVES, ORDERLY, Blows, signal_all
 from soak_compare import differences
+from soak_measures import Leg
 from soak_report import write_report
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("TERM", "KILL", "loader", "INT", "USR1", "disk", "STOP", "TERM all", "USR1 all")
-"""`all` means every process of the run, as schedulers do; INT goes to the group of processes, as from a terminal."""
-LEAVES = {"TERM": 75, "TERM all": 75, "USR1": 75, "USR1 all": 75, "INT": 130, "KILL": -9}
-"""Exit status that is expected, where it is a matter of definition."""
-ORDERLY = ("TERM", "TERM all", "USR1", "USR1 all", "INT")
-DISK, HOLD, STOPPED = 96, 45.0, 25.0
-"""MiB of the tmpfs; seconds for which it is full; seconds for which a run is stopped."""
-EXIT_LIMIT, STALL_LIMIT, GRACE = 90.0, 240.0, 10.0
-"""Seconds: from a signal to the exit; without a new step; for what is left over to disappear."""
+DISK = 96
+"""MiB of the tmpfs."""
+STALL_LIMIT, GRACE = 240.0, 10.0
+"""Seconds: without a new step; for what is left over to disappear."""
 EPOCH = 32
 """Steps."""
 RUN = (
@@ -58,35 +55,6 @@ RUN = (
 )
 
 
-@dataclass
-class Leg:
-    """One process of a run, from its start to its exit."""
-
-    run: int
-    began: float
-    logger: str
-    workers: int
-    resumed: int | None = None
-    """Step it went on from; None where it ended before it began to train."""
-    kind: str | None = None
-    """What ended it; None where it came to its own end."""
-    survived: list[str] = field(default_factory=list)
-    """What it has gone on through."""
-    code: int | None = None
-    seconds: float = 0.0
-    to_exit: float | None = None
-    """Seconds from the signal to the exit."""
-    steps: int = 0
-    """Steps done when it had ended."""
-    lost: int | None = None
-    """Of them, those that the next leg did again."""
-    left_processes: list[str] = field(default_factory=list)
-    left_segments: list[str] = field(default_factory=list)
-    left_files: int = 0
-    """Temporary files."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Soak:
     """The whole soak and what it has seen."""
 
@@ -95,11 +63,12 @@ class Soak:
         self.folder: Path = options.folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.disk, self.mounted = self.folder / "disk", False
+        self.code = self.copy_of_the_code()
         self.began, self.written = time.time(), 0.0
         self.legs: list[Leg] = []
         self.runs: list[dict[str, Any]] = []
         self.failures: list[str] = []
-        self._kinds: list[str] = []
+        self.blows = Blows(self.random)
         self.next_blow = float("inf")
 
     def soak(self) -> None:
@@ -113,7 +82,7 @@ class Soak:
                 self.one_run(number)
                 number += 1
         finally:
-            self.signal_all(f"SOAK_LEG={os.getpid()}-", signal.SIGKILL)
+            signal_all(f"SOAK_LEG={os.getpid()}-", signal.SIGKILL)
             self.write()
             self.unmount()
 
@@ -125,6 +94,15 @@ class Soak:
     def until_next(self) -> float:
         """Seconds to the next blow."""
         return self.random.uniform(self.options.every / 3, self.options.every * 5 / 3)
+
+    def copy_of_the_code(self) -> Path:
+        """All legs run the same code, whatever happens to the checkout in these hours."""
+        code = self.folder / "code"
+        for name in ("src", "conf"):
+            shutil.copytree(HERE.parent / name, code / name, dirs_exist_ok=True)
+        for path in (HERE.parent / "train.py", HERE / "soak_watch.py"):
+            shutil.copy(path, code)
+        return code
 
     # ------------------------------------------------------------------------------------------------------ runs
 
@@ -187,10 +165,10 @@ class Soak:
             if now - moved > STALL_LIMIT:
                 self.fail(f"leg {len(self.legs)} of run {number}: no step for {STALL_LIMIT:.0f} s")
                 leg.kind = "stalled"
-                self.signal_all(marker, signal.SIGKILL)
+                signal_all(marker, signal.SIGKILL)
             elif blows and now >= self.next_blow and now < self.end:
                 pids |= set(measures.processes_of(marker))
-                self.blow(process, marker, leg)
+                self.hit(process, marker, leg)
                 self.next_blow, moved = time.time() + self.until_next(), time.time()
             self.write_now_and_then()
             time.sleep(0.3)
@@ -207,16 +185,16 @@ class Soak:
             path.mkdir(parents=True, exist_ok=True)
         words = [*RUN, f"trainer.max_epochs={self.options.epochs}", f"data.num_workers={leg.workers}"]
         words += [f"callbacks.checkpoint.every_n_minutes={self.options.minutes}", f"logger={leg.logger}"]
-        words += [f"imports=[{HERE / 'soak_watch.py'}]", f"output_dir={folder}", *self.options.set]
+        words += [f"imports=[{self.code / 'soak_watch.py'}]", f"output_dir={folder}", *self.options.set]
         if self.options.resume == "auto" or (folder / "checkpoints" / "last.ckpt").exists():
             words.append(f"resume={self.options.resume}")
         mark = f"SOAK_LEG={os.getpid()}-{name}-"
         environment = {**os.environ, "SOAK_LEG": mark.removeprefix("SOAK_LEG="), "SOAK_EVENTS": str(events)}
         environment |= {"SOAK_PAUSE": str(self.options.pause), "TMPDIR": str(temporary), "WANDB_SILENT": "true"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code / "src")}
         with (self.folder / "logs" / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, str(HERE.parent / "train.py"), *words],
+                [sys.executable, str(self.code / "train.py"), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -233,7 +211,7 @@ class Soak:
             time.sleep(0.2)
         for pid in measures.processes_of(marker):
             leg.left_processes.append(measures.command_of(pid))
-        self.signal_all(marker, signal.SIGKILL)
+        signal_all(marker, signal.SIGKILL)
         leg.left_segments = measures.segments_of(measures.segments() - segments, pids)
         leg.left_files = measures.count_of(temporary)
         leg.steps = measures.last_step(folder)
@@ -242,67 +220,18 @@ class Soak:
         self.judge(leg)
         leg.steps = max(leg.steps, before if leg.resumed is None else 0)
 
-    # ----------------------------------------------------------------------------------------------------- blows
-
-    def blow(self, process: subprocess.Popen[bytes], marker: str, leg: Leg) -> None:
-        """Hit a run and wait for what comes of it."""
-        self._kinds = self._kinds or self.random.sample(KINDS, len(KINDS))
-        kind = self._kinds.pop()
-        if kind == "disk" and not self.mounted:
-            return
-        loaders = measures.loaders_of(process.pid)
-        if kind == "loader" and not loaders:
-            self._kinds.append(kind)
-            return
+    def hit(self, process: subprocess.Popen[bytes], marker: str, leg: Leg) -> None:
+        """Hit a run and note what came of it."""
+        kind = self.blows.next_kind(process.pid, disk=self.mounted)
         at = time.time()
-        if kind == "disk":
-            self.fill(process)
-        elif kind == "STOP":
-            self.signal_all(marker, signal.SIGSTOP)
-            time.sleep(STOPPED)
-            self.signal_all(marker, signal.SIGCONT)
-        elif kind == "loader":
-            os.kill(self.random.choice(loaders), signal.SIGKILL)
-        elif kind == "INT":
-            os.killpg(process.pid, signal.SIGINT)
-        elif kind.endswith("all"):
-            self.signal_all(marker, getattr(signal, f"SIG{kind.split()[0]}"))
-        else:
-            process.send_signal(getattr(signal, f"SIG{kind}"))
-        must_end = kind in LEAVES
-        try:
-            process.wait(EXIT_LIMIT if must_end else 20)
+        if self.blows.strike(kind, process, marker, disk=self.disk):
             leg.kind, leg.to_exit = kind, round(time.time() - at, 2)
-        except subprocess.TimeoutExpired:
-            if must_end:
-                self.fail(f"leg {len(self.legs) - 1}: {kind} has not ended it within {EXIT_LIMIT:.0f} s")
-                leg.kind = f"{kind}, ignored"
-                self.signal_all(marker, signal.SIGKILL)
-            else:
-                leg.survived.append(kind)
-
-    def fill(self, process: subprocess.Popen[bytes]) -> None:
-        """A full disk for a while, longer than from one checkpoint to the next."""
-        filler = self.disk / "filler"
-        with filler.open("wb", buffering=0) as file:
-            size = 2**20
-            while size:
-                try:
-                    file.write(b"\0" * size)
-                except OSError:
-                    size //= 2
-        until = time.time() + HOLD
-        while time.time() < until and process.poll() is None:
-            time.sleep(0.1)
-        filler.unlink()
-
-    def signal_all(self, marker: str, number: int) -> None:
-        """Send a signal to all processes of a leg."""
-        for pid in measures.processes_of(marker):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        elif kind in LEAVES:
+            self.fail(f"leg {len(self.legs) - 1}: {kind} has not ended it in {time.time() - at:.0f} s")
+            leg.kind = f"{kind}, ignored"
+            signal_all(marker, signal.SIGKILL)
+        else:
+            leg.survived.append(kind)
 
     def judge(self, leg: Leg) -> None:
         """Failures of a leg that has ended."""

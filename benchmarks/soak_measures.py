@@ -1,8 +1,8 @@
-"""What `benchmarks/soak.py` reads of a run from outside: its processes, its files and the rows of its log."""
+"""What `benchmarks/soak.py` sees of a run from outside: its processes, its files and the rows of its log."""
 
 import csv
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,35 @@ class Sample:
     """Size of the run's folder."""
     temporary: int
     """Files in the run's folder for temporary files."""
+
+
+@dataclass
+class Leg:
+    """One process of a run, from its start to its exit."""
+
+    run: int
+    began: float
+    logger: str
+    workers: int
+    resumed: int | None = None
+    """Step it went on from; None where it ended before it began to train."""
+    kind: str | None = None
+    """What ended it; None where it came to its own end."""
+    survived: list[str] = field(default_factory=list)
+    """What it has gone on through."""
+    code: int | None = None
+    seconds: float = 0.0
+    to_exit: float | None = None
+    """Seconds from the signal to the exit."""
+    steps: int = 0
+    """Steps done when it had ended."""
+    lost: int | None = None
+    """Of them, those that the next leg did again."""
+    left_processes: list[str] = field(default_factory=list)
+    left_segments: list[str] = field(default_factory=list)
+    left_files: int = 0
+    """Temporary files."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 def processes_of(marker: str) -> list[int]:
