@@ -112,20 +112,15 @@ def all_gather_concat(tensor: Tensor) -> Tensor:
 
 
 LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Socket Timeout",
+    "gloo/transport/",
+    "caused pair closure",
+    "connectFullMesh failed",
     "wait timeout",
-    "timed out",
-    "recvValue failed",
-    "sendBytes failed",
-    "failed to recv",
+    "Socket Timeout",
     "remote process exit",
-    "NCCL communicator was aborted",
+    "communicator was aborted",
 )
-"""What torch.distributed says, among other things, where another rank is gone or silent."""
+"""Words of gloo, the store and NCCL where another rank is gone or silent."""
 
 
 def another_rank_is_lost(error: BaseException) -> bool:

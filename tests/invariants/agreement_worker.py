@@ -4,6 +4,7 @@ Each case is a whole `Trainer.fit` with real images; what the ranks do not share
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from PIL import Image
 
+import dino_lightning
 from dino_lightning.build import build_data, build_method
 from dino_lightning.callbacks import agreement
 from dino_lightning.callbacks.agreement import RanksAgree
@@ -54,6 +56,15 @@ def other_commit() -> None:
     agreement.commit = lambda: "b" * 40  # type: ignore[assignment]
 
 
+def other_code() -> None:
+    package = Path(dino_lightning.__file__).parent
+    copy = Path(sys.argv[1]) / "code"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "losses.py").open("a") as file:
+        file.write("\n")
+    agreement.PACKAGE = copy
+
+
 def other_version() -> None:
     versions = agreement.version
     agreement.version = lambda name: "0.0.1" if name == "timm" else versions(name)
@@ -71,6 +82,7 @@ CASES = {
     "another class": Case(folder="moved"),
     "weights": Case(patch=lambda: torch.manual_seed(17)),  # type: ignore[arg-type,return-value]
     "the commit": Case(patch=other_commit),
+    "the code": Case(patch=other_code),
     "a version": Case(patch=other_version),
 }
 
@@ -97,7 +109,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
     words += ["experiment=quick", *(case.second if second else [])]
     config = cast(TrainConfig, OmegaConf.to_object(composed(*words, output_dir=folder / f"out{int(second)}")))
     L.seed_everything(config.seed, verbose=False)
-    before = agreement.commit, agreement.version
+    before = agreement.commit, agreement.version, agreement.PACKAGE
     if case.patch and second:
         case.patch()
     steps = Steps()
@@ -120,7 +132,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
         trainer.fit(build_method(config), datamodule=build_data(config))
     except agreement.RanksDifferError as error:
         said = str(error)
-    agreement.commit, agreement.version = before
+    agreement.commit, agreement.version, agreement.PACKAGE = before
     return {"said": said, "steps": steps.begun, "rank": rank()}
 
 

@@ -20,7 +20,7 @@ EXPECTED = {
     "another name": "rank 1 has digest of names and labels of the ",
     "another class": "rank 1 has digest of names and labels of the ",
     "weights": "rank 1 has checksum of weights=",
-    "the commit": "rank 1 has commit=bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb, but rank 0 has commit=",
+    "the code": "rank 1 has code=",
     "a version": "rank 1 has version of timm=0.0.1, but rank 0 has version of timm=",
 }
 

@@ -28,9 +28,13 @@ from dino_lightning.distributed import all_gather_objects
 from dino_lightning.errors import RanksDifferError
 from dino_lightning.records import commit
 
+PACKAGE = Path(dino_lightning.__file__).parent
+"""The files whose digest is compared."""
 OF_THE_MACHINE = ("output_dir", "cpu_threads", "data.cache_dir", "data.path", "data.root")
 """Keys that may differ: machines keep the same images in different places, and have different cores."""
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "numpy", "pillow")
+AT = " at commit "
+"""Between the digest of the code and what it is called."""
 NAMES = 4096
 """Images of a source whose names are compared, spread evenly; their labels are compared all."""
 SAME = 1e-4
@@ -75,13 +79,13 @@ def compare(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def _comparable(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value).split(AT)[0]
 
 
 def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, float):
         return abs(value - other) <= SAME
-    return str(value) == str(other)
+    return _comparable(value) == _comparable(other)
 
 
 def _called(rank: int, ranks: Sequence[tuple[str, Any]]) -> str:
@@ -91,11 +95,11 @@ def _called(rank: int, ranks: Sequence[tuple[str, Any]]) -> str:
 
 def code(imports: Sequence[str]) -> dict[str, Any]:
     """Versions of what computes, and a digest of this package's files and of the files in `imports`."""
-    package = Path(dino_lightning.__file__).parent
-    files = sorted(package.rglob("*.py"))
+    files = sorted(PACKAGE.rglob("*.py"))
     files += [path for path in map(Path, imports) if path.is_file()]
     facts: dict[str, Any] = {f"version of {name}": version(name) for name in PACKAGES}
-    return {**facts, "commit": commit(), "digest of the code": digest(*(file.read_bytes() for file in files))}
+    # The digest decides: it sees what is not committed, and not a commit of something else between two starts.
+    return {**facts, "code": f"{digest(*(file.read_bytes() for file in files))}{AT}{commit()}"}
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
