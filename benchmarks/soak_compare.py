@@ -6,6 +6,7 @@ from typing import Any
 
 import soak_measures as measures
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 TIMES = ("Speed", "hyper_parameters", "datamodule_hyper_parameters")
@@ -15,9 +16,9 @@ SUMMARY = ("knn_top1", "knn_top5", "knn_top1_untrained", "knn_top1_pixels", "ste
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """In words; empty where all is equal: exported weights, checkpoint, rows of the log, summary."""
-    found = []
-    if (folder / "teacher.safetensors").read_bytes() != (reference / "teacher.safetensors").read_bytes():
-        found.append("teacher.safetensors is different")
+    found: list[str] = []
+    for path in reference.glob("*.safetensors"):
+        found += unequal(_exported(folder / path.name), _exported(path), path.name)[:3]
     found += _rows(measures.rows_of(folder), measures.rows_of(reference))
     own, other = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
     found += [f"summary.json: {key} is {own[key]}, not {other[key]}" for key in SUMMARY if own[key] != other[key]]
@@ -44,6 +45,12 @@ def unequal(own: Any, other: Any, path: str = "last.ckpt", *, without: tuple[str
         return [line for i, (a, b) in enumerate(zip(own, other, strict=True))
                 for line in unequal(a, b, f"{path}/{i}", without=without)]  # fmt: skip
     return [] if own == other or (own != own and other != other) else [f"{path} is {own!r:.60}, not {other!r:.60}"]
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    """Weights and description; the library writes the parts of the latter in any order."""
+    with safe_open(path, framework="pt") as file:
+        return {"description": file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}
 
 
 def _is_left_out(key: Any, without: tuple[str, ...]) -> bool:
