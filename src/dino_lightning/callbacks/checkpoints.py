@@ -116,8 +116,10 @@ class Checkpoints(Checkpoint):
         return True
 
     def _save(self, trainer: L.Trainer, names: list[str]) -> None:
-        readings = cast(Method, trainer.lightning_module).readings
-        readings.ask_to_save = readings.save_asked = False
+        method = cast(Method, trainer.lightning_module)
+        # Lightning asks callbacks for their states before it asks the method, which would collect too late for them.
+        method.collect()
+        method.readings.ask_to_save = method.readings.save_asked = False
         self.io.names = names
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         period = self.config.every_n_minutes * 60
