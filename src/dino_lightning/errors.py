@@ -20,3 +20,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(sorted(known)[:20])
     return f"choose one of {shown}{', …' if len(known) > 20 else ''}"
+
+
+def cannot_be_written(key: str, path: object, error: OSError) -> UserError:
+    """What to say of a folder, the value `path` of `key`, that `error` kept from being made or written."""
+    reason = error.strerror or str(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = f"'{error.filename or path}' is a file or lies in one"
+    return UserError(f"{key}={path} cannot be written ({reason}); choose a folder of yours.")
