@@ -17,14 +17,14 @@ FLOORS = [
     {"methods", "evaluation", "checkpoints", "strategy", "launcher"},
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
-     "checks_environment", "checks_resources", "checks_resume", "report", "suggest", "suggested"},
+     "checks_environment", "checks_resources", "checks_resume", "report", "replay", "suggest", "suggested"},
     {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("run", "build"), ("run", "checks"), ("checks", "checks_step"),
+WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"),
           ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
           ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"), ("run", "suggested"), ("suggested", "suggest"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),

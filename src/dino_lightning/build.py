@@ -23,6 +23,7 @@ from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.leaving import Signals
 from dino_lightning.callbacks.metrics_file import MetricsFile
+from dino_lightning.callbacks.nonfinite import NonfiniteSteps
 from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.rank_states import RankStates
@@ -43,6 +44,7 @@ from dino_lightning.config import (
     TrainConfig,
     WandbLoggerConfig,
 )
+from dino_lightning.config.plain import to_plain
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
@@ -86,7 +88,7 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
         timeout = timedelta(seconds=config.collective_timeout_s)
         arguments["strategy"] = build_strategy(config.trainer, timeout=timeout)
         return L.Trainer(**arguments, callbacks=callbacks, logger=loggers, default_root_dir=config.output_dir)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
@@ -99,6 +101,16 @@ def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]
         callbacks.append(knn)
     if config.callbacks.collapse.enabled:
         callbacks.append(CollapseAlarm(config.callbacks.collapse))
+    callbacks.append(
+        NonfiniteSteps(
+            config.callbacks.nonfinite,
+            folder=output / "nonfinite",
+            checkpoints=output / "checkpoints",
+            configuration=to_plain(config),
+            seed=config.seed,
+            precision=str(trainer.precision),
+        )
+    )
     if trainer.enable_progress_bar:
         callbacks.append(RunProgress(speed))
     if config.callbacks.pictures.enabled:

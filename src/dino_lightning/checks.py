@@ -5,6 +5,7 @@ the key, its value and what was expected.
 """
 
 from pathlib import Path
+from typing import Any
 
 from dino_lightning.backbones import check_timm_name
 from dino_lightning.checkpoints.files import candidates
@@ -47,6 +48,9 @@ ORDERED = Rule("two positive numbers, the smaller first", lambda value: len(valu
 PER_VIEW = Rule("three probabilities: first global, second global, local crops",
                 lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
 TWO_VALUES = Rule("two numbers, the smaller first", lambda value: len(value) == 2 and value[0] < value[1])
+BATCHES = Rule("a number of batches of at least 1, or a share of them above 0 and up to 1",
+               lambda value: isinstance(value, int | float) and value > 0 and (isinstance(value, int) or value <= 1),
+               )  # fmt: skip
 BETAS = Rule("two shares below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 
 RULES: dict[str, Rule] = {
@@ -120,6 +124,13 @@ RULES: dict[str, Rule] = {
     "optim.betas": BETAS,
     "optim.trust_coefficient": POSITIVE,
     "trainer.num_nodes": at_least(1),
+    "trainer.limit_train_batches": BATCHES,
+    "trainer.overfit_batches": Rule(
+        f"0 for no limit, {BATCHES.expected}", lambda value: value in (0, False) or BATCHES.holds(value)
+    ),
+    "trainer.fast_dev_run": Rule(
+        "true, false, or a number of batches", lambda value: isinstance(value, int) and value >= 0
+    ),
     "trainer.accumulate_grad_batches": at_least(1),
     "trainer.log_every_n_steps": at_least(1),
     "step.loss_rows": at_least(1),
@@ -132,6 +143,8 @@ RULES: dict[str, Rule] = {
     "callbacks.checkpoint.every_n_epochs": at_least(0),
     "callbacks.checkpoint.every_n_minutes": at_least(0),
     "callbacks.checkpoint.keep_last": at_least(1),
+    "callbacks.nonfinite.most": at_least(0),
+    "callbacks.nonfinite.save": at_least(0),
     "collective_timeout_s": at_least(1),
     "callbacks.pictures.every_n_epochs": at_least(1),
     "callbacks.pictures.images": at_least(1),
@@ -139,7 +152,7 @@ RULES: dict[str, Rule] = {
     "seed": Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
 }
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "method.teacher_update": ("ema", "copy_each_step", "previous_step", "copy_each_epoch"),
     "method.evaluate": ("teacher", "student"),
     "method.head_activation": ("gelu", "relu"),
@@ -148,8 +161,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backbone.drop_path": ("sample", "subset"),
     "step.attention": ("split", "varlen"),
     "step.matmul_precision": ("highest", "high", "medium"),
+    "callbacks.nonfinite.policy": ("stop", "skip", "rollback"),
     "crops.backend": ("pil", "cpu", "device"),
     "data.on_error": ("skip", "raise"),
+    "trainer.deterministic": (True, False, "warn"),
     "data.cache": ("none", "ram", "disk"),
 }
 
@@ -251,6 +266,10 @@ def _check_trainer(config: TrainConfig) -> None:
         raise UserError("trainer.max_epochs=-1 needs a length in trainer.max_steps: the schedules span the run.")
     if not endless and trainer.max_epochs < 1:  # type: ignore[operator]
         raise UserError(f"trainer.max_epochs={trainer.max_epochs}: expected at least 1.")
+    if not endless and (trainer.min_epochs or 0) > trainer.max_epochs:  # type: ignore[operator]
+        raise UserError(
+            f"trainer.min_epochs={trainer.min_epochs} is more than trainer.max_epochs={trainer.max_epochs}."
+        )
     if trainer.strategy == "fsdp" and str(trainer.precision) not in SHARDED_PRECISIONS:
         raise UserError(f"trainer.strategy=fsdp does not work with trainer.precision={trainer.precision}; set "
                         "trainer.precision=bf16-mixed or 32.")  # fmt: skip

@@ -37,6 +37,9 @@ PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": ()}
 """Program -> groups that set keys of others and have none of their own."""
 
+REPLAY = "replay"
+"""First word of the command that shows a step that was not finite once more."""
+
 JOBS = Jobs()
 """The runs of `--multirun`."""
 
@@ -53,6 +56,10 @@ def train() -> None:
     register()
     try:
         sys.argv[1:] = with_imports(sys.argv[1:])
+        if sys.argv[1:2] == [REPLAY]:
+            from dino_lightning.replay import main  # torch and lightning load in seconds
+
+            sys.exit(main([word for word in sys.argv[2:] if not word.startswith("imports=")]))
     except UserError as error:
         refuse(error)
     register_timm_networks(sys.argv[1:])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import tiny_methods
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 EPOCHS, PER_EPOCH = 2, 3
@@ -69,6 +69,23 @@ def test_teacher_after_each_step(update: str, accumulated: int) -> None:
                 assert torch.equal(weight, wanted[name]), f"{name} at step {step}: a copy, to the last bit"
     for before, now in pairwise(students):
         assert not torch.equal(before["backbone.pos_embed"], now["backbone.pos_embed"])
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_loss_sees_the_teacher_that_the_step_before_left(update: str) -> None:
+    seen: list[Tensor] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            at = pl_module.teacher.backbone
+            at.register_forward_pre_hook(lambda *_: seen.append(at.pos_embed.detach().clone()))
+
+    start, run = train(update, callbacks=[Look()])
+    students = [start, *(weights(state, "student") for state in run.states)]
+    teachers = [start, *by_hand(update, start, students[1:])]
+    assert len(seen) == TOTAL
+    for step, ours in enumerate(seen):
+        torch.testing.assert_close(ours, teachers[step]["backbone.pos_embed"], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("update", UPDATES)

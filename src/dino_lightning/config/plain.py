@@ -1,0 +1,36 @@
+"""A configuration in plain types, so that a file alone says how a run was made."""
+
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.errors import UserError, nearest
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """`values`, nested as the keys are, and `schemas`, the name of each group's dataclass in `SCHEMAS`."""
+    schemas = {
+        group: name
+        for group, known in SCHEMAS.items()
+        for name, schema in known.items()
+        if type(getattr(config, group, None)) is schema
+    }
+    return {"schemas": schemas, "values": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)}
+
+
+def from_plain(plain: Any, *, source: str) -> TrainConfig:
+    """The configuration again. Raises `UserError`, which names `source`, for one that this version does not know."""
+    try:
+        schemas, values = dict(plain["schemas"]), dict(plain["values"])
+        composed = OmegaConf.structured(TrainConfig)
+        for group, name in schemas.items():
+            if name not in SCHEMAS[group]:
+                raise UserError(f"{source} is of {group}={name}: {nearest(name, SCHEMAS[group])} One of your own is "
+                                "known after imports=[FILE].")  # fmt: skip
+            composed[group] = OmegaConf.structured(SCHEMAS[group][name])
+        return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(composed, values)))
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} holds no configuration that this version knows ({reason}).") from error

@@ -1,0 +1,115 @@
+"""Trainings in which one step is not finite, and the same without that step, by hand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import tiny
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino_lightning.callbacks.nonfinite import NonfiniteSteps
+from dino_lightning.config import NonfiniteConfig
+from dino_lightning.ema import ema_update
+from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
+
+STEPS, BAD = 5, 2
+
+
+def callback(folder: Path, policy: str, **config: Any) -> NonfiniteSteps:
+    """Without a configuration to build the method from: the files cannot be replayed."""
+    places: dict[str, Any] = {"folder": folder / "nonfinite", "checkpoints": folder / "checkpoints"}
+    about: dict[str, Any] = {"configuration": {}, "seed": 0, "precision": "64-true"}
+    return NonfiniteSteps(NonfiniteConfig(policy=policy, **config), **places, **about)
+
+
+def broken(data: tiny.Batches, *at: int) -> tiny.Batches:
+    """The same batches; those at `at` have a pixel that is no number."""
+    data = [[crop.clone() for crop in crops] for crops in data]
+    for index in at:
+        data[index][0][0, 0, 0, 0] = float("nan")
+    return data
+
+
+class BadGradient(L.Callback):
+    """Makes one gradient infinite in one micro-batch; the loss stays finite."""
+
+    def __init__(self, *at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.at:
+            weight = next(p for p in pl_module.student.parameters() if p.requires_grad)
+            handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+
+
+class After(L.Callback):
+    """All that a checkpoint has, after each micro-batch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.optimizers: list[dict[str, Tensor]] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+        self.states.append(tiny.copy(pl_module))
+        self.optimizers.append(optimizer_state(trainer.optimizers[0]))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index} {name}": value.clone()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def fit(module: Any, data: Any, *callbacks: L.Callback, folder: Path, **trainer: Any) -> After:
+    after = After()
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "log_every_n_steps": 1, "devices": 1}
+    options |= {"accelerator": "cpu", "enable_checkpointing": False, "logger": CSVLogger(folder, name="", version="")}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, **trainer}
+    loader = DataLoader(data, batch_size=None)
+    L.Trainer(**options, callbacks=[*callbacks, after]).fit(module, loader)
+    return after
+
+
+def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated: int = 1) -> list[dict[str, Tensor]]:
+    """DINO's steps one after the other, but for those that are left out; the state after each step."""
+    module.double()
+    steps = len(data) // accumulated
+    moment: Any = SimpleNamespace(
+        global_step=0, world_size=1, accumulate_grad_batches=accumulated, num_training_batches=len(data),
+        estimated_stepping_batches=steps, log_every_n_steps=0,
+    )  # fmt: skip
+    module._trainer = moment
+    module.schedules = module._make_schedules()
+    optimizer = build_optimizer(module.optim, parameter_groups(module))
+    states = []
+    for step in range(steps):
+        moment.global_step = step
+        if step not in left_out:
+            optimizer.zero_grad()
+            for crops in data[step * accumulated : (step + 1) * accumulated]:
+                (module.loss(crops) / accumulated).backward()
+            clip_each_gradient(module.parameters(), max_norm=module.optim.clip_grad)
+            for group in optimizer.param_groups:
+                group["lr"] = module.value("lr")
+            optimizer.param_groups[0]["weight_decay"] = module.value("weight_decay")
+            optimizer.step()
+            ema_update(module.teacher, module.student, momentum=module.value("teacher_momentum"))
+            module.center.commit()
+        states.append(tiny.copy(module))
+    return states
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
+    """To the last bit."""
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, expected[name]), f"{name} {what}"
