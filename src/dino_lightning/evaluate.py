@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, run_name, with_shards_in_one_piece
+from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_folder, run_name, with_shards_in_one_piece
 from dino_lightning.config import register
 
 PROGRAM = "dino-eval"
@@ -33,6 +33,8 @@ def main() -> None:
         _evaluate()
     except EXPLAINED as error:
         refuse(error, program=PROGRAM)
+    except OSError as error:
+        refuse_folder(error, program=PROGRAM)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")

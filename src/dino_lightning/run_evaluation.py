@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dino_lightning.checkpoints import load_network, untrained
+from dino_lightning.checks_environment import check_gpus, check_variables, check_writable
 from dino_lightning.checks_evaluation import check_evaluation
 from dino_lightning.config import (
     SCHEMAS,
@@ -57,6 +58,9 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     check_keys(composed)
     config = cast(EvaluateConfig, OmegaConf.to_object(composed))
     check_evaluation(config, overrides=overrides)
+    check_variables()
+    check_gpus(config.trainer.accelerator)
+    check_writable("output_dir", Path(config.output_dir))
     quieten_libraries()
     runtime = start(config)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)

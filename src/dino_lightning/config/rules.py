@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ BELOW_ONE = Rule("a share from 0 up to but not including 1", lambda value: 0 <= 
 NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
 
 
-def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, tuple[str, ...]]) -> None:
+def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse the first value that breaks its rule or is none of its choices; keys that `config` lacks are skipped."""
     for key, rule in rules.items():
         value = lookup(config, key)
@@ -49,11 +52,55 @@ def check_devices(trainer: Any, known: Mapping[str, tuple[str, ...]]) -> None:
         value = str(getattr(trainer, key))
         if value not in choices:
             raise UserError(f"trainer.{key}={value}: {nearest(value, choices)}")
-    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"trainer.accelerator={trainer.accelerator}: this machine has no GPU that PyTorch can use; "
-                        "set trainer.accelerator=cpu.")  # fmt: skip
+    _check_accelerator(trainer.accelerator)
+    _check_count(trainer.devices, on_cpu=trains_on_cpu(trainer.accelerator), accelerator=trainer.accelerator)
     if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
         raise UserError(f"trainer.precision={trainer.precision} needs a GPU; on a CPU set trainer.precision=32.")
+
+
+def _check_accelerator(name: str) -> None:
+    here = {
+        "gpu": torch.cuda.is_available() or torch.backends.mps.is_available(),  # as Lightning understands it
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "tpu": find_spec("torch_xla") is not None,
+        "hpu": find_spec("habana_frameworks") is not None,
+    }
+    if here.get(name, True):
+        return
+    kind = "GPU" if name in ("gpu", "cuda") else f"device of the kind '{name}'"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f", with CUDA_VISIBLE_DEVICES={visible}" if kind == "GPU" and visible is not None else ""
+    raise UserError(f"trainer.accelerator={name}: this machine has no {kind} that PyTorch can use{hidden}; set "
+                    "trainer.accelerator=cpu.")  # fmt: skip
+
+
+def _check_count(devices: Any, *, on_cpu: bool, accelerator: str) -> None:
+    """`devices` as Lightning reads it: a number, a list of indices, either as text, -1 for all, or `auto`."""
+    text = shown(devices).strip("[]")
+    parts = [part for part in text.split(",") if part]
+    several = isinstance(devices, list) or "," in text
+    numbers = [int(part) for part in parts if re.fullmatch(r"-?\d+", part)]
+    if text == "auto":
+        return
+    if on_cpu:
+        if several or len(numbers) != 1 or numbers[0] < 1:
+            raise UserError(f"trainer.devices={shown(devices)}: expected auto or a number of processes of at least 1 "
+                            "on a CPU.")  # fmt: skip
+        return
+    if len(numbers) != len(parts) or not parts or (not several and numbers[0] < 1 and numbers[0] != -1):
+        raise UserError(f"trainer.devices={shown(devices)}: expected auto, a number of GPUs of at least 1, or a list "
+                        "of their indices such as [0,1].")  # fmt: skip
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if several and (max(numbers) >= count or min(numbers) < 0 or len(set(numbers)) < len(numbers)):
+        raise UserError(f"trainer.devices={shown(devices)}: this machine shows {count} GPU(s) to PyTorch; expected "
+                        f"different indices from 0 to {count - 1}.")  # fmt: skip
+    if not several and numbers[0] > count:
+        raise UserError(f"trainer.devices={shown(devices)}: this machine shows {count} GPU(s) to PyTorch; set "
+                        f"trainer.devices to at most {count}.")  # fmt: skip
 
 
 def check_keys(composed: DictConfig, *, prefix: str = "") -> None:

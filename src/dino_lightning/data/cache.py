@@ -60,7 +60,7 @@ def cached(
     # A hold-out changes with the seed. Its few images more are cheaper than a cache for each seed.
     part = source if isinstance(source, Part) and 2 * len(source) >= len(source.source) else None
     whole = source if part is None else part.source
-    folder = _root(config) / _key(whole, config)
+    folder = cache_root(config) / _key(whole, config)
     user = MemoryUser(folder) if config.cache == "ram" else None
     with _alone(folder):
         if not _is_whole(folder):
@@ -177,13 +177,14 @@ def _leave(folder: Path, *, lock: int, process: int) -> None:
 
 
 def _lock(lock: int, kind: Literal["shared", "alone", "off"]) -> None:
-    import fcntl  # not on Windows, where `_root` refuses
+    import fcntl  # not on Windows, where `cache_root` refuses
 
     kinds = {"shared": fcntl.LOCK_SH, "alone": fcntl.LOCK_EX | fcntl.LOCK_NB, "off": fcntl.LOCK_UN}
     fcntl.flock(lock, kinds[kind])
 
 
-def _root(config: DataConfig) -> Path:
+def cache_root(config: DataConfig) -> Path:
+    """The folder of all kept images. Raises `UserError` where it cannot be made."""
     if config.cache == "disk":
         root = Path(config.cache_dir).expanduser() / "images"
     elif not hasattr(os, "getuid"):
