@@ -1,0 +1,89 @@
+"""Whole runs of `train.py` on two processes, started by Lightning or by torchrun, that a test can disturb."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+SMALL = [
+    "experiment=quick", "backbone=vit_micro", "method.out_dim=256", "crops.local_count=2", "logger=csv",
+    "data.num_workers=0", "data.batch_size_per_device=8", "trainer.accelerator=cpu", "trainer.devices=2",
+    "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "cpu_threads=1",
+    "callbacks.pictures.enabled=false", "callbacks.knn.enabled=false",
+]  # fmt: skip
+BUILTIN = ["data.train_images=64", "data.val_images=16"]
+"""With these, two epochs of four steps on two ranks."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ONE_HOST = ["--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=test"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    status: int
+    """Negative for a signal."""
+    said: str
+    """What it wrote, to both streams."""
+    seconds: float
+
+
+def train(*words: str, launcher: Sequence[str] = (), data: Sequence[str] = BUILTIN) -> list[str]:
+    """The command: by itself, Lightning starts the second process."""
+    return [*(launcher or [sys.executable]), str(PROJECT / "train.py"), *SMALL, *data, *words]
+
+
+def start(command: Sequence[str], *, log: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """In a session of its own, with one thread for each process."""
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment(variables), stdout=file, stderr=subprocess.STDOUT,
+                                start_new_session=True, cwd=log.parent)  # fmt: skip
+
+
+def environment(variables: Mapping[str, str] = {}) -> dict[str, str]:
+    """Of a command, without what another launcher has left."""
+    of_launchers = r"SLURM_|SUBMITIT_|TORCHELASTIC_|MASTER_|DINO_L|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$"
+    known = {key: value for key, value in os.environ.items() if not re.match(of_launchers, key)}
+    return {**known, "PYTHONPATH": str(PROJECT / "src"), "OMP_NUM_THREADS": "1", **variables}
+
+
+def run(command: Sequence[str], *, log: Path, timeout: float = 120, **variables: str) -> Ended:
+    """Start and wait; what is left of it afterwards is killed, and at the end of `timeout` all of it."""
+    begun = time.monotonic()
+    process = start(command, log=log, **variables)
+    try:
+        status = process.wait(timeout=timeout)
+    finally:
+        seconds = time.monotonic() - begun
+        end_session(process.pid)
+    return Ended(status, log.read_text(errors="replace"), seconds)
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that are still there, not counting what nobody has waited for."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                state, _, _, number = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            except OSError:
+                continue
+            if int(number) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def end_session(session: int) -> None:
+    """Kill what is left."""
+    for number in members(session):
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

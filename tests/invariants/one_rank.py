@@ -1,0 +1,50 @@
+"""What one rank alone suffers, as a file for `imports=`: `FAULT` says what, `FAULTY` is the rank.
+
+It changes nothing that a test looks at: images that are not there, an exception in the middle of a step, a process that
+is stopped or killed are what they are on a real machine.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+RANK = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+FAULT = os.environ.get("FAULT", "") if os.environ.get("FAULTY") == RANK else ""
+STEP = int(os.environ.get("FAULT_STEP", "3"))
+
+
+def once() -> bool:
+    """Whether this is the first time, over all starts of the run."""
+    mark = Path(os.environ["MARK"])
+    if mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+if FAULT == "images" and once():
+    os.environ["IMAGES_OF_RANK"] = os.environ["OTHER_IMAGES"]  # `data.path` is `${oc.env:IMAGES_OF_RANK}`
+
+if FAULT == "killed at the start" and once():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if FAULT in ("error", "killed", "stopped", "noted"):
+    from dino_lightning.methods.dino import DINO
+
+    loss = DINO.loss
+
+    def faulty(self: DINO, batch: Any) -> Any:
+        if self.global_step == STEP and once():
+            match FAULT:
+                case "error":
+                    raise MemoryError("no memory left for a batch")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    time.sleep(0.1)
+        return loss(self, batch)
+
+    DINO.loss = faulty  # type: ignore[method-assign]
