@@ -1,7 +1,9 @@
 """Leave the screen to what this package says."""
 
 import logging
+import sys
 import warnings
+from contextlib import suppress
 
 EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
@@ -23,3 +25,9 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def warn(text: str) -> None:
+    """A line on stderr, if it can be written: a log often stands on the disk that is full."""
+    with suppress(OSError):
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """`metrics.csv`: a row for every logged step, which kills leave whole and a resumed run goes on with."""
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from dino_lightning.quiet import warn
 from dino_lightning.records import write_atomically
 
 METRICS = "metrics.csv"
@@ -37,6 +39,8 @@ class _Writer(ExperimentWriter):
     def __init__(self, folder: Path, *, before_step: int | None) -> None:
         super().__init__(log_dir=str(folder))
         self.path = folder / METRICS
+        self.rows_wait = False
+        """Whether the latest rows could not be written."""
         rows = [] if before_step is None else [row for row in read_rows(self.path) if int(row["step"]) < before_step]
         self.metrics_keys = sorted(set().union(*rows))
         if rows:
@@ -48,17 +52,35 @@ class _Writer(ExperimentWriter):
         """Lightning would delete the file here."""
 
     def save(self) -> None:
-        """Append the rows that were logged since the last call."""
+        """Append the rows that were logged since the last call; those for which there is no room wait for the next."""
         if not self.metrics:
             return
         keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
-        if keys != self.metrics_keys or not self.path.exists():
-            rows = [*(read_rows(self.path) if self.path.exists() else []), *self.metrics]
-            write_atomically(self.path, _table(keys, rows))
-        else:
-            with open(self.path, "ab", buffering=0) as file:  # a row in one call: a kill leaves all of it or nothing
-                file.write(_table(keys, self.metrics, header=False).encode())
-        self.metrics_keys, self.metrics = keys, []
+        try:
+            if keys != self.metrics_keys or not self.path.exists():
+                rows = [*read_rows(self.path), *self.metrics]
+                write_atomically(self.path, _table(keys, rows))
+            else:
+                _append(self.path, _table(keys, self.metrics, header=False).encode())
+        except OSError as error:
+            if not self.rows_wait:
+                warn(f"{self.path} could not be written ({error.strerror or error}); rows wait in memory, and training "
+                     "goes on.")  # fmt: skip
+            self.rows_wait = True
+            return
+        self.metrics_keys, self.metrics, self.rows_wait = keys, [], False
+
+
+def _append(path: Path, rows: bytes) -> None:
+    """All or nothing: a kill comes before the one call or after it, and a full disk leaves no half of a row."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(rows) < len(rows):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The progress bar: one line for the whole run, with loss, k-NN, images/s and the time left."""
 
 import time
+from contextlib import suppress
 from typing import Any, cast
 
 import lightning as L
@@ -62,7 +63,8 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._show(trainer)
         elif self._enabled:
-            self.console.print(self._describe(trainer), highlight=False)
+            with suppress(OSError):  # a log may stand on a disk that is full
+                self.console.print(self._describe(trainer), highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

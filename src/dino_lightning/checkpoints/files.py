@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from dino_lightning.checkpoints.read import read_pickle
 from dino_lightning.errors import UserError
+from dino_lightning.quiet import warn
 from dino_lightning.records import atomic_file, sync_folder
 
 FORMAT = 2
@@ -133,8 +133,7 @@ def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             damaged.append(f"{path.name} is damaged ({error})")
             continue
         if damaged:
-            print(f"WARNING: {'; '.join(damaged)}. Going on from {path}, at step {content['global_step']}.",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            warn(f"{'; '.join(damaged)}. Going on from {path}, at step {content['global_step']}.")
         return path, content
     if damaged:
         raise UserError(f"resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}; start anew in another "
@@ -183,8 +182,8 @@ class SafeCheckpointIO(CheckpointIO):
             sync_folder(path.parent)
         except OSError as error:
             self.failure = error
-            print(f"WARNING: {path} could not be written ({error.strerror or error}); the checkpoint before it is "
-                  "kept, and training goes on.", file=sys.stderr, flush=True)  # fmt: skip
+            warn(f"{path} could not be written ({error.strerror or error}); the checkpoint before it is kept, and "
+                 "training goes on.")  # fmt: skip
 
     def _push_back(self, path: Path) -> None:
         """`last.ckpt` becomes `last-1.ckpt`, ..., and those above `keep_last` go."""
