@@ -1,4 +1,4 @@
-"""The processes of one machine, where Lightning starts them: none outlives another that has failed.
+"""Lightning's launcher of processes, which watch each other as `processes` says instead of as Lightning does.
 
 Lightning watches the processes that it has started every five seconds, and at the first that fails it kills all by
 SIGKILL, itself included: the command then ends with status 137 whatever was wrong, and a process that has saved and
@@ -6,27 +6,14 @@ left on request counts as failed while the first one is still writing. Nobody wa
 killed while the others are on their way to it, they wait for `collective_timeout_s`.
 """
 
-import os
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from dino_lightning.restarts import INTERRUPTED, PREEMPTED
-
-STARTED_BY = "DINO_LIGHTNING_STARTED_BY"
-"""Environment variable of the started processes: number of the process that started them."""
-LOOK_S = 0.5
-"""Seconds between two looks at the other processes."""
-OWN_END_S = 3.0
-"""Seconds in which the first process may end by itself, with words of its own, after another has failed."""
-FAREWELL_S = 10.0
-"""Seconds in which the other processes may come to their end after the first one."""
+from dino_lightning.processes import started_by_this_one, watch_started
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -36,54 +23,8 @@ class Launcher(_SubprocessScriptLauncher):
         """Start the others where nobody else has, then call `function`."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
-            os.environ[STARTED_BY] = str(os.getpid())
-            try:
+            with started_by_this_one():
                 self._call_children_scripts()
-            finally:
-                del os.environ[STARTED_BY]
             threading.Thread(target=watch_started, args=(self.procs,), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
-
-
-def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until all have ended well or left on request; at the first that has not, end all and this process."""
-    while True:
-        statuses = [process.poll() for process in processes]
-        failed = next((rank for rank, status in enumerate(statuses, 1) if status not in (None, *WELL)), None)
-        if failed is not None:
-            break
-        if None not in statuses:
-            return
-        time.sleep(LOOK_S)
-    time.sleep(OWN_END_S)
-    status = statuses[failed - 1] or 1
-    for process in processes:
-        process.kill()  # one that waits in a collective does not hear SIGTERM
-    end_now(f"process {failed} of this machine has ended with status {status}, and all end with it",
-            status=status if status > 0 else 128 - status)  # fmt: skip
-
-
-WELL = (0, PREEMPTED, INTERRUPTED)
-
-
-def end_with_first_process() -> None:
-    """In a process that `Launcher` has started: end when the first process is gone. Once for each process."""
-    first = os.environ.pop(STARTED_BY, "")
-    if first:
-        threading.Thread(target=watch_first, args=(int(first),), daemon=True).start()
-
-
-def watch_first(number: int) -> None:
-    """Wait until the process `number` is no longer the parent of this one, and end this one."""
-    while os.getppid() == number:
-        time.sleep(LOOK_S)
-    time.sleep(FAREWELL_S)
-    end_now("the first process of this machine has ended, and this one ends with it", status=1)
-
-
-def end_now(reason: str, *, status: int) -> None:
-    """Say why, and end; the main thread may wait in a collective for ever, so that it cannot be asked."""
-    print(f"dino-lightning: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)

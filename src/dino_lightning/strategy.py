@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dino_lightning.config import TrainerConfig
-from dino_lightning.launcher import Launcher, end_with_first_process
+from dino_lightning.launcher import Launcher
+from dino_lightning.processes import end_with_first_process
 from dino_lightning.sharding import like, whole
 
 START_METHODS = {
