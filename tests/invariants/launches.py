@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,19 @@ def train(*words: str, launcher: Sequence[str] = (), data: Sequence[str] = BUILT
     return [*(launcher or [sys.executable]), str(PROJECT / "train.py"), *SMALL, *data, *words]
 
 
+MARKS: dict[int, str] = {}
+"""What the processes of a command that was started have in their environment, by the number of the first one."""
+
+
 def start(command: Sequence[str], *, log: Path, **variables: str) -> subprocess.Popen[bytes]:
-    """In a session of its own, with one thread for each process."""
+    """With a session of its own, one thread for each process, and a mark by which all of them are found again."""
+    mark = f"LAUNCHED={uuid.uuid4()}"
+    variables = {**variables, "LAUNCHED": mark.removeprefix("LAUNCHED=")}
     with log.open("wb") as file:
-        return subprocess.Popen(command, env=environment(variables), stdout=file, stderr=subprocess.STDOUT,
-                                start_new_session=True, cwd=log.parent)  # fmt: skip
+        process = subprocess.Popen(command, env=environment(variables), stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True, cwd=log.parent)  # fmt: skip
+    MARKS[process.pid] = mark
+    return process
 
 
 def environment(variables: Mapping[str, str] = {}) -> dict[str, str]:
@@ -62,27 +71,27 @@ def run(command: Sequence[str], *, log: Path, timeout: float = 120, **variables:
         status = process.wait(timeout=timeout)
     finally:
         seconds = time.monotonic() - begun
-        end_session(process.pid)
+        end_all(process.pid)
     return Ended(status, log.read_text(errors="replace"), seconds)
 
 
-def members(session: int) -> list[int]:
-    """The processes of a session that are still there, not counting what nobody has waited for."""
-    found = []
+def members(first: int) -> list[int]:
+    """The processes of a command that are still there, by its first one; torchrun gives its own a session each."""
+    mark, found = MARKS[first].encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                state, _, _, number = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+                variables = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if int(number) == session and state != "Z":
+            if mark in variables:  # a zombie has none
                 found.append(int(entry.name))
     return found
 
 
-def end_session(session: int) -> None:
-    """Kill what is left."""
-    for number in members(session):
+def end_all(first: int) -> None:
+    """Kill what is left of a command."""
+    for number in members(first):
         try:
             os.kill(number, signal.SIGKILL)
         except ProcessLookupError:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import HERE, ONE_HOST, TORCHRUN, end_session, members, run, start, train
+from launches import HERE, ONE_HOST, TORCHRUN, end_all, members, run, start, train
 from safetensors.torch import load_file
 from two_hosts import Host, two_hosts, why_not
 
@@ -117,7 +117,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         made = Cluster(hosts, tmp_path)
         yield made
         for process in made.runs:
-            end_session(process.pid)
+            end_all(process.pid)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launches import BUILTIN, HERE, ONE_HOST, TORCHRUN, end_session, members, start, train
+from launches import BUILTIN, HERE, ONE_HOST, TORCHRUN, end_all, members, start, train
 from PIL import Image
 
 TIMEOUT_S = 10
@@ -65,7 +65,7 @@ def lose(
             time.sleep(0.2)
         return Lost(status, log.read_text(errors="replace"), time.time() - mark.stat().st_mtime)
     finally:
-        end_session(process.pid)
+        end_all(process.pid)
 
 
 def test_an_error_on_the_second_rank_ends_the_first(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import HERE, end_session, start, train
+from launches import HERE, end_all, start, train
 from test_elastic import LONG, assert_same, undisturbed
 
 __all__ = ["undisturbed"]
@@ -61,4 +61,4 @@ def test_a_job_whose_time_is_over_is_started_again(number: signal.Signals, undis
         assert_same(run, undisturbed)
     finally:
         for task in tasks:
-            end_session(task.pid)
+            end_all(task.pid)

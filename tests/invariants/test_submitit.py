@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from launches import HERE, end_session, members, run, start, train
+from launches import HERE, end_all, members, run, start, train
 from omegaconf import OmegaConf
 from test_elastic import LONG, assert_same
 
@@ -85,7 +85,7 @@ def test_a_job_that_is_interrupted_ends_as_undisturbed(tmp_path: Path) -> None:
         os.kill(controller, signal.SIGUSR2)
         assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     finally:
-        end_session(process.pid)
+        end_all(process.pid)
     logs = "".join(path.read_text() for path in (tmp_path / "jobs" / ".submitit").rglob("*_log.*"))
     assert "SIGUSR2: saving at the end of this step" in logs
     assert "Requeued job" in logs
