@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import Checkpoint
 
 from dino_lightning.callbacks.knn import KNNCallback
@@ -62,7 +63,8 @@ class Checkpoints(Checkpoint):
         """Log the row of the epoch that the run before saved and did not come to log, its k-NN included."""
         values = dict(self.epoch_row["values"])
         if self.knn is not None and self.knn.made_up:
-            values |= {f"knn/{name}": value for name, value in self.knn.last.items()}
+            # In float32, as Lightning has them.
+            values |= {f"knn/{name}": float(np.float32(value)) for name, value in self.knn.last.items()}
             if trainer.is_global_zero and self._is_best():
                 self.io.copy(self.folder / LAST, BEST)
         if not trainer.is_global_zero or has_row(self.folder.parent / METRICS, step=self._step - 1, keys=values):
