@@ -19,6 +19,7 @@ from dino_lightning.losses import cross_view_entropy
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.ops import block as whole_block
 from dino_lightning.ops.dense import dense, norm_dense
 from dino_lightning.ops.packing import attend, attend_in_one_call, first_tokens, pack
 from dino_lightning.prototype_loss import chunked_cross_view_entropy
@@ -72,6 +73,13 @@ class Maker:
         """The same without gradient."""
         with torch.no_grad():
             return self.call(function, *inputs)
+
+    def fuses(self, backbone: OriginalViT) -> bool:
+        """Whether its blocks are one function each."""
+        block: Any = backbone.blocks[0]
+        token_1D = torch.empty(1, block.norm1.weight.numel(), device=self.setting.device)
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.precision == "bf16"):
+            return whole_block.available(token_1D, block)
 
     def features(self) -> Tensor:
         """Of all crops (S, D)."""
@@ -131,15 +139,16 @@ def backbone_parts(maker: Maker) -> list[Part]:
     embedding = [*backbone.patch_embed.parameters(), backbone.pos_embed, backbone.cls_token]
     if not network.packed:
         return [part for images in batches for part in plain_parts(maker, backbone, images, embedding)]
-    # Compiled or computed again, what happens inside a block is not the sum of its layers.
-    inside = block_parts if step.compile or step.gradient_checkpointing else layer_parts
+    # Compiled, computed again or fused, what happens inside a block is not the sum of its layers.
+    whole = step.compile or step.gradient_checkpointing or maker.fuses(backbone)
+    inside = block_parts if whole else layer_parts
     embed = maker.part("patch_embedding", lambda: embedded(backbone, batches)[0], of=embedding)
     return [embed, *inside(maker, backbone, batches)]
 
 
 def embedded(backbone: OriginalViT, batches: list[Tensor]) -> tuple[Tensor, Any]:
     """Packed tokens (M, D) at the first block, and the shapes of the crops."""
-    return pack([backbone._pos_embed(backbone.patch_embed(images)) for images in batches])
+    return pack(backbone._tokens(batches))
 
 
 def layer_parts(maker: Maker, backbone: OriginalViT, batches: list[Tensor]) -> list[Part]:

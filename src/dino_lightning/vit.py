@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.config import StepConfig, ViTConfig
 from dino_lightning.masking import Masks
-from dino_lightning.ops import tiles
+from dino_lightning.ops import block as whole_block
+from dino_lightning.ops import patches, tiles
 from dino_lightning.ops.dense import dense, gelu_dense, norm_dense
 from dino_lightning.ops.packing import (
     Shapes,
@@ -71,6 +72,8 @@ def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop 
     first, second = (None, None) if drop is None else drop.unbind(0)
     if not (last or block.checkpointed or torch.compiler.is_compiling()) and tiles.pays(x_MD):
         return _tiled_pass(block, x_MD, shapes, first, second)
+    if not (last or torch.compiler.is_compiling()) and whole_block.available(x_MD, block):
+        return whole_block.fused_block(block, x_MD, shapes, (first, second))
     branch_MD = _attention(block, x_MD, shapes, first_only=last)
     if last:
         x_MD = first_tokens(x_MD, shapes)
@@ -203,16 +206,22 @@ class OriginalViT(VisionTransformer):
     def _tokens(self, views: list[Tensor], hidden_Shw: Tensor | None = None) -> list[Tensor]:
         assert self.pos_embed is not None
         tokens, tables, start = [], {}, 0
-        for images_BCHW in views:
-            patches_BhwD = self.patch_embed(images_BCHW)
+        for patches_BhwD in self._patches(views):
             size = patches_BhwD.shape[1:3]
             if size not in tables:
                 tables[size] = resample_position_embedding(self.pos_embed, *size, prefix=int(not self.no_embed_class))
             if hidden_Shw is not None and start < len(hidden_Shw):
-                patches_BhwD = self._replaced(patches_BhwD, hidden_Shw[start : start + len(images_BCHW)])
+                patches_BhwD = self._replaced(patches_BhwD, hidden_Shw[start : start + len(patches_BhwD)])
             tokens.append(self._with_positions(patches_BhwD, tables[size]))
-            start += len(images_BCHW)
+            start += len(patches_BhwD)
         return tokens
+
+    def _patches(self, views: list[Tensor]) -> list[Tensor]:
+        """Embedded patches (B, h, w, D), batch by batch; on a GPU neighbours of one size may be one batch."""
+        embed = cast(Any, self.patch_embed)
+        if not torch.compiler.is_compiling() and patches.available(views, embed):
+            return patches.embed_patches(views, embed.proj)
+        return [embed(images_BCHW) for images_BCHW in views]
 
     def _replaced(self, patches_BhwD: Tensor, hidden_shw: Tensor) -> Tensor:
         """The mask token in place of hidden patches; images without a mask follow those that have one."""
