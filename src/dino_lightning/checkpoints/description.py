@@ -1,5 +1,6 @@
 """What must be known of weights besides their values: the architecture, and how its images are prepared."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -12,6 +13,13 @@ from dino_lightning.errors import UserError
 
 PAPER = CropsConfig()
 """Preparation of images where a file says nothing of it: that of the original."""
+
+LARGEST = 65_536
+"""Numbers above it are damage: they would be loops of hours, or all memory."""
+UNSOUND = (KeyError, TypeError, AttributeError, ValueError)
+"""What plain types raise that describe no network."""
+OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of timm that name weights: none of the architecture, and a file must not make us read another one."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,10 @@ class Description:
 
     @classmethod
     def of_run(cls, config: dict[str, Any]) -> Self:
-        """From a run's configuration as plain types. Raises `KeyError` and `TypeError` for anything else."""
+        """From a run's configuration as plain types. Raises one of `UNSOUND` for anything else."""
         crops = asdict(PAPER) | config["crops"]
-        return cls(
-            backbone_of(config["backbone"]),
+        return cls._sound(
+            backbone=backbone_of(config["backbone"]),
             image_size=crops["global_size"],
             mean=crops["mean"],
             std=crops["std"],
@@ -44,8 +52,24 @@ class Description:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `plain`."""
-        return cls(**{**values, "backbone": backbone_of(values["backbone"])})
+        """The inverse of `plain`. Raises one of `UNSOUND` for what is none."""
+        return cls._sound(**{**values, "backbone": backbone_of(values["backbone"])})
+
+    @classmethod
+    def _sound(cls, **values: Any) -> Self:
+        """Refuse what is no preparation of images; whether the architecture can be built, building will show."""
+        described = cls(**values)
+        for side in (described.image_size, described.resize, described.size):
+            if type(side) is not int or side < 1:
+                raise ValueError(f"{side!r} is no side of an image")
+        if large := _too_large(described.plain()):
+            raise ValueError(f"{large} is larger than anything in a network")
+        for value in (*described.mean, *described.std):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{value!r} normalises no channel")
+        if not 0 < len(described.mean) == len(described.std) or min(described.std) <= 0:
+            raise ValueError(f"mean {described.mean} and std {described.std} normalise no image")
+        return described
 
     def plain(self) -> dict[str, Any]:
         """The same in plain types."""
@@ -55,7 +79,8 @@ class Description:
         """The network with fresh weights, all of them trainable."""
         config = replace(self.backbone, drop_path_rate=drop_path_rate)
         if isinstance(config, TimmConfig):
-            config = replace(config, pretrained=False)
+            arguments = {name: value for name, value in config.arguments.items() if name not in OF_WEIGHTS}
+            config = replace(config, pretrained=False, arguments=arguments)
         try:
             return build_backbone(config, image_size=self.image_size, channels=len(self.mean), drop_path=True)
         except UserError as error:
@@ -74,6 +99,14 @@ class Description:
                 return f"timm's {network.name}"
             case other:
                 return type(other).__name__
+
+
+def _too_large(plain: Any) -> int | None:
+    """The first whole number above `LARGEST` in plain types."""
+    if isinstance(plain, dict | list | tuple):
+        parts = plain.values() if isinstance(plain, dict) else plain
+        return next(filter(None, map(_too_large, parts)), None)
+    return plain if isinstance(plain, int) and abs(plain) > LARGEST else None
 
 
 def backbone_of(values: dict[str, Any]) -> BackboneConfig:

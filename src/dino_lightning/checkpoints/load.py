@@ -15,20 +15,20 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dino_lightning.checkpoints import published
-from dino_lightning.checkpoints.description import PAPER, Description, built_by_seed
+from dino_lightning.checkpoints.description import PAPER, UNSOUND, Description, built_by_seed
+from dino_lightning.checkpoints.fitting import network_for, says_why
 from dino_lightning.checkpoints.original import (
     KEYS,
     Weights,
     backbone_weights,
     few,
     heads_in,
-    load_strictly,
     recognised,
     tensors,
     with_prefix,
     without_mask_token,
 )
-from dino_lightning.checkpoints.read import read_pickle, read_safetensors
+from dino_lightning.checkpoints.read import check_finite, read_pickle, read_safetensors
 from dino_lightning.config import TimmConfig
 from dino_lightning.config.folder import backbone_config, backbone_names
 from dino_lightning.errors import UserError, nearest
@@ -119,18 +119,21 @@ def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> Network
     if not checkpoint:
         raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
     path = _file(Path(checkpoint).expanduser(), key=key, source=source)
-    if path.suffix == ".safetensors":
-        weights, description = _exported(path, key=key, source=source)
-    else:
-        content = read_pickle(path, source=source)
-        if _is_ours(content):
-            weights, description = _of_lightning(content, path, key=key, source=source)
-        else:
-            weights = backbone_weights(content, key=key or KEYS[0], source=source)
-            weights, description = recognised(weights, heads=heads_in(content), source=source)
-    backbone = built_by_seed(description.build, seed=0)
-    load_strictly(backbone, weights, source=source, taken_for=description)
+    with says_why(source, "holds no weights of a network that is known"):
+        weights, description = _weights_in(path, key=key, source=source)
+    backbone = network_for(weights, description, file_bytes=path.stat().st_size, source=source)
+    check_finite(backbone.state_dict(), source=source)
     return _network(backbone, description, name=_name(path) + (" (student)" if key == "student" else ""))
+
+
+def _weights_in(path: Path, *, key: str | None, source: str) -> tuple[Weights, Description]:
+    if path.suffix == ".safetensors":
+        return _exported(path, key=key, source=source)
+    content = read_pickle(path, source=source)
+    if _is_ours(content):
+        return _of_lightning(content, path, key=key, source=source)
+    weights = backbone_weights(content, key=key or KEYS[0], source=source)
+    return recognised(weights, heads=heads_in(content), source=source)
 
 
 def _file(path: Path, *, key: str | None, source: str) -> Path:
@@ -216,14 +219,17 @@ def _told(describe: Callable[[], Description], source: str) -> Description:
     """What `describe` makes of a file's own words, which another version or program may have written."""
     try:
         return describe()
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source}: its description of the network is not of this version ({error}).") from error
+    except UserError:
+        raise
+    except UNSOUND as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: its description of the network is not of this version ({reason}).") from error
 
 
 def _of_run(config: Path, *, source: str) -> Description:
     try:
         return Description.of_run(yaml.safe_load(config.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, *UNSOUND) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: {config} is not the configuration of a run ({reason}).") from error
 

@@ -55,8 +55,8 @@ def backbone_weights(content: dict[str, Any], *, key: str, source: str) -> Weigh
 
 
 def tensors(values: dict[str, Any]) -> Weights:
-    """The entries that are tensors."""
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    """The entries that are tensors, by name."""
+    return {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def with_prefix(weights: Weights, prefix: str) -> Weights:
@@ -135,23 +135,28 @@ def _xcit(weights: Weights, *, source: str, **seen: Any) -> Description:
 
 
 def _count(weights: Weights, name: str) -> int:
-    """How many modules there are in a numbered list."""
+    """How many modules there are in a numbered list; of one with gaps, those that are there."""
     pattern = re.compile(rf"{name}\.(\d+)\.")
-    return 1 + max((int(found[1]) for found in map(pattern.match, weights) if found), default=-1)
+    return len({found[1] for found in map(pattern.match, weights) if found})
 
 
 def few(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    listed = list(names)
+    """The first few of many names, each in one line and not too long: they come from files."""
+    listed = [" ".join(name.split())[:200] for name in names]
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def load_strictly(network: torch.nn.Module, weights: Weights, *, source: str, taken_for: object) -> None:
     """Load weights of which none may be missing, left over or of another shape."""
-    expected = network.state_dict()
+    check_names_and_shapes(network.state_dict(), weights, source=source, taken_for=taken_for)
+    network.load_state_dict(weights, strict=False)
+
+
+def check_names_and_shapes(expected: Weights, weights: Weights, *, source: str, taken_for: object) -> None:
+    """Refuse weights of which one is missing, left over or of another shape than `expected`."""
     # The counters of batch norms, which older files lack, are not used in evaluation.
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in weights if name not in expected]
+    unknown = [str(name) for name in weights if name not in expected]
     shapes = [
         f"{name} of shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -161,4 +166,3 @@ def load_strictly(network: torch.nn.Module, weights: Weights, *, source: str, ta
     wrong = [f"{what} {few(names)}" for what, names in lists.items() if names]
     if wrong:
         raise UserError(f"{source} does not fit the architecture it was taken for, {taken_for}: {'; '.join(wrong)}.")
-    network.load_state_dict(weights, strict=False)

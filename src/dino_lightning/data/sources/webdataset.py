@@ -6,7 +6,6 @@ that breaks off is taken up again where it stopped.
 """
 
 import glob
-import io
 import re
 import tarfile
 import time
@@ -20,13 +19,13 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-import numpy as np
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.handlers import ignore_and_continue
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dino_lightning.config import WebDatasetData
+from dino_lightning.data.npy import read_npy
 from dino_lightning.data.sources.base import Content, Sample, Sources
 from dino_lightning.errors import UserError, nearest
 
@@ -198,8 +197,8 @@ def _content(data: bytes, *, key: str) -> Content | None:
     if key != "npy":
         return data
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        return read_npy(data)
+    except ValueError:
         return None
 
 

@@ -1,0 +1,234 @@
+"""Fuzz the reading of weights: `python tests/fuzz/fuzz_checkpoints.py -max_total_time=640 -rss_limit_mb=4096`.
+
+The first byte of an input chooses a kind of file, the others are the file or the part of it that says something: the
+pickle inside a `.pth` or `.ckpt`, the description of the network in a `.safetensors`, the `config.yaml` of a run. Such
+a part is packed with right checksums around it, or mutations would not come past them.
+"""
+
+# ruff: noqa: E402 - what is instrumented has to be imported in its own place
+import copy
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch._weights_only_unpickler import Unpickler
+
+with atheris.instrument_imports(include=["dino_lightning.checkpoints"]):
+    from dino_lightning.checkpoints import Description, load_network
+    from dino_lightning.checkpoints.files import DamagedError, newest_whole, verify, write_checkpoint
+    from dino_lightning.checkpoints.read import read_pickle, read_safetensors
+
+import harness
+import yaml
+from composing import SMALL, composed
+from safetensors.torch import load_file, save_file
+
+from dino_lightning.config import ViTConfig
+from dino_lightning.errors import UserError
+from dino_lightning.run import run_training
+
+FOLDER = harness.scratch("checkpoints")
+RUN = FOLDER / "run"
+TINY = [
+    "trainer.max_steps=1", "trainer.max_epochs=1", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false",
+    "backbone.width=16", "backbone.depth=1", "backbone.heads=2", "method.out_dim=8", "method.head_hidden_dim=8",
+    "method.head_bottleneck_dim=8", "trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+def repacked(archive: bytes, pickle: bytes) -> bytes:
+    """A file of `torch.save` with another pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle if name.endswith("/data.pkl") else old.read(name))
+    return file.getvalue()
+
+
+def pickle_in(archive: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(archive)) as old:
+        return old.read(next(name for name in old.namelist() if name.endswith("/data.pkl")))
+
+
+ABSURD: list[Any] = [
+    None, True, -1, 0, 1, 2, 7, 10**6, 10**9, 2**63, 10**400, 0.5, -1.5, float("nan"), float("inf"), "", "x",
+    "resnet18", "hf-hub:a/b", "vit_small_patch16_224.dino", "/etc/passwd", "a\nb", [], [1], [0.0], [float("nan")] * 3,
+    [1e400] * 3, {}, {"": 1}, {"checkpoint_path": str(FOLDER / "code.pth")}, {"pretrained_cfg": {"file": "x"}},
+    {"depth": 10**7}, {"embed_dim": 10**7}, {"num_heads": 0}, {"depths": [10**6] * 4}, {"pretrained": True},
+    {"img_size": 10**7},
+]  # fmt: skip
+"""What stands in the place of what belongs there."""
+
+
+def changed(tree: Any, part: bytes) -> Any:
+    """A tree of plain types in which the bytes choose some values and what takes their place."""
+    provider = atheris.FuzzedDataProvider(part)
+    tree = copy.deepcopy(tree)
+    for _ in range(provider.ConsumeIntInRange(1, 3)):
+        node: Any = tree
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = keys[provider.ConsumeIntInRange(0, len(keys) - 1)]
+            deeper = isinstance(node[key], dict | list) and len(node[key]) and provider.ConsumeProbability() < 0.9
+            if deeper:
+                node = node[key]
+                continue
+            way = provider.ConsumeIntInRange(0, 5)
+            if way == 0:
+                del node[key]
+            elif way == 1 and isinstance(node, dict):
+                node[provider.ConsumeUnicode(8)] = node[key]
+            elif way == 2:
+                node[key] = provider.ConsumeInt(4)
+            else:
+                node[key] = ABSURD[provider.ConsumeIntInRange(0, len(ABSURD) - 1)]
+            break
+    return tree
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+class Files:
+    """A small run, and files of the original's kind with its weights."""
+
+    def __init__(self) -> None:
+        shutil.rmtree(RUN, ignore_errors=True)
+        run_training(composed(*SMALL, *TINY, output_dir=RUN))
+        self.config = (RUN / "config.yaml").read_bytes()
+        self.checkpoint = (RUN / "checkpoints" / "last.ckpt").read_bytes()
+        weights = load_file(RUN / "teacher.safetensors")
+        # The original's heads have 64 features each.
+        original = Description(ViTConfig(width=64, depth=1, heads=1, patch_size=8), image_size=16).build().state_dict()
+        self.backbone = saved(original)
+        inside = {f"module.backbone.{name}": weight for name, weight in original.items()}
+        self.full = saved({"student": inside, "teacher": inside, "epoch": 3, "args": Namespace(arch="vit_small")})
+        self.legacy = saved(weights, _use_new_zipfile_serialization=False)
+        save_file(weights, FOLDER / "plain.safetensors")
+        self.plain = (FOLDER / "plain.safetensors").read_bytes()
+        self.exported = (RUN / "teacher.safetensors").read_bytes()
+        self.weights = weights
+        self.metadata = read_safetensors(RUN / "teacher.safetensors", source="seed")[1]
+
+
+def seeds(files: Files) -> Iterator[bytes]:
+    """Each kind of file, and each part."""
+    parts = [files.checkpoint, saved(files.weights), saved({"teacher": files.weights}), files.legacy,
+             files.exported, files.plain, pickle_in(files.checkpoint), pickle_in(files.backbone),
+             pickle_in(files.full), files.metadata["network"].encode(), files.metadata["timm"].encode(),
+             files.config]  # fmt: skip
+    for kind, part in enumerate(parts):
+        yield bytes([kind]) + part
+    resnet = {"backbone": {"name": "resnet18", "arguments": {"zero_init_last": False}, "patch_size": None}}
+    yield bytes([9]) + json.dumps({**json.loads(files.metadata["network"]), **resnet}).encode()
+    yield bytes([12]) + files.checkpoint
+    for kind in (13, 14, 15, 16):
+        for filler in (b"\0", b"\x55", b"\xff"):
+            yield bytes([kind]) + filler * 64
+
+
+def targets(files: Files) -> list[Callable[[bytes], None]]:
+    """What is done with each kind, in the order of `seeds`."""
+
+    def raw(name: str) -> Callable[[bytes], None]:
+        return lambda part: load(FOLDER / name, part)
+
+    def around(archive: bytes, name: str) -> Callable[[bytes], None]:
+        return lambda part: load(FOLDER / name, repacked(archive, part))
+
+    def described(key: str) -> Callable[[bytes], None]:
+        def read(part: bytes) -> None:
+            metadata = {name: text for name, text in files.metadata.items() if name in ("mean", "std")}
+            metadata[key] = part.decode("utf-8", "replace")
+            save_file(files.weights, FOLDER / "described.safetensors", metadata=metadata)
+            load_network(str(FOLDER / "described.safetensors"))
+
+        return read
+
+    def configured(part: bytes) -> None:
+        (FOLDER / "old" / "config.yaml").write_bytes(part)
+        load_network(str(FOLDER / "old"))
+
+    def resumed(part: bytes) -> None:
+        """A checkpoint to go on from: raw, and with a hash that belongs to it."""
+        place = FOLDER / "resume"
+        for hashed in (part, part + b"\nsha256:" + hashlib.sha256(part).hexdigest().encode() + b"\n"):
+            (place / "last.ckpt").write_bytes(hashed)
+            with suppress(DamagedError):
+                verify(place / "last.ckpt")
+            with suppress(UserError):
+                newest_whole(place)
+
+    network, recipe = json.loads(files.metadata["network"]), json.loads(files.metadata["timm"])
+    settings = yaml.safe_load(files.config)
+    settings = {name: settings[name] for name in ("backbone", "crops")}
+    content = torch.load(io.BytesIO(files.checkpoint), weights_only=True)
+    content = {name: content[name] for name in content if name not in ("optimizer_states", "callbacks", "loops")}
+    for name in ("old", "resume"):
+        (FOLDER / name).mkdir(exist_ok=True)
+    (FOLDER / "old" / "teacher.safetensors").write_bytes(files.plain)
+    return [
+        raw("a.ckpt"), raw("a.pth"), raw("b.pth"), raw("c.pt"), raw("a.safetensors"), raw("b.safetensors"),
+        around(files.checkpoint, "packed.ckpt"), around(files.backbone, "packed.pth"), around(files.full, "full.pth"),
+        described("network"), described("timm"), configured, resumed,
+        lambda part: described("network")(json.dumps(changed(network, part)).encode()),
+        lambda part: described("timm")(json.dumps(changed(recipe, part)).encode()),
+        lambda part: configured(yaml.safe_dump(changed(settings, part)).encode()),
+        lambda part: load(FOLDER / "changed.ckpt", saved(changed(content, part))),
+    ]  # fmt: skip
+
+
+def load(path: Path, content: bytes) -> None:
+    """Read a file in the two ways in which it is."""
+    path.write_bytes(content)
+    if path.suffix != ".safetensors":
+        read_pickle(path, source="a file")
+    load_network(str(path))
+
+
+def main() -> None:
+    Unpickler.load = atheris.instrument_func(Unpickler.load)  # type: ignore[method-assign]
+    files = Files()
+    known = targets(files)
+    corpus = list(seeds(files))
+    write_checkpoint({"a": 1}, FOLDER / "resume" / "last-1.ckpt")
+    (FOLDER / "resume" / "last-1.ckpt").unlink()
+    for seed in corpus:  # all imports happen before the guard is there
+        try:
+            known[seed[0]](seed[1:])
+        except UserError as error:
+            print(f"seed {seed[0]}: {error}"[:300], file=sys.stderr)
+    findings = harness.Findings(harness.folder("checkpoints") / "findings", harness.Guard(allowed=FOLDER))
+    tempfile.tempdir = str(FOLDER)
+
+    def one(data: bytes) -> None:
+        if data:
+            findings.run(bytes([data[0] % len(known)]) + data[1:],
+                         lambda data: known[data[0]](data[1:]), (UserError,))  # fmt: skip
+
+    harness.fuzz("checkpoints", corpus, one)
+
+
+if __name__ == "__main__":
+    main()
