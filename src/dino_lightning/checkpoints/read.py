@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,32 @@ def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
                             "code; save it anew as a state dict of tensors.") from error  # fmt: skip
-        raise UserError(f"{source} is not a checkpoint, or not a whole one: PyTorch cannot read it.") from error
+        raise UserError(f"{source} is not a checkpoint, or not a whole one: {_beginning(path)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds a {type(content).__name__}; expected a state dict or a checkpoint.")
     return content
+
+
+def _beginning(path: Path) -> str:
+    """What is wrong with a file that PyTorch cannot read, as far as its first bytes tell."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        return error.strerror or str(error)
+    if not start:
+        return "it is empty"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page"
+    return "PyTorch cannot read it"
+
+
+def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse weights of which some are NaN or infinite: every feature would be, too."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise UserError(f"{source}: {name} holds values that are NaN or infinite, as after a training that has "
+                            "diverged; take an earlier checkpoint.")  # fmt: skip
 
 
 def read_safetensors(path: Path, *, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
