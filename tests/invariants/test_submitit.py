@@ -1,6 +1,6 @@
 """Jobs of submitit: what is asked of SLURM, and a job that is interrupted, started again and ends as undisturbed.
 
-There is no SLURM here: submitit's local executor sends the same signal to the same handlers and starts jobs again.
+There is no SLURM here: jobs of submitit's local executor have the same handlers of signals, and are started again.
 """
 
 import os
@@ -81,8 +81,8 @@ def test_a_job_that_is_interrupted_ends_as_undisturbed(tmp_path: Path) -> None:
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < until
             time.sleep(0.05)
-        (controller,) = [number for number in members(process.pid) if "submitit.local._local" in _words(number)]
-        os.kill(controller, signal.SIGUSR2)
+        (job,) = [number for number in members(process.pid) if "submitit.core._submit" in _words(number)]
+        os.kill(job, signal.SIGUSR2)  # as its controller does when the time is over
         assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     finally:
         end_all(process.pid)
