@@ -15,6 +15,7 @@ from dino_lightning.callbacks.nonfinite import NonfiniteSteps
 from dino_lightning.config import NonfiniteConfig
 from dino_lightning.ema import ema_update
 from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
+from dino_lightning.sharding import is_sharded, local
 
 STEPS, BAD = 5, 2
 
@@ -41,9 +42,16 @@ class BadGradient(L.Callback):
         self.at = at
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx in self.at:
-            weight = next(p for p in pl_module.student.parameters() if p.requires_grad)
+        weight = next(p for p in pl_module.student.parameters() if p.requires_grad)
+        if batch_idx in self.at and not is_sharded(weight):
             handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Slices have no such hooks: this rank's of a tensor becomes infinite."""
+        if trainer.fit_loop.batch_idx in self.at:
+            slices = [local(p.grad) for p in pl_module.student.parameters() if is_sharded(p) and p.grad is not None]
+            for part in [part for part in slices if part.numel()][:1]:
+                part.fill_(float("inf"))
 
 
 class After(L.Callback):

@@ -52,11 +52,12 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="dino-train replay", description=main.__doc__)
     parser.add_argument("file", type=Path, help="nonfinite/stepNNNNNN-rankR.pt of a run's folder")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--layers", action="store_true", help="call each layer by itself: more modules are seen")
     given = parser.parse_args(words)
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device={given.device}: expected cpu, or cuda on a machine with a GPU.")
     saved = read_step(given.file)
-    replayed = replay(saved, source=str(given.file), device=torch.device(given.device))
+    replayed = replay(saved, source=str(given.file), device=torch.device(given.device), layers=given.layers)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -65,13 +66,17 @@ def main(words: Sequence[str]) -> int:
     return REPRODUCED if replayed.reproduced else NOT_REPRODUCED
 
 
-def replay(saved: dict[str, Any], *, source: str, device: torch.device) -> Replayed:
-    """Forward and backward pass of the saved micro-batch from the saved weights, in float32."""
+def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: bool = False) -> Replayed:
+    """Forward and backward pass of the saved micro-batch from the saved weights, in float32.
+
+    With `layers`, as by `step.fused=false`, so that the modules within a block are seen, too.
+    """
     if saved["crops"] is None:
         raise UserError(f"{source} has no images: on a GPU they were gone when it was known that the gradient was not "
                         "finite; run with callbacks.nonfinite.policy=skip or rollback to have them kept.")  # fmt: skip
     config = from_plain(saved["configuration"], source=source)
     check_values(config, RULES, CHOICES)
+    config.step.fused = config.step.fused and not layers
     method = _method(config, saved, source=source).to(device)
     crops = [crop.float().to(device) for crop in saved["crops"]]
     batch = crops if saved["labels"] is None else LabelledCrops(crops, saved["labels"].to(device))
@@ -83,6 +88,8 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device) -> Repla
             loss = method.loss(batch)
             forward.add("loss", loss)
             loss.backward()
+    except KeyError as error:
+        raise UserError(f"{source} has no schedule {error.args[0]}.") from error
     except (RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source} has images that do not fit its configuration ({reason}).") from error
@@ -107,7 +114,7 @@ def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Metho
     moment: Any = SimpleNamespace(
         global_step=saved["step"],
         current_epoch=saved["epoch"],
-        global_rank=0,  # alone: what other ranks had is not here
+        global_rank=saved["rank"],  # of masks; what other ranks had is not here
         world_size=1,
         log_every_n_steps=0,
         num_training_batches=lengths["num_training_batches"],
@@ -168,4 +175,6 @@ def verdict(saved: dict[str, Any], replayed: Replayed) -> str:
     if saved["lengths"]["accumulate_grad_batches"] > 1:
         others.append("another micro-batch of the step")
     also = f", unless it is {' or '.join(others)}" if others else ""
-    return f"All is finite here, the loss {replayed.loss:.6g}: the precision ({saved['precision']}) is to blame{also}."
+    same = saved["precision"].startswith("32")
+    cause = "the arithmetic of its device" if same else f"the precision ({saved['precision']})"
+    return f"All is finite here, the loss {replayed.loss:.6g}: {cause} is to blame{also}."

@@ -60,6 +60,9 @@ def read_step(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: lengths lacks one of {', '.join(LENGTHS)}.")
     if not all(isinstance(value, float) for value in content["schedules"].values()):
         raise UserError(f"{path} is damaged: schedules holds something besides numbers.")
+    numbers = [ranges.get(name) for ranges in content["ranges"].values() for name in ("low", "high", "count", "bad")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise UserError(f"{path} is damaged: ranges are not those of activations.")
     return content
 
 

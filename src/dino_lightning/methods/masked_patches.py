@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import DINOConfig, StepConfig
-from dino_lightning.distributed import rank
 from dino_lightning.factors import Factors
 from dino_lightning.losses import Sharpness, sharpen
 from dino_lightning.masking import Masks, draw_masks
@@ -46,7 +45,8 @@ class MaskedPatches(nn.Module):
 
         They depend on the run's seed, the step, the micro-batch and the rank, so that a resumed run draws the same.
         """
-        key = [int(os.environ.get("PL_GLOBAL_SEED", 0)), method.global_step, method.trainer.fit_loop.batch_idx, rank()]
+        seed, micro_batch = int(os.environ.get("PL_GLOBAL_SEED", 0)), method.trainer.fit_loop.batch_idx
+        key = [seed, method.global_step, micro_batch, method.global_rank]
         return self.masks(np.random.default_rng(key), crops)
 
     def masks(self, generator: np.random.Generator, crops: list[Tensor]) -> Masks:

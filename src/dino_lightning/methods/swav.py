@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dino_lightning.centering import sinkhorn_shift
 from dino_lightning.config import OptimConfig, StepConfig, SwAVConfig
-from dino_lightning.distributed import world_size
+from dino_lightning.distributed import rank, world_size
 from dino_lightning.feature_queue import FeatureQueue
 from dino_lightning.heads import MLPHead
 from dino_lightning.losses import view_entropy
@@ -91,7 +91,7 @@ class SwAV(Method):
             assert isinstance(queue, FeatureQueue)
             if queue.is_full:
                 # Each rank brings a part of the queue, so that no row counts twice.
-                part_ND = queue.features.tensor_split(world_size())[self.global_rank]
+                part_ND = queue.features.tensor_split(world_size())[rank()]
                 joined_NK = torch.cat([scores_BK, self.prototypes(part_ND)])
             if self.global_step >= self.duration(config.queue_start, key="method.queue_start"):
                 queue.observe(z_BE)

@@ -1,0 +1,251 @@
+"""`dino-train replay`: a real run that ends by its learning rate, and its step once more."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composing import SMALL, composed
+
+from dino_lightning import cli
+from dino_lightning.checkpoints.saved_step import CONTENT, read_step, write_step
+from dino_lightning.errors import UserError
+from dino_lightning.replay import main
+from dino_lightning.run import run_training
+
+TINY = [*SMALL, "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false", "method.out_dim=32"]
+EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
+
+
+def explode(folder: Path, *overrides: str) -> Path:
+    """The file of a run whose weights leave float32 in the first step."""
+    with pytest.raises(FloatingPointError, match="dino-train replay"):
+        run_training(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
+    (file,) = (folder / "nonfinite").iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return explode(tmp_path_factory.mktemp("run"))
+
+
+def changed(file: Path, to: Path, **content: Any) -> Path:
+    """The same file with other content."""
+    saved = {name: value for name, value in read_step(file).items() if name in CONTENT}
+    write_step(to, {**saved, **content})
+    return to
+
+
+def healthy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the size that weights have."""
+    return {
+        name: tensor / tensor.abs().max().clamp(min=1) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+
+
+def test_it_is_seen_again(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here and there the same: a run on a CPU in float32 is what the replay is."""
+    assert main([str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "the loss is nan at step 1, rank 0 of 1" in said
+    assert "It begins in teacher.backbone.blocks.0, the first module whose output is not finite." in said
+    (row,) = (line for line in said.splitlines() if " teacher.backbone.patch_embed.proj " in line)
+    cells = [cell.strip() for cell in row.split("│")[2:-1]]
+    assert cells[0] == cells[2] != ""
+
+
+def test_layer_by_layer_more_is_seen(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(file), "--layers"]) == 0
+    assert "It begins in teacher.backbone.blocks.0." in capsys.readouterr().out
+
+
+def test_what_is_finite_here_is_laid_to_the_precision(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = read_step(file)
+    fresh = changed(file, tmp_path / "a.pt", state=healthy(saved["state"]), precision="16-mixed")
+    assert main([str(fresh)]) == 3
+    said = capsys.readouterr().out
+    assert "All is finite here" in said
+    assert "the precision (16-mixed) is to blame." in said
+    shared = changed(fresh, tmp_path / "b.pt", world_size=2, what="a gradient is not finite at step 1")
+    assert main([str(shared)]) == 3
+    assert "unless it is another rank's images" in capsys.readouterr().out
+
+
+def test_a_gradient_is_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bottleneck is normalised: a layer 1e35 times too large before one as much too small changes no output."""
+    state = healthy(read_step(file)["state"])
+    weights = [name for name in state if name.startswith("student.head.mlp") and name.endswith("weight")]
+    state[weights[-2]] = state[weights[-2]] * 1e35
+    state[weights[-1]] = state[weights[-1]] * 1e-42
+    for name in weights:
+        state[name.replace("weight", "bias")] = torch.zeros_like(state[name.replace("weight", "bias")])
+    assert main([str(changed(file, tmp_path / "a.pt", state=state))]) == 0
+    said = capsys.readouterr().out
+    assert f"it begins in the backward pass, at the gradient of {weights[-1]}." in said
+
+
+def test_bad_images_and_bad_weights_are_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = read_step(file)
+    crops, state = [crop.clone() for crop in saved["crops"]], healthy(saved["state"])
+    crops[0][1, 0, 2, 3] = float("inf")
+    assert main([str(changed(file, tmp_path / "a.pt", crops=crops, state=state))]) == 0
+    assert "The images themselves" in capsys.readouterr().out
+    state["student.backbone.norm.weight"] = torch.full_like(state["student.backbone.norm.weight"], float("nan"))
+    assert main([str(changed(file, tmp_path / "b.pt", state=state))]) == 0
+    assert "student.backbone.norm.weight is the first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["method=swav", "method.queue_length=0"], id="swav", marks=pytest.mark.slow),
+        pytest.param(["method=supervised"], id="supervised", marks=pytest.mark.slow),
+        pytest.param(["method.patch_loss_weight=1", "method.mask_p=1"], id="patches"),
+    ],
+)
+def test_other_methods(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in TINY if "out_dim" not in word] if "supervised" in overrides[0] else TINY
+    with pytest.raises(FloatingPointError, match="dino-train replay"):
+        run_training(composed(*words, *EXPLODING, *overrides, output_dir=tmp_path))
+    (file,) = (tmp_path / "nonfinite").iterdir()
+    assert main([str(file)]) == 0
+    assert "It begins in " in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- files of others
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return print, ("this must not run",)
+
+
+def damaged(file: Path, folder: Path, kind: str) -> Path:
+    """A file that is not what a run has saved."""
+    path, saved = folder / "bad.pt", read_step(file)
+    match kind:
+        case "none":
+            return folder / "absent.pt"
+        case "noise":
+            path.write_bytes(bytes(range(256)) * 8)
+        case "cut":
+            path.write_bytes(file.read_bytes()[:-4000])
+        case "empty":
+            path.write_bytes(b"")
+        case "pickle":
+            path.write_bytes(pickle.dumps(Code()))
+        case "code":
+            torch.save({**saved, "what": Code()}, path)
+        case "checkpoint":
+            torch.save({"state_dict": saved["state"]}, path)
+        case "list":
+            torch.save([1, 2], path)
+        case "crops":
+            changed(file, path, crops=[torch.zeros(2, 3), torch.zeros(2, 3)])
+        case "batch":
+            changed(file, path, crops=[crop[: 2 + place] for place, crop in enumerate(saved["crops"])])
+        case "channels":
+            changed(file, path, crops=[crop[:, :1] for crop in saved["crops"]])
+        case "no images":
+            changed(file, path, crops=None)
+        case "labels":
+            changed(file, path, labels=torch.zeros(1, dtype=torch.int64))
+        case "weights":
+            changed(file, path, state={"a": torch.zeros(2)})
+        case "state":
+            changed(file, path, state={**saved["state"], "student": "text"})
+        case "shapes":
+            changed(file, path, state={name: tensor.reshape(-1) for name, tensor in saved["state"].items()})
+        case "configuration":
+            changed(file, path, configuration={"schemas": {}, "values": {}})
+        case "method":
+            schemas = {**saved["configuration"]["schemas"], "method": "dyno"}
+            changed(file, path, configuration={**saved["configuration"], "schemas": schemas})
+        case "value":
+            values = {**saved["configuration"]["values"], "seed": "text"}
+            changed(file, path, configuration={**saved["configuration"], "values": values})
+        case "range":
+            values = saved["configuration"]["values"]
+            values = {**values, "backbone": {**values["backbone"], "depth": 0}}
+            changed(file, path, configuration={**saved["configuration"], "values": values})
+        case "lengths":
+            changed(file, path, lengths={})
+        case "schedules":
+            changed(file, path, schedules={"lr": "text"})
+        case "no schedules":
+            changed(file, path, schedules={})
+        case "ranges":
+            changed(file, path, ranges={"crops": {"low": 0}})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    {
+        "none": "cannot be read: No such file",
+        "noise": "is not a checkpoint, or not a whole one",
+        "cut": "is not a checkpoint, or not a whole one",
+        "empty": "is not a checkpoint, or not a whole one",
+        "pickle": "is refused|is not a checkpoint",
+        "code": "is refused: besides weights it holds",
+        "checkpoint": "is no step that a run has saved",
+        "list": "holds a list",
+        "crops": "crops are not images",
+        "batch": "crops are not images",
+        "channels": "has images that do not fit its configuration",
+        "no images": "has no images",
+        "labels": "labels are not one whole number for each image",
+        "weights": "has weights that do not fit its configuration",
+        "state": "state holds something besides tensors",
+        "shapes": "has weights that do not fit its configuration",
+        "configuration": "holds no configuration that this version knows",
+        "method": "is of method=dyno: .*dino",
+        "value": "holds no configuration that this version knows",
+        "range": "backbone.depth=0: expected at least 1",
+        "lengths": "lengths lacks one of",
+        "schedules": "schedules holds something besides numbers",
+        "no schedules": "has no schedule teacher_temperature",
+        "ranges": "ranges are not those of activations",
+    }.items(),
+)
+def test_other_files_are_refused_in_a_sentence(
+    file: Path, tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        main([str(damaged(file, tmp_path, kind))])
+    assert "\n" not in str(error.value)
+    assert "this must not run" not in capsys.readouterr().out
+
+
+def test_a_device_that_is_none(file: Path) -> None:
+    with pytest.raises(UserError, match="--device=tpu: expected cpu, or cuda"):
+        main([str(file), "--device", "tpu"])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_command_line(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["dino-train", "replay", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.train()
+    assert left.value.code == (0 if words else 2)
+    assert "usage: dino-train replay" in "".join(capsys.readouterr())
+
+
+def test_the_command_line_reads_and_refuses(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, status in ((file, 0), (file.parent / "absent.pt", 2)):
+        monkeypatch.setattr("sys.argv", ["dino-train", "replay", str(path)])
+        with pytest.raises(SystemExit) as left:
+            cli.train()
+        assert left.value.code == status
+    said = capsys.readouterr()
+    assert "It begins in" in said.out
+    assert said.err.startswith("dino-lightning: ")
