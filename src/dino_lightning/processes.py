@@ -4,6 +4,7 @@ Floor 0: needs the standard library alone.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -49,7 +50,8 @@ def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     status = statuses[failed - 1] or 1
     for process in processes:
         process.kill()  # one that waits in a collective does not hear SIGTERM
-    end_now(f"process {failed} of this machine has ended with status {status}, and all end with it",
+    name = signal.Signals(-status).name if status < 0 else f"status {status}"
+    end_now(f"process {failed} of this machine has ended with {name}, and all end with it",
             status=status if status > 0 else 128 - status)  # fmt: skip
 
 

@@ -25,7 +25,7 @@ HERE_IS_SLURM = {
 
 def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
     """Both tasks of the job; the folder of the run is named by SLURM."""
-    command = train(f"imports=[{HERE}/one_rank.py]", "collective_timeout_s=30", *LONG)
+    command = train(f"imports=[{HERE}/one_rank.py]", "collective_timeout_s=60", "data.num_workers=1", *LONG)
     variables = {**HERE_IS_SLURM, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "MARK": str(folder / "mark")}
     variables |= {"FAULT": "noted", "FAULTY": "0", "FAULT_STEP": "6"}
     variables |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
@@ -36,7 +36,10 @@ def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_whose_time_is_over_is_started_again(number: signal.Signals, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGTERM is of `scancel`, or of a preemption after which SLURM itself starts the job again."""
+    """SIGTERM is of `scancel`, or of a preemption after which SLURM itself starts the job again.
+
+    As from SLURM, it reaches loader processes, too.
+    """
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
