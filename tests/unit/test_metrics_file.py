@@ -1,79 +1,58 @@
-"""`metrics.csv`: whole rows whatever happens, and none of them twice."""
+"""`metrics.csv` when runs are killed, go on, and meet full disks."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dino_lightning.callbacks.metrics_file import METRICS, MetricsFile, read_rows
+from dino_lightning.callbacks.metrics_file import METRICS, MetricsFile, has_row, read_rows
 
 
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """The system itself writes what still fits into a file of `size` bytes, and refuses the rest."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def log(output: Path, *steps: int, before_step: int | None = None, **values: float) -> None:
+    logger = MetricsFile(output, before_step=before_step)
+    for step in steps:
+        logger.log_metrics({"loss": step / 10, **values}, step=step)
+        logger.save()
 
 
-def log(logger: MetricsFile, step: int, **values: float) -> None:
-    logger.log_metrics(values, step=step)
+def steps(output: Path) -> list[int]:
+    return [int(row["step"]) for row in read_rows(output / METRICS)]
+
+
+def test_rows_and_columns_as_they_come(tmp_path: Path) -> None:
+    logger = MetricsFile(tmp_path)
+    logger.log_metrics({"b": 1.5}, step=0)
     logger.save()
+    logger.log_metrics({"a": 2.5, "b": 3.5}, step=1)
+    logger.log_metrics({"b": 4.5}, step=2)
+    logger.save()
+    assert (tmp_path / METRICS).read_text().split() == ["a,b,step", ",1.5,0", "2.5,3.5,1", ",4.5,2"]
 
 
-def steps(folder: Path) -> list[int]:
-    return [int(row["step"]) for row in read_rows(folder / METRICS)]
+def test_a_run_that_goes_on_drops_what_comes_again(tmp_path: Path) -> None:
+    log(tmp_path, 0, 1, 2, 3, 4)
+    log(tmp_path, 3, 4, 5, before_step=3, late=1.0)
+    assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    assert has_row(tmp_path / METRICS, step=3, keys=["loss", "late"])
+    assert not has_row(tmp_path / METRICS, step=2, keys=["late"])
 
 
-def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = MetricsFile(tmp_path)
-    log(logger, 0, loss=1.0)
-    before = (tmp_path / METRICS).read_bytes()
-    with files_end_at(len(before) + 3):  # a part of the row fits
-        log(logger, 1, loss=2.0)
-        log(logger, 2, loss=3.0)
-        assert (tmp_path / METRICS).read_bytes() == before
-    assert capsys.readouterr().err.count("metrics.csv could not be written") == 1
-    log(logger, 3, loss=4.0)
-    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / METRICS)] == [
-        ("0", "1.0"), ("1", "2.0"), ("2", "3.0"), ("3", "4.0")
-    ]  # fmt: skip
-    with files_end_at(10):
-        log(logger, 4, loss=5.0)
-    assert "could not be written" in capsys.readouterr().err  # of another time, it is said again
-
-
-def test_a_new_column_for_which_there_is_no_room(tmp_path: Path) -> None:
-    logger = MetricsFile(tmp_path)
-    log(logger, 0, loss=1.0)
-    before = (tmp_path / METRICS).read_bytes()
-    with files_end_at(len(before) + 3):
-        log(logger, 1, loss=2.0, knn=50.0)
-        assert (tmp_path / METRICS).read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == [METRICS]
-    log(logger, 2, loss=3.0)
-    assert steps(tmp_path) == [0, 1, 2]
-    assert read_rows(tmp_path / METRICS)[1] == {"step": "1", "loss": "2.0", "knn": "50.0"}
-
-
-@pytest.mark.parametrize("cut", [1, 2, 5, 9])
-def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(cut: int, tmp_path: Path) -> None:
-    logger = MetricsFile(tmp_path)
-    for step in range(5):
-        log(logger, step, loss=step / 8)
-    path = tmp_path / METRICS
-    path.write_bytes(path.read_bytes()[:-cut])  # as a machine that loses its power leaves it
-    logger = MetricsFile(tmp_path, before_step=3)
-    log(logger, 3, loss=3 / 8)
-    assert [(int(row["step"]), float(row["loss"])) for row in read_rows(path)] == [(s, s / 8) for s in range(4)]
-
-
-def test_a_run_that_starts_has_no_rows_of_another(tmp_path: Path) -> None:
-    log(MetricsFile(tmp_path), 7, loss=1.0)
-    log(MetricsFile(tmp_path), 0, loss=2.0)
+def test_a_new_run_starts_anew(tmp_path: Path) -> None:
+    log(tmp_path, 0, 1)
+    log(tmp_path, 0)
     assert steps(tmp_path) == [0]
+
+
+def test_the_rows_are_there_from_the_first_moment(tmp_path: Path) -> None:
+    """Lightning's logger deletes the file first, and a kill before the next row would leave nothing."""
+    log(tmp_path, 0, 1, 2)
+    assert MetricsFile(tmp_path, before_step=2).experiment is not None
+    assert steps(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_row_that_was_cut_off_is_no_row(tmp_path: Path, cut: int) -> None:
+    log(tmp_path, 0, 1, 2, second=0.25)
+    path = tmp_path / METRICS
+    path.write_bytes(path.read_bytes()[:-cut])
+    log(tmp_path, 2, 3, before_step=2)
+    assert steps(tmp_path) == [0, 1, 2, 3]

@@ -25,7 +25,7 @@ FORMAT = 2
 """What a checkpoint holds. 1: Lightning's, without a format; random states and each rank's own states came with 2."""
 LAST = "last.ckpt"
 HASH_LINE = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
-HASH_LINE_BYTES = 73
+HASH_LINE_START, HASH_LINE_BYTES = b"\nsha256:", 73
 CHUNK = 1 << 24
 
 
@@ -76,8 +76,11 @@ def verify(path: Path) -> bool:
         raise DamagedError("it is empty")
     with path.open("rb") as file:
         file.seek(max(0, size - HASH_LINE_BYTES))
-        found = HASH_LINE.fullmatch(file.read())
+        end = file.read()
+        found = HASH_LINE.fullmatch(end)
         if found is None:
+            if HASH_LINE_START in end:
+                raise DamagedError("its hash is cut off")
             return False
         file.seek(0)
         digest, left = hashlib.sha256(), size - HASH_LINE_BYTES
@@ -102,9 +105,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = read_pickle(path, source=str(path))
     except UserError as error:
-        if not hashed and "is not a checkpoint" in str(error):
-            raise DamagedError("it is cut off, or no checkpoint") from error
-        raise
+        if hashed or "is refused" in str(error):
+            raise
+        raise DamagedError("it is cut off, or no checkpoint") from error
     if "state_dict" not in content or "loops" not in content:
         raise UserError(f"{path} is no checkpoint of a run: it has weights alone, and a run cannot go on from them.")
     if content.get("format", 1) > FORMAT:
