@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import nonfinite_cases
 import pytest
 import tiny
 import torch
@@ -29,11 +30,12 @@ OPTIMS = {"adamw": AdamWConfig(clip_grad=0.05), "sgd": SGDConfig(), "lars": LARS
 def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer: Any) -> L.Trainer:
     """One epoch with all that a run has for every step: a logger, alarms, speed, and the bar, drawn each time."""
     speed, alarm = Speed(), CollapseAlarm(CollapseConfig(after="0it", patience=1))
+    keeper = nonfinite_cases.callback(folder, "stop")
     bar = RunProgress(speed)
     bar.console = Console(file=io.StringIO(), force_terminal=True)
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 2, **trainer}
     options |= {"enable_checkpointing": False, "enable_model_summary": False}
-    fitting = L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, bar])
+    fitting = L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, keeper, bar])
     fitting.fit(module, loader)
     assert "loss" in bar.console.file.getvalue()  # type: ignore[attr-defined]
     assert "collapse/teacher_entropy" in (folder / "metrics.csv").read_text()
@@ -112,6 +114,17 @@ def test_cuda_sees_none_either(tmp_path: Path, name: str, precision: str) -> Non
     loader = list_loader(20, pin_memory=True)
     trainer = train(module, loader, watch, folder=tmp_path, accelerator="gpu", precision=precision)
     assert trainer.global_step == 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_cuda_sees_none_in_fp16_either(tmp_path: Path, name: str) -> None:
+    """Overflows and the loss scale are counted and logged on the device. LARS is left out: the scaler asks for it."""
+    watch = Watch(errors_of_cuda(), first=2, last=19)
+    module = tiny.dino(optim=OPTIMS[name])
+    loader = list_loader(20, pin_memory=True)
+    train(module, loader, watch, folder=tmp_path, accelerator="gpu", precision="16-mixed")
+    assert "amp/overflows" in (tmp_path / "metrics.csv").read_text()
 
 
 def test_the_sum_for_the_centre_travels_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
