@@ -1,0 +1,153 @@
+"""Runs of `train.py` that are killed and go on, for `test_kills.py`."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soak_measures as measures
+from PIL import Image
+from soak_compare import differences
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = Path(__file__).with_name("kills_worker.py")
+EPOCHS, PER_EPOCH = 2, 8
+"""Epochs, and micro-batches of each rank in one."""
+IMAGES, LIMIT = 64, 300.0
+"""Training images; seconds for one start."""
+SMALL = (
+    "experiment=quick",
+    f"data.train_images={IMAGES}",
+    "data.val_images=24",
+    "crops.local_count=1",
+    "backbone.drop_path_rate=0.3",
+    "trainer.accelerator=cpu",
+    f"trainer.max_epochs={EPOCHS}",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "cpu_threads=1",
+    "callbacks.pictures.enabled=false",
+    "callbacks.knn.bank=32",
+    "callbacks.knn.baselines=false",
+    "callbacks.knn.batch_size_per_device=16",
+    "callbacks.checkpoint.every_n_minutes=0.0001",  # after almost every step
+    f"imports=[{PLUGIN}]",
+    "resume=auto",
+)
+LEAVES = {"SIGKILL": -9, "parent": -9, "SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130, "raise": 1}
+"""Exit status of the first process by what befell it."""
+
+
+def words_of(*words: str, ranks: int = 1, workers: int = 0) -> list[str]:
+    """The command line of a run: `SMALL`, then what is different."""
+    batch = IMAGES // PER_EPOCH // ranks
+    devices = [f"trainer.devices={ranks}", "trainer.strategy=ddp"] if ranks > 1 else ["trainer.devices=1"]
+    return [*SMALL, f"data.num_workers={workers}", f"data.batch_size_per_device={batch}", *devices, *words]
+
+
+def start(folder: Path, words: list[str], *, kill: str = "") -> int:
+    """One start of the run; its exit status when no process of it is left."""
+    notes = folder.with_name(f"{folder.name}-notes")
+    notes.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    environment = {**os.environ, "KILL": kill, "NOTES": str(notes), "KILLS_RUN": mark, "WANDB_SILENT": "true"}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
+    with (notes / "log.txt").open("ab") as log:
+        log.write(f"\n==== {kill}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        status = process.wait(LIMIT)
+    until = time.monotonic() + 60
+    while measures.processes_of(f"KILLS_RUN={mark}"):
+        assert time.monotonic() < until, f"{kill}: processes are left over: {measures.processes_of(mark)}"
+        time.sleep(0.05)
+    return status
+
+
+def killed_and_resumed(folder: Path, words: list[str], kills: list[str]) -> None:
+    """A run that each of `kills` hits in turn, and that comes to its end at last."""
+    notes = folder.with_name(f"{folder.name}-notes")
+    for number, kill in enumerate(kills):
+        status = start(folder, words, kill=kill)
+        log = (notes / "log.txt").read_text()[-3000:]
+        assert len(read(notes / "kills.jsonl")) == number + 1, f"{kill} has not come to pass: {log}"
+        how, _, rank = kill.split("=")[1].partition(" on ")
+        if rank and how in ("SIGKILL", "raise"):
+            assert status != 0, kill
+        else:
+            assert status == LEAVES[how], f"{kill}: status {status}: {log}"
+        assert not (folder / "summary.json").exists(), kill
+    assert start(folder, words) == 0, (notes / "log.txt").read_text()[-3000:]
+
+
+def unlike(folder: Path, reference: Path) -> list[str]:
+    """What is different between a run that was killed and one that was not; empty where all is equal, to the bit.
+
+    What each rank saw before each micro-batch is compared for every time that it was done.
+    """
+    found = differences(folder, reference)
+    own, other = (path.with_name(f"{path.name}-notes") for path in (folder, reference))
+    files = sorted(path.name for path in other.glob("rank*.jsonl"))
+    for name in files:
+        wanted = {note["number"]: note for note in read(other / name)}
+        assert sorted(wanted) == list(range(EPOCHS * PER_EPOCH)), f"{name} of the reference"
+        done = defaultdict(list)
+        for note in read(own / name):
+            done[note["number"]].append(note)
+        found += [f"{name}: micro-batch {number} was left out" for number in wanted.keys() - done.keys()]
+        for number, notes in sorted(done.items()):
+            for note in notes:
+                found += [
+                    f"{name}: {key} of micro-batch {number} differs" for key in note if note[key] != wanted[number][key]
+                ]
+    found += [
+        f"{path}: a loader process has drawn"
+        for path in (own, other)
+        if any(note["drawn"] for note in read(path / "loaders.jsonl"))
+    ]
+    left = {path.name for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"}
+    return found + [f"{name} is left over" for name in sorted(left)]
+
+
+def drawn_kills(seed: str, *, accumulate: int = 1, ranks: int = 1, workers: int = 0, count: int = 3) -> list[str]:
+    """Kills at random micro-batches, moments and ways, far enough apart that each comes to pass."""
+    chance, kills = random.Random(seed), []
+    stretch = EPOCHS * PER_EPOCH // count
+    for number in range(count):
+        place = number * stretch + chance.randrange(max(1, stretch - 2 * accumulate))
+        moment = chance.choice(["forward", "backward", "batch"])
+        how = chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT", "raise"])
+        where = f" on {chance.randrange(ranks)}" if ranks > 1 else ""
+        kills.append(f"{moment}@{place}={how}{where}".removesuffix(" on 0"))
+    return kills
+
+
+def write_shards(folder: Path, *, count: int, images: int) -> str:
+    """Shards of noise for `data.shards`."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for shard in range(count):
+        with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
+            for number in range(images):
+                content = io.BytesIO()
+                Image.fromarray(noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(content, format="png")
+                info = tarfile.TarInfo(f"{shard}-{number:03}.png")
+                info.size = len(content.getvalue())
+                tar.addfile(info, io.BytesIO(content.getvalue()))
+    return f"{folder}/s-{{0..{count - 1}}}.tar"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of notes."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,129 @@
+"""A run that is killed anywhere and goes on equals one that was not, to the last bit.
+
+Compared are the exported weights; the checkpoint of the end, with weights, optimizer, teacher, centre, queues, states
+of callbacks, loops and random generators of every rank; each row of `metrics.csv`, with losses, schedules and k-NN;
+the summary; and, for every micro-batch that any process ever did, its crops and the random states before it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from kills_run import drawn_kills, killed_and_resumed, start, unlike, words_of, write_shards
+
+SEED = os.environ.get("KILLS_SEED", "0")
+"""Another one draws other places and ways."""
+
+
+@dataclass
+class Reference:
+    """A run with two loader processes and two micro-batches in a step, which nobody kills."""
+
+    words: list[str]
+    folder: Path
+    status: Future[int]
+    """Of its one start, which goes on beside that of the killed runs."""
+
+    def check(self, folder: Path) -> None:
+        """The run in `folder` has the same end."""
+        assert self.status.result() == 0
+        assert unlike(folder, self.folder) == []
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    words = words_of("trainer.accumulate_grad_batches=2", workers=2)
+    folder = tmp_path_factory.mktemp("kills") / "reference"
+    with ThreadPoolExecutor(1) as beside:
+        yield Reference(words, folder, beside.submit(start, folder, words))
+
+
+def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> None:
+    """In the middle of a window of accumulation, of a checkpoint and of a k-NN evaluation, and told to end."""
+    kills = ["backward@2=SIGKILL", "write@1=SIGKILL", "knn@1=SIGTERM", "forward@11=raise"]
+    killed_and_resumed(tmp_path / "run", reference.words, kills)
+    reference.check(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [
+    ["rename@2=SIGKILL", "row@1=SIGKILL", "loader@1=parent"],
+    ["forward@0=SIGTERM", "loader@2=SIGKILL", "step@9=SIGINT"],
+    ["knn@2=SIGKILL", "batch@9=SIGUSR1", "export@0=SIGKILL"],
+], ids=" ".join)  # fmt: skip
+def test_killed_in_files_and_processes(kills: list[str], reference: Reference, tmp_path: Path) -> None:
+    killed_and_resumed(tmp_path / "run", reference.words, kills)
+    reference.check(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_finds_no_room(reference: Reference, tmp_path: Path) -> None:
+    """The one before it is kept, the run goes on and ends as it would have."""
+    assert start(tmp_path / "run", reference.words, kill="write@1=full") == 0
+    assert "could not be written (No space left on device)" in (tmp_path / "run-notes" / "log.txt").read_text()
+    reference.check(tmp_path / "run")
+
+
+CASES: dict[str, tuple[list[str], int, int]] = {
+    "no loaders": ([], 1, 0),
+    "two ranks": ([], 2, 0),
+    "two ranks, loaders, accumulated": (["trainer.accumulate_grad_batches=2"], 2, 2),
+    "bf16": (["trainer.precision=bf16-mixed"], 1, 1),
+    "batch norms": (["backbone=vovnet_micro", "method.head_batch_norm=true"], 1, 1),
+    "swav": (["method=swav", "method.queue_length=32", "method.queue_start=2it"], 1, 0),
+    "moco": (["method=moco", "crops.local_count=0", "method.queue_length=64"], 1, 0),
+    "moco, two ranks": (["method=moco", "crops.local_count=0", "method.queue_length=64"], 2, 0),
+    "masked patches": (["method.patch_loss_weight=1"], 1, 1),
+    "crops on the device": (["crops=device"], 1, 1),
+    "fsdp": (["trainer.strategy=fsdp"], 2, 0),
+    "written beside": (["callbacks.checkpoint.asynchronous=true"], 1, 1),
+}
+"""Name -> words, ranks, loader processes."""
+RANDOM = [(case, part) for case in CASES for part in range(2 if case in ("no loaders", "two ranks") else 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "part"), RANDOM)
+def test_killed_at_random(case: str, part: int, tmp_path: Path) -> None:
+    own, ranks, workers = CASES[case]
+    words = words_of(*own, ranks=ranks, workers=workers)
+    accumulate = 2 if "accumulated" in case else 1
+    assert start(tmp_path / "reference", words) == 0
+    kills = drawn_kills(f"{case} {part} {SEED}", accumulate=accumulate, ranks=ranks)
+    killed_and_resumed(tmp_path / "run", words, kills)
+    assert unlike(tmp_path / "run", tmp_path / "reference") == [], kills
+
+
+@pytest.mark.slow
+def test_a_stream_killed_at_random(tmp_path: Path) -> None:
+    """Shards that two loader processes read in turn, with a shuffle buffer."""
+    shards = write_shards(tmp_path / "shards", count=4, images=24)
+    words = words_of("data=webdataset", "experiment=quick", f"data.shards='{shards}'", "data.images=64",
+                     "data.shuffle_buffer=16", "callbacks.knn.enabled=false", workers=2)  # fmt: skip
+    words = [word for word in words if not word.startswith(("data.train_images", "data.val_images", "callbacks.knn.b"))]
+    assert start(tmp_path / "reference", words) == 0
+    kills = drawn_kills(f"stream {SEED}")
+    killed_and_resumed(tmp_path / "run", words, kills)
+    assert unlike(tmp_path / "run", tmp_path / "reference") == [], kills
+
+
+@pytest.mark.slow
+def test_the_runs_of_wandb_are_one(tmp_path: Path) -> None:
+    words = words_of("logger=wandb")
+    killed_and_resumed(tmp_path / "run", words, ["batch@5=SIGKILL", "forward@10=SIGTERM"])
+    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 3
+    assert len({re.sub(r"offline-run-\d+_\d+-", "", name) for name in folders}) == 1
+
+
+@pytest.mark.slow
+def test_only_ends_of_epochs_are_saved(tmp_path: Path) -> None:
+    """Without a clock a killed run repeats the epoch."""
+    words = [*words_of(workers=1), "callbacks.checkpoint.every_n_minutes=0"]
+    assert start(tmp_path / "reference", words) == 0
+    killed_and_resumed(tmp_path / "run", words, ["forward@5=SIGKILL", "backward@12=SIGKILL"])
+    assert unlike(tmp_path / "run", tmp_path / "reference") == []
