@@ -65,6 +65,6 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
         )
     if data.num_classes < 2:
         raise UserError(
-            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}; choose "
-            "method=dino."
+            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}"
+            f"{f' ({data.sources.notice})' if data.sources.notice and not data.num_classes else ''}; choose method=dino."
         )

@@ -55,11 +55,30 @@ def test_the_sentence_of_a_16_bit_image() -> None:
     assert str(caught.value) == "16-bit image; set data.value_range, such as [0,65535]"
 
 
-def test_not_a_number_is_black_and_infinities_are_the_ends() -> None:
-    array = np.array([[np.nan, -np.inf, np.inf, 0.5, 3e38]], np.float32)
+@pytest.mark.parametrize(("nan_value", "level"), [(0.0, 0), (1.0, 255), (0.2, 51)])
+def test_what_is_no_number_becomes_the_value_that_is_set(nan_value: float, level: int) -> None:
+    array = np.array([[np.nan, -np.inf, np.inf, 0.5, 3e38, -3e38]], np.float32)
     for content in (array, npy(array), tiff(array)):
-        pixels = decoder(channels=1, value_range=[0.0, 1.0]).pixels(content)
-        assert pixels.flatten().tolist() == [0, 0, 255, 128, 255]
+        pixels = decoder(channels=1, value_range=[0.0, 1.0], nan_value=nan_value).pixels(content)
+        assert pixels.flatten().tolist() == [level, level, level, 128, 255, 0]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_an_image_with_a_value_that_is_no_number_is_refused(wrong: float, dtype: type) -> None:
+    array = np.full((3, 4), 0.5, dtype)
+    array[1, 2] = wrong
+    for content in (array, npy(array), tiff(array)):
+        with pytest.raises(UnreadableImageError, match="^1 of 12 values are NaN or infinite; set data.nan_value"):
+            decoder(channels=1, value_range=[0.0, 1.0]).pixels(content)
+
+
+def test_a_single_pixel_is_refused() -> None:
+    for form in ("PNG", "JPEG", "TIFF"):
+        for read in (decoder().pil, decoder().pixels):
+            with pytest.raises(UnreadableImageError, match="a single pixel"):
+                read(encoded(photo().resize((1, 1)), form))
+            read(encoded(photo().resize((2, 1)), form))
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])

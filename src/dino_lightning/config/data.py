@@ -29,6 +29,9 @@ class DataConfig(ImagesConfig):
     value_range: list[float] | None = None
     """Stored values that become 0 and 255 (black and white), for images of more than 8 bits; null refuses those, except
     16-bit colour, of which PIL keeps the upper 8 bits."""
+    nan_value: float | None = None
+    """Stored value for which NaN and infinite ones stand, such as 0 where nothing was measured; null refuses images
+    that hold some."""
     apply_exif_rotation: bool = False
     """Turn photographs as their EXIF tag says. The original does not."""
     on_error: str = "skip"

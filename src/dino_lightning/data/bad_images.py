@@ -43,6 +43,8 @@ def why_unreadable(error: Exception) -> str:
     exhausted = isinstance(error, OSError) and error.errno in EXHAUSTED
     if exhausted or isinstance(error, UserError | torch.OutOfMemoryError):
         raise error
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return _one_line(error.strerror.lower())  # the name stands before the reason
     return _one_line(str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}")
 
 

@@ -203,6 +203,8 @@ def cache_root(config: DataConfig) -> Path:
 
 def _key(source: ImageSource, config: DataConfig) -> str:
     decisive = [FORMAT, config.cache_resize, config.channels, config.value_range, config.apply_exif_rotation]
+    if config.nan_value is not None:
+        decisive.append(config.nan_value)
     return digest(source.fingerprint().encode(), json.dumps(decisive).encode())
 
 

@@ -4,13 +4,14 @@ JPEG goes through torchvision, the rest through PIL; TIFF that PIL cannot repres
 
 - One or three channels: PIL's `convert("L")` or `convert("RGB")`, whatever is stored. Two, four and more must be stored
   so: gray with alpha, RGBA, TIFF of several samples or pages, arrays (H, W, C).
-- More than 8 bits: `data.value_range` becomes 0 to 255, rounded and cut off; NaN becomes 0. Without it such an image is
-  refused, except 16-bit colour in PNG and TIFF, of which PIL keeps the upper 8 bits; with it such a PNG is refused.
-- Animations and TIFF of several pages show their first one. A TIFF is always turned as its tag says, because PIL does;
+- More than 8 bits: `data.value_range` becomes 0 to 255, rounded and cut off; NaN and infinite values become
+  `data.nan_value`, or the image is refused. Without a range such an image is refused, except 16-bit colour in PNG and
+TIFF, of which PIL keeps the upper 8 bits; with it such a PNG is refused. - Animations and TIFF of several pages show
   other formats only with `data.apply_exif_rotation`.
 """
 
 import io
+import logging
 import math
 import re
 import warnings
@@ -25,7 +26,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dino_lightning.config import DataConfig
+from dino_lightning.data.npy import read_npy
 from dino_lightning.data.sources.base import Content
+from dino_lightning.data.tiff_pages import check_pages
 from dino_lightning.errors import UserError
 
 JPEG = b"\xff\xd8\xff"
@@ -45,6 +48,8 @@ MINISBLACK, RGB, SEPARATED, BITS_PER_SAMPLE, SAMPLES, ORIENTATION = 1, 2, 5, 258
 # Too many pixels are refused below, in words; the others are about a file's metadata or palette, once per image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# It would write a line for each odd tag, of which a broken file has thousands.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class UnreadableImageError(ValueError):
@@ -62,6 +67,7 @@ class Decoder:
             )
         self.channels = config.channels
         self.value_range = value_range
+        self.nan_value = config.nan_value
         self.apply_exif_rotation = config.apply_exif_rotation
 
     def pil(self, content: Content) -> Image.Image:
@@ -70,7 +76,9 @@ class Decoder:
             raise UnreadableImageError(f"PIL has no images of data.channels={self.channels} channels, only of 1 and 3")
         with _in_words():
             found = self._decoded(content)
-            return _as_image(found) if isinstance(found, np.ndarray) else found
+            image = _as_image(found) if isinstance(found, np.ndarray) else found
+            _check_not_one_pixel(image.width * image.height)
+            return image
 
     def pixels(self, content: Content) -> Tensor:
         """Pixels (C, H, W) uint8, channels last in memory (but for turned photographs)."""
@@ -78,8 +86,10 @@ class Decoder:
             if isinstance(content, bytes) and content.startswith(JPEG):
                 pixels = self._jpeg(content)
                 if pixels is not None:
+                    _check_not_one_pixel(pixels[0].numel())
                     return pixels
             array = np.array(self._decoded(content))
+            _check_not_one_pixel(array.shape[0] * array.shape[1])
             return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
     def stored(self, content: Content) -> Image.Image | np.ndarray:
@@ -134,10 +144,23 @@ class Decoder:
             bits = "float" if array.dtype.kind == "f" else f"{array.dtype.itemsize * 8}-bit"
             usual = "[0,1]" if array.dtype.kind == "f" else "[0,65535]"
             raise UnreadableImageError(f"{bits} image; set data.value_range, such as {usual}")
+        array = self._finite(array) if array.dtype.kind == "f" else array
         low, high = self.value_range
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             scaled = (array.astype(np.result_type(array.dtype, np.float32)) - low) * (255 / (high - low))
-        return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
+        return scaled.clip(0, 255).round().astype(np.uint8)
+
+    def _finite(self, array: np.ndarray) -> np.ndarray:
+        """The array with `data.nan_value` in the place of NaN and infinite values, or a refusal of it."""
+        finite = np.isfinite(array)
+        if finite.all():
+            return array
+        if self.nan_value is None:
+            count = finite.size - int(finite.sum())
+            raise UnreadableImageError(
+                f"{count} of {finite.size} values are NaN or infinite; set data.nan_value to what they stand for"
+            )
+        return np.where(finite, array, np.asarray(self.nan_value, array.dtype))
 
     def _refuse(self, stored: int, found: Image.Image | np.ndarray) -> NoReturn:
         hint = ""
@@ -151,7 +174,7 @@ class Decoder:
         if not content:
             raise UnreadableImageError("the file is empty")
         if content.startswith(NPY):
-            return np.load(io.BytesIO(content), allow_pickle=False)
+            return read_npy(content)
         if self.value_range is not None and content.startswith(PNG) and content[24:26] in DEEP_COLOUR_PNG:
             # torchvision reads it in full, and takes the process with it where the file is broken.
             raise UnreadableImageError("16-bit colour PNG, read in 8 bits: unset data.value_range or store TIFF")
@@ -192,6 +215,7 @@ class Decoder:
     def _with_tifffile(self, content: bytes) -> np.ndarray:
         import tifffile  # not needed by most
 
+        check_pages(content)
         with tifffile.TiffFile(io.BytesIO(content)) as file:
             page: Any = file.pages[0]
             series = file.series[0]
@@ -252,6 +276,11 @@ def _most_pixels() -> float:
 def _check_size(pixels: int) -> None:
     if pixels > _most_pixels():
         raise UnreadableImageError(_too_large(pixels))
+
+
+def _check_not_one_pixel(pixels: int) -> None:
+    if pixels < 2:
+        raise UnreadableImageError("a single pixel, of which all crops are alike")
 
 
 def _too_large(pixels: int) -> str:

@@ -201,6 +201,9 @@ class MultiCropDataModule(L.LightningDataModule):
     def check_some_images(self, count: int = 8) -> None:
         """Raise `UserError` where none of some training images can be used: a wrong setting, not a broken file."""
         train, reason = self._train_images, ""
+        if isinstance(train, Beginning) and not len(train):
+            raise UserError(f"data: no image was found in the stream ({train.why_empty}); expected samples with an "
+                            "image that data.image_keys or data.image_column names.")  # fmt: skip
         decode = self._decode(self.backend.decoding)
         for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
             try:

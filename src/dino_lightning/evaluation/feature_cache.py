@@ -89,7 +89,7 @@ def feature_key(task: Task, images: ViewedImages, *, kind: str, indices: Sequenc
         "precision": f"{task.runtime.fabric.strategy.precision.precision} {torch.get_float32_matmul_precision()}",
         "kind": kind,
         "view": f"{_described(images.view)} {network.mean} {network.std} {images.blank}",
-        "decoder": f"{decoder.channels} {decoder.value_range} {decoder.apply_exif_rotation}",
+        "decoder": f"{decoder.channels} {decoder.value_range} {decoder.nan_value} {decoder.apply_exif_rotation}",
         "source": _fingerprint(images.source),
         "labels": digest(b"" if images.source.labels is None else np.ascontiguousarray(images.source.labels).tobytes()),
         "indices": digest(np.asarray(indices, dtype=np.int64).tobytes()),

@@ -44,7 +44,7 @@ class ViewedImages(Dataset[tuple[Tensor, int]]):
         config = config or DataConfig()
         self.decoder = Decoder(config)
         self.decode = self.decoder.pil if config.channels in (1, 3) else self.decoder.pixels
-        self.decoding = repr((config.channels, config.value_range, config.apply_exif_rotation))
+        self.decoding = repr((config.channels, config.value_range, config.nan_value, config.apply_exif_rotation))
         self.bad = BadImages(
             bad_images, images=len(source), on_error=config.on_error, max_bad_share=config.max_bad_share
         )

@@ -127,10 +127,21 @@ class Beginning:
 
     def __init__(self, stream: ImageStream, *, images: int):
         every = chain.from_iterable(stream.read_shard(shard) for shard in range(stream.shards))
-        self.samples = list(islice((sample for sample in every if sample.content is not None), images))
+        self.why_empty = "its shards have no samples"
+        """Of the first sample without an image, where no other was found."""
+        self.samples = list(islice(self._with_images(every), images))
         self.classes = stream.classes
         labels = np.array([sample.label for sample in self.samples], dtype=np.int64)
         self.labels = labels if (labels >= 0).any() else None
+
+    def _with_images(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        first = None
+        for sample in samples:
+            if sample.content is not None:
+                yield sample
+            elif first is None:
+                first = sample.name
+                self.why_empty = f"{first} has none"
 
     def __len__(self) -> int:
         return len(self.samples)

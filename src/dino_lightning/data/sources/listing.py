@@ -32,6 +32,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 """Ending of a table -> what stands between its columns."""
 NUMBER = re.compile(r"-?[0-9]{1,18}")
 """A class that is a number."""
+BEGINNING = 4096
+"""Bytes by which a list is told from other files."""
 PROBES = 7
 """Files that are looked for when a list is opened."""
 
@@ -72,6 +74,7 @@ def open_listing(config: ListingData) -> Sources:
     file = existing_path(config.path, files=True)
     if file.is_dir():
         raise UserError(f"data.path={config.path} is a folder; give the list, or read the folder with data=folder")
+    _check_text(file)
     root = file.parent if config.root is None else existing_path(config.root, key="data.root")
     delimiter = DELIMITERS.get(file.suffix.lower())
     if delimiter is None:
@@ -86,6 +89,17 @@ def open_listing(config: ListingData) -> Sources:
     kept = KeptArrays(arrays) if len(lines) < LARGE else keep(arrays, under=cache_place(config.cache_dir, of=file))
     missing = f"no labels: data.label_column={config.label_column} is empty" if config.label_column else "no labels"
     return Sources(ListingImages(root, kept=kept, classes=classes), None, None if classes else missing)
+
+
+def _check_text(file: Path) -> None:
+    """Refuse what is no list: a web page, an image, a text of two bytes for each letter."""
+    with file.open("rb") as content:
+        start = content.read(BEGINNING)
+    if b"\0" in start:
+        kind = "UTF-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "no text"
+        raise UserError(f"data.path: '{file}' is {kind}; save the list as text in UTF-8")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"data.path: '{file}' is a web page; download the list itself")
 
 
 def _read_text(file: Path, config: ListingData) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -110,6 +124,12 @@ def _read_table(file: Path, config: ListingData, *, delimiter: str) -> tuple[dic
     if config.label_column is not None:
         types[config.label_column] = pa.dictionary(pa.int32(), pa.string())
     header = column_names(file, delimiter=delimiter)
+    if not header:
+        raise UserError(f"data.path_column={config.path_column} is not a column of '{file}': it is empty; expected a "
+                        "header and a row for each image")  # fmt: skip
+    if len(header) == 1 and config.path_column not in header and (other := re.search(r"[;,\t|]", header[0])):
+        raise UserError(f"data.path: the columns of '{file}' are separated by {other[0]!r}, and {file.suffix} stands "
+                        f"for {delimiter!r}; save it with that")  # fmt: skip
     for key, name in columns.items():
         if name not in header:
             off = "; null for no labels" if key == "label_column" else ""

@@ -153,9 +153,13 @@ def _folders(path: Path, *, moved: Report) -> list[Folder]:
             folders = read(file, report=report)
             report(file.seek(0, os.SEEK_END))
             return folders
-    except (OSError, EOFError, NotImplementedError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the standard library stumbles over damaged tables in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data.path: '{path}' is not a {path.suffix[1:]} file that can be read ({error}); copy or download it again"
+            f"data.path: '{path}' is not a {path.suffix[1:]} file that can be read ({reason}); copy or download it "
+            "again"
         ) from error
 
 
@@ -206,8 +210,11 @@ def _members(tar: tarfile.TarFile, *, report: Report) -> Iterator[tarfile.TarInf
         yield member
         tar.members.clear()  # type: ignore[attr-defined]  # else it holds an object for each of a million members
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
+    end = tar.fileobj.read(BLOCK)
+    if end.strip(b"\0"):  # tarfile takes a damaged header for the end
         raise tarfile.TarError(f"damaged at byte {tar.offset}")
+    if len(end) < BLOCK:  # and the end of the file for that of the tar
+        raise tarfile.TarError(f"cut off at byte {tar.offset}")
 
 
 def zip_folders(file: IO[bytes], *, report: Report) -> list[Folder]:

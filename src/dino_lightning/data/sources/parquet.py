@@ -99,6 +99,10 @@ def with_classes(
         return Sources(train, None, _join(notice, "no labels: no k-NN evaluation"))
     if val is not None and val.labels is None:
         val, notice = None, _join(notice, "the validation split has no labels and is not used")
+    lowest = min(int(part.labels.min()) for part in (train, val) if part is not None and part.labels is not None)
+    if lowest < -1:
+        raise UserError(f"data.label_column={config.label_column} holds the label {lowest}; class numbers from 0 are "
+                        "expected, and -1 or nothing for an image without one")  # fmt: skip
     top = max(int(part.labels.max()) for part in (train, val) if part is not None and part.labels is not None)
     if top >= (len(names) if names else MOST_CLASSES):
         known = f"there are {len(names)} class names" if names else "class numbers from 0 are expected"
@@ -136,9 +140,10 @@ def _open_files(root: Path, config: ParquetData) -> Opened:
     for file in [*train_files, *val_files]:
         try:
             schema = pq.read_schema(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"data.path: '{file}' is not a parquet file that can be read ({error})") from error
-        features = datasets.Features.from_arrow_schema(schema)
+            features = datasets.Features.from_arrow_schema(schema)
+        except Exception as error:  # of Arrow, and of `datasets`, which reads its own words in the file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"data.path: '{file}' is not a parquet file that can be read ({reason})") from error
         check_columns(features, config, where=f"'{file}'")
         if names is None:
             names = label_names(features, config) or _schema_classes(schema, file=file)
@@ -191,7 +196,8 @@ def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[Parque
             f"images are kept in memory, the cache {datasets.config.HF_DATASETS_CACHE} cannot be written ({error})"
         )
     except DatasetGenerationError as error:
-        raise UserError(f"data.path: '{files[0]}' and its split cannot be read ({error.__cause__})") from error
+        reason = " ".join(str(error.__cause__).split())
+        raise UserError(f"data.path: '{files[0]}' and its split cannot be read ({reason})") from error
     assert isinstance(rows, datasets.Dataset)
     return ParquetImages(rows, config=config, parts=parts, state=_state(files)), trouble
 
