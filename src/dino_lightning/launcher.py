@@ -6,6 +6,7 @@ left on request counts as failed while the first one is still writing. Nobody wa
 killed while the others are on their way to it, they wait for `collective_timeout_s`.
 """
 
+import atexit
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from dino_lightning.processes import started_by_this_one, watch_started
+from dino_lightning.processes import end_started, started_by_this_one, watch_started
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -25,6 +26,7 @@ class Launcher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             with started_by_this_one():
                 self._call_children_scripts()
+            atexit.register(end_started, self.procs)
             threading.Thread(target=watch_started, args=(self.procs,), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)

@@ -55,6 +55,18 @@ def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             status=status if status > 0 else 128 - status)  # fmt: skip
 
 
+def end_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """For the end of the first process: let the others come to theirs, then kill those that do not.
+
+    They watch this one themselves, but not while they are stopped.
+    """
+    until = time.monotonic() + FAREWELL_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()  # nothing happens to those that have ended
+
+
 def end_with_first_process() -> None:
     """In a process that another has started: end when the first process is gone. Once for each process."""
     first = os.environ.pop(STARTED_BY, "")

@@ -30,6 +30,9 @@ if FAULT == "images" and once():
 if FAULT == "killed at the start" and once():
     os.kill(os.getpid(), signal.SIGKILL)
 
+if FAULT == "kills the first" and once():
+    os.kill(os.getppid(), signal.SIGKILL)
+
 if FAULT in ("error", "killed", "stopped", "noted"):
     from dino_lightning.methods.dino import DINO
 

@@ -52,8 +52,7 @@ def lose(
     command = train(
         f"imports=[{HERE}/one_rank.py]",
         f"output_dir={folder}/out",
-        f"collective_timeout_s={TIMEOUT_S}",
-        *words,
+        *(words if any("timeout" in word for word in words) else [f"collective_timeout_s={TIMEOUT_S}", *words]),
         launcher=LAUNCHERS[launcher],
         data=data,
     )
@@ -108,9 +107,18 @@ def test_a_rank_that_never_comes_does_not_keep_the_other(rank: int, launcher: st
 
 
 @pytest.mark.slow
+def test_the_first_process_is_killed_while_the_other_is_on_its_way(tmp_path: Path) -> None:
+    """Nobody is left to watch the second one, which would wait for the first for the whole of its timeout."""
+    lost = lose(tmp_path, "kills the first", "collective_timeout_s=600", launcher="lightning")
+    assert lost.status == -9
+    assert "the first process of this machine has ended" in lost.said
+    assert lost.seconds < 90
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_stops_ends_the_other_within_the_timeout(launcher: str, tmp_path: Path) -> None:
-    """A process that is stopped hears no SIGTERM: torchrun kills it after 30 seconds, Lightning's launcher at once."""
+    """A process that is stopped hears no SIGTERM: torchrun kills it after 30 seconds, `processes` after 10."""
     lost = lose(tmp_path, "stopped", launcher=launcher)
     assert lost.status == 1
     assert f"rank 0 {LOST}" in lost.said
@@ -121,8 +129,8 @@ def test_a_rank_that_stops_ends_the_other_within_the_timeout(launcher: str, tmp_
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_images_that_are_missing_on_one_host(launcher: str, tmp_path: Path) -> None:
     """That rank says so; the other one does not wait for it."""
-    lost = lose(tmp_path, "images", data=FOLDER, launcher=launcher, IMAGES_OF_RANK=str(images(tmp_path / "images")),
-                OTHER_IMAGES=str(tmp_path / "nowhere"))  # fmt: skip
+    folders = {"IMAGES_OF_RANK": str(images(tmp_path / "images")), "OTHER_IMAGES": str(tmp_path / "nowhere")}
+    lost = lose(tmp_path, "images", "collective_timeout_s=600", data=FOLDER, launcher=launcher, **folders)
     assert lost.status == (2 if launcher == "lightning" else 1)
     assert f"on rank 1: data.path={tmp_path}/nowhere" in lost.said
     assert lost.seconds < 60

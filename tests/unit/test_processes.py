@@ -79,6 +79,27 @@ def test_one_that_leaves_on_request_does_not_end_the_first() -> None:
     assert done.stdout.endswith("not ended\n")
 
 
+STOPPED = """
+import atexit, os, signal, subprocess, sys, time
+from dino_lightning import processes
+processes.FAREWELL_S = 0.5
+started = [subprocess.Popen([sys.executable, "-c", "pass"]),
+           subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])]
+os.kill(started[-1].pid, signal.SIGSTOP)
+print(started[-1].pid, flush=True)
+atexit.register(processes.end_started, started)
+raise RuntimeError("lost")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_one_that_is_stopped_does_not_outlive_the_first() -> None:
+    done = ended(STOPPED)
+    assert done.returncode == 1
+    assert "RuntimeError: lost" in done.stderr
+    assert is_gone(int(done.stdout.split()[0]))
+
+
 def test_none_outlives_the_first() -> None:
     begun = time.monotonic()
     done = ended(KILLED)
