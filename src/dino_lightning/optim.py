@@ -1,7 +1,7 @@
 """Parameter groups, per-tensor clipping, the frozen last layer, and the optimizers."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from dino_lightning.sharding import is_sharded, local, whole_norms
 
 FUSED_DEVICES, FUSED_DTYPES = ("cpu", "cuda"), (torch.float32, torch.float64)
 """Where PyTorch's fused optimizers run and are tested here."""
+SMALL = 1 << 14
+"""Numbers of a gradient up to which its factor is spread over it: the memory that this takes is then next to nothing."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -41,11 +43,35 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -
     slices = [local(gradient) for gradient in gradients]
     norms = whole_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
     if max_norm:
-        # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host. On a
-        # GPU this one call takes a kernel for each tensor, as PyTorch joins only lists of equal shapes.
-        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(slices, list(factors.unbind()))
+        # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host.
+        scale_each(slices, (max_norm / (norms + 1e-6)).clamp(max=1.0), join=slices[0].is_cuda)
     return ~torch.isfinite(norms).all()
+
+
+def scale_each(tensors: list[Tensor], factors_N: Tensor, *, join: bool) -> None:
+    """Multiply each of N tensors by its own factor, in place.
+
+    By single factors a GPU takes a kernel for each tensor: PyTorch joins only lists of equal shapes. With `join` the
+    small tensors, most of them biases and norms, get their factors in their own shapes, and so take one kernel for all.
+    """
+    small = [n for n, tensor in enumerate(tensors) if join and tensor.numel() <= SMALL and tensor.is_contiguous()]
+    if small:
+        chosen = [tensors[n] for n in small]
+        place = _places(tuple(small), tuple(tensor.numel() for tensor in chosen), factors_N.device)
+        spread = factors_N.index_select(0, place).split([tensor.numel() for tensor in chosen])
+        own = [factor.view_as(tensor) for factor, tensor in zip(spread, chosen, strict=True)]
+        torch._foreach_mul_(chosen, own)
+    others = sorted(set(range(len(tensors))).difference(small))
+    if others:
+        factors = factors_N.unbind()
+        torch._foreach_mul_([tensors[n] for n in others], [factors[n] for n in others])
+
+
+@lru_cache(maxsize=4)  # with and without frozen prototypes
+def _places(indices: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each index as often as its count, on the device."""
+    places = torch.repeat_interleave(torch.tensor(indices), torch.tensor(counts))
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 def drop_last_layer_gradients(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from dino_lightning.optim import (
     clip_each_gradient,
     drop_last_layer_gradients,
     parameter_groups,
+    scale_each,
 )
 from dino_lightning.vit import OriginalViT
 
@@ -99,6 +100,17 @@ def test_clips_tensor_by_tensor() -> None:
     nn.utils.clip_grad_norm_(parameters, 3.0)  # one norm over all tensors: every one of them is scaled
     ratios = [math.sqrt((p.grad**2).sum() / (e**2).sum()) for p, e in zip(parameters, expected, strict=True)]
     assert max(ratios) < 0.8
+
+
+def test_tensors_are_scaled_alike_in_one_kernel_and_in_many() -> None:
+    shapes = [(3,), (200, 100), (4, 5), (1,), (1 << 14,), (7, 2, 2), (300, 60)]
+    tensors = [torch.randn(shape) for shape in shapes] + [torch.randn(6, 4).t()]  # the last one lies otherwise
+    factors = torch.rand(len(tensors))
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    for join in (False, True):
+        scaled = [tensor.clone() for tensor in tensors]
+        scale_each(scaled, factors, join=join)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled, expected, strict=True))
 
 
 def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
