@@ -14,6 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from dino_lightning.errors import UserError
 from dino_lightning.processes import end_started, started_by_this_one, watch_started
 
 
@@ -22,7 +23,11 @@ class Launcher(_SubprocessScriptLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the others where nobody else has, then call `function`."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        try:
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        except ValueError as error:
+            raise UserError(f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} are not what "
+                            f"the SLURM job has: {' '.join(str(error).split())}") from error  # fmt: skip
         if not self.cluster_environment.creates_processes_externally:
             with started_by_this_one():
                 self._call_children_scripts()

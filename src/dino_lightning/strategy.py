@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dino_lightning.config import TrainerConfig
+from dino_lightning.errors import UserError
 from dino_lightning.launcher import Launcher
 from dino_lightning.processes import end_with_first_process
 from dino_lightning.sharding import like, whole
@@ -64,9 +65,13 @@ def cluster_plugins() -> list[SLURMEnvironment]:
     That one saves at once, within the signal, wherever the step is: with a student that has moved and a teacher that
     has not. `callbacks.leaving` waits for the end of the step.
     """
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():
+        return []
+    try:
         return [SLURMEnvironment(auto_requeue=False)]
-    return []
+    except RuntimeError as error:
+        raise UserError("the SLURM job has --ntasks without --ntasks-per-node: give --nodes and --ntasks-per-node, the "
+                        "number of trainer.devices (docs/clusters.md).") from error  # fmt: skip
 
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
