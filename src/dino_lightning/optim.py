@@ -14,7 +14,7 @@ from dino_lightning.sharding import is_sharded, local, whole_norms
 FUSED_DEVICES, FUSED_DTYPES = ("cpu", "cuda"), (torch.float32, torch.float64)
 """Where PyTorch's fused optimizers run and are tested here."""
 SMALL = 1 << 14
-"""Numbers of a gradient up to which its factor is spread over it: the memory that this takes is then next to nothing."""
+"""Numbers of a gradient up to which its factor is spread over it, which takes next to no memory then."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
