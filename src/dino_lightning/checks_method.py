@@ -64,7 +64,8 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
             "or data=folder, parquet, listing or archive."
         )
     if data.num_classes < 2:
+        why = f" ({data.sources.notice})" if data.sources.notice and not data.num_classes else ""
         raise UserError(
-            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}"
-            f"{f' ({data.sources.notice})' if data.sources.notice and not data.num_classes else ''}; choose method=dino."
+            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}{why}; choose "
+            "method=dino."
         )

@@ -1,0 +1,308 @@
+"""Rows: devices, folders, loggers, environment variables, limits of the system."""
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from wrong_files import photos, touch
+from wrong_images import as_nobody
+from wrong_inputs import Around, Wrong
+
+from dino_lightning import checks_environment, checks_resources
+
+Make = Callable[[Path], list[str]]
+OFFLINE = "set logger.mode=offline and upload later with `wandb sync`"
+ONLINE = ("logger=wandb", "logger.mode=online")
+NUMBERS = "this environment variable numbers or counts the processes of a run; expected a whole number, or unset it."
+
+
+def words(*given: str) -> Make:
+    """Words in which `DIR` is the folder."""
+    return lambda path: [word.replace("DIR", str(path)) for word in given]
+
+
+def with_variables(**variables: str | None) -> Around:
+    """The environment with these; None takes one away."""
+
+    @contextmanager
+    def changed(path: Path) -> Iterator[None]:
+        given = {name: value.replace("DIR", str(path)) for name, value in variables.items() if value is not None}
+        with patch.dict(os.environ, given):
+            for name in variables.keys() - given.keys():
+                os.environ.pop(name, None)
+            yield
+
+    return changed
+
+
+def without_package(*names: str) -> Around:
+    """As if packages were not installed."""
+    return lambda _: patch.dict(sys.modules, dict.fromkeys(names))
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[None]:
+    """`path/disk` is a disk of 1 MB."""
+    with mounted(path / "disk", "1m"):
+        yield
+
+
+@contextmanager
+def small_shared_memory(path: Path) -> Iterator[None]:
+    """As in a container with a shared memory of 1 MB."""
+    with mounted(path / "shm", "1m"), patch.object(checks_resources, "SHARED_MEMORY", path / "shm"):
+        yield
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[None]:
+    """A file system in memory."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def few_open_files(_: Path) -> Iterator[None]:
+    """`ulimit -n 300`, for good."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+    yield
+
+
+@contextmanager
+def hidden_gpus(path: Path) -> Iterator[None]:
+    """A driver that lists two GPUs, neither of which is visible."""
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (path / "gpus" / name).mkdir(parents=True)
+    with patch.object(checks_environment, "GPUS", path / "gpus"), patch.dict(os.environ, CUDA_VISIBLE_DEVICES="7"):
+        yield
+
+
+@contextmanager
+def port_in_use(path: Path) -> Iterator[None]:
+    """Somebody listens at the port that the processes are to meet at."""
+    with socket.socket() as other:
+        other.bind(("", 29517))
+        other.listen()
+        with with_variables(MASTER_PORT="29517", MASTER_ADDR="127.0.0.1")(path):
+            yield
+
+
+@contextmanager
+def server_that_is_down(path: Path) -> Iterator[None]:
+    """W&B's address is a port of this machine at which nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        proxies = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"))
+        with with_variables(WANDB_BASE_URL=url, WANDB_API_KEY="k" * 40, **proxies)(path):
+            yield
+
+
+ROWS = [
+    Wrong(
+        "a GPU where there is none",
+        words("trainer.accelerator=gpu"),
+        "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use; set trainer.accelerator=cpu.",
+        around=with_variables(CUDA_VISIBLE_DEVICES=None),
+    ),
+    Wrong(
+        "a GPU where all are hidden",
+        words("trainer.accelerator=gpu"),
+        "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use, with CUDA_VISIBLE_DEVICES=-1; set "
+        "trainer.accelerator=cpu.",
+        around=with_variables(CUDA_VISIBLE_DEVICES="-1"),
+    ),
+    Wrong(
+        "nonsense in CUDA_VISIBLE_DEVICES",
+        words(),
+        "CUDA_VISIBLE_DEVICES=first hides every GPU: expected their numbers, such as 0,1, or unset this environment "
+        "variable.",
+        around=with_variables(CUDA_VISIBLE_DEVICES="first"),
+    ),
+    Wrong(
+        "the number of a GPU that is not there in CUDA_VISIBLE_DEVICES",
+        words("trainer.accelerator=auto", "trainer.precision=32"),
+        "CUDA_VISIBLE_DEVICES=7: this machine has 2 GPU(s), numbered from 0, and none of them is named; correct it, or "
+        "set trainer.accelerator=cpu.",
+        around=hidden_gpus,
+    ),
+    Wrong(
+        "a TPU where there is none",
+        words("trainer.accelerator=tpu"),
+        "trainer.accelerator=tpu: this machine has no device of the kind 'tpu' that PyTorch can use; set "
+        "trainer.accelerator=cpu.",
+    ),
+    Wrong(
+        "no processes on a CPU",
+        words("trainer.devices=0"),
+        "trainer.devices=0: expected auto or a number of processes of at least 1 on a CPU.",
+    ),
+    Wrong(
+        "indices of devices on a CPU",
+        words("trainer.devices=[0,1]"),
+        "trainer.devices=[0,1]: expected auto or a number of processes of at least 1 on a CPU.",
+    ),
+    Wrong(
+        "more processes than batches",
+        words("trainer.devices=8"),
+        "data.batch_size_per_device=4 on 8 device(s) is larger than the 16 training images; set it to at most 2.",
+    ),
+    Wrong(
+        "machines that nobody has started",
+        words("trainer.num_nodes=2"),
+        "trainer.num_nodes=2: nothing has started processes on other machines, and this one would wait for them; start "
+        "it with srun or torchrun, or set trainer.num_nodes=1.",
+        around=with_variables(**dict.fromkeys(checks_environment.LAUNCHERS)),
+    ),
+    Wrong(
+        "a port in use",
+        words("trainer.devices=2"),
+        "MASTER_PORT=29517: the processes of this run cannot meet at this port (Address already in use); set this "
+        "environment variable to a free one.",
+        around=port_in_use,
+    ),
+    Wrong(
+        "a port that is none",
+        words("trainer.devices=2"),
+        "MASTER_PORT=http: expected the number of a port from 1 to 65535, or unset this environment variable.",
+        around=with_variables(MASTER_PORT="http"),
+    ),
+    Wrong(
+        "a machine to meet at that does not exist",
+        words("trainer.devices=2"),
+        "MASTER_ADDR=no-such-host.invalid: there is no machine of this name (…); set this environment variable to the "
+        "name of the first one.",
+        around=with_variables(MASTER_ADDR="no-such-host.invalid", MASTER_PORT="29517"),
+    ),
+    Wrong("nonsense in RANK", words(), f"RANK=first: {NUMBERS}", around=with_variables(RANK="first")),
+    Wrong("nonsense in WORLD_SIZE", words(), f"WORLD_SIZE=all: {NUMBERS}", around=with_variables(WORLD_SIZE="all")),
+    Wrong(
+        "nonsense in OMP_NUM_THREADS",
+        words(),
+        "OMP_NUM_THREADS=many: expected a number of threads of at least 1; unset this environment variable, or set "
+        "cpu_threads.",
+        around=with_variables(OMP_NUM_THREADS="many"),
+    ),
+    Wrong(
+        "output_dir is a file",
+        lambda path: [f"output_dir={touch(path / 'o')}"],
+        "output_dir=DIR/o cannot be written ('DIR/o' is a file or lies in one); choose a folder of yours.",
+    ),
+    Wrong(
+        "output_dir lies in a file",
+        lambda path: [f"output_dir={touch(path / 'o') / 'run'}"],
+        "output_dir=DIR/o/run cannot be written ('DIR/o/run' is a file or lies in one); choose a folder of yours.",
+    ),
+    Wrong(
+        "output_dir that may not be written",
+        words("output_dir=DIR/o"),
+        "output_dir=DIR/o cannot be written (Permission denied); choose a folder of yours.",
+        around=as_nobody,
+        needs_root=True,
+    ),
+    Wrong(
+        "output_dir where nothing can be made",
+        words("output_dir=/proc/run"),
+        "output_dir=/proc/run cannot be written (No such file or directory); choose a folder of yours.",
+    ),
+    Wrong(
+        "a name of 300 letters for output_dir",
+        words(f"output_dir=DIR/{'x' * 300}"),
+        f"output_dir=DIR/{'x' * 300} cannot be written (File name too long); choose a folder of yours.",
+    ),
+    Wrong(
+        "too little disk for a checkpoint",
+        words("output_dir=DIR/disk/run"),
+        "output_dir=DIR/disk/run: a checkpoint of this run takes about …, and … are free there; make room, or choose a "
+        "folder on another disk.",
+        around=small_disk,
+        needs_root=True,
+    ),
+    Wrong(
+        "too little shared memory for a batch of each loader process",
+        words("data.num_workers=4", "data.batch_size_per_device=16"),
+        "data.num_workers=4: a batch takes …, one of each loader process goes through DIR/shm, and 1 MB are free "
+        "there; give the container more (docker run --shm-size=8g), or set data.num_workers to at most ….",
+        around=small_shared_memory,
+        needs_root=True,
+    ),
+    Wrong(
+        "too few open files for the loader processes",
+        words("data.num_workers=32"),
+        "data.num_workers=32: this process may open 300 files, and its loader processes take about …; raise the limit "
+        "(ulimit -n …), or set data.num_workers to at most ….",
+        around=few_open_files,
+        in_a_process=True,
+    ),
+    Wrong(
+        "a cache that does not fit on its disk",
+        lambda path: [
+            "data=folder",
+            f"data.path={photos(path / 'in', count=400)}",
+            "data.cache=disk",
+            f"data.cache_dir={path / 'disk'}",
+        ],
+        "data.cache=disk needs about 0.0 GB in DIR/disk/images, where 0.0 GB are free; give a roomier data.cache_dir "
+        "or a data.cache_resize below 256",
+        around=small_disk,
+        needs_root=True,
+        while_training=True,
+    ),
+    Wrong(
+        "a key that W&B's logger does not have",
+        words("logger=wandb", "+logger.entitty=x"),
+        "logger.entitty is not a key of the configuration; choose one of group, mode, name, project, tags",
+    ),
+    Wrong(
+        "a misspelt key of W&B's logger",
+        words("logger=wandb", "logger.projct=x"),
+        "logger.projct is not a key of the configuration; did you mean 'logger.project'?",
+    ),
+    Wrong(
+        "a project that W&B does not take",
+        words("logger=wandb", "logger.project=a/b"),
+        "logger.project=a/b has a '/'; W&B takes names of 1 to 128 characters without / \\ # ? % and :.",
+    ),
+    Wrong(
+        "nonsense in WANDB_MODE",
+        words("logger=wandb"),
+        "WANDB_MODE=onlin: did you mean 'online'? Correct or unset this environment variable.",
+        around=with_variables(WANDB_MODE="onlin"),
+    ),
+    Wrong(
+        "W&B online without a key",
+        words(*ONLINE),
+        "logger.mode=online: no key for https://api.wandb.ai is known; run `wandb login`, set WANDB_API_KEY, or "
+        f"{OFFLINE}.",
+        around=with_variables(WANDB_API_KEY=None, NETRC="DIR/none", WANDB_BASE_URL=None),
+    ),
+    Wrong(
+        "W&B online with a key that is cut off",
+        words(*ONLINE),
+        "logger.mode=online: the key for https://api.wandb.ai has 5 characters, and W&B's have 40 or more; copy it "
+        f"again, or {OFFLINE}.",
+        around=with_variables(WANDB_API_KEY="12345", WANDB_BASE_URL=None),
+    ),
+    Wrong(
+        "W&B online without a network",
+        words(*ONLINE),
+        f"logger.mode=online: http://127.0.0.1:… cannot be reached (Connection refused); {OFFLINE}.",
+        around=server_that_is_down,
+    ),
+    Wrong(
+        "logger=tensorboard without its package",
+        words("logger=tensorboard"),
+        "logger=tensorboard needs the package tensorboard; install it (pip install tensorboard), or choose logger=csv.",
+        around=without_package("tensorboard", "tensorboardX"),
+    ),
+]
