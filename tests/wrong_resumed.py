@@ -17,7 +17,8 @@ from wrong_inputs import Wrong, train
 
 Make = Callable[[Path], list[str]]
 LAST = "run/checkpoints/last.ckpt"
-NONE_WHOLE = "resume: no checkpoint in DIR/run/checkpoints is whole: last.ckpt is damaged ({}); start anew in another output_dir."
+WHOLE = "resume: no checkpoint in DIR/run/checkpoints is whole"
+NONE_WHOLE = f"{WHOLE}: last.ckpt is damaged ({{}}); start anew in another output_dir."
 CHANGED = "which would train something else"
 BACK = "set it back, or write the new value into DIR/run/config.yaml as well if that is meant."
 
