@@ -28,7 +28,7 @@ from dino_lightning.config.folder import CONF, option_names
 from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
-from dino_lightning.restarts import first_start
+from dino_lightning.restarts import INTERRUPTED, PREEMPTED, first_start
 from dino_lightning.sweeps import Jobs
 
 PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
@@ -72,6 +72,14 @@ def train() -> None:
         refuse(error)
     except OSError as error:
         refuse_folder(error)
+    except SystemExit as left:
+        if left.code in (PREEMPTED, INTERRUPTED):
+            # All is saved and closed. To take the libraries apart can take Python ten seconds, of the few that a
+            # scheduler gives.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(left.code)
+        raise
     JOBS.finish()
 
 

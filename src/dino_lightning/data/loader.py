@@ -50,6 +50,18 @@ class PlacedLoader:
         """Epoch, and its batches that were handed out."""
 
     @property
+    def _iterator(self) -> Any:
+        """The running iterator: Lightning looks here for loader processes to end, when a run ends in any way.
+
+        Left to Python's own end, they and the thread that pins memory are waited for seconds each.
+        """
+        return self.loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self.loader._iterator = iterator
+
+    @property
     def sampler(self) -> "PlacedLoader":
         """What has `set_epoch`: Lightning looks here."""
         return self
