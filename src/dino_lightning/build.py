@@ -1,6 +1,7 @@
 """From configuration to objects: a `match` per group, in the order of a run."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -134,6 +135,8 @@ def build_loggers(
         case CSVLoggerConfig():
             return loggers
         case WandbLoggerConfig() as wandb:
+            if wandb.mode != "online":  # W&B sends statistics of its own use also then, unless told not to
+                os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             other: Logger = WandbLogger(
                 project=wandb.project,
                 name=wandb.name or output.name,
