@@ -12,7 +12,11 @@ PROGRAMS = {"TrainConfig": "training (train.py)", "EvaluateConfig": "evaluation 
 
 
 def explain(error: Exception, *, conf: Path) -> str:
-    """One sentence for a person; our own errors are one already."""
+    """One sentence for a person, in one line whatever a value or a library's words have in them."""
+    return re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", _explained(error, conf=conf)).strip()
+
+
+def _explained(error: Exception, *, conf: Path) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = _whole_text(error)

@@ -15,6 +15,11 @@ from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 
 
+LARGEST = 2**53
+LONGEST = 200
+"""Characters of a value in a sentence."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A condition on one value and the words for it."""
@@ -36,6 +41,7 @@ NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value)
 
 def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse the first value that breaks its rule or is none of its choices; keys that `config` lacks are skipped."""
+    _check_sizes(config)
     for key, rule in rules.items():
         value = lookup(config, key)
         if value is not None and not rule.holds(value):
@@ -44,6 +50,17 @@ def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, t
         value = lookup(config, key)
         if value is not None and value not in known:
             raise UserError(f"{key}={value}: {nearest(value, known)}")
+
+
+def _check_sizes(config: Any, prefix: str = "") -> None:
+    """Refuse whole numbers that are exact in no floating-point number: no rule below and no library expects them."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_sizes(value, f"{key}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise UserError(f"{key}={shown(value)}: expected no whole number beyond {LARGEST}.")
 
 
 def check_devices(trainer: Any, known: Mapping[str, tuple[str, ...]]) -> None:
@@ -125,5 +142,6 @@ def lookup(config: Any, key: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    return str(value).replace(" ", "")
+    """A value as it is typed on the command line; of a long one the beginning."""
+    text = str(value).replace(" ", "")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
