@@ -1,0 +1,154 @@
+"""Whatever is given for a key ends in a configuration that passes all checks, or in one sentence that names the key."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+from composing import composed, composed_evaluation
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from profiles import check, examples
+
+from dino_lightning.checks import check_config
+from dino_lightning.checks_evaluation import check_evaluation
+from dino_lightning.cli import CONF, EXPLAINED
+from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
+from dino_lightning.config.keys import Key, all_keys
+from dino_lightning.config.rules import check_keys
+from dino_lightning.explain import explain
+
+TRAINING = [
+    (),
+    ("backbone=resnet50", "optim=sgd", "method=supervised", "logger=wandb", "data=folder", "data.path=here"),
+    ("method=byol", "optim=lars", "logger=tensorboard", "data=listing", "data.path=here"),
+    ("method=moco", "data=archive", "data.path=here"),
+    ("method=swav", "data=parquet", "data.path=here"),
+    ("data=gldv2", "data.path=here"),
+    ("data=huggingface", "data.name=here"),
+    ("data=webdataset", "data.shards=here", "data.images=1000"),
+    ("data=cifar10",),
+]
+EVALUATION = [
+    *((f"eval={name}",) for name in ("knn", "linear", "linear_fast", "logistic", "finetune", "attention", "neighbors")),
+    ("eval=retrieval", "data=revisited", "data.path=here"),
+    ("eval=copy_detection", "data=copydays", "data.path=here"),
+    ("eval=video", "data=davis", "data.path=here"),
+    ("eval=attention", "data=voc", "data.path=here"),
+    ("eval=attention", "data=pictures", "data.path=here"),
+]
+"""Together they have every key of every schema."""
+
+
+@cache
+def base(overrides: tuple[str, ...], *, training: bool) -> DictConfig:
+    if training:
+        return composed(*overrides, "trainer.accelerator=cpu")
+    return composed_evaluation(*overrides, "checkpoint=untrained:vit_micro")
+
+
+@cache
+def home(name: str, schema: type) -> tuple[tuple[str, ...], bool]:
+    """The first configuration that has the key, and whether it is one of training."""
+    for training, bases in ((True, TRAINING), (False, EVALUATION)):
+        for overrides in bases:
+            if _has(base(overrides, training=training), name, schema):
+                return overrides, training
+    raise AssertionError(f"no configuration here has {name} of {schema.__name__}")
+
+
+def _has(config: DictConfig, name: str, schema: type) -> bool:
+    node: Any = config
+    *above, last = name.split(".")
+    for part in above:
+        if part not in node:
+            return False
+        node = node._get_node(part)
+    return issubclass(OmegaConf.get_type(node) or object, schema) and last in node._content
+
+
+def quoted(text: str) -> str:
+    """A string as a word of Hydra's language."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+INTEGERS = st.one_of(
+    st.integers(-3, 300), st.sampled_from([10**6, 2**31, 2**63, -(2**63), 10**30, 10**400, 65536, 4294967296])
+).map(str)
+FLOATS = st.one_of(
+    st.floats(0, 1).map(repr), st.floats().map(repr),
+    st.sampled_from(["nan", "inf", "-inf", "1e400", "1e-320", "-0.0", "1e38", "-1e-9", "1e200"]),
+)  # fmt: skip
+WORDS = st.sampled_from(
+    ["''", "x", "null", "true", "false", "???", "auto", "none", "10ep", "-5%", "1e9ep", "nanep", "infit", "0it", "inf%",
+     "${seed}", "${nope}", "${oc.env:NO_SUCH_VARIABLE}", "${oc.env:", "{}", "{a:1}", "{a:[1,{b:2}]}", "[]", "[[]]",
+     "[null]", "[x]", "[1,[2]]", "a=b", "a,b", "glob(*)", "range(1,3)", "int(3)", "00:00:00:01", "1e3", "0x10", "1_000",
+     "\\", "'", '"', "/", "~", "resnet18", "vit", "teacher", "center", "cpu", "16-mixed", "ddp", "/nowhere/at/all"]
+)  # fmt: skip
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(quoted)
+SCALARS = {"int": INTEGERS, "float": FLOATS, "str": st.one_of(WORDS, TEXTS), "bool": st.sampled_from(["true", "false"])}
+ANYTHING = st.one_of(INTEGERS, FLOATS, WORDS, TEXTS)
+
+
+def values(kind: str) -> st.SearchStrategy[str]:
+    """Words for a key of this type: mostly of the type, valid and absurd, and now and then of another."""
+    kind = kind.removesuffix(" or null")
+    if kind.startswith("list["):
+        inner = st.one_of(SCALARS[kind[5:-1]], SCALARS["float"])
+        own = st.lists(inner, max_size=4).map(lambda parts: f"[{','.join(parts)}]")
+    else:
+        own = SCALARS.get(kind, ANYTHING)
+    return st.one_of(own, own, ANYTHING)
+
+
+def outcome(key: Key, word: str) -> str:
+    """What the program would say, or nothing. All that comes before images and devices are looked at."""
+    overrides, training = home(key.name, key.schema)
+    config = base(overrides, training=training).copy()
+    try:
+        (override,) = OverridesParser.create().parse_overrides([f"{key.name}={word}"])
+        ConfigLoaderImpl._apply_overrides_to_config([override], config)
+        check_keys(config)
+        plain: Any = OmegaConf.to_object(config)
+        if training:
+            check_config(plain)
+        else:
+            check_evaluation(plain, overrides=[])
+    except EXPLAINED as error:
+        return explain(error, conf=CONF)
+    assert dataclasses.is_dataclass(plain)
+    return ""
+
+
+KEYS = all_keys()
+
+
+@examples(few=2, many=150)
+@pytest.mark.parametrize("key", KEYS, ids=[f"{key.schema.__name__}-{key.name}" for key in KEYS])
+def test_a_value_passes_or_gets_one_sentence(key: Key, examples: Any) -> None:
+    def holds(word: str) -> None:
+        sentence = outcome(key, word)
+        assert "\n" not in sentence
+        assert sentence == sentence.strip()
+        if sentence and not any(sign in word for sign in "${}[](),=~\\'\""):  # else it may be about Hydra's grammar
+            assert key.name.split(".")[-1] in sentence, sentence
+
+    check(holds, given(values(key.kind)), examples)
+
+
+def test_every_schema_is_tried() -> None:
+    schemas = {TrainConfig, EvaluateConfig, *(schema for group in SCHEMAS.values() for schema in group.values())}
+    assert {key.schema for key in KEYS} >= {schema for schema in schemas if any(k.schema is schema for k in KEYS)}
+    assert len(KEYS) > 300
+    assert {home(key.name, key.schema)[1] for key in KEYS} == {True, False}
+
+
+def test_what_is_refused_and_what_is_not() -> None:
+    """The property above would hold for a check that lets all pass, or none."""
+    rate = next(key for key in KEYS if key.name == "optim.lr")
+    assert outcome(rate, "0.1") == ""
+    assert "optim.lr=nan: expected at least 0" in outcome(rate, "nan")
+    assert "optim.lr: value 'x'" in outcome(rate, "x")
