@@ -7,7 +7,8 @@ First comes an uninterrupted run, the reference. Then the same run again and aga
 random moments, `--every` seconds apart on average, by each kind of blow in turn, and started again with the same
 command line. Each ends by itself and is held against the reference: weights, optimizer, all rows of `metrics.csv`,
 k-NN. All run a copy of the code as it is at the beginning.
-Meanwhile memory, handles, threads, shared memory and the folder are measured every 10 s. `FOLDER/report.md` and
+Beside them one run is left alone for all that time (soak_steady.py): what grows slowly shows in it.
+Memory, handles, threads, shared memory and folders are measured all the while. `FOLDER/report.md` and
 `report.json` say what was seen; they are written every minute, so that a soak that is cut off leaves them too.
 
 Exit status 1 where something failed. A full disk is tried where a tmpfs can be mounted (as root).
@@ -31,6 +32,7 @@ from soak_blows import LEAVES, ORDERLY, Blows, signal_all
 from soak_compare import differences
 from soak_measures import Leg
 from soak_report import write_report
+from soak_steady import Steady
 
 HERE = Path(__file__).resolve().parent
 DISK = 96
@@ -70,6 +72,7 @@ class Soak:
         self.failures: list[str] = []
         self.blows = Blows(self.random)
         self.next_blow = float("inf")
+        self.steady = self.start_steady()
 
     def soak(self) -> None:
         """Everything, in its order."""
@@ -81,6 +84,8 @@ class Soak:
             while time.time() < self.end and self.runs[0]["completed"]:
                 self.one_run(number)
                 number += 1
+            for what in self.steady.end():
+                self.fail(what)
         finally:
             signal_all(f"SOAK_LEG={os.getpid()}-", signal.SIGKILL)
             self.write()
@@ -170,6 +175,7 @@ class Soak:
                 pids |= set(measures.processes_of(marker))
                 self.hit(process, marker, leg)
                 self.next_blow, moved = time.time() + self.until_next(), time.time()
+            self.steady.measure()
             self.write_now_and_then()
             time.sleep(0.3)
         leg.code, leg.seconds = process.returncode, round(time.time() - began, 1)
@@ -180,14 +186,26 @@ class Soak:
         """The process, the mark of all its processes, its folder for temporary files, and where it tells events."""
         name = f"leg{len(self.legs):03}"
         self.legs.append(leg)
+        words = [f"trainer.max_epochs={self.options.epochs}", f"data.num_workers={leg.workers}"]
+        words += [f"logger={leg.logger}", f"output_dir={folder}"]
+        if self.options.resume == "auto" or (folder / "checkpoints" / "last.ckpt").exists():
+            words.append(f"resume={self.options.resume}")
+        return self.launch(name, words)
+
+    def start_steady(self) -> Steady:
+        """The run that nothing hits."""
+        folder = self.folder / "steady"
+        words = ["trainer.max_epochs=100000", "data.num_workers=1", "logger=csv", f"output_dir={folder}"]
+        process, marker, temporary, _ = self.launch("steady", words)
+        return Steady(process, marker, folder, temporary)
+
+    def launch(self, name: str, own: list[str]) -> tuple[subprocess.Popen[bytes], str, Path, Path]:
+        """As `start`, for any run."""
         temporary, events = self.folder / "tmp" / name, self.folder / "events" / f"{name}.jsonl"
         for path in (temporary, events.parent, self.folder / "logs"):
             path.mkdir(parents=True, exist_ok=True)
-        words = [*RUN, f"trainer.max_epochs={self.options.epochs}", f"data.num_workers={leg.workers}"]
-        words += [f"callbacks.checkpoint.every_n_minutes={self.options.minutes}", f"logger={leg.logger}"]
-        words += [f"imports=[{self.code / 'soak_watch.py'}]", f"output_dir={folder}", *self.options.set]
-        if self.options.resume == "auto" or (folder / "checkpoints" / "last.ckpt").exists():
-            words.append(f"resume={self.options.resume}")
+        words = [*RUN, *own, f"callbacks.checkpoint.every_n_minutes={self.options.minutes}"]
+        words += [f"imports=[{self.code / 'soak_watch.py'}]", *self.options.set]
         mark = f"SOAK_LEG={os.getpid()}-{name}-"
         environment = {**os.environ, "SOAK_LEG": mark.removeprefix("SOAK_LEG="), "SOAK_EVENTS": str(events)}
         environment |= {"SOAK_PAUSE": str(self.options.pause), "TMPDIR": str(temporary), "WANDB_SILENT": "true"}
@@ -286,6 +304,8 @@ class Soak:
             "runs": self.runs,
             "legs": [dataclasses.asdict(leg) for leg in self.legs],
             "failures": self.failures,
+            "steady": self.steady.samples,
+            "steady_exit": self.steady.to_exit,
         }
         write_report(self.folder, seen)
 
@@ -310,7 +330,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.1, help="until no other run begins")
     parser.add_argument("--every", type=float, default=180, help="mean seconds between blows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=112, help=f"of {EPOCH} steps each: length of a run")
+    parser.add_argument("--epochs", type=int, default=24, help=f"of {EPOCH} steps each: length of a run")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds for which a run sleeps after each step")
     parser.add_argument("--minutes", type=float, default=0.5, help="between checkpoints")
     parser.add_argument("--resume", default="auto", choices=["auto", "true"], help="true: from the second leg on")

@@ -50,7 +50,7 @@ def unequal(own: Any, other: Any, path: str = "last.ckpt", *, without: tuple[str
 def _exported(path: Path) -> dict[str, Any]:
     """Weights and description; the library writes the parts of the latter in any order."""
     with safe_open(path, framework="pt") as file:
-        return {"description": file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}
+        return {"description": file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  (not a dict)
 
 
 def _is_left_out(key: Any, without: tuple[str, ...]) -> bool:
