@@ -26,7 +26,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # The entry points of a floor, which import their neighbours on purpose.
 WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"),
           ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
-          ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"), ("run", "suggested"), ("suggested", "suggest"),
+          ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"),
+          ("run", "suggested"), ("suggested", "suggest"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),

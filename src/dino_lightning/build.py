@@ -161,9 +161,10 @@ def wandb_run_id(output: Path, *, resume: bool) -> str:
     if resume and file.exists():
         return file.read_text().strip()
     # Of the folder: all ranks agree on it without a word, and the first that comes here writes it.
-    started = str(time.time_ns()) if rank_zero_only.rank == 0 else ""
+    first = rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]
+    started = str(time.time_ns()) if first else ""
     run_id = hashlib.sha256(f"{output.absolute()} {started}".encode()).hexdigest()[:12]
-    if rank_zero_only.rank == 0:
+    if first:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(file, run_id + "\n")
     return run_id

@@ -10,7 +10,11 @@ COMMON: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
     "database": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.differing_executors,
+    ],
 }
 
 

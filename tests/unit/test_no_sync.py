@@ -35,7 +35,9 @@ def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer:
     bar.console = Console(file=io.StringIO(), force_terminal=True)
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 2, **trainer}
     options |= {"enable_checkpointing": False, "enable_model_summary": False}
-    fitting = L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, keeper, bar])
+    fitting = L.Trainer(
+        **options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, keeper, bar]
+    )
     fitting.fit(module, loader)
     assert "loss" in bar.console.file.getvalue()  # type: ignore[attr-defined]
     assert "collapse/teacher_entropy" in (folder / "metrics.csv").read_text()

@@ -30,7 +30,7 @@ class MetricsFile(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """What writes."""
-        if self._experiment is None:
+        if not isinstance(self._experiment, _Writer):
             self._experiment = _Writer(Path(self.log_dir), before_step=self.before_step)
         return self._experiment
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch.utils._pytree import tree_map_only
 
 from dino_lightning.checkpoints.read import read_pickle
 from dino_lightning.errors import UserError
@@ -61,7 +62,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     with atomic_file(path) as file:
         hashing = _Hashing(file)
         try:
-            torch.save(content, hashing)
+            torch.save(content, hashing)  # pyright: ignore[reportArgumentType]  (it needs these two methods only)
         except Exception as error:
             if hashing.error is not None:
                 raise hashing.error from error
@@ -234,7 +235,7 @@ class AsyncCheckpointIO(SafeCheckpointIO):
 
         self.wait()
         names, self.names = self.names, []
-        content = torch.utils._pytree.tree_map_only(torch.Tensor, _on_host, {**checkpoint, "format": FORMAT})
+        content = tree_map_only(torch.Tensor, _on_host, {**checkpoint, "format": FORMAT})
         # Not a daemon: a program that ends waits for its last checkpoint.
         thread = Thread(target=self.write, args=(content, Path(path), names), name="checkpoint")
         thread.start()

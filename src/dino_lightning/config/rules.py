@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 
-
 LARGEST = 2**53
 LONGEST = 200
 """Characters of a value in a sentence."""
