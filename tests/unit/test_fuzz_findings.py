@@ -70,7 +70,7 @@ def test_pages_in_a_circle(chain: tuple[int, ...]) -> None:
     """A loader process followed them for ever."""
     with pytest.raises(ValueError, match="lead back"):
         check_pages(pages(*chain))
-    with pytest.raises(UnreadableImageError, match="lead back"):
+    with pytest.raises(UnreadableImageError, match="lead back|Invalid dimensions"):  # the latter is Pillow 11
         decoder().pixels(pages(*chain))
 
 
