@@ -95,11 +95,11 @@ def changed(tree: Any, part: bytes) -> Any:
             if way == 0:
                 del node[key]
             elif way == 1 and isinstance(node, dict):
-                node[provider.ConsumeUnicode(8)] = node[key]
+                node[provider.ConsumeUnicode(8)] = copy.deepcopy(node[key])
             elif way == 2:
                 node[key] = provider.ConsumeInt(4)
             else:
-                node[key] = ABSURD[provider.ConsumeIntInRange(0, len(ABSURD) - 1)]
+                node[key] = copy.deepcopy(ABSURD[provider.ConsumeIntInRange(0, len(ABSURD) - 1)])
             break
     return tree
 
