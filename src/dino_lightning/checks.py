@@ -37,7 +37,7 @@ from dino_lightning.restarts import resume_mode
 from dino_lightning.schedules import Duration
 
 PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")
-STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
+STRATEGIES = ("auto", "ddp", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
 SHARDED_PRECISIONS = ("32", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")
 

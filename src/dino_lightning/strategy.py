@@ -28,12 +28,11 @@ from dino_lightning.sharding import like, whole
 
 START_METHODS = {
     "ddp": "popen",
-    "ddp_spawn": "spawn",
     "ddp_fork": "fork",
     "ddp_notebook": "fork",
     "ddp_find_unused_parameters_true": "popen",
 }
-"""How each of Lightning's names for DDP starts its processes."""
+"""How each of Lightning's names for DDP starts its processes. Not `ddp_spawn`: a run's callbacks cannot be pickled."""
 
 TIMEOUT = timedelta(minutes=30)
 """As PyTorch has it."""

@@ -98,6 +98,15 @@ def test_pruned_by_number(tmp_path: Path, keep: int) -> None:
         assert steps == list(range(step, -1, -1))[:keep]
 
 
+def test_weights_that_a_forked_process_hands_over(tmp_path: Path) -> None:
+    """Lightning writes and reads them by the same way as checkpoints, and loads them strictly."""
+    io, weights = SafeCheckpointIO(), {"w": torch.arange(4.0)}
+    io.save_checkpoint(weights, tmp_path / ".temp.ckpt")
+    found = io.load_checkpoint(tmp_path / ".temp.ckpt")
+    assert found.keys() == weights.keys()
+    assert torch.equal(found["w"], weights["w"])
+
+
 def test_fewer_to_keep_than_before(tmp_path: Path) -> None:
     for keep in (4, 4, 4, 4, 2):
         SafeCheckpointIO(keep_last=keep).save_checkpoint(content(keep), tmp_path / "last.ckpt")

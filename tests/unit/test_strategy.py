@@ -27,9 +27,7 @@ def built(strategy: str, **options: Any) -> Any:
     return build_strategy(TrainerConfig(**{"accelerator": "cpu", "devices": 2, "strategy": strategy, **options}))
 
 
-@pytest.mark.parametrize(
-    ("name", "start_method"), [("auto", "popen"), ("ddp", "popen"), ("ddp_spawn", "spawn"), ("ddp_notebook", "fork")]
-)
+@pytest.mark.parametrize(("name", "start_method"), [("auto", "popen"), ("ddp", "popen"), ("ddp_notebook", "fork")])
 def test_data_parallel(name: str, start_method: str) -> None:
     strategy = built(name)
     assert type(strategy) is DataParallel
