@@ -1,22 +1,27 @@
 """What a user can get wrong: one sentence each, before a model is built."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
-from composing import SMALL, composed
+from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from PIL import Image
 
 from dino_lightning.build import build_data
+from dino_lightning.checkpoints.load import load_network
 from dino_lightning.checks import check_config, check_data
+from dino_lightning.checks_evaluation import check_evaluation
 from dino_lightning.cli import CONF, EXPLAINED
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.rules import check_keys
+from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
+from dino_lightning.imports import import_one
 
 WRONG = [
     ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),
@@ -135,6 +140,48 @@ def test_unlabelled_images_and_knn(tmp_path: Path) -> None:
     data = ["data=folder", f"data.path={tmp_path}", "data.batch_size_per_device=8", "optim.lr_warmup=1ep"]
     assert "callbacks.knn.enabled=true: k-NN evaluation needs labelled" in sentence_for(*data, output_dir=tmp_path)
     assert sentence_for(*data, "callbacks.knn.enabled=false", output_dir=tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("x" * 300, "no file can have so long a name"), ("~no-such-user/x", "there is no home folder for '~'"),
+     ("a\0b", "it has a character that no path can have")],
+    ids=["long", "home", "zero"],
+)  # fmt: skip
+def test_a_path_that_none_can_be(path: str, reason: str, tmp_path: Path) -> None:
+    photos = composed("data=folder", f"data.path={tmp_path}", "trainer.accelerator=cpu")
+    knn = composed_evaluation("checkpoint=untrained:vit_micro")
+    for cfg, keys in ((photos, ("output_dir", "data.path", "data.cache_dir")), (knn, ("output_dir", "feature_cache"))):
+        check: Any = check_config if cfg is photos else check_evaluation
+        for key in keys:
+            changed = cfg.copy()
+            OmegaConf.update(changed, key, path)
+            with pytest.raises(UserError) as refused:
+                check(OmegaConf.to_object(changed))
+            assert str(refused.value).startswith(f"{key}={path[:200]}".replace("\0", "\\0"))
+            assert reason in str(refused.value)
+            assert len(str(refused.value)) < 300
+    with pytest.raises(UserError, match=reason):
+        existing_path(path)
+    with pytest.raises(UserError, match=reason):
+        import_one(path)
+    with pytest.raises(UserError, match=reason):
+        load_network(path, seed=0)
+
+
+def test_a_long_name_of_a_network_is_no_option(tmp_path: Path) -> None:
+    assert "is not an option of backbone" in sentence_for(f"backbone={'x' * 300}", output_dir=tmp_path)
+
+
+def test_home_is_meant_by_tilde(tmp_path: Path) -> None:
+    """Hydra, which makes the folder, would make one of that name in the working folder."""
+    script = Path(__file__).parents[1] / "train.py"
+    command = [sys.executable, str(script), *SMALL, "crops.local_size=20", "output_dir='~/run'"]
+    environment = os.environ | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
+from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
@@ -91,13 +92,11 @@ def _train(cfg: DictConfig) -> float | None:
 
     run = partial(run_training, given=HydraConfig.get().overrides.task)
     several = HydraConfig.get().mode == RunMode.MULTIRUN
-    if several:
-        # The numbered folder of this job. The processes of the other devices, which Lightning starts once with the same
-        # arguments, go through the same jobs in step.
-        cfg.output_dir = HydraConfig.get().runtime.output_dir
-    else:
-        cfg.output_dir = str(Path(cfg.output_dir).expanduser().absolute())
     try:
+        # With several jobs, the numbered folder of this one. The processes of the other devices, which Lightning starts
+        # once with the same arguments, go through the same jobs in step.
+        given = HydraConfig.get().runtime.output_dir if several else cfg.output_dir
+        cfg.output_dir = str(usable_path("output_dir", given).absolute())
         return JOBS.attempt(run, cfg, sentence=sentence) if several else run(cfg)
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
@@ -149,12 +148,12 @@ def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoRetur
 def register_timm_networks(overrides: list[str]) -> None:
     """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
     names = [part for text in overrides if text.startswith("backbone=") for part in text[9:].split(",")]
-    unknown = [name for name in names if not (CONF / "backbone" / f"{name}.yaml").exists()]
+    unknown = set(names) - set(option_names(CONF / "backbone"))
     if not unknown:
         return
     import timm
 
-    for name in filter(timm.is_model, unknown):
+    for name in filter(timm.is_model, sorted(unknown)):
         ConfigStore.instance().store(group="backbone", name=name, node=TimmConfig(name=name))
 
 

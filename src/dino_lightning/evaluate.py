@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_folder, run_name, with_shards_in_one_piece
 from dino_lightning.config import register
+from dino_lightning.config.paths import usable_path
 
 PROGRAM = "dino-eval"
 
@@ -42,11 +43,10 @@ def _evaluate(cfg: DictConfig) -> float | None:
     from dino_lightning.run_evaluation import run_evaluation  # loads in seconds: not needed for --help
 
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        cfg.output_dir = hydra_config.runtime.output_dir
-    else:
-        cfg.output_dir = str(Path(cfg.output_dir).expanduser().absolute())
+    several = hydra_config.mode == RunMode.MULTIRUN
     try:
+        given = hydra_config.runtime.output_dir if several else cfg.output_dir
+        cfg.output_dir = str(usable_path("output_dir", given).absolute())
         return run_evaluation(cfg, overrides=list(hydra_config.overrides.task))
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 
 KEY = "imports="
@@ -32,7 +33,7 @@ def _imported(word: str) -> str:
 
 def import_one(name: str) -> None:
     """Import a file or module, once."""
-    path = Path(name).expanduser()
+    path = usable_path("imports", name)
     if path.suffix != ".py":
         _run(name, lambda: importlib.import_module(name))
         return

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from dino_lightning.cli import CONF, EXPLAINED, register_timm_networks, with_settings_for_data
 from dino_lightning.config import CropsConfig, DataConfig, register
+from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
 
@@ -82,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def compose_config(words: list[str], *, kind: str | None) -> Chosen:
     """The configuration of `dino-train data=KIND data.path=PATH OVERRIDES`."""
-    paths = [word for word in words if "=" not in word or Path(word).exists()]
+    paths = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in paths]
     named = any(word.startswith("data=") for word in overrides)
     if len(paths) > 1 or not (paths or named or kind):
@@ -107,7 +108,7 @@ def compose_config(words: list[str], *, kind: str | None) -> Chosen:
 
 def kind_of(path: str) -> str:
     """The option of `data` that reads the path, from its ending or the first file below it that says so."""
-    root = Path(path).expanduser()
+    root = usable_path("data.path", path)
     endings = {".csv": "listing", ".tsv": "listing", ".txt": "listing", ".zip": "archive", ".tar": "archive",
                ".parquet": "parquet"}  # fmt: skip
     if not root.is_dir():
@@ -127,9 +128,11 @@ def kind_of(path: str) -> str:
 
 def open_indexed(chosen: Chosen) -> Any:
     """The sources; refuses those that can only be read from beginning to end."""
+    from dino_lightning.config.rules import check_paths
     from dino_lightning.data.decode import Decoder
     from dino_lightning.data.sources import ImageSource, open_sources  # torch loads in seconds: not needed for --help
 
+    check_paths(chosen)
     Decoder(chosen.data)  # refuses wrong settings before the work
     sources = open_sources(chosen.data, seed=chosen.seed)
     if not isinstance(sources.train, ImageSource):

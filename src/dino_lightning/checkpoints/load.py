@@ -31,6 +31,7 @@ from dino_lightning.checkpoints.original import (
 from dino_lightning.checkpoints.read import check_finite, read_pickle, read_safetensors
 from dino_lightning.config import TimmConfig
 from dino_lightning.config.folder import backbone_config, backbone_names
+from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.networks import Network
 
@@ -97,7 +98,7 @@ def _untrained(what: str, *, key: str | None, seed: int) -> Network:
         description = Description(backbone_config(what))
     elif _is_timm(what) and not Path(what).exists():
         description = published.described(what, source=source)
-    elif what and Path(what).name == what and not Path(what).exists() and Path(what).suffix not in SUFFIXES:
+    elif not usable_path("checkpoint", what).exists() and _is_name(what):
         known = [*backbone_names(), *timm.list_models()]
         raise UserError(f"{source}: '{what}' is no file, no file of conf/backbone and no network of timm; "
                         f"{nearest(what, known)}")  # fmt: skip
@@ -105,6 +106,11 @@ def _untrained(what: str, *, key: str | None, seed: int) -> Network:
         return untrained(_from_file(what, key=key, prefix=UNTRAINED), seed=seed)
     backbone = built_by_seed(description.build, seed=seed)
     return replace(_network(backbone, description, name="untrained"), trained=False)
+
+
+def _is_name(what: str) -> bool:
+    """Whether it looks like the name of a network rather than a path."""
+    return bool(what) and Path(what).name == what and Path(what).suffix not in SUFFIXES
 
 
 def _is_timm(name: str) -> bool:
@@ -118,7 +124,7 @@ def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> Network
     source = f"checkpoint={prefix}{checkpoint}"
     if not checkpoint:
         raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
-    path = _file(Path(checkpoint).expanduser(), key=key, source=source)
+    path = _file(usable_path("checkpoint", checkpoint), key=key, source=source)
     with says_why(source, "holds no weights of a network that is known"):
         weights, description = _weights_in(path, key=key, source=source)
     backbone = network_for(weights, description, file_bytes=path.stat().st_size, source=source)

@@ -8,6 +8,7 @@ A *duration* is a string with a unit: `"10ep"` (epochs), `"500it"` (optimizer st
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,6 +276,7 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
 def register() -> None:
     """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
+    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra takes `~` for a name
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
     store.store(name="schema_evaluate", node=EvaluateConfig)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,7 @@ def _declaring_class(schema: type, field_name: str) -> type:
     return next(owner for owner in schema.__mro__ if field_name in inspect.get_annotations(owner))
 
 
+@cache  # Python looks for the source of a class in all of its file
 def _field_docs(schema: type) -> dict[str, str]:
     """Field -> the string literal below it, which Python itself throws away."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dino_lightning.config.paths import PATHS, usable_path
 from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError, nearest
 
@@ -39,8 +40,12 @@ NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value)
 
 
 def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse the first value that breaks its rule or is none of its choices; keys that `config` lacks are skipped."""
+    """Refuse the first path that none can be, value that breaks its rule, or is none of its choices.
+
+    Keys that `config` lacks are skipped.
+    """
     _check_sizes(config)
+    check_paths(config)
     for key, rule in rules.items():
         value = lookup(config, key)
         if value is not None and not rule.holds(value):
@@ -49,6 +54,14 @@ def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, t
         value = lookup(config, key)
         if value is not None and value not in known:
             raise UserError(f"{key}={value}: {nearest(value, known)}")
+
+
+def check_paths(config: Any) -> None:
+    """Refuse the first path that no file can have."""
+    for key in PATHS:
+        value = lookup(config, key)
+        if value is not None:
+            usable_path(key, value)
 
 
 def _check_sizes(config: Any, prefix: str = "") -> None:

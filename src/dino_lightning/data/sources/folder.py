@@ -18,6 +18,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino_lightning.config import FolderData
+from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.base import Sources
 from dino_lightning.data.sources.index import folder_contents, index_files
 from dino_lightning.data.sources.kept import files_digest
@@ -149,7 +150,7 @@ def existing_path(path: str, *, key: str = "data.path", files: bool = False) -> 
 
     With `files`, files are offered too where only the last part is missing.
     """
-    wanted = Path(path).expanduser().absolute()
+    wanted = usable_path(key, path).absolute()
     if wanted.exists():
         return wanted
     lost = next(part for part in (wanted, *wanted.parents) if part.parent.exists())

@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face Hub, downloaded first or read while training, through the `datasets` library."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +9,7 @@ import fsspec.asyn
 from torch.utils.data import get_worker_info
 
 from dino_lightning.config import HuggingFaceData
+from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.base import Sample, Sources
 from dino_lightning.data.sources.parquet import ParquetImages, check_columns, label_names, with_classes
 from dino_lightning.errors import UserError, nearest
@@ -100,7 +100,7 @@ def _images(rows: datasets.Dataset, config: HuggingFaceData, *, split: str) -> P
 
 def _load(config: HuggingFaceData, *, split: str, key: str) -> Any:
     """A `Dataset`, or an `IterableDataset` when streaming."""
-    local = Path(config.name).expanduser()
+    local = usable_path("data.name", config.name)
     name = str(local) if local.exists() else config.name
     try:
         return datasets.load_dataset(name, config.subset, split=split, streaming=config.streaming)

@@ -11,6 +11,7 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100, DTD, STL10, SVHN, Flowers102, Food101, OxfordIIITPet
 
 from dino_lightning.config import TORCHVISION_NAMES, TorchvisionData
+from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.base import Sources, digest
 from dino_lightning.data.sources.kept import KeptArrays, Paths, files_digest, packed
 from dino_lightning.errors import UserError, nearest
@@ -149,7 +150,7 @@ def _attribute(part: Any, *names: str) -> Any:
 
 def _read(config: TorchvisionData, options: dict[str, Any]) -> Any:
     """One part from `data.path`, downloaded first where it is incomplete and `data.download` allows it."""
-    known, root = KNOWN[config.name], Path(config.path).expanduser()
+    known, root = KNOWN[config.name], usable_path("data.path", config.path)
     build: Callable[..., Any] = known.kind
     try:
         return build(root, download=False, **options)

@@ -25,6 +25,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dino_lightning.config import WebDatasetData
+from dino_lightning.config.paths import usable_path
 from dino_lightning.data.npy import read_npy
 from dino_lightning.data.sources.base import Content, Sample, Sources
 from dino_lightning.errors import UserError, nearest
@@ -104,7 +105,7 @@ def expand_shards(shards: str) -> list[str]:
         scheme = match[1].lower() if match else ""
         if scheme in ("", "file"):
             path = url2pathname(urlsplit(pattern).path) if scheme else pattern
-            found += _local(Path(path).expanduser().absolute(), shards=shards)
+            found += _local(usable_path("data.shards", path).absolute(), shards=shards)
         elif scheme in gopen_schemes:
             found.append(pattern)
         else:
