@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from hydra.core.config_store import ConfigStore
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -29,6 +29,7 @@ from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.rank_states import RankStates
 from dino_lightning.callbacks.speed import Speed
+from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
 from dino_lightning.checkpoints import Description
 from dino_lightning.checkpoints.files import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
@@ -137,7 +138,7 @@ def build_loggers(
         case WandbLoggerConfig() as wandb:
             if wandb.mode != "online":  # W&B sends statistics of its own use also then, unless told not to
                 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            other: Logger = WandbLogger(
+            other: Logger = LastingWandbLogger(
                 project=wandb.project,
                 name=wandb.name or output.name,
                 group=wandb.group,

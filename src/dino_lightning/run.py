@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.leaving import LeaveRun
 from dino_lightning.callbacks.speed import Speed
+from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checkpoints.files import newest_whole
 from dino_lightning.checks import check_config, check_data
@@ -170,8 +170,8 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
 def finish_loggers(trainer: L.Trainer) -> None:
     """Close W&B's run: the next job of a sweep is another one."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
+        if isinstance(logger, LastingWandbLogger):
+            logger.finish()
 
 
 def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:

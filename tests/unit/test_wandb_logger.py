@@ -1,0 +1,53 @@
+"""A run whose W&B process is killed goes on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="needs Linux: its process is looked up in /proc"
+)
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
+
+def children():
+    return [int(word) for task in Path("/proc/self/task").iterdir() for word in (task / "children").read_text().split()]
+
+logger = LastingWandbLogger(project="test", name="test", mode="offline", save_dir=sys.argv[1])
+logger.log_hyperparams({"seed": 0})
+logger.log_metrics({"loss": 1.0}, 0)
+assert not logger.lost
+if sys.argv[2] == "kill":
+    services = children()
+    for pid in services:
+        os.kill(pid, signal.SIGTERM)
+    assert services
+    time.sleep(1)
+for step in range(1, 4):
+    logger.log_metrics({"loss": 1.0}, step)
+logger.finish()
+print("lost" if logger.lost else "kept", flush=True)
+os._exit(0)  # as a run that was told to end
+"""
+
+
+def run(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(folder), what]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_its_process_is_killed(tmp_path: Path) -> None:
+    done = run(tmp_path, "kill")
+    assert done.stdout.endswith("lost\n")
+    assert done.stderr.count("W&B's process does not answer") == 1
+
+
+def test_its_process_is_left_alone(tmp_path: Path) -> None:
+    done = run(tmp_path, "leave")
+    assert done.stdout.endswith("kept\n")
+    assert "does not answer" not in done.stderr
