@@ -24,8 +24,8 @@ MEASURES = {
     "threads": "threads of all processes",
     "processes": "processes",
 }
-FLAT = {"rss_main": 0.01, "pss": 0.01, "shared": 0.05}
-"""Share of the mean by which memory may grow in an hour and still be flat; of handles and the like it is one."""
+FLAT = {"rss_main": 0.01, "pss": 0.01}
+"""Share of the mean by which memory may grow in an hour and still be flat; of all else it is one."""
 
 
 @dataclass
@@ -101,8 +101,8 @@ def section(samples: list[dict[str, Any]], to_exit: float | None) -> list[str]:
     lines = [
         f"{samples[-1]['seconds'] / 60:.0f} minutes and {samples[-1]['step']} steps of one process.",
         "Means of the four quarters of the time. Flat: from the second quarter to the last it grows by less than "
-        f"{FLAT['pss']:.0%} of the mean in an hour (shared memory {FLAT['shared']:.0%}; handles, threads "
-        "and processes: one).",
+        f"{FLAT['pss']:.0%} of the mean in an hour (shared memory by less than a MiB, handles, "
+        "threads and processes by less than one).",
         "",
         "| | first | second | third | last | largest | per hour | flat |",
         "|" + "---|" * 8,
