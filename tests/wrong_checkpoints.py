@@ -249,6 +249,12 @@ ROWS = [
         "classes.",
     ),
     row(
+        "a run on images of one's own, and no word about images",
+        lambda path: [f"checkpoint={touch(path / 'r' / 'config.yaml', b'data: {path: photos}').parent}"],
+        "checkpoint=DIR/r was trained on data.path=photos: name the images of the evaluation with data=, or take "
+        "data=builtin for the built-in ones.",
+    ),
+    row(
         "output_dir is a file",
         lambda path: [*evaluated(f"output_dir={touch(path / 'o')}")(path)],
         "output_dir=DIR/o cannot be written ('DIR/o' is a file or lies in one); choose a folder of yours.",

@@ -4,7 +4,10 @@ What only the network or the images can tell, the evaluations check themselves, 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dino_lightning.config import (
     SCHEMAS,
@@ -56,7 +59,7 @@ AVGPOOL = Rule("true, false, or for eval=linear_fast a list of them", lambda val
 RULES: dict[str, Rule] = {
     "eval.batch_size_per_device": at_least(1),
     "eval.image_size": at_least(1),
-    "eval.image_resize": at_least(1),
+    "eval.image_resize": at_least(2),  # as `crops.eval_resize`
     "eval.k": NEIGHBOURS,
     "eval.temperatures": POSITIVES,
     "eval.n_per_class": at_least(1),
@@ -147,6 +150,7 @@ def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -
     if isinstance(config.data, RevisitedData):
         check_values(config, {}, {"data.name": ("roxford5k", "rparis6k")})
     _check_data(config, overrides)
+    _check_images_of_run(config, overrides)
     _check_sizes(config.eval)
     _check_devices(config.trainer)
 
@@ -164,6 +168,23 @@ def _check_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
         if key.startswith("data.") and key[5:] in TRAINING_KEYS:
             instead = "; set eval.batch_size_per_device" if key == "data.batch_size_per_device" else ""
             raise UserError(f"{word}: {key} is for training, an evaluation does not use it{instead}.")
+
+
+def _check_images_of_run(config: EvaluateConfig, overrides: Sequence[str]) -> None:
+    """Who evaluates a run on images of their own without a word about images does not mean the built-in ones."""
+    if not isinstance(config.data, BuiltinData) or any(word.lstrip("+~").startswith("data") for word in overrides):
+        return
+    path = Path(config.checkpoint)
+    files = [folder / "config.yaml" for folder in (path, *path.parents[:2])]
+    try:
+        file = next((file for file in files if file.is_file()), None)
+        data = yaml.safe_load(file.read_text())["data"] if file else {}
+        theirs = {f"data.{key}={data[key]}" for key in ("path", "root", "name", "shards") if data.get(key)}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return  # whoever reads the network says what is wrong
+    if theirs:
+        raise UserError(f"checkpoint={config.checkpoint} was trained on {' '.join(sorted(theirs))}: name the images of "
+                        "the evaluation with data=, or take data=builtin for the built-in ones.")  # fmt: skip
 
 
 def _check_sizes(config: EvaluationConfig) -> None:
