@@ -31,6 +31,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
+from dino_lightning.errors import UserError
 from dino_lightning.held_folder import held_folder
 from dino_lightning.methods.base import Method
 from dino_lightning.ops.memory import keep_freed_memory
@@ -107,7 +108,11 @@ def _train(composed: DictConfig, *, given: Sequence[str]) -> float | None:
     summary = summarise(config, trainer, method)
     weights = whole_state(cast(nn.Module, method.evaluated.backbone))  # on all ranks: each may hold a part
     if trainer.is_global_zero:
-        write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
+        try:
+            write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
+        except OSError as error:
+            raise UserError(f"output_dir={output}: the run is at its end, but its results could not be written "
+                            f"({error.strerror or error}); make room, then resume=true writes them.") from error  # fmt: skip
     return summary["knn_top1"]
 
 

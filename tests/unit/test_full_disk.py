@@ -1,13 +1,19 @@
-"""`metrics.csv` on a disk without room: no half of a row, and no row that is lost."""
+"""A disk without room: no half of a row in `metrics.csv`, none that is lost, and a run that goes on to its end."""
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+from composing import SMALL, composed
 
 from dino_lightning.callbacks.metrics_file import METRICS, MetricsFile, read_rows
+from dino_lightning.data.bad_images import BadImages
+from dino_lightning.errors import UserError
+from dino_lightning.run import run_training
 
 
 @contextmanager
@@ -59,3 +65,38 @@ def test_a_new_column_for_which_there_is_no_room(tmp_path: Path) -> None:
     log(logger, 2, loss=3.0)
     assert steps(tmp_path) == [0, 1, 2]
     assert read_rows(tmp_path / METRICS)[1] == {"step": "1", "loss": "2.0", "knn": "50.0"}
+
+
+def test_a_bad_image_whose_name_finds_no_room_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad_images.txt"
+    images = BadImages(file, images=4, on_error="skip", max_bad_share=0.3)
+    with files_end_at(0):
+        images.note("a.jpg", "truncated")
+        assert "a.jpg (truncated)" in capsys.readouterr().err
+        with pytest.raises(UserError, match="2 of 4 images cannot be read"):
+            images.note("b.jpg", "truncated")
+
+
+def test_a_run_whose_disk_is_full_all_the_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trains to its end, and says how to get its results when there is room."""
+    words = [*SMALL, "callbacks.pictures.every_n_epochs=1", "callbacks.checkpoint.every_n_minutes=0"]
+    fit = L.Trainer.fit
+    with ExitStack() as full:
+
+        def from_here_on(*arguments: Any, **options: Any) -> None:
+            full.enter_context(files_end_at(64))
+            fit(*arguments, **options)
+
+        monkeypatch.setattr(L.Trainer, "fit", from_here_on)
+        with pytest.raises(UserError, match="at its end, but its results could not be written"):
+            run_training(composed(*words, output_dir=tmp_path / "full"))
+    said = capsys.readouterr().err
+    assert "last.ckpt could not be written" in said
+    assert "crops.png could not be written" in said
+    assert "attention_epoch0001.png could not be written" in said
+    assert "epoch 2/2" in said
+    monkeypatch.undo()
+    run_training(composed(*words, "resume=auto", output_dir=tmp_path / "full"))
+    assert (tmp_path / "full" / "teacher.safetensors").exists()

@@ -19,6 +19,8 @@ from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.knn import nearest
 from dino_lightning.pictures import attention_sheet, crop_sheet, neighbour_sheet, to_picture
+from dino_lightning.quiet import warn
+from dino_lightning.records import atomic_file
 
 BANK = 2000
 """Most images among which neighbours are looked for: enough for a picture."""
@@ -119,8 +121,13 @@ class Pictures(L.Callback):
         return to_picture(denormalize(image_3HW, config=data.crops))
 
     def _save(self, trainer: L.Trainer, sheet: Image.Image, name: str, *, epoch: int | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.folder / (f"{name}.png" if epoch is None else f"{name}_epoch{epoch:04d}.png"))
+        path = self.folder / (f"{name}.png" if epoch is None else f"{name}_epoch{epoch:04d}.png")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                sheet.save(file, format="PNG")
+        except OSError as error:
+            warn(f"{path} could not be written ({error.strerror or error}); training goes on without it.")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key=f"pictures/{name}", images=[sheet])

@@ -1,19 +1,19 @@
 """Weights out: the teacher's backbone as safetensors that `timm.create_model` loads."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dino_lightning.backbones import timm_recipes
 from dino_lightning.checkpoints.description import PAPER, Description
 from dino_lightning.checkpoints.original import without_mask_token
 from dino_lightning.config import BackboneConfig
+from dino_lightning.records import atomic_file
 
 
 def export_backbone(
@@ -44,9 +44,8 @@ def export_backbone(
         "network": described.plain(),
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(save(weights, metadata=metadata))
     return recipe
 
 

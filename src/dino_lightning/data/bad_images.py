@@ -20,6 +20,7 @@ from PIL import Image
 from dino_lightning.data.decode import UnreadableImageError
 from dino_lightning.data.sources.base import Content, ImageSource
 from dino_lightning.errors import UserError, nearest
+from dino_lightning.quiet import warn
 
 T = TypeVar("T")
 
@@ -83,8 +84,15 @@ class BadImages:
         if self.path is None:
             self._known.setdefault(name, reason)
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")), open(self.path, "a+b") as file:
+        try:
+            self._add_to_file(self.path, name, reason)
+        except OSError as error:  # a full disk, say: this process alone knows of the image
+            self._known[name] = reason
+            warn(f"{self.path} could not be written ({error.strerror or error}); not in it is {name} ({reason}).")
+
+    def _add_to_file(self, path: Path, name: str, reason: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b") as file:
             ended = self._read_others(file)
             if name not in self._known:
                 line = f"{name}\t{reason}\n" if ended else f"\n{name}\t{reason}\n"

@@ -1,13 +1,12 @@
 """What a finetuning leaves on disk: the state it goes on from, and the final weights."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from dino_lightning.config import FinetuneEval
@@ -16,6 +15,7 @@ from dino_lightning.distributed import world_size
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.base import Runtime, Task
 from dino_lightning.evaluation.labelled import Labelled
+from dino_lightning.records import atomic_file
 
 State = dict[str, Any]
 FREE = ("val_every_n_epochs",)
@@ -40,9 +40,8 @@ def settings_of(config: FinetuneEval, task: Task, images: Labelled) -> dict[str,
 def write_state(path: Path, state: State) -> None:
     """Whole or not at all; the caller is the main process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def read_state(path: Path, runtime: Runtime, *, settings: dict[str, Any]) -> State | None:
@@ -88,7 +87,6 @@ def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], clas
         **({} if described is None else {"network": described}),
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    plain = {"format": "pt", "classifier": classifier}
-    save_file(weights, temporary, metadata=plain | {key: json.dumps(value) for key, value in values.items()})
-    os.replace(temporary, path)
+    metadata = {"format": "pt", "classifier": classifier} | {key: json.dumps(value) for key, value in values.items()}
+    with atomic_file(path) as file:
+        file.write(save(weights, metadata=metadata))
