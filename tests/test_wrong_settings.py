@@ -64,6 +64,13 @@ WRONG = [
     ("crops.blur_p=[0.5]", "crops.blur_p=[0.5]: expected three probabilities"),
     ("crops.hue=0.7", "crops.hue=0.7: expected a number of turns from 0 to 0.5"),
     ("crops.std=[0,1,1]", "crops.std=[0.0,1.0,1.0]: expected a positive number"),
+    ("crops.std=[inf,1,1]", "crops.std=[inf,1.0,1.0]: expected a positive number"),
+    ("crops.mean=[nan,0,0]", "crops.mean=[nan,0.0,0.0]: expected a number for each channel"),
+    ("crops.ratio=[0.5,inf]", "crops.ratio=[0.5,inf]: expected two numbers from 0.001 to 1000"),
+    ("crops.blur_radius=[0.1,1e9]", "crops.blur_radius=[0.1,1000000000.0]: expected two positive numbers up to 1000"),
+    ("crops.brightness=1e300", "crops.brightness=1e+300: expected a number from 0 to 1000"),
+    ("data.value_range=[-inf,1]", "data.value_range=[-inf,1.0]: expected two numbers"),
+    ("crops.eval_resize=1 crops.eval_size=1", "crops.eval_resize=1: expected at least 2"),
     ("backbone=vit_tiny backbone.heads=5 crops.local_size=32", "backbone.heads=5 does not divide backbone.width=192"),
     ("data.batch_size_per_device=100000", "is larger than the"),
     ("data.num_workers=-1", "data.num_workers=-1: expected at least 0"),
@@ -171,6 +178,24 @@ def test_a_path_that_none_can_be(path: str, reason: str, tmp_path: Path) -> None
 
 def test_a_long_name_of_a_network_is_no_option(tmp_path: Path) -> None:
     assert "is not an option of backbone" in sentence_for(f"backbone={'x' * 300}", output_dir=tmp_path)
+
+
+def test_a_number_of_hundreds_of_digits() -> None:
+    """OmegaConf raises an error for it that is none of its own."""
+    program = (
+        "import sys; from dino_lightning import cli, evaluate, inspect_data\n"
+        "LR = '1' + '0' * 400\n"
+        "for main, words in ((cli.train, ['optim.lr=' + LR]), (evaluate.main, ['seed=0', 'eval.temperatures=[1]',\n"
+        "        'data.holdout=' + LR]), (inspect_data.main, ['check', '.', 'data.holdout=' + LR])):\n"
+        "    sys.argv[1:] = words\n"
+        "    try: main()\n"
+        "    except SystemExit as end: print(end.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2"] * 3, done.stderr
+    said = "the value is too large for a number; it is: "
+    keys = [line.split(said)[0] for line in done.stderr.splitlines()]
+    assert keys == ["dino-lightning: optim.lr: ", "dino-eval: data.holdout: ", "dino-data: data.holdout: "]
 
 
 def test_home_is_meant_by_tilde(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 the key, its value and what was expected.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,19 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")
 
 AREAS = Rule("two shares of the image, such as [0.05,0.4], the smaller first",
              lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1)  # fmt: skip
-ORDERED = Rule("two positive numbers, the smaller first", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
+RATIOS = Rule("two numbers from 0.001 to 1000, the smaller first",
+              lambda value: len(value) == 2 and 0.001 <= value[0] <= value[1] <= 1000)  # fmt: skip
+RADII = Rule("two positive numbers up to 1000, the smaller first",
+             lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1000)  # fmt: skip
+STRENGTH = Rule("a number from 0 to 1000", lambda value: 0 <= value <= 1000)
+MEANS = Rule("a number for each channel, at most a million", lambda value: all(abs(mean) <= 1e6 for mean in value))
+DEVIATIONS = Rule("a positive number for each channel, from a millionth to a million",
+                  lambda value: bool(value) and all(1e-6 <= std <= 1e6 for std in value))  # fmt: skip
 PER_VIEW = Rule("three probabilities: first global, second global, local crops",
                 lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
-TWO_VALUES = Rule("two numbers, the smaller first", lambda value: len(value) == 2 and value[0] < value[1])
+TWO_VALUES = Rule(
+    "two numbers, the smaller first", lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf
+)
 BATCHES = Rule("a number of batches of at least 1, or a share of them above 0 and up to 1",
                lambda value: isinstance(value, int | float) and value > 0 and (isinstance(value, int) or value <= 1),
                )  # fmt: skip
@@ -87,20 +97,21 @@ RULES: dict[str, Rule] = {
     "crops.local_count": at_least(0),
     "crops.global_scale": AREAS,
     "crops.local_scale": AREAS,
-    "crops.ratio": ORDERED,
+    "crops.ratio": RATIOS,
     "crops.flip_p": SHARE,
     "crops.jitter_p": SHARE,
-    "crops.brightness": at_least(0),
-    "crops.contrast": at_least(0),
-    "crops.saturation": at_least(0),
+    "crops.brightness": STRENGTH,
+    "crops.contrast": STRENGTH,
+    "crops.saturation": STRENGTH,
     "crops.hue": Rule("a number of turns from 0 to 0.5", lambda value: 0 <= value <= 0.5),
     "crops.grayscale_p": SHARE,
     "crops.blur_p": PER_VIEW,
-    "crops.blur_radius": ORDERED,
+    "crops.blur_radius": RADII,
     "crops.solarize_p": PER_VIEW,
     "crops.solarize_threshold": Rule("a value from 0 to 256", lambda value: 0 <= value <= 256),
-    "crops.std": Rule("a positive number for each channel", lambda value: min(value, default=0) > 0),
-    "crops.eval_resize": at_least(1),
+    "crops.mean": MEANS,
+    "crops.std": DEVIATIONS,
+    "crops.eval_resize": at_least(2),  # PyTorch cannot resize whole numbers to one pixel
     "crops.eval_size": at_least(1),
     "data.batch_size_per_device": at_least(1),
     "data.num_workers": at_least(0),

@@ -73,6 +73,8 @@ def train() -> None:
         refuse(error)
     except OSError as error:
         refuse_folder(error)
+    except OverflowError as error:
+        refuse_number(error)
     except SystemExit as left:
         if left.code in (PREEMPTED, INTERRUPTED):
             # All is saved and closed. To take the libraries apart can take Python ten seconds, of the few that a
@@ -143,6 +145,13 @@ def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoRetur
     if error.filename is None or Path(hydra.__file__).parent not in Path(ours[-1]).parents:
         raise error
     refuse(cannot_be_written("output_dir", error.filename, error), program=program)
+
+
+def refuse_number(error: OverflowError, *, program: str = "dino-lightning") -> NoReturn:
+    """Say that the number of a key has hundreds of digits, for which OmegaConf has no error; raise others again."""
+    if "full_key" not in str(error):
+        raise error
+    refuse(error, program=program)
 
 
 def register_timm_networks(overrides: list[str]) -> None:

@@ -16,7 +16,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_folder, run_name, with_shards_in_one_piece
+from dino_lightning.cli import (
+    CONF,
+    EXPLAINED,
+    groups,
+    refuse,
+    refuse_folder,
+    refuse_number,
+    run_name,
+    with_shards_in_one_piece,
+)
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
 
@@ -36,6 +45,8 @@ def main() -> None:
         refuse(error, program=PROGRAM)
     except OSError as error:
         refuse_folder(error, program=PROGRAM)
+    except OverflowError as error:
+        refuse_number(error, program=PROGRAM)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")

@@ -29,6 +29,8 @@ def _explained(error: Exception, *, conf: Path) -> str:
     if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
         key = _full_key(text) or match[1] or match[2]
         return f"{key} has no value: give it on the command line, {key}=…; {_doc(key)}"
+    if isinstance(error, OverflowError):
+        return f"{_full_key(text)}: the value is too large for a number; {_doc(_full_key(text))}"
     if "full_key" in text:
         return f"{_full_key(text)}: {_first_line(text, 'Value')}; {_doc(_full_key(text))}"
     return " ".join(text.split("See https://")[0].split())

@@ -19,7 +19,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dino_lightning.cli import CONF, EXPLAINED, register_timm_networks, with_settings_for_data
+from dino_lightning.cli import CONF, EXPLAINED, refuse_number, register_timm_networks, with_settings_for_data
 from dino_lightning.config import CropsConfig, DataConfig, register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except EXPLAINED as error:
         print(f"dino-data: {explain(error, conf=CONF)}", file=sys.stderr)
         return 2
+    except OverflowError as error:
+        refuse_number(error, program="dino-data")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

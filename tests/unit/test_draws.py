@@ -231,3 +231,11 @@ def test_the_original_draws_no_solarisation_where_there_is_none() -> None:
         for config in (without, never)
     ]
     assert seconds[0] != seconds[1]
+
+
+@pytest.mark.parametrize(("size", "ratio"), [((1, 1), [3.0, 4.0]), ((1, 9), [5.0, 5.0]), ((9, 1), [0.01, 0.02])])
+def test_a_box_is_never_empty(size: tuple[int, int], ratio: list[float]) -> None:
+    """torchvision's fallback has no pixels here."""
+    for dice in DICE:
+        _, _, h, w = random_box(*size, scale=[1.0, 1.0], ratio=ratio, dice=dice(0))
+        assert (h, w) == (1, 1)

@@ -171,9 +171,9 @@ def random_box(
             return dice.integer(height - h + 1), dice.integer(width - w + 1), h, w
     w, h = width, height
     if width / height < narrowest:
-        h = round(w / narrowest)
+        h = max(1, round(w / narrowest))
     elif width / height > widest:
-        w = round(h * widest)
+        w = max(1, round(h * widest))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -1,0 +1,186 @@
+"""Boxes and cuts of crops for images and settings of any size, against what their definition says in plain Python."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from crop_cases import crop_of, pixels
+from crop_draws import RATIOS_LISTED, SCALES, SEEDS, SIDES, random_image
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from interpolation import interpolated
+from PIL import Image
+from profiles import check, examples
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from dino_lightning.checks import AREAS, RATIOS
+from dino_lightning.data.crops import pil
+from dino_lightning.data.crops.backends import cut
+from dino_lightning.data.crops.draws import Dice, FastDice, OriginalDice, random_box
+
+Box = tuple[int, int, int, int]
+DICE = st.tuples(st.sampled_from([OriginalDice, FastDice]), SEEDS).map(lambda drawn: drawn[0](drawn[1]))
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+
+
+class Tape:
+    """Dice that give the numbers from 0 to 1 on a tape: values at the very ends come up, too."""
+
+    def __init__(self, numbers: list[float]) -> None:
+        self.numbers = itertools.cycle(numbers)
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * next(self.numbers)
+
+    def log_uniform(self, low: float, high: float) -> float:
+        return math.exp(self.uniform(math.log(low), math.log(high)))
+
+    def integer(self, below: int) -> int:
+        return int(next(self.numbers) * below)
+
+
+TAPES = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=44).map(lambda n: (Tape(n), Tape(n)))
+
+
+def fallback(width: int, height: int, ratio: list[float]) -> Box:
+    """The largest central box of an allowed ratio, where the ratio of the whole image is none."""
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def box_by_definition(width: int, height: int, scale: list[float], ratio: list[float], dice: Any) -> Box:
+    for _ in range(10):
+        area = width * height * dice.uniform(*scale)
+        aspect = dice.log_uniform(*ratio)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 1 <= w <= width and 1 <= h <= height:
+            top = dice.integer(height - h + 1)
+            return top, dice.integer(width - w + 1), h, w
+    return fallback(width, height, ratio)
+
+
+def explains(box: Box, width: int, height: int, scale: list[float], ratio: list[float]) -> bool:
+    """Whether some area and some ratio of the ranges give these sides after rounding."""
+    _, _, h, w = box
+    wide, high = (w - 0.5, w + 0.5), (h - 0.5, h + 0.5)
+    slack = 1e-4  # numbers of `OriginalDice` are float32
+    area_fits = wide[0] * high[0] <= scale[1] * width * height * (1 + slack) and wide[1] * high[1] >= (
+        scale[0] * width * height * (1 - slack)
+    )
+    return area_fits and wide[0] / high[1] <= ratio[1] * (1 + slack) and wide[1] / high[0] >= ratio[0] * (1 - slack)
+
+
+@examples(few=300, many=20_000)
+def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
+    def holds(width: int, height: int, scale: list[float], ratio: list[float], dice: Dice) -> None:
+        assert AREAS.holds(scale)
+        assert RATIOS.holds(ratio)
+        box = top, left, h, w = random_box(width, height, scale=scale, ratio=ratio, dice=dice)
+        assert min(top, left) >= 0
+        assert 1 <= h <= height - top
+        assert 1 <= w <= width - left
+        assert box == fallback(width, height, ratio) or explains(box, width, height, scale, ratio)
+
+    check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, DICE), examples)
+
+
+@examples(few=300, many=20_000)
+def test_a_box_is_that_of_its_definition(examples: Any) -> None:
+    def holds(width: int, height: int, scale: list[float], ratio: list[float], tapes: tuple[Any, Any]) -> None:
+        ours = random_box(width, height, scale=scale, ratio=ratio, dice=tapes[0])
+        assert ours == box_by_definition(width, height, scale, ratio, tapes[1])
+
+    check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, TAPES), examples)
+
+
+@examples(few=150, many=5000)
+def test_a_box_is_torchvision_s(examples: Any) -> None:
+    """Also where no box fits: the ranges are narrow and far from the image's."""
+
+    def holds(width: int, height: int, scale: list[float], ratio: list[float], seed: int) -> None:
+        torch.manual_seed(seed)
+        image = torch.empty(1, height, width, device="meta")
+        theirs = RandomResizedCrop.get_params(image, scale, ratio)
+        assume(min(theirs[2:]) > 0)  # its fallback may be empty
+        ours = random_box(width, height, scale=scale, ratio=ratio, dice=OriginalDice(seed))
+        assert ours == theirs
+        if not explains(ours, width, height, scale, ratio):
+            assert ours == fallback(width, height, ratio)
+
+    check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, SEEDS), examples)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cut
+
+
+@st.composite
+def boxes(draw: st.DrawFn, most: int = 40) -> tuple[int, int, Box]:
+    """Width and height of an image and a box in it."""
+    width, height = draw(st.integers(1, most)), draw(st.integers(1, most))
+    h, w = draw(st.integers(1, height)), draw(st.integers(1, width))
+    return width, height, (draw(st.integers(0, height - h)), draw(st.integers(0, width - w)), h, w)
+
+
+def by_pil(image: Image.Image, box: Box, size: int, *, flip: bool = False) -> Tensor:
+    return pixels(pil.apply(crop_of(size, box=box, flip=flip), image, threshold=128))
+
+
+@examples(few=25, many=600)
+def test_a_cut_is_the_interpolation_by_hand(examples: Any) -> None:
+    def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
+        width, height, box = image
+        top, left, h, w = box
+        picture = random_image(width, height, seed)
+        inside = pixels(picture)[:, top : top + h, left : left + w]
+        by_rows, by_columns = (interpolated(inside, size, size, rows_first=first) for first in (True, False))
+        ours = cut(pixels(picture), crop_of(size, box=box))
+        assert tuple(ours.shape) == (3, size, size)
+        assert (ours - by_rows).abs().max() <= 2  # each axis is rounded
+        # Pillow 13 begins with the axis that is the cheaper one, those before it with the rows.
+        difference = by_pil(picture, box, size) - torch.stack([by_rows, by_columns])
+        assert difference.abs().amax((1, 2, 3)).min() <= 2
+
+    check(holds, given(boxes(), st.integers(1, 16), st.integers(0, 99)), examples)
+
+
+@examples(few=100, many=3000)
+def test_pixels_beside_the_box_do_not_count(examples: Any) -> None:
+    def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
+        width, height, box = image
+        top, left, h, w = box
+        first, other = (np.asarray(random_image(width, height, number)).copy() for number in (seed, seed + 1))
+        other[top : top + h, left : left + w] = first[top : top + h, left : left + w]
+        one, two = Image.fromarray(first), Image.fromarray(other)
+        crop = crop_of(size, box=box)
+        assert torch.equal(cut(pixels(one), crop), cut(pixels(two), crop))
+        assert torch.equal(by_pil(one, box, size), by_pil(two, box, size))
+
+    check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)
+
+
+@examples(few=60, many=1500)
+def test_a_flip_is_the_mirrored_crop(examples: Any) -> None:
+    """Twice is the crop itself; and the crop of the mirrored image at the mirrored place is the flipped one."""
+
+    def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
+        width, height, box = image
+        top, left, h, w = box
+        picture = random_image(width, height, seed)
+        mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        plain, flipped = (by_pil(picture, box, size, flip=flip) for flip in (False, True))
+        assert torch.equal(flipped.flip(-1), plain)
+        there = (top, width - left - w, h, w)
+        assert (by_pil(mirrored, there, size, flip=True).int() - plain.int()).abs().max() <= 1
+        ours, theirs = cut(pixels(picture), crop_of(size, box=box)), cut(pixels(mirrored), crop_of(size, box=there))
+        assert (ours.int() - theirs.flip(-1).int()).abs().max() <= 1
+
+    check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)
