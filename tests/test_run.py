@@ -223,7 +223,7 @@ def test_paths_are_printed_in_one_piece(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_checkpoint_of_every_epoch(tmp_path: Path) -> None:
     run(tmp_path, "callbacks.checkpoint.every_n_epochs=1", "callbacks.pictures.enabled=false")
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", "best_knn.ckpt", "epoch0000.ckpt", "epoch0001.ckpt"}
+    assert names == {"last.ckpt", "last-1.ckpt", "best_knn.ckpt", "epoch0000.ckpt", "epoch0001.ckpt"}
 
 
 def test_tensorboard(tmp_path: Path) -> None:

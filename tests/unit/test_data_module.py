@@ -210,3 +210,21 @@ def test_the_examples_are_the_crops_of_the_first_epoch(tmp_path: Path) -> None:
     batch = _batches(module)[0]
     for example in module.example_crops([0, 1, 2, 3]):
         assert any(all(torch.equal(a, b[i]) for a, b in zip(example, batch, strict=True)) for i in range(4))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_place_is_found_again_by_a_loader_that_is_there_already(early: bool, tmp_path: Path) -> None:
+    """Under FSDP Lightning makes loaders first and reads the checkpoint then; elsewhere it is the other way round."""
+    root = _folder(tmp_path, images=12)
+    whole = _epoch(_module(root), epoch=3)
+    module, state = _module(root), {"place": {"epoch": 3, "images": 4}}
+    if early:
+        module.train_dataloader()
+        module.load_state_dict(state)
+        loader = module._loader
+    else:
+        module.load_state_dict(state)
+        loader = module.train_dataloader()
+    assert loader is not None
+    found = [number for batch in loader for number in _numbers(module.on_after_batch_transfer(batch, 0)[0])]
+    assert found == whole[4:]

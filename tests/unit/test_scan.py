@@ -104,7 +104,8 @@ def test_kinds_rotations_and_deep_values() -> None:
     assert whole.sizes[:2].tolist() == [[4, 8], [8, 4]]  # as it is used: the first one turned
     assert whole.deep == {"uint16": (7.0, 65005.0), "float32": (-0.5, 2.0)}
     assert sorted(bad) == [3, 4, 5]
-    assert scanned(contents, value_range=[0.0, 65535.0])[1] == {}
+    assert list(scanned(contents, value_range=[0.0, 65535.0])[1]) == [5]  # NaN and infinite
+    assert scanned(contents, value_range=[0.0, 65535.0], nan_value=0.0)[1] == {}
 
 
 def test_kind_names_what_pil_reduces() -> None:
@@ -148,10 +149,10 @@ def test_moments_are_those_of_all_pixels(workers: int) -> None:
 
 
 def test_moments_of_other_channels_and_of_nothing() -> None:
-    arrays: list[Content | None] = [np.full((3, 4, 5), 51, np.uint8), np.full((1, 1, 5), 204, np.uint8)]
+    arrays: list[Content | None] = [np.full((3, 4, 5), 51, np.uint8), np.full((1, 2, 5), 204, np.uint8)]
     found = moments(Listed(arrays), np.arange(2), config=FolderData(path="", channels=5), workers=0)
     assert found is not None
-    values = np.array([51] * 12 + [204]) / 255
+    values = np.array([51] * 12 + [204] * 2) / 255
     np.testing.assert_allclose(found.mean, [values.mean()] * 5, rtol=1e-12)
     np.testing.assert_allclose(found.std, [values.std()] * 5, rtol=1e-12)
     assert moments(Listed([b""]), np.arange(1), config=FolderData(path=""), workers=0) is None

@@ -125,9 +125,7 @@ class MultiCropDataModule(L.LightningDataModule):
     def train_dataloader(self) -> PlacedLoader:
         """Shuffled multi-crop batches, from the place that a checkpoint had."""
         self._loader = self._train_loader()
-        if self._place is not None:
-            self._loader.load_state_dict(self._place)
-            self._place = None
+        self._go_to_place()
         return self._loader
 
     # Lightning keeps the place of a loader, too, but gives it back only in the middle of an epoch.
@@ -136,8 +134,14 @@ class MultiCropDataModule(L.LightningDataModule):
         return {} if self._loader is None else {"place": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next `train_dataloader` goes on from there."""
+        """The loader goes on from there: under FSDP it is there already when a checkpoint is read, or the next one."""
         self._place = state_dict.get("place")
+        self._go_to_place()
+
+    def _go_to_place(self) -> None:
+        if self._loader is not None and self._place is not None:
+            self._loader.load_state_dict(self._place)
+            self._place = None
 
     def _train_loader(self) -> PlacedLoader:
         config, train = self.config, self.sources.train
