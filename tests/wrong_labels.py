@@ -93,12 +93,12 @@ ROWS = [
     Wrong(
         "texts for labels in a parquet file",
         rows(labels=["cat", "dog"] * 8),
-        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but Value('string')",
+        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but string",
     ),
     Wrong(
         "fractions for labels in a parquet file",
         rows(labels=[0.5, 1.0] * 8),
-        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but Value('float64')",
+        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but float64",
     ),
     Wrong(
         "a parquet file without the column of labels",
@@ -113,7 +113,7 @@ ROWS = [
     Wrong(
         "numbers in the column of images",
         numbers_for_images,
-        "data.image_column=image of 'DIR/in/train.parquet' does not hold encoded images but Value('int64')",
+        "data.image_column=image of 'DIR/in/train.parquet' does not hold encoded images but int64",
     ),
     Wrong(
         "a parquet file without rows",

@@ -188,7 +188,9 @@ def test_bytes_sent_are_those_on_paper(name: str, ranks: list[dict[str, Any]], a
         expected = {"all_gather": gathered, "reduce_scatter": paper["gradients"], "all_reduce": small + paper["norms"]}
     for rank in ranks:
         for sent in rank["sent"][1 : ranks_worker.STEPS - 1]:  # around epochs, Lightning has words to exchange too
-            assert sent == expected
+            # Later versions of PyTorch have shorter names.
+            names = {key: key.removesuffix("_tensor").removesuffix("_into") for key in sent}
+            assert {names[key]: count for key, count in sent.items()} == expected
 
 
 def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:

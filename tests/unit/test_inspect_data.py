@@ -205,6 +205,6 @@ def test_the_command_itself(photos: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert done.stderr == ""
+    assert done.stderr.strip() == ""  # earlier versions of rich end an empty bar with lines
     assert "dino-data-photos/bad_images.txt" in done.stdout
     assert Image.open(tmp_path / "dino-data-photos" / "crops.png").width == 5 * (112 + 6) + 6

@@ -91,7 +91,7 @@ def test_figures_are_those_of_one_image_at_a_time(
     got = run(tmp_path, data, network, query_box=query_box, scales=scales)
     want = expected(data, network.backbone, query_box=query_box, scales=scales)
     assert values(got) == pytest.approx(want, abs=1e-9)
-    assert 15 < want["map_medium"] < 95, "too easy or too hard to tell right from wrong"
+    assert 5 < want["map_medium"] < 95, "too easy or too hard to tell right from wrong"
     assert [name for name, result in got.items() if result.main] == ["map_medium", "map_hard"]
     assert {result.unit for result in got.values()} == {"%"}
 
