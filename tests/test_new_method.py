@@ -67,6 +67,7 @@ def test_its_keys_are_checked_and_shown() -> None:
     assert "method.hidden_dim" in explain(refused.value, conf=CONF)
 
 
+@pytest.mark.slow
 def test_the_test_of_the_page_passes(folder: Path) -> None:
     (command,) = re.findall(r"^pytest (.*)$", PAGE, re.MULTILINE)
     done = run(["-m", "pytest", "-q", command], folder)

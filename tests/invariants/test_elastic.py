@@ -1,6 +1,6 @@
 """torchrun starts a run again after a process was killed or a host was too slow, and it ends as undisturbed.
 
-On one host in every run of the tests; on two, in network namespaces, with `-m slow` and as root.
+On two hosts, in network namespaces, as root.
 """
 
 import csv
@@ -50,6 +50,7 @@ def assert_same(folder: Path, undisturbed: Path, *, steps: int = 12) -> None:
     assert losses == [str(step) for step in range(steps)]
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_one_host(undisturbed: Path, tmp_path: Path) -> None:
     """Killed in the second epoch: both start again with the end of the first one."""
     command = train(f"imports=[{HERE}/one_rank.py]", f"output_dir={tmp_path}/out", *LONG,

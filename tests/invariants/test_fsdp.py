@@ -33,6 +33,7 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_and_ends_as_it_would(tmp_path: Path) -> None:
     module, batches = ranks_worker.module_and_batches()
     module.batch_size_per_device = 8

@@ -11,6 +11,7 @@ import torch
 from content_masks import mask_by_content
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from masked_oracle import SlowTraining
+from selection import first
 from torch import Tensor
 from waiting import Watch, waits
 
@@ -138,7 +139,7 @@ class PatchLosses(Callback):
         pl_module.watchers.append(lambda reading: self.values.append(reading.values["train/patch_loss"]))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", first([True, False]))
 def test_a_fit_is_the_slow_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are those of seed, step, micro-batch and rank; loss, centres and all weights follow."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
