@@ -96,6 +96,8 @@ WRONG = [
     ("trainer.max_epochs=-1", "trainer.max_epochs=-1 needs a length in trainer.max_steps"),
     ("callbacks.knn.headline_k=7", "callbacks.knn.headline_k=7 is not one of"),
     ("callbacks.knn.k=[]", "callbacks.knn.k=[]: expected one or more"),
+    ("callbacks.knn.k=[1,[2]]", "callbacks.knn.k=[1,[2]]: expected a list of single values"),
+    ("crops.ratio=[1,null]", "crops.ratio[1]: a value is null where a float is expected"),
     ("callbacks.knn.bank=0", "callbacks.knn.bank=0: expected at least 1"),
     ("callbacks.knn.every_n_epochs=0", "callbacks.knn.every_n_epochs=0: expected at least 1"),
     ("callbacks.knn.temperature=0", "callbacks.knn.temperature=0.0: expected a positive number"),

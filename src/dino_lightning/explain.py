@@ -25,7 +25,7 @@ def _explained(error: Exception, *, conf: Path) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
     if match := re.search(r"(\w+) is not a subclass of (\w+)", text):
-        return _wrong_kind(match[1], match[2])
+        return _wrong_kind(match[1], match[2], key=_full_key(text))
     if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
         key = _full_key(text) or match[1] or match[2]
         return f"{key} has no value: give it on the command line, {key}=…; {_doc(key)}"
@@ -54,7 +54,7 @@ def _unknown_option(group: str, option: str, conf: Path) -> str:
     return sentence
 
 
-def _wrong_kind(chosen: str, wanted: str) -> str:
+def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
     """An option of a group that training and evaluation share, chosen in the wrong one of the two."""
     for group, schemas in SCHEMAS.items():
         option = next((name for name, schema in schemas.items() if schema.__name__ == chosen), None)
@@ -62,7 +62,8 @@ def _wrong_kind(chosen: str, wanted: str) -> str:
             roots = {parent.__name__: parent for schema in schemas.values() for parent in schema.__mro__}
             known = [name for name, schema in schemas.items() if issubclass(schema, roots[wanted])]
             return f"{group}={option} does not belong to this program; choose {group}={' or '.join(known)}."
-    return f"{chosen} is not a {wanted}"
+    value = "null" if chosen == "NoneType" else f"of type {chosen}"
+    return f"{key}: a value is {value} where a {wanted} is expected; {_doc(key)}"
 
 
 def _unknown_key(key: str) -> str:

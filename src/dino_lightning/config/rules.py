@@ -65,11 +65,20 @@ def check_paths(config: Any) -> None:
 
 
 def _check_sizes(config: Any, prefix: str = "") -> None:
-    """Refuse whole numbers that are exact in no floating-point number: no rule below and no library expects them."""
+    """Refuse lists in lists, which OmegaConf takes for numbers, and whole numbers that no float has exactly.
+
+    No rule below and no library expects them.
+    """
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             _check_sizes(value, f"{key}.")
+        if (
+            isinstance(value, list)
+            and "list[" in str(field.type)
+            and any(isinstance(one, list | dict) for one in value)
+        ):
+            raise UserError(f"{key}={shown(value)}: expected a list of single values, without lists in it.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) > LARGEST:
                 raise UserError(f"{key}={shown(value)}: expected no whole number beyond {LARGEST}.")
