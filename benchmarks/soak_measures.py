@@ -18,9 +18,11 @@ class Sample:
     """Since the leg began."""
     step: int
     rss_main: float
-    pss: float
+    anonymous: float
+    """Of no file; pages that a loader process shares with its parent since the fork count in both. Not PSS: that rises
+    when another program ends that shared libraries with the run."""
     shared: float
-    """The part of `pss` that stands in shared memory."""
+    """In shared memory, a part of what is shared by several (PSS)."""
     handles: int
     handles_main: int
     threads: int
@@ -96,7 +98,7 @@ def loaders_of(main: int) -> list[int]:
 
 def sample(main: int, marker: str, *, folder: Path, temporary: Path, seconds: float) -> Sample | None:
     """Measure a run whose first process is `main`; None where that one has ended."""
-    total = {"Pss": 0, "Pss_Shmem": 0}
+    total = {"Anonymous": 0, "Pss_Shmem": 0}
     handles = threads = count = 0
     own: dict[str, Any] = {}
     for pid in processes_of(marker):
@@ -117,7 +119,7 @@ def sample(main: int, marker: str, *, folder: Path, temporary: Path, seconds: fl
     return Sample(
         seconds=round(seconds, 1),
         step=last_step(folder),
-        pss=total["Pss"] / 1024,
+        anonymous=total["Anonymous"] / 1024,
         shared=total["Pss_Shmem"] / 1024,
         handles=handles,
         threads=threads,

@@ -16,15 +16,15 @@ EVERY = 60.0
 """Seconds between measurements."""
 MEASURES = {
     "rss_main": "memory of the first process (RSS, MiB)",
-    "pss": "memory of all processes (PSS, MiB)",
-    "shared": "of it shared memory (PSS, MiB)",
+    "anonymous": "memory of all processes that no file backs (MiB)",
+    "shared": "shared memory (PSS, MiB)",
     "handles_main": "open handles of the first process",
     "handles": "open handles of all processes",
     "threads_main": "threads of the first process",
     "threads": "threads of all processes",
     "processes": "processes",
 }
-FLAT = {"rss_main": 0.01, "pss": 0.01}
+FLAT = {"rss_main": 0.01, "anonymous": 0.01}
 """Share of the mean by which memory may grow in an hour and still be flat; of all else it is one."""
 
 
@@ -101,7 +101,7 @@ def section(samples: list[dict[str, Any]], to_exit: float | None) -> list[str]:
     lines = [
         f"{samples[-1]['seconds'] / 60:.0f} minutes and {samples[-1]['step']} steps of one process.",
         "Means of the four quarters of the time. Flat: from the second quarter to the last it grows by less than "
-        f"{FLAT['pss']:.0%} of the mean in an hour (shared memory by less than a MiB, handles, "
+        f"{FLAT['anonymous']:.0%} of the mean in an hour (shared memory by less than a MiB, handles, "
         "threads and processes by less than one).",
         "",
         "| | first | second | third | last | largest | per hour | flat |",
