@@ -78,7 +78,7 @@ compiled=(--set step.compile=true)
   step vit_base 45 "${beside[@]}" --precision bf16 $(turns 10 3) --backbone "$([ -n "$QUICK" ] && echo vit_tiny || echo vit_base)"
   step step_fp32 50 "${beside[@]}" --precision 32 $(turns 5 3)
   step step_tf32 40 "${beside[@]}" --precision tf32 $(turns 5 3)
-  measure tests 45 "$PYTHON" -m pytest -p no:cacheprovider -p gpu_tools "${tests[@]}"
+  measure tests 45 "$PYTHON" -m pytest -q -o addopts= -m 'not slow' -p no:cacheprovider -p gpu_tools "${tests[@]}"
   step compile 60 --precision bf16 "${compiled[@]}" $(turns 20 5)
   step varlen 30 --precision bf16 "${varlen[@]}" $(turns 10 5)
   step checkpointing 30 --precision bf16 --set step.gradient_checkpointing=true $(turns 10 5)

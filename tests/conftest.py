@@ -14,13 +14,16 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    """Also for what whole files of tests share."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _known_start() -> Iterator[None]:
-    """Equal random states for every test, and no name of a run left over from another one."""
+    """One thread, equal random states for every test, and nothing left over of a run in another one."""
     os.environ.pop("DINO_LIGHTNING_RUN", None)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import torch
 import yaml
 from composing import SMALL, composed
 from safetensors import safe_open
+from selection import first
 
 from dino_lightning.errors import UserError
 from dino_lightning.run import run_training
@@ -165,7 +166,7 @@ def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["pil", "cpu", "device"])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("channels", first([5, 1]))
 def test_images_of_other_channels(
     channels: int, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

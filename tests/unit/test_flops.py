@@ -103,4 +103,4 @@ def test_matrix_rate():
         torch.mm(a, a)
         best = min(best, time.perf_counter() - start)
     # Far apart, as a busy machine or another library may be, and still in the same unit.
-    assert 0.1 < matrix_rate("cpu", precision="32", size=256) * best / (2 * 256**3) < 10
+    assert 1e-3 < matrix_rate("cpu", precision="32", size=256) * best / (2 * 256**3) < 1e3
