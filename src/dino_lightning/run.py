@@ -111,8 +111,10 @@ def _train(composed: DictConfig, *, given: Sequence[str]) -> float | None:
         try:
             write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
         except OSError as error:
-            raise UserError(f"output_dir={output}: the run is at its end, but its results could not be written "
-                            f"({error.strerror or error}); make room, then resume=true writes them.") from error
+            raise UserError(
+                f"output_dir={output}: the run is at its end, but its results could not be written "
+                f"({error.strerror or error}); make room, then resume=true writes them."
+            ) from error
     return summary["knn_top1"]
 
 

@@ -217,11 +217,13 @@ def check_columns(features: datasets.Features, config: Columns, *, where: str) -
     image: Any = features[config.image_column]
     encoded = isinstance(image, datasets.Value) and image.dtype in ("binary", "large_binary", "string")
     if not (encoded or isinstance(image, datasets.Image) or (isinstance(image, dict) and "bytes" in image)):
-        raise UserError(f"data.image_column={config.image_column} of {where} does not hold encoded images but {_type(image)}")
+        raise UserError(f"data.image_column={config.image_column} of {where} does not hold encoded images but "
+                        f"{_type(image)}")  # fmt: skip
     label: Any = None if config.label_column is None else features[config.label_column]
     whole = isinstance(label, datasets.Value) and "int" in label.dtype
     if not (label is None or whole or isinstance(label, datasets.ClassLabel)):
-        raise UserError(f"data.label_column={config.label_column} of {where} does not hold whole numbers but {_type(label)}")
+        raise UserError(f"data.label_column={config.label_column} of {where} does not hold whole numbers but "
+                        f"{_type(label)}")  # fmt: skip
 
 
 def _type(feature: Any) -> str:
