@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def _one_thread() -> None:
 def _known_start() -> Iterator[None]:
     """One thread, equal random states for every test, and nothing left over of a run in another one."""
     os.environ.pop("DINO_LIGHTNING_RUN", None)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     random.seed(0)

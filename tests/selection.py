@@ -7,6 +7,7 @@ import pytest
 
 
 def first(values: Iterable[Any], *, fast: int = 1) -> list[Any]:
-    """The values for `parametrize`; all but `fast` of them are marked as slow."""
+    """The values (a tuple for several parameters) for `parametrize`; all but `fast` of them are marked as slow."""
     values = list(values)
-    return [*values[:fast], *(pytest.param(value, marks=pytest.mark.slow) for value in values[fast:])]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=[pytest.mark.slow] if place >= fast else []) for place, row in enumerate(rows)]

@@ -205,6 +205,7 @@ def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], tmp_path: Path) -> None:
     output, _ = finished
     run(tmp_path, "callbacks.pictures.enabled=false")

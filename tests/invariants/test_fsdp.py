@@ -28,6 +28,8 @@ UNEVEN = [
 ]
 """13 and 12 queries on two ranks: two batches and one."""
 
+pytestmark = pytest.mark.slow
+
 
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)

@@ -21,6 +21,8 @@ SOURCES = [
 ]  # fmt: skip
 Seen = list[dict[str, Any]]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -144,6 +144,7 @@ def gif(path: Path, *, frames: int) -> None:
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=80)
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_figures_of_one(tmp_path: Path):
     gif(tmp_path / "clip.gif", frames=5)
     write_voc(tmp_path / "voc", size=(40, 32))

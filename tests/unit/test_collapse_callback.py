@@ -41,7 +41,7 @@ def alarm(**config: Any) -> CollapseAlarm:
 
 @pytest.mark.parametrize(
     ("method", "names", "change"),
-    [
+    first([
         (lambda: dino(centering="none"), ["one prototype"], "set method.centering=center (now none)"),
         (lambda: dino(**HOT), ["uniform"], "lower method.teacher_temperature to 0.04 (now 0.2)"),
         # Its output wanders, the same for all images at any time.
@@ -50,7 +50,7 @@ def alarm(**config: Any) -> CollapseAlarm:
         (lambda: byol(**NO_PREDICTOR), ["alike"],
          "set method.predictor=true (now false); set method.head_batch_norm=true (now false); "
          "set method.teacher_update=ema (now copy_each_step)"),
-    ],
+    ]),
     ids=["no centring", "no sharpening", "no momentum", "BYOL without predictor"],
 )  # fmt: skip
 def test_each_collapse_is_named(method: Any, names: list[str], change: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,6 +260,7 @@ def _run_rank(rank: int, world: int, folder: str) -> None:
     leave_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_make_and_find_the_same_features(tmp_path: Path, source: BuiltinImages) -> None:
     alone = _features(_task(tmp_path / "alone"), source)
     few = _features(_task(tmp_path / "alone"), source, indices=[5, 9])

@@ -171,6 +171,7 @@ def _run_rank(rank: int, folder: str) -> None:
     leave_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_figures_of_one(tmp_path: Path) -> None:
     mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=2)
     alone = values(run(make_task(tmp_path)))

@@ -224,6 +224,7 @@ def test_nothing_to_read_is_one_sentence(data: RevisitedData, tmp_path: Path) ->
         run(tmp_path, data)
 
 
+@pytest.mark.slow
 def test_a_cache_is_not_mistaken_for_another(data: RevisitedData, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"image_size": 24}, {"scales": [1.0, 0.5]}, {"query_box": True}, {}]
     for config in changes:

@@ -163,6 +163,7 @@ def test_the_table_has_every_row(folder: Path, capsys: pytest.CaptureFixture[str
     assert "100" in next(line for line in shown.splitlines() if "method.out_dim" in line and "yours" in line)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_keeps_the_values(tmp_path: Path) -> None:
     words = ["experiment=small_data", "data=builtin", "data.train_images=64", "data.val_images=16", "seed=3"]
     words += ["data.num_workers=0", "data.batch_size_per_device=32", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
