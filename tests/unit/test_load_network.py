@@ -148,7 +148,9 @@ def test_a_convolutional_network_with_arguments(told: bool, tmp_path: Path) -> N
         loaded = load_network(str(file))
         assert torch.equal(loaded.backbone(images), ours(images))
         assert loaded.mean == [0.5] * 3
-        assert (loaded.resize, loaded.size) == ((36, 32) if told or file.suffix == ".ckpt" else (256, 224))
+        # Of an older file timm is asked, whose earlier versions go by the size of the network's own images.
+        known = [(36, 32)] if told or file.suffix == ".ckpt" else [(256, 224), (37, 32)]
+        assert (loaded.resize, loaded.size) in known
 
 
 def test_the_digest_is_of_names_and_values(run: Path) -> None:
