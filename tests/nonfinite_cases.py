@@ -1,5 +1,6 @@
 """Trainings in which one step is not finite, and the same without that step, by hand."""
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,3 +122,22 @@ def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, expected[name]), f"{name} {what}"
+
+
+def dino(**options: Any) -> Any:
+    torch.manual_seed(4)
+    return tiny.dino(**{"teacher_momentum": 0.9, **options})
+
+
+def data(*, parts: int = 1, count: int = STEPS) -> tiny.Batches:
+    torch.manual_seed(5)
+    return tiny.split(tiny.batches(count), parts=parts)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "nonfinite").glob("*"))

@@ -126,7 +126,6 @@ def test_imports(machine: Machine) -> None:
     assert machine.attempts == ""
 
 
-@pytest.mark.slow
 def test_training_and_evaluation(machine: Machine) -> None:
     run = machine.home / "run"
     machine.run(str(PROJECT / "train.py"), *SHORT, f"output_dir={run}", wrapper=without_network())
