@@ -1,13 +1,10 @@
-"""One of two ranks that differ: `python agreement_worker.py FOLDER`, started by `launch`.
+"""Two ranks that differ, by `launch`.
 
 Each case is a whole `Trainer.fit` with real images; what the ranks do not share is written out in `CASES`.
 """
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +16,7 @@ from composing import composed
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from PIL import Image
+from ranks import found_by_ranks, on_ranks
 
 import dino_lightning
 from dino_lightning.build import build_data, build_method
@@ -49,23 +47,23 @@ class Case:
     """Words of its command line."""
     folder: str = ""
     """Its images, in place of `same`."""
-    patch: Callable[[], None] | None = None
+    patch: Callable[[Path], None] | None = None
 
 
-def other_commit() -> None:
+def other_commit(_: Path) -> None:
     agreement.commit = lambda: "b" * 40  # type: ignore[assignment]
 
 
-def other_code() -> None:
+def other_code(folder: Path) -> None:
     package = Path(dino_lightning.__file__).parent
-    copy = Path(sys.argv[1]) / "code"
+    copy = folder / "code"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / "losses.py").open("a") as file:
         file.write("\n")
     agreement.PACKAGE = copy
 
 
-def other_version() -> None:
+def other_version(_: Path) -> None:
     versions = agreement.version
     agreement.version = lambda name: "0.0.1" if name == "timm" else versions(name)
 
@@ -80,7 +78,7 @@ CASES = {
     "fewer images": Case(folder="fewer"),
     "another name": Case(folder="renamed"),
     "another class": Case(folder="moved"),
-    "weights": Case(patch=lambda: torch.manual_seed(17)),  # type: ignore[arg-type,return-value]
+    "weights": Case(patch=lambda _: torch.manual_seed(17)),  # type: ignore[arg-type,return-value]
     "the commit": Case(patch=other_commit),
     "the code": Case(patch=other_code),
     "a version": Case(patch=other_version),
@@ -111,7 +109,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
     L.seed_everything(config.seed, verbose=False)
     before = agreement.commit, agreement.version, agreement.PACKAGE
     if case.patch and second:
-        case.patch()
+        case.patch(folder)
     steps = Steps()
     config.trainer.accelerator, config.trainer.devices = "cpu", RANKS
     trainer = L.Trainer(
@@ -139,20 +137,11 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; what each has seen, by case."""
     prepare(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(number)}) for number in range(RANKS)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(RANKS)]
+    on_ranks(main, folder)
+    return found_by_ranks(folder)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where = Path(sys.argv[1])
-    seen = {name: attempt(case, where) for name, case in CASES.items()}
-    torch.save(seen, where / f"rank{os.environ['LOCAL_RANK']}.pt")
+def main(rank: int, folder: Path) -> None:
+    seen = {name: attempt(case, folder) for name, case in CASES.items()}
+    torch.save(seen, folder / f"rank{rank}.pt")
     leave_group()

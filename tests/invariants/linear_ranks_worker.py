@@ -1,14 +1,12 @@
-"""One of two ranks that train linear classifiers: `python linear_ranks_worker.py FOLDER`, started by `launch`."""
+"""Two ranks that train linear classifiers, by `launch`."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Fabric
+from ranks import found_by_ranks, on_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from evaluation_tools import tiny_network
@@ -43,18 +41,10 @@ def evaluated(folder: Path, *, ranks: int) -> dict[str, Any]:
 
 def launch(folder: Path) -> list[dict[str, Any]]:
     """Run both ranks; what each has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(number)}) for number in range(RANKS)]
-    assert [process.wait(timeout=300) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(RANKS)]
+    on_ranks(main, folder)
+    return found_by_ranks(folder)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where = Path(sys.argv[1])
-    torch.save(evaluated(where, ranks=RANKS), where / f"rank{os.environ['LOCAL_RANK']}.pt")
+def main(rank: int, folder: Path) -> None:
+    torch.save(evaluated(folder, ranks=RANKS), folder / f"rank{rank}.pt")
     leave_group()

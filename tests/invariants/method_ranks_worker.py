@@ -1,9 +1,5 @@
-"""One rank of two-rank trainings of all methods: `python method_ranks_worker.py FOLDER`, started by `launch`."""
+"""Trainings of all methods on two ranks, by `launch`."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ import tiny
 import tiny_methods
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
+from ranks import found_by_ranks, on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -75,15 +72,8 @@ def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
 
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; what each has seen, by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(RANKS)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    on_ranks(main, folder, ranks=RANKS)
+    return found_by_ranks(folder)
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -116,11 +106,6 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save({name: train(case) for name, case in CASES.items()}, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+def main(rank: int, folder: Path) -> None:
+    torch.save({name: train(case) for name, case in CASES.items()}, folder / f"rank{rank}.pt")
     leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,9 +1,5 @@
-"""One rank of two-rank trainings with a step that is not finite: `python nonfinite_worker.py FOLDER CASE...`."""
+"""Trainings on two ranks, one of which has a step that is not finite, by `launch`."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ import tiny
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
 from nonfinite_cases import BAD, STEPS, BadGradient, broken, callback
+from ranks import found_by_ranks, on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -131,23 +128,11 @@ class SaveAfter(L.Callback):
 
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; what each has seen, by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, str(folder), *cases]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(RANKS)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    on_ranks(main, folder, *cases)
+    return found_by_ranks(folder)
 
 
-def main(folder: Path, *cases: str) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, folder: Path, *cases: str) -> None:
     seen = {case: train(CASES[case], folder / case) for case in cases}
-    torch.save(seen, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+    torch.save(seen, folder / f"rank{rank}.pt")
     leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

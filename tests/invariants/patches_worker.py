@@ -1,7 +1,5 @@
-"""One rank of two that learn from masked patches: `ranks_worker` with another network and masks by content."""
+"""Two ranks that learn from masked patches, by `launch`: `ranks_worker` with another network and masks by content."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import ranks_worker
 import tiny
 import torch
 from content_masks import mask_by_content
+from ranks import found_by_ranks, on_ranks
 from ranks_worker import BATCH, RANKS, STEPS, Case
 
 CASES = {
@@ -36,11 +35,15 @@ def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
     return mask_by_content(module, patch=tiny.PATCH), batches
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where = Path(sys.argv[1])
+def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Run both ranks; what each has seen, by case."""
+    on_ranks(main, folder)
+    return found_by_ranks(folder)
+
+
+def main(rank: int, folder: Path) -> None:
     ranks_worker.module_and_batches = module_and_batches
-    seen = {name: ranks_worker.train(CASES[name], start=where / "none", end=where / f"{name}.ckpt")
-            for name in sys.argv[2:]}  # fmt: skip
-    torch.save(seen, where / f"rank{os.environ['LOCAL_RANK']}.pt")
+    seen = {name: ranks_worker.train(case, start=folder / "none", end=folder / f"{name}.ckpt")
+            for name, case in CASES.items()}  # fmt: skip
+    torch.save(seen, folder / f"rank{rank}.pt")
     ranks_worker.leave_group()

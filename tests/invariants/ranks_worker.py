@@ -1,9 +1,5 @@
-"""One rank of two-rank trainings: `python ranks_worker.py FOLDER CASE...`, started by `launch`."""
+"""Trainings on two ranks, by `launch`."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import DoublePrecision
+from ranks import found_by_ranks, on_ranks
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
@@ -133,15 +130,8 @@ def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
 
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; what each has seen, by case. They go on from `folder`/start.ckpt where there is one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command = [sys.executable, __file__, str(folder), *cases]
-    processes = [subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}) for rank in range(RANKS)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    on_ranks(main, folder, *cases)
+    return found_by_ranks(folder)
 
 
 def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
@@ -209,13 +199,8 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
-def main(folder: Path, *cases: str) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, folder: Path, *cases: str) -> None:
     start = folder / "start.ckpt"
     seen = {case: train(CASES[case], start=start, end=folder / f"{case}.ckpt") for case in cases}
-    torch.save(seen, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+    torch.save(seen, folder / f"rank{rank}.pt")
     leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

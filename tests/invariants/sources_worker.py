@@ -1,11 +1,7 @@
-"""One of two ranks that read every kind of source: `python sources_worker.py FOLDER`, started by `launch`."""
+"""Two ranks that read every kind of source, by `launch`."""
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from ranks import found_by_ranks, on_ranks
 
 from dino_lightning.config import (
     ArchiveData,
@@ -146,16 +143,9 @@ def write_food(folder: Path, files: dict[str, bytes]) -> Path:
 
 def launch(folder: Path) -> list[dict[str, Any]]:
     """Run both ranks: by source, what each has seen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
-    shared |= {"HF_DATASETS_CACHE": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     torch.save(prepare(folder), folder / "configs.pt")
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(RANKS)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    on_ranks(main, folder, HF_DATASETS_CACHE=str(folder / "hf"), HF_HUB_OFFLINE="1")
+    return found_by_ranks(folder)
 
 
 def read(config: DataConfig, *, seed: int, epochs: int) -> list[list[list[list[float]]]]:
@@ -183,8 +173,7 @@ def rows(views: list[torch.Tensor]) -> list[list[float]]:
     return torch.cat([number[:, None], *corners], dim=1).tolist()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo")
     results = {}
     for name, config in torch.load(folder / "configs.pt", weights_only=False).items():
@@ -192,9 +181,5 @@ def main(folder: Path) -> None:
         results[name] = {"epochs": first, "again": again, "other seed": read(config, seed=1, epochs=1)}
         if name in ("folder", "webdataset"):
             results[name]["resumed"] = left_and_found(config)
-    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    torch.save(results, folder / f"rank{rank}.pt")
     leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -18,9 +18,7 @@ from patches_worker import CASES, module_and_batches
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks_worker, "__file__", patches_worker.__file__)
-        return ranks_worker.launch(tmp_path_factory.mktemp("patches"), *CASES)
+    return patches_worker.launch(tmp_path_factory.mktemp("patches"))
 
 
 def test_some_ranks_have_masks_and_some_have_none() -> None:

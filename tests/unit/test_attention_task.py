@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from evaluation_tools import timm_network, tiny_network, tiny_task
 from PIL import Image
+from ranks import on_ranks
 from test_attention_masks import slow_jaccard, slow_mask
 from test_voc import write_voc
 from torchvision.transforms import InterpolationMode, Resize
@@ -121,7 +121,6 @@ def test_no_pictures(tmp_path: Path):
 
 
 def _run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network, root = tiny_network(), Path(folder) / str(rank)
     # One frame more than two ranks share.
@@ -148,7 +147,7 @@ def gif(path: Path, *, frames: int) -> None:
 def test_two_ranks_have_the_figures_of_one(tmp_path: Path):
     gif(tmp_path / "clip.gif", frames=5)
     write_voc(tmp_path / "voc", size=(40, 32))
-    mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_run_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     network = tiny_network()

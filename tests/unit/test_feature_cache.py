@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from evaluation_tools import tiny_network, tiny_task
 from lightning import Fabric
 from PIL import Image
+from ranks import on_ranks
 from torch import Tensor
 
 from dino_lightning.config import BuiltinData, DataConfig
@@ -247,7 +247,6 @@ def test_where_nothing_can_be_written_the_features_come_anyway(tmp_path: Path, s
 
 
 def _run_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
     feature_cache.BLOCK = BLOCK
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     source = BuiltinImages("train", images=N, image_size=32, draw_seed=0)
@@ -267,7 +266,7 @@ def test_two_ranks_make_and_find_the_same_features(tmp_path: Path, source: Built
     # One block of four is there already, from a run of one rank.
     with pytest.raises(KeyboardInterrupt):
         _features(_task(tmp_path), source, Counted(tiny_network(), fail_after=BLOCK))
-    mp.spawn(_run_rank, args=(2, str(tmp_path)), nprocs=2)
+    on_ranks(_run_rank, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"2_{rank}.pt") for rank in range(2)]
     for result in ranks:
         assert _equal(result["all"][0], alone)

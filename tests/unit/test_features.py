@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -51,7 +51,6 @@ CASES: dict[str, tuple[int, list[int] | None]] = {
 
 
 def _run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     features_module.GATHER_ROWS = 5
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     results = {}
@@ -66,7 +65,7 @@ def _run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_run_rank, args=(str(folder),), nprocs=WORLD)
+    on_ranks(_run_rank, str(folder), ranks=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

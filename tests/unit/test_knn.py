@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,7 +222,6 @@ def _accuracy_of(queries: Tensor, targets: Tensor) -> dict[int, dict[str, float]
 
 
 def _run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     for n in SHARED:
         queries, targets = _clusters(n, classes=7, width=6, seed=2)
@@ -231,7 +230,7 @@ def _run_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_together_have_the_result_of_one_process(tmp_path: Path) -> None:
-    mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=WORLD)
+    on_ranks(_run_rank, str(tmp_path), ranks=WORLD)
     for n in SHARED:
         alone = _accuracy_of(*_clusters(n, classes=7, width=6, seed=2))
         assert [torch.load(tmp_path / f"{n}_{rank}.pt") for rank in range(WORLD)] == [alone] * WORLD

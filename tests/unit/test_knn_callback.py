@@ -1,8 +1,6 @@
 """The callback in real, tiny trainings: what it reports, when, and that it leaves the training alone."""
 
-import os
 import random
-import socket
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from knn_run import Backbone, Data, Method, fit, knn_config
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import on_ranks
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils.data import Subset
@@ -257,9 +255,7 @@ def test_evaluating_gives_flags_back_after_an_error() -> None:
     assert [part.training for part in backbone] == [True, True, True, True, False, True, True]
 
 
-def _run_rank(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _run_rank(rank: int, folder: str) -> None:
     knn = KNNCallback(knn_config())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -274,10 +270,7 @@ def test_two_ranks_agree_and_have_the_untrained_result_of_one(tmp_path: Path) ->
     """Under DDP the batches differ from those of one process, and so does what is learnt."""
     alone = KNNCallback(knn_config())
     fit(tmp_path / "alone", [alone], max_epochs=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run_rank, args=(str(tmp_path), port), nprocs=2)
+    on_ranks(_run_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second
     assert (first["state"]["untrained"], first["state"]["pixels"]) == (alone.untrained, alone.pixels)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from evaluation_tools import tiny_network, tiny_task
 from pictures import write
+from ranks import on_ranks
 
 from dino_lightning.config import BuiltinData, DataConfig, FolderData, KNNEval
 from dino_lightning.data.sources import Sources
@@ -165,7 +165,6 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
 
 
 def _run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(values(run(make_task(Path(folder), cache=Path(folder) / "cache"))), f"{folder}/{rank}.pt")
     leave_group()
@@ -173,7 +172,7 @@ def _run_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_have_the_figures_of_one(tmp_path: Path) -> None:
-    mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_run_rank, str(tmp_path))
     alone = values(run(make_task(tmp_path)))
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [alone, alone]
 

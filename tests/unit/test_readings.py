@@ -1,8 +1,6 @@
 """Figures of a step reach the loggers a step later, as they were, and none is lost; a loss that is not finite stops."""
 
 import csv
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,9 @@ import lightning as L
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from ranks import on_ranks
 from torch.utils.data import DataLoader
 from waiting import Watch, waits
 
@@ -307,11 +305,8 @@ def test_another_fit_starts_afresh(tmp_path: Path) -> None:
     assert list(losses(tmp_path / "b")) == [0, 1]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ["LOCAL_RANK"] = str(rank)
     module, data = tiny.dino(batch_size=4), tiny.batches(5)
     own = [[crop.chunk(2)[rank] for crop in crops] for crops in data]
     two: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
@@ -326,10 +321,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_one_rank_stops_all_in_the_same_step(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    on_ranks(_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in ranks:
         assert f"the loss is nan at step {NAN_AT}:" in rank["error"]

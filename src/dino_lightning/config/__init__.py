@@ -273,6 +273,7 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
     return min(MOCO_VERSIONS.get(version, MOCO_VERSIONS[2])[key], at_most)
 
 
+@cache  # once in a process: Hydra makes a copy of each schema
 def register() -> None:
     """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
