@@ -1,5 +1,6 @@
 """What every test shares: one thread, known random states, and the real data where it is."""
 
+import gc
 import os
 import random
 import signal
@@ -13,6 +14,11 @@ import torch
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: Python need not look through it again and again for what is left over."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Also for what whole files of tests share."""
@@ -23,7 +29,8 @@ def _one_thread() -> None:
 def _known_start() -> Iterator[None]:
     """One thread, equal random states for every test, and nothing left over of a run in another one."""
     os.environ.pop("DINO_LIGHTNING_RUN", None)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     random.seed(0)

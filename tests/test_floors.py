@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
 # fmt: off
 FLOORS = [
     {"config", "schedules", "distributed", "numerics", "sharding", "errors", "records", "quiet",
-     "factors", "ops", "restarts", "processes", "held_folder"},
+     "factors", "ops", "restarts", "processes", "outside_training", "held_folder"},
     {"heads", "losses", "centering", "ema", "optim", "lars", "readings", "prototype_loss", "activations",
      "pictures", "pictures_tokens", "feature_queue", "collapse", "masking"},
     {"backbones", "vit", "networks", "data"},

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dino_lightning import outside_training
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
 from dino_lightning.config.paths import usable_path
@@ -53,6 +54,7 @@ EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 
 def train() -> None:
     """Entry point of training."""
+    outside_training.listen()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     try:
@@ -84,6 +86,7 @@ def train() -> None:
             os._exit(left.code)
         raise
     JOBS.finish()
+    outside_training.ignore()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -5,7 +5,8 @@
 - Moments with the number of a micro-batch, counted over epochs: `forward`, `backward`, `step`, `batch`.
 - Moments with how often they came before in this process: `write` (the middle of a checkpoint), `rename` (a checkpoint
   is written and has not its name yet), `row` (half of a row of metrics.csv is on the disk), `knn` (a batch of the k-NN
-  evaluation), `loader` (a batch in a loader process), `export`.
+  evaluation), `loader` (a batch in a loader process), `export`, `import` (of this file, before anything is built),
+  `exit` (all is written, and Python ends).
 - How: the name of a signal, which the process sends to itself; `parent`, which a loader process sends its parent as
   SIGKILL; `raise`, an error that nobody foresaw; `full`, what a full disk answers.
 
@@ -13,6 +14,7 @@ Notes: `rankR.jsonl` has, for each micro-batch, checksums of its crops and of th
 `loaders.jsonl` whether a loader process has drawn from its random states; `kills.jsonl` the kills.
 """
 
+import atexit
 import errno
 import hashlib
 import json
@@ -188,6 +190,15 @@ def export(*arguments: Any, **options: Any) -> Any:
         end()
     return _export(*arguments, **options)
 
+
+def at_exit() -> None:
+    if here("exit"):
+        end()
+
+
+if here("import"):
+    end()
+atexit.register(at_exit)
 
 CropBatches.__getitems__ = items
 StreamBatches._batches = stream_batches

@@ -61,6 +61,14 @@ def test_killed_in_files_and_processes(kills: list[str], reference: Reference, t
 
 
 @pytest.mark.slow
+def test_told_to_end_outside_of_training(reference: Reference, tmp_path: Path) -> None:
+    """Before, the status has it started again; behind, nothing is left to do."""
+    killed_and_resumed(tmp_path / "run", reference.words, ["import@0=SIGTERM", "import@0=SIGUSR1", "export@0=SIGTERM"])
+    reference.check(tmp_path / "run")
+    assert start(tmp_path / "run", reference.words, kill="exit@0=SIGTERM") == 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room(reference: Reference, tmp_path: Path) -> None:
     """The one before it is kept, the run goes on and ends as it would have."""
     assert start(tmp_path / "run", reference.words, kill="write@1=full") == 0

@@ -16,6 +16,7 @@ import lightning as L
 
 from dino_lightning.distributed import any_rank
 from dino_lightning.methods.base import Method
+from dino_lightning.outside_training import leave_at_once
 from dino_lightning.restarts import INTERRUPTED, PREEMPTED, requeue_slurm_job
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
@@ -53,16 +54,21 @@ class Signals(L.Callback):
 
     def leaving(self) -> LeaveRun:
         """What to raise when the run has saved."""
-        number, before = self.received, self.before.get(self.received or 0)
+        number, before = self.received, self._of_launcher(self.received)
         if number == signal.SIGINT:
             return LeaveRun(INTERRUPTED)
-        if callable(before):  # submitit's handler, which submits the job again
+        if number is not None and before is not None:  # submitit's handler, which submits the job again
             return LeaveRun(PREEMPTED, then=lambda: before(number, None))
         return LeaveRun(PREEMPTED, then=requeue_slurm_job if number == getattr(signal, "SIGUSR1", None) else None)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remember who listens already: Lightning puts its own handlers into their place before training starts."""
         self.before = {number: signal.getsignal(number) for number in _numbers()}
+
+    def _of_launcher(self, number: int | None) -> Handler | None:
+        """The handler that a launcher such as submitit has for a signal; not our own for the time outside training."""
+        before = self.before.get(number or 0)
+        return cast(Handler, before) if callable(before) and before is not leave_at_once else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen."""
@@ -71,13 +77,13 @@ class Signals(L.Callback):
             return  # Python hands signals to the main thread alone
         for number in _numbers():
             # SIGUSR2 ends a process that does not expect it, and it is expected under submitit alone.
-            if number != getattr(signal, "SIGUSR2", None) or callable(self.before[number]):
+            if number != getattr(signal, "SIGUSR2", None) or self._of_launcher(number):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt  # the second Ctrl-C: at once
-        if number == signal.SIGTERM and callable(before := self.before[number]):
+        if number == signal.SIGTERM and (before := self._of_launcher(number)):
             # Under submitit SIGTERM is a warning only; its own signal follows.
             if self._method is not None:
                 self._method.readings.ask_to_save = True

@@ -10,6 +10,7 @@ A *duration* is a string with a unit: `"10ep"` (epochs), `"500it"` (optimizer st
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
