@@ -16,6 +16,7 @@ SMALL = [
     "trainer.accelerator=cpu",
     "trainer.max_epochs=2",
     "trainer.log_every_n_steps=1",
+    "cpu_threads=1",
     "callbacks.pictures.images=2",
 ]
 """A run of seconds on the built-in images."""
