@@ -20,12 +20,19 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 """Float64: only the order of sums differs."""
 AS_ONE: dict[str, Any] = {"accumulate": 1, "checkpointed": False, "tiled": False, "compiled": False}
 """What one process need not do to train the same."""
+SLOW = ("ddp, compiled", "fsdp, checkpointed", "fsdp, sgd")
+FAST = tuple(name for name in CASES if name not in SLOW)
 LAST = ("head.last_layer.weight_g", "head.last_layer.weight_v")
 
 
 @pytest.fixture(scope="module")
 def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return ranks_worker.launch(tmp_path_factory.mktemp("ranks"), *CASES)
+    return ranks_worker.launch(tmp_path_factory.mktemp("ranks"), *FAST)
+
+
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return ranks_worker.launch(tmp_path_factory.mktemp("slow_ranks"), *SLOW)
 
 
 @dataclass
@@ -43,7 +50,7 @@ def trained_alone() -> dict[str, Alone]:
     return {}
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=[*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -54,8 +61,9 @@ def case(name: str) -> Case:
 
 
 @pytest.fixture
-def ranks(all_ranks: list[dict[str, dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    return [rank[name] for rank in all_ranks]
+def ranks(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
+    """What they have seen in one case."""
+    return [rank[name] for rank in request.getfixturevalue("slow_ranks" if name in SLOW else "all_ranks")]
 
 
 @pytest.fixture
@@ -199,7 +207,8 @@ def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:
     assert all(group == expected for rank in ranks for group in rank["options"])
 
 
-def test_compiled_blocks_are_compiled_in_the_first_step(all_ranks: list[dict[str, dict[str, Any]]]) -> None:
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_in_the_first_step(slow_ranks: list[dict[str, dict[str, Any]]]) -> None:
     """Blocks and last blocks of student and teacher, beside DDP."""
-    for rank in all_ranks:
+    for rank in slow_ranks:
         assert set(rank["ddp, compiled"]["graphs"]) == {4}
