@@ -1,3 +1,31 @@
-"""DINO: self-distillation with no labels, on PyTorch Lightning and Hydra."""
+"""DINO: self-distillation with no labels, on PyTorch Lightning and Hydra.
+
+    from dino_lightning import load_backbone, embed, DinoFeatures
+
+What stands here is loaded when it is asked for: `import dino_lightning` alone takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_lightning.use.backbone import load_backbone
+    from dino_lightning.use.embed import embed
+    from dino_lightning.use.transformer import DinoFeatures
 
 __version__ = "0.1.0"
+__all__ = ["DinoFeatures", "embed", "load_backbone"]
+
+_MODULES = {"DinoFeatures": "use.transformer", "embed": "use.embed", "load_backbone": "use.backbone"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found  # the next time without this function
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

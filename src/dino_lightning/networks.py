@@ -65,6 +65,21 @@ def patch_size(backbone: nn.Module) -> int:
     return int(size[0]) if isinstance(size, tuple | list) else int(size)
 
 
+def check_size(network: Network, size: int, *, key: str) -> None:
+    """Raise `UserError`, which names `key`, where the network does not take images of this side (pixels)."""
+    if is_vit(network.backbone) and size % patch_size(network.backbone):
+        patch = patch_size(network.backbone)
+        near = max(patch, round(size / patch) * patch)
+        raise UserError(f"{key}={size} is not a multiple of the patch size {patch} of {network.name}; the nearest is "
+                        f"{near}.")  # fmt: skip
+    try:
+        with torch.no_grad():
+            network.backbone(torch.zeros(1, network.channels, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}={size}: {network.name} does not take it ({reason}).") from error
+
+
 @torch.no_grad()
 def last_blocks(backbone: nn.Module, images_BCHW: Tensor, *, n: int) -> list[Tensor]:
     """Tokens (B, P + N, D) after each of the last n blocks, deepest last, each through the final norm.

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TrainConfig
 from dino_lightning.config.keys import Key, all_keys
 
 TARGET = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -32,7 +32,8 @@ def render() -> str:
     """The page as Markdown."""
     keys = all_keys()
     parts = [HEADER]
-    for title, root in (("A training run", TrainConfig), ("An evaluation", EvaluateConfig)):
+    roots = {"A training run": TrainConfig, "An evaluation": EvaluateConfig, "Features of images": EmbedConfig}
+    for title, root in roots.items():
         parts.append(_table(title, root, [key for key in keys if key.schema is root]))
     for group, schemas in SCHEMAS.items():
         own = [key for key in keys if key.name.startswith(f"{group}.")]

@@ -21,6 +21,7 @@ from dino_lightning.config import (
     ClassificationEval,
     CopyDetectionEval,
     DataConfig,
+    DevicesConfig,
     EvaluateConfig,
     FinetuneEval,
     KNNEval,
@@ -48,7 +49,7 @@ from dino_lightning.evaluation.tasks import (
     retrieval,
     video,
 )
-from dino_lightning.networks import Network, is_vit, patch_size
+from dino_lightning.networks import Network, check_size
 from dino_lightning.quiet import quieten_libraries
 from dino_lightning.records import environment
 
@@ -84,7 +85,14 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
 
 def start(config: EvaluateConfig) -> Runtime:
     """The devices, with the other processes running."""
-    trainer = config.trainer
+    fabric = launched(config.trainer)
+    fabric.seed_everything(config.seed, verbose=False)
+    set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
+    return Runtime(fabric, show_progress=config.trainer.enable_progress_bar)
+
+
+def launched(trainer: DevicesConfig) -> Fabric:
+    """Fabric on the configured devices, with the other processes running."""
     try:
         fabric = Fabric(
             accelerator=trainer.accelerator,
@@ -97,11 +105,14 @@ def start(config: EvaluateConfig) -> Runtime:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     fabric.launch()
     atexit.register(leave_group)
-    fabric.seed_everything(config.seed, verbose=False)
+    return fabric
+
+
+def set_threads(fabric: Fabric, threads: int | None, *, num_nodes: int) -> None:
+    """Give each process on a CPU its share of the cores, or `threads`."""
     if fabric.device.type == "cpu":
-        processes = max(1, fabric.world_size // trainer.num_nodes)
-        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // processes))
-    return Runtime(fabric, show_progress=trainer.enable_progress_bar)
+        processes = max(1, fabric.world_size // num_nodes)
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
 
 
 def check_network(config: EvaluateConfig, network: Network) -> None:
@@ -109,20 +120,8 @@ def check_network(config: EvaluateConfig, network: Network) -> None:
     channels = config.data.channels if isinstance(config.data, DataConfig) else 3
     if network.channels != channels:
         raise UserError(f"data.channels={channels}: {network.name} takes images of {network.channels} channels.")
-    size = config.eval.image_size or network.size
-    if not isinstance(config.eval, ClassificationEval | CopyDetectionEval):
-        return
-    if is_vit(network.backbone) and size % patch_size(network.backbone):
-        patch = patch_size(network.backbone)
-        near = max(patch, round(size / patch) * patch)
-        raise UserError(f"eval.image_size={size} is not a multiple of the patch size {patch} of {network.name}; the "
-                        f"nearest is {near}.")  # fmt: skip
-    try:
-        with torch.no_grad():
-            network.backbone(torch.zeros(1, channels, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"eval.image_size={size}: {network.name} does not take it ({reason}).") from error
+    if isinstance(config.eval, ClassificationEval | CopyDetectionEval):
+        check_size(network, config.eval.image_size or network.size, key="eval.image_size")
 
 
 def evaluate(config: EvaluateConfig, network: Network, runtime: Runtime, file: ResultsFile) -> list[Result]:

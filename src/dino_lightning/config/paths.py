@@ -8,6 +8,7 @@ from dino_lightning.errors import UserError
 
 PATHS = (
     "output_dir",
+    "output",
     "feature_cache",
     "data.path",
     "data.root",

@@ -1,0 +1,63 @@
+"""`dino-embed`, `python -m dino_lightning.use.command`: features of many images, in a file.
+
+    dino-embed checkpoint=outputs/RUN data.path=~/photos output=photos.parquet
+    dino-embed checkpoint=timm:NAME data=archive data.path=photos.zip output=photos.npy
+
+Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one sentence.
+"""
+
+import os
+from typing import cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number
+from dino_lightning.config import EmbedConfig, register
+from dino_lightning.config.paths import usable_path
+from dino_lightning.config.rules import check_keys
+from dino_lightning.errors import UserError
+
+PROGRAM = "dino-embed"
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
+    register()
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
+    try:
+        _embed()
+    except EXPLAINED as error:
+        refuse(error, program=PROGRAM)
+    except OverflowError as error:
+        refuse_number(error, program=PROGRAM)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
+def _embed(cfg: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    try:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise UserError("--multirun: dino-embed writes one file; run it once for each.")
+        embed_as(cfg, overrides=list(hydra_config.overrides.task))
+    except EXPLAINED as error:
+        refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
+
+
+def embed_as(composed: DictConfig, *, overrides: list[str]) -> None:
+    """Write the features as configured and say where they are."""
+    from dino_lightning.use.run import run_embedding  # loads in seconds: not needed for --help
+
+    check_keys(composed)
+    config = cast(EmbedConfig, OmegaConf.to_object(composed))
+    output = usable_path("output", config.output).absolute()
+    found = run_embedding(config, output=output, overrides=overrides, own_threads=True)
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        print(f"{len(found)} images, {found.features.shape[1]} features each: {output}")
+
+
+if __name__ == "__main__":
+    main()
