@@ -17,8 +17,9 @@ FLOORS = [
     {"methods", "evaluation", "checkpoints", "strategy", "launcher"},
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
-     "checks_environment", "checks_resources", "checks_resume", "report", "replay", "suggest", "suggested"},
-    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare"},
+     "checks_environment", "checks_resources", "checks_resume", "checks_sweep", "report", "replay", "suggest", "suggested"},
+    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
+     "use"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -31,7 +32,8 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
-          ("inspect_data", "explain"), ("strategy", "launcher")}  # fmt: skip
+          ("inspect_data", "explain"), ("strategy", "launcher"),
+          ("use", "cli"), ("use", "inspect_data")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning import outside_training
-from dino_lightning.config import SCHEMAS, EvaluateConfig, TimmConfig, TrainConfig, register
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
@@ -33,10 +33,10 @@ from dino_lightning.imports import import_one, with_imports
 from dino_lightning.restarts import INTERRUPTED, PREEMPTED, first_start
 from dino_lightning.sweeps import Jobs
 
-PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig}
+PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig}
 """Program -> the root of its configuration."""
 
-BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": ()}
+BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": (), "embed": ()}
 """Program -> groups that set keys of others and have none of their own."""
 
 REPLAY = "replay"
@@ -215,7 +215,7 @@ def groups(program: str) -> str:
 
 
 def options(program: str) -> dict[str, list[str]]:
-    """The options of each group that the program `train` or `evaluate` knows: files, without the schemas."""
+    """The options of each group that the program `train`, `evaluate` or `embed` knows: files, without the schemas."""
     kinds = {field.name: field.type for field in dataclasses.fields(PROGRAMS[program])}
     kinds |= dict.fromkeys(BESIDE_KEYS[program], object)
     return {

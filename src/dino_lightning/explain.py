@@ -8,7 +8,15 @@ from dino_lightning.config.folder import option_names
 from dino_lightning.config.keys import all_keys
 from dino_lightning.errors import UserError, nearest
 
-PROGRAMS = {"TrainConfig": "training (train.py)", "EvaluateConfig": "evaluation (dino-eval)"}
+PROGRAMS = {
+    "TrainConfig": "training (train.py)",
+    "EvaluateConfig": "evaluation (dino-eval)",
+    "EmbedConfig": "embedding (dino-embed)",
+}
+
+PLUGINS = {"sweeper/sampler/": "optuna", "sweeper/optuna": "optuna", "launcher/joblib": "joblib",
+           "launcher/submitit_": "submitit"}  # fmt: skip
+"""Start of an option of Hydra's -> the extra that brings it."""
 
 
 def explain(error: Exception, *, conf: Path) -> str:

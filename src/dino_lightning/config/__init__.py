@@ -42,6 +42,7 @@ from dino_lightning.config.data import (
     WebDatasetData,
 )
 from dino_lightning.config.evaluation import (
+from dino_lightning.config.embedding import EmbedConfig
     AttentionEval,
     BenchmarkData,
     ClassificationEval,
@@ -107,6 +108,7 @@ __all__ = [
     "DavisData",
     "DevicesConfig",
     "EvaluateConfig",
+    "EmbedConfig",
     "EvaluationConfig",
     "FinetuneEval",
     "FolderData",
@@ -276,7 +278,8 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
 
 @cache  # once in a process: Hydra makes a copy of each schema
 def register() -> None:
-    """Put the schemas into Hydra's config store as `GROUP/schema_NAME`, the roots as `schema` and `schema_evaluate`."""
+    """Put the schemas into Hydra's config store: `GROUP/schema_NAME`, and the roots `schema`, `schema_evaluate` and
+    `schema_embed`."""
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra takes `~` for a name
     store = ConfigStore.instance()
@@ -284,4 +287,5 @@ def register() -> None:
     store.store(name="schema_evaluate", node=EvaluateConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
+    store.store(name="schema_embed", node=EmbedConfig)
             store.store(group=group, name=f"schema_{name}", node=schema)
