@@ -3,11 +3,7 @@
     python benchmarks/flops.py                                  ViT-S/16, 2 crops of 224 and 8 of 96, K = 65536
     python benchmarks/flops.py --backbone vit_base --patch 8
 
-Counted are the matrix products and convolutions of the model, two operations for a multiplication with its addition:
-the student's forward pass over all crops three times (its backward pass has two products for each one of the forward
-pass), the teacher's once over the two global crops, head and prototypes included in both. Left out are norms, GELU,
-softmax, the loss and the optimizer. An implementation that computes something twice, or leaves out what nobody reads,
-is measured against the same count.
+What is counted stands in `dino_lightning/methods/flops.py`; here by part, for DINO alone, without building anything.
 """
 
 import argparse
@@ -18,15 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from dino_lightning.config import BackboneConfig, CropsConfig, DINOConfig, TimmConfig, ViTConfig
+from dino_lightning.config import BackboneConfig, CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.config.folder import backbone_config, backbone_names
-
-GLOBAL_CROPS, CHANNELS, MLP_RATIO = 2, 3, 4
-
-Counts = dict[str, float]
-"""Operations by part."""
+from dino_lightning.methods.base import GLOBAL_CROPS
+from dino_lightning.methods.flops import Counts, backbone_flops, network_on_paper
 
 
 def main() -> None:
@@ -52,35 +44,16 @@ def model_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOCon
 
 
 def step_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOConfig) -> Counts:
-    """The same by part: those of `forward_flops`, `head_mlp` and `prototypes`."""
+    """The same by part: those of `backbone_flops`, `head_mlp` and `prototypes`."""
     # Passes over a crop: three for the student, one more over the global crops for the teacher.
     passes = {crops.global_size: 4 * GLOBAL_CROPS, crops.local_size: 3 * crops.local_count}
     counts: Counts = {}
     for size, times in passes.items():
-        for name, count in forward_flops(backbone, image_size=size).items():
+        for name, count in backbone_flops(backbone, image_size=size).items():
             counts[name] = counts.get(name, 0) + times * count
     for name, count in head_flops(method, features=feature_width(backbone)).items():
         counts[name] = sum(passes.values()) * count
     return counts
-
-
-def forward_flops(backbone: BackboneConfig, *, image_size: int) -> Counts:
-    """A backbone's forward pass over one crop."""
-    if isinstance(backbone, ViTConfig):
-        return vit_flops(backbone, image_size=image_size)
-    return {"network": counted(network_on_paper(backbone), image_size=image_size)}
-
-
-def vit_flops(config: ViTConfig, *, image_size: int) -> Counts:
-    """Patch embedding, linear layers around the attention, its two products, and the MLPs."""
-    patches, D = (image_size // config.patch_size) ** 2, config.width
-    tokens = patches + 1
-    return {
-        "patch_embedding": 2.0 * patches * CHANNELS * config.patch_size**2 * D,
-        "attention_linear": 2.0 * config.depth * tokens * 4 * D * D,
-        "attention": 2.0 * config.depth * 2 * tokens * tokens * D,
-        "mlp": 2.0 * config.depth * tokens * 2 * MLP_RATIO * D * D,
-    }
 
 
 def head_flops(method: DINOConfig, *, features: int) -> Counts:
@@ -92,24 +65,7 @@ def head_flops(method: DINOConfig, *, features: int) -> Counts:
 
 def feature_width(backbone: BackboneConfig) -> int:
     """Width of the head's input."""
-    return backbone.width if isinstance(backbone, ViTConfig) else network_on_paper(backbone).num_features
-
-
-def network_on_paper(config: BackboneConfig) -> Any:
-    """A network of timm without memory for its weights."""
-    import timm
-
-    assert isinstance(config, TimmConfig)
-    with torch.device("meta"):
-        return timm.create_model(config.name, num_classes=0, **config.arguments)
-
-
-def counted(network: torch.nn.Module, *, image_size: int) -> float:
-    """Operations of a forward pass over one image, counted by PyTorch without computing them."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        network(torch.empty(1, CHANNELS, image_size, image_size, device="meta"))
-    return float(counter.get_total_flops())
+    return backbone.width if isinstance(backbone, ViTConfig) else network_on_paper(backbone).num_features  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------- the machine

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
-from flops import GLOBAL_CROPS, forward_flops, head_flops, model_flops
+from flops import head_flops, model_flops
 from scaling_bytes import FLOAT, ddp_bytes, fsdp_bytes, numbers, trained
 
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
+from dino_lightning.methods.base import GLOBAL_CROPS
+from dino_lightning.methods.flops import backbone_flops
 from dino_lightning.methods.teacher import StudentTeacher
 
 NODE, BUCKET, HOP = 8, 25 * 2**20, 5e-6
@@ -52,7 +54,7 @@ class Step:
 def step_on(hardware: Hardware, backbone: ViTConfig, method: StudentTeacher, *, images: int, slices: int = 1) -> Step:
     """A step over this many images; `slices` share the update."""
     crops, dino = CropsConfig(), DINOConfig()
-    once = sum(forward_flops(backbone, image_size=crops.global_size).values())
+    once = sum(backbone_flops(backbone, image_size=crops.global_size).values())
     teacher = GLOBAL_CROPS * (once + sum(head_flops(dino, features=backbone.width).values()))
     student = model_flops(backbone, crops=crops, method=dino) - teacher
     update = PASSES_OF_UPDATE * FLOAT * numbers(trained(method.student)) / slices / hardware.memory

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.leaving import Signals
 from dino_lightning.callbacks.metrics_file import MetricsFile
 from dino_lightning.callbacks.nonfinite import NonfiniteSteps
+from dino_lightning.callbacks.norms import Norms
 from dino_lightning.callbacks.pictures import Pictures
 from dino_lightning.callbacks.progress import RunProgress
+from dino_lightning.callbacks.pruning import Pruning
 from dino_lightning.callbacks.rank_states import RankStates
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
@@ -53,6 +56,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.flops import step_flops
 from dino_lightning.methods.moco import MoCo
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
@@ -96,11 +100,15 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
 
 def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]:
     """Callbacks in the order in which they run: k-NN before those that show or keep its result; `io` writes files."""
-    output, trainer, speed, signals = Path(config.output_dir), config.trainer, Speed(), Signals()
-    callbacks: list[Callback] = [signals, speed]
+    output, trainer, signals = Path(config.output_dir), config.trainer, Signals()
+    count = partial(step_flops, backbone=config.backbone, crops=config.crops, channels=config.data.channels)
+    speed = Speed(flops_per_image=count)
+    callbacks: list[Callback] = [signals, speed, Norms()]
     knn = KNNCallback(config.callbacks.knn, seed=config.seed) if config.callbacks.knn.enabled else None
     if knn is not None:
         callbacks.append(knn)
+        if config.callbacks.pruning.enabled:
+            callbacks.append(Pruning(config.callbacks.pruning, folder=output, knn=knn))
     if config.callbacks.collapse.enabled:
         callbacks.append(CollapseAlarm(config.callbacks.collapse))
     callbacks.append(

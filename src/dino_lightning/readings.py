@@ -43,6 +43,8 @@ class Reading:
     left_out: bool = False
     """Whether its step moves nothing, so that it counts for no mean."""
     values: dict[str, float] = field(default_factory=dict)
+    of_step_before: set[str] = field(default_factory=set)
+    """Names of values that were measured before the micro-batch began."""
     _scalars: dict[str, Tensor] = field(default_factory=dict)
     _arrive: Callable[[], list[float]] | None = None
 
@@ -64,8 +66,11 @@ class Reading:
     def row(self) -> dict[str, float]:
         """What is logged; of a step that moves nothing, only what is a number."""
         row = {**self.values, "epoch": self.epoch}
+        # A gradient norm that is not finite is of a step that moved nothing: of one that was left out, or of fp16's.
+        unsure = row if self.left_out else self.of_step_before
+        row = {name: value for name, value in row.items() if name not in unsure or math.isfinite(value)}
         if self.left_out:
-            return {name: value for name, value in row.items() if math.isfinite(value)}
+            return row
         return {"train/loss": self.loss, **row}
 
     def send(self, loss: Tensor, *, leave: bool, save: bool, gradient: Tensor | None) -> None:
@@ -110,6 +115,7 @@ class Readings:
         self.gradients_failed = False
         """Whether that has arrived from a rank."""
         self._open: Reading | None = None
+        self._carried: dict[str, Tensor] = {}
         self._sent: deque[Reading] = deque()
         self._weighted, self._images = 0.0, 0
 
@@ -120,7 +126,14 @@ class Readings:
 
     def open(self, *, step: int, epoch: int, images: int, logged: bool) -> None:
         """Start the reading of a micro-batch."""
-        self._open = Reading(step, epoch, images, logged)
+        self._open = Reading(step, epoch, images, logged, of_step_before=set(self._carried))
+        for name, value in self._carried.items():
+            self._open.note(name, value)
+        self._carried = {}
+
+    def carry(self, name: str, value: Tensor) -> None:
+        """Add a device scalar to the micro-batch that is opened next, with whose loss it travels."""
+        self._carried[name] = value
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Add a figure to the micro-batch that was opened last; numbers also after it was sent."""

@@ -6,13 +6,13 @@ from typing import Any
 import breakdown
 import pytest
 from breakdown_parts import Part, step_parts
-from flops import vit_flops
 from step_windows import Setting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dino_lightning.config import ViTConfig
+from dino_lightning.methods.flops import vit_flops
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from waiting import Watch, waits
 from dino_lightning import centering
 from dino_lightning.callbacks import progress
 from dino_lightning.callbacks.collapse import CollapseAlarm
+from dino_lightning.callbacks.norms import Norms
 from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
@@ -37,10 +38,11 @@ def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer:
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 2, **trainer}
     options |= {"enable_checkpointing": False, "enable_model_summary": False}
     fitting = L.Trainer(
-        **options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, alarm, keeper, bar]
+        **options, logger=CSVLogger(folder, name="", version=""), callbacks=[watch, speed, Norms(), alarm, keeper, bar]
     )
     fitting.fit(module, loader)
     assert "loss" in bar.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "norm/gradient" in (folder / "metrics.csv").read_text()
     assert "collapse/teacher_entropy" in (folder / "metrics.csv").read_text()
     assert alarm._rows
     return fitting

@@ -4,7 +4,8 @@ A `PlacedLoader` is a sized loader with a place: Lightning keeps it in a checkpo
 on gets the batches that were left of its epoch, crops included.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class PlacedLoader:
         """Images of one batch on all ranks."""
         self.epoch = self.done = 0
         """Epoch, and its batches that were handed out."""
+        self.waited_s = 0.0
+        """Seconds in which whoever asked for a batch waited for it, since the loader was built."""
 
     @property
     def _iterator(self) -> Any:
@@ -70,6 +73,13 @@ class PlacedLoader:
         """Begin an epoch; Lightning calls it before each, also before the rest of one."""
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
+
+    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited_s += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """The place, in plain numbers: on as many or other devices, and with any batch size."""
@@ -97,7 +107,7 @@ class MapLoader(PlacedLoader):
             self.done = 0
         self.order.sampler.set_epoch(self.epoch)
         self.order.start = self.done
-        for batch in self.loader:
+        for batch in self._timed(self.loader):
             self.done += 1
             yield _unless_failed(batch)
 
@@ -123,7 +133,7 @@ class StreamLoader(PlacedLoader):
             self.done = 0
         if self._batches is None:
             self.dataset.places, self.dataset.first = self.places, self.turn
-            self._batches = iter(self.loader)
+            self._batches = self._timed(self.loader)
         while self.done < len(self):
             batch, place = next(self._batches)
             batch = _unless_failed(batch)

@@ -7,7 +7,7 @@ the index of the step just taken throughout.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -107,6 +107,10 @@ class Method(L.LightningModule, ABC):
     def networks(self) -> tuple[MultiCropNetwork, ...]:
         """All networks, to be spread over devices."""
         return (self.student,)
+
+    def seen(self, crops: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Which of so many crops the student sees, and which the teacher."""
+        return range(crops), ()
 
     def kind_schedules(self) -> dict[str, Callable[[int], float]]:
         """Schedules of this kind of method."""

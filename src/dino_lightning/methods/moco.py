@@ -9,7 +9,7 @@ Negatives are keys of former batches (version 2), or the keys of all other image
 one view. The shuffled batch norms of version 2, for networks that have some, are left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -58,17 +58,21 @@ class MoCo(StudentTeacher):
             FeatureQueue(config.queue_length, config.out_dim, start_random=True) if config.queue_length else None
         )
 
+    def seen(self, crops: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Queries, and keys."""
+        keyed = range(GLOBAL_CROPS) if self.config.symmetric else range(GLOBAL_CROPS - 1, GLOBAL_CROPS)
+        # A crop that is the only one with a key is no query: it has nothing to be compared with.
+        return [view for view in range(crops) if list(keyed) != [view]], keyed
+
     def loss(self, batch: list[Tensor]) -> Tensor:
         """Contrast of every key with the queries from all other crops, mean over the pairs."""
         B = len(batch[0])
-        keyed = range(GLOBAL_CROPS) if self.config.symmetric else range(GLOBAL_CROPS - 1, GLOBAL_CROPS)
+        asked, keyed = self.seen(len(batch))
         with torch.no_grad():
             features_SD = self.teacher.features([batch[view] for view in keyed])
             keys_TBE = _on_the_sphere(self.teacher.head(features_SD)).unflatten(0, (-1, B))
         if self.is_logging_step:
             note_feature_signals(self, features_SD)
-        # A crop that is the only one with a key is no query: it has nothing to be compared with.
-        asked = [view for view in range(len(batch)) if list(keyed) != [view]]
         queries_SE = self.student([batch[view] for view in asked])
         if self.predictor is not None:
             queries_SE = self.predictor(queries_SE)

@@ -1,11 +1,11 @@
 """Methods with a teacher: a second network that gives the targets and follows the student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dino_lightning.config import TeacherConfig
 from dino_lightning.ema import ema_update, follow
-from dino_lightning.methods.base import Method
+from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.methods.network import MultiCropNetwork
 from dino_lightning.schedules import Cosine
 
@@ -31,6 +31,10 @@ class StudentTeacher(Method):
     def networks(self) -> tuple[MultiCropNetwork, ...]:
         """Both."""
         return self.student, self.teacher
+
+    def seen(self, crops: int) -> tuple[Sequence[int], Sequence[int]]:
+        """All, and the global ones."""
+        return range(crops), range(GLOBAL_CROPS)
 
     def kind_schedules(self) -> dict[str, Callable[[int], float]]:
         """Share of the teacher's old weights that each step keeps: copies are a momentum of 0."""
