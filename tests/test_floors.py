@@ -18,14 +18,14 @@ FLOORS = [
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
      "checks_environment", "checks_resources", "checks_resume", "checks_sweep", "report", "replay", "suggest", "suggested"},
-    {"cli", "evaluate", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
+    {"cli", "evaluate", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
      "use"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"),
+WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("checks", "checks_sweep"),
           ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
           ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"),
           ("run", "suggested"), ("suggested", "suggest"),

@@ -45,7 +45,7 @@ def test_output_folder(finished: tuple[Path, float | None]) -> None:
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
     expected |= {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best_knn")}
-    expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "neighbours")}
+    expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "pca", "neighbours")}
     assert names == expected
 
 
@@ -180,7 +180,7 @@ def test_images_of_other_channels(
     assert f"{channels} channels: no saturation, hue and grayscale" in " ".join(capfd.readouterr().err.split())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["timm"]["in_chans"] == channels
-    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == {"crops", "attention", "neighbours"}
+    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == {"crops", "attention", "pca", "neighbours"}
 
 
 def test_a_stream(tmp_path: Path) -> None:

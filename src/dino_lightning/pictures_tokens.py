@@ -133,6 +133,19 @@ def token_rows(shown: Sequence[Shown], colours: TokenColours, *, per_row: int = 
     return _below(sheets, heights=[size[1] for _, size in rows])
 
 
+def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, cell: int = 128) -> Image.Image:
+    """Images of one shape, RGB in 0 to 1, each beside its patch tokens in colour; `per_row` such pairs in a row."""
+    size = (cell, max(1, round(cell * images_BCHW.shape[-2] / images_BCHW.shape[-1])))
+    colours = TokenColours.of(list(tokens_BhwD))
+    pairs = []
+    for image, tokens in zip(images_BCHW, tokens_BhwD, strict=True):
+        pairs.append(to_picture(image).resize(size, Image.Resampling.LANCZOS))
+        pairs.append(to_picture(colours(tokens)).resize(size, Image.Resampling.NEAREST))
+    columns = 2 * min(per_row, len(images_BCHW))
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    return sheet_of(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
+
+
 def clip_frame(shown: Shown, colours: TokenColours | None, *, width: int) -> Image.Image:
     """Side by side: the frame, the mean attention, the heads' first mass in colour, and with `colours` the tokens.
 

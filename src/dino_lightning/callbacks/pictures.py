@@ -1,4 +1,4 @@
-"""Pictures of what the network sees: crops at the start, attention maps and nearest neighbours while training."""
+"""Pictures of what the network sees: crops at the start; attention, patch tokens and neighbours while training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,9 @@ from dino_lightning.data.crops import denormalize
 from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.knn import nearest
+from dino_lightning.networks import patch_tokens
 from dino_lightning.pictures import attention_sheet, crop_sheet, neighbour_sheet, to_picture
+from dino_lightning.pictures_tokens import patch_sheet
 from dino_lightning.quiet import warn
 from dino_lightning.records import atomic_file
 
@@ -28,7 +30,7 @@ NEIGHBOURS = 6
 
 
 class Pictures(L.Callback):
-    """Writes `pictures/{crops,attention,neighbours}.png`, and numbered ones every N epochs."""
+    """Writes `pictures/{crops,attention,pca,neighbours}.png`, and numbered ones every N epochs."""
 
     def __init__(self, config: PicturesConfig, *, folder: Path, seed: int) -> None:
         self.config, self.folder, self.seed = config, folder, seed
@@ -61,16 +63,28 @@ class Pictures(L.Callback):
         images = torch.stack([shown[index][0] for index in chosen]).to(pl_module.device)
         with evaluating(backbone):
             if trainer.is_global_zero and has_attention(backbone):
-                masks = [data.object_mask(index) for index in chosen]
-                sheet = attention_sheet(
-                    denormalize(images, config=data.crops).cpu(),
-                    cls_attention(backbone, images).cpu(),
-                    None if any(mask is None for mask in masks) else [mask for mask in masks if mask is not None],
-                )
-                self._save(trainer, sheet, "attention", epoch=epoch)
+                self._tokens(trainer, data, backbone, images, chosen, epoch=epoch)
             sheet = self._neighbours(data, backbone, images, shown, chosen, device=pl_module.device)
             if trainer.is_global_zero:
                 self._save(trainer, sheet, "neighbours", epoch=epoch)
+
+    def _tokens(
+        self,
+        trainer: L.Trainer,
+        data: MultiCropDataModule,
+        backbone: Any,
+        images_B3HW: Tensor,
+        chosen: list[int],
+        *,
+        epoch: int | None,
+    ) -> None:
+        """What the class token attends to, and what the patches' own tokens tell apart."""
+        plain = denormalize(images_B3HW, config=data.crops).cpu()
+        masks = [data.object_mask(index) for index in chosen]
+        outlines = None if any(mask is None for mask in masks) else [mask for mask in masks if mask is not None]
+        attention = attention_sheet(plain, cls_attention(backbone, images_B3HW).cpu(), outlines)
+        self._save(trainer, attention, "attention", epoch=epoch)
+        self._save(trainer, patch_sheet(plain, patch_tokens(backbone, images_B3HW).cpu()), "pca", epoch=epoch)
 
     def _neighbours(
         self,

@@ -76,7 +76,7 @@ class CollapseConfig:
 
 @dataclass
 class PicturesConfig:
-    """Attention maps and nearest neighbours as pictures."""
+    """Attention maps, patch tokens and nearest neighbours as pictures."""
 
     enabled: bool = True
     """Draw pictures at all."""
@@ -84,6 +84,22 @@ class PicturesConfig:
     """Epochs between pictures; the end of the run always has them."""
     images: int = 8
     """Validation images shown."""
+
+
+@dataclass
+class PruningConfig:
+    """A run of a sweep that is worse than the others were at the same epoch ends early (docs/sweeps.md)."""
+
+    enabled: bool = False
+    """Compare at all, by Optuna's pruner, with the runs of the sweep that have finished. Needs `callbacks.knn` and
+    `pip install "dino-lightning[optuna]"`."""
+    warmup: str = "25%"
+    """Duration at the start of the run that is not judged (duration)."""
+    after_jobs: int = 4
+    """Finished runs of the sweep, with a k-NN figure of the same epoch, before any run is ended."""
+    keep_percent: float = 50.0
+    """Percent of the finished runs that a run must keep up with: 50 is their median. What is compared is the run's best
+    k-NN accuracy so far with theirs at this epoch."""
 
 
 @dataclass
@@ -98,5 +114,7 @@ class CallbacksConfig:
     """Losses and gradients that are not finite."""
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     """Collapse alarms."""
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """Runs of a sweep that end early."""
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     """Pictures."""

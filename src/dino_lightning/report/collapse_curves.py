@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dino_lightning.errors import UserError
-from dino_lightning.report.charts import thinned
+from dino_lightning.report.curves import thinned
 from dino_lightning.report.folder import Curve
 from dino_lightning.report.jobs import Row
 from dino_lightning.report.table import prototypes

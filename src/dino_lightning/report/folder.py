@@ -24,6 +24,7 @@ Sheets: TypeAlias = list[tuple[int | None, Path]]
 class Run:
     """What a run's folder tells; empty where a file is missing."""
 
+    folder: Path
     name: str
     summary: dict[str, Any]
     config: dict[str, Any]
@@ -38,6 +39,15 @@ class Run:
     def number(self, key: str) -> float | None:
         """A finite number of the summary, or None."""
         return finite(self.summary.get(key))
+
+    @property
+    def title(self) -> str:
+        """The experiment; where no file tells it, the folder."""
+        return str(self.summary.get("experiment") or self.setting("experiment") or self.name)
+
+    def last(self, column: str) -> float | None:
+        """The latest value of a curve, or None."""
+        return self.curves[column][-1][1] if self.curves.get(column) else None
 
     def setting(self, key: str) -> Any:
         """A setting by its dotted name; None where the configuration lacks it."""
@@ -67,6 +77,7 @@ def read_run(run_dir: Path, *, half_written: bool = False) -> Run:
     config_text = _text(run_dir / "config.yaml")
     rows = list(csv.DictReader(io.StringIO(_text(run_dir / "metrics.csv"))))
     return Run(
+        folder=run_dir,
         name=run_dir.resolve().name,
         summary=_read_summary(run_dir / "summary.json", half_written=half_written),
         config=_parse_config(config_text),

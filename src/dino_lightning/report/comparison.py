@@ -1,0 +1,108 @@
+"""The page of several runs: their k-NN figures, what differs in their settings, evaluations, pictures and curves."""
+
+from collections.abc import Sequence
+from html import escape
+
+from dino_lightning.report.curves import COLOURS, LEAST_POINTS, curves_html, curves_json, drawn_together
+from dino_lightning.report.evaluations import Evaluated, results_html
+from dino_lightning.report.folder import Run
+from dino_lightning.report.gallery import gallery_together
+from dino_lightning.report.markup import Cell, bar, note, page, section, table
+from dino_lightning.report.runs import differences, names_of, state
+
+MOST_RUNS = 4 * COLOURS
+"""Colours and dashes that can be told apart."""
+SHOWN = 60
+"""Characters of a setting in the table of differences."""
+
+
+def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]]) -> str:
+    """The page, as HTML; `results` are each run's own. There may be `MOST_RUNS` of them."""
+    assert len(runs) <= MOST_RUNS
+    names = names_of(runs)
+    charts = drawn_together(runs, names)
+    titles = list(dict.fromkeys(run.title for run in runs))
+    return page(
+        kind=f"{len(runs)} dino-lightning runs",
+        title=", ".join(titles[:3]) + (", …" if len(titles) > 3 else ""),
+        lead=f'<p class="lead">{escape(_verdict(runs, names))}</p>',
+        parts=[
+            section("What was learnt", _knn(runs, names)),
+            section("What differs", _differences(runs, names)),
+            section("Evaluations", results_html(results, names)),
+            section("Pictures", gallery_together(runs, names)),
+            curves_html(charts, runs=names),
+        ],
+        footer="Made from the files in " + ", ".join(f"<code>{escape(run.name)}</code>" for run in runs) + ". Of "
+        f"a curve that is longer than its room here ({LEAST_POINTS} points or more), the least and the greatest value "
+        "of each of equal parts are shown; every number stands in <code>metrics.csv</code>.",
+        data=curves_json(charts, epochs=[]),
+    )
+
+
+def _accuracy(run: Run) -> float | None:
+    """k-NN top-1 in percent: the run's or, before its end, the latest."""
+    known = run.number("knn_top1")
+    return run.last("knn/top1") if known is None else known
+
+
+def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
+    known = [(value, name) for run, name in zip(runs, names, strict=True) if (value := _accuracy(run)) is not None]
+    if not known:
+        return "None of these runs has a k-NN figure yet, so compare their pictures and curves."
+    best, name = max(known, key=lambda each: each[0])
+    worst, _ = min(known, key=lambda each: each[0])
+    said = f"Judged by nearest neighbours, {name} is ahead with {best:.1f} % of the validation images right"
+    if len(known) < 2:
+        return f"{said}; no other run has a figure yet."
+    apart = round(best, 1) - round(worst, 1)  # so that it agrees with the figures as shown
+    return f"{said}; the runs lie {apart:.1f} points apart."
+
+
+def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
+    known = [value for run in runs if (value := _accuracy(run)) is not None]
+    rows = []
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        value = _accuracy(run)
+        swatch = f'<i class="swatch d{number // COLOURS}" style="border-top-color:var(--s{number % COLOURS})"></i>'
+        best = bool(known) and value == max(known)
+        shown = "" if value is None else f'{bar(value)}<data value="{value!r}">{value:.1f} %</data>'
+        columns = [max((v for _, v in run.curves.get("knn/top1", [])), default=None)]
+        columns += [run.number(key) for key in ("knn_top1_untrained", "knn_top1_pixels")]
+        rows.append(
+            [
+                Cell(f"{swatch}{escape(name)}"),
+                Cell(shown, figure=True, main=best),
+                *(Cell("" if each is None else f"{each:.1f} %", figure=True) for each in columns),
+                Cell(_number(run.last("train/loss_epoch") or run.last("train/loss"), ".3f"), figure=True),
+                Cell(_number(run.number("images_per_second") or run.last("speed/images_per_second"), ",.0f"), True),
+                Cell(escape(state(run)), words=True),
+            ]
+        )
+    header = ["Run", "k-NN top-1", "highest on the way", "untrained", "raw pixels", "loss", "images/s", "state"]
+    intro = "Validation images whose class the most similar training images vote for; of a run that goes on, the latest."
+    return note(intro) + table("k-NN and state of each run", header, rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
+    found = differences(runs)
+    unknown = [name for run, name in zip(runs, names, strict=True) if not run.config]
+    said = note(f"config.yaml is missing or broken: {', '.join(unknown)}.") if unknown else ""
+    if not found:
+        return said + note("The settings of these runs are the same.")
+    shown = {key: [_setting(value) for value in values] for key, values in found.items()}
+    # The longer side goes down the page.
+    if len(runs) > len(shown):
+        rows = [[Cell(escape(name)), *cells] for name, *cells in zip(names, *shown.values(), strict=True)]
+        return said + table("Settings that differ", ["Run", *shown], rows)
+    rows = [[Cell(f"<code>{escape(key)}</code>"), *cells] for key, cells in shown.items()]
+    return said + table("Settings that differ", ["Setting", *names], rows)
+
+
+def _setting(value: str) -> Cell:
+    short = value if len(value) <= SHOWN else value[: SHOWN - 1] + "…"
+    return Cell(f"<code>{escape(short)}</code>" if short else '<span class="soft">not there</span>')
