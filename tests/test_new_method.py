@@ -56,7 +56,7 @@ def imported(folder: Path) -> Iterator[None]:
     yield
     del METHODS[SCHEMAS["method"].pop("simsiam")]
     del ConfigStore.instance().repo["method"]["simsiam.yaml"]
-    del sys.modules["simsiam"]
+    del sys.modules["dino_lightning.imports.simsiam"]
 
 
 @pytest.mark.usefixtures("imported")

@@ -13,12 +13,13 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +32,7 @@ from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
 from dino_lightning.restarts import INTERRUPTED, PREEMPTED, first_start
-from dino_lightning.sweeps import Jobs
+from dino_lightning.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
 
 PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig}
 """Program -> the root of its configuration."""
@@ -77,6 +78,9 @@ def train() -> None:
         refuse_folder(error)
     except OverflowError as error:
         refuse_number(error)
+    except ValueError as error:
+        if "No trials are completed" not in str(error):  # Optuna's, where all runs have failed
+            raise
     except SystemExit as left:
         if left.code in (PREEMPTED, INTERRUPTED):
             # All is saved and closed. To take the libraries apart can take Python ten seconds, of the few that a
@@ -91,18 +95,16 @@ def train() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _train(cfg: DictConfig) -> float | None:
-    for name in cfg.imports:  # named in a file instead of on the command line
-        import_one(name)
-    from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
-
-    run = partial(run_training, given=HydraConfig.get().overrides.task)
-    several = HydraConfig.get().mode == RunMode.MULTIRUN
+    words = list(HydraConfig.get().overrides.task)
+    run, several = partial(train_one, given=words), HydraConfig.get().mode == RunMode.MULTIRUN
+    if several and (at_once := runs_at_once(HydraConfig.get().launcher)):
+        run = partial(in_own_process, train_one, given=words, at_once=at_once)
     try:
         # With several jobs, the numbered folder of this one. The processes of the other devices, which Lightning starts
         # once with the same arguments, go through the same jobs in step.
         given = HydraConfig.get().runtime.output_dir if several else cfg.output_dir
         cfg.output_dir = str(usable_path("output_dir", given).absolute())
-        return JOBS.attempt(run, cfg, sentence=sentence) if several else run(cfg)
+        return JOBS.attempt(run, cfg, words=words, sentence=sentence) if several else run(cfg)
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
@@ -113,6 +115,29 @@ def _train(cfg: DictConfig) -> float | None:
         if another_rank_is_lost(error):
             end_without_others(error)
         raise
+
+
+def train_one(cfg: DictConfig, **options: Any) -> float | None:
+    """`run_training`, in whatever process: in one that has just been started nothing is known of resolvers and files of
+    one's own."""
+    register()
+    for name in cfg.imports:
+        import_one(name)
+    from dino_lightning.run import run_training  # torch and lightning load in seconds: not needed for --help
+
+    return run_training(cfg, **options)
+
+
+class SweepStart(Callback):
+    """Told by Hydra that a sweep is about to start."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse what no run of it could change, and note what stands in its folder."""
+        try:
+            check_sweeper(config)
+        except UserError as error:
+            refuse(error)
+        JOBS.begin(Path(config.hydra.sweep.dir))
 
 
 def sentence(error: Exception) -> str | None:

@@ -1,7 +1,10 @@
 """Errors of Hydra and OmegaConf as one sentence with the nearest valid choice."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
 
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.folder import option_names
@@ -14,9 +17,12 @@ PROGRAMS = {
     "EmbedConfig": "embedding (dino-embed)",
 }
 
-PLUGINS = {"sweeper/sampler/": "optuna", "sweeper/optuna": "optuna", "launcher/joblib": "joblib",
-           "launcher/submitit_": "submitit"}  # fmt: skip
-"""Start of an option of Hydra's -> the extra that brings it."""
+PLUGINS = {
+    "sweeper/optuna": ("hydra_optuna_sweeper", "optuna"),
+    "launcher/joblib": ("hydra_joblib_launcher", "joblib"),
+    "launcher/submitit_": ("hydra_submitit_launcher", "submitit"),
+}
+"""Start of an option of Hydra's -> what brings it, and the extra of which that is."""
 
 
 def explain(error: Exception, *, conf: Path) -> str:
@@ -55,11 +61,24 @@ def _whole_text(error: BaseException) -> str:
 
 
 def _unknown_option(group: str, option: str, conf: Path) -> str:
+    if group == "hydra":
+        return _unknown_plugin(option, conf)
     known = option_names(conf / group)
     sentence = f"{group}={option} is not an option of {group}; {nearest(option, known)}"
     if group == "backbone":
         sentence += " Every network of timm works by its name, too (`timm.list_models()`)."
     return sentence
+
+
+def _unknown_plugin(option: str, conf: Path) -> str:
+    """An option of `hydra/sweeper` or `hydra/launcher`, which the files name but a package of an extra brings."""
+    kind, _, name = option.rpartition("/")
+    brings, extra = next((both for start, both in PLUGINS.items() if option.startswith(start)), ("", ""))
+    if brings and find_spec(f"hydra_plugins.{brings}") is None:
+        return f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
+    stored = [file.removesuffix(".yaml") for file in ConfigStore.instance().list(f"hydra/{kind}") if "." in file]
+    known = sorted({*option_names(conf / "hydra" / kind), *stored})
+    return f"hydra/{kind}={name} is not an option of hydra/{kind}; {nearest(name, known)}"
 
 
 def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:

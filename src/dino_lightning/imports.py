@@ -1,18 +1,42 @@
 """`imports=[FILE]`: Python files of one's own, read before the configuration is composed.
 
-A file registers what the configuration then knows by name, such as a method (docs/new_method.md).
+A file registers what the configuration then knows by name, such as a method (docs/new_method.md). It becomes the module
+`dino_lightning.imports.NAME`, which processes that launchers start find by this name, too.
 """
 
 import importlib
 import importlib.util
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 
 KEY = "imports="
+FILES = "DINO_LIGHTNING_IMPORTS"
+"""Environment variable with the files that this process or the one that started it has imported, the latest first."""
+
+__path__: list[str] = []  # Python looks for modules in a package only
+
+
+class _Files(MetaPathFinder):
+    """Finds a file by the name of its module: a pickled class has no more than that."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where `dino_lightning.imports.NAME` is; None for other modules."""
+        file = next((file for file in _files() if _module(Path(file)) == fullname), None)
+        return None if file is None else importlib.util.spec_from_file_location(fullname, file)
+
+
+sys.meta_path.append(_Files())
 
 
 def with_imports(overrides: list[str]) -> list[str]:
@@ -40,23 +64,27 @@ def import_one(name: str) -> None:
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"imports={name}: there is no such file; in its folder there are {', '.join(near) or 'none'}.")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
-        return
-    if loaded is not None or path.stem in sys.stdlib_module_names:
-        raise UserError(f"imports={name}: '{path.stem}' is the name of another Python module; rename the file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    assert spec is not None
-    loader, module = spec.loader, importlib.util.module_from_spec(spec)
-    assert loader is not None
-    # Dataclasses look their module up by name; loader processes import it by name, too.
-    sys.modules[path.stem] = module
-    _run(name, lambda: loader.exec_module(module))
+    file = path.resolve()
+    for known in (path.stem, _module(path)):
+        loaded = sys.modules.get(known)
+        if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+            return
+        if loaded is not None or path.stem in sys.stdlib_module_names:
+            raise UserError(f"imports={name}: '{path.stem}' is the name of another Python module; rename the file.")
+    os.environ[FILES] = os.pathsep.join(dict.fromkeys([str(file), *_files()]))
+    _run(name, lambda: importlib.import_module(_module(file)))
+
+
+def _files() -> list[str]:
+    return [file for file in os.environ.get(FILES, "").split(os.pathsep) if file]
+
+
+def _module(file: Path) -> str:
+    return f"{__name__}.{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
 
 
 def _run(name: str, read: Callable[[], object]) -> None:
     try:
         read()
     except ModuleNotFoundError as error:
-        sys.modules.pop(Path(name).stem, None)  # half of it
         raise UserError(f"imports={name}: {error}; name a file that ends in .py, or an installed module.") from error

@@ -5,7 +5,9 @@ Floor 0: needs nothing but the standard library and PyTorch.
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,13 +20,17 @@ import torch
 FAILED = "failed.txt"
 """In the folder of a run that failed: the reason in its first line, and the traceback of an unforeseen error."""
 
+OVERRIDES = "overrides.yaml"
+"""In the folder of a run of a sweep: the words `KEY=VALUE` of the command, with the values of this run."""
+
 
 def environment() -> dict[str, Any]:
-    """What the run was made with: versions, machine, commit."""
+    """What the run was made with: versions, machine, commit, command line."""
     packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "gpu": gpu,
         "cpu_count": os.cpu_count(),

@@ -1,36 +1,54 @@
-"""Many runs by one command (`--multirun`): one that fails leaves the others alone."""
+"""Many runs by one command (`--multirun`), one after another or side by side: one that fails leaves the others alone.
+
+Launchers start runs in other processes, so what becomes of a run is known by the files in its folder.
+"""
 
 import gc
-import math
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from dino_lightning.errors import UserError
+
+Job = Callable[[DictConfig], float | None]
 
 
 class Jobs:
     """The jobs of one command."""
 
     def __init__(self) -> None:
-        self.failed: list[str] = []
-        """Folder and reason of each job that failed."""
+        self.failed: dict[str, str] = {}
+        """Folder -> reason of each job that failed in this process."""
+        self.folder: Path | None = None
+        """Folder of the sweep."""
+        self._stale: dict[Path, Any] = {}
+
+    def begin(self, folder: Path) -> None:
+        """Take note of what stands in the folder of a sweep: failures of an attempt before this one do not count."""
+        self.folder, self._stale = folder, _failures(folder)
 
     def attempt(
-        self, job: Callable[[DictConfig], float | None], cfg: DictConfig, *, sentence: Callable[[Exception], str | None]
+        self, job: Job, cfg: DictConfig, *, words: Sequence[str] = (), sentence: Callable[[Exception], str | None]
     ) -> float | None:
-        """What a job returns; NaN where it fails, with `failed.txt` in its folder.
+        """What a job returns; None where it fails, which Optuna takes for that, with `failed.txt` in its folder.
 
-        `sentence` explains an error that a user can cause and returns None for others. `KeyboardInterrupt` and
-        `SystemExit` end the command.
+        `words` are what the command and the sweep say of this job; the folder keeps them. `sentence` explains an error
+        that a user can cause and returns None for others. `KeyboardInterrupt` and `SystemExit` end the command.
         """
         from dino_lightning.records import FAILED  # loads torch, as the job does: not needed for --help
 
         folder = Path(cfg.output_dir)
         try:
+            if words and first_on_machine():
+                _keep(folder, words)
             return job(cfg)
         except Exception as error:
             # Processes that train together go through the jobs in step. If one of them failed alone, the others would
@@ -40,12 +58,12 @@ class Jobs:
                 raise
             self._note(folder, cfg, error, reason=sentence(error))
         gc.collect()  # what the frames of the error held: loader processes, memory of the device
-        return math.nan
+        return None
 
     def _note(self, folder: Path, cfg: DictConfig, error: Exception, *, reason: str | None) -> None:
         words = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self.failed.append(f"{folder}: {words}")
-        if int(os.environ.get("LOCAL_RANK", "0")):
+        self.failed[str(folder)] = words
+        if not first_on_machine():
             return
         from dino_lightning.records import FAILED, write_atomically
 
@@ -55,21 +73,101 @@ class Jobs:
             write_atomically(folder / "config.yaml", _yaml(cfg))
         trace = "" if reason else "\n" + "".join(traceback.format_exception(error))
         write_atomically(folder / FAILED, f"{words}\n{trace}")
-        print(f"dino-lightning: {self.failed[-1]}", file=sys.stderr)
+        print(f"dino-lightning: {folder}: {words}", file=sys.stderr)
+
+    def failures(self) -> list[str]:
+        """Folder and reason of each job that failed, in whatever process."""
+        found = dict(self.failed)
+        for path, stamp in _failures(self.folder).items() if self.folder else ():
+            if self._stale.get(path) != stamp:
+                found.setdefault(str(path.parent), path.read_text("utf-8", errors="replace").partition("\n")[0])
+        return [f"{folder}: {words}" for folder, words in sorted(found.items(), key=lambda one: _place(one[0]))]
 
     def finish(self) -> None:
         """Name the jobs that failed and leave with status 1, if there are any."""
-        if not self.failed:
+        failures = self.failures()
+        if not failures:
             return
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            runs = "1 run" if len(self.failed) == 1 else f"{len(self.failed)} runs"
-            print("\n  ".join([f"dino-lightning: {runs} failed:", *self.failed]), file=sys.stderr)
+        if first_on_machine():
+            runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+            print("\n  ".join([f"dino-lightning: {runs} failed:", *failures]), file=sys.stderr)
         sys.exit(1)
+
+
+def first_on_machine() -> bool:
+    """Whether this process is the one of its machine that writes."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def in_step_with_others() -> bool:
     """Whether other processes train on the same runs, started by Lightning, torchrun or a scheduler."""
     return "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def runs_at_once(launcher: DictConfig) -> int:
+    """How many runs joblib starts side by side on this machine; 0 where it is not the launcher."""
+    if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
+        return 0
+    from joblib import effective_n_jobs
+
+    return effective_n_jobs(launcher.n_jobs)
+
+
+def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options: Any) -> float | None:
+    """What a job returns, from a process of its own.
+
+    Joblib gives up all runs where one of its own processes is killed, as the system does for want of memory. In this
+    one it is a run that failed.
+    """
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
+
+    with ProcessPoolExecutor(max_workers=1) as process:
+        try:
+            return process.submit(partial(job, **options), cfg).result()
+        except TerminatedWorkerError as error:
+            raise UserError("the process of this run was killed, which is often the lack of memory; run fewer side by "
+                            "side (hydra.launcher.n_jobs).") from error  # fmt: skip
+
+
+def check_sweeper(config: DictConfig) -> None:
+    """Refuse, before the first run, a search by Optuna for something else than high k-NN accuracies."""
+    sweeper = config.hydra.sweeper
+    if not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+        return
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # failed runs say more themselves
+    if not config.callbacks.knn.enabled:
+        raise UserError("hydra/sweeper=optuna_knn looks for the best k-NN accuracy, and callbacks.knn.enabled=false; "
+                        "set it to true.")  # fmt: skip
+    direction = getattr(sweeper.direction, "name", sweeper.direction)  # the plugin's own default is no text
+    if direction != "maximize":
+        raise UserError(f"hydra.sweeper.direction={direction}: the figure is the k-NN accuracy; set it to maximize, as "
+                        "hydra/sweeper=optuna_knn does.")  # fmt: skip
+    for key in ("n_jobs", "n_trials"):
+        if sweeper[key] < 1:
+            raise UserError(f"hydra.sweeper.{key}={sweeper[key]}: expected a number of runs of at least 1.")
+
+
+def _keep(folder: Path, words: Sequence[str]) -> None:
+    from dino_lightning.records import OVERRIDES, write_atomically
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(words))))
+
+
+def _failures(folder: Path) -> dict[Path, Any]:
+    from dino_lightning.records import FAILED
+
+    stamps = {}
+    for path in folder.glob(f"*/{FAILED}"):
+        status = path.stat()
+        stamps[path] = (status.st_mtime_ns, status.st_ino)
+    return stamps
+
+
+def _place(folder: str) -> tuple[int, str]:
+    name = Path(folder).name
+    return (int(name) if name.isdigit() else 0, folder)
 
 
 def _yaml(cfg: DictConfig) -> str:
