@@ -12,6 +12,7 @@ from dino_lightning.backbones import check_timm_name
 from dino_lightning.checkpoints.files import candidates
 from dino_lightning.checks_method import check_labels, check_method
 from dino_lightning.checks_step import check_step
+from dino_lightning.checks_sweep import check_pruning
 from dino_lightning.config import (
     TORCHVISION_NAMES,
     TimmConfig,
@@ -156,6 +157,8 @@ RULES: dict[str, Rule] = {
     "callbacks.checkpoint.keep_last": at_least(1),
     "callbacks.nonfinite.most": at_least(0),
     "callbacks.nonfinite.save": at_least(0),
+    "callbacks.pruning.after_jobs": at_least(1),
+    "callbacks.pruning.keep_percent": Rule("a number above 0 and below 100", lambda value: 0 < value < 100),
     "collective_timeout_s": at_least(1),
     "callbacks.pictures.every_n_epochs": at_least(1),
     "callbacks.pictures.images": at_least(1),
@@ -185,6 +188,7 @@ DURATIONS = (
     "method.queue_start",
     "method.freeze_prototypes",
     "optim.lr_warmup",
+    "callbacks.pruning.warmup",
     "callbacks.collapse.after",
 )
 
@@ -311,9 +315,7 @@ def _check_callbacks(config: TrainConfig) -> None:
     knn = config.callbacks.knn
     if knn.headline_k not in knn.k:
         raise UserError(f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={shown(knn.k)}.")
-    if isinstance(config.logger, WandbLoggerConfig) and config.logger.mode not in ("offline", "online", "disabled"):
-        modes = ("offline", "online", "disabled")
-        raise UserError(f"logger.mode={config.logger.mode}: {nearest(config.logger.mode, modes)}")
+    check_pruning(config)
 
 
 def _check_output(config: TrainConfig) -> None:

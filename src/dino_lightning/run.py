@@ -19,6 +19,7 @@ from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.collapse import CollapseAlarm
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.leaving import LeaveRun
+from dino_lightning.callbacks.pruning import Pruning
 from dino_lightning.callbacks.speed import Speed
 from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
 from dino_lightning.checkpoints import export_backbone
@@ -48,16 +49,17 @@ LARGE_CROPS = 96
 """Pixels from which a step is long against what its loader does, so that no core is left to the loader."""
 
 
-def run_training(composed: DictConfig, *, given: Sequence[str] = ()) -> float | None:
+def run_training(composed: DictConfig, *, given: Sequence[str] = (), at_once: int = 1) -> float | None:
     """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated.
 
-    `given` are the words of the command line, whose keys `suggest=true` leaves as they are.
+    `given` are the words of the command line, whose keys `suggest=true` leaves as they are. `at_once` runs share the
+    cores of this machine.
     """
-    with held_folder(composed.output_dir):
-        return _train(composed, given=given)
+    with held_folder(composed.output_dir), closed_wandb():
+        return _train(composed, given=given, at_once=at_once)
 
 
-def _train(composed: DictConfig, *, given: Sequence[str]) -> float | None:
+def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float | None:
     check_keys(composed)
     suggested = suggest_settings(composed, given=given)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
@@ -79,10 +81,10 @@ def _train(composed: DictConfig, *, given: Sequence[str]) -> float | None:
     check_port(trainer.strategy, world_size=trainer.world_size)
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices))
+        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices * at_once))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config, num_classes=data.num_classes)
-    check_resources(config, method, processes=trainer.num_devices, first=trainer.is_global_zero)
+    check_resources(config, method, processes=trainer.num_devices * at_once, first=trainer.is_global_zero)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     if trainer.is_global_zero:
@@ -184,7 +186,7 @@ def finish_loggers(trainer: L.Trainer) -> None:
 def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
     """The run in a few numbers: `summary.json`."""
     knn = find(trainer, KNNCallback)
-    speed, alarm = find(trainer, Speed), find(trainer, CollapseAlarm)
+    speed, alarm, pruning = find(trainer, Speed), find(trainer, CollapseAlarm), find(trainer, Pruning)
     bad_images = [file.read_text().splitlines() for file in Path(config.output_dir).glob("bad_images*.txt")]
     return {
         "knn_top1": knn.last.get("top1") if knn else None,
@@ -200,6 +202,7 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[s
         "experiment": config.experiment,
         "feature_dim": method.student.backbone.num_features,
         "bad_images": sum(map(len, bad_images)),
+        "pruned": pruning.verdict if pruning else None,
     }
 
 

@@ -23,6 +23,7 @@ from dino_lightning.config.around import (
     KNNConfig,
     LoggerConfig,
     PicturesConfig,
+    PruningConfig,
     TensorBoardLoggerConfig,
     WandbLoggerConfig,
 )
@@ -131,6 +132,7 @@ __all__ = [
     "ParquetData",
     "PicturesConfig",
     "PicturesData",
+    "PruningConfig",
     "RetrievalEval",
     "RevisitedData",
     "SGDConfig",
