@@ -130,7 +130,7 @@ def leave_with(leave: LeaveRun, trainer: L.Trainer) -> int:
 
 
 def threads_beside(config: TrainConfig, *, devices: int) -> int:
-    """Threads for each training process on a CPU.
+    """Threads for each training process on a CPU; `devices` counts those of other runs on this machine, too.
 
     With small crops each loader process has a core to itself: threads that share one with it wait for each other in
     every small operation, which costs more than a second thread gains.
@@ -194,6 +194,7 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[s
         "knn_top1_untrained": knn.untrained.get("top1") if knn else None,
         "knn_top1_pixels": knn.pixels.get("top1") if knn else None,
         "collapse": alarm.verdict if alarm else None,
+        "pruned": pruning.verdict if pruning else None,
         "images_per_second": round(speed.images_per_second, 1) if speed else None,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
@@ -202,7 +203,6 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[s
         "experiment": config.experiment,
         "feature_dim": method.student.backbone.num_features,
         "bad_images": sum(map(len, bad_images)),
-        "pruned": pruning.verdict if pruning else None,
     }
 
 
