@@ -42,8 +42,8 @@ from dino_lightning.config.data import (
     TorchvisionData,
     WebDatasetData,
 )
-from dino_lightning.config.evaluation import (
 from dino_lightning.config.embedding import EmbedConfig
+from dino_lightning.config.evaluation import (
     AttentionEval,
     BenchmarkData,
     ClassificationEval,
@@ -108,8 +108,8 @@ __all__ = [
     "DataConfig",
     "DavisData",
     "DevicesConfig",
-    "EvaluateConfig",
     "EmbedConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
     "FinetuneEval",
     "FolderData",
@@ -287,7 +287,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
     store.store(name="schema_evaluate", node=EvaluateConfig)
+    store.store(name="schema_embed", node=EmbedConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
-    store.store(name="schema_embed", node=EmbedConfig)
             store.store(group=group, name=f"schema_{name}", node=schema)
