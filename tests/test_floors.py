@@ -18,7 +18,7 @@ FLOORS = [
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
      "checks_environment", "checks_resources", "checks_resume", "checks_sweep", "report", "replay", "suggest", "suggested"},
-    {"cli", "evaluate", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
+    {"cli", "evaluate", "export", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
      "use"},
 ]
 # fmt: on
@@ -30,7 +30,7 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("run", "checks_resume"), ("run_evaluation", "checks_environment"), ("run", "report"),
           ("run", "suggested"), ("suggested", "suggest"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
-          ("evaluate", "cli"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
+          ("evaluate", "cli"), ("export", "cli"), ("export", "explain"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain"), ("strategy", "launcher"),
           ("use", "cli"), ("use", "inspect_data")}  # fmt: skip

@@ -15,6 +15,7 @@ PROGRAMS = {
     "TrainConfig": "training (train.py)",
     "EvaluateConfig": "evaluation (dino-eval)",
     "EmbedConfig": "embedding (dino-embed)",
+    "ExportConfig": "export (dino-export)",
 }
 
 PLUGINS = {

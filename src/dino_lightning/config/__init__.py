@@ -63,6 +63,7 @@ from dino_lightning.config.evaluation import (
     VideoEval,
     VOCData,
 )
+from dino_lightning.config.export import ExportConfig
 from dino_lightning.config.method import (
     MOCO_VERSIONS,
     BYOLConfig,
@@ -111,6 +112,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "FinetuneEval",
     "FolderData",
     "HuggingFaceData",
@@ -287,6 +289,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
     store.store(name="schema_evaluate", node=EvaluateConfig)
+    store.store(name="schema_export", node=ExportConfig)
     store.store(name="schema_embed", node=EmbedConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
