@@ -1,0 +1,44 @@
+"""Find the images that are like no other: broken scans, screenshots, the wrong folder.
+
+    python examples/outliers.py                      built-in images, with six odd ones among them
+    python examples/outliers.py --path ~/photos
+
+An image is odd whose tenth nearest neighbour is far: not the first, so that a handful of odd ones that are like each
+other do not hide.
+"""
+
+import numpy as np
+from common import BUILTIN_SIZE, drawn, features_of, parser, save, square
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from dino_lightning.pictures import sheet_of
+
+NEIGHBOUR, PER_ROW, SHOWN = 10, 6, 18
+
+
+def main() -> None:
+    """Features, distances, the picture."""
+    options = parser(__doc__, output="example-outliers.png").parse_args()
+    found = features_of(options, None if options.path else [*drawn(120), *odd_ones()])
+    near = NearestNeighbors(n_neighbors=min(NEIGHBOUR + 1, len(found))).fit(found.features)  # each is its own nearest
+    distance_N = near.kneighbors(found.features)[0][:, -1]
+    order = np.argsort(-distance_N)[:SHOWN]
+    for row in order:
+        print(f"{distance_N[row]:.2f}  {found.names[row]}")
+    cells = [square(found.image(row)) for row in order]
+    rows = [cells[start : start + PER_ROW] for start in range(0, len(cells), PER_ROW)]
+    save(sheet_of(rows, titles=["oddest first", *[""] * (PER_ROW - 1)], size=(96, 96)), options.output)
+
+
+def odd_ones() -> list[Image.Image]:
+    """Noise, stripes, a blank page: six pictures of things that no camera takes."""
+    dice, side = np.random.default_rng(0), BUILTIN_SIZE
+    stripes = np.tile(np.arange(side) // 2 % 2 * 255, (side, 1))
+    gray = [np.zeros((side, side)), np.full((side, side), 255), stripes, stripes.T, dice.integers(0, 256, (side, side))]
+    colours = dice.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return [*(Image.fromarray(values.astype(np.uint8)) for values in gray), Image.fromarray(colours)]
+
+
+if __name__ == "__main__":
+    main()

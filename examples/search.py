@@ -1,0 +1,42 @@
+"""Search your photos by an image: the most similar ones, nearest first.
+
+python examples/search.py                                            some built-in images, among the others
+python examples/search.py --path ~/photos --query cat.jpg dog.jpg
+"""
+
+import numpy as np
+from common import directions, features_of, parser, save, square
+
+from dino_lightning.pictures import neighbour_sheet
+
+QUERIES, NEIGHBOURS = 6, 8
+
+
+def main() -> None:
+    """Features, similarities, the picture."""
+    words = parser(__doc__, output="example-search.png")
+    words.add_argument("--query", nargs="+", metavar="FILE", help="images to search by; default: some of those found")
+    options = words.parse_args()
+    found = features_of(options)
+    asked = features_of(options, options.query) if options.query else found
+    some = np.random.default_rng(0).permutation(len(found))[:QUERIES]
+    rows = some if asked is found else np.arange(len(asked))
+
+    units_ND, queries_MD = directions(found.features), directions(asked.features, around=found.features)
+    similarity_MN = queries_MD[rows] @ units_ND.T
+    if asked is found:
+        similarity_MN[np.arange(len(rows)), rows] = -np.inf  # not the image itself
+    nearest_MK = np.argsort(-similarity_MN, axis=1)[:, : min(NEIGHBOURS, len(found) - (asked is found))]
+    for row, nearest in zip(rows, nearest_MK, strict=True):
+        print(f"{asked.names[row]}: {found.names[nearest[0]]}")
+    sheet = neighbour_sheet(
+        [square(asked.image(row)) for row in rows],
+        [[square(found.image(row)) for row in nearest] for nearest in nearest_MK],
+        query_labels=[asked.labels[row] for row in rows] if asked.labels else None,
+        neighbour_labels=[[found.labels[row] for row in nearest] for nearest in nearest_MK] if asked.labels else None,
+    )
+    save(sheet, options.output)
+
+
+if __name__ == "__main__":
+    main()
