@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TrainConfig
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.keys import Key, all_keys
 
 TARGET = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -32,7 +32,12 @@ def render() -> str:
     """The page as Markdown."""
     keys = all_keys()
     parts = [HEADER]
-    roots = {"A training run": TrainConfig, "An evaluation": EvaluateConfig, "Features of images": EmbedConfig}
+    roots = {
+        "A training run": TrainConfig,
+        "An evaluation": EvaluateConfig,
+        "Features of images": EmbedConfig,
+        "Weights in another format": ExportConfig,
+    }
     for title, root in roots.items():
         parts.append(_table(title, root, [key for key in keys if key.schema is root]))
     for group, schemas in SCHEMAS.items():

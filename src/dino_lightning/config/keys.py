@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TrainConfig
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Key:
 
 def all_keys() -> list[Key]:
     """Every key of every schema; a key that several options of a group have stands once for each that declares it."""
-    roots = [key for root in (TrainConfig, EvaluateConfig, EmbedConfig) for key in _keys_of(root, prefix="")]
+    programs = (TrainConfig, EvaluateConfig, EmbedConfig, ExportConfig)
+    roots = [key for root in programs for key in _keys_of(root, prefix="")]
     keys = [key for key in roots if key.name not in SCHEMAS]
     seen: set[tuple[str, type]] = set()
     for group, schemas in SCHEMAS.items():
