@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.records import FAILED
+from dino_lightning.records import FAILED, OVERRIDES
 from dino_lightning.report.folder import Run, read_run
 from dino_lightning.report.published import PUBLISHED
 
@@ -20,6 +20,8 @@ FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 
 OF_A_RUN = {"seed", "output_dir", "experiment", "resume", "cpu_threads"}
 """Settings in which runs that are averaged may differ."""
+LONG = 8
+"""Characters of a number from which it is shown with four digits: Optuna draws them with all there are."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Job:
     seed: int | None
     failure: str | None
     """The sentence of `failed.txt`, where there is one."""
+    words: dict[str, str]
+    """Key -> value of the words that the sweep was started with; empty where the run's folder does not keep them."""
 
     @property
     def experiment(self) -> str:
@@ -37,9 +41,19 @@ class Job:
         return str(self.run.setting("experiment") or self.run.summary.get("experiment") or self.run.name)
 
     @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end; `summary.json` is the last thing it writes."""
+    def ended(self) -> bool:
+        """Whether the run has come to an end; `summary.json` is the last thing it writes."""
         return bool(self.run.summary) and self.failure is None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the run has ended early because others were better."""
+        return self.ended and bool(self.run.summary.get("pruned"))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its own end."""
+        return self.ended and not self.pruned
 
     @property
     def status(self) -> str:
@@ -47,6 +61,8 @@ class Job:
         epoch, epochs = max((epoch for _, epoch in self.run.epochs), default=0), self.run.setting("trainer.max_epochs")
         if self.failure is not None:
             return f"failed: {self.failure}"
+        if self.pruned:
+            return f"pruned {str(self.run.summary['pruned']).partition(':')[0]}"
         if self.finished:
             return "finished"
         return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
@@ -58,7 +74,12 @@ class Job:
     @property
     def knn(self) -> float | None:
         """k-NN top-1, in percent: the run's, or the latest so far."""
-        return self.run.number("knn_top1") if self.finished else self.last("knn/top1")
+        return self.run.number("knn_top1") if self.ended else self.last("knn/top1")
+
+    def value(self, key: str) -> Any:
+        """What a key is set to: a number or word of the configuration, else the word of the command."""
+        value = self.run.setting(key)
+        return self.words.get(key, "") if value is None or isinstance(value, dict) else value
 
 
 @dataclass
@@ -88,17 +109,40 @@ class Row:
         return "; ".join(f"seed {', '.join(those)}: {status}" for status, those in seeds.items())
 
 
+def read_jobs(folders: Iterable[Path]) -> list[Job]:
+    """The runs in one or several folders of sweeps or runs, in their order.
+
+    Raises `UserError` for a folder that is neither.
+    """
+    return [_read_job(run_dir) for folder in folders for run_dir in _run_dirs(folder)]
+
+
+def swept_keys(jobs: list[Job]) -> list[str]:
+    """The keys in which the words of runs differ, in the order of the command; seeds and folders are none of them.
+
+    Where the words are not kept, all settings that differ.
+    """
+    kept = [job.words or {key: str(value) for key, value in _settings(job).items()} for job in jobs]
+    keys = dict.fromkeys(key for words in kept for key in words if key not in OF_A_RUN)
+    return [key for key in keys if len({words.get(key) for words in kept}) > 1]
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a name."""
+    text = str(value).replace(" ", "")
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > LONG else text
+
+
 def read_rows(folders: Iterable[Path]) -> list[Row]:
     """The rows of one or several folders of sweeps or runs, in the paper's order.
 
     Raises `UserError` for a folder that is neither.
     """
-    jobs: list[Job] = []
+    folders = list(folders)
     planned: dict[tuple[str, int | None], None] = {}
+    rows = _grouped(read_jobs(folders))
     for folder in folders:
-        jobs += [_read_job(run_dir) for run_dir in _run_dirs(folder)]
         planned |= dict.fromkeys(_planned(folder / "multirun.yaml"))
-    rows = _grouped(jobs)
     for experiment, seed in planned:
         those = [row for row in rows if row.experiment == experiment]
         if any(seed in (None, job.seed) for row in those for job in row.jobs):
@@ -136,7 +180,17 @@ def _read_job(run_dir: Path) -> Job:
     lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
     failure = None if lines is None else (lines or ["without a reason"])[0].strip()
     seed = run.setting("seed")
-    return Job(run, seed=seed if isinstance(seed, int) else None, failure=failure)
+    return Job(run, seed if isinstance(seed, int) else None, failure, words=_read_words(run_dir / OVERRIDES))
+
+
+def _read_words(path: Path) -> dict[str, str]:
+    """What stands in `overrides.yaml`; empty where there is none, or half of one."""
+    try:
+        words = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    pairs = [str(word).lstrip("+").split("=", 1) for word in words or [] if "=" in str(word)]
+    return {key: value for key, value in pairs}
 
 
 def _planned(multirun: Path) -> list[tuple[str, int | None]]:
@@ -171,13 +225,20 @@ def _grouped(jobs: list[Job]) -> list[Row]:
         same.setdefault(json.dumps(_settings(job), sort_keys=True, default=str), []).append(job)
     rows = []
     for experiment, groups in by_experiment.items():
-        settings = [_settings(group[0]) for group in groups.values()]
-        keys = sorted(set().union(*settings))
-        differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-        for one, group in zip(settings, groups.values(), strict=True):
-            words = [_name(experiment), *(f"{key}={one.get(key)}".replace(" ", "") for key in differing)]
-            rows.append(Row(experiment, ", ".join(words), group))
+        for group, values in zip(groups.values(), _differences([group[0] for group in groups.values()]), strict=True):
+            rows.append(Row(experiment, ", ".join([_name(experiment), *values]), group))
     return rows
+
+
+def _differences(jobs: list[Job]) -> list[list[str]]:
+    """What tells runs of one experiment apart: what the sweep has set or, where that is not enough, all settings."""
+    swept = [[f"{key}={shown(job.value(key))}" for key in swept_keys(jobs)] for job in jobs]
+    if len({tuple(values) for values in swept}) == len(jobs):
+        return swept
+    settings = [_settings(job) for job in jobs]
+    keys = sorted(set().union(*settings))
+    differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+    return [[f"{key}={shown(one.get(key))}" for key in differing] for one in settings]
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -44,7 +44,18 @@ def notes(rows: list[Row]) -> list[str]:
     widths = sorted({K for job in jobs if job.last("collapse/teacher_entropy") is not None and (K := prototypes(job))})
     if len(widths) == 1:
         lines.append(f"uniform output: entropy ln {widths[0]} = {math.log(widths[0]):.2f}")
-    return lines
+    return lines + _best(rows)
+
+
+def _best(rows: list[Row]) -> list[str]:
+    """The best of rows that differ in settings, not in the experiment alone."""
+    several = [row for row in rows if sum(other.experiment == row.experiment for other in rows) > 1]
+    figures = [([knn for job in row.counted if (knn := job.knn) is not None], row) for row in several]
+    known = [(mean(values), row) for values, row in figures if values]
+    if not known:
+        return []
+    value, best = max(known, key=lambda one: one[0])
+    return [f"best: k-NN {value:.1f} % of {best.name} (folder {', '.join(job.run.name for job in best.counted)})"]
 
 
 def prototypes(job: Job) -> int | None:
