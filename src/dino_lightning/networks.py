@@ -72,9 +72,10 @@ def check_size(network: Network, size: int, *, key: str) -> None:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"{key}={size} is not a multiple of the patch size {patch} of {network.name}; the nearest is "
                         f"{near}.")  # fmt: skip
+    device = next(network.backbone.parameters()).device
     try:
         with torch.no_grad():
-            network.backbone(torch.zeros(1, network.channels, size, size))
+            network.backbone(torch.zeros(1, network.channels, size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}={size}: {network.name} does not take it ({reason}).") from error

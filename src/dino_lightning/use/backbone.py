@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         Raises `UserError` for an image that cannot be read.
         """
         channels = self.network.channels
-        source = given_source(given_list([image]), channels=channels)
+        source = given_source(given_list([image]), channels)
         decode = self._decoder.pil if channels in (1, 3) else self._decoder.pixels
         try:
             return self._view(decode(source.read(0)))

@@ -10,7 +10,7 @@ from dino_lightning.checks_evaluation import RULES as EVALUATION_RULES
 from dino_lightning.config import DevicesConfig, EmbedConfig
 from dino_lightning.config.paths import usable_path
 from dino_lightning.config.rules import at_least, check_devices, check_values, lookup
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError
 from dino_lightning.use.files import SUFFIXES, files_of
 from dino_lightning.use.kinds import FEATURES, FeatureKind
 
@@ -55,8 +55,7 @@ def check_machine(config: EmbedConfig) -> None:
 def check_output(output: Path, config: EmbedConfig) -> None:
     """Raise `UserError` for a file of features that is of no known kind, that is there, or that cannot be written."""
     if output.suffix not in SUFFIXES:
-        raise UserError(f"output={output}: expected a file that ends in {' or '.join(SUFFIXES)}; "
-                        f"{nearest(output.suffix, SUFFIXES)}")  # fmt: skip
+        raise UserError(f"output={output}: expected a file that ends in {' or '.join(SUFFIXES)}.")
     images = lookup(config, "data.path")
     for file in files_of(output):
         if images is not None and file.absolute() == usable_path("data.path", images).absolute():

@@ -56,7 +56,7 @@ class PixelImages:
         return f"{content.shape} ".encode() + np.ascontiguousarray(content).tobytes()
 
 
-def given_source(images: Sequence[Given], *, channels: int) -> ImageSource:
+def given_source(images: Sequence[Given], channels: int) -> ImageSource:
     """The images, as `given_list` made them, by index."""
     if all(isinstance(image, str | Path) for image in images):
         return ImageFiles([Path(image) for image in images])  # type: ignore[arg-type]

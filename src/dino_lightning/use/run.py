@@ -48,21 +48,20 @@ def run_embedding(
     if output is not None:
         check_output(output, config)
     quieten_libraries()
-    sources = None if given is not None else open_splits(config)
     runtime = Runtime(launched(config.trainer), show_progress=config.trainer.enable_progress_bar)
     if own_threads:
         set_threads(runtime.fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
     if given is not None:
         config = replace(config, data=replace(config.data, channels=network.channels))
-        sources = {"train": given_source(given, channels=network.channels)}
-    assert sources is not None
     check_network(config, network)
+    sources = open_splits(config, runtime) if given is None else {"train": given_source(given, network.channels)}
     network.backbone.to(runtime.device)
     with bad_images_folder(runtime, output) as folder:
         cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
         task = Task(network, config.data, runtime, folder, seed=config.seed, cache=cache)
         found = extracted(config, task, sources, output=output)
+        tell_bad(found, runtime)
         if output is not None:
             if runtime.is_main:
                 write_embeddings(found, output, about=about(config, network))
@@ -70,7 +69,7 @@ def run_embedding(
     return found
 
 
-def open_splits(config: EmbedConfig) -> dict[str, ImageSource]:
+def open_splits(config: EmbedConfig, runtime: Runtime) -> dict[str, ImageSource]:
     """The chosen splits and their images, none held out. Raises `UserError` for streams and a split that is missing."""
     opened = open_sources(replace(config.data, holdout=0.0), seed=config.seed)
     if not isinstance(opened.train, ImageSource):
@@ -79,6 +78,10 @@ def open_splits(config: EmbedConfig) -> dict[str, ImageSource]:
     splits = {"train": opened.train} | ({} if opened.val is None else {"val": opened.val})
     if config.split == "val" and opened.val is None:
         raise UserError("split=val: there are no validation images; choose train or all.")
+    for notice in (opened.notice or "").split("; "):
+        # What lies beside the images and is not used; that nothing is held out is on purpose.
+        if notice and "held out" not in notice and runtime.show_progress:
+            runtime.say(notice)
     return {name: source for name, source in splits.items() if config.split in ("all", name)}
 
 
@@ -112,6 +115,7 @@ def extracted(config: EmbedConfig, task: Task, sources: dict[str, ImageSource], 
         features_MD, positions_M = features_of(config, task, images, what=f"{split} images" if several else "images")
         parts.append(Part(split, source, features_MD, positions_M))
         bad |= named_in(path)
+        forget_lock(path, task.runtime)
     if not any(len(part.positions) for part in parts):
         name, reason = next(iter(bad.items()))
         raise UserError(f"data: none of the images can be read ({name}: {reason}).")
@@ -184,6 +188,20 @@ def about(config: EmbedConfig, network: Network) -> dict[str, str]:
         "precision": str(config.trainer.precision),
         "dino-lightning": version("dino-lightning"),
     }
+
+
+def tell_bad(found: Embeddings, runtime: Runtime) -> None:
+    """Say how many images were left out, to whoever watches."""
+    if found.bad and runtime.show_progress:
+        name, reason = next(iter(found.bad.items()))
+        runtime.say(f"{len(found.bad)} images could not be read and were left out, such as {name} ({reason})")
+
+
+def forget_lock(bad_images: Path, runtime: Runtime) -> None:
+    """Nobody notes broken images any more."""
+    runtime.fabric.barrier()
+    if runtime.is_main:
+        bad_images.with_name(f".{bad_images.name}.lock").unlink(missing_ok=True)
 
 
 def named_in(bad_images: Path) -> dict[str, str]:

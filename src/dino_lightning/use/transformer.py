@@ -15,6 +15,7 @@ from dino_lightning.config import DataConfig
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.features import features_of_batches
 from dino_lightning.evaluation.images import BROKEN, ViewedImages, center_view
+from dino_lightning.networks import check_size
 from dino_lightning.use.backbone import Backbone, load_backbone, usable_device
 from dino_lightning.use.given import Given, given_list, given_source
 from dino_lightning.use.kinds import FeatureKind
@@ -59,7 +60,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X: Any, y: Any = None) -> "DinoFeatures":
         """Load the network, so that a wrong parameter is said here. Raises `UserError`."""
-        self._backbone()
+        network = self._backbone().network
+        check_size(network, self.image_size or network.size, key="image_size")
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -74,8 +76,9 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         network, device = backbone.network, usable_device(self.device)
         kind = FeatureKind(self.features, self.n_last_blocks)
         size = self.image_size or network.size
+        check_size(network, size, key="image_size")  # `fit` need not have been called
         viewed = ViewedImages(
-            given_source(images, channels=network.channels),
+            given_source(images, network.channels),
             center_view(network, size=self.image_size),
             blank=(network.channels, size, size),
             config=DataConfig(channels=network.channels, max_bad_share=1.0),

@@ -1,0 +1,44 @@
+"""Pictures on disk and a second way to their features, for the tests of `dino_lightning.use`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dino_lightning.checkpoints import load_network
+from dino_lightning.data.sources.builtin import BuiltinImages
+
+CHECKPOINT = "untrained:vit_micro"
+SIZE = 32
+"""Pixels; the network itself is made for 224, which takes 49 times as long."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    """(32, 32, 3) uint8, no two alike."""
+    source = BuiltinImages("train", images=count, image_size=32, draw_seed=0)
+    return [source.read(i) for i in range(count)]
+
+
+def picture_files(folder: Path, count: int, *, classes: tuple[str, ...] = ()) -> list[Path]:
+    """PNG files in the order of their names, in class folders where there are classes."""
+    paths = []
+    for i, pixels in enumerate(pictures(count)):
+        path = folder / (classes[i * len(classes) // count] if classes else "") / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths
+
+
+def by_hand(images: list[Path]) -> torch.Tensor:
+    """Class tokens (N, D), from the paper's words for evaluation: shorter side 256/224, centre, normalised."""
+    backbone = load_network(CHECKPOINT).backbone
+    rows = []
+    for path in images:
+        resized = Image.open(path).convert("RGB").resize((37, 37), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized.crop((2, 2, 34, 34)), dtype=np.float32) / 255
+        normalised = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+        rows.append(backbone(torch.from_numpy(normalised).permute(2, 0, 1)[None]))
+    return torch.cat(rows)
