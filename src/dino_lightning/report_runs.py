@@ -42,13 +42,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dino-report", description="A page about a run, or about several next to each other."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or a pattern of such")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder or, of several, beside"
-    )
-    parser.add_argument(
-        "--results", nargs="+", type=Path, default=[], metavar="FOLDER", help="of dino-eval, where it is not beside a run"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or a pattern of such")
+    add("--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder, or beside several")
+    add("--results", nargs="+", type=Path, default=[], metavar="FOLDER", help="of dino-eval, if not beside a run")
     return parser.parse_args(argv)
 
 

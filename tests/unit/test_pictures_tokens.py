@@ -15,6 +15,7 @@ from dino_lightning.pictures_tokens import (
     coloured_heads,
     head_colours,
     heads_rows,
+    patch_sheet,
     stacked,
     token_rows,
 )
@@ -182,3 +183,22 @@ def test_stacked_sheets_stand_on_paper():
     page = stacked([Image.new("RGB", (10, 4)), Image.new("RGB", (6, 5))])
     assert page.size == (10, 9)
     assert np.asarray(page)[5, 8].tolist() == list(PAPER)
+
+
+def test_patches_of_one_kind_have_one_colour_over_all_images():
+    kinds = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]], [[1, 0, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 1, 1, 0]]])
+    images = torch.zeros(3, 3, 10, 20)
+    images[1] = 0.5
+    sheet = np.asarray(patch_sheet(images, torch.eye(2)[kinds] * 3 + 1, per_row=2, cell=40))
+    # Two pairs of panels of 40 × 20 in a row, GAP apart; the third image begins a row.
+    top = sheet.shape[0] - 2 * (20 + GAP)
+    colours = {0: set(), 1: set()}
+    for number, kind_hw in enumerate(kinds.tolist()):
+        row, left = top + number // 2 * (20 + GAP), GAP + number % 2 * 2 * (40 + GAP)
+        assert (sheet[row + 5, left + 5] == int(images[number, 0, 0, 0] * 255 + 0.5)).all()
+        tokens = Image.fromarray(sheet[row : row + 20, left + 40 + GAP : left + 40 + GAP + 40])
+        for i, j in np.ndindex(2, 4):
+            colours[kind_hw[i][j]].add(tuple(patch_of(tokens, i, j).tolist()))
+    assert [len(found) for found in colours.values()] == [1, 1]
+    assert colours[0] != colours[1]
+    assert (sheet[top + 20 + GAP :, 2 * (40 + GAP) + GAP :] == PAPER).all()

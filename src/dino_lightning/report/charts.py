@@ -71,8 +71,6 @@ CHARTS = [
 SECTIONS = [*dict.fromkeys(chart.section for chart in CHARTS), OTHERS]
 
 
-
-
 @dataclass(frozen=True)
 class Reference:
     """A horizontal line that a chart is read against."""

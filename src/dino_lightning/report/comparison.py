@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from dino_lightning.report.curves import COLOURS, LEAST_POINTS, curves_html, curves_json, drawn_together
+from dino_lightning.report.curves import COLOURS, curves_html, curves_json, drawn_together, room_of_a_curve
 from dino_lightning.report.evaluations import Evaluated, results_html
 from dino_lightning.report.folder import Run
 from dino_lightning.report.gallery import gallery_together
@@ -33,9 +33,9 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]])
             section("Pictures", gallery_together(runs, names)),
             curves_html(charts, runs=names),
         ],
-        footer="Made from the files in " + ", ".join(f"<code>{escape(run.name)}</code>" for run in runs) + ". Of "
-        f"a curve that is longer than its room here ({LEAST_POINTS} points or more), the least and the greatest value "
-        "of each of equal parts are shown; every number stands in <code>metrics.csv</code>.",
+        footer="Made from the files in " + ", ".join(f"<code>{escape(run.name)}</code>" for run in runs) + ". "
+        f"Of a curve of more than {room_of_a_curve(runs):,} points, the least and the greatest value of each of equal "
+        "parts are shown; every number stands in <code>metrics.csv</code>.",
         data=curves_json(charts, epochs=[]),
     )
 
@@ -80,7 +80,7 @@ def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
             ]
         )
     header = ["Run", "k-NN top-1", "highest on the way", "untrained", "raw pixels", "loss", "images/s", "state"]
-    intro = "Validation images whose class the most similar training images vote for; of a run that goes on, the latest."
+    intro = "Validation images whose class the most similar training images vote for; before a run's end, the latest."
     return note(intro) + table("k-NN and state of each run", header, rows)
 
 

@@ -76,11 +76,9 @@ def drawn_run(run: Run) -> list[Drawn]:
 
 def drawn_together(runs: Sequence[Run], names: Sequence[str]) -> list[Drawn]:
     """The charts of several runs on top of each other, each run in a colour of its own."""
-    charts = by_column(runs)
-    curves = sum(len(run.curves) for run in runs)
-    most = max(LEAST_POINTS, min(MOST_POINTS, PAGE_POINTS // max(1, curves)))
+    most = room_of_a_curve(runs)
     found = []
-    for chart in charts:
+    for chart in by_column(runs):
         (column,) = chart.columns
         series = [
             _series(name, run.curves[column], number, most=most)
@@ -89,6 +87,12 @@ def drawn_together(runs: Sequence[Run], names: Sequence[str]) -> list[Drawn]:
         ]
         found.append(Drawn(chart, series, shared(runs, chart)))
     return found
+
+
+def room_of_a_curve(runs: Sequence[Run]) -> int:
+    """Points that each curve of these runs may have in one page."""
+    curves = sum(len(run.curves) for run in runs)
+    return max(LEAST_POINTS, min(MOST_POINTS, PAGE_POINTS // max(1, curves)))
 
 
 def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:

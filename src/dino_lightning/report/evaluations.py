@@ -110,8 +110,11 @@ def _read_given(path: Path) -> list[Evaluated]:
 
 def read_results(path: Path) -> list[Evaluated]:
     """The figures of a file; lines that are no results, such as one half written, are left out."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:  # there is none, or it is somebody else's
+        return []
     found = []
-    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
             found.append(_result(json.loads(line)))
@@ -156,7 +159,7 @@ def results_html(results: Sequence[Sequence[Evaluated]], names: Sequence[str]) -
     header = ["Evaluation", "Figure", "Images", *(name for name, _ in columns)]
     body = []
     for row in rows:
-        values = [found[row] if row in found else None for _, found in columns]
+        values = [found.get(row) for _, found in columns]
         body.append([Cell(escape(word)) for word in row] + [_cell(value) for value in values])
     return table("Evaluations", header, body)
 

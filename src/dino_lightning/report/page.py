@@ -1,6 +1,6 @@
 """The page of one run: figures, evaluations, pictures, curves and configuration, in a file that loads nothing.
 
-It is made from what lies in the run's folder, so it can be made again at any time, also of a run that is not at its end.
+It is made from what lies in the run's folder, so it can be made again at any time, also before the run's end.
 Whatever comes from a file is escaped.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from dino_lightning.records import write_atomically
-from dino_lightning.report.curves import curves_html, curves_json, drawn_run
+from dino_lightning.report.curves import MOST_POINTS, curves_html, curves_json, drawn_run
 from dino_lightning.report.evaluations import Evaluated, find_results, results_html
 from dino_lightning.report.folder import Run, finite, read_run
 from dino_lightning.report.gallery import gallery
@@ -54,7 +54,8 @@ def run_page(run: Run, results: Iterable[Evaluated]) -> str:
             curves_html(charts, collapse=str(collapse) if collapse else None),
             section("Configuration", _config(run)),
         ],
-        footer=f"Made from the files in <code>{escape(run.name)}</code>. Every number of the curves stands in "
+        footer=f"Made from the files in <code>{escape(run.name)}</code>. Of a curve of more than {MOST_POINTS:,} "
+        "points, the least and the greatest value of each of equal parts are shown; every number stands in "
         "<code>metrics.csv</code>, every picture in <code>pictures</code>.",
         data=curves_json(charts, epochs=run.epochs),
     )

@@ -9,7 +9,6 @@ from typing import Any
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.records import FAILED
 from dino_lightning.report.folder import Run
-from dino_lightning.report.jobs import Job
 
 FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 """What makes a folder that of a run."""
@@ -63,11 +62,14 @@ def _nothing(word: str, path: Path, matches: Sequence[Path]) -> str:
 
 def state(run: Run) -> str:
     """How far a run has come, and whether it has collapsed, in words."""
-    failed = run.folder / FAILED
-    lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
-    reason = None if lines is None else (lines or ["without a reason"])[0].strip()
-    status, collapse = Job(run, seed=None, failure=reason).status, run.summary.get("collapse")
-    return f"{status}; collapse: {collapse}" if collapse else status
+    failed, collapse = run.folder / FAILED, run.summary.get("collapse")
+    epoch, epochs = max((epoch for _, epoch in run.epochs), default=0), run.setting("trainer.max_epochs")
+    if failed.exists():
+        lines = failed.read_text("utf-8", errors="replace").splitlines() or ["without a reason"]
+        return f"failed: {lines[0].strip()}"
+    if run.summary:
+        return f"finished; collapse: {collapse}" if collapse else "finished"
+    return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
 
 
 def common_folder(folders: Sequence[Path]) -> Path:

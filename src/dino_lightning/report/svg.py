@@ -86,9 +86,7 @@ def _grid(axes: Axes) -> str:
     for step in ticks(first, max(last, first + 1)):
         if step <= last:
             anchor = "end" if axes.x(step) > WIDTH - 30 else "middle"
-            parts.append(
-                f'<text x="{axes.x(step):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{step:,.10g}</text>'
-            )
+            parts.append(f'<text x="{axes.x(step):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{step:,.10g}</text>')
     return "".join(parts)
 
 
