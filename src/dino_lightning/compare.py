@@ -1,6 +1,7 @@
 """`dino-table`, `python -m dino_lightning.compare`: the runs of a sweep in one table, next to the paper's figures.
 
     dino-table outputs/table7-20261124-154205                      also while it runs, or where runs failed
+    dino-table outputs/optuna-20261124-154205 --plot               k-NN over what was swept: FOLDER/sweep.svg
     dino-table FOLDER FOLDER --markdown                            for a document
     dino-table outputs/collapse-… --curves collapse.svg            entropy and KL over the steps, as in figure 7
 
@@ -16,8 +17,14 @@ from rich.console import Console
 from dino_lightning.errors import UserError
 from dino_lightning.records import write_atomically
 from dino_lightning.report.collapse_curves import curves_svg
-from dino_lightning.report.jobs import read_rows
+from dino_lightning.report.jobs import read_jobs, read_rows
+from dino_lightning.report.sweep_picture import sweep_svg
+from dino_lightning.report.sweep_points import sweep_of
 from dino_lightning.report.table import markdown_table, terminal_table
+
+PLOT = "sweep.svg"
+BESIDE = ""
+"""Of `--plot`: a file of this name in the folder of the sweep."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         if not rows:
             raise UserError(f"{', '.join(map(str, options.folders))}: no run has started yet.")
         if options.curves:
-            write_curves(options.curves, curves_svg(rows))
+            write_picture("--curves", options.curves, curves_svg(rows))
+        if options.plot is not None:
+            write_picture("--plot", plot_path(options), sweep_svg(sweep_of(read_jobs(options.folders))))
     except UserError as error:
         print(f"dino-table: {error}", file=sys.stderr)
         return 2
@@ -36,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown_table(rows))
     else:
         Console().print(terminal_table(rows))
+    if options.plot is not None:
+        print(f"Picture: {plot_path(options)}", file=sys.stderr)
     return 0
 
 
@@ -49,17 +60,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--curves", type=Path, metavar="FILE.svg", help="draw the teacher's entropy and KL(teacher‖student), too"
     )
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        const=BESIDE,
+        metavar="FILE.svg",
+        help=f"draw k-NN over what the sweep has set, too; without a file's name FOLDER/{PLOT}",
+    )
     return parser.parse_args(argv)
 
 
-def write_curves(path: Path, svg: str) -> None:
-    """Write the picture; an unwritable path is the user's."""
+def plot_path(options: argparse.Namespace) -> Path:
+    """Where the picture of `--plot` goes."""
+    return options.folders[0] / PLOT if options.plot == BESIDE else Path(options.plot)
+
+
+def write_picture(option: str, path: Path, svg: str) -> None:
+    """Write a picture; an unwritable path is the user's."""
     if path.suffix != ".svg":
-        raise UserError(f"--curves {path}: the picture is an SVG file; name it {path.with_suffix('.svg')}")
+        raise UserError(f"{option} {path}: the picture is an SVG file; name it {path.with_suffix('.svg')}")
     try:
         write_atomically(path, svg)
     except OSError as error:
-        raise UserError(f"--curves {path}: {error.strerror or error}; name a file in a folder that exists") from error
+        raise UserError(f"{option} {path}: {error.strerror or error}; name a file in a folder that exists") from error
 
 
 if __name__ == "__main__":

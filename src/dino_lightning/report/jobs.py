@@ -91,6 +91,8 @@ class Row:
     jobs: list[Job] = field(default_factory=list)
     missing: list[int | None] = field(default_factory=list)
     """Seeds of the sweep without a run; None where it names none."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Key -> value of what tells it from the other rows of its experiment."""
 
     @property
     def counted(self) -> list[Job]:
@@ -129,7 +131,7 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value as it stands in a name."""
-    text = str(value).replace(" ", "")
+    text = value if isinstance(value, str) else str(value).replace(" ", "")
     return f"{value:.4g}" if isinstance(value, float) and len(text) > LONG else text
 
 
@@ -226,19 +228,21 @@ def _grouped(jobs: list[Job]) -> list[Row]:
     rows = []
     for experiment, groups in by_experiment.items():
         for group, values in zip(groups.values(), _differences([group[0] for group in groups.values()]), strict=True):
-            rows.append(Row(experiment, ", ".join([_name(experiment), *values]), group))
+            name = ", ".join([_name(experiment), *(f"{key}={value}" for key, value in values.items())])
+            rows.append(Row(experiment, name, group, settings=values))
     return rows
 
 
-def _differences(jobs: list[Job]) -> list[list[str]]:
+def _differences(jobs: list[Job]) -> list[dict[str, str]]:
     """What tells runs of one experiment apart: what the sweep has set or, where that is not enough, all settings."""
-    swept = [[f"{key}={shown(job.value(key))}" for key in swept_keys(jobs)] for job in jobs]
-    if len({tuple(values) for values in swept}) == len(jobs):
+    keys = swept_keys(jobs)
+    swept = [{key: shown(job.value(key)) for key in keys} for job in jobs]
+    if len({tuple(values.values()) for values in swept}) == len(jobs):
         return swept
     settings = [_settings(job) for job in jobs]
     keys = sorted(set().union(*settings))
     differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    return [[f"{key}={shown(one.get(key))}" for key in differing] for one in settings]
+    return [{key: shown(one.get(key)) for key in differing} for one in settings]
 
 
 def _settings(job: Job) -> dict[str, Any]:

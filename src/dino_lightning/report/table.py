@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from statistics import mean, stdev
 
 from rich.box import SIMPLE_HEAD
@@ -76,22 +77,43 @@ def terminal_table(rows: list[Row]) -> Table:
     """For `rich`."""
     # Without lines between the columns, a row of figures fits into 80 characters; names and states may wrap.
     table = Table(caption="\n".join(notes(rows)) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, title in enumerate(COLUMNS):
-        figure = 0 < index < len(COLUMNS) - 1
-        table.add_column(title, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
-    for row in rows:
+    titles, lines = laid_out(rows)
+    for index, title in enumerate(titles):
+        figure = 0 < index < len(titles) - 1
+        broken = re.sub(r"([._])(?=\w)", r"\1\n", title) if title in rows[0].settings else title
+        least = len(title) if not figure else None
+        table.add_column(
+            broken, justify="right" if figure else "left", no_wrap=figure, overflow="fold", min_width=least
+        )
+    for line in lines:
         # Text from files is no markup.
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells(row)))
+        table.add_row(*(cell.replace("[", "\\[") for cell in line))
     return table
+
+
+def laid_out(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines: those of `COLUMNS` or, where one experiment is searched, a column for each key."""
+    keys = dict.fromkeys(key for row in rows for key in row.settings)
+    if not keys or len({row.experiment for row in rows}) > 1 or any(row.experiment in PUBLISHED for row in rows):
+        return list(COLUMNS), [cells(row) for row in rows]
+    several = any(len(row.jobs) > 1 for row in rows)
+    lines = []
+    for row in rows:
+        _, n, knn, *_, status = cells(row)
+        folders = ", ".join(job.run.name for job in row.jobs)
+        values = [row.settings.get(key, "") for key in keys]
+        lines.append([folders, *values, *([n] if several else []), knn, status])
+    return ["folder", *keys, *(["n"] if several else []), "k-NN, %", "status"], lines
 
 
 def markdown_table(rows: list[Row]) -> str:
     """For documents; the notes stand below."""
+    titles, figures = laid_out(rows)
     lines = [
-        _markdown_line([title.replace("\n", " ") for title in COLUMNS]),
-        "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|",
+        _markdown_line([title.replace("\n", " ") for title in titles]),
+        "|---|" + "---:|" * (len(titles) - 2) + "---|",
     ]
-    lines += [_markdown_line(cells(row)) for row in rows]
+    lines += [_markdown_line(line) for line in figures]
     said = [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
     return "\n".join([*lines, *(["", " ".join(said)] if said else [])])
 
