@@ -14,9 +14,10 @@ import yaml
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dino_lightning.checkpoints import published
+from dino_lightning.checkpoints import huggingface, published
 from dino_lightning.checkpoints.description import PAPER, UNSOUND, Description, built_by_seed
 from dino_lightning.checkpoints.fitting import network_for, says_why
+from dino_lightning.checkpoints.hub import HUB, downloaded
 from dino_lightning.checkpoints.original import (
     KEYS,
     Weights,
@@ -36,7 +37,7 @@ from dino_lightning.errors import UserError, nearest
 from dino_lightning.networks import Network
 
 TIMM, UNTRAINED = "timm:", "untrained:"
-SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 EXPORTED, LAST = tuple(f"{key}.safetensors" for key in KEYS), "checkpoints/last.ckpt"
 
 
@@ -44,7 +45,8 @@ def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> N
     """The frozen network that `checkpoint` names, in eval mode on the CPU.
 
     A run's folder, its `teacher.safetensors` or `student.safetensors`, a `.ckpt`; a `.pth` of the original, a backbone
-    or a full checkpoint; `timm:NAME`; `untrained:` before any of these or before a file of `conf/backbone`. `key` is
+    or a full checkpoint; `timm:NAME`; `hf:OWNER/NAME` or a folder of transformers; `untrained:` before any of these or
+    before a file of `conf/backbone`. `key` is
     `teacher` or `student` of what holds both, None the one that the run evaluated; `seed` draws fresh weights. Raises
     `UserError` for whatever is none of these.
     """
@@ -124,18 +126,27 @@ def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> Network
     source = f"checkpoint={prefix}{checkpoint}"
     if not checkpoint:
         raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
-    path = _file(usable_path("checkpoint", checkpoint), key=key, source=source)
+    if checkpoint.startswith(HUB):
+        path, name = downloaded(checkpoint.removeprefix(HUB), source=source), checkpoint
+    else:
+        path = _file(usable_path("checkpoint", checkpoint), key=key, source=source)
+        name = _name(path)
     with says_why(source, "holds no weights of a network that is known"):
         weights, description = _weights_in(path, key=key, source=source)
     backbone = network_for(weights, description, file_bytes=path.stat().st_size, source=source)
     check_finite(backbone.state_dict(), source=source)
-    return _network(backbone, description, name=_name(path) + (" (student)" if key == "student" else ""))
+    return _network(backbone, description, name=name + (" (student)" if key == "student" else ""))
 
 
 def _weights_in(path: Path, *, key: str | None, source: str) -> tuple[Weights, Description]:
+    if path.name in huggingface.WEIGHTS and huggingface.holds_model(path.parent):
+        if key == "student":
+            raise UserError(f"checkpoint_key=student: {source} holds one network; leave checkpoint_key=teacher.")
+        return huggingface.read_folder(path, source=source)
     if path.suffix == ".safetensors":
         return _exported(path, key=key, source=source)
     content = read_pickle(path, source=source)
+    huggingface.refuse_timm(path, source=source)
     if _is_ours(content):
         return _of_lightning(content, path, key=key, source=source)
     weights = backbone_weights(content, key=key or KEYS[0], source=source)
@@ -146,7 +157,8 @@ def _file(path: Path, *, key: str | None, source: str) -> Path:
     """The file of weights that a path means. Raises `UserError` where there is none."""
     if path.is_dir():
         found = [path / name for name in EXPORTED if key is None or name.startswith(key)] + [path / LAST]
-        file = next((file for file in found if file.is_file()), None)
+        others = [path / name for name in huggingface.WEIGHTS]
+        file = next((file for file in (*found, *others) if file.is_file()), None)
         if file is None:
             *names, last = (str(file.relative_to(path)) for file in found)
             wanted = f"{', '.join(names)} or {last}" if names else last
@@ -176,7 +188,7 @@ def _nearest_path(path: Path) -> str:
 
 def _name(path: Path) -> str:
     """A file's name in tables: that of its run, where it has one."""
-    if path.name in EXPORTED:
+    if path.name in (*EXPORTED, *huggingface.WEIGHTS):
         return path.resolve().parent.name
     run = path.resolve().parents[1] if path.suffix == ".ckpt" and path.resolve().parent.name == "checkpoints" else None
     return f"{run.name}/{path.stem}" if run else path.stem
@@ -198,6 +210,7 @@ def _exported(path: Path, *, key: str | None, source: str) -> tuple[Weights, Des
         return weights, _of_run(config, source=source)
     if "timm" in metadata:
         return weights, _told(lambda: _of_recipe(weights, metadata, source=source), source)
+    huggingface.refuse_timm(path, source=source)
     return recognised(backbone_weights(weights, key=KEYS[0], source=source), source=source)
 
 

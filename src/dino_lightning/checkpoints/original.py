@@ -100,6 +100,37 @@ def recognised(weights: Weights, *, source: str, heads: int | None = None, **see
     return weights, description
 
 
+def as_original(weights: Weights, description: Description, *, source: str) -> Weights:
+    """The weights of a network of ours under the names of the original's files; the inverse of `recognised`.
+
+    Raises `UserError` where the original has no such network, or its files do not tell which one it is.
+    """
+    match description.backbone:
+        case ViTConfig(registers=0) as vit:
+            if vit.heads * 64 != vit.width:
+                raise UserError(f"{source}: the original's files do not tell the number of heads, which is width / 64 "
+                                f"there, and this network has {vit.heads} for a width of {vit.width}")  # fmt: skip
+            return dict(weights)
+        case TimmConfig(name=name) if name in RESNETS.values():
+            return dict(weights)
+        case TimmConfig(name=name) if re.fullmatch(rf"xcit_({'|'.join(XCITS.values())})_\d+_p\d+_\d+", name):
+            return _xcit_as_original(weights)
+        case _:
+            raise UserError(f"{source}: the original has no network like {description}")
+
+
+def _xcit_as_original(weights: Weights) -> Weights:
+    theirs: Weights = {}
+    for name, tensor in weights.items():
+        attention = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn)\.([qkv])\.(\w+)", name)
+        if attention is None:
+            theirs[name.replace("pos_embed.", "pos_embeder.")] = tensor
+        elif attention[2] == "q":
+            parts = [weights[f"{attention[1]}.{part}.{attention[3]}"] for part in "qkv"]
+            theirs[f"{attention[1]}.qkv.{attention[3]}"] = torch.cat(parts)
+    return theirs
+
+
 def _vit(weights: Weights, *, heads: int | None, source: str, **seen: Any) -> Description:
     width, patch = len(weights["patch_embed.proj.weight"]), weights["patch_embed.proj.weight"].shape[-1]
     if heads is None and width % 64:

@@ -22,8 +22,8 @@ class ExportConfig:
     `onnx`: a graph for ONNX Runtime and others; `torch`: a program of `torch.export`; `original`: a state dict with the
     names of facebookresearch/dino."""
     output: str = MISSING
-    """What to write, which must not exist: a folder for `timm` and `huggingface`, otherwise a file that ends in `.onnx`,
-    `.pt2` or `.pth`."""
+    """What to write, which must not exist: a folder for `timm` and `huggingface`, otherwise a file that ends in
+    `.onnx`, `.pt2` or `.pth`."""
     image_size: int | None = None
     """One side of square images that `onnx` and `torch` take (pixels); null for images of any size, where the network
     can."""

@@ -1,0 +1,206 @@
+"""A network in the format of another program: written beside its place, read again, compared, and then put there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino_lightning.checkpoints.description import Description
+from dino_lightning.checkpoints.export import export_backbone
+from dino_lightning.checkpoints.graphs import TOLERANCE, write_onnx, write_program
+from dino_lightning.checkpoints.huggingface import to_theirs
+from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
+from dino_lightning.checkpoints.original import as_original
+from dino_lightning.errors import UserError, cannot_be_written
+from dino_lightning.networks import Network
+from dino_lightning.records import sync_folder
+
+NEEDS = {
+    "huggingface": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
+"""Format -> packages of the extra of the same name."""
+
+
+def check_format(format: str) -> None:
+    """Refuse a format whose packages are not installed."""
+    missing = [package for package in NEEDS.get(format, ()) if find_spec(package) is None]
+    if missing:
+        raise UserError(f"format={format} needs {', '.join(missing)}, which is not installed: pip install "
+                        f'"dino-lightning[{format}]".')  # fmt: skip
+
+
+def export_network(network: Network, output: Path, *, format: str, checkpoint: str, image_size: int | None) -> str:
+    """Write the network and return in words what to know of it.
+
+    Raises `UserError` where the format has no such network, what was written computes something else, or it cannot be
+    written; `output` is then as it was.
+    """
+    try:
+        with _placed(output) as path:
+            match format:
+                case "onnx":
+                    return "takes " + write_onnx(network, path, image_size=image_size)
+                case "torch":
+                    return "takes " + write_program(network, path, image_size=image_size)
+                case "original":
+                    return _write_original(network, path)
+                case "timm":
+                    return _write_timm(network, path, checkpoint=checkpoint)
+                case "huggingface":
+                    return _write_huggingface(network, path, checkpoint=checkpoint)
+                case _:
+                    raise TypeError(f"no format {format}")
+    except OSError as error:
+        raise cannot_be_written("output", output, error) from error
+
+
+@contextmanager
+def _placed(output: Path) -> Iterator[Path]:
+    """A path beside `output` with its ending, which takes its place when the block ends well, and else is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.stem}.part{output.suffix}")
+    _remove(path)
+    try:
+        yield path
+        for file in [path] if path.is_file() else path.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        os.rename(path, output)
+    finally:
+        _remove(path)
+    sync_folder(output.parent)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write_original(network: Network, path: Path) -> str:
+    with _other_formats("original"):
+        weights = as_original(_weights(network), _description(network), source="format=original")
+    torch.save(weights, path)
+    if network.mean == Description(_description(network).backbone).mean:
+        return "state dict of tensors"
+    return f"state dict of tensors; it does not say that images are normalised by {network.mean} and {network.std}"
+
+
+def _write_timm(network: Network, path: Path, *, checkpoint: str) -> str:
+    path.mkdir()
+    described = _description(network)
+    recipe = export_backbone(
+        _weights(network),
+        path / "model.safetensors",
+        config=described.backbone,
+        image_size=described.image_size,
+        mean=network.mean,
+        std=network.std,
+        channels=network.channels,
+        eval_resize=network.resize,
+        eval_size=network.size,
+    )
+    arguments = {key: value for key, value in recipe.items() if key not in ("model_name", "num_classes")}
+    # timm's own sizes: a position table has one, and its images are resized for that.
+    side = arguments.get("img_size", described.image_size)
+    prepared = {
+        "input_size": [network.channels, side, side],
+        "fixed_input_size": hasattr(network.backbone, "pos_embed"),
+        "mean": network.mean,
+        "std": network.std,
+        "crop_pct": network.size / network.resize,
+        "interpolation": "bicubic",
+    }
+    config = {
+        "architecture": recipe["model_name"],
+        "num_classes": 0,
+        "num_features": network.width,
+        "model_args": arguments,
+        "pretrained_cfg": prepared,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    _check_same(network, loaded, side=side, format="timm")
+    loading = LOADING["timm"].format(size=network.size)
+    remark = REMARKS["timm"] if hasattr(network.backbone, "pos_embed") else ""
+    card = model_card(network, checkpoint=checkpoint, library="timm", loading=loading, remark=remark)
+    (path / "README.md").write_text(card)
+    return 'folder for timm.create_model("local-dir:FOLDER", pretrained=True)'
+
+
+def _write_huggingface(network: Network, path: Path, *, checkpoint: str) -> str:
+    from transformers import AutoModel, BitImageProcessor, ResNetConfig, ViTConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _other_formats("huggingface"):
+        settings, weights = to_theirs(_weights(network), _description(network), source="format=huggingface")
+    described, is_vit = _description(network), "patch_size" in settings
+    settings |= {"num_channels": network.channels, "architectures": ["ViTModel" if is_vit else "ResNetModel"]}
+    path.mkdir()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (ViTConfig if is_vit else ResNetConfig)(**settings).save_pretrained(path)
+    BitImageProcessor(
+        size={"shortest_edge": network.resize},
+        crop_size={"height": network.size, "width": network.size},
+        resample=3,  # bicubic
+        image_mean=network.mean,
+        image_std=network.std,
+        do_convert_rgb=network.channels == 3,
+    ).save_pretrained(path)
+    arguments = {"add_pooling_layer": False} if is_vit else {}
+    loaded = AutoModel.from_pretrained(path, **arguments).eval()
+
+    def features(images: Tensor) -> Tensor:
+        output = loaded(images)
+        return output.last_hidden_state[:, 0] if is_vit else output.pooler_output.flatten(1)
+
+    _check_same(network, features, side=described.image_size, format="huggingface")
+    card = model_card(
+        network,
+        checkpoint=checkpoint,
+        library="transformers",
+        loading=LOADING["vit" if is_vit else "resnet"],
+        remark=REMARKS["vit"].format(size=described.image_size) if is_vit else "",
+    )
+    (path / "README.md").write_text(card)
+    return f"folder for transformers.AutoModel.from_pretrained, which makes it a {type(loaded).__name__}"
+
+
+def _weights(network: Network) -> dict[str, Tensor]:
+    return dict(network.backbone.state_dict())
+
+
+def _description(network: Network) -> Description:
+    assert network.description is not None
+    return Description.from_plain(network.description)
+
+
+@contextmanager
+def _other_formats(format: str) -> Iterator[None]:
+    """End the sentence about a network that the format does not know with the formats that do."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; formats for any network are timm, onnx and torch.") from error
+
+
+@torch.no_grad()
+def _check_same(network: Network, loaded: Any, *, side: int, format: str) -> None:
+    """Refuse what the other program computes otherwise, for two images of noise of `side` pixels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, network.channels, side, side, generator=generator)
+    ours, theirs = network.backbone(images), loaded(images)
+    same = ours.shape == theirs.shape
+    apart = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).item() if same else float("inf")
+    if not apart <= TOLERANCE:
+        raise UserError(f"format={format}: read again, {network.name} computes something else there (features differ "
+                        f"by {apart:.1e}); formats for any network are onnx and torch.")  # fmt: skip
