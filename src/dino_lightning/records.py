@@ -1,6 +1,6 @@
 """What a run writes down about itself, and how it writes.
 
-Floor 0: needs nothing but the standard library and PyTorch.
+Floor 0: needs the standard library and, for what GPU there is, PyTorch.
 """
 
 import os
@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 FAILED = "failed.txt"
 """In the folder of a run that failed: the reason in its first line, and the traceback of an unforeseen error."""
 
@@ -26,6 +24,8 @@ OVERRIDES = "overrides.yaml"
 
 def environment() -> dict[str, Any]:
     """What the run was made with: versions, machine, commit, command line."""
+    import torch  # not above: processes that only start runs do without
+
     packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

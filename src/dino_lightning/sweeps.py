@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.errors import UserError
+from dino_lightning.records import FAILED, OVERRIDES, write_atomically
 
 Job = Callable[[DictConfig], float | None]
 
@@ -43,8 +44,6 @@ class Jobs:
         `words` are what the command and the sweep say of this job; the folder keeps them. `sentence` explains an error
         that a user can cause and returns None for others. `KeyboardInterrupt` and `SystemExit` end the command.
         """
-        from dino_lightning.records import FAILED  # loads torch, as the job does: not needed for --help
-
         folder = Path(cfg.output_dir)
         try:
             if words and first_on_machine():
@@ -65,8 +64,6 @@ class Jobs:
         self.failed[str(folder)] = words
         if not first_on_machine():
             return
-        from dino_lightning.records import FAILED, write_atomically
-
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
             # By it `dino-table` knows which experiment this was.
@@ -123,10 +120,18 @@ def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options:
 
     with ProcessPoolExecutor(max_workers=1) as process:
         try:
-            return process.submit(partial(job, **options), cfg).result()
+            return process.submit(
+                _with_arguments, ["train.py", *options["given"]], partial(job, **options), cfg
+            ).result()
         except TerminatedWorkerError as error:
             raise UserError("the process of this run was killed, which is often the lack of memory; run fewer side by "
                             "side (hydra.launcher.n_jobs).") from error  # fmt: skip
+
+
+def _with_arguments(arguments: list[str], job: Job, cfg: DictConfig) -> float | None:
+    """A run writes down its command line, which is that of joblib in this process."""
+    sys.argv[:] = arguments
+    return job(cfg)
 
 
 def check_sweeper(config: DictConfig) -> None:
@@ -149,15 +154,11 @@ def check_sweeper(config: DictConfig) -> None:
 
 
 def _keep(folder: Path, words: Sequence[str]) -> None:
-    from dino_lightning.records import OVERRIDES, write_atomically
-
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(words))))
 
 
 def _failures(folder: Path) -> dict[Path, Any]:
-    from dino_lightning.records import FAILED
-
     stamps = {}
     for path in folder.glob(f"*/{FAILED}"):
         status = path.stat()
