@@ -4,7 +4,6 @@ import csv
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from composing import SMALL, composed
 from safetensors import safe_open
 from selection import first
+from wandb_records import configuration, logged, offline_records
 
 from dino_lightning.errors import UserError
 from dino_lightning.run import run_training
@@ -234,46 +234,16 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def offline_records(folder: Path) -> list[Any]:
-    """The records of an offline run, read with wandb's own data format."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    content, position, parts, records = path.read_bytes()[7:], 0, b"", []
-    # A LevelDB log: blocks of 32 KiB, chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last).
-    while position + 7 <= len(content):
-        left = 32768 - (position + 7) % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
-        parts += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = pb.Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
-
-
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(tmp_path, "logger=wandb", "trainer.max_steps=4")
     records = offline_records(tmp_path)
-    logged: dict[str, list[Any]] = {}
-    for record in records:
-        for item in record.history.item:
-            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    found = logged(records)
     expected = {"train/loss", "schedule/lr", "schedule/weight_decay", "schedule/teacher_momentum"}
     expected |= {"schedule/teacher_temperature", "collapse/teacher_entropy", "collapse/teacher_student_kl"}
     expected |= {"collapse/center_norm", "collapse/feature_std", "knn/top1", "speed/images_per_second"}
-    expected |= {"pictures/attention"}
-    assert expected <= {key for key in logged} | {key.split("/_")[0] for key in logged}
-    assert len(logged["train/loss"]) == 4
-    config = {u.key or "/".join(u.nested_key): u.value_json for r in records for u in r.config.update}
-    config |= {u.key or "/".join(u.nested_key): u.value_json for r in records for u in r.run.config.update}
-    assert "environment" in " ".join(config)
-    assert "commit" in json.dumps(config)
-    assert "lightning" in json.dumps(config)
+    expected |= {"pictures/attention", "norm/gradient", "norm/student", "norm/teacher", "speed/data_wait_share"}
+    assert expected <= {key for key in found} | {key.split("/_")[0] for key in found}
+    assert len(found["train/loss"]) == 4
+    assert {"commit", "command", "lightning"} <= configuration(records)["environment"].keys()
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/pictures/attention*.png"))

@@ -1,7 +1,6 @@
 """From configuration to objects: a `match` per group, in the order of a run."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from dino_lightning.callbacks.progress import RunProgress
 from dino_lightning.callbacks.pruning import Pruning
 from dino_lightning.callbacks.rank_states import RankStates
 from dino_lightning.callbacks.speed import Speed
-from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
+from dino_lightning.callbacks.wandb_logger import RUN_ID, sweep_name, wandb_logger
 from dino_lightning.checkpoints import Description
 from dino_lightning.checkpoints.files import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
@@ -144,18 +143,11 @@ def build_loggers(
         case CSVLoggerConfig():
             return loggers
         case WandbLoggerConfig() as wandb:
-            if wandb.mode != "online":  # W&B sends statistics of its own use also then, unless told not to
-                os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            other: Logger = LastingWandbLogger(
-                project=wandb.project,
-                name=wandb.name or output.name,
-                group=wandb.group,
-                tags=wandb.tags,
-                mode=wandb.mode,
-                save_dir=output,
-                id=wandb_run_id(output, resume=before_step is not None),
-                resume="allow",
-            )
+            sweep = sweep_name()
+            name = output.name if sweep is None else f"{sweep}/{output.name}"
+            run_id = wandb_run_id(output, resume=before_step is not None)
+            other: Logger = wandb_logger(wandb, folder=output, run_id=run_id, name=name, group=sweep, job_type="train")
+            other.start(best=[f"knn/{each}" for each in ("top1", "top5", *_top_k(config.callbacks.knn.k))])
         case TensorBoardLoggerConfig():
             other = TensorBoardLogger(save_dir=output, name="", version="tensorboard")
         case _:
@@ -164,9 +156,13 @@ def build_loggers(
     return [*loggers, other]
 
 
+def _top_k(numbers: list[int]) -> list[str]:
+    return [f"{top}_k{k}" for k in numbers for top in ("top1", "top5")]
+
+
 def wandb_run_id(output: Path, *, resume: bool) -> str:
     """The run's id at W&B, kept in the output folder: a run that goes on is the same one there."""
-    file = output / "wandb_run_id.txt"
+    file = output / RUN_ID
     if resume and file.exists():
         return file.read_text().strip()
     # Of the folder: all ranks agree on it without a word, and the first that comes here writes it.

@@ -19,7 +19,6 @@ from dino_lightning.config import (
     TorchvisionData,
     TrainConfig,
     ViTConfig,
-    WandbLoggerConfig,
 )
 from dino_lightning.config.rules import (
     BELOW_ONE,
@@ -157,9 +156,9 @@ RULES: dict[str, Rule] = {
     "callbacks.checkpoint.keep_last": at_least(1),
     "callbacks.nonfinite.most": at_least(0),
     "callbacks.nonfinite.save": at_least(0),
+    "collective_timeout_s": at_least(1),
     "callbacks.pruning.after_jobs": at_least(1),
     "callbacks.pruning.keep_percent": Rule("a number above 0 and below 100", lambda value: 0 < value < 100),
-    "collective_timeout_s": at_least(1),
     "callbacks.pictures.every_n_epochs": at_least(1),
     "callbacks.pictures.images": at_least(1),
     "cpu_threads": at_least(1),
@@ -188,8 +187,8 @@ DURATIONS = (
     "method.queue_start",
     "method.freeze_prototypes",
     "optim.lr_warmup",
-    "callbacks.pruning.warmup",
     "callbacks.collapse.after",
+    "callbacks.pruning.warmup",
 )
 
 

@@ -1,7 +1,6 @@
 """What the machine, its environment variables and its packages must offer, checked before images are opened."""
 
 import ipaddress
-import netrc
 import os
 import re
 import socket
@@ -9,7 +8,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -26,10 +24,8 @@ LAUNCHERS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", 
              "KUBERNETES_PORT", "SUBMITIT_EXECUTOR", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK")  # fmt: skip
 """Environment variables of which one is there where something starts processes on several machines."""
 GPU_NAME = re.compile(r"-?\d+|(GPU|MIG)-[0-9a-zA-Z/-]+")
-WANDB_HOST = "https://api.wandb.ai"
-WANDB_KEY_LENGTH = 40
-WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
-REACHED_WITHIN_S = 5.0
+WANDB_MODES = ("offline", "online", "disabled")
+WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
 GPUS = Path("/proc/driver/nvidia/gpus")
 """NVIDIA's driver lists its devices here, whatever the environment hides."""
 
@@ -110,61 +106,33 @@ def _exists(path: Path) -> bool:
 
 
 def check_logger(logger: LoggerConfig) -> None:
-    """Refuse a logger that cannot start: its package, its key or its server is missing."""
+    """Refuse a logger that cannot start. That W&B is out of reach is no reason: the run goes on offline then."""
     match logger:
         case TensorBoardLoggerConfig():
             if not (find_spec("tensorboard") or find_spec("tensorboardX")):
                 raise UserError("logger=tensorboard needs the package tensorboard; install it (pip install "
                                 "tensorboard), or choose logger=csv.")  # fmt: skip
         case WandbLoggerConfig():
-            _check_wandb_names(logger)
-            if logger.mode == "online" and is_first_process():
-                _check_wandb_server()
+            _check_wandb(logger)
         case _:
             pass
 
 
-def _check_wandb_names(logger: WandbLoggerConfig) -> None:
+def _check_wandb(logger: WandbLoggerConfig) -> None:
+    if logger.mode not in WANDB_MODES:
+        raise UserError(f"logger.mode={logger.mode}: {nearest(logger.mode, WANDB_MODES)}")
+    for key in ("start_timeout_s", "end_timeout_s"):
+        if (value := getattr(logger, key)) <= 0:
+            raise UserError(f"logger.{key}={value}: expected a positive number of seconds.")
     wrong = sorted(set(logger.project) & set("/\\#?%:"))
     if wrong or not 0 < len(logger.project) <= 128:
         reason = f"has a '{wrong[0]}'" if wrong else f"has {len(logger.project)} characters"
         raise UserError(f"logger.project={logger.project} {reason}; W&B takes names of 1 to 128 characters without "
                         "/ \\ # ? % and :.")  # fmt: skip
     mode = os.environ.get("WANDB_MODE", "")
-    if mode and mode not in WANDB_MODES:
-        raise UserError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODES)} Correct or unset this environment variable.")
-
-
-def _check_wandb_server() -> None:
-    host = os.environ.get("WANDB_BASE_URL", WANDB_HOST)
-    offline = "set logger.mode=offline and upload later with `wandb sync`"
-    key = os.environ.get("WANDB_API_KEY") or _key_in_netrc(host)
-    if not key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        raise UserError(f"logger.mode=online: no key for {host} is known; run `wandb login`, set WANDB_API_KEY, or "
-                        f"{offline}.")  # fmt: skip
-    if key and len(key) < WANDB_KEY_LENGTH:
-        raise UserError(f"logger.mode=online: the key for {host} has {len(key)} characters, and W&B's have "
-                        f"{WANDB_KEY_LENGTH} or more; copy it again, or {offline}.")  # fmt: skip
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
-        return  # whether a proxy lets it through is seen only by trying
-    parts = urlsplit(host)
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        socket.create_connection((parts.hostname or host, port), timeout=REACHED_WITHIN_S).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"logger.mode=online: {host} cannot be reached ({getattr(error, 'strerror', None) or error}); "
-                        f"{offline}.") from error  # fmt: skip
-
-
-def _key_in_netrc(host: str) -> str | None:
-    path = os.environ.get("NETRC") or next((p for p in ("~/.netrc", "~/_netrc") if Path(p).expanduser().exists()), None)
-    if path is None:
-        return None
-    try:
-        found = netrc.netrc(str(Path(path).expanduser())).authenticators(urlsplit(host).hostname or host)
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return found[2] if found else None
+    if mode and mode not in WANDB_MODE_VARIABLE:
+        raise UserError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment "
+                        "variable.")  # fmt: skip
 
 
 def check_port(strategy: Any, *, world_size: int) -> None:

@@ -25,6 +25,7 @@ from dino_lightning.config import (
     PicturesData,
     RetrievalEval,
     RevisitedData,
+    TensorBoardLoggerConfig,
     VideoEval,
     VOCData,
 )
@@ -153,6 +154,9 @@ def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -
     _check_images_of_run(config, overrides)
     _check_sizes(config.eval)
     _check_devices(config.trainer)
+    if isinstance(config.logger, TensorBoardLoggerConfig):
+        raise UserError("logger=tensorboard: an evaluation has no curves; choose logger=wandb, or logger=csv for "
+                        "results.jsonl alone.")  # fmt: skip
 
 
 def _check_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:

@@ -21,14 +21,14 @@ from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.callbacks.leaving import LeaveRun
 from dino_lightning.callbacks.pruning import Pruning
 from dino_lightning.callbacks.speed import Speed
-from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
+from dino_lightning.callbacks.wandb_logger import LastingWandbLogger, closed_wandb
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checkpoints.files import newest_whole
 from dino_lightning.checks import check_config, check_data
 from dino_lightning.checks_environment import check_environment, check_port
 from dino_lightning.checks_resources import check_resources
 from dino_lightning.checks_resume import check_same_run, check_total_batch
-from dino_lightning.config import TrainConfig
+from dino_lightning.config import TrainConfig, WandbLoggerConfig
 from dino_lightning.config.rules import check_keys
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.distributed import leave_group, trains_on_cpu
@@ -103,20 +103,20 @@ def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float
     except LeaveRun as leave:
         finish_loggers(trainer)
         sys.exit(leave_with(leave, trainer))
-    finally:
-        finish_loggers(trainer)
     if trainer.interrupted:
         return None
     summary = summarise(config, trainer, method)
     weights = whole_state(cast(nn.Module, method.evaluated.backbone))  # on all ranks: each may hold a part
     if trainer.is_global_zero:
+        exported = output / f"{method.evaluated_key}.safetensors"
         try:
-            write_results(config, summary, weights, output / f"{method.evaluated_key}.safetensors")
+            write_results(config, summary, weights, exported)
         except OSError as error:
             raise UserError(
                 f"output_dir={output}: the run is at its end, but its results could not be written "
                 f"({error.strerror or error}); make room, then resume=true writes them."
             ) from error
+        conclude_loggers(config, trainer, exported)
     return summary["knn_top1"]
 
 
@@ -177,10 +177,18 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
-    """Close W&B's run: the next job of a sweep is another one."""
+    """Close W&B's run, before a scheduler is asked to start this one again."""
     for logger in trainer.loggers:
         if isinstance(logger, LastingWandbLogger):
             logger.finish()
+
+
+def conclude_loggers(config: TrainConfig, trainer: L.Trainer, exported: Path) -> None:
+    """Give W&B what has been written: `summary.json` and the weights."""
+    for logger in trainer.loggers:
+        if isinstance(logger, LastingWandbLogger) and isinstance(config.logger, WandbLoggerConfig):
+            summary = json.loads((exported.parent / "summary.json").read_text())
+            logger.conclude(summary, weights=exported if config.logger.artifacts else None)
 
 
 def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dino_lightning.callbacks.wandb_evaluation import log_results, start_evaluation
+from dino_lightning.callbacks.wandb_logger import closed_wandb
 from dino_lightning.checkpoints import load_network, untrained
-from dino_lightning.checks_environment import check_gpus, check_variables, check_writable
+from dino_lightning.checks_environment import check_gpus, check_logger, check_variables, check_writable
 from dino_lightning.checks_evaluation import check_evaluation
 from dino_lightning.config import (
     SCHEMAS,
@@ -31,6 +33,7 @@ from dino_lightning.config import (
     NeighborsEval,
     RetrievalEval,
     VideoEval,
+    WandbLoggerConfig,
 )
 from dino_lightning.config.rules import check_keys
 from dino_lightning.distributed import leave_group
@@ -62,6 +65,7 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     check_variables()
     check_gpus(config.trainer.accelerator)
     check_writable("output_dir", Path(config.output_dir))
+    check_logger(config.logger)
     quieten_libraries()
     runtime = start(config)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
@@ -69,15 +73,25 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     networks = [network, untrained(network, seed=config.seed)] if config.baseline and network.trained else [network]
     name = next(name for name, schema in SCHEMAS["eval"].items() if type(config.eval) is schema)
     resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+    output, made_with = Path(config.output_dir), environment()
     file = ResultsFile(
-        Path(config.output_dir) / "results.jsonl",
-        eval=name,
-        checkpoint=config.checkpoint,
-        config=resolved,
-        environment=environment(),
+        output / "results.jsonl", eval=name, checkpoint=config.checkpoint, config=resolved, environment=made_with
     )
     introduce(config, network, runtime)
-    columns = [(each.name, evaluate(config, each, runtime, file)) for each in networks]
+    with closed_wandb():
+        logger = None
+        if isinstance(config.logger, WandbLoggerConfig) and runtime.is_main:
+            logger = start_evaluation(
+                config.logger,
+                folder=output,
+                checkpoint=config.checkpoint,
+                digest=network.digest,
+                hyperparameters={**resolved, "environment": made_with},
+                given=overrides,
+            )
+        columns = [(each.name, evaluate(config, each, runtime, file)) for each in networks]
+        if logger is not None:
+            log_results(logger, name, columns)
     if runtime.is_main:
         conclude(config, name, columns)
     return next((result.value for result in columns[0][1] if result.main), None)

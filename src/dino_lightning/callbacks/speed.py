@@ -22,7 +22,7 @@ class Speed(L.Callback):
 
     `speed/images_per_second`   over all devices
     `speed/data_wait_share`     share of that time (0 to 1) in which rank 0 waited for its next batch
-    `speed/mfu`                 the model's operations per second over the peak of the devices (0 to 1), where it is known
+    `speed/mfu`                 the model's operations per second over the devices' peak (0 to 1), where that is known
     `speed/gpu_memory_gib`      most memory that PyTorch had given out on the GPU of rank 0
     """
 

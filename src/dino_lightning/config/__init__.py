@@ -218,6 +218,8 @@ class EvaluateConfig:
     """The images."""
     trainer: DevicesConfig = field(default_factory=DevicesConfig)
     """Devices and precision."""
+    logger: LoggerConfig = MISSING
+    """Where results go besides `results.jsonl`: `csv`, nowhere, or `wandb`."""
     output_dir: str = MISSING
     """Folder of everything the evaluation writes; `results.jsonl` in it is appended to."""
     seed: int = 0

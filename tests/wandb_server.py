@@ -1,0 +1,327 @@
+"""A W&B server for tests, on this machine: as much of its protocol as wandb's own client needs.
+
+Runs with their history and config, files, artifacts and their use, saved views. What it does not know of gets an empty
+answer and stands in `unknown`. A key other than `KEY` is refused with status 401, as W&B does.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "k" * 40
+ENTITY = "somebody"
+
+
+@dataclass
+class Run:
+    """What the server knows of a run."""
+
+    project: str
+    name: str
+    sent: dict[str, Any] = field(default_factory=dict)
+    """The latest value of each field that was sent: `displayName`, `groupName`, `jobType`, `tags`, ..."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """The history, a row each."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    """Ids of artifacts that it took as input."""
+    starts: int = 0
+    """How often a process asked whether there is a run to go on with."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {key: entry["value"] for key, entry in json.loads(self.sent["config"]).items()}
+
+
+@dataclass
+class Artifact:
+    """A version of an artifact."""
+
+    id: str
+    sent: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+    """Name of each file that was announced, and its MD5."""
+    committed: bool = False
+
+
+class WandbServer:
+    """Everything that clients have sent."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.files: dict[str, bytes] = {}
+        """What was uploaded, by path."""
+        self.artifacts: list[Artifact] = []
+        self.views: list[dict[str, Any]] = []
+        self.unknown: list[str] = []
+        """Questions that got an empty answer."""
+        self.refused = 0
+        """Requests with a wrong key."""
+        self.lock = threading.Lock()
+        self.url = ""
+
+    # ------------------------------------------------------------------------------------------------- questions
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The data of a GraphQL answer."""
+        name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or ["", ""])[1]
+        known: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "Viewer": lambda _: {"viewer": self._viewer()},
+            "RunResumeStatus": self._resume_status,
+            "UpsertBucket": self._upsert,
+            "CreateRunFiles": self._run_files,
+            "ArtifactType": self._artifact_type,
+            "ArtifactMembershipByName": self._membership,
+            "CreateArtifact": self._create_artifact,
+            "CreateArtifactManifest": self._create_manifest,
+            "CreateArtifactFiles": self._create_files,
+            "CommitArtifact": self._commit,
+            "UseArtifact": self._use,
+            "UpsertView2": self._view,
+        }
+        if name not in known:
+            self.unknown.append(f"{name}: {' '.join(query.split())} {variables}")
+            return {}
+        return known[name](variables)
+
+    def _viewer(self) -> dict[str, Any]:
+        return {
+            "id": "VXNlcjox",
+            "entity": ENTITY,
+            "username": ENTITY,
+            "email": "somebody@example.org",
+            "flags": "{}",
+            "teams": {"edges": []},
+        }
+
+    def _project(self, project: str) -> dict[str, Any]:
+        return {"id": project, "name": project, "entity": {"id": ENTITY, "name": ENTITY}}
+
+    def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        if run is None:
+            return {"model": {**self._project(variables["project"]), "bucket": None}}
+        run.starts += 1
+        bucket = {
+            "id": run.name,
+            "name": run.name,
+            "displayName": run.sent.get("displayName"),
+            "summaryMetrics": json.dumps(run.summary),
+            "logLineCount": 0,
+            "historyLineCount": len(run.rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in run.rows[-1:]]),
+            "eventsTail": "[]",
+            "config": run.sent.get("config") or "{}",
+            "tags": run.sent.get("tags") or [],
+            "notes": "",
+            "wandbConfig": '{"t": {}}',
+        }
+        return {"model": {**self._project(run.project), "bucket": bucket}}
+
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"]
+        inserted = name not in self.runs
+        run = self.runs.setdefault(name, Run(variables["project"], name))
+        run.sent |= {key: value for key, value in variables.items() if value is not None}
+        bucket = {
+            "id": name,
+            "name": name,
+            "displayName": run.sent.get("displayName") or name,
+            "description": "",
+            "config": run.sent.get("config") or "{}",
+            "sweepName": None,
+            "project": self._project(run.project),
+            "historyLineCount": len(run.rows),
+        }
+        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def _run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"}
+                 for name in variables["files"]]  # fmt: skip
+        return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+
+    # ------------------------------------------------------------------------------------------------- artifacts
+
+    def _artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
+        found = self._latest(variables["name"])
+        kind = {"artifactType": {"name": found.sent["artifactTypeName"]}} if found else None
+        return {"project": {"artifact": kind}}
+
+    def _latest(self, name: str) -> Artifact | None:
+        name = name.split(":")[0]
+        return next((one for one in reversed(self.artifacts) if one.sent["artifactCollectionName"] == name), None)
+
+    def _membership(self, variables: dict[str, Any]) -> dict[str, Any]:
+        found = self._latest(variables["name"])
+        if found is None:
+            return {"project": {"artifactCollectionMembership": None}}
+        at, project = "2026-01-01T00:00:00", {"id": "1", "internalId": "1", "name": variables["project"],
+                                             "entity": {"name": ENTITY}}  # fmt: skip
+        collection = {"__typename": "ArtifactSequence", "name": found.sent["artifactCollectionName"],
+                      "project": project}  # fmt: skip
+        artifact = {
+            "__typename": "Artifact",
+            "id": found.id,
+            "artifactSequence": collection,
+            "versionIndex": 0,
+            "artifactType": {"name": found.sent["artifactTypeName"]},
+            "description": None,
+            "metadata": found.sent["metadata"],
+            "ttlDurationSeconds": -2,
+            "ttlIsInherited": False,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 1,
+            "digest": found.sent["digest"],
+            "commitHash": None,
+            "fileCount": len(found.files),
+            "createdAt": at,
+            "updatedAt": None,
+        }
+        membership = {
+            "__typename": "ArtifactCollectionMembership",
+            "id": "m",
+            "versionIndex": 0,
+            "createdAt": at,
+            "aliases": [{"__typename": "ArtifactAlias", "id": "a", "alias": "latest"}],
+            "artifactCollection": collection,
+            "artifact": artifact,
+        }
+        return {"project": {"artifactCollectionMembership": membership}}
+
+    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = variables.get("input", variables)
+        artifact = Artifact(f"artifact{len(self.artifacts)}", given)
+        self.artifacts.append(artifact)
+        answer = {"id": artifact.id, "state": "PENDING", "artifactSequence": {"id": "sequence", "latestArtifact": None}}
+        return {"createArtifact": {"artifact": answer}}
+
+    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.url}/storage/{variables['artifactID']}/{variables['name']}"
+        manifest = {"id": f"manifest-{variables['artifactID']}", "file": {"id": "f", "name": variables["name"],
+                    "displayName": variables["name"], "uploadUrl": url, "uploadHeaders": []}}  # fmt: skip
+        return {"createArtifactManifest": {"artifactManifest": manifest}}
+
+    def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        nodes = []
+        for spec in variables.get("input", variables).get("artifactFiles", []):
+            artifact = next(one for one in self.artifacts if one.id == spec["artifactID"])
+            artifact.files[spec["name"]] = spec["md5"]
+            url = f"{self.url}/storage/{artifact.id}/{spec['name']}"
+            nodes.append({"id": spec["name"], "name": spec["name"], "displayName": spec["name"], "uploadUrl": url,
+                          "uploadHeaders": [], "uploadMultipartUrls": None, "storagePath": spec["name"],
+                          "artifact": {"id": artifact.id}})  # fmt: skip
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _commit(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = next(one for one in self.artifacts if one.id == variables["artifactID"])
+        artifact.committed = True
+        return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.sent["digest"]}}}
+
+    def _use(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = variables.get("input", variables)
+        self.runs[given["runName"]].used.append(given["artifactID"])
+        return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
+
+    def _view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(variables)
+        return {"upsertView": {"view": {"id": f"view{len(self.views)}", "name": variables["name"]}, "inserted": True}}
+
+    # --------------------------------------------------------------------------------------------------- streams
+
+    def stream(self, run_name: str, content: dict[str, Any]) -> None:
+        """Rows of the history at their place, and the summary."""
+        run = self.runs[run_name]
+        for file, part in content.get("files", {}).items():
+            if file == "wandb-history.jsonl":
+                run.rows[part["offset"] :] = [json.loads(line) for line in part["content"]]
+            elif file == "wandb-summary.json":
+                run.summary = json.loads(part["content"][-1])
+
+    def upload(self, path: str, content: bytes) -> None:
+        """A file."""
+        self.files[path] = content
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wandb: WandbServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on the screen."""
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            content = gzip.decompress(content)
+        if not self._knows_the_key():
+            self.wandb.refused += 1
+            self._reply(401, {"errors": [{"message": "invalid API key"}]})
+            return
+        with self.wandb.lock:
+            self._reply(200, self._answer(content))
+
+    def _answer(self, content: bytes) -> dict[str, Any]:
+        if self.path == "/graphql":
+            asked = json.loads(content)
+            return {"data": self.wandb.answer(asked["query"], asked.get("variables") or {})}
+        if match := re.fullmatch(r"/files/.*/([^/]+)/file_stream", self.path):
+            self.wandb.stream(match[1], json.loads(content))
+        return {}
+
+    def do_PUT(self) -> None:
+        with self.wandb.lock:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.wandb.upload(self.path.removeprefix("/storage/"), content)
+            self._reply(200, {})
+
+    def _knows_the_key(self) -> bool:
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        expected = base64.b64encode(f"api:{KEY}".encode()).decode() if kind == "Basic" else KEY
+        return given == expected or self.path.startswith("/sdk/otel")
+
+    def _reply(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients leave without a word
+            super().handle_error(request, client_address)
+
+
+@contextmanager
+def serving() -> Iterator[WandbServer]:
+    """A server on a free port, in a thread of this process."""
+    wandb = WandbServer()
+    http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"wandb": wandb}))
+    wandb.url = f"http://127.0.0.1:{http.server_address[1]}"
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield wandb
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def md5(content: bytes) -> str:
+    """As W&B writes it."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
