@@ -40,3 +40,12 @@ def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written
     here = [word for word in here if not any(o.startswith(word.split("=")[0] + "=") for o in overrides)]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("evaluate", overrides=[*overrides, *here, f"output_dir={output_dir}"], return_hydra_config=False)
+
+
+def composed_embedding(*overrides: str, output: Path | str = "never-written.parquet") -> DictConfig:
+    """The configuration of `dino-embed OVERRIDES`, on one CPU and without the user's feature cache."""
+    register()
+    here = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "feature_cache=null", "cpu_threads=1"]
+    here = [word for word in here if not any(o.startswith(word.split("=")[0] + "=") for o in overrides)]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("embed", overrides=[f"output={output}", *here, *overrides])

@@ -97,6 +97,8 @@ def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
 def _unknown_key(key: str) -> str:
     keys = all_keys()
     known = {found.name for found in keys} | set(SCHEMAS)
+    if key in SCHEMAS:
+        return f"{key}=… is not for this program; its groups stand in --help."
     if key in known:
         owners = [found.schema for found in keys if found.name == key]
         group = key.split(".")[0]

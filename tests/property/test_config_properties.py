@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from composing import composed, composed_evaluation
+from composing import composed, composed_embedding, composed_evaluation
+from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -21,6 +22,8 @@ from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 from dino_lightning.config.keys import Key, all_keys
 from dino_lightning.config.rules import check_keys
 from dino_lightning.explain import explain
+from dino_lightning.export import check as check_export
+from dino_lightning.use.checks import check_embedding
 
 TRAINING = [
     (),
@@ -44,20 +47,30 @@ EVALUATION = [
 """Together they have every key of every schema."""
 
 
+CHECKS = {
+    "train": check_config, "evaluate": check_evaluation, "embed": check_embedding, "export": check_export
+}  # fmt: skip
+BASES = {"train": TRAINING, "evaluate": EVALUATION, "embed": [("data=builtin",)], "export": [()]}
+
+
 @cache
-def base(overrides: tuple[str, ...], *, training: bool) -> DictConfig:
-    if training:
+def base(overrides: tuple[str, ...], *, program: str) -> DictConfig:
+    if program == "train":
         return composed(*overrides, "trainer.accelerator=cpu")
-    return composed_evaluation(*overrides, "checkpoint=untrained:vit_micro")
+    if program == "export":
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("export", overrides=["checkpoint=untrained:vit_micro", "format=onnx", "output=x.onnx"])
+    composed_other = composed_evaluation if program == "evaluate" else composed_embedding
+    return composed_other(*overrides, "checkpoint=untrained:vit_micro")
 
 
 @cache
-def home(name: str, schema: type) -> tuple[tuple[str, ...], bool]:
-    """The first configuration that has the key, and whether it is one of training."""
-    for training, bases in ((True, TRAINING), (False, EVALUATION)):
+def home(name: str, schema: type) -> tuple[tuple[str, ...], str]:
+    """The first configuration that has the key, and the program that it is of."""
+    for program, bases in BASES.items():
         for overrides in bases:
-            if _has(base(overrides, training=training), name, schema):
-                return overrides, training
+            if _has(base(overrides, program=program), name, schema):
+                return overrides, program
     raise AssertionError(f"no configuration here has {name} of {schema.__name__}")
 
 
@@ -116,17 +129,14 @@ def is_word(key: Key, word: str) -> bool:
 
 def outcome(key: Key, word: str) -> str:
     """What the program would say, or nothing. All that comes before images and devices are looked at."""
-    overrides, training = home(key.name, key.schema)
-    config = base(overrides, training=training).copy()
+    overrides, program = home(key.name, key.schema)
+    config = base(overrides, program=program).copy()
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key.name}={word}"])
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
         check_keys(config)
         plain: Any = OmegaConf.to_object(config)
-        if training:
-            check_config(plain)
-        else:
-            check_evaluation(plain, overrides=[])
+        CHECKS[program](plain)
     except OverflowError as error:
         if "full_key" not in str(error):  # as `refuse_number`
             raise
@@ -157,7 +167,7 @@ def test_every_schema_is_tried() -> None:
     schemas = {TrainConfig, EvaluateConfig, *(schema for group in SCHEMAS.values() for schema in group.values())}
     assert {key.schema for key in KEYS} >= {schema for schema in schemas if any(k.schema is schema for k in KEYS)}
     assert len(KEYS) > 300
-    assert {home(key.name, key.schema)[1] for key in KEYS} == {True, False}
+    assert {home(key.name, key.schema)[1] for key in KEYS} == set(CHECKS)
 
 
 def test_what_is_refused_and_what_is_not() -> None:

@@ -7,17 +7,16 @@ Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one
 """
 
 import os
+import sys
 from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number
 from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
-from dino_lightning.config.rules import check_keys
 from dino_lightning.errors import UserError
 
 PROGRAM = "dino-embed"
@@ -29,6 +28,8 @@ def main() -> None:
     register()
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):  # here already: Hydra would write a file of its own
+            raise UserError("--multirun: dino-embed writes one file; run it once for each.")
         _embed()
     except EXPLAINED as error:
         refuse(error, program=PROGRAM)
@@ -38,18 +39,16 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def _embed(cfg: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
     try:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            raise UserError("--multirun: dino-embed writes one file; run it once for each.")
-        embed_as(cfg, overrides=list(hydra_config.overrides.task))
+        embed_as(cfg, overrides=list(HydraConfig.get().overrides.task))
     except EXPLAINED as error:
         refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
 
 
 def embed_as(composed: DictConfig, *, overrides: list[str]) -> None:
     """Write the features as configured and say where they are."""
-    from dino_lightning.use.run import run_embedding  # loads in seconds: not needed for --help
+    from dino_lightning.config.rules import check_keys  # torch loads in seconds: not needed for --help
+    from dino_lightning.use.run import run_embedding
 
     check_keys(composed)
     config = cast(EmbedConfig, OmegaConf.to_object(composed))
