@@ -1,0 +1,149 @@
+"""Runs of a sweep that end early: the rule against one written from its words, whose figures count, a real run."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import pytest
+import torch
+from composing import SMALL, composed
+from ranks import on_ranks
+from sweep_cases import make_run
+
+from dino_lightning.callbacks.pruning import Pruning, finished_beside, is_worse
+from dino_lightning.config import PruningConfig
+from dino_lightning.errors import UserError
+from dino_lightning.run import run_training
+
+pytest.importorskip("optuna", reason='pip install "dino-lightning[optuna]"')
+
+SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false", "trainer.max_epochs=3"]
+PRUNED = ["callbacks.pruning.enabled=true", "callbacks.pruning.after_jobs=2"]
+
+
+def below_the_median(values: dict[int, float], others: list[dict[int, float]], *, after_jobs: int) -> bool:
+    """The best figure so far against the median of the others at the latest epoch."""
+    epoch = max(values)
+    there = [other[epoch] for other in others if epoch in other]
+    return len(there) >= after_jobs and max(values.values()) < median(there)
+
+
+def test_the_rule_is_that_of_the_median() -> None:
+    draw, seen = random.Random(0), []
+    for _ in range(40):
+        others = [{e: draw.uniform(0, 100) for e in range(draw.randint(1, 4))} for _ in range(draw.randint(0, 6))]
+        values = {epoch: draw.uniform(0, 70) for epoch in range(draw.randint(1, 3))}
+        expected = below_the_median(values, others, after_jobs=2)
+        assert is_worse(values, others, PruningConfig(after_jobs=2)) == expected, (values, others)
+        seen.append(expected)
+    assert 5 < sum(seen) < 35
+
+
+@pytest.mark.parametrize(("keep", "worst_kept"), [(20, 50.0), (80, 20.0)])
+def test_other_shares_are_kept(keep: float, worst_kept: float) -> None:
+    """Of 10, 20, ..., 60 the upper fifth begins at 50, the upper four fifths at 20."""
+    others = [{0: 10.0 * number} for number in range(1, 7)]
+    config = PruningConfig(after_jobs=1, keep_percent=keep)
+    assert not is_worse({0: worst_kept}, others, config)
+    assert is_worse({0: worst_kept - 0.1}, others, config)
+
+
+def test_whose_figures_count(tmp_path: Path) -> None:
+    for name, state in enumerate(["finished", "pruned", "under way", "failed", "finished"]):
+        make_run(tmp_path / str(name), {}, [10.0 + name, 20.0 + name], state=state)
+    make_run(tmp_path / "of_another_kind", {}, [1.0])
+    (tmp_path / "5").mkdir()
+    (tmp_path / "multirun.yaml").write_text("")
+    assert finished_beside(tmp_path / "4") == [{0: 10.0, 1: 20.0}]
+    assert finished_beside(tmp_path / "2") == [{0: 10.0, 1: 20.0}, {0: 14.0, 1: 24.0}]
+
+
+@pytest.mark.parametrize(("others", "warmup", "epochs"), [(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)])
+def test_a_run_ends_early_and_well(
+    others: float, warmup: str, epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the first epoch that counts; the last one has nothing to spare."""
+    for name in "01":
+        make_run(tmp_path / name, {}, [others] * 3)
+    torch.manual_seed(0)
+    figure = run_training(composed(*SHORT, *PRUNED, f"callbacks.pruning.warmup={warmup}", output_dir=tmp_path / "2"))
+    summary = json.loads((tmp_path / "2" / "summary.json").read_text())
+    assert (summary["epochs"], summary["knn_top1"]) == (epochs, figure)
+    assert (tmp_path / "2" / "teacher.safetensors").exists()
+    said = capsys.readouterr().err
+    if epochs == 3:
+        assert summary["pruned"] is None
+        assert "Pruned" not in said
+    else:
+        assert summary["pruned"].startswith("after epoch 2 of 3: its best k-NN accuracy, ")
+        assert f"Pruned {summary['pruned']}. The run ends here" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "folder", "said"),
+    [
+        (["callbacks.knn.enabled=false"], "3", "callbacks.knn.enabled=false"),
+        ([], "alone", "add --multirun"),
+        (["callbacks.pruning.after_jobs=0"], "3", "callbacks.pruning.after_jobs=0: expected at least 1"),
+        (["callbacks.pruning.keep_percent=100"], "3", "callbacks.pruning.keep_percent=100"),
+        (["callbacks.pruning.warmup=9ep"], "3", "callbacks.pruning.warmup=9ep is longer"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(words: list[str], folder: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+        run_training(composed(*SHORT, "callbacks.pruning.enabled=true", *words, output_dir=tmp_path / folder))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_without_optuna_the_extra_is_named(tmp_path: Path) -> None:
+    with (
+        patch.dict(sys.modules, {"optuna": None}),
+        pytest.raises(UserError, match=r'pip install "dino-lightning\[optuna\]"'),
+    ):
+        run_training(composed(*SHORT, "callbacks.pruning.enabled=true", output_dir=tmp_path / "0"))
+
+
+class Knn:
+    """What has been found at step 10."""
+
+    def __init__(self) -> None:
+        self.last_step, self.last = 10, {"top1": 50.0}
+
+
+class Trainer:
+    """After the second of three epochs."""
+
+    global_step, current_epoch, max_epochs, should_stop = 10, 1, 3, False
+
+    def __init__(self, rank: int) -> None:
+        self.is_global_zero = rank == 0
+
+
+class Module:
+    """Without warm-up."""
+
+    def duration(self, text: str, *, key: str) -> int:
+        return 0
+
+
+def ends_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    trainer = Trainer(rank)
+    # The files of the first rank may be out of the other's sight.
+    own = Path(folder) / "2" if rank == 0 else Path(folder) / "nowhere" / "2"
+    pruning = Pruning(PruningConfig(after_jobs=2), folder=own, knn=Knn())  # type: ignore[arg-type]
+    pruning.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]
+    torch.save(trainer.should_stop, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [60.0, 40.0])
+def test_all_ranks_end_together(others: float, tmp_path: Path) -> None:
+    for name in "01":
+        make_run(tmp_path / name, {}, [others] * 3)
+    on_ranks(ends_on_rank, str(tmp_path))
+    assert [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)] == [others == 60.0] * 2
