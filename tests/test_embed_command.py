@@ -1,25 +1,30 @@
 """`dino-embed`: what is wrong is one sentence, what is right is a file, also after a kill and from two processes."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from composing import composed_embedding
+from omegaconf import OmegaConf
 
 from dino_lightning import embed
 from dino_lightning.cli import CONF, EXPLAINED, options
-from dino_lightning.config import BuiltinData
+from dino_lightning.config import BuiltinData, EmbedConfig
 from dino_lightning.config.keys import all_keys
 from dino_lightning.explain import explain
-from dino_lightning.use.checks import CHOICES, RULES
+from dino_lightning.use.checks import CHOICES, RULES, check_embedding, check_output
 from dino_lightning.use.command import embed_as
 
+ROOT = Path(__file__).parents[1]
 NETWORK = ["checkpoint=untrained:vit_micro", "image_size=32"]
 FEW = ["data=builtin", "data.train_images=12", "data.val_images=5", "data.num_workers=0"]
 
@@ -58,6 +63,19 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("option", options("embed")["data"])
 def test_every_kind_of_images_composes(option: str) -> None:
     assert composed_embedding(f"data={option}", "checkpoint=x").data.max_bad_share == 1
+
+
+def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino-embed")]
+    assert len(commands) >= 3
+    for command in commands:
+        words = [word for word in shlex.split(command)[1:] if not word.startswith("trainer.")]
+        config = cast(EmbedConfig, OmegaConf.to_object(composed_embedding(*words)))
+        check_embedding(config, overrides=words)
+        check_output(tmp_path / config.output, config)
+        assert Path(config.output).suffix in (".parquet", ".npy")
 
 
 def test_rules_are_about_keys_that_exist_and_every_number_has_one() -> None:

@@ -42,6 +42,14 @@ def test_there_are_examples() -> None:
     assert NAMES == ["cluster", "dedupe", "outliers", "search"]
 
 
+def test_the_page_names_them_and_their_words() -> None:
+    commands = re.findall(r"python examples/(\w+)\.py(.*?)(?:#|$)", (EXAMPLES.parent / "docs" / "use.md").read_text())
+    assert sorted(name for name, _ in commands) == NAMES
+    for name, words in commands:
+        code = (EXAMPLES / f"{name}.py").read_text() + (EXAMPLES / "common.py").read_text()
+        assert all(f'"{word}"' in code for word in re.findall(r"--\w+", words)), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_on_the_built_in_images(name: str, run) -> None:
     lines = run(name)
