@@ -240,7 +240,7 @@ def test_two_runs_are_read_and_hidden_together(both: Seen, folder: Path):
         .evaluate_all("lines => lines.map(line => getComputedStyle(line).stroke)")
     )
     assert len(set(strokes)) == 2
-    both.page.locator("#tools").get_by_role("button", name="b (optim.lr=0.002)").click()
+    both.page.locator("#tools").get_by_role("button", name="b (lr=0.002)").click()
     counts = {both.page.locator(".chart").nth(i).locator("path.line").count() for i in range(5)}
     assert counts == {1}
 

@@ -18,7 +18,7 @@ from dino_lightning.report.curves import LEAST_POINTS, MOST_POINTS, PAGE_POINTS,
 from dino_lightning.report.evaluations import find_results
 from dino_lightning.report.folder import read_run
 from dino_lightning.report.gallery import MOST_SHEETS, chosen_epochs
-from dino_lightning.report.runs import differences, find_runs, names_of
+from dino_lightning.report.runs import differences, find_runs, names_of, state
 from dino_lightning.report_runs import main, write
 
 Rows = list[dict[str, Any]]
@@ -118,6 +118,22 @@ def test_one_run_has_its_own_page_and_several_have_one_beside(pair: Path, capsys
     assert (pair / "b" / "both.html").read_text() == (pair / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("summary", "failure", "expected"),
+    [
+        ({}, None, "finished"),
+        ({"collapse": "uniform at step 9"}, None, "finished; collapse: uniform at step 9"),
+        ({"pruned": "at epoch 3"}, None, "pruned at epoch 3"),
+        ({}, "It broke.\nTraceback", "failed: It broke."),
+    ],
+)
+def test_the_state_of_a_run(tmp_path: Path, summary: dict[str, Any], failure: str | None, expected: str):
+    folder = made(tmp_path / "a", summary=summary)
+    if failure:
+        (folder / "failed.txt").write_text(failure)
+    assert state(read_run(folder)) == expected
+
+
 def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
     nested = {"optim": {"lr": 1e-3, "betas": [0.9, 0.999]}, "callbacks": {}}
     one = made(tmp_path / "1", config={**nested, "seed": 0, "output_dir": "x", "resume": None})
@@ -130,7 +146,9 @@ def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
 
 def test_names_say_what_differs_where_that_is_short(tmp_path: Path):
     runs = [read_run(made(tmp_path / "s" / str(n), config={"optim": {"lr": 0.1 * n}})) for n in (1, 2)]
-    assert names_of(runs) == ["1 (optim.lr=0.1)", "2 (optim.lr=0.2)"]
+    assert names_of(runs) == ["1 (lr=0.1)", "2 (lr=0.2)"]
+    drawn = [read_run(made(tmp_path / "o" / str(n), config={"optim": {"lr": n / 3}})) for n in (1, 2)]
+    assert names_of(drawn) == ["1 (lr=0.3333)", "2 (lr=0.6667)"]
     other = read_run(made(tmp_path / "t" / "1", config={"optim": {"lr": 0.3}, "why": "for a reason of many words"}))
     assert names_of([*runs, other]) == ["s/1", "s/2", "t/1"]
 
@@ -156,7 +174,7 @@ def titles(page: Page) -> list[str]:
 def test_the_page_of_two_says_state_settings_and_figures(pair: Path):
     page = Page(write([str(pair / "a"), str(pair / "b")]))
     for words in ("finished", "epoch 4 of 9", "trainer.max_epochs", "optim.lr", "0.004",
-                  "a (optim.lr=0.002) is ahead with 76.7 %", "6.7 points apart"):  # fmt: skip
+                  "a (lr=0.002) is ahead with 76.7 %", "6.7 points apart"):  # fmt: skip
         assert words in page.text, words
     assert "backbone.width" not in page.text
     assert [float(str(data["value"])) for data in page.all("data")] == [SUMMARY["knn_top1"], 50 + 399 / 20]

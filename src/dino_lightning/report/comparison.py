@@ -8,7 +8,7 @@ from dino_lightning.report.evaluations import Evaluated, results_html
 from dino_lightning.report.folder import Run
 from dino_lightning.report.gallery import gallery_together
 from dino_lightning.report.markup import Cell, bar, note, page, section, table
-from dino_lightning.report.runs import differences, names_of, state
+from dino_lightning.report.runs import differences, folders_of, names_of, state
 
 MOST_RUNS = 4 * COLOURS
 """Colours and dashes that can be told apart."""
@@ -28,7 +28,7 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]])
         lead=f'<p class="lead">{escape(_verdict(runs, names))}</p>',
         parts=[
             section("What was learnt", _knn(runs, names)),
-            section("What differs", _differences(runs, names)),
+            section("What differs", _differences(runs, folders_of(runs))),
             section("Evaluations", results_html(results, names)),
             section("Pictures", gallery_together(runs, names)),
             curves_html(charts, runs=names),
@@ -59,33 +59,41 @@ def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
     return f"{said}; the runs lie {apart:.1f} points apart."
 
 
+BASELINES = {"knn_top1_untrained": "untrained", "knn_top1_pixels": "raw pixels"}
+
+
 def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
     known = [value for run in runs if (value := _accuracy(run)) is not None]
+    baselines = {key: [run.number(key) for run in runs] for key in BASELINES}
+    # What is the same for all runs that know it is said once, above the table.
+    distinct = {key: set(values) - {None} for key, values in baselines.items()}
+    shared = {key: next(iter(values), None) for key, values in distinct.items() if len(values) < 2}
     rows = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         value = _accuracy(run)
         swatch = f'<i class="swatch d{number // COLOURS}" style="border-top-color:var(--s{number % COLOURS})"></i>'
-        best = bool(known) and value == max(known)
         shown = "" if value is None else f'{bar(value)}<data value="{value!r}">{value:.1f} %</data>'
-        columns = [max((v for _, v in run.curves.get("knn/top1", [])), default=None)]
-        columns += [run.number(key) for key in ("knn_top1_untrained", "knn_top1_pixels")]
-        rows.append(
-            [
-                Cell(f"{swatch}{escape(name)}"),
-                Cell(shown, figure=True, main=best),
-                *(Cell("" if each is None else f"{each:.1f} %", figure=True) for each in columns),
-                Cell(_number(run.last("train/loss_epoch") or run.last("train/loss"), ".3f"), figure=True),
-                Cell(_number(run.number("images_per_second") or run.last("speed/images_per_second"), ",.0f"), True),
-                Cell(escape(state(run)), words=True),
-            ]
-        )
-    header = ["Run", "k-NN top-1", "highest on the way", "untrained", "raw pixels", "loss", "images/s", "state"]
-    intro = "Validation images whose class the most similar training images vote for; before a run's end, the latest."
+        loss, speed = (run.last("train/loss_epoch"), run.last("train/loss")), run.last("speed/images_per_second")
+        figures = [
+            _number(max((v for _, v in run.curves.get("knn/top1", [])), default=None), ".1f", " %"),
+            *(_number(values[number], ".1f", " %") for key, values in baselines.items() if key not in shared),
+            _number(next((each for each in loss if each is not None), None), ".3f"),
+            _number(run.number("images_per_second") or speed, ",.0f"),
+        ]
+        first = [Cell(f"{swatch}{escape(name)}"), Cell(shown, figure=True, main=bool(known) and value == max(known))]
+        rows.append([*first, *(Cell(each, figure=True) for each in figures), Cell(escape(state(run)), words=True)])
+    columns = [name for key, name in BASELINES.items() if key not in shared]
+    header = ["Run", "k-NN top-1", "highest", *columns, "loss", "images/s", "state"]
+    said = [f"{BASELINES[key]} {value:.1f} %" for key, value in shared.items() if value is not None]
+    intro = (
+        "Validation images whose class the most similar training images vote for; before a run's end, the latest. "
+        + (f"Without training: {', '.join(said)}." if said else "")
+    )
     return note(intro) + table("k-NN and state of each run", header, rows)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dino_lightning.errors import UserError, nearest
 from dino_lightning.records import FAILED
-from dino_lightning.report.folder import Run
+from dino_lightning.report.folder import Run, finite
 
 FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 """What makes a folder that of a run."""
@@ -16,6 +16,7 @@ OWN = ("output_dir", "resume")
 """Settings that say where a run is, not what it is."""
 LONGEST = 24
 """Characters of a setting in the name of a run."""
+DIGITS = 8
 
 
 def find_runs(words: Iterable[str]) -> list[Path]:
@@ -61,14 +62,15 @@ def _nothing(word: str, path: Path, matches: Sequence[Path]) -> str:
 
 
 def state(run: Run) -> str:
-    """How far a run has come, and whether it has collapsed, in words."""
-    failed, collapse = run.folder / FAILED, run.summary.get("collapse")
+    """How far a run has come, whether it was pruned, and whether it has collapsed, in words."""
+    failed, pruned, collapse = run.folder / FAILED, run.summary.get("pruned"), run.summary.get("collapse")
     epoch, epochs = max((epoch for _, epoch in run.epochs), default=0), run.setting("trainer.max_epochs")
     if failed.exists():
         lines = failed.read_text("utf-8", errors="replace").splitlines() or ["without a reason"]
         return f"failed: {lines[0].strip()}"
     if run.summary:
-        return f"finished; collapse: {collapse}" if collapse else "finished"
+        ended = f"pruned {pruned}" if pruned else "finished"
+        return f"{ended}; collapse: {collapse}" if collapse else ended
     return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
 
 
@@ -113,16 +115,30 @@ def plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its folder, and the settings that differ where these are few and short."""
+def folders_of(runs: Sequence[Run]) -> list[str]:
+    """Each run's folder, from the innermost one that all lie in."""
     folders = [run.folder.resolve() for run in runs]
     above = common_folder(folders)
-    names = [str(folder.relative_to(above)) for folder in folders]
-    differing = differences(runs)
-    if any(len(f"{key}={value}") > LONGEST for key, values in differing.items() for value in values):
-        differing = {}
-    if not 0 < len(differing) <= 2:
+    return [str(folder.relative_to(above)) for folder in folders]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its folder, and the settings that differ where these are few and short."""
+    names, found = folders_of(runs), differences(runs)
+    ends = [key.rpartition(".")[2] for key in found]
+    told = {
+        end if ends.count(end) == 1 else key: [_brief(value) for value in values]
+        for (key, values), end in zip(found.items(), ends, strict=True)
+    }
+    short = all(len(f"{key}={value}") <= LONGEST for key, values in told.items() for value in values)
+    if not (short and 0 < len(told) <= 2):
         return names
-    said = [", ".join(f"{key}={value}" for key, value in zip(differing, row, strict=True) if value)
-            for row in zip(*differing.values(), strict=True)]  # fmt: skip
+    said = [", ".join(f"{key}={value}" for key, value in zip(told, row, strict=True) if value)
+            for row in zip(*told.values(), strict=True)]  # fmt: skip
     return [f"{name} ({words})" if words else name for name, words in zip(names, said, strict=True)]
+
+
+def _brief(value: str) -> str:
+    """Four digits of a number with more characters than a hand would type."""
+    number = finite(value)
+    return f"{number:.4g}" if number is not None and len(value) > DIGITS else value

@@ -167,7 +167,9 @@ class Chart {
     for (const [name, value] of Object.entries({ x: left - 4, y: 0, width: Math.max(0, width - RIGHT - left + 8), height: HEIGHT - BOTTOM + 4 }))
       clip.setAttribute(name, value);
     const curves = svg(root, "g", { "clip-path": `url(#clip${charts.indexOf(this)})` });
-    this.spec.series.forEach((s, i) => { if (!this.off.has(i)) this.curve(curves, s, this.means[i]); });
+    const drawn = this.spec.series.map((s, i) => [s, this.means[i]]).filter((_, i) => !this.off.has(i));
+    for (const [s, mean] of drawn) this.curve(curves, s, s.points, mean ? " faint" : s.thin ? " thin" : "");
+    for (const [s, mean] of drawn) if (mean) this.curve(curves, s, mean, "");
     this.lines(references, left, width);
     this.choice = svg(root, "rect", { class: "choice", x: 0, y: TOP, width: 0, height: HEIGHT - TOP - BOTTOM });
     this.marks = svg(root, "g", { class: "marks" });
@@ -184,15 +186,12 @@ class Chart {
     });
   }
 
-  curve(parent, series, mean) {
-    const color = `var(--s${series.color})`, kind = `line d${series.dash}`;
-    const path = points => points.filter(p => this.usable(p[1]))
-      .map((p, i) => `${i ? "L" : "M"}${this.x(p[0]).toFixed(1)} ${this.y(p[1]).toFixed(1)}`).join("");
-    svg(parent, "path", { d: path(series.points), class: `${kind}${mean ? " faint" : series.thin ? " thin" : ""}`, style: `stroke:${color}` });
-    if (mean) svg(parent, "path", { d: path(mean), class: kind, style: `stroke:${color}` });
-    else if (series.points.length <= 40 && !series.thin)
-      for (const p of series.points.filter(p => this.usable(p[1])))
-        svg(parent, "circle", { cx: this.x(p[0]), cy: this.y(p[1]), r: 3, style: `fill:${color}` });
+  curve(parent, series, points, look) {
+    const color = `var(--s${series.color})`, shown = points.filter(p => this.usable(p[1]));
+    const path = shown.map((p, i) => `${i ? "L" : "M"}${this.x(p[0]).toFixed(1)} ${this.y(p[1]).toFixed(1)}`).join("");
+    svg(parent, "path", { d: path, class: `line d${series.dash}${look}`, style: `stroke:${color}` });
+    if (shown.length <= 40 && !look)
+      for (const p of shown) svg(parent, "circle", { cx: this.x(p[0]), cy: this.y(p[1]), r: 3, style: `fill:${color}` });
   }
 
   stepAt(clientX, snapped = true) {
