@@ -144,7 +144,10 @@ class Pictures(L.Callback):
             warn(f"{path} could not be written ({error.strerror or error}); training goes on without it.")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(key=f"pictures/{name}", images=[sheet])
+                # As of the last step taken, as the row of an epoch's end; without a step, as of the last row.
+                steps = trainer.global_step
+                caption = [f"after {steps} steps"]
+                logger.log_image(key=f"pictures/{name}", images=[sheet], step=max(0, steps - 1), caption=caption)
 
 
 def _data(trainer: L.Trainer) -> MultiCropDataModule:
