@@ -17,7 +17,7 @@ from composing import composed_embedding
 from omegaconf import OmegaConf
 
 from dino_lightning import embed
-from dino_lightning.cli import CONF, EXPLAINED, options
+from dino_lightning.cli import CONF, EXPLAINED, options, with_home_folders
 from dino_lightning.config import BuiltinData, EmbedConfig
 from dino_lightning.config.keys import all_keys
 from dino_lightning.explain import explain
@@ -71,11 +71,18 @@ def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
     commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino-embed")]
     assert len(commands) >= 3
     for command in commands:
-        words = [word for word in shlex.split(command)[1:] if not word.startswith("trainer.")]
+        words = [word for word in with_home_folders(shlex.split(command)[1:]) if "trainer." not in word]
         config = cast(EmbedConfig, OmegaConf.to_object(composed_embedding(*words)))
         check_embedding(config, overrides=words)
         check_output(tmp_path / config.output, config)
         assert Path(config.output).suffix in (".parquet", ".npy")
+
+
+def test_the_home_folder_in_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["data.path=~/a,~/b", "x=[~/c,~]", "~seed", "a=b~/c", "a=~b"]
+    assert with_home_folders(words) == ["data.path=/home/me/a,/home/me/b", "x=[/home/me/c,/home/me]", *words[2:]]
+    assert composed_embedding(*with_home_folders(["data.path=~/photos"])).data.path == "/home/me/photos"
 
 
 def test_rules_are_about_keys_that_exist_and_every_number_has_one() -> None:

@@ -67,7 +67,7 @@ def train() -> None:
     except UserError as error:
         refuse(error)
     register_timm_networks(sys.argv[1:])
-    sys.argv[1:] = with_shards_in_one_piece(with_settings_for_data(sys.argv[1:]))
+    sys.argv[1:] = with_shards_in_one_piece(with_settings_for_data(with_home_folders(sys.argv[1:])))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
@@ -205,6 +205,12 @@ def with_settings_for_data(overrides: list[str]) -> list[str]:
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
     place = overrides.index(f"data={groups['data']}")
     return [*overrides[:place], "experiment=photos32", *overrides[place:]]
+
+
+def with_home_folders(overrides: list[str]) -> list[str]:
+    """The overrides with the home folder in the place of `~`: Hydra reads no value that begins with it, and of
+    `data.path=~/photos` a shell leaves it there, because a variable's name has no dot."""
+    return [re.sub(r"(?<=[=,\[])~(?=[/,\]]|$)", os.path.expanduser("~"), word) for word in overrides]
 
 
 def with_shards_in_one_piece(overrides: list[str]) -> list[str]:

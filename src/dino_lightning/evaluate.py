@@ -24,6 +24,7 @@ from dino_lightning.cli import (
     refuse_folder,
     refuse_number,
     run_name,
+    with_home_folders,
     with_shards_in_one_piece,
 )
 from dino_lightning.config import register
@@ -36,7 +37,7 @@ def main() -> None:
     """Entry point of evaluation."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
-    sys.argv[1:] = with_shards_in_one_piece(sys.argv[1:])
+    sys.argv[1:] = with_shards_in_one_piece(with_home_folders(sys.argv[1:]))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:

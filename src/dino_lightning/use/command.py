@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number
+from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number, with_home_folders
 from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
@@ -26,6 +26,7 @@ def main() -> None:
     """Entry point."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
+    sys.argv[1:] = with_home_folders(sys.argv[1:])
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):  # here already: Hydra would write a file of its own
