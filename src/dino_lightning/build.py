@@ -34,6 +34,8 @@ from dino_lightning.callbacks.speed import Speed
 from dino_lightning.callbacks.wandb_logger import RUN_ID, sweep_name, wandb_logger
 from dino_lightning.checkpoints import Description
 from dino_lightning.checkpoints.files import AsyncCheckpointIO, SafeCheckpointIO
+from dino_lightning.checkpoints.initial import start_from
+from dino_lightning.checkpoints.original import KEYS
 from dino_lightning.config import (
     SCHEMAS,
     BYOLConfig,
@@ -59,6 +61,7 @@ from dino_lightning.methods.flops import step_flops
 from dino_lightning.methods.moco import MoCo
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
+from dino_lightning.networks import Network
 from dino_lightning.records import write_atomically
 from dino_lightning.strategy import SharedStatistics, build_strategy, cluster_plugins
 
@@ -190,8 +193,8 @@ def register_method(name: str, config: type[MethodConfig], method: Callable[...,
     METHODS[config] = method
 
 
-def build_method(config: TrainConfig, *, num_classes: int = 0) -> Method:
-    """The LightningModule: what is trained, and how."""
+def build_method(config: TrainConfig, *, num_classes: int = 0, initial: Network | None = None) -> Method:
+    """The LightningModule: what is trained, and how; its backbones start from the weights of `initial`, if given."""
     size, channels = config.crops.global_size, config.data.channels
 
     def backbone(*, drop_path: bool) -> nn.Module:
@@ -207,6 +210,9 @@ def build_method(config: TrainConfig, *, num_classes: int = 0) -> Method:
     }
     if isinstance(config.method, TeacherConfig):
         common["teacher_backbone"] = backbone(drop_path=False)
+    if initial is not None:
+        backbones = [common[f"{key}_backbone"] for key in KEYS if f"{key}_backbone" in common]
+        start_from(initial, *backbones, source=f"init_from={config.init_from}")
     match config.method:
         case DINOConfig() as dino:
             method: Method = DINO(dino, **common)

@@ -18,7 +18,7 @@ from dino_lightning.config import SCHEMAS
 from dino_lightning.config.rules import shown
 from dino_lightning.errors import UserError
 
-DECISIVE = ("backbone.", "method.", "crops.", "data.", "optim.", "seed", "trainer.precision",
+DECISIVE = ("backbone.", "method.", "crops.", "data.", "optim.", "seed", "init_", "trainer.precision",
             "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
 """Keys, or beginnings of keys, that decide what is trained."""
 FREE = (

@@ -26,6 +26,7 @@ from dino_lightning.checkpoints import export_backbone
 from dino_lightning.checkpoints.files import newest_whole
 from dino_lightning.checks import check_config, check_data
 from dino_lightning.checks_environment import check_environment, check_port
+from dino_lightning.checks_initial import check_initial
 from dino_lightning.checks_resources import check_resources
 from dino_lightning.checks_resume import check_same_run, check_total_batch
 from dino_lightning.config import TrainConfig, WandbLoggerConfig
@@ -73,6 +74,7 @@ def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float
     found = newest_whole(output / "checkpoints") if resume_mode(config) else None
     if found is not None:
         check_same_run(resolved, output)
+    initial = check_initial(config) if found is None else None
     data = build_data(config)
     step = None if found is None else found[1]["global_step"]
     trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()}, before_step=step)
@@ -83,7 +85,8 @@ def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float
     if trainer.strategy.root_device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices * at_once))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
-    method = build_method(config, num_classes=data.num_classes)
+    method = build_method(config, num_classes=data.num_classes, initial=initial)
+    del initial
     check_resources(config, method, processes=trainer.num_devices * at_once, first=trainer.is_global_zero)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()

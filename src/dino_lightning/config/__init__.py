@@ -182,6 +182,11 @@ class TrainConfig:
     """Name of the experiment the settings come from (set by the file under `conf/experiment/`)."""
     imports: list[str] = field(default_factory=list)
     """Python files or modules with methods of your own (docs/new_method.md), imported first."""
+    init_from: str | None = None
+    """Start from the weights of a network: whatever `checkpoint` of an evaluation takes. It must be the network that
+    `backbone` says; a position embedding for images of another size is resampled. The head starts anew."""
+    init_key: str | None = None
+    """Which network of an `init_from` that holds several: `teacher` or `student`; null as for an evaluation."""
     suggest: bool = False
     """Choose prototypes, momentum, temperature, learning rate and crops by number and size of the images
     (docs/small_data.md), wherever the command line does not."""
@@ -207,7 +212,7 @@ class EvaluateConfig:
     """What is measured."""
     checkpoint: str = MISSING
     """The network: a run's folder, its `.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
-    timm's published weights, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
+    timm's published weights, `hf:OWNER/NAME` or a folder for those of transformers, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
     weights."""
     checkpoint_key: str | None = None
     """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run

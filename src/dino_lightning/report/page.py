@@ -21,7 +21,7 @@ from dino_lightning.report.runs import state
 
 KNN_ROWS = [
     ("knn_top1_pixels", "Raw pixels", "What colours and layout alone give away."),
-    ("knn_top1_untrained", "Untrained network", "The same network with its first, random weights."),
+    ("knn_top1_untrained", "Untrained network", "The same network before its first step."),
     ("knn_top1", "Trained network", "The network that this run leaves behind."),
 ]
 """Key of the summary, name and meaning of the three k-NN figures."""
