@@ -131,6 +131,9 @@ def test_every_ablation_is_in_a_sweep() -> None:
 def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
     words = ["sweep=table7", "data=parquet", "scale=photos32"]
     assert cli.with_settings_for_data(words) == words
+    assert cli.with_settings_for_data(["sweep=optuna", "data=parquet"]) == [
+        "sweep=optuna", "experiment=photos32", "data=parquet"
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

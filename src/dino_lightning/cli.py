@@ -184,7 +184,8 @@ def refuse_number(error: OverflowError, *, program: str = "dino-lightning") -> N
 
 def register_timm_networks(overrides: list[str]) -> None:
     """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
-    names = [part for text in overrides if text.startswith("backbone=") for part in text[9:].split(",")]
+    # Several for a grid, and `choice(…)` of some for Optuna.
+    names = [part for text in overrides if text.startswith("backbone=") for part in re.findall(r"[^,()]+", text[9:])]
     unknown = set(names) - set(option_names(CONF / "backbone"))
     if not unknown:
         return
@@ -197,10 +198,10 @@ def register_timm_networks(overrides: list[str]) -> None:
 def with_settings_for_data(overrides: list[str]) -> list[str]:
     """The overrides and, where they name data but no experiment, the experiment for photographs.
 
-    The default experiment, `quick`, is tuned to the drawings of the built-in set. A sweep names its experiments itself.
+    The default experiment, `quick`, is tuned to the drawings of the built-in set. A sweep over experiments names them.
     """
     groups = dict(text.split("=", 1) for text in overrides if "=" in text)
-    if groups.get("data", "builtin") == "builtin" or "experiment" in groups or groups.get("sweep", "null") != "null":
+    if groups.get("data", "builtin") == "builtin" or "experiment" in groups or _names_experiments(groups.get("sweep")):
         return overrides
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
     place = overrides.index(f"data={groups['data']}")
@@ -211,6 +212,13 @@ def with_home_folders(overrides: list[str]) -> list[str]:
     """The overrides with the home folder in the place of `~`: Hydra reads no value that begins with it, and of
     `data.path=~/photos` a shell leaves it there, because a variable's name has no dot."""
     return [re.sub(r"(?<=[=,\[])~(?=[/,\]]|$)", os.path.expanduser("~"), word) for word in overrides]
+
+
+def _names_experiments(sweep: str | None) -> bool:
+    if sweep in (None, "null"):
+        return False
+    path = CONF / "sweep" / f"{sweep}.yaml"
+    return not path.exists() or "experiment:" in path.read_text()
 
 
 def with_shards_in_one_piece(overrides: list[str]) -> list[str]:

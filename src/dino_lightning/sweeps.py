@@ -105,9 +105,9 @@ def runs_at_once(launcher: DictConfig) -> int:
     """How many runs joblib starts side by side on this machine; 0 where it is not the launcher."""
     if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
         return 0
-    from joblib import effective_n_jobs
+    from joblib import cpu_count
 
-    return effective_n_jobs(launcher.n_jobs)
+    return launcher.n_jobs if launcher.n_jobs > 0 else max(1, cpu_count() + 1 + launcher.n_jobs)
 
 
 def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options: Any) -> float | None:
