@@ -1,0 +1,99 @@
+"""Features of the original's networks beside ours, from one file of weights: the largest differences.
+
+    python benchmarks/original_networks.py --original DIR [--xcit DIR]        all networks and sizes, an hour on 2 cores
+    python benchmarks/original_networks.py --original DIR --networks vits16 resnet50 --sizes 224 96
+
+DIR are checkouts of facebookresearch/dino and, for XCiT, of facebookresearch/xcit. Each network of theirs gets random
+weights and is saved in the layout of the published files; `load_network` reads that, and `dino-export format=original`
+writes it again, which the original loads with `strict=True`.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.checkpoints import load_network
+from dino_lightning.checkpoints.formats import export_network
+
+VITS = {"vits16": ("vit_small", 16), "vits8": ("vit_small", 8), "vitb16": ("vit_base", 16), "vitb8": ("vit_base", 8)}
+XCITS = ("xcit_small_12_p16", "xcit_small_12_p8")
+NETWORKS = (*VITS, "resnet50", *XCITS)
+SIZES = ("224", "96", "480x848")
+
+
+def main() -> None:
+    """Print a row for each network and size."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
+    parser.add_argument("--xcit", type=Path, help="checkout of facebookresearch/xcit")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="side, or HEIGHTxWIDTH, in pixels")
+    options = parser.parse_args()
+    print("network             image        |d features|  (largest feature)")
+    for name in options.networks:
+        checkout = options.xcit if name in XCITS else options.original
+        if checkout is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for size, apart, largest in compared(name, checkout, Path(folder), sizes=options.sizes):
+                print(f"{name:19} {size:>9} px {apart:12.1e}  ({largest:.1f})", flush=True)
+
+
+@torch.no_grad()
+def compared(name: str, checkout: Path, folder: Path, *, sizes: list[str]) -> Iterator[tuple[str, float, float]]:
+    """(size, largest difference, largest feature) for an image of each size; `folder` takes the files of weights."""
+    theirs = original_network(name, checkout)
+    torch.save(theirs.state_dict(), folder / "theirs.pth")
+    ours = load_network(str(folder / "theirs.pth"))
+    export_network(ours, folder / "ours.pth", format="original", checkpoint="theirs.pth", image_size=None)
+    theirs.load_state_dict(torch.load(folder / "ours.pth", weights_only=True), strict=True)
+    for size in sizes:
+        height, _, width = size.partition("x")
+        images = torch.randn(1, 3, int(height), int(width or height), generator=torch.Generator().manual_seed(0))
+        features: Tensor = theirs(images)
+        yield size, (ours.backbone(images) - features).abs().max().item(), features.abs().max().item()
+
+
+def original_network(name: str, checkout: Path) -> nn.Module:
+    """A network of the original in eval mode, its weights and statistics random and all of them in use."""
+    torch.manual_seed(0)
+    if name == "resnet50":  # the original takes torchvision's
+        from torchvision.models import resnet50
+
+        network: nn.Module = resnet50()
+        network.fc = nn.Identity()  # type: ignore[assignment]
+    elif name in XCITS:
+        with modules_of(checkout, "xcit") as (xcit,):
+            network = getattr(xcit, name)(num_classes=0)
+    else:
+        kind, patch = VITS[name]
+        with modules_of(checkout, "vision_transformer", "utils") as (vits, _):
+            network = getattr(vits, kind)(patch_size=patch, num_classes=0)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.rand_like(tensor) * 0.02)
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def modules_of(checkout: Path, *names: str) -> Iterator[list[Any]]:
+    """Modules of a checkout, whose names are too common to stay imported."""
+    sys.path.insert(0, str(checkout))
+    try:
+        yield [import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(checkout))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`init_from`: training from the weights of another network."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import oracles
+import pytest
+import torch
+from composing import SMALL, composed
+from network_cases import SEEN, TINY, exported
+from omegaconf import OmegaConf
+
+from dino_lightning.build import build_method
+from dino_lightning.checkpoints import load_network
+from dino_lightning.checks_initial import check_initial
+from dino_lightning.config import TrainConfig
+from dino_lightning.errors import UserError
+from dino_lightning.run import run_training
+
+BACKBONE = ["backbone=vit_micro", "backbone.width=64", "backbone.depth=1", "backbone.heads=1", "backbone.patch_size=8"]
+
+
+def configured(*words: str) -> TrainConfig:
+    return cast(TrainConfig, OmegaConf.to_object(composed(*SMALL, *BACKBONE, *words)))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_network(str(path)).backbone.state_dict())
+
+
+@pytest.mark.parametrize("method", ["dino", "supervised"])
+def test_all_backbones_start_from_them(method: str, tmp_path: Path) -> None:
+    path = exported(tmp_path)
+    config = configured(f"init_from={path}", f"method={method}")
+    module: Any = build_method(config, num_classes=3, initial=check_initial(config))
+    for network in ("student", "teacher") if method == "dino" else ("student",):
+        state = getattr(module, network).backbone.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in weights(path).items())
+
+
+def test_another_image_size_computes_what_the_network_computes_there(tmp_path: Path) -> None:
+    path = exported(tmp_path, image_size=64)
+    config = configured(f"init_from={path}")
+    assert config.crops.global_size == 32
+    module: Any = build_method(config, initial=check_initial(config))
+    state = module.student.backbone.state_dict()
+    assert state["pos_embed"].shape == (1, 1 + 16, 64)
+    images = torch.randn(2, 3, 32, 32)
+    expected, _ = oracles.vit(weights(path), images, patch=8, heads=1)
+    features, _ = oracles.vit(state, images, patch=8, heads=1)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None:
+    path = exported(tmp_path)
+    words = [*SMALL, *BACKBONE, f"init_from={path}", "trainer.max_steps=1", "optim.lr=0", "optim.lr_end=0",
+             "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]  # fmt: skip
+    run_training(composed(*words, output_dir=tmp_path / "run"))
+    left, given = weights(tmp_path / "run"), weights(path)
+    assert all(torch.allclose(left[name], given[name], rtol=1e-5, atol=1e-6) for name in given)
+    path.unlink()
+    run_training(composed(*words, "trainer.max_steps=2", "resume=true", output_dir=tmp_path / "run"))
+    with pytest.raises(UserError, match="resume: init_from was .* and is now null"):
+        run_training(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
+
+
+def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = exported(tmp_path)
+    check_initial(configured(f"init_from={path}"))
+    assert f"was trained on images normalised by crops.mean={SEEN['mean']}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["backbone.heads=2"], "has 1 attention heads and the configured backbone 2; choose the backbone that it is"),
+        (["backbone.depth=2"], "does not fit the architecture it was taken for, the configured backbone: missing blo"),
+        (["backbone=resnet18"], "has 1 attention heads and the configured backbone None"),
+        (["init_from=null", "init_key=student"], "init_key=student says which network of init_from"),
+        (["init_key=student"], "init_key=student: .* holds the teacher only"),
+        (["init_from=nowhere"], "init_from=nowhere: there is no such file"),
+        (["backbone=timm", "backbone.name=resnet18", "backbone.pretrained=true"], "both give the first weights"),
+    ],
+)
+def test_refusals(words: list[str], sentence: str, tmp_path: Path) -> None:
+    path = exported(tmp_path, replace(TINY, depth=1))
+    keep = [] if any(word.startswith("backbone=") for word in words) else BACKBONE
+    config = cast(TrainConfig, OmegaConf.to_object(composed(*SMALL, *keep, f"init_from={path}", *words)))
+    with pytest.raises(UserError, match=sentence):
+        check_initial(config)

@@ -1,0 +1,31 @@
+"""Networks with weights far from their first ones, in files that tests of loading and writing start from."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dino_lightning.checkpoints import export_backbone
+from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
+
+TINY = ViTConfig(width=64, depth=1, heads=1, patch_size=8)
+RESNET = TimmConfig(name="resnet18")
+SEEN = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "eval_size": 32}
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """The network in eval mode, with statistics and biases that are not their first ones."""
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.rand_like(tensor) * 0.1)
+    return network.eval().requires_grad_(False)
+
+
+def exported(folder: Path, config: BackboneConfig = TINY, *, image_size: int = 32) -> Path:
+    """A file as a run exports it."""
+    from dino_lightning.backbones import build_backbone
+
+    network = shaken(build_backbone(config, image_size=image_size, drop_path=False))
+    path = folder / "weights.safetensors"
+    export_backbone(network.state_dict(), path, config=config, image_size=image_size, **SEEN)  # type: ignore[arg-type]
+    return path
