@@ -30,6 +30,8 @@ LARGEST_SIDE = 8192
 """Largest side of an image for which a graph with free sizes is made (pixels)."""
 SMALLEST_SIDE = 64
 """Smallest one for networks without patches (pixels): below it, their last maps have one pixel and other code runs."""
+SPEAKERS = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
+"""Loggers of the exporters, which speak of their own passes."""
 ENTRY = "dino_lightning.json"
 """Name of the notes in a file of `torch.export`."""
 
@@ -140,8 +142,8 @@ def _images(network: Network, count: int, height: int, width: int) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters speak of their own passes."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Leave the screen, and whoever collects logs, to what matters."""
+    loggers = [logging.getLogger(name) for name in SPEAKERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from dino_lightning.config import SCHEMAS
 from dino_lightning.config.paths import PATHS
 from dino_lightning.networks import Network
 
-LEFT_OUT = (*PATHS, "logger", "output_dir")
+LEFT_OUT = (*PATHS, "init_from", "logger", "output_dir")
 """Keys that a card does not repeat: they name folders and accounts."""
 MOST = 60
 """Figures of evaluations in a card."""
