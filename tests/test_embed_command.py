@@ -120,18 +120,19 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_file(tmp_path: Path) -> None:
-    data = ["data=builtin", "data.train_images=4500", "data.val_images=100", "data.num_workers=2"]
-    subprocess.run(command(*NETWORK, *data, "output=whole.npy", "feature_cache=null"), cwd=tmp_path, check=True)
-    words = command(*NETWORK, *data, "output=x.npy", "feature_cache=cache")
+    data = ["data=builtin", "data.train_images=3500", "data.val_images=50", "data.num_workers=1"]
+    network = ["checkpoint=untrained:vit_micro", "image_size=16"]
+    subprocess.run(command(*network, *data, "output=whole.npy", "feature_cache=null"), cwd=tmp_path, check=True)
+    words = command(*network, *data, "output=x.npy", "feature_cache=cache")
     killed = subprocess.Popen(words, cwd=tmp_path)
     blocks = tmp_path / "cache"
-    while killed.poll() is None and len(list(blocks.rglob("*.safetensors"))) < 2:
+    while killed.poll() is None and not list(blocks.rglob("*.safetensors")):
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "x.npy").exists()
     before = {path: path.stat().st_mtime_ns for path in blocks.rglob("*.safetensors")}
-    assert 2 <= len(before) < 5
+    assert 1 <= len(before) < 5
     subprocess.run(words, cwd=tmp_path, check=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "not made once more"
     for ending in ("npy", "csv"):

@@ -194,6 +194,8 @@ def test_bad_images_are_left_out_counted_and_named(tmp_path: Path, capfd: pytest
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
     files = picture_files(tmp_path, 2)
+    mixed = embed([files[0], tmp_path / "none.png", pictures(2)[1]], feature_cache=tmp_path / "cache")
+    assert (mixed.names, list(mixed.bad)) == ([str(files[0]), "image 2"], [str(tmp_path / "none.png")])
     found = embed([files[0], tmp_path / "none.png", files[1]], num_workers=1)
     assert json.dumps(found.bad) == json.dumps({str(tmp_path / "none.png"): "no such file or directory"})
     with pytest.raises(UserError, match=r"none of the images can be read \(.*none\.png: no such file"):

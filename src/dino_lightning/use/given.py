@@ -46,11 +46,14 @@ class PixelImages:
         return str(image) if isinstance(image, str | Path) else f"image {index}"
 
     def fingerprint(self) -> str:
-        """Of all pixels."""
+        """Of all pixels and files; a file that is missing counts as empty."""
         return digest(*(self._content(index) for index in range(len(self))))
 
     def _content(self, index: int) -> bytes:
-        content = self.read(index)
+        try:
+            content = self.read(index)
+        except OSError:
+            return b""
         if isinstance(content, bytes):
             return content
         return f"{content.shape} ".encode() + np.ascontiguousarray(content).tobytes()

@@ -191,8 +191,8 @@ def about(config: EmbedConfig, network: Network) -> dict[str, str]:
 
 
 def tell_bad(found: Embeddings, runtime: Runtime) -> None:
-    """Say how many images were left out, to whoever watches."""
-    if found.bad and runtime.show_progress:
+    """Say how many images were left out."""
+    if found.bad:
         name, reason = next(iter(found.bad.items()))
         runtime.say(f"{len(found.bad)} images could not be read and were left out, such as {name} ({reason})")
 
