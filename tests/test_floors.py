@@ -19,7 +19,7 @@ FLOORS = [
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
      "checks_environment", "checks_resources", "checks_resume", "checks_initial", "checks_sweep", "report", "replay", "suggest", "suggested"},
     {"cli", "evaluate", "export", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
-     "use"},
+     "use", "dashboard"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

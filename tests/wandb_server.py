@@ -76,6 +76,7 @@ class WandbServer:
         name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or ["", ""])[1]
         known: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "Viewer": lambda _: {"viewer": self._viewer()},
+            "GetDefaultEntity": lambda _: {"viewer": self._viewer()},
             "RunResumeStatus": self._resume_status,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._run_files,
@@ -87,6 +88,9 @@ class WandbServer:
             "CommitArtifact": self._commit,
             "UseArtifact": self._use,
             "UpsertView2": self._view,
+            "upsertView": self._view,
+            "ProjectInternalId": self._internal_id,
+            "GetProjects": self._projects,
         }
         if name not in known:
             self.unknown.append(f"{name}: {' '.join(query.split())} {variables}")
@@ -236,7 +240,26 @@ class WandbServer:
 
     def _view(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.views.append(variables)
-        return {"upsertView": {"view": {"id": f"view{len(self.views)}", "name": variables["name"]}, "inserted": True}}
+        kept = ("name", "displayName", "description", "spec")
+        view = {"id": f"view{len(self.views)}", "project": self._project(variables["projectName"]),
+                **{key: variables[key] for key in kept}}  # fmt: skip
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    def _names(self) -> set[str]:
+        return {run.project for run in self.runs.values()}
+
+    def _internal_id(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["projectName"]
+        return {"project": {"id": name, "internalId": name} if name in self._names() else None}
+
+    def _projects(self, variables: dict[str, Any]) -> dict[str, Any]:
+        at = "2026-01-01T00:00:00"
+        nodes = [
+            {"id": name, "name": name, "entityName": ENTITY, "createdAt": at, "isBenchmark": False, "user": None}
+            for name in self._names()
+        ]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": node} for node in nodes]}}
 
     # --------------------------------------------------------------------------------------------------- streams
 

@@ -41,7 +41,7 @@ class LastingWandbLogger(WandbLogger):
         """Start W&B's run; offline, where it is to be online and cannot. `best` are metrics whose maximum counts."""
         problem = None
         if self._wandb_init.get("mode") == "online":
-            problem = _no_key()  # W&B would ask for one, and wait for an answer
+            problem = missing_key()  # W&B would ask for one, and wait for an answer
             if problem is None:
                 try:
                     _ = self.experiment
@@ -156,7 +156,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _no_key() -> str | None:
+def missing_key() -> str | None:
     """What to do about a key that is missing; None where there is one."""
     host = os.environ.get("WANDB_BASE_URL", HOST)
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host):

@@ -1,0 +1,1 @@
+"""The charts of a run at Weights & Biases, in sections: `dino-wandb`."""
