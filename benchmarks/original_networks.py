@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
     parser.add_argument("--xcit", type=Path, help="checkout of facebookresearch/xcit")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="side, or HEIGHTxWIDTH, in pixels")
     options = parser.parse_args()
     print("network             image        |d features|  (largest feature)")
@@ -43,23 +44,30 @@ def main() -> None:
         if checkout is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            for size, apart, largest in compared(name, checkout, Path(folder), sizes=options.sizes):
+            for size, apart, largest in compared(
+                name, checkout, Path(folder), sizes=options.sizes, dtype=getattr(torch, options.dtype)
+            ):
                 print(f"{name:19} {size:>9} px {apart:12.1e}  ({largest:.1f})", flush=True)
 
 
 @torch.no_grad()
-def compared(name: str, checkout: Path, folder: Path, *, sizes: list[str]) -> Iterator[tuple[str, float, float]]:
+def compared(
+    name: str, checkout: Path, folder: Path, *, sizes: list[str], dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, float, float]]:
     """(size, largest difference, largest feature) for an image of each size; `folder` takes the files of weights."""
     theirs = original_network(name, checkout)
     torch.save(theirs.state_dict(), folder / "theirs.pth")
     ours = load_network(str(folder / "theirs.pth"))
     export_network(ours, folder / "ours.pth", format="original", checkpoint="theirs.pth", image_size=None)
     theirs.load_state_dict(torch.load(folder / "ours.pth", weights_only=True), strict=True)
+    theirs, backbone = theirs.to(dtype), ours.backbone.to(dtype)
     for size in sizes:
         height, _, width = size.partition("x")
-        images = torch.randn(1, 3, int(height), int(width or height), generator=torch.Generator().manual_seed(0))
+        images = torch.randn(1, 3, int(height), int(width or height), generator=torch.Generator().manual_seed(0)).to(
+            dtype
+        )
         features: Tensor = theirs(images)
-        yield size, (ours.backbone(images) - features).abs().max().item(), features.abs().max().item()
+        yield size, (backbone(images) - features).abs().max().item(), features.abs().max().item()
 
 
 def original_network(name: str, checkout: Path) -> nn.Module:
@@ -77,9 +85,9 @@ def original_network(name: str, checkout: Path) -> nn.Module:
         kind, patch = VITS[name]
         with modules_of(checkout, "vision_transformer", "utils") as (vits, _):
             network = getattr(vits, kind)(patch_size=patch, num_classes=0)
-    for tensor in network.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.add_(torch.rand_like(tensor) * 0.02)
+    for tensor in network.state_dict().values():  # norms, biases and statistics are not what they start as
+        if tensor.ndim == 1:
+            tensor.add_(torch.rand_like(tensor) * 0.1)
     return network.eval().requires_grad_(False)
 
 
