@@ -145,7 +145,8 @@ class Hub(SimpleHTTPRequestHandler):
 
     def send_error(self, code: int, *rest: Any, **options: Any) -> None:
         self.send_response(code)
-        self.send_header("X-Error-Code", "EntryNotFound")
+        known = Path(self.directory, *self.path.strip("/").split("/")[:2]).is_dir()
+        self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -168,12 +169,13 @@ def test_a_repository_of_the_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
     """The real client in a process of its own, as it takes its address when it is imported."""
     address, served = hub
     saved(served / "facebook" / "dino-vits16" / "main")
+    (served / "facebook" / "empty" / "main").mkdir(parents=True)
     program = """
 import sys
 from dino_lightning.checkpoints import load_network
 from dino_lightning.errors import UserError
 print(load_network("hf:facebook/dino-vits16").digest)
-for name in ("hf:facebook/dino-vits61", "hf:a/b/c"):
+for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
     try:
         load_network(name)
     except UserError as error:
@@ -190,7 +192,9 @@ for name in ("hf:facebook/dino-vits61", "hf:a/b/c"):
     digest, *sentences = done.stdout.splitlines()
     assert digest == load_network(str(served / "facebook" / "dino-vits16" / "main")).digest
     assert sentences == [
-        "checkpoint=hf:facebook/dino-vits61: the repository has neither of model.safetensors, pytorch_model.bin.",
+        "checkpoint=hf:facebook/empty: the repository has neither of model.safetensors, pytorch_model.bin.",
+        "checkpoint=hf:facebook/dino-vits61: the Hub has no such repository or revision, or does not show it without "
+        "an account (`hf auth login`).",
         "checkpoint=hf:a/b/c: 'a/b/c' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
         "hf:OWNER/NAME@REVISION.",
     ]

@@ -15,7 +15,14 @@ def downloaded(name: str, *, source: str) -> Path:
     it does not come.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repository, _, revision = name.partition("@")
 
@@ -34,6 +41,9 @@ def downloaded(name: str, *, source: str) -> Path:
     except HFValidationError as error:
         raise UserError(f"{source}: '{name}' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
                         "hf:OWNER/NAME@REVISION.") from error  # fmt: skip
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(f"{source}: the Hub has no such repository or revision, or does not show it without an account "
+                        "(`hf auth login`).") from error  # fmt: skip
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: its files could not be downloaded ({reason}).") from error
