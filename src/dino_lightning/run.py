@@ -50,17 +50,17 @@ LARGE_CROPS = 96
 """Pixels from which a step is long against what its loader does, so that no core is left to the loader."""
 
 
-def run_training(composed: DictConfig, *, given: Sequence[str] = (), at_once: int = 1) -> float | None:
+def run_training(composed: DictConfig, *, given: Sequence[str] = (), at_once: int | None = None) -> float | None:
     """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated.
 
-    `given` are the words of the command line, whose keys `suggest=true` leaves as they are. `at_once` runs share the
-    cores of this machine.
+    `given` are the words of the command line, whose keys `suggest=true` leaves as they are. `at_once` runs, which
+    a launcher has started side by side, share the cores of this machine.
     """
     with held_folder(composed.output_dir), closed_wandb():
         return _train(composed, given=given, at_once=at_once)
 
 
-def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float | None:
+def _train(composed: DictConfig, *, given: Sequence[str], at_once: int | None) -> float | None:
     check_keys(composed)
     suggested = suggest_settings(composed, given=given)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
@@ -78,16 +78,20 @@ def _train(composed: DictConfig, *, given: Sequence[str], at_once: int) -> float
     data = build_data(config)
     step = None if found is None else found[1]["global_step"]
     trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()}, before_step=step)
+    processes = trainer.num_devices * (at_once or 1)
+    if at_once is not None and trainer.num_devices > 1:  # processes of a run are started by its own command line
+        raise UserError(f"trainer.devices={config.trainer.devices}: runs that joblib starts side by side have one "
+                        "device each; set trainer.devices=1, or take another launcher.")  # fmt: skip
     if found is not None:
         check_total_batch(resolved, output, ranks_before=len(found[1].get("ranks", [0])), ranks=trainer.world_size)
     check_port(trainer.strategy, world_size=trainer.world_size)
     check_data(config, data, world_size=trainer.world_size)
     if trainer.strategy.root_device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=trainer.num_devices * at_once))
+        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=processes))
     torch.set_float32_matmul_precision(config.step.matmul_precision)
     method = build_method(config, num_classes=data.num_classes, initial=initial)
     del initial
-    check_resources(config, method, processes=trainer.num_devices * at_once, first=trainer.is_global_zero)
+    check_resources(config, method, processes=processes, first=trainer.is_global_zero)
     if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()
     if trainer.is_global_zero:
