@@ -19,6 +19,7 @@ from dino_lightning.checkpoints import load_network
 from dino_lightning.config import BuiltinData, FolderData, WebDatasetData
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation import feature_cache
+from dino_lightning.evaluation.images import center_view
 from dino_lightning.use.embeddings import Embeddings
 from dino_lightning.use.kinds import FeatureKind
 
@@ -84,11 +85,10 @@ def test_both_splits_and_one_of_them() -> None:
 
 
 @pytest.mark.parametrize(("options", "tokens"), [({"features": "mean_patch"}, 1), ({"n_last_blocks": 2}, 2)])
-def test_other_features_are_those_of_timm(options: dict[str, Any], tokens: int) -> None:
-    found = embed(BUILTIN, split="val", **options)
+def test_other_features_are_those_of_timm(options: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    embed(BUILTIN, split="val", feature_cache=tmp_path)  # kept features of another kind are not taken
+    found = embed(BUILTIN, split="val", feature_cache=tmp_path, **options)
     backbone: Any = load_network(CHECKPOINT).backbone
-    view = dino_lightning.load_backbone(CHECKPOINT)
-    assert view.size == 224
     images = torch.stack([embed_view(found.image(row)) for row in range(5)])
     blocks = backbone.get_intermediate_layers(images, n=tokens, return_prefix_tokens=True, norm=True)
     if options.get("features"):
@@ -100,8 +100,6 @@ def test_other_features_are_those_of_timm(options: dict[str, Any], tokens: int) 
 
 def embed_view(image: Image.Image) -> torch.Tensor:
     """As evaluation prepares it at 32 pixels."""
-    from dino_lightning.evaluation.images import center_view
-
     return center_view(load_network(CHECKPOINT), size=SIZE)(image)
 
 
