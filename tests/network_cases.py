@@ -14,10 +14,15 @@ SEEN = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "ev
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """The network in eval mode, with statistics and biases that are not their first ones."""
+    """The network in eval mode, so far from its first weights that all of them count, positions too.
+
+    Convolutions stay: noise in each of them would grow from layer to layer.
+    """
     for tensor in network.state_dict().values():
-        if tensor.is_floating_point():
+        if tensor.ndim == 1:
             tensor.add_(torch.rand_like(tensor) * 0.1)
+        elif tensor.ndim in (2, 3):
+            tensor.add_(torch.randn_like(tensor) * 0.1)
     return network.eval().requires_grad_(False)
 
 

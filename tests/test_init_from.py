@@ -61,7 +61,7 @@ def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None
     assert all(torch.allclose(left[name], given[name], rtol=1e-5, atol=1e-6) for name in given)
     path.unlink()
     run_training(composed(*words, "trainer.max_steps=2", "resume=true", output_dir=tmp_path / "run"))
-    with pytest.raises(UserError, match="resume: init_from was .* and is now null"):
+    with pytest.raises(UserError, match="resume: init_from was .* and is now None"):
         run_training(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
 
 
@@ -76,7 +76,10 @@ def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.Captu
     [
         (["backbone.heads=2"], "has 1 attention heads and the configured backbone 2; choose the backbone that it is"),
         (["backbone.depth=2"], "does not fit the architecture it was taken for, the configured backbone: missing blo"),
-        (["backbone=resnet18"], "has 1 attention heads and the configured backbone None"),
+        (
+            ["backbone=resnet18"],
+            "does not fit the architecture it was taken for, the configured backbone: missing conv1.weight",
+        ),
         (["init_from=null", "init_key=student"], "init_key=student says which network of init_from"),
         (["init_key=student"], "init_key=student: .* holds the teacher only"),
         (["init_from=nowhere"], "init_from=nowhere: there is no such file"),

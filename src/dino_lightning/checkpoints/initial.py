@@ -21,7 +21,7 @@ def initial_weights(network: Network, backbone: nn.Module, *, source: str) -> We
     """
     weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
     heads = [_heads(each) for each in (network.backbone, backbone)]
-    if heads[0] != heads[1]:
+    if None not in heads and heads[0] != heads[1]:  # their number is not in the shapes
         raise UserError(f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
                         "backbone that it is.")  # fmt: skip
     if isinstance(backbone, VisionTransformer) and {"pos_embed"} <= weights.keys() & expected.keys():
