@@ -1,9 +1,9 @@
 """The pictures of docs/report.md, from two commands' runs:
 
     python train.py data.train_images=2000 data.val_images=300 trainer.max_epochs=8 \
-        callbacks.pictures.every_n_epochs=1 output_dir=outputs/shown/quick
-    python train.py --multirun optim.lr=0.002,0.008,0.032 data.train_images=1200 data.val_images=300 \
-        trainer.max_epochs=6 callbacks.pictures.every_n_epochs=2 output_dir=outputs/shown/lr
+        callbacks.pictures.every_n_epochs=1 cpu_threads=1 output_dir=outputs/shown/quick
+    python train.py --multirun optim.lr=0.002,0.008 data.train_images=1200 data.val_images=300 \
+        trainer.max_epochs=6 callbacks.pictures.every_n_epochs=2 cpu_threads=1 output_dir=outputs/shown/lr
     python docs/images/screenshots.py outputs/shown          # with the browser extra and a Chromium
 """
 

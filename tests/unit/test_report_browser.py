@@ -64,11 +64,16 @@ class Seen:
     def chart(self, title: str) -> Any:
         return self.page.locator(".chart").filter(has=self.page.get_by_role("heading", name=title, exact=True))
 
-    def point_at(self, title: str, step: int) -> tuple[str, list[str]]:
-        """Move the mouse to a step of a chart; what stands above it then, and the values of its legend."""
+    def scroll_to(self, title: str) -> dict[str, float]:
+        """The place of a chart, which is drawn when it comes into view."""
         plot = self.chart(title).locator(".plot")
         plot.scroll_into_view_if_needed()
-        box = plot.bounding_box()
+        self.settle()
+        return plot.bounding_box()
+
+    def point_at(self, title: str, step: int) -> tuple[str, list[str]]:
+        """Move the mouse to a step of a chart; what stands above it then, and the values of its legend."""
+        box = self.scroll_to(title)
         self.page.mouse.move(box["x"] + self.x(title, step), box["y"] + 100)
         self.settle()
         return self.chart(title).locator(".at").inner_text(), self.chart(title).locator(".key b").all_inner_texts()
@@ -148,10 +153,10 @@ def test_arrow_keys_read_too(one: Seen, folder: Path):
 
 
 def test_dragging_looks_closer_and_a_double_click_goes_back(one: Seen):
-    whole = one.path(LOSS)
     plot = one.chart(LOSS).locator(".plot")
-    plot.scroll_into_view_if_needed()
-    box, ends = plot.bounding_box(), [one.x(LOSS, step) for step in (100, 200)]
+    box = one.scroll_to(LOSS)
+    ends = [one.x(LOSS, step) for step in (100, 200)]
+    whole = one.path(LOSS)
     one.page.mouse.move(box["x"] + ends[0], box["y"] + 90)
     one.page.mouse.down()
     one.page.mouse.move(box["x"] + ends[1], box["y"] + 110)
@@ -180,6 +185,7 @@ def test_a_range_of_steps_can_be_typed(one: Seen):
 
 def test_a_logarithmic_axis(one: Seen):
     box = one.chart("Mean output against uniform").get_by_label("log")
+    one.scroll_to("Mean output against uniform")
     linear, before = one.scale("Mean output against uniform"), one.path("Mean output against uniform")
     box.check()
     assert {"0.1", "1"} <= set(one.scale("Mean output against uniform"))
@@ -241,7 +247,11 @@ def test_two_runs_are_read_and_hidden_together(both: Seen, folder: Path):
     )
     assert len(set(strokes)) == 2
     both.page.locator("#tools").get_by_role("button", name="b (lr=0.002)").click()
-    counts = {both.page.locator(".chart").nth(i).locator("path.line").count() for i in range(5)}
+    counts = set()
+    for i in range(both.page.locator(".chart").count()):
+        both.page.locator(".plot").nth(i).scroll_into_view_if_needed()
+        both.settle()
+        counts.add(both.page.locator(".plot").nth(i).locator("path.line").count())
     assert counts == {1}
 
 

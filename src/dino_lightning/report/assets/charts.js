@@ -65,7 +65,7 @@ class Chart {
     this.keys = [...figure.querySelectorAll(".key")];
     this.steps = [...new Set(spec.series.flatMap(s => s.points.map(p => p[0])))].sort((a, b) => a - b);
     this.places = this.steps.map(step => [step]);
-    if (this.box) this.box.addEventListener("change", () => this.draw());
+    if (this.box) this.box.addEventListener("change", () => this.change());
     this.keys.forEach((key, i) => key.addEventListener("click", () => this.toggle(i, key.getAttribute("aria-pressed") !== "true")));
     const on = (name, act) => this.plot.addEventListener(name, act);
     on("pointerdown", event => this.press(event));
@@ -77,13 +77,23 @@ class Chart {
     on("focus", () => this.output.setAttribute("aria-live", "polite"));
     on("blur", () => { this.output.setAttribute("aria-live", "off"); showAll(null); });
     on("keydown", event => this.move(event));
-    new ResizeObserver(() => { if (this.plot.clientWidth && this.plot.clientWidth !== this.width) this.draw(); }).observe(this.plot);
+    new ResizeObserver(() => { if (this.plot.clientWidth !== this.width) this.change(); }).observe(this.plot);
+    // Far charts are drawn when they come near: of many runs a page has a million points.
+    new IntersectionObserver(([entry]) => { this.near = entry.isIntersecting; this.drawIfDue(this.near); }, { rootMargin: "300px" })
+      .observe(this.plot);
   }
+
+  change() {
+    this.due = true;
+    this.drawIfDue(this.near);
+  }
+
+  drawIfDue(seen) { if (seen && this.due && this.plot.clientWidth) this.draw(); }
 
   toggle(i, shown) {
     this.keys[i].setAttribute("aria-pressed", shown);
     if (shown) this.off.delete(i); else this.off.add(i);
-    this.draw();
+    this.change();
   }
 
   get shownSeries() { return this.spec.series.filter((_, i) => !this.off.has(i)); }
@@ -132,6 +142,7 @@ class Chart {
   }
 
   draw() {
+    this.due = false;
     const log = Boolean(this.box && this.box.checked), width = this.width = this.plot.clientWidth, series = this.shownSeries;
     const zoomed = view.from !== null || view.to !== null, usable = v => Number.isFinite(v) && (!log || v > 0);
     const first = this.first = view.from === null ? this.steps[0] : view.from;
@@ -229,7 +240,7 @@ const charts = [];
 document.querySelectorAll(".chart").forEach((figure, i) => charts.push(new Chart(figure, data.charts[i])));
 data.span = Math.max(0, ...charts.map(chart => chart.steps[chart.steps.length - 1] - chart.steps[0]));
 
-const drawAll = () => charts.forEach(chart => { if (chart.plot.clientWidth) chart.draw(); });
+addEventListener("beforeprint", () => charts.forEach(chart => chart.drawIfDue(true)));
 let asked = null, waiting = false;
 /* One step in all charts, so that they can be read together. */
 function showAll(step) {
@@ -246,7 +257,7 @@ function look(from, to) {
   view.to = to === null ? null : Math.max(Math.ceil(to), view.from + 1);
   tools.elements.from.value = view.from === null ? "" : view.from;
   tools.elements.to.value = view.to === null ? "" : view.to;
-  drawAll();
+  charts.forEach(chart => chart.change());
 }
 
 if (tools) {
@@ -258,7 +269,7 @@ if (tools) {
   smooth.addEventListener("input", () => {
     view.smooth = Number(smooth.value);
     shown.textContent = view.smooth ? `${view.smooth} % of steps` : "off";
-    drawAll();
+    charts.forEach(chart => chart.change());
   });
   tools.addEventListener("submit", event => event.preventDefault());
   tools.addEventListener("reset", event => { event.preventDefault(); look(null, null); });
