@@ -49,7 +49,8 @@ def test_another_image_size_computes_what_the_network_computes_there(tmp_path: P
     images = torch.randn(2, 3, 32, 32)
     expected, _ = oracles.vit(weights(path), images, patch=8, heads=1)
     features, _ = oracles.vit(state, images, patch=8, heads=1)
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    # Float32's places between the values of the table: some 2e-5; another resampling is apart by 1e-2.
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from network_cases import exported
 from PIL import Image
@@ -18,4 +19,5 @@ def test_backbone_and_transform(tmp_path: Path) -> None:
     assert torch.equal(backbone(images), load_network(str(path)).backbone(images))
     transform = torch.hub.load(PROJECT, "transform", source="local", checkpoint=str(path))
     assert transform(Image.new("RGB", (60, 50))).shape == (3, 32, 32)
-    assert "untrained:vit_small" in torch.hub.help(PROJECT, "backbone", source="local")
+    with pytest.raises(ValueError, match="checkpoint=nowhere: there is no such file"):
+        torch.hub.load(PROJECT, "backbone", source="local", checkpoint="nowhere")
