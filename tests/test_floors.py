@@ -17,7 +17,8 @@ FLOORS = [
     {"methods", "evaluation", "checkpoints", "strategy", "launcher"},
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
-     "checks_environment", "checks_resources", "checks_resume", "checks_initial", "checks_sweep", "report", "replay", "suggest", "suggested"},
+     "checks_environment", "checks_resources", "checks_resume", "checks_initial", "checks_sweep",
+     "report", "replay", "suggest", "suggested"},
     {"cli", "evaluate", "export", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
      "use", "dashboard"},
 ]
@@ -25,12 +26,15 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # The entry points of a floor, which import their neighbours on purpose.
-WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"), ("checks", "checks_sweep"),
+WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "checks"), ("checks", "checks_step"),
+          ("checks", "checks_sweep"),
           ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
-          ("run", "checks_resume"), ("run", "checks_initial"), ("run_evaluation", "checks_environment"), ("run", "report"),
+          ("run", "checks_resume"), ("run", "checks_initial"),
+          ("run_evaluation", "checks_environment"), ("run", "report"),
           ("run", "suggested"), ("suggested", "suggest"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
-          ("evaluate", "cli"), ("export", "cli"), ("export", "explain"), ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
+          ("evaluate", "cli"), ("export", "cli"), ("export", "explain"),
+          ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain"), ("strategy", "launcher"),
           ("use", "cli"), ("use", "inspect_data")}  # fmt: skip
