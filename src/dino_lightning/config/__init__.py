@@ -212,8 +212,8 @@ class EvaluateConfig:
     """What is measured."""
     checkpoint: str = MISSING
     """The network: a run's folder, its `.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
-    timm's published weights, `hf:OWNER/NAME` or a folder for those of transformers, or `untrained:` before any of these, or before a file of `conf/backbone`, for fresh
-    weights."""
+    timm's published weights, `hf:OWNER/NAME` or a folder for those of transformers, or `untrained:` before any of
+    these, or before a file of `conf/backbone`, for fresh weights."""
     checkpoint_key: str | None = None
     """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
     evaluated, and for the teacher of files of another origin."""
