@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import soak_measures as measures
-from soak_blows import LEAVES, ORDERLY, Blows, signal_all
+from soak_blows import LEAVES, ORDERLY, RESULTS_S, Blows, signal_all
 from soak_compare import differences
 from soak_measures import Leg
 from soak_report import write_report
@@ -261,7 +261,7 @@ class Soak:
             if last.lost > most or last.lost < -1:
                 self.fail(f"{name}: goes on at step {leg.resumed} of {last.steps}, more than {most:.0f} steps back")
         expected = 0 if leg.kind is None else LEAVES.get(leg.kind)
-        late = leg.code == 0 and (self._folder_of(leg.run) / "summary.json").exists()  # hit when all was written
+        late = leg.code == 0 and (leg.to_exit or 0) < RESULTS_S and (self._folder_of(leg.run) / "summary.json").exists()
         if leg.resumed is not None and expected is not None and leg.code != expected and not late:
             self.fail(f"{name}: exit status {leg.code} instead of {expected}")
         if leg.left_processes:

@@ -18,6 +18,8 @@ LEAVES = {"TERM": 75, "TERM all": 75, "USR1": 75, "USR1 all": 75, "INT": 130, "K
 ORDERLY = ("TERM", "TERM all", "USR1", "USR1 all", "INT")
 HOLD, STOPPED = 45.0, 25.0
 """Seconds for which the disk is full, longer than from one checkpoint to the next; for which a run is stopped."""
+RESULTS_S = 10.0
+"""Seconds from the last step to the end of a run: a signal in them changes nothing, and the status is 0."""
 EXIT_LIMIT, LATER = 90.0, 20.0
 """Seconds within which a run must end; after which it has gone on in spite of a blow."""
 

@@ -13,6 +13,7 @@ from composing import SMALL, composed
 from dino_lightning.callbacks import knn
 from dino_lightning.callbacks.metrics_file import read_rows
 from dino_lightning.methods.base import Method
+from dino_lightning.outside_training import leave_at_once
 from dino_lightning.restarts import INTERRUPTED, PREEMPTED
 from dino_lightning.run import run_training
 
@@ -86,6 +87,16 @@ def test_a_signal_in_a_step(number: signal.Signals, tmp_path: Path, whole: Path,
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, "resume=auto")
     expect_same(tmp_path, whole)
+
+
+def test_the_handler_for_the_time_outside_of_training_is_no_launchers(tmp_path: Path, monkeypatch: Any) -> None:
+    """As `train.py` has it: in training the run saves first, as always."""
+    signal.signal(signal.SIGTERM, leave_at_once)
+    monkeypatch.setattr(Method, "configure_gradient_clipping",
+                        at_call(2, signal.SIGTERM, Method.configure_gradient_clipping))  # fmt: skip
+    expect_left(tmp_path, PREEMPTED)
+    assert signal.getsignal(signal.SIGTERM) is leave_at_once
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] in (2, 3)
 
 
 def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:

@@ -3,7 +3,7 @@
 Then there is nothing to save: what is on the disk is whole, and the next start does the rest. So the process leaves at
 once, with the status that has it started again instead of that of a process which was killed.
 
-Floor 0: needs the standard library alone, and listens while the libraries are still being imported.
+Floor 0: needs none of the libraries that take long to import, and listens while they are imported.
 """
 
 import os
@@ -37,8 +37,8 @@ def _forget() -> None:
 def leave_at_once(number: int, frame: FrameType | None) -> None:
     """Say why, ask SLURM for another start if that was its signal, and leave with `PREEMPTED`."""
     name = signal.Signals(number).name
-    # Not `print`: a handler may interrupt one.
-    os.write(sys.stderr.fileno(), f"\n{name} outside of training: leaving at once; what is saved is whole.\n".encode())
+    said = f"\n{name} outside of training: nothing to save, leaving at once with status {PREEMPTED}.\n"
+    os.write(sys.stderr.fileno(), said.encode())  # not `print`: a handler may interrupt one
     if name == "SIGUSR1" and os.environ.get("SLURM_PROCID", "0") == "0":
         requeue_slurm_job()
     os._exit(PREEMPTED)

@@ -55,11 +55,37 @@ def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             status=status if status > 0 else 128 - status)  # fmt: skip
 
 
+LAST_WATCH = """
+import os, signal, sys, time
+def there(number):
+    try:
+        os.kill(number, 0)
+    except OSError:
+        return False
+    return True
+first, seconds, numbers = int(sys.argv[1]), float(sys.argv[2]), [int(word) for word in sys.argv[3:]]
+while os.getppid() == first:
+    time.sleep(0.05)
+until = time.monotonic() + seconds
+while any(map(there, numbers)) and time.monotonic() < until:
+    time.sleep(0.05)
+for number in filter(there, numbers):
+    os.kill(number, signal.SIGKILL)
+"""
+"""A program that gives processes some seconds to come to their end, from when the one that has started it is gone."""
+
+
 def end_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """For the end of the first process: let the others come to theirs, then kill those that do not.
 
-    They watch this one themselves, but not while they are stopped.
+    They watch this one themselves, but not while they are stopped. After an error they wait for this one in a
+    collective, and learn that it is lost when it is gone: then somebody else does the rest.
     """
+    here = [process for process in processes if process.poll() is None]
+    if here and hasattr(sys, "last_type") and os.name == "posix":  # an error that nobody caught
+        numbers = map(str, [os.getpid(), FAREWELL_S, *(process.pid for process in here)])
+        subprocess.Popen([sys.executable, "-c", LAST_WATCH, *numbers], start_new_session=True)
+        return
     until = time.monotonic() + FAREWELL_S
     while any(process.poll() is None for process in processes) and time.monotonic() < until:
         time.sleep(0.05)

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -26,13 +26,13 @@ def sends(name: str) -> str:
 def test_it_leaves_at_once_with_the_status_for_another_start(name: str) -> None:
     done = ended(sends(name))
     assert (done.returncode, done.stdout) == (PREEMPTED, "")
-    assert f"{name} outside of training: leaving at once" in done.stderr
+    assert f"{name} outside of training: nothing to save, leaving at once with status 75" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "process", "asked"), [
     ("SIGUSR1", "0", ["requeue 17"]), ("SIGUSR1", "1", []), ("SIGTERM", "0", []),
 ])  # fmt: skip
-def test_slurm_is_asked_once_for_its_own_signal(name: str, process: str, asked: list[str], tmp_path: Any) -> None:
+def test_slurm_is_asked_once_for_its_own_signal(name: str, process: str, asked: list[str], tmp_path: Path) -> None:
     script, notes = tmp_path / "scontrol", tmp_path / "notes.txt"
     notes.touch()
     script.write_text(f'#!/bin/sh\necho "$@" >> {notes}\n')

@@ -100,6 +100,24 @@ def test_one_that_is_stopped_does_not_outlive_the_first() -> None:
     assert is_gone(int(done.stdout.split()[0]))
 
 
+LEARNS = """
+import atexit, subprocess, sys
+from dino_lightning import processes
+processes.FAREWELL_S = 5
+waits = "import sys; sys.stdin.read(); print('learned', flush=True)"
+started = [subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE)]
+atexit.register(processes.end_started, started)
+raise RuntimeError("lost")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere the first process waits itself")
+def test_one_that_waits_for_the_first_learns_of_its_error() -> None:
+    """By what is closed when the first is gone, and says so before it is ended."""
+    done = ended(LEARNS)
+    assert (done.returncode, done.stdout) == (1, "learned\n")
+
+
 def test_none_outlives_the_first() -> None:
     begun = time.monotonic()
     done = ended(KILLED)
