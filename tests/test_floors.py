@@ -18,9 +18,9 @@ FLOORS = [
     {"callbacks"},
     {"build", "run", "run_evaluation", "checks", "checks_step", "checks_method", "checks_evaluation",
      "checks_environment", "checks_resources", "checks_resume", "checks_initial", "checks_sweep",
-     "report", "replay", "suggest", "suggested"},
+     "report", "replay", "suggest", "suggest_machine", "suggested", "trial"},
     {"cli", "evaluate", "export", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
-     "use", "dashboard"},
+     "quick_start", "completion", "use", "dashboard"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -31,13 +31,15 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("checks", "checks_method"), ("run", "checks_environment"), ("run", "checks_resources"),
           ("run", "checks_resume"), ("run", "checks_initial"),
           ("run_evaluation", "checks_environment"), ("run", "report"),
-          ("run", "suggested"), ("suggested", "suggest"),
+          ("run", "suggested"), ("suggested", "suggest"), ("suggested", "suggest_machine"), ("suggested", "trial"),
+          ("suggest_machine", "suggest"), ("trial", "build"), ("suggested", "checks_resources"),
+          ("cli", "quick_start"), ("cli", "completion"), ("evaluate", "completion"), ("use", "completion"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("export", "cli"), ("export", "explain"),
           ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain"), ("strategy", "launcher"),
-          ("use", "cli"), ("use", "inspect_data")}  # fmt: skip
+          ("use", "cli"), ("use", "quick_start"), ("inspect_data", "quick_start")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -25,12 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning import outside_training
+from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 from dino_lightning.explain import explain
 from dino_lightning.imports import import_one, with_imports
+from dino_lightning.quick_start import with_quick_start
 from dino_lightning.restarts import INTERRUPTED, PREEMPTED, first_start
 from dino_lightning.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
 
@@ -64,10 +66,11 @@ def train() -> None:
             from dino_lightning.replay import main  # torch and lightning load in seconds
 
             sys.exit(main([word for word in sys.argv[2:] if not word.startswith("imports=")]))
+        if asks_for_completion(sys.argv):
+            complete_after(partial(as_hydra_takes_it, fast=False))  # to look for a GPU takes seconds
+        sys.argv[1:] = as_hydra_takes_it(sys.argv[1:])
     except UserError as error:
         refuse(error)
-    register_timm_networks(sys.argv[1:])
-    sys.argv[1:] = with_shards_in_one_piece(with_settings_for_data(with_home_folders(sys.argv[1:])))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
@@ -180,6 +183,14 @@ def refuse_number(error: OverflowError, *, program: str = "dino-lightning") -> N
     if "full_key" not in str(error):
         raise error
     refuse(error, program=program)
+
+
+def as_hydra_takes_it(words: list[str], *, fast: bool | None = None) -> list[str]:
+    """The words of a command line with what they leave unsaid, and in Hydra's grammar; networks of timm among them
+    become options. `fast` says whether there is a GPU; None looks where that matters."""
+    register_timm_networks(words)
+    words = with_quick_start(with_home_folders(words), fast=fast)
+    return with_shards_in_one_piece(with_settings_for_data(words))
 
 
 def register_timm_networks(overrides: list[str]) -> None:

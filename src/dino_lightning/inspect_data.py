@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 
 from dino_lightning.cli import CONF, EXPLAINED, refuse_number, register_timm_networks, with_settings_for_data
 from dino_lightning.config import CropsConfig, DataConfig, register
-from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
+from dino_lightning.quick_start import kind_of
 
 EXAMPLES = """examples:
   dino-data check /data/photos                          a folder, a list (.csv, .tsv, .txt), .zip, .tar or parquet
@@ -106,26 +106,6 @@ def compose_config(words: list[str], *, kind: str | None) -> Chosen:
         cfg.data[key] = paths[0]
     data, crops = (cast(Any, OmegaConf.to_object(cfg[group])) for group in ("data", "crops"))
     return Chosen(data, crops, cfg.experiment, cfg.seed)
-
-
-def kind_of(path: str) -> str:
-    """The option of `data` that reads the path, from its ending or the first file below it that says so."""
-    root = usable_path("data.path", path)
-    endings = {".csv": "listing", ".tsv": "listing", ".txt": "listing", ".zip": "archive", ".tar": "archive",
-               ".parquet": "parquet"}  # fmt: skip
-    if not root.is_dir():
-        return endings.get(root.suffix.lower(), "folder")
-    for folder, inside, files in os.walk(root):
-        inside.sort()
-        if "state.json" in files or "dataset_dict.json" in files:
-            return "parquet"
-        found = Counter(Path(folder, name).suffix.lower() for name in files if not name.startswith("."))
-        for ending in (".parquet", ".tar", ".zip"):
-            if found[ending]:
-                return endings[ending]
-        if sum(count for ending, count in found.items() if ending not in (*endings, ".json", ".md", "")):
-            return "folder"
-    return "folder"
 
 
 def open_indexed(chosen: Chosen) -> Any:

@@ -1,6 +1,7 @@
-"""`suggest=true`: look at the images, ask the rule of `suggest`, and set every key that the user did not."""
+"""`suggest=true`, `suggest_machine=true`: look at images and machine, ask the rules, set every key the user did not."""
 
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_lightning.checks import CHOICES, RULES
-from dino_lightning.config import TrainConfig, TrainerConfig
+from dino_lightning.checks_resources import SHARED_MEMORY
+from dino_lightning.config import TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.rules import check_values, shown
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
-from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources import ImageSource, open_sources
+from dino_lightning.data.decode import ORIENTATION, Decoder
+from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.data.sources import ImageSource
 from dino_lightning.data.sources.base import Beginning
 from dino_lightning.distributed import trains_on_cpu
 from dino_lightning.errors import UserError
-from dino_lightning.suggest import Suggestion, suggest
+from dino_lightning.suggest import PAPER_GLOBAL, Suggestion, suggest
+from dino_lightning.suggest_machine import Seen, suggest_for_machine, this_machine
+from dino_lightning.trial import largest_batch
 
 SAMPLE = 64
 """Images whose sizes are read."""
@@ -29,7 +34,7 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Suggested:
-    """What the rule was asked, and what it said."""
+    """What the rules were asked, and what they said."""
 
     images: int
     side: float
@@ -40,51 +45,102 @@ class Suggested:
 
 
 def suggest_settings(composed: DictConfig, *, given: Sequence[str]) -> Suggested | None:
-    """Write the suggestions into `composed` where its `suggest` asks for them; None where it does not.
+    """Write the suggestions into `composed` where its `suggest` or `suggest_machine` asks for them; None where neither
+    does.
 
     `given` are the words of the command line: keys among them stay. A run that goes on keeps what it began with. The
-    result depends on configuration and images alone, so all ranks have the same.
+    result depends on configuration, images and kind of machine alone, so all ranks have the same.
     """
-    if not composed.suggest:
+    if not (composed.suggest or composed.suggest_machine):
         return None
-    config = cast(TrainConfig, OmegaConf.to_object(composed))
-    check_values(config, RULES, CHOICES)
-    images, side = look(config)
+    config = checked(composed)
+    seen, rows = look(config), Writing(composed, given=given)
+    if config.suggest_machine:
+        rows.write(for_machine(config, seen, given=rows.given, named=given))
+        config = checked(composed)
     batch = config.data.batch_size_per_device * config.trainer.accumulate_grad_batches
     batch *= devices(config.trainer) * config.trainer.num_nodes
-    found = Suggested(images, side, batch, length(config.trainer, images=images, total_batch=batch), [])
-    rows = suggest(
-        images,
-        side=side,
-        total_batch=batch,
-        epochs=found.epochs,
-        method=config.method,
-        backbone=config.backbone,
-        optim=config.optim,
-        given={key: _plain(composed, key) for key in keys(given)},
-    )
-    before = Path(config.output_dir) / "config.yaml"
-    if config.resume and before.exists():
-        rows = [as_before(row, cast(DictConfig, OmegaConf.load(before))) for row in rows]
-    for row in rows:
-        OmegaConf.update(composed, row.key, row.value)
-    return replace(found, rows=rows)
+    epochs = length(config.trainer, images=seen.images, total_batch=batch)
+    if config.suggest:
+        kinds = {"method": config.method, "backbone": config.backbone, "optim": config.optim}
+        rows.write(suggest(seen.images, side=seen.side, total_batch=batch, epochs=epochs, given=rows.given, **kinds))
+    if config.suggest_machine and not trains_on_cpu(config.trainer.accelerator):
+        rows.write(that_fits(checked(composed), given=rows.given, again=rows.before is not None))
+    return Suggested(seen.images, seen.side, batch, epochs, rows.rows)
 
 
-def look(config: TrainConfig) -> tuple[int, float]:
-    """Number of training images, and the median shorter side (pixels) of some that are spread evenly over them."""
-    train = open_sources(config.data, seed=config.seed).train
+def checked(composed: DictConfig) -> TrainConfig:
+    """As dataclasses, each value by itself in its range."""
+    config = cast(TrainConfig, OmegaConf.to_object(composed))
+    check_values(config, RULES, CHOICES)
+    return config
+
+
+class Writing:
+    """Suggestions on their way into a configuration."""
+
+    def __init__(self, composed: DictConfig, *, given: Sequence[str]) -> None:
+        self.composed = composed
+        self.given = {key: _plain(composed, key) for key in keys(given)}
+        before = Path(composed.output_dir) / "config.yaml"
+        going_on = composed.resume and before.exists()
+        self.before = cast(DictConfig, OmegaConf.load(before)) if going_on else None
+        self.rows: list[Suggestion] = []
+
+    def write(self, rows: Iterable[Suggestion]) -> None:
+        """Set the keys; of a run that goes on, to what it began with. The last suggestion for a key is its row."""
+        for row in rows:
+            row = row if self.before is None else as_before(row, self.before)
+            OmegaConf.update(self.composed, row.key, row.value)
+            self.rows = [other for other in self.rows if other.key != row.key] + [row]
+
+
+def look(config: TrainConfig) -> Seen:
+    """The training images, and some that are spread evenly over them."""
+    module = MultiCropDataModule(config.data, config.crops, seed=config.seed)
+    train = module.sources.train
     source = train if isinstance(train, ImageSource) else Beginning(train, images=SAMPLE)
-    decoder, sides, reason = Decoder(config.data), [], ""
+    decoder, sides, turned, reason = Decoder(config.data), [], 0, ""
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist():
         try:
             stored = decoder.stored(source.read(index))
             sides.append(min(stored.shape[:2] if isinstance(stored, np.ndarray) else stored.size))
+            turned += not isinstance(stored, np.ndarray) and stored.getexif().get(ORIENTATION, 1) != 1
         except UNREADABLE as error:
             reason = reason or f"{source.describe(index)}: {why_unreadable(error)}"
     if not sides:
-        raise UserError(f"suggest=true: none of the images that were tried can be used ({reason})")
-    return len(train) if isinstance(train, ImageSource) else train.images, float(np.median(sides))
+        key = "suggest" if config.suggest else "suggest_machine"
+        raise UserError(f"{key}=true: none of the images that were tried can be used ({reason})")
+    return Seen(module.num_images, float(np.median(sides)), labelled=module.labelled, turned=turned)
+
+
+def for_machine(config: TrainConfig, seen: Seen, *, given: Mapping[str, Any], named: Sequence[str]) -> list[Suggestion]:
+    """What the rule for machines says of this one."""
+    memory = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    tiny = isinstance(config.backbone, ViTConfig) and not any(word.startswith("backbone=") for word in named)
+    return suggest_for_machine(
+        this_machine(config.trainer.accelerator, memory=memory),
+        seen,
+        crop=PAPER_GLOBAL if config.suggest else config.crops.global_size,
+        devices=devices(config.trainer) if "trainer.devices" in given else None,
+        widen=tiny,
+        given=given,
+    )
+
+
+def that_fits(config: TrainConfig, *, given: Mapping[str, Any], again: bool) -> list[Suggestion]:
+    """Batch and accumulation for the memory of the device, by a trial; only named where the run goes on `again`."""
+    wanted, pieces = config.data.batch_size_per_device, config.trainer.accumulate_grad_batches
+    if {"data.batch_size_per_device", "trainer.accumulate_grad_batches"} & given.keys():
+        return []
+    fits = wanted if again else largest_batch(config)
+    if fits == wanted and not again:
+        return []
+    why = f"{wanted} do not fit into the memory of the device"
+    return [
+        Suggestion("data.batch_size_per_device", fits, why),
+        Suggestion("trainer.accumulate_grad_batches", pieces * -(-wanted // fits), "so that a step has as many images"),
+    ]
 
 
 def devices(trainer: TrainerConfig) -> int:
@@ -130,7 +186,7 @@ def show(suggested: Suggested) -> None:
         table.add_row(row.key, shown(row.value), row.reason, style="bold" if row.yours else None)
     console = Console(stderr=True, highlight=False)
     console.print(table)
-    console.print("Set any of them on the command line; suggest=false sets none of them.\n")
+    console.print("Set any of them on the command line; suggest=false suggest_machine=false sets none.\n")
 
 
 def _plain(config: DictConfig, key: str) -> Any:

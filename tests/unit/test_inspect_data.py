@@ -11,7 +11,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dino_lightning.inspect_data import kind_of, main
+from dino_lightning.inspect_data import main
+from dino_lightning.quick_start import kind_of
 
 
 def draw(path: Path, *, seed: int, size: tuple[int, int] = (48, 40), **options: Any) -> Path:

@@ -190,6 +190,10 @@ class TrainConfig:
     suggest: bool = False
     """Choose prototypes, momentum, temperature, learning rate and crops by number and size of the images
     (docs/small_data.md), wherever the command line does not."""
+    suggest_machine: bool = False
+    """Choose length, batch, loader processes, precision, kept images and whether k-NN is evaluated by this machine and
+    the amount of images (docs/small_data.md), wherever the command line does not; a batch that does not fit into the
+    memory of a GPU is divided. `data.path=…` without `data=` and `experiment=` sets it."""
     output_dir: str = MISSING
     """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
     seed: int = 0

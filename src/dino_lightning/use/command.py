@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number, with_home_folders
+from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
@@ -26,6 +27,8 @@ def main() -> None:
     """Entry point."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
+    if asks_for_completion(sys.argv):
+        complete_after(with_home_folders)
     sys.argv[1:] = with_home_folders(sys.argv[1:])
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:

@@ -12,7 +12,7 @@ from dino_lightning.config import SCHEMAS, DataConfig, DevicesConfig, EmbedConfi
 from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
-from dino_lightning.inspect_data import kind_of
+from dino_lightning.quick_start import kind_of
 from dino_lightning.use.embeddings import Embeddings
 from dino_lightning.use.given import Given, given_list
 from dino_lightning.use.run import run_embedding
