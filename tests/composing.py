@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, register_timm_networks, run_name, with_settings_for_data, with_shards_in_one_piece
+from dino_lightning.cli import CONF, as_hydra_takes_it, run_name
 from dino_lightning.config import register
 
 SMALL = [
@@ -34,10 +34,8 @@ SMALL = [
 def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:
     """The configuration of `python train.py OVERRIDES`."""
     register()
-    register_timm_networks(list(overrides))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    words = with_shards_in_one_piece(with_settings_for_data(list(overrides)))
-    return composition("config", *words, f"output_dir={output_dir}")
+    return composition("config", *as_hydra_takes_it(list(overrides), fast=False), f"output_dir={output_dir}")
 
 
 def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:

@@ -20,7 +20,7 @@ FLOORS = [
      "checks_environment", "checks_resources", "checks_resume", "checks_initial", "checks_sweep",
      "report", "replay", "suggest", "suggest_machine", "suggested", "trial"},
     {"cli", "evaluate", "export", "report_runs", "explain", "imports", "inspect_data", "reference", "sweeps", "compare",
-     "quick_start", "completion", "use", "dashboard"},
+     "quick_start", "completion", "command_line", "use", "dashboard"},
 ]
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -33,7 +33,8 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("run_evaluation", "checks_environment"), ("run", "report"),
           ("run", "suggested"), ("suggested", "suggest"), ("suggested", "suggest_machine"), ("suggested", "trial"),
           ("suggest_machine", "suggest"), ("trial", "build"), ("suggested", "checks_resources"),
-          ("cli", "quick_start"), ("cli", "completion"), ("evaluate", "completion"), ("use", "completion"),
+          ("cli", "quick_start"), ("cli", "completion"), ("cli", "command_line"),
+          ("evaluate", "command_line"), ("use", "command_line"), ("evaluate", "completion"), ("use", "completion"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("export", "cli"), ("export", "explain"),
           ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning import outside_training
+from dino_lightning.command_line import with_quoted_paths
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
@@ -189,7 +190,7 @@ def as_hydra_takes_it(words: list[str], *, fast: bool | None = None) -> list[str
     """The words of a command line with what they leave unsaid, and in Hydra's grammar; networks of timm among them
     become options. `fast` says whether there is a GPU; None looks where that matters."""
     register_timm_networks(words)
-    words = with_quick_start(with_home_folders(words), fast=fast)
+    words = with_quick_start(with_quoted_paths(with_home_folders(words)), fast=fast)
     return with_shards_in_one_piece(with_settings_for_data(words))
 
 

@@ -27,6 +27,7 @@ from dino_lightning.cli import (
     with_home_folders,
     with_shards_in_one_piece,
 )
+from dino_lightning.command_line import with_quoted_paths
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
@@ -40,7 +41,7 @@ def main() -> None:
     register()
     if asks_for_completion(sys.argv):
         complete_after(with_home_folders)
-    sys.argv[1:] = with_shards_in_one_piece(with_home_folders(sys.argv[1:]))
+    sys.argv[1:] = with_shards_in_one_piece(with_quoted_paths(with_home_folders(sys.argv[1:])))
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:

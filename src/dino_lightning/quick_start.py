@@ -7,6 +7,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
 from dino_lightning.config.paths import usable_path
 
 ENDINGS = {
@@ -27,7 +29,9 @@ def with_quick_start(words: list[str], *, fast: bool | None = None) -> list[str]
     given = {word.partition("=")[0]: word.partition("=")[2] for word in words if "=" in word}
     if "data.path" not in given or any(group in given for group in DECIDED):
         return words
-    path = given["data.path"].strip("\"'")
+    path = given["data.path"]
+    if path[:1] in "\"'":  # Hydra's quotes
+        path = OverridesParser.create().parse_override(f"data.path={path}").value()
     # A network of the user's own wants crops of its own, which the rule for small data chooses.
     if fast is None:
         fast = "backbone" in given or has_accelerator(given.get("trainer.accelerator", "auto"))

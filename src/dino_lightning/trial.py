@@ -38,7 +38,6 @@ def largest_batch(config: TrainConfig) -> int:
         return int(os.environ[FITS])
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         return wanted
-    quieten_libraries()
     batch = wanted
     while not fits(config, batch=batch):
         if batch == 1:
@@ -72,6 +71,7 @@ def fits(config: TrainConfig, *, batch: int) -> bool:
 
 def take_steps(config: TrainConfig, *, batch: int) -> None:
     """Train the configured method for `STEPS` steps with the configured precision."""
+    quieten_libraries()
     supervised = isinstance(config.method, SupervisedConfig)
     data = noise(config.crops, batch=batch, channels=config.data.channels)
     batches: list[Any] = [LabelledCrops(data, torch.zeros(batch, dtype=torch.long)) if supervised else data] * STEPS

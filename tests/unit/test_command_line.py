@@ -1,0 +1,49 @@
+"""Paths of any name on a command line."""
+
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dino_lightning.command_line import with_quoted_paths
+
+NAMES = ["a b", "Öland (2023)", "it's", "a&b", "日本", "a=b", "[x]", "back\\", "q\\'x", '"both\'', "100%", "~x", "x~"]
+
+
+def hydra_reads(word: str) -> object:
+    return OverridesParser.create().parse_override(word).value()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hydra_reads_what_was_typed(name: str) -> None:
+    (word,) = with_quoted_paths([f"data.path=/photos/{name}"])
+    assert hydra_reads(word) == f"/photos/{name}"
+    assert with_quoted_paths([word]) == [word], "processes that are started with it do the same"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="${},"), min_size=1))
+def test_so_it_does_any_name(name: str) -> None:
+    (word,) = with_quoted_paths([f"output_dir=/{name}"])
+    if word != f"output_dir=/{name}":
+        assert hydra_reads(word) == f"/{name}"
+    else:
+        assert str(hydra_reads(word)).split() == f"/{name}".split()
+
+
+def test_commas_separate_values_of_a_sweep_alone(tmp_path: Path) -> None:
+    there = tmp_path / "a,b"
+    there.mkdir()
+    assert with_quoted_paths([f"data.path={there}"]) == [f"data.path='{there}'"]
+    assert with_quoted_paths(["output_dir=a,b"]) == ["output_dir='a,b'"]
+    for words in (["-m", f"data.path={there}"], ["--multirun", "output_dir=a,b"], ["checkpoint=A,B"]):
+        assert with_quoted_paths(words) == words
+
+
+@pytest.mark.parametrize(
+    "word", ["data.path=/photos", "data.path='/a b'", "data.path=${oc.env:HOME}/x", "optim.lr=(", "data.path=", "-sc"]
+)
+def test_other_words_stay(word: str) -> None:
+    assert with_quoted_paths([word]) == [word]
