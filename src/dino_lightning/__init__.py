@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dino_lightning.use.backbone import load_backbone
+    from dino_lightning.use.compose import compose
     from dino_lightning.use.embed import embed
     from dino_lightning.use.transformer import DinoFeatures
 
 __version__ = "0.1.0"
-__all__ = ["DinoFeatures", "embed", "load_backbone"]
+__all__ = ["DinoFeatures", "compose", "embed", "load_backbone"]
 
-_MODULES = {"DinoFeatures": "use.transformer", "embed": "use.embed", "load_backbone": "use.backbone"}
+_MODULES = {
+    "DinoFeatures": "use.transformer",
+    "compose": "use.compose",
+    "embed": "use.embed",
+    "load_backbone": "use.backbone",
+}
 
 
 def __getattr__(name: str) -> Any:

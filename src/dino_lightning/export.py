@@ -102,7 +102,7 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"image_size={config.image_size} is not a multiple of the patch size "
                         f"{patch_size(network.backbone)} of {network.name}.")  # fmt: skip
     output = Path(config.output).expanduser()
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, force_jupyter=False)  # whose bars want ipywidgets
     with console.status(f"writing {output.name} and comparing it with {network.name}"):
         told = export_network(
             network, output, format=config.format, checkpoint=config.checkpoint, image_size=config.image_size

@@ -1,0 +1,47 @@
+"""The configuration of a training run in a program of one's own, such as a notebook: `compose`."""
+
+import time
+from typing import cast
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino_lightning.checks import check_config
+from dino_lightning.cli import (
+    register_timm_networks,
+    with_home_folders,
+    with_settings_for_data,
+    with_shards_in_one_piece,
+)
+from dino_lightning.config import TrainConfig, register
+from dino_lightning.config.folder import CONF
+from dino_lightning.config.rules import check_keys
+from dino_lightning.errors import UserError
+from dino_lightning.explain import explain
+
+
+def compose(*words: str) -> TrainConfig:
+    """The configuration of `python train.py WORDS`, checked as there but for the images, which are not opened.
+
+        config = compose("method=byol", "trainer.max_epochs=2")
+
+    `dino_lightning.build` makes data module, LightningModule and trainer of it. Nothing is written. `output_dir` is
+    named after the clock unless a word names it. Raises `UserError` for what the command line refuses.
+    """
+    register()
+    given = with_home_folders(list(words))
+    register_timm_networks(given)
+    # Not the command line's, which keeps one name for all processes of a run: a program may compose several runs.
+    OmegaConf.register_new_resolver("run_name", lambda: time.strftime("%Y%m%d-%H%M%S"), replace=True)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            words_for_hydra = with_shards_in_one_piece(with_settings_for_data(given))
+            composed = hydra.compose("config", overrides=words_for_hydra)
+        check_keys(composed)
+        config = cast(TrainConfig, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, conf=CONF)) from error
+    check_config(config)
+    return config
