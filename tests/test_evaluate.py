@@ -1,14 +1,13 @@
 """`dino-eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
+from programs import run_program
 
 from dino_lightning.checks_evaluation import RULES, check_evaluation, kinds_of_data
 from dino_lightning.cli import CONF, EXPLAINED, options
@@ -114,8 +113,8 @@ def test_every_number_of_an_evaluation_has_a_rule() -> None:
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "dino_lightning.evaluate", "checkpoint=x", "eval=video", "data=builtin"]
-    done = subprocess.run([*command, f"output_dir={output}"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    words = ["checkpoint=x", "eval=video", "data=builtin", f"output_dir={output}"]
+    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("dino-eval: eval=video does not go with data=builtin")
     assert not output.exists()

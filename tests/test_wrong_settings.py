@@ -1,6 +1,5 @@
 """What a user can get wrong: one sentence each, before a model is built."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from PIL import Image
+from programs import TRAIN, run_program
 
 from dino_lightning.build import build_data
 from dino_lightning.checkpoints.load import load_network
@@ -202,11 +202,9 @@ def test_a_number_of_hundreds_of_digits() -> None:
 
 def test_home_is_meant_by_tilde(tmp_path: Path) -> None:
     """Hydra, which makes the folder, would make one of that name in the working folder."""
-    script = Path(__file__).parents[1] / "train.py"
-    command = [sys.executable, str(script), *SMALL, "crops.local_size=20", "output_dir='~/run'"]
-    environment = os.environ | {"HOME": str(tmp_path / "home")}
+    words = [*SMALL, "crops.local_size=20", "output_dir='~/run'"]
     (tmp_path / "home").mkdir()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = run_program(TRAIN, *words, cwd=tmp_path, variables={"HOME": str(tmp_path / "home")})
     assert done.returncode == 2, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
@@ -223,10 +221,8 @@ def test_gpu_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "train.py"
     output = tmp_path / "run"
-    command = [sys.executable, str(script), *SMALL, "crops.local_size=20", f"output_dir={output}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = run_program(TRAIN, *SMALL, "crops.local_size=20", f"output_dir={output}", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip() == (
         "dino-lightning: crops.local_size=20 is not a multiple of backbone.patch_size=8; the nearest is 16."
