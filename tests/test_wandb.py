@@ -166,6 +166,7 @@ def started(folder: Path, **config: Any) -> LastingWandbLogger:
     with closed_wandb():
         logger.start()
         logger.log_metrics({"loss": 1.0}, 0)
+        logger.conclude({"knn_top1": 1.0}, weights=None)
     return logger
 
 
@@ -254,9 +255,8 @@ def test_a_terminal_is_asked_nothing(tmp_path: Path) -> None:
 
 
 def test_disabled(tmp_path: Path) -> None:
-    logger = started(tmp_path, mode="disabled")
-    logger.conclude({"knn_top1": 1.0}, weights=None)
-    assert not logger.lost
+    assert not started(tmp_path, mode="disabled").lost
+    assert wandb.run is None
     assert not list(tmp_path.rglob("*.wandb"))
 
 

@@ -12,8 +12,11 @@ def offline_records(folder: Path) -> list[Any]:
 
 
 def records_of(path: Path) -> list[Any]:
-    """The records of one file."""
+    """The records of one file, once W&B's own process has written them all: told to be silent, nobody waits for it."""
+    import wandb
     from wandb.proto import wandb_internal_pb2 as pb
+
+    wandb.teardown()
 
     content, position, parts, records = path.read_bytes()[7:], 0, b"", []
     # A LevelDB log: blocks of 32 KiB, chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last).
