@@ -40,7 +40,7 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain"), ("strategy", "launcher"),
-          ("use", "cli"), ("use", "quick_start"), ("inspect_data", "quick_start")}  # fmt: skip
+          ("use", "cli"), ("use", "explain"), ("use", "quick_start"), ("inspect_data", "quick_start")}  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -44,7 +44,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Links of a notebook, which comes as HTML: to the address of another page."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
-    return HTML_LINK.sub(lambda link: _resolved(link, page, config, files, lambda to: to.url_relative_to(page.file)), html)
+    return HTML_LINK.sub(
+        lambda link: _resolved(link, page, config, files, lambda to: to.url_relative_to(page.file)), html
+    )
 
 
 def _resolved(link: re.Match[str], page: Page, config: MkDocsConfig, files: Files, address: Any) -> str:

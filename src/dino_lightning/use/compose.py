@@ -9,12 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.checks import check_config
-from dino_lightning.cli import (
-    register_timm_networks,
-    with_home_folders,
-    with_settings_for_data,
-    with_shards_in_one_piece,
-)
+from dino_lightning.cli import as_hydra_takes_it
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.folder import CONF
 from dino_lightning.config.rules import check_keys
@@ -31,14 +26,11 @@ def compose(*words: str) -> TrainConfig:
     named after the clock unless a word names it. Raises `UserError` for what the command line refuses.
     """
     register()
-    given = with_home_folders(list(words))
-    register_timm_networks(given)
     # Not the command line's, which keeps one name for all processes of a run: a program may compose several runs.
     OmegaConf.register_new_resolver("run_name", lambda: time.strftime("%Y%m%d-%H%M%S"), replace=True)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            words_for_hydra = with_shards_in_one_piece(with_settings_for_data(given))
-            composed = hydra.compose("config", overrides=words_for_hydra)
+            composed = hydra.compose("config", overrides=as_hydra_takes_it(list(words)))
         check_keys(composed)
         config = cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:

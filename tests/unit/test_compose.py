@@ -1,0 +1,48 @@
+"""A configuration in a program of one's own is the command line's."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+from composing import SMALL, composed
+from omegaconf import OmegaConf
+
+from dino_lightning import compose
+from dino_lightning.build import build_data, build_method
+from dino_lightning.callbacks.knn import KNNCallback
+from dino_lightning.errors import UserError
+
+
+@pytest.mark.parametrize("words", [(), ("method=byol", "backbone=resnet18"), ("data=cifar10", "seed=3")])
+def test_it_is_that_of_the_command_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    expected = OmegaConf.to_object(composed(*words, output_dir=tmp_path / "run"))
+    assert compose(*words, f"output_dir={tmp_path / 'run'}") == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("method=dyno", "method=dyno is not an option of method; did you mean 'dino'?"),
+        ("optim.lrr=1", "optim.lrr"),
+        ("crops.local_size=20", "crops.local_size=20 is not a multiple of backbone.patch_size=8; the nearest is 16."),
+        ("optim.lr=much", "optim.lr"),
+    ],
+)
+def test_it_refuses_what_the_command_line_refuses(word: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose(word)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_two_fits_in_one_process(tmp_path: Path) -> None:
+    """As in a notebook: Lightning's trainer around our modules, twice, with what a user would leave at its default."""
+    for method in ("dino", "byol"):
+        config = compose(*SMALL, f"method={method}", "trainer.max_epochs=1", f"output_dir={tmp_path}")
+        module, knn = build_method(config), KNNCallback(config.callbacks.knn)
+        trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[knn], enable_checkpointing=False,
+                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(module, datamodule=build_data(config))
+        assert trainer.global_step == 6
+        assert 0 < knn.last["top1"] <= 100
+    assert list(tmp_path.iterdir()) == []
