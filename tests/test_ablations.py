@@ -167,7 +167,7 @@ def test_runs_after_a_failed_one_still_run(sweep: tuple[Path, int]) -> None:
 def test_the_table_of_a_sweep_with_failures(sweep: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = sweep
     assert compare.main([str(folder), "--markdown"]) == 0
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "Sinkhorn" in line]
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| Sinkhorn")]
     assert [line[0] for line in lines] == [f"| Sinkhorn-Knopp, optim.lr={lr}" for lr in ("-1.0", "0.01", "1e+30")]
     assert [line[-1].removesuffix(" |").split(":")[0] for line in lines] == ["failed", "finished", "failed"]
     summary = json.loads((folder / "1" / "summary.json").read_text())

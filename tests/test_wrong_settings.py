@@ -14,6 +14,7 @@ from programs import TRAIN, run_program
 from dino_lightning.build import build_data
 from dino_lightning.checkpoints.load import load_network
 from dino_lightning.checks import check_config, check_data
+from dino_lightning.checks_environment import check_environment
 from dino_lightning.checks_evaluation import check_evaluation
 from dino_lightning.cli import CONF, EXPLAINED
 from dino_lightning.config import TrainConfig
@@ -126,6 +127,7 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
         check_keys(cfg)
         config = cast(TrainConfig, OmegaConf.to_object(cfg))
         check_config(config)
+        check_environment(config)
         check_data(config, build_data(config), world_size=1)
     except EXPLAINED as error:
         return explain(error, conf=CONF)

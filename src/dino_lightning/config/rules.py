@@ -149,7 +149,8 @@ def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for name in composed:
         if name not in known:
-            raise UserError(f"{prefix}{name} is not a key of the configuration; {nearest(str(name), known)}")
+            choice = nearest(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
+            raise UserError(f"{prefix}{name} is not a key of the configuration; {choice}")
         node = composed._get_node(name)
         if isinstance(node, DictConfig):
             check_keys(node, prefix=f"{prefix}{name}.")
