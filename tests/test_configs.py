@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from dino_lightning import reference
 from dino_lightning.build import build_method, build_trainer
 from dino_lightning.checks import DURATIONS, RULES, check_config
-from dino_lightning.cli import CONF, options, with_shards_in_one_piece
+from dino_lightning.cli import CONF, options
+from dino_lightning.command_line import with_shards_in_one_piece
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.keys import all_keys
 

@@ -17,7 +17,8 @@ from composing import composed_embedding
 from omegaconf import OmegaConf
 
 from dino_lightning import embed
-from dino_lightning.cli import CONF, EXPLAINED, options, with_home_folders
+from dino_lightning.cli import CONF, EXPLAINED, options
+from dino_lightning.command_line import with_home_folders
 from dino_lightning.config import BuiltinData, EmbedConfig
 from dino_lightning.config.keys import all_keys
 from dino_lightning.explain import explain

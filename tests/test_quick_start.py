@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dino_lightning.checks import check_config
-from dino_lightning.cli import as_hydra_takes_it, with_home_folders
+from dino_lightning.cli import as_hydra_takes_it
+from dino_lightning.command_line import with_home_folders
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
 from dino_lightning.quick_start import with_quick_start

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning import outside_training
-from dino_lightning.command_line import with_quoted_paths
+from dino_lightning.command_line import in_hydras_grammar
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TimmConfig, TrainConfig, register
 from dino_lightning.config.folder import CONF, option_names
@@ -83,6 +83,8 @@ def train() -> None:
     except OverflowError as error:
         refuse_number(error)
     except ValueError as error:
+        if str(error).startswith("Only one of --run"):  # Hydra's
+            refuse(UserError(f"{error}."))
         if "No trials are completed" not in str(error):  # Optuna's, where all runs have failed
             raise
     except SystemExit as left:
@@ -190,8 +192,7 @@ def as_hydra_takes_it(words: list[str], *, fast: bool | None = None) -> list[str
     """The words of a command line with what they leave unsaid, and in Hydra's grammar; networks of timm among them
     become options. `fast` says whether there is a GPU; None looks where that matters."""
     register_timm_networks(words)
-    words = with_quick_start(with_quoted_paths(with_home_folders(words)), fast=fast)
-    return with_shards_in_one_piece(with_settings_for_data(words))
+    return with_settings_for_data(with_quick_start(in_hydras_grammar(words), fast=fast))
 
 
 def register_timm_networks(overrides: list[str]) -> None:
@@ -220,30 +221,11 @@ def with_settings_for_data(overrides: list[str]) -> list[str]:
     return [*overrides[:place], "experiment=photos32", *overrides[place:]]
 
 
-def with_home_folders(overrides: list[str]) -> list[str]:
-    """The overrides with the home folder in the place of `~`: Hydra reads no value that begins with it, and of
-    `data.path=~/photos` a shell leaves it there, because a variable's name has no dot."""
-    return [re.sub(r"(?<=[=,\[])~(?=[/,\]]|$)", os.path.expanduser("~"), word) for word in overrides]
-
-
 def _names_experiments(sweep: str | None) -> bool:
     if sweep in (None, "null"):
         return False
     path = CONF / "sweep" / f"{sweep}.yaml"
     return not path.exists() or "experiment:" in path.read_text()
-
-
-def with_shards_in_one_piece(overrides: list[str]) -> list[str]:
-    """The overrides with one `data.shards`, in quotes: Hydra takes braces for a dictionary, and a shell makes of a word
-    with unquoted braces many words, of which Hydra would keep the last."""
-    key = "data.shards="
-    words = [text for text in overrides if text.startswith(key)]
-    value = "::".join(word.removeprefix(key) for word in words)
-    if value[:1] in ("", "'", '"') or (len(words) == 1 and "{" not in value):
-        return overrides
-    place = overrides.index(words[0])
-    others = [text for text in overrides[place:] if text not in words]
-    return [*overrides[:place], f'{key}"{value}"', *others]
 
 
 def run_name() -> str:

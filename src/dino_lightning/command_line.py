@@ -1,9 +1,7 @@
-"""Paths on a command line that Hydra's grammar has no place for: `data.path=/photos/Öland (2023)`.
+"""Words of a command line as Hydra takes them: home folders, paths of any name, braces, flags between overrides."""
 
-A shell has taken the user's quotes off before Hydra sees the word, and Hydra wants quotes of its own around most
-characters that are not ASCII letters.
-"""
-
+import os
+import re
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,10 +15,52 @@ WRITTEN = ("output_dir", "output")
 """Those that need not be there yet."""
 SEVERAL = ("-m", "--multirun")
 """Hydra's flags for a sweep, where a comma separates values."""
+WITH_A_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+"""Flags of Hydra's that the word behind belongs to."""
+
+
+def in_hydras_grammar(words: list[str]) -> list[str]:
+    """The words as Hydra takes them; what it takes already stays."""
+    return with_flags_first(with_shards_in_one_piece(with_quoted_paths(with_home_folders(words))))
+
+
+def with_flags_first(words: list[str]) -> list[str]:
+    """The words with Hydra's flags before the overrides: it does not take overrides on both sides of a flag."""
+    flags, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in WITH_A_VALUE and (value := next(rest, None)) is not None:
+            flags.append(value)
+    return [*flags, *overrides]
+
+
+def with_home_folders(overrides: list[str]) -> list[str]:
+    """The overrides with the home folder in the place of `~`: Hydra reads no value that begins with it, and of
+    `data.path=~/photos` a shell leaves it there, because a variable's name has no dot."""
+    return [re.sub(r"(?<=[=,\[])~(?=[/,\]]|$)", os.path.expanduser("~"), word) for word in overrides]
+
+
+def with_shards_in_one_piece(overrides: list[str]) -> list[str]:
+    """The overrides with one `data.shards`, in quotes: Hydra takes braces for a dictionary, and a shell makes of a word
+    with unquoted braces many words, of which Hydra would keep the last."""
+    key = "data.shards="
+    words = [text for text in overrides if text.startswith(key)]
+    value = "::".join(word.removeprefix(key) for word in words)
+    if value[:1] in ("", "'", '"') or (len(words) == 1 and "{" not in value):
+        return overrides
+    place = overrides.index(words[0])
+    others = [text for text in overrides[place:] if text not in words]
+    return [*overrides[:place], f'{key}"{value}"', *others]
 
 
 def with_quoted_paths(words: list[str]) -> list[str]:
-    """The words, with Hydra's quotes around those paths that it would not take."""
+    """The words, with Hydra's quotes around those paths that it would not take, such as `/photos/Öland (2023)`.
+
+    A shell has taken the user's quotes off. Hydra wants some of its own around most characters beyond ASCII letters.
+    """
     several = any(flag in words for flag in SEVERAL)
     return [_quoted(word) if _needs_quotes(word, several=several) else word for word in words]
 

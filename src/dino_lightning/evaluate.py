@@ -24,10 +24,8 @@ from dino_lightning.cli import (
     refuse_folder,
     refuse_number,
     run_name,
-    with_home_folders,
-    with_shards_in_one_piece,
 )
-from dino_lightning.command_line import with_quoted_paths
+from dino_lightning.command_line import in_hydras_grammar
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
@@ -40,8 +38,8 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     if asks_for_completion(sys.argv):
-        complete_after(with_home_folders)
-    sys.argv[1:] = with_shards_in_one_piece(with_quoted_paths(with_home_folders(sys.argv[1:])))
+        complete_after(in_hydras_grammar)
+    sys.argv[1:] = in_hydras_grammar(sys.argv[1:])
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:

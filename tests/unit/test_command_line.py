@@ -7,9 +7,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_lightning.command_line import with_quoted_paths
+from dino_lightning.command_line import with_flags_first, with_quoted_paths
 
-NAMES = ["a b", "Öland (2023)", "it's", "a&b", "日本", "a=b", "[x]", "back\\", "q\\'x", '"both\'', "100%", "~x", "x~"]
+NAMES = ["a b", "Öland (2023)", "it's", "a&b", "日本", "a=b", "[x]", "back\\", "q\\'x", "\"both'", "100%", "~x", "x~"]
 
 
 def hydra_reads(word: str) -> object:
@@ -47,3 +47,17 @@ def test_commas_separate_values_of_a_sweep_alone(tmp_path: Path) -> None:
 )
 def test_other_words_stay(word: str) -> None:
     assert with_quoted_paths([word]) == [word]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("a=1 --multirun seed=0,1", "--multirun a=1 seed=0,1"),
+        ("a=1 --cfg job b=2 -m", "--cfg job -m a=1 b=2"),
+        ("-sc query=bash", "-sc query=bash"),
+        ("a=1 ~b", "a=1 ~b"),
+        ("--config-dir", "--config-dir"),
+    ],
+)
+def test_flags_come_first(typed: str, expected: str) -> None:
+    assert with_flags_first(typed.split()) == expected.split()

@@ -14,8 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number, with_home_folders
-from dino_lightning.command_line import with_quoted_paths
+from dino_lightning.cli import CONF, EXPLAINED, groups, refuse, refuse_number
+from dino_lightning.command_line import in_hydras_grammar
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
@@ -29,8 +29,8 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     if asks_for_completion(sys.argv):
-        complete_after(with_home_folders)
-    sys.argv[1:] = with_quoted_paths(with_home_folders(sys.argv[1:]))
+        complete_after(in_hydras_grammar)
+    sys.argv[1:] = in_hydras_grammar(sys.argv[1:])
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):  # here already: Hydra would write a file of its own
