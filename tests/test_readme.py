@@ -1,4 +1,4 @@
-"""The README's commands compose, its links lead somewhere, and it stays short."""
+"""Commands of the README and of the documentation compose, links lead somewhere, and the README stays short."""
 
 import re
 import shlex
@@ -6,48 +6,64 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from composing import composed
+from composing import composed, composed_evaluation
 from omegaconf import OmegaConf
 
 from dino_lightning.checks import check_config
-from dino_lightning.config import TrainConfig
+from dino_lightning.checks_evaluation import check_evaluation
+from dino_lightning.cli import with_home_folders
+from dino_lightning.config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TRAIN, EVALUATE = ("python train.py", "dino-train"), ("dino-eval",)
 
 
-def commands(page: Path) -> list[str]:
-    """Every `python train.py …` in a fenced block, without comments, continued lines joined."""
+def commands(page: Path, programs: tuple[str, ...]) -> list[str]:
+    """The words of every command in a fenced block, without comments, continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [line.split("#")[0].split("&&")[-1].strip() for line in lines]
-    return [line for line in found if line.startswith("python train.py")]
+    return [line.removeprefix(name).strip() for line in found for name in programs if line.startswith(name)]
 
 
-OTHERS = ("imports=", "hydra/launcher=")
-ALL = sorted({command for page in PAGES for command in commands(page) if not any(word in command for word in OTHERS)})
-"""Without those of `test_new_method.py` and `test_clusters.py`."""
+OTHERS = ("imports=", "hydra/launcher=", "replay ", "-sc ", "…")
+"""Words of commands that are tried in `test_new_method.py`, `test_clusters.py`, `test_replay.py` and
+`test_quick_start.py`, or not written out."""
+
+
+def every(programs: tuple[str, ...]) -> list[str]:
+    found = {command for page in PAGES for command in commands(page, programs)}
+    return sorted(command for command in found if not any(word in command for word in OTHERS))
 
 
 def test_there_are_commands() -> None:
-    assert "python train.py" in ALL
-    assert len(ALL) > 10
+    assert "" in every(TRAIN)
+    assert len(every(TRAIN)) > 80
+    assert len(every(EVALUATE)) > 10
 
 
-@pytest.mark.parametrize("command", ALL)
+@pytest.mark.parametrize("command", every(TRAIN))
 def test_commands_compose_and_pass_the_checks(command: str, tmp_path: Path) -> None:
-    words = [word for word in shlex.split(command)[2:] if not word.startswith("--")]
-    # The first value of a sweep; this machine's precision; a folder that is there.
+    words = [word for word in shlex.split(command.replace("--cfg job", "")) if not word.startswith("--")]
+    # The first value of a sweep; this machine's precision and devices; a folder that is there.
     words = [word for word in words if not re.search(r"=(tag|interval|choice)\(", word)]  # Optuna's to draw
     overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words if not word.startswith("output_dir=")]
     overrides = [f"data.path={tmp_path}" if word.startswith("data.path=") else word for word in overrides]
-    overrides = [word for word in overrides if not word.startswith(("trainer.precision=", "resume="))]
+    overrides = [word for word in overrides if not word.startswith(("trainer.precision=", "resume=", "trainer.devices=["))]
     # Numbered as the folders of a sweep are.
     config = composed(*overrides, "trainer.precision=32", output_dir=tmp_path / "0")
     check_config(cast(TrainConfig, OmegaConf.to_object(config)))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("command", every(EVALUATE))
+def test_evaluations_compose_and_pass_the_checks(command: str) -> None:
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z]+|\[.*\]", word)]
+    config = composed_evaluation(*with_home_folders(words), "trainer.precision=32")
+    check_evaluation(cast(EvaluateConfig, OmegaConf.to_object(config)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):

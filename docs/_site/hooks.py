@@ -40,6 +40,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return MARKDOWN_LINK.sub(lambda link: _resolved(link, page, config, files, address), markdown)
 
 
+def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Any) -> None:
+    """A page that is a tab by itself has no neighbours to list beside it."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links of a notebook, which comes as HTML: to the address of another page."""
     if not page.file.src_uri.endswith(".ipynb"):

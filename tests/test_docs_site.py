@@ -1,0 +1,243 @@
+"""The documentation site: built without a warning, its links lead somewhere, and it asks no other host for anything."""
+
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+pytest.importorskip("mkdocs_jupyter", reason='the site needs pip install -e ".[docs]"')
+pytest.importorskip("material", reason='the site needs pip install -e ".[docs]"')
+
+ROOT = Path(__file__).parents[1]
+QUESTIONS = [
+    "My loss is NaN",
+    "The loss stays at 11.09",
+    "One GPU, small batches",
+    "Few epochs: what the schedules do",
+    "Which learning rate for my batch?",
+    "My numbers are not the paper's",
+    "The GPU waits for images",
+    "Small images, odd shapes, CIFAR",
+    "Gray, 16 bits, many channels",
+    "Millions of images, streams",
+    "Multi-crop with a network of timm",
+    "Several GPUs without SLURM",
+    "Is DDP right, and what does it cost?",
+    "Attention maps and masks",
+    "Fine-tune, or train on from weights",
+    "Export: ONNX, transformers, timm",
+]
+"""What users have asked; a how-to page each."""
+LOADS = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src")}
+
+
+class Page(HTMLParser):
+    """Where a page links to, what it loads, and which anchors it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = {""}
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attrs}
+        self.anchors |= {values[key] for key in ("id", "name") if key in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag == "link" and values.get("rel") in ("canonical", "next", "prev"):
+            return
+        self.loads += [values[key] for key in ("src", "href") if (tag, key) in LOADS and key in values]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as CI builds it; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DINO_REPOSITORY": "https://example.org/o/dino-lightning"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def navigation(node: Any) -> Iterator[tuple[str, str]]:
+    """Title and file of each page."""
+    for entry in node if isinstance(node, list) else []:
+        for title, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            yield from navigation(value) if isinstance(value, list) else [(title, value)]
+
+
+@pytest.fixture(scope="module")
+def nav() -> dict[str, str]:
+    """File of each page -> its title in the navigation."""
+
+    class Loader(yaml.SafeLoader):
+        """Passes over MkDocs' own tags."""
+
+    Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+    return {path: title for title, path in navigation(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])}
+
+
+def test_every_page_is_in_the_navigation(nav: dict[str, str]) -> None:
+    files = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    notebooks = {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(nav) == files | notebooks | {"CHANGELOG.md", "CONTRIBUTING.md"}
+
+
+def test_every_question_has_its_page(nav: dict[str, str]) -> None:
+    titles = {path: title for path, title in nav.items() if path.startswith("howto/") and "index" not in path}
+    assert sorted(titles.values()) == sorted(QUESTIONS)
+    index = (ROOT / "docs" / "howto" / "index.md").read_text()
+    for path, title in titles.items():
+        text = (ROOT / "docs" / path).read_text()
+        assert text.startswith(f"# {title}\n")
+        assert "```bash" in text
+        assert "Asked in https://github.com/" in text
+        assert 25 <= len(text.splitlines()) <= 60
+        assert f"[{title}]({Path(path).name})" in index
+
+
+def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
+    checked = 0
+    for path, page in pages.items():
+        if path.name == "404.html":  # served for every address, so its links begin at the root
+            continue
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{path.relative_to(site)}: {link}"
+            if target in pages and parts.fragment:
+                assert unquote(parts.fragment) in pages[target].anchors, f"{path.relative_to(site)}: {link}"
+            checked += 1
+    assert checked > 1000
+
+
+def test_links_to_the_repository_are_to_files_that_are_there(pages: dict[Path, Page]) -> None:
+    start = "https://example.org/o/dino-lightning/blob/HEAD/"
+    links = {urlsplit(link)._replace(fragment="").geturl() for page in pages.values() for link in page.links}
+    found = [link.removeprefix(start) for link in links if link.startswith(start)]
+    assert "conf/hydra/launcher" in found
+    assert [path for path in found if not (ROOT / path).exists()] == []
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    for path, page in pages.items():
+        assert [url for url in page.loads if urlsplit(url).netloc] == [], path.relative_to(site)
+    for style in site.rglob("*.css"):
+        assert "url(http" not in style.read_text()
+
+
+def test_nothing_of_this_machine_is_in_it(site: Path) -> None:
+    for path in site.rglob("*"):
+        if path.suffix in (".html", ".json", ".xml", ".js", ".css"):
+            assert str(ROOT) not in path.read_text(), path.relative_to(site)
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served: search wants a server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from unit.browser import launched
+
+    with launched() as found:
+        yield found
+
+
+class Reader:
+    """A page in the browser, with what it has said and asked for."""
+
+    def __init__(self, browser: Any, address: str, path: str, **context: Any) -> None:
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+        self.page = self.context.new_page()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = address
+        self.page.goto(f"{address}/{path}", wait_until="networkidle")
+
+    def close(self) -> None:
+        """Nothing was said on the console, nothing asked of another host."""
+        assert self.said == []
+        own = (self.address, "data:", "blob:")
+        assert [url for url in self.requests if not url.startswith(own)] == []
+        self.context.close()
+
+
+SEEN = {
+    "": "Where to go",
+    "tutorial/": "Your own images",
+    "howto/nan/": "My loss is NaN",
+    "api/mathematics/": "cross_view_entropy",
+    "notebooks/train/": "Where the teacher looks",
+    "configuration/": "method.teacher_momentum",
+}
+"""Page -> words on it."""
+
+
+@pytest.mark.parametrize("path", SEEN)
+def test_a_page_in_the_browser_and_on_a_phone(browser: Any, address: str, path: str) -> None:
+    reader = Reader(browser, address, path)
+    assert reader.page.locator("article").get_by_text(SEEN[path]).first.is_visible()
+    assert reader.page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 0)")
+    reader.page.set_viewport_size({"width": 360, "height": 740})
+    width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert reader.page.evaluate(width) <= 0
+    reader.close()
+
+
+def test_search_finds_a_page(browser: Any, address: str) -> None:
+    reader = Reader(browser, address, "")
+    reader.page.locator("input.md-search__input").click()
+    reader.page.locator("input.md-search__input").fill("11.09")
+    result = reader.page.locator("a.md-search-result__link").first
+    result.wait_for()
+    assert "/howto/collapse/" in str(result.get_attribute("href"))
+    reader.close()
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_the_scheme_follows_the_system_and_can_be_switched(browser: Any, address: str, system: str) -> None:
+    reader = Reader(browser, address, "howto/nan/", color_scheme=system)
+    ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    assert (reader.page.evaluate(ground) > 600) == (system == "light")
+    grounds = set()
+    for _ in range(3):
+        reader.page.locator("label[for^=__palette]:visible").click()
+        grounds.add(reader.page.evaluate(ground) > 600)
+    assert grounds == {True, False}
+    reader.close()
