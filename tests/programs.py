@@ -11,7 +11,9 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,20 +42,41 @@ def run_program(
         TimeoutError: It has not come to an end; it is killed.
     """
     with TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        environment = {**os.environ, **(variables or {})}
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(program, list(words), str(cwd), environment, *map(str, files))
-        )
-        process.start()
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = start_program(program, *words, cwd=cwd, stdout=stdout, stderr=stderr, variables=variables)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
-            raise TimeoutError(f"{program} still works after {timeout:.0f} s: {files[1].read_text()[-2000:]}")
-        return Ended(process.exitcode, *(file.read_text() for file in files))
+            raise TimeoutError(f"{program} still works after {timeout:.0f} s: {stderr.read_text()[-2000:]}")
+        return Ended(process.exitcode, stdout.read_text(), stderr.read_text())
 
 
-def _run(program: str, words: list[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
+def start_program(
+    program: str, *words: str, cwd: Path, stdout: Path, stderr: Path, variables: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """The same, which has only begun, in a session of its own; what it writes is appended to the files."""
+    environment = {**os.environ, **(variables or {})}
+    arguments = (program, words, str(cwd), environment, str(stdout), str(stderr))
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
+    process.start()
+    return process
+
+
+def processes_of(first: int) -> list[int]:
+    """What lives of the session of a process, itself included; needs /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal():
+                state, *numbers = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(numbers[2]) == first and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def _run(program: str, words: tuple[str, ...], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # Python's own for the children, not how this one was started
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()

@@ -1,11 +1,13 @@
 """Nothing calls home: no import, no training, no evaluation, no logger offline. And keys of services stay unwritten."""
 
+import json
 import os
 import pkgutil
 import secrets
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -115,41 +117,90 @@ socket.create_connection(server.getsockname())
     ]  # fmt: skip
 
 
-def test_imports(machine: Machine) -> None:
-    names = [
+PROGRAM = """
+import importlib, json, os, sys
+from pathlib import Path
+
+todo = json.loads(sys.argv[1])
+phases = Path(os.environ["NETWORK_LOG"])
+def begin(phase, **keys):
+    os.environ["NETWORK_LOG"] = str(phases.with_name(f"{phase}.txt"))
+    os.environ.update(keys)
+    print(f"== {phase}", flush=True)
+
+begin("imports")
+for name in todo["modules"]:
+    importlib.import_module(name)
+from dino_lightning import cli, evaluate
+begin("training")
+sys.argv = ["train.py", *todo["training"]]
+cli.train()
+begin("evaluation")
+sys.argv = ["dino-eval", *todo["evaluation"]]
+evaluate.main()
+os.environ.pop("DINO_LIGHTNING_RUN", None)
+begin("with keys", **todo["keys"])
+sys.argv = ["train.py", *todo["with keys"]]
+cli.train()
+"""
+KEYS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
+
+
+@dataclass
+class Done:
+    """What one process has done that imported all modules, trained, evaluated, and trained with a logger and keys."""
+
+    home: Path
+    said: str
+
+    def attempts(self, phase: str) -> str:
+        """To reach other machines; each phase has come to pass."""
+        assert f"== {phase}\n" in self.said
+        log = self.home.with_name(f"{phase}.txt")
+        return log.read_text() if log.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    modules = [
         module.name
         for module in pkgutil.walk_packages(dino_lightning.__path__, "dino_lightning.")
         if not module.name.endswith(("_triton", "_kernels"))
     ]
-    assert len(names) > 100
-    machine.run("-c", f"import importlib\nfor name in {names}: importlib.import_module(name)")
-    assert machine.attempts == ""
+    assert len(modules) > 100
+    evaluation = ["eval=knn", f"checkpoint={machine.home / 'run'}", "data.train_images=64", "data.val_images=32"]
+    evaluation += ["eval.k=[5]", "data.num_workers=0", "trainer.accelerator=cpu", "cpu_threads=1"]
+    with_keys = [*SHORT, "callbacks.knn.enabled=false", "logger=wandb", "logger.mode=offline"]
+    todo = {
+        "modules": modules,
+        "training": [*SHORT, f"output_dir={machine.home / 'run'}"],
+        "evaluation": [*evaluation, f"output_dir={machine.home / 'knn'}"],
+        "with keys": [*with_keys, f"output_dir={machine.home / 'wandb'}"],
+        "keys": KEYS,
+    }
+    done = machine.run("-c", PROGRAM, json.dumps(todo), wrapper=without_network())
+    return Done(machine.home, done.stdout + done.stderr)
 
 
-def test_training_and_evaluation(machine: Machine) -> None:
-    run = machine.home / "run"
-    machine.run(str(PROJECT / "train.py"), *SHORT, f"output_dir={run}", wrapper=without_network())
-    assert (run / "teacher.safetensors").exists()
-    evaluation = ["eval=knn", f"checkpoint={run}", "data.train_images=64", "data.val_images=32", "data.num_workers=0"]
-    evaluation += ["eval.k=[5]"]
-    evaluation += ["trainer.accelerator=cpu", f"output_dir={machine.home / 'knn'}", "cpu_threads=1"]
-    machine.run("-m", "dino_lightning.evaluate", *evaluation, wrapper=without_network())
-    assert (machine.home / "knn" / "results.jsonl").exists()
-    assert machine.attempts == ""
+def test_imports(done: Done) -> None:
+    assert done.attempts("imports") == ""
 
 
-def test_keys_of_services_are_written_nowhere(machine: Machine) -> None:
-    keys = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
-    run = machine.home / "run"
-    command = [str(PROJECT / "train.py"), *SHORT, "callbacks.knn.enabled=false", f"output_dir={run}"]
-    command += ["logger=wandb", "logger.mode=offline"]
-    done = machine.run(*command, wrapper=without_network(), **keys)
-    assert machine.attempts == ""
-    files = [path for path in machine.home.rglob("*") if path.is_file()]
-    assert (run / "checkpoints" / "last.ckpt") in files
+def test_training_and_evaluation(done: Done) -> None:
+    assert (done.home / "run" / "teacher.safetensors").exists()
+    assert (done.home / "knn" / "results.jsonl").exists()
+    assert done.attempts("training") == ""
+    assert done.attempts("evaluation") == ""
+
+
+def test_keys_of_services_are_written_nowhere(done: Done) -> None:
+    assert done.attempts("with keys") == ""
+    files = [path for path in done.home.rglob("*") if path.is_file()]
+    assert (done.home / "wandb" / "checkpoints" / "last.ckpt") in files
     assert any(path.suffix == ".wandb" for path in files)
-    for name, key in keys.items():
-        assert key not in done.stdout + done.stderr
+    for name, key in KEYS.items():
+        assert key not in done.said
         holders = [str(path) for path in files if key.encode() in path.read_bytes()]
         assert not holders, f"{name} stands in {holders}"
 

@@ -10,6 +10,7 @@ import pytest
 from composing import SMALL, composed
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from programs import run_program
 
 from dino_lightning.build import METHODS
 from dino_lightning.cli import CONF
@@ -41,7 +42,8 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_page_trains(folder: Path) -> None:
     (command,) = re.findall(r"^python (train\.py imports=.*crops.*)$", PAGE, re.MULTILINE)
     script, *words = command.split()
-    done = run([str(ROOT / script), *words, *SMALL, "trainer.enable_progress_bar=false", "output_dir=out"], folder)
+    words += [*SMALL, "trainer.enable_progress_bar=false", "output_dir=out"]
+    done = run_program(str(ROOT / script), *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "Trained" in done.stdout
     header, *_ = (folder / "out" / "metrics.csv").read_text().splitlines()

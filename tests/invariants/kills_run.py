@@ -9,12 +9,14 @@ import sys
 import tarfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soak_measures as measures
 from PIL import Image
+from programs import TRAIN, processes_of, start_program
 from soak_compare import differences
 
 ROOT = Path(__file__).parents[2]
@@ -53,38 +55,55 @@ def words_of(*words: str, ranks: int = 1, workers: int = 0) -> list[str]:
     return [*SMALL, f"data.num_workers={workers}", f"data.batch_size_per_device={batch}", *devices, *words]
 
 
-def start(folder: Path, words: list[str], *, kill: str = "") -> int:
-    """One start of the run; its exit status when no process of it is left."""
+def start(folder: Path, words: list[str], *, kill: str = "", copied: bool = False) -> int:
+    """One start of the run; its exit status when no process of it is left.
+
+    `copied`: as a copy of a process that has its libraries, else by a new Python.
+    """
     notes = folder.with_name(f"{folder.name}-notes")
     notes.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {**os.environ, "KILL": kill, "NOTES": str(notes), "KILLS_RUN": mark, "WANDB_SILENT": "true"}
-    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
-    with (notes / "log.txt").open("ab") as log:
-        log.write(f"\n==== {kill}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        status = process.wait(LIMIT)
+    variables = {"KILL": kill, "NOTES": str(notes), "KILLS_RUN": mark, "WANDB_SILENT": "true"}
+    variables |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    with (notes / "log.txt").open("a") as log:
+        log.write(f"\n==== {kill}\n")
+    begin = _start_copy if copied else _start_python
+    status, left = begin([*words, f"output_dir={folder}"], notes / "log.txt", variables)
     until = time.monotonic() + 60
-    while measures.processes_of(f"KILLS_RUN={mark}"):
-        assert time.monotonic() < until, f"{kill}: processes are left over: {measures.processes_of(mark)}"
+    while left():
+        assert time.monotonic() < until, f"{kill}: processes are left over: {left()}"
         time.sleep(0.05)
     return status
 
 
-def killed_and_resumed(folder: Path, words: list[str], kills: list[str]) -> None:
+def _start_python(words: list[str], log: Path, variables: dict[str, str]) -> tuple[int, Callable[[], list[int]]]:
+    """The exit status, and what tells the processes that are left: by their environment, whoever is their parent."""
+    with log.open("ab") as file:
+        process = subprocess.Popen([sys.executable, TRAIN, *words], env=os.environ | variables, stdout=file,
+                                   stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        status = process.wait(LIMIT)
+    return status, lambda: measures.processes_of(f"KILLS_RUN={variables['KILLS_RUN']}")
+
+
+def _start_copy(words: list[str], log: Path, variables: dict[str, str]) -> tuple[int, Callable[[], list[int]]]:
+    """The same by their session."""
+    process = start_program(TRAIN, *words, cwd=ROOT, stdout=log, stderr=log, variables=variables)
+    process.join(LIMIT)
+    assert process.exitcode is not None, f"it still works after {LIMIT:.0f} s"
+    first = process.pid or 0
+    return process.exitcode, lambda: processes_of(first)
+
+
+def killed_and_resumed(folder: Path, words: list[str], kills: list[str], *, copied: bool = False) -> None:
     """A run that each of `kills` hits in turn, and that comes to its end at last."""
     notes = folder.with_name(f"{folder.name}-notes")
     for kill in kills:
-        status = start(folder, words, kill=kill)
+        status = start(folder, words, kill=kill, copied=copied)
         log = (notes / "log.txt").read_text()[-3000:]
         assert {"kill": kill} in read(notes / "kills.jsonl"), f"{kill} has not come to pass: {log}"
         assert status in expected(kill), f"{kill}: status {status}: {log}"
         assert not (folder / "summary.json").exists(), kill
-    assert start(folder, words) == 0, (notes / "log.txt").read_text()[-3000:]
+    assert start(folder, words, copied=copied) == 0, (notes / "log.txt").read_text()[-3000:]
 
 
 def expected(kill: str) -> set[int]:

@@ -39,12 +39,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     words = words_of("trainer.accumulate_grad_batches=2", workers=2)
     folder = tmp_path_factory.mktemp("kills") / "reference"
     with ThreadPoolExecutor(1) as beside:
-        yield Reference(words, folder, beside.submit(start, folder, words))
+        yield Reference(words, folder, beside.submit(start, folder, words, copied=True))
 
 
 def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> None:
     """In the middle of a window of accumulation and of a k-NN evaluation, the second time told to end."""
-    killed_and_resumed(tmp_path / "run", reference.words, ["backward@2=SIGKILL", "knn@1=SIGTERM"])
+    killed_and_resumed(tmp_path / "run", reference.words, ["backward@2=SIGKILL", "knn@1=SIGTERM"], copied=True)
     reference.check(tmp_path / "run")
 
 

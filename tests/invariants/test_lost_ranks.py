@@ -3,14 +3,17 @@
 Whole runs of `train.py` on two real processes, by Lightning's launcher and by torchrun; `one_rank.py` is what happens.
 """
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launches import BUILTIN, HERE, ONE_HOST, TORCHRUN, end_all, members, start, train
+from launches import BUILTIN, HERE, ONE_HOST, TORCHRUN, end_all, environment, members, start, train
 from PIL import Image
+from programs import processes_of, start_program
 
 TIMEOUT_S = 45
 """`collective_timeout_s`: more than two processes need to come to the start on a busy machine."""
@@ -68,11 +71,23 @@ def lose(
 
 
 def test_an_error_on_the_second_rank_ends_the_first(tmp_path: Path) -> None:
-    lost = lose(tmp_path, "error", launcher="lightning")
-    assert lost.status == 1
-    assert "[rank1]: MemoryError: no memory left for a batch" in lost.said
-    assert f"rank 0 {LOST}" in lost.said
-    assert lost.seconds < TIMEOUT_S
+    """The first process is a copy of one that has its libraries; Lightning starts the second one with a new Python."""
+    mark, log = tmp_path / "mark", tmp_path / "log"
+    words = train(f"imports=[{HERE}/one_rank.py]", f"output_dir={tmp_path}/out", f"collective_timeout_s={TIMEOUT_S}")
+    variables = environment({"FAULT": "error", "FAULTY": "1", "MARK": str(mark)})
+    process = start_program(*words[1:], cwd=tmp_path, stdout=log, stderr=log, variables=variables)
+    try:
+        process.join(timeout=240)
+        assert process.exitcode == 1
+        seconds = time.time() - mark.stat().st_mtime
+        assert not processes_of(process.pid or 0)
+    finally:
+        for number in processes_of(process.pid or 0):
+            os.kill(number, signal.SIGKILL)
+    said = log.read_text()
+    assert "[rank1]: MemoryError: no memory left for a batch" in said
+    assert f"rank 0 {LOST}" in said
+    assert seconds < TIMEOUT_S
 
 
 @pytest.mark.slow

@@ -109,27 +109,37 @@ def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch)
     assert slurm_job() is None
 
 
-def names(tmp_path: Path, count: int, **variables: str) -> list[str]:
-    """What processes that one parent starts would call their run."""
-    code = "from dino_lightning.cli import run_name; print(run_name())"
-    shell = "; ".join([f"{sys.executable} -c '{code}'"] * count)
+NAMES = """
+import os, sys, time
+from dino_lightning.cli import run_name
+for pause in (0, 1.1):
+    time.sleep(pause)
+    if not os.fork():
+        print(run_name())
+        sys.exit()
+    os.wait()
+"""
+
+
+def names(**variables: str) -> list[str]:
+    """What two processes that one parent starts, one after the other, would call their run."""
     known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "TORCHEL", "DINO_L"))}
     source = str(Path(__file__).parents[2] / "src")
-    done = subprocess.run(["sh", "-c", f"{shell}; sleep 1.1; {sys.executable} -c '{code}'; true"], capture_output=True,
-                          text=True, check=False, env={**known, "PYTHONPATH": source, **variables})  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, check=False,
+                          env={**known, "PYTHONPATH": source, **variables})  # fmt: skip
     return done.stdout.split() or [done.stderr]
 
 
-def test_a_run_that_is_started_again_keeps_its_folder(tmp_path: Path) -> None:
-    assert names(tmp_path, 1, SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1") == ["42", "42"]
-    assert names(tmp_path, 1, TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="1") == ["mine", "mine"]
+def test_a_run_that_is_started_again_keeps_its_folder() -> None:
+    assert names(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1") == ["42", "42"]
+    assert names(TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="1") == ["mine", "mine"]
 
 
-def test_torchrun_without_an_id_gives_all_its_processes_and_starts_one_name(tmp_path: Path) -> None:
+def test_torchrun_without_an_id_gives_all_its_processes_and_starts_one_name() -> None:
     """Its agent is the parent of all, and stays."""
-    first, *others = names(tmp_path, 1, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="1")
+    first, *others = names(TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="1")
     assert len(others) == 1
     assert set(others) == {first}
     assert first.startswith("20")
-    (refused,) = names(tmp_path, 1, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="2")[-1:]
+    (refused,) = names(TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="2")[-1:]
     assert "--rdzv-id" in refused

@@ -9,8 +9,10 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+import ranks  # noqa: F401  # says what is imported in the process that is copied
 import step
 import tiny
+import torch
 from step_report import figures
 from step_sides import configured, serve
 from step_turns import Measured, OutOfMemoryError, measure
@@ -29,7 +31,10 @@ MEASURED = Measured(
 )
 
 
-def test_ours_alone(capsys: pytest.CaptureFixture[str]):
+def test_ours_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """In a process that is copied from one with the libraries; a new Python would load them again."""
+    context = torch.multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
     words = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --pairs 2 --warmup 1 --json"
     step.main([*words.split(), "--set", "backbone.depth=1"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])

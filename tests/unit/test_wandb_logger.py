@@ -1,11 +1,9 @@
 """A run whose W&B process is killed goes on."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import Ended, run_program
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="needs Linux: its process is looked up in /proc"
@@ -39,23 +37,23 @@ os._exit(0)  # as a run that was told to end
 """
 
 
-def run(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(folder), what]
+def run(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Ended:
     # Other tests of this process may have W&B's process running, which it would take for its own.
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    (folder / "script.py").write_text(SCRIPT)
+    done = run_program(str(folder / "script.py"), str(folder), what, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def test_its_process_is_killed(tmp_path: Path) -> None:
-    done = run(tmp_path, "kill")
+def test_its_process_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(tmp_path, "kill", monkeypatch)
     assert done.stdout.endswith("lost\n")
     assert done.stderr.count("W&B's process does not answer") == 1
 
 
 @pytest.mark.slow
-def test_its_process_is_left_alone(tmp_path: Path) -> None:
-    done = run(tmp_path, "leave")
+def test_its_process_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(tmp_path, "leave", monkeypatch)
     assert done.stdout.endswith("kept\n")
     assert "does not answer" not in done.stderr
