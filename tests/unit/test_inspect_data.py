@@ -1,7 +1,5 @@
 """`dino-data` on folders of small images: what it prints, writes and returns."""
 
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from programs import run_program
 
 from dino_lightning.inspect_data import main
 from dino_lightning.quick_start import kind_of
@@ -200,11 +199,10 @@ def test_wrong_settings(
 def test_the_command_itself(photos: Path, tmp_path: Path) -> None:
     """With processes, and into the folder that the name of the data gives."""
     (photos / "train" / "cat" / "cut.jpg").write_bytes((photos / "train" / "cat" / "1.jpg").read_bytes()[:-9])
-    command = "import sys; from dino_lightning.inspect_data import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", command, "check", str(photos), "--workers", "2", "crops.local_count=3"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+    script = tmp_path / "dino-data.py"
+    script.write_text("import sys; from dino_lightning.inspect_data import main; sys.exit(main())")
+    words = ["check", str(photos), "--workers", "2", "crops.local_count=3"]
+    done = run_program(str(script), *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip() == ""  # earlier versions of rich end an empty bar with lines
     assert "dino-data-photos/bad_images.txt" in done.stdout
