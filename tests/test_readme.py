@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 from dino_lightning.checks import check_config
 from dino_lightning.checks_evaluation import check_evaluation
-from dino_lightning.cli import with_home_folders
 from dino_lightning.config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +26,8 @@ def commands(page: Path, programs: tuple[str, ...]) -> list[str]:
     return [line.removeprefix(name).strip() for line in found for name in programs if line.startswith(name)]
 
 
+HERE = ("trainer.precision=", "resume=", "trainer.devices=[")
+"""What depends on the machine."""
 OTHERS = ("imports=", "hydra/launcher=", "replay ", "-sc ", "…")
 """Words of commands that are tried in `test_new_method.py`, `test_clusters.py`, `test_replay.py` and
 `test_quick_start.py`, or not written out."""
@@ -50,16 +51,16 @@ def test_commands_compose_and_pass_the_checks(command: str, tmp_path: Path) -> N
     words = [word for word in words if not re.search(r"=(tag|interval|choice)\(", word)]  # Optuna's to draw
     overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words if not word.startswith("output_dir=")]
     overrides = [f"data.path={tmp_path}" if word.startswith("data.path=") else word for word in overrides]
-    overrides = [word for word in overrides if not word.startswith(("trainer.precision=", "resume=", "trainer.devices=["))]
+    overrides = [word for word in overrides if not word.startswith(HERE)]
     # Numbered as the folders of a sweep are.
     config = composed(*overrides, "trainer.precision=32", output_dir=tmp_path / "0")
     check_config(cast(TrainConfig, OmegaConf.to_object(config)))
 
 
 @pytest.mark.parametrize("command", every(EVALUATE))
-def test_evaluations_compose_and_pass_the_checks(command: str) -> None:
+def test_evaluations_compose_and_pass_the_checks(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z]+|\[.*\]", word)]
-    config = composed_evaluation(*with_home_folders(words), "trainer.precision=32")
+    config = composed_evaluation(*(word.replace("=~", f"={tmp_path}") for word in words), "trainer.precision=32")
     check_evaluation(cast(EvaluateConfig, OmegaConf.to_object(config)))
 
 
