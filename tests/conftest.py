@@ -7,9 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -22,12 +20,17 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Also for what whole files of tests share."""
+    import torch  # here, because the process that deals out the tests runs none
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _known_start() -> Iterator[None]:
     """One thread, equal random states for every test, and nothing left over of a run in another one."""
+    import numpy as np
+    import torch
+
     os.environ.pop("DINO_LIGHTNING_RUN", None)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ import yaml
 from composing import SMALL, composed
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from sweep_cases import make_run
+from sweep_cases import arguments, make_run
 
 from dino_lightning import cli, compare, explain
 from dino_lightning.config import TrainConfig, register
@@ -151,12 +150,6 @@ def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         jobs.finish()
     assert f"2 runs failed:\n  {tmp_path}/9: before" in capsys.readouterr().err
-
-
-def arguments(cfg: DictConfig, *, given: list[str]) -> Any:
-    if cfg.killed:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [os.getpid(), sys.argv]
 
 
 @JOBLIB

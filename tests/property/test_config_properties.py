@@ -1,6 +1,7 @@
 """Whatever is given for a key ends in a configuration that passes all checks, or in one sentence that names the key."""
 
 import dataclasses
+import pickle
 from functools import cache
 from typing import Any
 
@@ -62,6 +63,12 @@ def base(overrides: tuple[str, ...], *, program: str) -> DictConfig:
             return compose("export", overrides=["checkpoint=untrained:vit_micro", "format=onnx", "output=x.onnx"])
     composed_other = composed_evaluation if program == "evaluate" else composed_embedding
     return composed_other(*overrides, "checkpoint=untrained:vit_micro")
+
+
+@cache
+def pickled(overrides: tuple[str, ...], *, program: str) -> bytes:
+    """For a copy, in a fraction of the time that `copy` takes."""
+    return pickle.dumps(base(overrides, program=program))
 
 
 @cache
@@ -130,7 +137,7 @@ def is_word(key: Key, word: str) -> bool:
 def outcome(key: Key, word: str) -> str:
     """What the program would say, or nothing. All that comes before images and devices are looked at."""
     overrides, program = home(key.name, key.schema)
-    config = base(overrides, program=program).copy()
+    config = pickle.loads(pickled(overrides, program=program))
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key.name}={word}"])
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
