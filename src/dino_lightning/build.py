@@ -214,8 +214,10 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: Network 
         backbones = [common[f"{key}_backbone"] for key in KEYS if f"{key}_backbone" in common]
         start_from(initial, *backbones, source=f"init_from={config.init_from}")
     match config.method:
+        case own if type(own) in METHODS:  # before those that it may be a kind of
+            method: Method = METHODS[type(own)](own, **common)
         case DINOConfig() as dino:
-            method: Method = DINO(dino, **common)
+            method = DINO(dino, **common)
         case BYOLConfig() as byol:
             method = BYOL(byol, **common)
         case MoCoConfig() as moco:
@@ -224,8 +226,6 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: Network 
             method = SwAV(swav, **common)
         case SupervisedConfig() as supervised:
             method = Supervised(supervised, num_classes=num_classes, **common)
-        case other if type(other) in METHODS:
-            method = METHODS[type(other)](other, **common)
         case other:
             raise TypeError(f"no method for {type(other).__name__}")
     method.description = Description(

@@ -138,11 +138,12 @@ def _check_wandb(logger: WandbLoggerConfig) -> None:
 def check_port(strategy: Any, *, world_size: int) -> None:
     """Refuse a port for the processes to meet at that another program has; the first process looks, before all start.
 
-    With torchrun the port is its own, and taken rightly.
+    With torchrun the port is its own, and taken rightly. So it is in the second run of a sweep: they meet there already.
     """
     environment = getattr(strategy, "cluster_environment", None)  # of Lightning's strategies, those with processes
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if environment is None or world_size == 1 or own or not is_first_process() or not _is_here(environment):
+    met = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if environment is None or world_size == 1 or own or met or not is_first_process() or not _is_here(environment):
         return
     port = environment.main_port
     try:
