@@ -1,5 +1,7 @@
 """Commands of the README and of the documentation compose, links lead somewhere, and the README stays short."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -62,6 +64,22 @@ def test_evaluations_compose_and_pass_the_checks(command: str, tmp_path: Path) -
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z]+|\[.*\]", word)]
     config = composed_evaluation(*(word.replace("=~", f"={tmp_path}") for word in words), "trainer.precision=32")
     check_evaluation(cast(EvaluateConfig, OmegaConf.to_object(config)))
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    """Page and code."""
+    pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+    return [
+        (name, block) for name, text in pages.items() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), python_blocks())
+def test_code_is_python_and_imports_what_is_there(page: str, block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dino_lightning"):
+            module = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == [], page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
