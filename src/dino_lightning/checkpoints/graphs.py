@@ -85,8 +85,10 @@ def _written(network: Network, write: Write, *, format: str, image_size: int | N
     module = _GraphViT(network.backbone).eval() if isinstance(network.backbone, OriginalViT) else network.backbone
     if image_size is None:
         step = getattr(getattr(network.backbone, "patch_embed", None), "patch_size", (1,))[0]
-        if _written_for_any_size(network, module, write, step=step):
-            return "images of any number and size" + (f", sides in multiples of {step} pixels" if step > 1 else "")
+        for least in (1,) if step > 1 else sorted({min(network.size, SMALLEST_SIDE), SMALLEST_SIDE}):
+            if _written_for_any_size(network, module, write, step=step, least=least):
+                sides = f"in multiples of {step} pixels" if step > 1 else f"of {least} pixels or more"
+                return f"images of any number and size, sides {sides}"
         image_size = network.size
     example = _images(network, 2, image_size, image_size)
     try:
@@ -104,13 +106,13 @@ def _written(network: Network, write: Write, *, format: str, image_size: int | N
     return f"any number of images of {image_size} x {image_size} pixels only"
 
 
-def _written_for_any_size(network: Network, module: nn.Module, write: Write, *, step: int) -> bool:
-    """Write with free height and width; False where the network cannot, with its table of positions for one size."""
-    least = 1 if step > 1 else min(SMALLEST_SIDE, network.size)
+def _written_for_any_size(network: Network, module: nn.Module, write: Write, *, step: int, least: int) -> bool:
+    """Write with free height and width, `least` steps of pixels or more; False where the network cannot: with a table
+    of positions for one size, or where a smaller map is another case to it."""
     sides: list[Any] = [Dim(name, min=least, max=LARGEST_SIDE // step) for name in ("height", "width")]
     height, width = [step * side for side in sides] if step > 1 else sides
     # Neither square nor the size of the position embedding, lest the graph be one for such images only.
-    near = -(-network.size // step)
+    near = max(-(-network.size // step), least)
     example = _images(network, 2, step * (near + 2), step * (near + 1))
     try:
         with _quiet():
