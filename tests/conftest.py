@@ -1,9 +1,11 @@
 """What every test shares: one thread, known random states, and the real data where it is."""
 
+import functools
 import gc
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,13 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: Python need not look through it again and again for what is left over."""
+    """What has been imported by now stays: Python need not look through it again and again for what is left over.
+
+    Nor need Lightning look through all packages that are installed, for callbacks, whenever a trainer is made.
+    """
     gc.freeze()
+    if registry := sys.modules.get("lightning.fabric.utilities.registry"):
+        registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)
