@@ -24,6 +24,7 @@ from dino_lightning.config import TrainerConfig
 from dino_lightning.errors import UserError
 from dino_lightning.launcher import Launcher
 from dino_lightning.processes import end_with_first_process
+from dino_lightning.quiet import quieten_libraries
 from dino_lightning.sharding import like, whole
 
 START_METHODS = {
@@ -75,6 +76,7 @@ def cluster_plugins() -> list[SLURMEnvironment]:
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
     """The name of the strategy that `auto` means with these devices."""
+    quieten_libraries()  # this trainer has much to say about itself, and is gone in a moment
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,

@@ -1,5 +1,6 @@
 """A configuration in a program of one's own is the command line's."""
 
+import logging
 from pathlib import Path
 
 import lightning as L
@@ -8,7 +9,7 @@ from composing import SMALL, composed
 from omegaconf import OmegaConf
 
 from dino_lightning import compose
-from dino_lightning.build import build_data, build_method
+from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.errors import UserError
 
@@ -46,3 +47,15 @@ def test_two_fits_in_one_process(tmp_path: Path) -> None:
         assert trainer.global_step == 6
         assert 0 < knn.last["top1"] <= 100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_building_a_trainer_says_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Lightning's remarks on the trainer that only tells what `strategy=auto` means are of no use to anybody."""
+    logger = logging.getLogger("lightning.pytorch")
+    logger.setLevel(logging.INFO)  # as Lightning leaves it, whatever ran before in this process
+    logger.addHandler(caplog.handler)
+    try:
+        build_trainer(compose(*SMALL, f"output_dir={tmp_path}"), hyperparameters={})
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []

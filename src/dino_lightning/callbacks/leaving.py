@@ -28,7 +28,7 @@ class LeaveRun(BaseException):
     """The run has saved and ends here. Not an `Exception`: nothing is wrong, and nobody should go on after it."""
 
     def __init__(self, status: int, *, then: Callable[[], Any] | None = None) -> None:
-        super().__init__(f"left with status {status}")
+        super().__init__(f"the run has saved and ends here, with status {status}; resume=true goes on with it")
         self.status = status
         self.then = then
         """What to call on rank 0 when all is closed, so that the run is started again."""
