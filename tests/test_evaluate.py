@@ -139,6 +139,17 @@ QUICK: dict[str, list[str]] = {
 }
 
 
+def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: Path) -> None:
+    words = ["--multirun", "checkpoint=nowhere.pth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
+    words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
+    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "dino-eval: 1 run failed:\n" in done.stderr
+    assert (tmp_path / "both" / "0" / "failed.txt").read_text().startswith("checkpoint=nowhere.pth: there is no such")
+    assert (tmp_path / "both" / "1" / "results.jsonl").exists()
+    assert not (tmp_path / "both" / "1" / "failed.txt").exists()
+
+
 @pytest.mark.parametrize("option", list(QUICK))
 def test_result_lines(option: str, trained: Path, tmp_path: Path) -> None:
     words = [f"eval={option}", f"checkpoint={trained}", "baseline=true", *ON_IMAGES, *QUICK[option]]

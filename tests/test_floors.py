@@ -36,7 +36,7 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("cli", "quick_start"), ("cli", "completion"), ("cli", "command_line"),
           ("evaluate", "command_line"), ("use", "command_line"), ("evaluate", "completion"), ("use", "completion"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
-          ("evaluate", "cli"), ("export", "cli"), ("export", "explain"),
+          ("evaluate", "cli"), ("evaluate", "sweeps"), ("export", "cli"), ("export", "explain"),
           ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
           ("prototype_loss", "losses"), ("backbones", "vit"), ("optim", "lars"), ("inspect_data", "cli"),
           ("inspect_data", "explain"), ("strategy", "launcher"),

@@ -3,16 +3,20 @@
     dino-eval checkpoint=outputs/quick-20261124-154205                   k-NN on the built-in images
     dino-eval eval=linear checkpoint=… data=imagenet data.path=DIR       the paper's linear evaluation
 
-Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one sentence.
+Exit status: 0; 2 where a setting, a file or the combination is wrong, in one sentence; 1 where some evaluations of a
+sweep (`--multirun`) failed, which leaves the others alone.
 """
 
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,13 +28,19 @@ from dino_lightning.cli import (
     refuse_folder,
     refuse_number,
     run_name,
+    sentence,
 )
 from dino_lightning.command_line import in_hydras_grammar
 from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
+from dino_lightning.records import FAILED
+from dino_lightning.sweeps import Jobs
 
 PROGRAM = "dino-eval"
+
+JOBS = Jobs(PROGRAM)
+"""The evaluations of `--multirun`."""
 
 
 def main() -> None:
@@ -50,6 +60,7 @@ def main() -> None:
         refuse_folder(error, program=PROGRAM)
     except OverflowError as error:
         refuse_number(error, program=PROGRAM)
+    JOBS.finish()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
@@ -61,12 +72,26 @@ def _evaluate(cfg: DictConfig) -> float | None:
     try:
         given = hydra_config.runtime.output_dir if several else cfg.output_dir
         cfg.output_dir = str(usable_path("output_dir", given).absolute())
-        return run_evaluation(cfg, overrides=list(hydra_config.overrides.task))
+        run = partial(run_evaluation, overrides=list(hydra_config.overrides.task))
+        if several:
+            (Path(cfg.output_dir) / FAILED).unlink(missing_ok=True)  # of an attempt before this one
+            return JOBS.attempt(run, cfg, sentence=sentence)
+        return run(cfg)
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
         refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
 
 
+class SweepStart(Callback):
+    """Told by Hydra that a sweep is about to start."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note what stands in its folder."""
+        JOBS.begin(Path(config.hydra.sweep.dir))
+
+
 if __name__ == "__main__":
-    main()
+    import dino_lightning.evaluate
+
+    dino_lightning.evaluate.main()  # of the module that Hydra knows, for there is one list of evaluations

@@ -25,7 +25,9 @@ Job = Callable[[DictConfig], float | None]
 class Jobs:
     """The jobs of one command."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = "dino-lightning") -> None:
+        self.program = program
+        """Who speaks of them."""
         self.failed: dict[str, str] = {}
         """Folder -> reason of each job that failed in this process."""
         self.folder: Path | None = None
@@ -34,7 +36,8 @@ class Jobs:
 
     def begin(self, folder: Path) -> None:
         """Take note of what stands in the folder of a sweep: failures of an attempt before this one do not count."""
-        self.folder, self._stale = folder, _failures(folder)
+        self.folder = folder.absolute()  # as jobs name theirs
+        self._stale = _failures(self.folder)
 
     def attempt(
         self, job: Job, cfg: DictConfig, *, words: Sequence[str] = (), sentence: Callable[[Exception], str | None]
@@ -70,7 +73,7 @@ class Jobs:
             write_atomically(folder / "config.yaml", _yaml(cfg))
         trace = "" if reason else "\n" + "".join(traceback.format_exception(error))
         write_atomically(folder / FAILED, f"{words}\n{trace}")
-        print(f"dino-lightning: {folder}: {words}", file=sys.stderr)
+        print(f"{self.program}: {folder}: {words}", file=sys.stderr)
 
     def failures(self) -> list[str]:
         """Folder and reason of each job that failed, in whatever process."""
@@ -87,7 +90,7 @@ class Jobs:
             return
         if first_on_machine():
             runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
-            print("\n  ".join([f"dino-lightning: {runs} failed:", *failures]), file=sys.stderr)
+            print("\n  ".join([f"{self.program}: {runs} failed:", *failures]), file=sys.stderr)
         sys.exit(1)
 
 
