@@ -1,5 +1,6 @@
 """`dino-docs`: write `docs/configuration.md` from the dataclasses; `--check` fails where the file is out of date."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -54,15 +55,20 @@ def render() -> str:
 
 
 def _table(title: str, schema: type, keys: list[Key]) -> str:
-    rows = [
-        f"| `{key.name}` | {key.kind} | {_code(key.default)} | {key.doc.replace('|', chr(92) + '|')} |" for key in keys
-    ]
+    rows = [f"| `{key.name}` | {key.kind} | {_code(key.default)} | {_text(key.doc)} |" for key in keys]
     head = [f"## {title}", "", " ".join((schema.__doc__ or "").split()), "", "| key | type | default | meaning |",
             "|---|---|---|---|"]  # fmt: skip
     return "\n".join([*head, *rows, ""])
 
 
+def _text(doc: str) -> str:
+    """What a docstring says, for a cell of a table; pages that it names become links."""
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", doc.replace("|", r"\|"))
+
+
 def _code(default: object) -> str:
     if default is None:
         return ""
+    if default == "":
+        return '`""`'
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
