@@ -2,6 +2,7 @@
 
 import pytest
 from composing import SMALL, by_hydra, composition
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,3 +45,13 @@ def test_it_is_the_same_error(word: str) -> None:
     with pytest.raises(HydraException) as theirs:
         by_hydra("config", "optim=sgd", word)
     assert (type(ours.value), str(ours.value)) == (type(theirs.value), str(theirs.value))
+
+
+def test_what_hydra_makes_of_a_schema_is_no_part_of_its_store() -> None:
+    """`register` keeps it from copying the store; it copies what it loads."""
+    register()
+    node = ConfigStore.instance().repo["optim"]["schema_sgd.yaml"].node
+    before = node.lr
+    config = by_hydra("config", "optim=sgd", "optim.lr=77", "output_dir=x")
+    assert (config.optim.lr, node.lr) == (77, before)
+    assert by_hydra("config", "optim=sgd", "output_dir=x").optim.lr != 77
