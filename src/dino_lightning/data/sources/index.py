@@ -259,7 +259,7 @@ def _finish(steps: Iterator[int], *, root: str) -> None:
         status = None
         for count in steps:
             if status is None and time.monotonic() - start > SHOWN_AFTER:
-                status = stack.enter_context(Console(stderr=True).status(""))
+                status = stack.enter_context(Console(stderr=True, force_jupyter=False).status(""))
             if status is not None:
                 status.update(Text(f"{count:,} images found in {root}"))
 

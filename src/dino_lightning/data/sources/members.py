@@ -279,7 +279,7 @@ def _packed(found: dict[str, dict[str, Place]]) -> list[Folder]:
 @contextlib.contextmanager
 def _progress(total: int, *, of: Path) -> Iterator[Report]:
     """What to call with every number of bytes passed; after a second, a bar or, in a log, one line is shown."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(f"listing the images in {escape(str(of))}", total=total)
