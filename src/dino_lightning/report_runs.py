@@ -55,10 +55,8 @@ def write(words: Sequence[str], *, output: Path | None = None, results: Sequence
     if len(folders) > MOST_RUNS:
         raise UserError(f"dino-report: these are {len(folders)} runs and a page takes {MOST_RUNS}; name fewer.")
     path = checked(output, default=(folders[0] if len(folders) == 1 else common_folder(folders)) / "report.html")
-    runs = [
-        read_run(folder, half_written=True)
-        for folder in track(folders, "Reading", console=Console(stderr=True), transient=True, disable=len(folders) < 2)
-    ]
+    several = track(folders, "Reading", console=Console(stderr=True), transient=True)
+    runs = [read_run(folder, half_written=True) for folder in (several if len(folders) > 1 else folders)]
     found = find_results(runs, results)
     page = run_page(runs[0], found[0]) if len(runs) == 1 else comparison_page(runs, found)
     try:

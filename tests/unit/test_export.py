@@ -53,6 +53,9 @@ def program_reader(path: Path) -> Any:
     return torch.export.load(path).module()
 
 
+FOLDERS_OF_TIMM = pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26), reason="timm reads no safetensors from a folder"
+)
 READERS: dict[str, Any] = {".onnx": onnx_reader, ".pt2": program_reader}
 
 
@@ -123,6 +126,7 @@ def test_graphs_say_how_images_are_prepared(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
+@FOLDERS_OF_TIMM
 @pytest.mark.parametrize(
     "config", [TINY, REGISTERS, RESNET, ViTConfig(width=48, depth=1, heads=3, patch_size=8)], ids=str
 )
@@ -183,6 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@FOLDERS_OF_TIMM
 def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
     network = load_network(str(run))
     line = {"eval": "linear", "metric": "top1", "value": 41.25, "unit": "%", "checkpoint_digest": network.digest}
