@@ -138,7 +138,7 @@ def _check_wandb(logger: WandbLoggerConfig) -> None:
 def check_port(strategy: Any, *, world_size: int) -> None:
     """Refuse a port for the processes to meet at that another program has; the first process looks, before all start.
 
-    With torchrun the port is its own, and taken rightly. So it is in the second run of a sweep: they meet there already.
+    With torchrun the port is its own, and taken rightly; so it is in the second run of a sweep, where they have met.
     """
     environment = getattr(strategy, "cluster_environment", None)  # of Lightning's strategies, those with processes
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
