@@ -145,3 +145,10 @@ def test_home_folders_are_replaced_before_the_kind_is_looked_for(tmp_path: Path,
     (tmp_path / "photos" / "a.zip").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "data=archive" in with_quick_start(with_home_folders(["data.path=~/photos"]), fast=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks bash")
+def test_help_may_be_cut_off() -> None:
+    command = f"{PROGRAMS / 'dino-train'} --help | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("D0\n", "")

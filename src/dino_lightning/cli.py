@@ -49,6 +49,9 @@ REPLAY = "replay"
 JOBS = Jobs()
 """The runs of `--multirun`."""
 
+PRINTING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+"""Flags of Hydra's that print and do nothing else."""
+
 ALONE_S = 2.0
 """Seconds after which an error counts as that of this process alone."""
 
@@ -174,6 +177,9 @@ def end_without_others(error: RuntimeError) -> NoReturn:
 
 def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoReturn:
     """Say that Hydra could not make the folder of the run, which it does before all else; raise other errors again."""
+    if isinstance(error, BrokenPipeError) and PRINTING & set(sys.argv):  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes on its way out
+        sys.exit(0)
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = [file for file in files if Path(file).name not in ("pathlib.py", "_local.py", "os.py")]
     if error.filename is None or Path(hydra.__file__).parent not in Path(ours[-1]).parents:
