@@ -7,11 +7,13 @@ import lightning as L
 import pytest
 from composing import SMALL, composed
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dino_lightning import compose
 from dino_lightning.build import build_data, build_method, build_trainer
 from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.errors import UserError
+from dino_lightning.suggest import suggest
 
 
 @pytest.mark.parametrize("words", [(), ("method=byol", "backbone=resnet18"), ("data=cifar10", "seed=3")])
@@ -34,6 +36,19 @@ def test_it_refuses_what_the_command_line_refuses(word: str, sentence: str) -> N
         compose(word)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_settings_by_the_images_are_those_of_the_rule(tmp_path: Path) -> None:
+    for i in range(40):
+        Image.new("RGB", (70, 64), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    words = ["experiment=small_data", "data=folder", f"data.path={tmp_path}", "callbacks.knn.enabled=false"]
+    config = compose(*words, "data.batch_size_per_device=4", "trainer.max_epochs=50", "optim.lr=0.003")
+    rows = suggest(36, side=64, total_batch=4, epochs=50, given={"optim.lr": 0.003})
+    expected = {row.key: row.value for row in rows}
+    assert config.method.out_dim == expected["method.out_dim"] == 64
+    assert config.method.teacher_momentum == expected["method.teacher_momentum"]
+    assert config.crops.global_size == expected["crops.global_size"] == 64
+    assert config.optim.lr == 0.003
 
 
 def test_two_fits_in_one_process(tmp_path: Path) -> None:

@@ -15,23 +15,27 @@ from dino_lightning.config.folder import CONF
 from dino_lightning.config.rules import check_keys
 from dino_lightning.errors import UserError
 from dino_lightning.explain import explain
+from dino_lightning.suggested import suggest_settings
 
 
 def compose(*words: str) -> TrainConfig:
-    """The configuration of `python train.py WORDS`, checked as there but for the images, which are not opened.
+    """The configuration of `python train.py WORDS`, checked as there.
 
         config = compose("method=byol", "trainer.max_epochs=2")
 
-    `dino_lightning.build` makes data module, LightningModule and trainer of it. Nothing is written. `output_dir` is
-    named after the clock unless a word names it. Raises `UserError` for what the command line refuses.
+    `dino_lightning.build` makes data module, LightningModule and trainer of it. Images are looked at only where the
+    words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is named after
+    the clock unless a word names it. Raises `UserError` for what the command line refuses.
     """
     register()
     # Not the command line's, which keeps one name for all processes of a run: a program may compose several runs.
     OmegaConf.register_new_resolver("run_name", lambda: time.strftime("%Y%m%d-%H%M%S"), replace=True)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra.compose("config", overrides=as_hydra_takes_it(list(words)))
+            given = as_hydra_takes_it(list(words))
+            composed = hydra.compose("config", overrides=given)
         check_keys(composed)
+        suggest_settings(composed, given=given)
         config = cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, conf=CONF)) from error
