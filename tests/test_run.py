@@ -180,7 +180,12 @@ def test_images_of_other_channels(
     assert f"{channels} channels: no saturation, hue and grayscale" in " ".join(capfd.readouterr().err.split())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["timm"]["in_chans"] == channels
-    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == {"crops", "attention", "pca", "neighbours"}
+    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == {
+        "crops",
+        "attention",
+        "pca",
+        "neighbours",
+    }
 
 
 def test_a_stream(tmp_path: Path) -> None:

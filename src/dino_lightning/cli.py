@@ -118,6 +118,10 @@ def _train(cfg: DictConfig) -> float | None:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
         refuse(error)  # here already: Hydra would print the overrides above the sentence
+    except FloatingPointError as error:  # of all ranks at the same step
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"dino-lightning: {error}", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
         from dino_lightning.distributed import another_rank_is_lost
 

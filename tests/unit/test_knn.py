@@ -148,6 +148,19 @@ def test_equal_votes_go_to_the_lower_class() -> None:
     assert (alone[1]["top1"], alone[2]["top1"]) == (0, 100)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_classify_nothing(value: float) -> None:
+    """A comparison with NaN is false, so that no class would stand before the right one."""
+    bank_ND, bank_labels_N = _clusters(40, classes=3, width=8, seed=0, noise=0.1)
+    queries_MD, labels_M = _clusters(30, classes=3, width=8, seed=1, noise=0.1)
+    words = {"k": [1, 10], "temperature": T, "num_classes": 3, "device": CPU}
+    everything = knn_accuracy(torch.full_like(bank_ND, value), bank_labels_N, queries_MD, labels_M, **words)
+    assert everything == {k: {"top1": 0.0, "top5": 0.0} for k in (1, 10)}
+    queries_MD[:15, 3] = value
+    half = knn_accuracy(bank_ND, bank_labels_N, queries_MD, labels_M, **words)
+    assert {figures["top1"] for figures in half.values()} == {50.0}
+
+
 def test_temperature_weighs_near_against_many() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.8, 0.6]])
     labels = torch.tensor([1, 0, 0, 0])

@@ -18,7 +18,7 @@ from dino_lightning.records import atomic_file
 
 def export_backbone(
     weights: dict[str, Tensor],
-    path: Path,
+    path: str | Path,
     *,
     config: BackboneConfig,
     image_size: int,
@@ -33,6 +33,7 @@ def export_backbone(
     The file's metadata holds the same arguments as JSON (`timm`), the normalisation of the images, their sizes in
     evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
     """
+    path = Path(path)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in without_mask_token(weights).items()}
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
     described = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)

@@ -5,7 +5,8 @@ A query's class is voted for by the k bank images whose features have the larges
     votes(c) = sum over neighbours i of class c of exp(similarity_i / temperature)
 
 Two rules make the result a function of the features alone. Among equal similarities the lower bank index is nearer;
-among equal votes the lower class wins. N bank images, M queries, D width, C classes.
+among equal votes the lower class wins. A query with a similarity that is not a number, from a network that has diverged,
+is classified wrong. N bank images, M queries, D width, C classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_lightning.distributed import all_reduce_sum
+
+
+LAST = torch.iinfo(torch.int64).max
+"""Rank of a class that is not among any number of guesses."""
 
 
 @torch.no_grad()
@@ -169,7 +174,8 @@ def _target_ranks(
         votes_QC.scatter_add_(1, classes_QK[:, counted:upto], weights_QK[:, counted:upto])
         target_Q1 = votes_QC.gather(1, targets_Q[:, None])
         ahead_QC = (votes_QC > target_Q1) | ((votes_QC == target_Q1) & earlier_QC)
-        ranks[upto], counted = ahead_QC.sum(dim=1), upto
+        right_Q = votes_QC.isfinite().all(dim=1)
+        ranks[upto], counted = torch.where(right_Q, ahead_QC.sum(dim=1), LAST), upto
     return ranks
 
 
