@@ -141,7 +141,7 @@ def _loading(rows: Rows, machine: Machine, seen: Seen, *, devices: int, crop: in
     kept = max(SMALLEST_KEPT, SIDES_KEPT * crop)
     takes = seen.images * 3 * kept * kept * 4 // 3  # of three by four
     if seen.side > 1.5 * kept and takes < MEMORY_SHARE * machine.memory:
-        rows.add("data.cache", "ram", f"decoded once: {takes / 1e9:.1f} GB of {machine.memory / 1e9:.0f}")
+        rows.add("data.cache", "ram", f"decoded once: {takes / 1e6:,.0f} MB of {machine.memory / 1e6:,.0f} free")
         rows.add("data.cache_resize", kept, f"{kept // crop} times a crop's side")
 
 

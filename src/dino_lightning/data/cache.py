@@ -245,7 +245,7 @@ def _build(folder: Path, *, source: ImageSource, config: DataConfig, decoder: De
             f"data.cache={config.cache} needs about {needed / 1e9:.1f} GB in {folder.parent}, where "
             f"{free / 1e9:.1f} GB are free; {way_out} or a data.cache_resize below {config.cache_resize}"
         )
-    _say(f"data.cache={config.cache}: decoding {len(source)} images into {folder}, about {needed / 1e9:.1f} GB")
+    _say(f"data.cache={config.cache}: decoding {len(source)} images into {folder}, about {needed / 1e6:,.0f} MB")
     # The name is new: a process of a killed build may still write to its own.
     part = folder.with_name(f"{folder.name}.part-{secrets.token_hex(4)}")
     part.mkdir()
