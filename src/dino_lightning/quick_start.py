@@ -31,7 +31,8 @@ def with_quick_start(words: list[str], *, fast: bool | None = None) -> list[str]
         return words
     path = given["data.path"]
     if path[:1] in "\"'":  # Hydra's quotes
-        path = OverridesParser.create().parse_override(f"data.path={path}").value()
+        read = OverridesParser.create().parse_override(f"data.path={path}").value()
+        path = str(read)
     # A network of the user's own wants crops of its own, which the rule for small data chooses.
     if fast is None:
         fast = "backbone" in given or has_accelerator(given.get("trainer.accelerator", "auto"))

@@ -5,8 +5,8 @@ A query's class is voted for by the k bank images whose features have the larges
     votes(c) = sum over neighbours i of class c of exp(similarity_i / temperature)
 
 Two rules make the result a function of the features alone. Among equal similarities the lower bank index is nearer;
-among equal votes the lower class wins. A query with a similarity that is not a number, from a network that has diverged,
-is classified wrong. N bank images, M queries, D width, C classes.
+among equal votes the lower class wins. A query whose similarities are not numbers, from a network that has diverged, is
+classified wrong. N bank images, M queries, D width, C classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_lightning.distributed import all_reduce_sum
-
 
 LAST = torch.iinfo(torch.int64).max
 """Rank of a class that is not among any number of guesses."""
