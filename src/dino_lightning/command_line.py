@@ -15,8 +15,11 @@ WRITTEN = ("output_dir", "output")
 """Those that need not be there yet."""
 SEVERAL = ("-m", "--multirun")
 """Hydra's flags for a sweep, where a comma separates values."""
-WITH_A_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+WITH_A_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
+                "--experimental-rerun")  # fmt: skip
 """Flags of Hydra's that the word behind belongs to."""
+INFO = ("-i", "--info")
+"""Those that do without one, and take an override for it."""
 
 
 def in_hydras_grammar(words: list[str]) -> list[str]:
@@ -26,14 +29,17 @@ def in_hydras_grammar(words: list[str]) -> list[str]:
 
 def with_flags_first(words: list[str]) -> list[str]:
     """The words with Hydra's flags before the overrides: it does not take overrides on both sides of a flag."""
-    flags, overrides, rest = [], [], iter(words)
-    for word in rest:
+    flags, overrides, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("-"):
             overrides.append(word)
             continue
         flags.append(word)
-        if word in WITH_A_VALUE and (value := next(rest, None)) is not None:
-            flags.append(value)
+        if word in INFO and not (rest and re.fullmatch(r"[a-z]+(-[a-z]+)*", rest[0])):
+            flags.append("all")
+        elif word in (*WITH_A_VALUE, *INFO) and rest:
+            flags.append(rest.pop(0))
     return [*flags, *overrides]
 
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from dino_lightning.cli import CONF, EXPLAINED, refuse_number
+from dino_lightning.command_line import in_hydras_grammar
 from dino_lightning.config import register
 from dino_lightning.config.export import FORMATS, ExportConfig
 from dino_lightning.config.keys import all_keys
@@ -60,7 +61,7 @@ def compose_config(words: list[str]) -> ExportConfig:
     """The checked configuration."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = compose("export", overrides=words)
+        composed = compose("export", overrides=in_hydras_grammar(words))
     check_keys(composed)
     for key in sorted(OmegaConf.missing_keys(composed)):
         doc = next(known.doc for known in all_keys() if (known.name, known.schema) == (key, ExportConfig))

@@ -286,3 +286,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("")
     assert main([f"checkpoint={exported(tmp_path)}", "format=timm", f"output={tmp_path / 'file' / 'network'}"]) == 2
     assert "is a file or lies in one" in capsys.readouterr().err
+
+
+def test_paths_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the other commands take them, although Hydra does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "Öland (2023)"
+    folder.mkdir()
+    exported(folder, ViTConfig(width=64, depth=1, heads=1, patch_size=8))
+    words = [f"checkpoint={folder / 'weights.safetensors'}", "output=~/it's.pth", "format=original"]
+    assert main(words) == 0
+    assert (tmp_path / "it's.pth").is_file()
