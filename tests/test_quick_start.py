@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
@@ -17,7 +18,7 @@ from dino_lightning.cli import as_hydra_takes_it
 from dino_lightning.command_line import with_home_folders
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
-from dino_lightning.quick_start import with_quick_start
+from dino_lightning.quick_start import kind_of, with_quick_start
 from dino_lightning.suggested import suggest_settings
 
 PROGRAMS = Path(sys.executable).parent
@@ -65,6 +66,21 @@ def test_a_command_that_says_what_it_wants_is_left_alone(word: str) -> None:
 def test_a_path_that_cannot_be_one() -> None:
     with pytest.raises(UserError, match=r"data\.path="):
         with_quick_start(["data.path=a\0b"], fast=False)
+
+
+def test_an_archive_among_photographs_is_not_the_data(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg", "backup.zip"):
+        (tmp_path / name).touch()
+    assert kind_of(str(tmp_path)) == "folder"
+    for name in ("a.zip", "b.zip"):
+        (tmp_path / name).touch()
+    assert kind_of(str(tmp_path)) == "archive"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="the device is there")
+def test_a_device_that_is_missing_is_said_before_a_trial_on_it(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trainer.accelerator=gpu: this machine has no GPU"):
+        settings([f"data.path={photos}", "trainer.accelerator=gpu"], fast=True, output=tmp_path)
 
 
 @pytest.mark.parametrize("fast", [False, True])

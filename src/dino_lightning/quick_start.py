@@ -61,9 +61,10 @@ def kind_of(path: str) -> str:
         if "state.json" in files or "dataset_dict.json" in files:
             return "parquet"
         found = Counter(Path(folder, name).suffix.lower() for name in files if not name.startswith("."))
+        images = sum(count for ending, count in found.items() if ending not in (*ENDINGS, ".json", ".md", ""))
         for ending in (".parquet", ".tar", ".zip"):
-            if found[ending]:
+            if found[ending] and found[ending] >= images:  # one of them among photographs is not the data
                 return ENDINGS[ending]
-        if sum(count for ending, count in found.items() if ending not in (*ENDINGS, ".json", ".md", "")):
+        if images:
             return "folder"
     return "folder"

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dino_lightning.checks import CHOICES, RULES
+from dino_lightning.checks import CHOICES, RULES, check_config
 from dino_lightning.checks_resources import SHARED_MEMORY
 from dino_lightning.config import TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.rules import check_values, shown
@@ -65,7 +65,9 @@ def suggest_settings(composed: DictConfig, *, given: Sequence[str]) -> Suggested
         kinds = {"method": config.method, "backbone": config.backbone, "optim": config.optim}
         rows.write(suggest(seen.images, side=seen.side, total_batch=batch, epochs=epochs, given=rows.given, **kinds))
     if config.suggest_machine and not trains_on_cpu(config.trainer.accelerator):
-        rows.write(that_fits(checked(composed), given=rows.given, again=rows.before is not None))
+        config = checked(composed)
+        check_config(config)  # before the steps of a trial
+        rows.write(that_fits(config, given=rows.given, again=rows.before is not None))
     return Suggested(seen.images, seen.side, batch, epochs, rows.rows)
 
 

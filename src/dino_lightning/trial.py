@@ -1,6 +1,7 @@
 """How many images of a step fit into the memory of the device: by doing it, with crops of noise."""
 
 import gc
+import hashlib
 import os
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,8 @@ from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.quiet import quieten_libraries
 
 FITS = "DINO_LIGHTNING_BATCH"
-"""Variable by which the processes of other devices learn what the first one has found."""
+"""Variable by which the processes of other devices learn what the first one has found, and for which training: a
+process may do several, one after another."""
 STEPS = 2
 """Steps of a trial: the first one makes the optimizer's moments, the second has them beside it."""
 MEMORY_SHARE = 0.9
@@ -34,8 +36,9 @@ def largest_batch(config: TrainConfig) -> int:
     something else, what is configured. Raises `UserError` where a single image does not fit.
     """
     wanted = config.data.batch_size_per_device
-    if FITS in os.environ:
-        return int(os.environ[FITS])
+    training, _, found = os.environ.get(FITS, "").partition(":")
+    if training == _digest(config):
+        return int(found)
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         return wanted
     batch = wanted
@@ -46,15 +49,23 @@ def largest_batch(config: TrainConfig) -> int:
                 "of the device; take smaller crops, a smaller backbone, or step=checkpointed."
             )
         batch //= 2
-    os.environ[FITS] = str(batch)
+    os.environ[FITS] = f"{_digest(config)}:{batch}"
     return batch
+
+
+def _digest(config: TrainConfig) -> str:
+    """Of all that a trial depends on."""
+    parts = (config.method, config.backbone, config.crops, config.optim, config.step, config.trainer)
+    sizes = (config.data.batch_size_per_device, config.data.channels)
+    return hashlib.sha256(repr((*parts, *sizes)).encode()).hexdigest()[:16]
 
 
 def fits(config: TrainConfig, *, batch: int) -> bool:
     """Whether some steps with `batch` images go through on one device."""
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    place = (named_device(config.trainer.devices) or [0])[0]
     if on_gpu:
-        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, place)
     try:
         take_steps(config, batch=batch)
         return True
@@ -66,7 +77,14 @@ def fits(config: TrainConfig, *, batch: int) -> bool:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.set_per_process_memory_fraction(1.0, place)
+
+
+def named_device(devices: Any) -> list[int] | None:
+    """The first of the devices that `trainer.devices` names by index, None where it says how many: on others somebody
+    else may be at work."""
+    names = str(devices).strip("[] ")
+    return [int(names.split(",")[0])] if isinstance(devices, list) or "," in names else None
 
 
 def take_steps(config: TrainConfig, *, batch: int) -> None:
@@ -77,7 +95,7 @@ def take_steps(config: TrainConfig, *, batch: int) -> None:
     batches: list[Any] = [LabelledCrops(data, torch.zeros(batch, dtype=torch.long)) if supervised else data] * STEPS
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
-        devices=1,
+        devices=named_device(config.trainer.devices) or 1,
         precision=config.trainer.precision,
         max_epochs=1,
         logger=False,

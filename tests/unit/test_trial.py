@@ -1,5 +1,6 @@
 """The batch that fits: a process with little memory finds it by real steps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.trial import FITS, fits, largest_batch
+from dino_lightning.trial import FITS, fits, largest_batch, named_device
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -39,7 +40,8 @@ def test_halves_until_it_fits() -> None:
     """With room for a hundred megabytes, a batch that takes some hundred is divided, and one of a few stays."""
     words = [sys.executable, "-c", LITTLE_MEMORY, str(100 << 20), *WORDS]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    small, told, large, told_of_large = map(int, done.stdout.split("fits ")[1].split())
+    found = done.stdout.split("fits ")[1].split()
+    small, told, large, told_of_large = (int(word.rpartition(":")[2]) for word in found)
     assert (small, large) == (told, told_of_large), "the processes of other devices learn it"
     assert small == 4
     assert large in (32, 64, 128, 256)
@@ -53,8 +55,22 @@ def test_every_method_takes_its_steps(method: str) -> None:
 def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Output size is too small"):
         fits(config("backbone=vovnet_micro", "crops.global_size=2", "crops.local_count=0"), batch=2)
-    monkeypatch.setenv(FITS, "7")
-    assert largest_batch(config()) == 7
-    monkeypatch.delenv(FITS)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
+
+
+def test_what_was_found_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `--multirun` in one process, and those of a notebook, each have a batch of their own."""
+    monkeypatch.setenv(FITS, "")
+    assert largest_batch(config("data.batch_size_per_device=4")) == 4
+    training = os.environ[FITS].partition(":")[0]
+    monkeypatch.setenv(FITS, f"{training}:2")
+    assert largest_batch(config("data.batch_size_per_device=4", "optim.lr=0.0001")) == 4
+    monkeypatch.setenv(FITS, f"{training}:2")
+    assert largest_batch(config("data.batch_size_per_device=4")) == 2, "the processes of other devices learn it"
+    assert largest_batch(config("data.batch_size_per_device=3")) == 3
+
+
+def test_the_trial_is_on_a_device_of_the_training() -> None:
+    assert [named_device(devices) for devices in ("auto", 2, "-1")] == [None] * 3
+    assert [named_device(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]
