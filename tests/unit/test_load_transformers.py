@@ -106,6 +106,9 @@ def test_the_preparation_of_images(tmp_path: Path) -> None:
     saved(tmp_path / "whole", processor=transformers.ViTImageProcessor(size={"height": 224, "width": 224}))
     network = load_network(str(tmp_path / "whole"))
     assert (network.resize, network.size, network.mean) == (256, 224, [0.5, 0.5, 0.5])
+    saved(tmp_path / "plain", processor=transformers.ViTImageProcessor(do_normalize=False))
+    network = load_network(str(tmp_path / "plain"))
+    assert (network.mean, network.std) == ([0.0] * 3, [1.0] * 3), "values from 0 to 1 as they are"
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,9 @@ def _preparation(path: Path) -> dict[str, Any]:
         return {}
     values = _json(path)
     seen: dict[str, Any] = {}
-    if values.get("do_normalize", True) and {"image_mean", "image_std"} <= values.keys():
+    if values.get("do_normalize") is False:
+        seen = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    elif {"image_mean", "image_std"} <= values.keys():
         seen = {"mean": values["image_mean"], "std": values["image_std"]}
     sides = list(_sides(values.get("crop_size") if values.get("do_center_crop") else None))
     resize = list(_sides(values.get("size")))
