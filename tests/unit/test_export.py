@@ -17,6 +17,7 @@ from selection import first
 from torch import Tensor, nn
 
 from dino_lightning.checkpoints import load_network
+from dino_lightning.checkpoints.model_card import run_folder
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.evaluation.images import center_view
 from dino_lightning.export import main
@@ -206,6 +207,27 @@ def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
     assert "teacher_momentum: " in card
     assert str(run.parent) not in card
     assert load_network(str(tmp_path / "network")).digest == network.digest
+
+
+@FOLDERS_OF_TIMM
+def test_the_card_of_the_student_has_no_figures_of_the_teacher(run: Path, tmp_path: Path) -> None:
+    write(run, tmp_path / "network", "checkpoint_key=student", format="timm")
+    card = (tmp_path / "network" / "README.md").read_text()
+    assert "k-NN" not in card
+    assert "| seed | 0 |" in card
+
+
+def test_a_card_tells_of_our_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs have a `config.yaml`, too, and weights of timm are not of the folder that we are in."""
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    for text in ("method: dino\nstudent: {arch: vit_small}", "- 1", "a: [", "method: {}\nbackbone: 1"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert run_folder(str(weights)) is None
+    (tmp_path / "config.yaml").write_text("method: {}\nbackbone: {}")
+    assert run_folder(str(weights)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("timm:vit_small_patch16_224.dino") is None
 
 
 # ---------------------------------------------------------------------------------------------------- the original's

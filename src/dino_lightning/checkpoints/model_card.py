@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 
+from dino_lightning.checkpoints.load import load_network
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.paths import PATHS
+from dino_lightning.errors import UserError
 from dino_lightning.networks import Network
 
-LEFT_OUT = (*PATHS, "init_from", "logger", "output_dir")
+LEFT_OUT = (*PATHS, "imports", "init_from", "logger", "output_dir")
 """Keys that a card does not repeat: they name folders and accounts."""
 MOST = 60
 """Figures of evaluations in a card."""
@@ -25,6 +27,8 @@ SUMMARY = {
     "commit": "commit of dino-lightning",
 }
 """What a card takes from `summary.json`, and in which words."""
+OF_ALL = ("seed", "commit")
+"""What of it is as true of the student, and of weights before the end."""
 
 LOADING = {
     "timm": """
@@ -96,7 +100,18 @@ def model_card(network: Network, *, checkpoint: str, library: str, loading: str,
 def run_folder(checkpoint: str) -> Path | None:
     """The folder of the run that a checkpoint belongs to, None for weights of another origin."""
     path = Path(checkpoint).expanduser().absolute()
-    return next((folder for folder in (path, *path.parents[:2]) if (folder / "config.yaml").is_file()), None)
+    if not path.exists():  # `timm:NAME` and the like, which have nothing to do with the folder that we are in
+        return None
+    return next((folder for folder in (path, *path.parents[:2]) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run of ours is there: other programs have a `config.yaml`, too."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and all(isinstance(settings.get(key), dict) for key in ("method", "backbone"))
 
 
 def _method(run: Path | None) -> str | None:
@@ -107,12 +122,22 @@ def _method(run: Path | None) -> str | None:
 
 
 def _figures(network: Network, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [(words, f"{summary[key]}") for key, words in SUMMARY.items() if summary.get(key) is not None]
-    found = {}
+    known = [key for key in SUMMARY if summary.get(key) is not None]
+    if run and not _is_result(network, run):
+        known = [key for key in known if key in OF_ALL]
+    rows, found = [(SUMMARY[key], f"{summary[key]}") for key in known], {}
     for line in _results(run):
         if line.get("checkpoint_digest") == network.digest and isinstance(line.get("value"), int | float):
             found[f"{line.get('eval')}: {line.get('metric')}"] = f"{line['value']:.4g} {line.get('unit', '')}".strip()
     return rows + list(found.items())[:MOST]
+
+
+def _is_result(network: Network, run: Path) -> bool:
+    """Whether the network is the one that the run has evaluated at its end."""
+    try:
+        return load_network(str(run)).digest == network.digest
+    except UserError:
+        return False
 
 
 def _results(run: Path | None) -> Iterator[dict[str, Any]]:
