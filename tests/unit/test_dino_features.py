@@ -52,6 +52,13 @@ def test_transform_gives_the_features_of_embed(tmp_path: Path) -> None:
     assert small(n_last_blocks=2).transform(files).shape == (5, 128)
 
 
+def test_as_many_names_as_features() -> None:
+    """Also of a network with a layer between pooling and classifier, which `mean_patch` is before."""
+    for features in ("class", "mean_patch"):
+        model = DinoFeatures("untrained:mobilenetv3_small_050", features=features, image_size=SIZE, device="cpu")
+        assert model.fit_transform(pictures(1)).shape == (1, len(model.get_feature_names_out()))
+
+
 def test_data_frames_in_and_out(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     paths = [str(path) for path in picture_files(tmp_path, 3)]

@@ -73,6 +73,12 @@ def test_whatever_holds_the_images_gives_the_same_features(tmp_path: Path) -> No
     assert embed([*arrays[:1], files[1]]).names == ["image 0", str(files[1])]
 
 
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = picture_files(tmp_path, 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert embed([f"~/{file.name}", Path("~", file.name)]).names == [str(file)] * 2
+
+
 def test_both_splits_and_one_of_them() -> None:
     both, val = embed(BUILTIN), embed(BUILTIN, split="val")
     assert both.splits == ["train"] * 12 + ["val"] * 5

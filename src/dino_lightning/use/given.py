@@ -1,5 +1,6 @@
 """Images that a program hands over: paths, PIL images, arrays of pixels."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -79,7 +80,7 @@ def given_list(images: Any, *, key: str = "images") -> list[Given]:
         images = _rows(images, key=key)
     if not isinstance(images, Iterable):
         raise UserError(f"{key}: {type(images).__name__} is no list; {EXPECTED} in a list.")
-    found = list(images)
+    found = [_at_home(image) for image in images]
     for place, image in enumerate(found):
         if isinstance(image, Image.Image) and image.mode[0] in "IF":
             raise UserError(f"{key}[{place}] is a PIL image of mode {image.mode}; expected one of 8 bits.")
@@ -90,6 +91,14 @@ def given_list(images: Any, *, key: str = "images") -> list[Given]:
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise UserError(f"{key}[{place}] is an array {image.shape} of {image.dtype}; {EXPECTED}.")
     return found
+
+
+def _at_home(image: Any) -> Any:
+    """A path with the home folder in the place of `~`; whatever else it is, as it is."""
+    if not isinstance(image, str | Path):
+        return image
+    path = os.path.expanduser(image)
+    return Path(path) if isinstance(image, Path) else path
 
 
 def _rows(images: np.ndarray, *, key: str) -> np.ndarray:

@@ -115,7 +115,10 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     @property
     def _n_features_out(self) -> int:
         """Columns of the output, from which scikit-learn makes their names."""
-        return self._backbone().width * self.n_last_blocks
+        network = self._backbone().network
+        if self.features == "mean_patch":  # before the layer that some networks have behind their pooling
+            return int(network.backbone.num_features)  # type: ignore[arg-type]
+        return network.width * self.n_last_blocks
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters alone: a pickle of an estimator carries no network."""
