@@ -150,6 +150,17 @@ def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: P
     assert not (tmp_path / "both" / "1" / "failed.txt").exists()
 
 
+def test_another_process_goes_past_a_failure_that_the_first_one_has_seen(tmp_path: Path) -> None:
+    """Lightning starts it for a later evaluation, with the same words."""
+    reason = tmp_path / "both" / "0" / "failed.txt"
+    reason.parent.mkdir(parents=True)
+    reason.write_text("eval.k=[0]: …\n", "utf-8")
+    words = ["--multirun", "checkpoint=untrained:vit_micro", "eval.k=[0]", "output_dir=both"]
+    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path, variables={"LOCAL_RANK": "1"})
+    assert done.returncode == 1, done.stderr
+    assert reason.read_text("utf-8") == "eval.k=[0]: …\n"
+
+
 @pytest.mark.parametrize("option", list(QUICK))
 def test_result_lines(option: str, trained: Path, tmp_path: Path) -> None:
     words = [f"eval={option}", f"checkpoint={trained}", "baseline=true", *ON_IMAGES, *QUICK[option]]

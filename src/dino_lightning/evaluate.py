@@ -35,7 +35,7 @@ from dino_lightning.completion import asks_for_completion, complete_after
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.records import FAILED
-from dino_lightning.sweeps import Jobs
+from dino_lightning.sweeps import Jobs, first_on_machine
 
 PROGRAM = "dino-eval"
 
@@ -74,7 +74,8 @@ def _evaluate(cfg: DictConfig) -> float | None:
         cfg.output_dir = str(usable_path("output_dir", given).absolute())
         run = partial(run_evaluation, overrides=list(hydra_config.overrides.task))
         if several:
-            (Path(cfg.output_dir) / FAILED).unlink(missing_ok=True)  # of an attempt before this one
+            if first_on_machine():  # the others learn by it what the first one has seen fail before it started them
+                (Path(cfg.output_dir) / FAILED).unlink(missing_ok=True)  # of an attempt before this one
             return JOBS.attempt(run, cfg, sentence=sentence)
         return run(cfg)
     except EXPLAINED as error:
