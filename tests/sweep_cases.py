@@ -44,3 +44,10 @@ def arguments(cfg: Any, *, given: list[str]) -> Any:
     if cfg.killed:
         os.kill(os.getpid(), signal.SIGKILL)
     return [os.getpid(), sys.argv]
+
+
+def group_at_wandb(cfg: Any, *, given: list[str]) -> Any:
+    """A job that tells which sweep it belongs to."""
+    from dino_lightning.callbacks.wandb_logger import sweep_name
+
+    return sweep_name()

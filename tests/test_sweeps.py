@@ -13,8 +13,9 @@ import pytest
 import yaml
 from composing import SMALL, composed
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from sweep_cases import arguments, make_run
+from sweep_cases import arguments, group_at_wandb, make_run
 
 from dino_lightning import cli, compare, explain
 from dino_lightning.config import TrainConfig, register
@@ -159,6 +160,14 @@ def test_a_process_that_is_killed_is_a_run_that_failed() -> None:
     assert argv == ["train.py", "a=1"]
     with pytest.raises(UserError, match=r"was killed.*hydra\.launcher\.n_jobs"):
         in_own_process(arguments, OmegaConf.create({"killed": True}), given=[])
+
+
+@JOBLIB
+def test_a_process_of_its_own_knows_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it W&B has the runs of a sweep in one group."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(with_hydra("hydra.mode=MULTIRUN", f"output_dir='{tmp_path / 'two words'}'"))
+    assert in_own_process(group_at_wandb, OmegaConf.create({}), given=[]) == "two words"
 
 
 def test_runs_side_by_side_share_the_cores() -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -123,17 +124,25 @@ def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options:
 
     with ProcessPoolExecutor(max_workers=1) as process:
         try:
-            return process.submit(
-                _with_arguments, ["train.py", *options["given"]], partial(job, **options), cfg
-            ).result()
+            arguments = ["train.py", *options["given"]]
+            return process.submit(_started, arguments, _asked_of_hydra(), partial(job, **options), cfg).result()
         except TerminatedWorkerError as error:
             raise UserError("the process of this run was killed, which is often the lack of memory; run fewer side by "
                             "side (hydra.launcher.n_jobs).") from error  # fmt: skip
 
 
-def _with_arguments(arguments: list[str], job: Job, cfg: DictConfig) -> float | None:
-    """A run writes down its command line, which is that of joblib in this process."""
+def _asked_of_hydra() -> DictConfig | None:
+    """What a run asks Hydra for, resolved: its sweep, after which W&B names its group."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    return OmegaConf.create({"hydra": {"mode": hydra.mode, "sweep": {"dir": hydra.sweep.dir}}})
+
+
+def _started(arguments: list[str], hydra: DictConfig | None, job: Job, cfg: DictConfig) -> float | None:
+    """A run writes down its command line, which is that of joblib in this process, where Hydra knows nothing."""
     sys.argv[:] = arguments
+    HydraConfig.instance().cfg = hydra  # type: ignore[assignment]
     return job(cfg)
 
 
