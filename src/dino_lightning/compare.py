@@ -78,7 +78,8 @@ def plot_path(options: argparse.Namespace) -> Path:
 def write_picture(option: str, path: Path, svg: str) -> None:
     """Write a picture; an unwritable path is the user's."""
     if path.suffix != ".svg":
-        raise UserError(f"{option} {path}: the picture is an SVG file; name it {path.with_suffix('.svg')}")
+        named = path.with_suffix(".svg") if path.name else path / PLOT
+        raise UserError(f"{option} {path}: the picture is an SVG file; name it {named}")
     try:
         write_atomically(path, svg)
     except OSError as error:

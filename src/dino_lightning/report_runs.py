@@ -70,7 +70,8 @@ def checked(output: Path | None, *, default: Path) -> Path:
     """Where the page goes. Raises `UserError` for what is no place for one."""
     path = output or default
     if path.suffix not in (".html", ".htm"):
-        raise UserError(f"--output {path}: the page is an HTML file; name it {path.with_suffix('.html')}")
+        named = path.with_suffix(".html") if path.name else path / "report.html"
+        raise UserError(f"--output {path}: the page is an HTML file; name it {named}")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; name a file in a folder that exists")
     return path

@@ -80,6 +80,12 @@ def test_wide_pictures_are_made_smaller(run: Path):
     assert (image["width"], image["height"]) == ("1400", "28")
 
 
+def test_long_sheets_stay_within_what_webp_takes(run: Path):
+    Image.new("RGB", (400, 32766)).save(run / "pictures" / "crops.png")
+    image = Page(write_report(run)).all("img")[-1]
+    assert (image["width"], image["height"]) == ("200", "16383")
+
+
 def test_a_broken_picture_is_said_and_left_blank(run: Path, capsys: pytest.CaptureFixture[str]):
     (run / "pictures" / "crops.png").write_bytes(b"no picture")
     assert len(Page(write_report(run)).all("img")) == 5

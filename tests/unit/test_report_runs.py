@@ -83,6 +83,7 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["z*"], "z*: no folder has such a name."),
         (["eval-1"], "eval-1: expected the folder of a run or of a sweep, and there is no run in it."),
         (["alone", "--output", "x.pdf"], "--output x.pdf: the page is an HTML file; name it x.html"),
+        (["alone", "--output", "."], "--output .: the page is an HTML file; name it report.html"),
         (["alone", "--output", "no/x.html"], "--output no/x.html: there is no folder no; name a file in a folder"),
         (["alone", "--results", "alone"], "--results alone: expected a results.jsonl of dino-eval"),
         (["alone", "--results", "eval-1"], "none of its results is of these runs; they are of /runs/other"),

@@ -185,6 +185,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "else.svg").read_text() == (tmp_path / "sweep" / "sweep.svg").read_text()
     assert compare.main([folder, "--plot", str(tmp_path / "else.png")]) == 2
     assert "name it" in capsys.readouterr().err
+    assert compare.main([folder, "--plot", "."]) == 2
+    assert "name it sweep.svg" in capsys.readouterr().err
     assert compare.main([f"{folder}/0", "--plot"]) == 2
 
 

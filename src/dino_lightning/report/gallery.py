@@ -20,6 +20,8 @@ MOST_SHEETS = 60
 """Sheets of one picture over all runs; with many runs each shows fewer epochs, one at the least."""
 WIDEST, WIDEST_BESIDE = 1400, 1000
 """Pixels of a sheet's width: alone, and beside those of other runs."""
+TALLEST = 16_383
+"""Pixels of the longest side that WebP takes: a sheet of some hundred images is longer."""
 QUALITY = 82
 """Of WebP or JPEG: a fifth to a tenth of the PNG's bytes."""
 
@@ -162,8 +164,10 @@ def encoded(path: Path, *, widest: int) -> tuple[str, int, int]:
     except (OSError, SyntaxError) as error:
         warn(f"{path} cannot be read ({error}); the report shows a blank picture in its place.")
         picture = Image.new("RGB", (64, 64), (128, 128, 128))
-    if picture.width > widest:
-        picture = picture.resize((widest, round(picture.height * widest / picture.width)), Image.Resampling.LANCZOS)
+    scale = min(widest / picture.width, TALLEST / picture.height)
+    if scale < 1:
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=QUALITY)
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
