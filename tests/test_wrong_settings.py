@@ -14,7 +14,7 @@ from programs import TRAIN, run_program
 from dino_lightning.build import build_data
 from dino_lightning.checkpoints.load import load_network
 from dino_lightning.checks import check_config, check_data
-from dino_lightning.checks_environment import check_environment
+from dino_lightning.checks_environment import check_environment, check_variables
 from dino_lightning.checks_evaluation import check_evaluation
 from dino_lightning.cli import CONF, EXPLAINED
 from dino_lightning.config import TrainConfig
@@ -135,6 +135,11 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
     except EXPLAINED as error:
         return explain(error, conf=CONF)
     return ""
+
+
+def test_a_job_of_slurm_without_a_gpu_may_train_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")
+    check_variables()
 
 
 @pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])

@@ -23,7 +23,8 @@ WHOLE_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_R
 LAUNCHERS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE",
              "KUBERNETES_PORT", "SUBMITIT_EXECUTOR", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK")  # fmt: skip
 """Environment variables of which one is there where something starts processes on several machines."""
-GPU_NAME = re.compile(r"-?\d+|(GPU|MIG)-[0-9a-zA-Z/-]+")
+GPU_NAME = re.compile(r"-?\d+|(GPU|MIG)-[0-9a-zA-Z/-]+|NoDevFiles")
+"""The last is SLURM's word in jobs that have asked for no GPU."""
 WANDB_MODES = ("offline", "online", "disabled")
 WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
 GPUS = Path("/proc/driver/nvidia/gpus")
