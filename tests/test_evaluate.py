@@ -1,6 +1,7 @@
 """`dino-eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from programs import run_program
 
+from dino_lightning.callbacks.wandb_evaluation import TrainingRun, training_run
 from dino_lightning.checks_evaluation import RULES, check_evaluation, kinds_of_data
 from dino_lightning.cli import CONF, EXPLAINED, options
 from dino_lightning.config import SCHEMAS, EvaluateConfig
@@ -91,6 +93,22 @@ def test_keys_that_only_training_reads_are_refused(key: str) -> None:
     check_evaluation(config, overrides=[f"data.{key}x=1"])
     with pytest.raises(UserError, match=f"data.{key} is for training"):
         check_evaluation(config, overrides=[f"data.{key}=1"])
+
+
+def test_a_path_in_the_home_folder_is_that_of_a_run_and_a_name_of_timm_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("data: {path: photos}\nlogger: {project: flowers}\n")
+    (tmp_path / "run" / "wandb_run_id.txt").write_text("abc")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "run")
+    config = cast(EvaluateConfig, OmegaConf.to_object(composed_evaluation("checkpoint=x")))
+    with pytest.raises(UserError, match=r"checkpoint=~/run was trained on data\.path=photos"):
+        check_evaluation(replace(config, checkpoint="~/run"))
+    check_evaluation(replace(config, checkpoint="timm:resnet18"))
+    assert training_run("~/run") == TrainingRun("abc", "flowers", None)
+    assert training_run("timm:resnet18") is None
 
 
 def test_every_evaluation_has_an_option() -> None:

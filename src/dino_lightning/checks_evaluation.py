@@ -4,7 +4,6 @@ What only the network or the images can tell, the evaluations check themselves, 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,6 +28,7 @@ from dino_lightning.config import (
     VideoEval,
     VOCData,
 )
+from dino_lightning.config.paths import usable_path
 from dino_lightning.config.rules import (
     BELOW_ONE,
     NEIGHBOURS,
@@ -178,9 +178,11 @@ def _check_images_of_run(config: EvaluateConfig, overrides: Sequence[str]) -> No
     """Who evaluates a run on images of their own without a word about images does not mean the built-in ones."""
     if not isinstance(config.data, BuiltinData) or any(word.lstrip("+~").startswith("data") for word in overrides):
         return
-    path = Path(config.checkpoint)
+    path = usable_path("checkpoint", config.checkpoint)
     files = [folder / "config.yaml" for folder in (path, *path.parents[:2])]
     try:
+        if not path.exists():  # `timm:NAME` is not of the run in whose folder it is evaluated
+            return
         file = next((file for file in files if file.is_file()), None)
         data = yaml.safe_load(file.read_text())["data"] if file else {}
         theirs = {f"data.{key}={data[key]}" for key in ("path", "root", "name", "shards") if data.get(key)}

@@ -34,7 +34,9 @@ class TrainingRun:
 
 def training_run(checkpoint: str) -> TrainingRun | None:
     """What the folder of a run, or of a file in it, says about its run at W&B; None where that is nothing."""
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
+    if not path.exists():  # `timm:NAME` is not of the run in whose folder it is evaluated
+        return None
     for folder in (path, *path.parents[:2]):
         try:
             run_id = (folder / RUN_ID).read_text().strip()
