@@ -236,6 +236,16 @@ def test_results_of_a_folder_that_moved_are_known_by_the_weights(pair: Path, tmp
     assert ([one.value for one in a], b) == ([71.5], [])
 
 
+def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Path):
+    """`dino-eval checkpoint=0`, in the folder of one sweep or of another."""
+    for number, sweep in enumerate("ab"):
+        weights = {"w": torch.full((2,), float(number))}
+        save_file(weights, made(tmp_path / sweep / "0") / "teacher.safetensors")
+        write_results(tmp_path / sweep / "eval", result("0", value=50.0 + number, checkpoint_digest=digest(weights)))
+    a, b = find_results([read_run(tmp_path / sweep / "0") for sweep in "ab"])
+    assert ([one.value for one in a], [one.value for one in b]) == ([50.0], [51.0])
+
+
 def test_forty_runs_stay_a_page_of_sane_size(tmp_path: Path):
     for number in range(MOST_RUNS):
         folder = made(tmp_path / f"{number:02}", config={"seed": number})

@@ -54,13 +54,18 @@ class Owner:
 
     def owns(self, result: Evaluated) -> bool:
         """By the path that was evaluated or, where the folder has moved since, by the weights themselves."""
+        return self._is_named(result) or (result.trained and result.digest in self.digests)
+
+    def lacks(self, result: Evaluated, owners: Iterable["Owner"]) -> bool:
+        """Whether another has these weights: a relative path such as `0` may lead to either of them."""
+        rivals = [other for other in owners if other is not self and other._is_named(result)]
+        return any(result.digest in other.digests for other in rivals) and result.digest not in self.digests
+
+    def _is_named(self, result: Evaluated) -> bool:
         folder, path = self.run.folder.resolve(), result.checkpoint
         if path.is_absolute():
-            if path.resolve().is_relative_to(folder):
-                return True
-        elif any(folder.parts[-len(part.parts) :] == part.parts for part in (path, *path.parents) if part.parts):
-            return True
-        return result.trained and result.digest in self.digests
+            return path.resolve().is_relative_to(folder)
+        return any(folder.parts[-len(part.parts) :] == part.parts for part in (path, *path.parents) if part.parts)
 
     @cached_property
     def digests(self) -> set[str]:
@@ -83,10 +88,10 @@ def find_results(runs: Sequence[Run], given: Iterable[Path] = ()) -> list[list[E
     asked = [(folder, _read_given(folder)) for folder in given]
     beside = dict.fromkeys(path for run in runs for path in _files_beside(run.folder.resolve()))
     known = [result for path in beside for result in read_results(path)]
-    found = []
-    for run in runs:
-        owner = Owner(run)
+    found, owners = [], [Owner(run) for run in runs]
+    for owner in owners:
         own = [result for result in known + [r for _, some in asked for r in some] if owner.owns(result)]
+        own = [result for result in own if not owner.lacks(result, owners)]
         latest = {(result.row, result.trained): result for result in sorted(own, key=lambda result: result.time)}
         found.append(list(latest.values()))
     for folder, some in asked:
