@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from network_cases import shaken
+from safetensors.torch import load_file
 from selection import first
 from torch import Tensor
 
@@ -180,11 +181,15 @@ def test_a_repository_of_the_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
     address, served = hub
     saved(served / "facebook" / "dino-vits16" / "main")
     (served / "facebook" / "empty" / "main").mkdir(parents=True)
+    older = served / "facebook" / "older" / "main"
+    saved(older)
+    torch.save(load_file(older / "model.safetensors"), older / "pytorch_model.bin")
+    (older / "model.safetensors").unlink()
     program = """
 import sys
 from dino_lightning.checkpoints import load_network
 from dino_lightning.errors import UserError
-print(load_network("hf:facebook/dino-vits16").digest)
+print(load_network("hf:facebook/dino-vits16").digest, load_network("hf:facebook/older").digest)
 for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
     try:
         load_network(name)
@@ -199,8 +204,9 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    digest, *sentences = done.stdout.splitlines()
-    assert digest == load_network(str(served / "facebook" / "dino-vits16" / "main")).digest
+    digests, *sentences = done.stdout.splitlines()
+    folders = (served / "facebook" / "dino-vits16" / "main", older)
+    assert digests.split() == [load_network(str(folder)).digest for folder in folders]
     assert sentences == [
         "checkpoint=hf:facebook/empty: the repository has neither of model.safetensors, pytorch_model.bin.",
         "checkpoint=hf:facebook/dino-vits61: the Hub has no such repository or revision, or does not show it without "
@@ -208,3 +214,8 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
         "checkpoint=hf:a/b/c: 'a/b/c' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
         "hf:OWNER/NAME@REVISION.",
     ]
+    again = subprocess.run(
+        [sys.executable, "-c", program.partition("for name")[0]], env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert again.stdout.split() == digests.split(), again.stderr[-3000:]

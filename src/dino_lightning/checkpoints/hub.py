@@ -14,7 +14,7 @@ def downloaded(name: str, *, source: str) -> Path:
     Kept where huggingface_hub keeps files, and not asked for again with `HF_HUB_OFFLINE=1`. Raises `UserError` where
     it does not come.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -30,7 +30,9 @@ def downloaded(name: str, *, source: str) -> Path:
         try:
             return Path(hf_hub_download(repository, part, revision=revision or None))
         except LocalEntryNotFoundError:  # the Hub was not asked, or has not answered
-            raise
+            if try_to_load_from_cache(repository, part, revision=revision or None) is not _CACHED_NO_EXIST:
+                raise
+            return None  # as it answered before
         except EntryNotFoundError:
             return None
 
