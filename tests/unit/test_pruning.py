@@ -118,8 +118,8 @@ class Trainer:
 
     global_step, current_epoch, max_epochs, should_stop = 10, 1, 3, False
 
-    def __init__(self, rank: int) -> None:
-        self.is_global_zero = rank == 0
+    def __init__(self, rank: int, *, max_steps: int = -1) -> None:
+        self.is_global_zero, self.max_steps = rank == 0, max_steps
 
 
 class Module:
@@ -127,6 +127,15 @@ class Module:
 
     def duration(self, text: str, *, key: str) -> int:
         return 0
+
+
+@pytest.mark.parametrize("max_steps", [10, 11])
+def test_a_run_at_its_last_step_has_nothing_to_spare(max_steps: int, tmp_path: Path) -> None:
+    for name in "01":
+        make_run(tmp_path / name, {}, [60.0] * 3)
+    pruning = Pruning(PruningConfig(after_jobs=2), folder=tmp_path / "2", knn=Knn())  # type: ignore[arg-type]
+    pruning.on_train_epoch_end(Trainer(0, max_steps=max_steps), Module())  # type: ignore[arg-type]
+    assert (pruning.verdict is None) == (max_steps == 10)
 
 
 def ends_on_rank(rank: int, folder: str) -> None:

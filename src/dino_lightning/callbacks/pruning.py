@@ -35,8 +35,8 @@ class Pruning(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge what the k-NN callback, which stands before this one, has just found."""
         warmup = cast(Method, pl_module).duration(self.config.warmup, key="callbacks.pruning.warmup")
-        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if last or trainer.global_step <= warmup or self.knn.last_step != trainer.global_step:
+        last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if trainer.should_stop or last or trainer.global_step <= warmup or self.knn.last_step != trainer.global_step:
             return
         if trainer.is_global_zero:
             self.verdict = self._verdict(trainer)
