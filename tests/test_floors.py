@@ -35,6 +35,7 @@ WITHIN = {("replay", "build"), ("replay", "checks"), ("run", "build"), ("run", "
           ("suggest_machine", "suggest"), ("trial", "build"), ("suggested", "checks_resources"),
           ("cli", "quick_start"), ("cli", "completion"), ("cli", "command_line"),
           ("evaluate", "command_line"), ("use", "command_line"), ("evaluate", "completion"), ("use", "completion"),
+          ("export", "command_line"),
           ("suggested", "checks"), ("cli", "explain"), ("cli", "imports"), ("cli", "sweeps"),
           ("evaluate", "cli"), ("evaluate", "sweeps"), ("export", "cli"), ("export", "explain"),
           ("run_evaluation", "checks_evaluation"), ("pictures_tokens", "pictures"),
