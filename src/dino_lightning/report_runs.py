@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dino-report: {error}", file=sys.stderr)
         return 2
-    Console().print(f"Report: {written}", soft_wrap=True)  # a path in one piece can be copied
+    Console().print(f"Report: {written}", soft_wrap=True, markup=False)  # a path in one piece can be copied
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from dino_lightning.build import build_data, build_method, build_trainer
@@ -180,7 +181,7 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
         console.print("          batch norms see their own process's images: PyTorch shares statistics on GPUs only")
     length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_epochs != -1 else "as many epochs as it takes"
     console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
-    console.print(f"[bold]Output[/]    {config.output_dir}", soft_wrap=True)
+    console.print(f"[bold]Output[/]    {escape(config.output_dir)}", soft_wrap=True)
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
@@ -250,5 +251,6 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     if summary["collapse"]:
         console.print(f"A collapse was seen ({summary['collapse']}): docs/collapse.md says what to change.")
     if summary["bad_images"]:
-        console.print(f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}")
-    console.print(f"Pictures and curves: {report}", soft_wrap=True)  # a path in one piece can be copied
+        bad = f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}"
+        console.print(bad, markup=False)
+    console.print(f"Pictures and curves: {report}", soft_wrap=True, markup=False)  # one piece can be copied

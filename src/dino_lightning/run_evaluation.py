@@ -11,6 +11,7 @@ import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
 from dino_lightning.callbacks.wandb_evaluation import log_results, start_evaluation
 from dino_lightning.callbacks.wandb_logger import closed_wandb
@@ -182,9 +183,9 @@ def introduce(config: EvaluateConfig, network: Network, runtime: Runtime) -> Non
     """Say in a few lines what is about to happen."""
     weights = sum(parameter.numel() for parameter in network.backbone.parameters())
     devices = f"{runtime.fabric.world_size} {runtime.device.type.upper()}"
-    runtime.say(f"[bold]Network[/]   {network.name}: {type(network.backbone).__name__}, {weights / 1e6:.2f} M weights, "
-                f"on {devices}")  # fmt: skip
-    runtime.say(f"[bold]Output[/]    {config.output_dir}")
+    runtime.say(f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, "
+                f"{weights / 1e6:.2f} M weights, on {devices}")  # fmt: skip
+    runtime.say(f"[bold]Output[/]    {escape(config.output_dir)}")
 
 
 def conclude(config: EvaluateConfig, name: str, columns: list[tuple[str, list[Result]]]) -> None:
@@ -193,7 +194,8 @@ def conclude(config: EvaluateConfig, name: str, columns: list[tuple[str, list[Re
     console.print(results_table(name, columns))
     bad = [line for file in output.glob("bad_images*.txt") for line in file.read_text().splitlines()]
     if bad:
-        console.print(f"{len(bad)} images could not be read and were left out: see bad_images*.txt in {output}")
+        said = f"{len(bad)} images could not be read and were left out: see bad_images*.txt in {output}"
+        console.print(said, markup=False)
     if (output / "pictures").is_dir():
-        console.print(f"Pictures: {output / 'pictures'}", soft_wrap=True)
-    console.print(f"Every figure: {output / 'results.jsonl'}", soft_wrap=True)
+        console.print(f"Pictures: {output / 'pictures'}", soft_wrap=True, markup=False)
+    console.print(f"Every figure: {output / 'results.jsonl'}", soft_wrap=True, markup=False)

@@ -109,6 +109,12 @@ def test_too_many_runs_are_refused_before_they_are_read(tmp_path: Path):
         write([str(tmp_path)])
 
 
+def test_a_folder_with_brackets_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = made(tmp_path / "run [x] [/y]")
+    assert main([str(folder)]) == 0
+    assert f"Report: {folder}/report.html\n" in capsys.readouterr().out
+
+
 def test_one_run_has_its_own_page_and_several_have_one_beside(pair: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(pair / "a")]) == 0
     assert "dino-lightning run" in Page(pair / "a" / "report.html").text

@@ -190,6 +190,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert compare.main([f"{folder}/0", "--plot"]) == 2
 
 
+def test_brackets_are_words_below_the_table_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(["[a]", "[/b]"]):
+        make_run(tmp_path / str(number), {"backbone": name}, [50.0 + number])
+    assert compare.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "[a]" in said
+    assert said.count("[/b]") == 2
+
+
 def test_words_are_escaped(tmp_path: Path) -> None:
     for number, name in enumerate(["<a & b>", "c"]):
         make_run(tmp_path / str(number), {"backbone": name}, [50.0])

@@ -6,6 +6,7 @@ import re
 from statistics import mean, stdev
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from dino_lightning.report.jobs import Job, Row
@@ -76,7 +77,7 @@ def spread(values: list[float | None]) -> str:
 def terminal_table(rows: list[Row]) -> Table:
     """For `rich`."""
     # Without lines between the columns, a row of figures fits into 80 characters; names and states may wrap.
-    table = Table(caption="\n".join(notes(rows)) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(caption=escape("\n".join(notes(rows))) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     titles, lines = laid_out(rows)
     for index, title in enumerate(titles):
         figure = 0 < index < len(titles) - 1
@@ -86,8 +87,7 @@ def terminal_table(rows: list[Row]) -> Table:
             broken, justify="right" if figure else "left", no_wrap=figure, overflow="fold", min_width=least
         )
     for line in lines:
-        # Text from files is no markup.
-        table.add_row(*(cell.replace("[", "\\[") for cell in line))
+        table.add_row(*map(escape, line))  # text from files is no markup
     return table
 
 
