@@ -115,6 +115,14 @@ def test_a_network_of_one_size_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
 
 
+def test_a_graph_of_an_xcit(tmp_path: Path) -> None:
+    small = {"depth": 1, "cls_attn_layers": 1, "embed_dim": 32, "num_heads": 1}
+    checkpoint = exported(tmp_path, TimmConfig(name="xcit_nano_12_p16_224", arguments=small))
+    write(checkpoint, tmp_path / "backbone.pt2", format="torch")
+    batch = images(3, 32, 64)
+    check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
+
+
 def test_graphs_say_how_images_are_prepared(tmp_path: Path) -> None:
     write(exported(tmp_path), tmp_path / "backbone.pt2", "image_size=32", format="torch")
     notes: dict[str, Any] = {"dino_lightning.json": ""}

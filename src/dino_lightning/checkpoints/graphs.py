@@ -84,7 +84,8 @@ def _written(network: Network, write: Write, *, format: str, image_size: int | N
     """Write with free height and width, or fixed ones where the network cannot; compare."""
     module = _GraphViT(network.backbone).eval() if isinstance(network.backbone, OriginalViT) else network.backbone
     if image_size is None:
-        step = getattr(getattr(network.backbone, "patch_embed", None), "patch_size", (1,))[0]
+        patch = getattr(getattr(network.backbone, "patch_embed", None), "patch_size", 1)
+        step = patch if isinstance(patch, int) else patch[0]
         for least in (1,) if step > 1 else sorted({min(network.size, SMALLEST_SIDE), SMALLEST_SIDE}):
             if _written_for_any_size(network, module, write, step=step, least=least):
                 sides = f"in multiples of {step} pixels" if step > 1 else f"of {least} pixels or more"
