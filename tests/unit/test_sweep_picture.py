@@ -167,6 +167,13 @@ def test_a_search_has_a_column_for_each_key(tmp_path: Path, capsys: pytest.Captu
     assert "Best: k-NN 60.0 % of quick, optim.lr=0.01235 (folder 0)" in lines[-1]
 
 
+def test_a_cell_has_what_goes_on_where_another_seed_has_failed(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", {"a": 1, "b": 1, "seed": 0}, [10.0], state="failed")
+    make_run(tmp_path / "1", {"a": 1, "b": 1, "seed": 1}, [70.0], state="under way")
+    make_run(tmp_path / "2", {"a": 2, "b": 2, "seed": 0}, [50.0])
+    assert {"70.0", "50.0"} <= set(texts(drawn(tmp_path)))
+
+
 def test_a_pruned_run_is_not_averaged_with_finished_ones(tmp_path: Path) -> None:
     make_run(tmp_path / "0", {"seed": 0}, [50.0, 70.0])
     make_run(tmp_path / "1", {"seed": 1}, [10.0], state="pruned")

@@ -59,7 +59,8 @@ def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
         by_place.setdefault((x, y), []).append(point)
     parts = []
     for (x, y), points in by_place.items():
-        finished = [point for point in points if point.state == "finished"] or points
+        others = [point for point in points if point.state != "failed"] or points
+        finished = [point for point in points if point.state == "finished"] or others
         known = [point.knn for point in finished if point.knn is not None]
         state, drawn = finished[0].state, ""
         if known and state != "failed":
