@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
 from dino_lightning.data.crops import CropBackend
 from dino_lightning.data.labels import LabelledCrops
-from dino_lightning.data.signals import obey_parent_alone
+from dino_lightning.data.signals import held_back, obey_parent_alone
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
 from dino_lightning.data.stream_order import Place, read_stream
 from dino_lightning.errors import UserError
@@ -136,3 +136,14 @@ def start_worker(_: int) -> None:
     obey_parent_alone()
     torch.set_num_threads(1)
     keep_freed_memory()
+
+
+class WorkerLoader(DataLoader[Any]):
+    """PyTorch's loader, whose processes leave signals to the main process from their first moment on."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, worker_init_fn=start_worker, **options)
+
+    def __iter__(self) -> Any:
+        with held_back():
+            return super().__iter__()

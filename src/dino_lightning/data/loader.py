@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dino_lightning.data.batches import CropBatches, Failure, Key, StreamBatches, start_worker
+from dino_lightning.data.batches import CropBatches, Failure, Key, StreamBatches, WorkerLoader
 from dino_lightning.data.stream_order import Place
 from dino_lightning.distributed import all_gather_concat
 from dino_lightning.errors import UserError
@@ -94,7 +94,7 @@ class MapLoader(PlacedLoader):
     """Batches of crops of images that are read by index."""
 
     def __init__(self, dataset: CropBatches, order: KeyBatches, **options: Any) -> None:
-        loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, **loader_options(**options))
+        loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, **loader_options(**options))
         super().__init__(loader, images_per_batch=order.batch_size * order.world_size)
         self.order = order
 
@@ -116,7 +116,7 @@ class StreamLoader(PlacedLoader):
     """Batches of crops of a stream: an epoch is a number of images, and the stream goes on where the last one ended."""
 
     def __init__(self, dataset: StreamBatches, **options: Any) -> None:
-        loader = DataLoader(dataset, batch_size=None, **loader_options(**options))
+        loader = WorkerLoader(dataset, batch_size=None, **loader_options(**options))
         super().__init__(loader, images_per_batch=dataset.batch_size * dataset.world_size)
         self.dataset = dataset
         self.places: list[Place | None] = [None] * max(1, loader.num_workers)
@@ -177,7 +177,6 @@ def loader_options(*, num_workers: int, prefetch_batches: int, pin_memory: bool)
         "persistent_workers": num_workers > 0,
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": pin_memory and torch.cuda.is_available(),
-        "worker_init_fn": start_worker,
         # Without its own generator every iterator draws a seed from the global one.
         "generator": torch.Generator().manual_seed(0),
     }

@@ -7,6 +7,8 @@ terminal. A loader process that died of it would take the main one down before t
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LEFT_TO_OTHERS = ("SIGINT", "SIGUSR1", "SIGUSR2")
 
@@ -24,6 +26,23 @@ def obey_parent_alone() -> None:
         # Blocked here and in the threads to come, it goes to the one that waits for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold SIGTERM back from this thread, so that processes started within begin like that.
+
+    Libraries such as OpenBLAS start threads in a new process before anything of ours runs there. One that took the
+    signal would end the process.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for_parent() -> None:

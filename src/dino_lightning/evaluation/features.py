@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dino_lightning.data.batches import Failure, start_worker
+from dino_lightning.data.batches import Failure, WorkerLoader
 from dino_lightning.distributed import all_gather_concat, rank, world_size
 from dino_lightning.errors import UserError
 
@@ -135,12 +135,11 @@ def _collated(samples: list[Any] | Failure) -> Any:
 
 
 def _loader(dataset: Dataset, *, batches: Sequence[Sequence[int]], workers: int, on: torch.device) -> DataLoader:
-    return DataLoader(
+    return WorkerLoader(
         _Images(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_collated,
         num_workers=min(workers, len(batches)),
-        worker_init_fn=start_worker,
         pin_memory=on.type == "cuda",
         # Without its own generator every iterator draws a seed from the global one.
         generator=torch.Generator().manual_seed(0),

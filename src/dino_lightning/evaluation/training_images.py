@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, why_unreadable
-from dino_lightning.data.batches import Failure, Key, crop_seed, start_worker
+from dino_lightning.data.batches import Failure, Key, WorkerLoader, crop_seed
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource
 from dino_lightning.distributed import rank, world_size
@@ -111,14 +111,13 @@ class TrainingLoader:
     ) -> None:
         self.order = _Order(len(images), batch_size=batch_size, seed=images.seed, drop_last=drop_last, repeats=repeats)
         workers = min(num_workers, len(self.order))
-        self.loader = DataLoader(
+        self.loader = WorkerLoader(
             images,
             batch_sampler=self.order,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            worker_init_fn=start_worker,
             # Without its own generator every iterator draws a seed from the global one.
             generator=torch.Generator().manual_seed(0),
         )
