@@ -63,6 +63,17 @@ def test_a_command_that_says_what_it_wants_is_left_alone(word: str) -> None:
     assert with_quick_start(["optim.lr=1"]) == ["optim.lr=1"]
 
 
+def test_archives_beside_folders_of_images_are_a_question(tmp_path: Path) -> None:
+    (tmp_path / "2020" / "may").mkdir(parents=True)
+    (tmp_path / "2020" / "may" / "1.JPG").touch()
+    (tmp_path / "backup.zip").touch()
+    with pytest.raises(
+        UserError, match=r"\.zip files .*images in '.*2020'; say which .*data=archive or data=folder"
+    ):
+        with_quick_start([f"data.path={tmp_path}"], fast=False)
+    assert with_quick_start([f"data.path={tmp_path}", "data=folder"], fast=False)[-1] == "data=folder"
+
+
 def test_a_path_that_cannot_be_one() -> None:
     with pytest.raises(UserError, match=r"data\.path="):
         with_quick_start(["data.path=a\0b"], fast=False)
