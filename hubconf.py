@@ -26,7 +26,7 @@ def backbone(checkpoint: str, *, checkpoint_key: str | None = None) -> nn.Module
 def transform(checkpoint: str, *, checkpoint_key: str | None = None) -> Callable[[Any], Any]:
     """PIL image -> tensor (C, size, size), prepared as the weights of `checkpoint` want it."""
     network = _network(checkpoint, checkpoint_key)
-    from dino_lightning.evaluation.images import center_view
+    from dino_lightning.evaluation.features.images import center_view
 
     return center_view(network)
 

@@ -13,17 +13,17 @@ import torch
 from step_windows import Setting
 from torch import Tensor
 
-from dino_lightning.ema import ema_update
-from dino_lightning.factors import Factors
-from dino_lightning.losses import cross_view_entropy
+from dino_lightning.losses.chunked import chunked_cross_view_entropy
+from dino_lightning.losses.cross_view import cross_view_entropy
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.dino import DINO
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.ops import block as whole_block
-from dino_lightning.ops.dense import dense, norm_dense
-from dino_lightning.ops.packing import attend, attend_in_one_call, first_tokens, pack
-from dino_lightning.prototype_loss import chunked_cross_view_entropy
-from dino_lightning.vit import OriginalViT, _mlp
+from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.kernels import block as whole_block
+from dino_lightning.models.kernels.dense import dense, norm_dense
+from dino_lightning.models.kernels.packing import attend, attend_in_one_call, first_tokens, pack
+from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.models.vit import OriginalViT, _mlp
+from dino_lightning.optim.ema import ema_update
 
 
 @dataclass

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dino_lightning.collapse import diagnose
+from dino_lightning.methods.collapse import diagnose
 
 ROOT = Path(__file__).parents[1]
 ROWS = 10

@@ -30,12 +30,12 @@ from dino_lightning.config import CropsConfig, FolderData
 from dino_lightning.data.batches import CropBatches, start_worker
 from dino_lightning.data.crops import CutCrops
 from dino_lightning.data.crops.backends import cut, draw_crops
-from dino_lightning.data.crops.compiled import Finisher
-from dino_lightning.data.crops.draws import FastDice
-from dino_lightning.data.crops.plan import make_plan
+from dino_lightning.data.crops.device_plan import make_plan
+from dino_lightning.data.crops.numba import Finisher
+from dino_lightning.data.crops.sampling import FastDice
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources.builtin import BuiltinImages
-from dino_lightning.ops.memory import keep_freed_memory
+from dino_lightning.runtime.memory import keep_freed_memory
 
 SIZE = (500, 375)
 QUALITY = 90

@@ -14,14 +14,14 @@ from rich.table import Table
 from torch.nn.functional import interpolate
 from torchvision.io import decode_jpeg
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.config.model import AdamWConfig
 from dino_lightning.data.crops.backends import DeviceBatches
-from dino_lightning.data.crops.draws import Crop, FastDice, draw_crops
+from dino_lightning.data.crops.device_plan import make_plan
 from dino_lightning.data.crops.photometric import augment
-from dino_lightning.data.crops.plan import make_plan
+from dino_lightning.data.crops.sampling import Crop, FastDice, draw_crops
 from dino_lightning.methods.dino import DINO
+from dino_lightning.models.backbones import build_backbone
 
 BATCH = 64
 

@@ -30,9 +30,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, SGDConfig, StepConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
+from dino_lightning.models.backbones import build_backbone
 
 EPOCHS, STEPS, LOCAL_CROPS, PROTOTYPES = 2, 5, 2, 1024
 GLOBAL_SIZE, LOCAL_SIZE, PATCH, WIDTH, DEPTH, HEADS = 224, 96, 16, 192, 12, 3

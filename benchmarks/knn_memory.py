@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from dino_lightning.evaluation.knn import nearest, vote_accuracy
+from dino_lightning.evaluation.features.knn import nearest, vote_accuracy
 
 LIMIT_GIB = 16
 CLASSES = 1000

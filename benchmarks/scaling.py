@@ -16,7 +16,7 @@ from scaling_bytes import ddp_bytes, fsdp_bytes, numbers, on_paper, small_bytes,
 from scaling_seconds import Hardware, ddp_seconds, fsdp_seconds, step_on
 
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
-from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.methods.student_teacher import StudentTeacher
 
 NETWORKS = {"vit_small": 64, "vit_base": 32, "vit_large": 16}
 """Images per GPU; of the first two as in `experiment=vits16_100ep` and `vitb16`."""

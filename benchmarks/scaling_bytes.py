@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from dino_lightning.build import build_method
 from dino_lightning.config import AdamWConfig, DINOConfig, FolderData, TrainConfig, ViTConfig
-from dino_lightning.config.folder import backbone_config
-from dino_lightning.methods.teacher import StudentTeacher
-from dino_lightning.sharding import placement
+from dino_lightning.config.conf_dir import backbone_config
+from dino_lightning.methods.student_teacher import StudentTeacher
+from dino_lightning.runtime.sharding import placement
+from dino_lightning.training.build import build_method
 
 FLOAT = 4
 """Bytes of a weight, a gradient, a moment."""

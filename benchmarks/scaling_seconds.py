@@ -9,7 +9,7 @@ from scaling_bytes import FLOAT, ddp_bytes, fsdp_bytes, numbers, trained
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.flops import backbone_flops
-from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.methods.student_teacher import StudentTeacher
 
 NODE, BUCKET, HOP = 8, 25 * 2**20, 5e-6
 """GPUs of a node; bytes of a gradient bucket (DDP's default); seconds of a hop from GPU to GPU (assumed)."""

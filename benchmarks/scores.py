@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from dino_lightning.data.benchmarks.revisited import load_plain
-from dino_lightning.evaluation.davis_scores import object_scores
-from dino_lightning.evaluation.ranking import average_precision_at_top, rank_database
-from dino_lightning.evaluation.whitening import learn_whitening
+from dino_lightning.evaluation.retrieval.ranking import average_precision_at_top, rank_database
+from dino_lightning.evaluation.retrieval.whitening import learn_whitening
+from dino_lightning.evaluation.video.davis_scores import object_scores
 
 LEVELS = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("junk", "easy")),
           "easy": (("easy",), ("junk", "hard"))}  # fmt: skip

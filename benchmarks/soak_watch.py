@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from dino_lightning import build
+from dino_lightning.training import build
 
 
 class SoakWatch(L.Callback):

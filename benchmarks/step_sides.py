@@ -49,9 +49,9 @@ def compose_ours(setting: Setting, *, output_dir: Path) -> Any:
     """The configuration of `train.py` for this setting, composed by Hydra."""
     from hydra import compose, initialize_config_dir
 
-    from dino_lightning.cli import register_timm_networks
+    from dino_lightning.cli.train import register_timm_networks
     from dino_lightning.config import register
-    from dino_lightning.config.folder import CONF
+    from dino_lightning.config.conf_dir import CONF
 
     data = ["data=builtin"]
     if setting.data is not None:
@@ -89,7 +89,7 @@ def configured(setting: Setting, *, output_dir: Path) -> Any:
     """The checked `TrainConfig`."""
     from omegaconf import OmegaConf
 
-    from dino_lightning.checks import check_config
+    from dino_lightning.config.checks.training import check_config
 
     config: Any = OmegaConf.to_object(compose_ours(setting, output_dir=output_dir))
     check_config(config)
@@ -98,7 +98,7 @@ def configured(setting: Setting, *, output_dir: Path) -> Any:
 
 def run_ours(setting: Setting, windows: Windows, *, folder: Path) -> None:
     """Our LightningModule under the trainer that `train.py` would build."""
-    from dino_lightning.build import build_data
+    from dino_lightning.training.build import build_data
 
     config = configured(setting, output_dir=folder)
     trainer, method = trainer_and_method(config)
@@ -114,11 +114,11 @@ def run_ours(setting: Setting, windows: Windows, *, folder: Path) -> None:
 
 
 def trainer_and_method(config: Any) -> tuple[Any, Any]:
-    """What `dino_lightning.run` builds, after the settings of the process that it makes."""
-    from dino_lightning.build import build_method, build_trainer
-    from dino_lightning.ops.memory import keep_freed_memory
-    from dino_lightning.quiet import quieten_libraries
-    from dino_lightning.run import trains_in_tiles
+    """What `dino_lightning.training.run` builds, after the settings of the process that it makes."""
+    from dino_lightning.runtime.console import quieten_libraries
+    from dino_lightning.runtime.memory import keep_freed_memory
+    from dino_lightning.training.build import build_method, build_trainer
+    from dino_lightning.training.run import trains_in_tiles
 
     quieten_libraries()
     torch.set_float32_matmul_precision(config.step.matmul_precision)

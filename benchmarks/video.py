@@ -25,10 +25,10 @@ from torch import Tensor
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.data.benchmarks.davis import Sequence, open_davis
-from dino_lightning.evaluation.propagation import Propagation, label_maps, one_hot_labels
-from dino_lightning.evaluation.video_frames import Frames, frame_size, resized_labels
-from dino_lightning.evaluation.video_tracking import frames_std
-from dino_lightning.networks import Network, patch_size, patch_tokens
+from dino_lightning.evaluation.video.frames import Frames, frame_size, resized_labels
+from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
+from dino_lightning.evaluation.video.tracking import frames_std
+from dino_lightning.models.frozen import Network, patch_size, patch_tokens
 
 CONFIG = VideoEval()
 

@@ -11,7 +11,7 @@ from common import directions, features_of, parser, save, square
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from dino_lightning.pictures import sheet_of
+from dino_lightning.report.pictures.sheets import sheet_of
 
 SHOWN = 10
 """Images of a cluster in the picture."""

@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from dino_lightning.pictures import sheet_of
+from dino_lightning.report.pictures.sheets import sheet_of
 
 SHOWN = 12
 """Groups, and images of a group, in the picture."""

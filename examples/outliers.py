@@ -12,7 +12,7 @@ from common import BUILTIN_SIZE, drawn, features_of, parser, save, square
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
-from dino_lightning.pictures import sheet_of
+from dino_lightning.report.pictures.sheets import sheet_of
 
 NEIGHBOUR, PER_ROW, SHOWN = 10, 6, 18
 

@@ -7,7 +7,7 @@ python examples/search.py --path ~/photos --query cat.jpg dog.jpg
 import numpy as np
 from common import directions, features_of, parser, save, square
 
-from dino_lightning.pictures import neighbour_sheet
+from dino_lightning.report.pictures.sheets import neighbour_sheet
 
 QUERIES, NEIGHBOURS = 6, 8
 

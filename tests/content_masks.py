@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dino_lightning.masking import Masks, draw_masks
 from dino_lightning.methods.base import GLOBAL_CROPS
+from dino_lightning.models.masking import Masks, draw_masks
 
 
 def mask_by_content(module: Any, *, patch: int) -> Any:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import CutCrops, crop_backend, pil
-from dino_lightning.data.crops.compiled import Finisher
-from dino_lightning.data.crops.draws import CONTRAST, Crop
+from dino_lightning.data.crops.device_plan import make_plan
+from dino_lightning.data.crops.numba import Finisher
 from dino_lightning.data.crops.photometric import augment
-from dino_lightning.data.crops.plan import make_plan
+from dino_lightning.data.crops.sampling import CONTRAST, Crop
 
 RAW = CropsConfig(mean=[0.0] * 3, std=[1 / 255] * 3)
 """Crops come out with values from 0 to 255."""

@@ -28,7 +28,7 @@ def shaken(network: nn.Module) -> nn.Module:
 
 def exported(folder: Path, config: BackboneConfig = TINY, *, image_size: int = 32) -> Path:
     """A file as a run exports it."""
-    from dino_lightning.backbones import build_backbone
+    from dino_lightning.models.backbones import build_backbone
 
     network = shaken(build_backbone(config, image_size=image_size, drop_path=False))
     path = folder / "weights.safetensors"

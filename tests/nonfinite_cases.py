@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.callbacks.nonfinite import NonfiniteSteps
 from dino_lightning.config import NonfiniteConfig
-from dino_lightning.ema import ema_update
-from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups
-from dino_lightning.sharding import is_sharded, local
+from dino_lightning.optim.ema import ema_update
+from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups
+from dino_lightning.runtime.sharding import is_sharded, local
+from dino_lightning.training.callbacks.nonfinite import NonfiniteSteps
 
 STEPS, BAD = 5, 2
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["lightning.pytorch", "timm", "dino_lightning.run"])
+multiprocessing.set_forkserver_preload(["lightning.pytorch", "timm", "dino_lightning.training.run"])
 
 LIMIT = 240.0
 """Seconds for all ranks together."""

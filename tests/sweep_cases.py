@@ -48,6 +48,6 @@ def arguments(cfg: Any, *, given: list[str]) -> Any:
 
 def group_at_wandb(cfg: Any, *, given: list[str]) -> Any:
     """A job that tells which sweep it belongs to."""
-    from dino_lightning.callbacks.wandb_logger import sweep_name
+    from dino_lightning.loggers.wandb import sweep_name
 
     return sweep_name()

@@ -13,14 +13,15 @@ import yaml
 from composing import SMALL, composed
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning import cli, compare
-from dino_lightning.build import build_method
-from dino_lightning.checks import check_config
-from dino_lightning.cli import CONF, options, sentence
+from dino_lightning.cli import table as compare
+from dino_lightning.cli import train as cli
+from dino_lightning.cli.sweeps import Jobs
+from dino_lightning.cli.train import CONF, options, sentence
 from dino_lightning.config import TrainConfig
-from dino_lightning.report.jobs import read_rows
-from dino_lightning.report.published import PUBLISHED
-from dino_lightning.sweeps import Jobs
+from dino_lightning.config.checks.training import check_config
+from dino_lightning.report.sweeps.jobs import read_rows
+from dino_lightning.report.sweeps.published import PUBLISHED
+from dino_lightning.training.build import build_method
 
 FILES = {f"ablation/{path.stem}": path for path in (CONF / "experiment" / "ablation").glob("*.yaml")}
 PAGE = (CONF.parent / "docs" / "ablations.md").read_text()

@@ -10,9 +10,9 @@ import pytest
 from composing import composed
 from omegaconf import OmegaConf
 
-from dino_lightning.checks import check_config
 from dino_lightning.config import TrainConfig
-from dino_lightning.restarts import INTERRUPTED, PREEMPTED
+from dino_lightning.config.checks.training import check_config
+from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

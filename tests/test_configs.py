@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from programs import TRAIN, run_program
 from selection import first
 
-from dino_lightning import reference
-from dino_lightning.build import build_method, build_trainer
-from dino_lightning.checks import DURATIONS, RULES, check_config
-from dino_lightning.cli import CONF, options
-from dino_lightning.command_line import with_shards_in_one_piece
+from dino_lightning.cli import docs as reference
+from dino_lightning.cli.overrides import with_shards_in_one_piece
+from dino_lightning.cli.train import CONF, options
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
-from dino_lightning.config.keys import all_keys
+from dino_lightning.config.checks.training import DURATIONS, RULES, check_config
+from dino_lightning.config.docs import all_keys
+from dino_lightning.training.build import build_method, build_trainer
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = [

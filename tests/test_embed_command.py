@@ -17,13 +17,13 @@ from composing import composed_embedding
 from omegaconf import OmegaConf
 
 from dino_lightning import embed
-from dino_lightning.cli import CONF, EXPLAINED, options
-from dino_lightning.command_line import with_home_folders
+from dino_lightning.cli.embed import embed_as
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.overrides import with_home_folders
+from dino_lightning.cli.train import CONF, EXPLAINED, options
 from dino_lightning.config import BuiltinData, EmbedConfig
-from dino_lightning.config.keys import all_keys
-from dino_lightning.explain import explain
-from dino_lightning.use.checks import CHOICES, RULES, check_embedding, check_output
-from dino_lightning.use.command import embed_as
+from dino_lightning.config.docs import all_keys
+from dino_lightning.evaluation.embedding.checks import CHOICES, RULES, check_embedding, check_output
 
 ROOT = Path(__file__).parents[1]
 NETWORK = ["checkpoint=untrained:vit_micro", "image_size=32"]
@@ -108,7 +108,7 @@ def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dino_lightning.use.command", *map(str, words), "trainer.accelerator=cpu"]
+    return [sys.executable, "-m", "dino_lightning.cli.embed", *map(str, words), "trainer.accelerator=cpu"]
 
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:

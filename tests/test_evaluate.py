@@ -10,16 +10,16 @@ from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from programs import run_program
 
-from dino_lightning.callbacks.wandb_evaluation import TrainingRun, training_run
-from dino_lightning.checks_evaluation import RULES, check_evaluation, kinds_of_data
-from dino_lightning.cli import CONF, EXPLAINED, options
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.train import CONF, EXPLAINED, options
 from dino_lightning.config import SCHEMAS, EvaluateConfig
-from dino_lightning.config.keys import all_keys
-from dino_lightning.config.rules import check_keys
+from dino_lightning.config.checks.evaluation import RULES, check_evaluation, kinds_of_data
+from dino_lightning.config.constraints import check_keys
+from dino_lightning.config.docs import all_keys
 from dino_lightning.errors import UserError
-from dino_lightning.explain import explain
-from dino_lightning.run import run_training
-from dino_lightning.run_evaluation import run_evaluation
+from dino_lightning.evaluation.run import run_evaluation
+from dino_lightning.evaluation.wandb import TrainingRun, training_run
+from dino_lightning.training.run import run_training
 
 EVALUATIONS = options("evaluate")["eval"]
 ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"]
@@ -132,7 +132,7 @@ def test_every_number_of_an_evaluation_has_a_rule() -> None:
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = ["checkpoint=x", "eval=video", "data=builtin", f"output_dir={output}"]
-    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path)
+    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("dino-eval: eval=video does not go with data=builtin")
     assert not output.exists()
@@ -160,7 +160,7 @@ QUICK: dict[str, list[str]] = {
 def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=nowhere.pth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
-    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path)
+    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "dino-eval: 1 run failed:\n" in done.stderr
     assert (tmp_path / "both" / "0" / "failed.txt").read_text().startswith("checkpoint=nowhere.pth: there is no such")
@@ -174,7 +174,7 @@ def test_another_process_goes_past_a_failure_that_the_first_one_has_seen(tmp_pat
     reason.parent.mkdir(parents=True)
     reason.write_text("eval.k=[0]: …\n", "utf-8")
     words = ["--multirun", "checkpoint=untrained:vit_micro", "eval.k=[0]", "output_dir=both"]
-    done = run_program("dino_lightning.evaluate", *words, cwd=tmp_path, variables={"LOCAL_RANK": "1"})
+    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path, variables={"LOCAL_RANK": "1"})
     assert done.returncode == 1, done.stderr
     assert reason.read_text("utf-8") == "eval.k=[0]: …\n"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from composing import composed_evaluation
 
-from dino_lightning.run_evaluation import run_evaluation
+from dino_lightning.evaluation.run import run_evaluation
 
 pytestmark = pytest.mark.slow
 

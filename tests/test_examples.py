@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from selection import first
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.config import ViTConfig
+from dino_lightning.models.backbones import build_backbone
 
 pytest.importorskip("sklearn", reason="pip install 'dino-lightning[sklearn]'")
 

@@ -11,12 +11,12 @@ from composing import SMALL, composed
 from network_cases import SEEN, TINY, exported
 from omegaconf import OmegaConf
 
-from dino_lightning.build import build_method
 from dino_lightning.checkpoints import load_network
-from dino_lightning.checks_initial import check_initial
 from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.training.build import build_method
+from dino_lightning.training.init_from import check_initial
+from dino_lightning.training.run import run_training
 
 BACKBONE = ["backbone=vit_micro", "backbone.width=64", "backbone.depth=1", "backbone.heads=1", "backbone.patch_size=8"]
 

@@ -11,12 +11,12 @@ import torch
 from composing import SMALL, composed
 from selection import first
 
-from dino_lightning.callbacks import knn
-from dino_lightning.callbacks.metrics_file import read_rows
+from dino_lightning.loggers.csv import read_rows
 from dino_lightning.methods.base import Method
-from dino_lightning.outside_training import leave_at_once
-from dino_lightning.restarts import INTERRUPTED, PREEMPTED
-from dino_lightning.run import run_training
+from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED
+from dino_lightning.runtime.signals import leave_at_once
+from dino_lightning.training.callbacks import knn
+from dino_lightning.training.run import run_training
 
 QUIET = [
     "callbacks.knn.batch_size_per_device=16",

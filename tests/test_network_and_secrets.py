@@ -14,9 +14,9 @@ import pytest
 from composing import SMALL, composed
 
 import dino_lightning
-from dino_lightning.cli import CONF, EXPLAINED
-from dino_lightning.config.rules import check_keys
-from dino_lightning.explain import explain
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.config.constraints import check_keys
 
 PROJECT = Path(__file__).parents[1]
 GUARD = '''

@@ -12,12 +12,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from programs import run_program
 
-from dino_lightning.build import METHODS
-from dino_lightning.cli import CONF
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.plugins import import_one, with_imports
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS
 from dino_lightning.errors import UserError
-from dino_lightning.explain import explain
-from dino_lightning.imports import import_one, with_imports
+from dino_lightning.training.build import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "new_method.md").read_text()
@@ -58,7 +58,7 @@ def imported(folder: Path) -> Iterator[None]:
     yield
     del METHODS[SCHEMAS["method"].pop("simsiam")]
     del ConfigStore.instance().repo["method"]["simsiam.yaml"]
-    del sys.modules["dino_lightning.imports.simsiam"]
+    del sys.modules["dino_lightning.cli.plugins.simsiam"]
 
 
 @pytest.mark.usefixtures("imported")

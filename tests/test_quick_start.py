@@ -13,13 +13,13 @@ from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dino_lightning.checks import check_config
-from dino_lightning.cli import as_hydra_takes_it
-from dino_lightning.command_line import with_home_folders
+from dino_lightning.cli.overrides import with_home_folders
+from dino_lightning.cli.quick_start import kind_of, with_quick_start
+from dino_lightning.cli.train import as_hydra_takes_it
 from dino_lightning.config import TrainConfig, register
+from dino_lightning.config.checks.training import check_config
 from dino_lightning.errors import UserError
-from dino_lightning.quick_start import kind_of, with_quick_start
-from dino_lightning.suggested import suggest_settings
+from dino_lightning.training.autoconfig.apply import suggest_settings
 
 PROGRAMS = Path(sys.executable).parent
 

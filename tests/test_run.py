@@ -17,7 +17,7 @@ from selection import first
 from wandb_records import configuration, logged, offline_records
 
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.training.run import run_training
 
 
 def run(output: Path, *overrides: str) -> float | None:

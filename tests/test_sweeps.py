@@ -17,13 +17,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from sweep_cases import arguments, group_at_wandb, make_run
 
-from dino_lightning import cli, compare, explain
+from dino_lightning.cli import errors as explain
+from dino_lightning.cli import table as compare
+from dino_lightning.cli import train as cli
+from dino_lightning.cli.plugins import import_one
+from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
-from dino_lightning.imports import import_one
-from dino_lightning.records import FAILED
-from dino_lightning.run import run_training, threads_beside
-from dino_lightning.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
+from dino_lightning.runtime.files import FAILED
+from dino_lightning.training.run import run_training, threads_beside
 
 ROOT = Path(__file__).parents[1]
 SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false"]
@@ -185,7 +187,7 @@ def test_another_process_knows_classes_of_ones_own_files(tmp_path: Path) -> None
     (tmp_path / "own-kind.py").write_text("class Kind:\n    def __init__(self, value):\n        self.value = value\n")
     import_one(str(tmp_path / "own-kind.py"))
     import_one(str(tmp_path / "own-kind.py"))
-    kind = sys.modules["dino_lightning.imports.own_kind"].Kind
+    kind = sys.modules["dino_lightning.cli.plugins.own_kind"].Kind
     read = "import pickle, sys; print(pickle.load(sys.stdin.buffer).value)"
     command = [sys.executable, "-c", read]
     done = subprocess.run(command, input=pickle.dumps(kind(41)), capture_output=True, check=True, cwd=tmp_path)
@@ -209,7 +211,7 @@ def test_joblib_runs_side_by_side(tmp_path: Path) -> None:
 OWN = """
 import os, signal
 from dataclasses import dataclass
-from dino_lightning.build import register_method
+from dino_lightning.training.build import register_method
 from dino_lightning.config import DINOConfig
 from dino_lightning.methods.dino import DINO
 

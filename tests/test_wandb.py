@@ -19,12 +19,12 @@ from safetensors import safe_open
 from wandb_records import artifacts, configuration, description, history, logged, maxima, offline_records, records_of
 from wandb_server import ENTITY, KEY, Run, WandbServer, md5, serving
 
-from dino_lightning.callbacks.wandb_logger import STEP, LastingWandbLogger, closed_wandb, wandb_logger
+from dino_lightning.cli.wandb import main as dino_wandb
 from dino_lightning.config import WandbLoggerConfig
-from dino_lightning.dashboard.command import main as dino_wandb
-from dino_lightning.dashboard.sections import SECTIONS
-from dino_lightning.run import run_training
-from dino_lightning.run_evaluation import run_evaluation
+from dino_lightning.evaluation.run import run_evaluation
+from dino_lightning.loggers.wandb import STEP, LastingWandbLogger, closed_wandb, wandb_logger
+from dino_lightning.report.wandb_workspace import SECTIONS
+from dino_lightning.training.run import run_training
 
 PROJECT = Path(__file__).parents[1]
 TRAIN = [*SMALL, "logger=wandb", "logger.end_timeout_s=60", "callbacks.knn.k=[5,20]"]
@@ -229,7 +229,7 @@ def test_a_server_that_goes_away(at_server: Any, tmp_path: Path) -> None:
 ASKS = """
 import sys
 from pathlib import Path
-from dino_lightning.callbacks.wandb_logger import wandb_logger
+from dino_lightning.loggers.wandb import wandb_logger
 from dino_lightning.config import WandbLoggerConfig
 
 config = WandbLoggerConfig(mode="online")

@@ -15,9 +15,9 @@ from wrong_inputs import PAGE, Wrong, fits, page, sentence_of
 from wrong_resumed import HOLDER, ROWS, a_run_in_the_folder, finished, resumed
 from wrong_tables import TABLES
 
-from dino_lightning.build import build_method
-from dino_lightning.checks_resources import checkpoint_bytes
-from dino_lightning.held_folder import held_folder
+from dino_lightning.runtime.run_lock import held_folder
+from dino_lightning.training.build import build_method
+from dino_lightning.training.resources import checkpoint_bytes
 
 EVERY = [row for rows in TABLES.values() for row in rows]
 SOURCE = Path(__file__).parents[1] / "src"

@@ -11,18 +11,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from programs import TRAIN, run_program
 
-from dino_lightning.build import build_data
 from dino_lightning.checkpoints.load import load_network
-from dino_lightning.checks import check_config, check_data
-from dino_lightning.checks_environment import check_environment, check_variables
-from dino_lightning.checks_evaluation import check_evaluation
-from dino_lightning.cli import CONF, EXPLAINED
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.plugins import import_one
+from dino_lightning.cli.train import CONF, EXPLAINED
 from dino_lightning.config import TrainConfig
-from dino_lightning.config.rules import check_keys
+from dino_lightning.config.checks.evaluation import check_evaluation
+from dino_lightning.config.checks.training import check_config, check_data
+from dino_lightning.config.constraints import check_keys
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
-from dino_lightning.explain import explain
-from dino_lightning.imports import import_one
+from dino_lightning.runtime.environment import check_environment, check_variables
+from dino_lightning.training.build import build_data
 
 WRONG = [
     ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),

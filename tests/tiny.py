@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, StepConfig, ViTConfig
-from dino_lightning.ema import follow
 from dino_lightning.methods.dino import DINO
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.optim.ema import follow
 
 PATCH, HEADS, K = 8, 2, 64
 BACKBONE = ViTConfig(width=32, depth=1, heads=HEADS, patch_size=PATCH, drop_path_rate=0.0)

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import (
     MOCO_VERSIONS,
     AdamWConfig,
@@ -22,14 +21,15 @@ from dino_lightning.config import (
     SwAVConfig,
     TeacherConfig,
 )
-from dino_lightning.data.labels import LabelledCrops
-from dino_lightning.ema import follow
+from dino_lightning.data.batch import LabelledCrops
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.moco import MoCo
+from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
-from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.optim.ema import follow
 
 CLASSES = 3
 SMALL: dict[str, Any] = {"out_dim": 8, "head_hidden_dim": 16}

@@ -14,7 +14,8 @@ from wrong_files import photos, touch
 from wrong_images import as_nobody
 from wrong_inputs import Around, Wrong
 
-from dino_lightning import checks_environment, checks_resources
+from dino_lightning.runtime import environment as checks_environment
+from dino_lightning.training import resources as checks_resources
 
 Make = Callable[[Path], list[str]]
 NUMBERS = "this environment variable numbers or counts the processes of a run; expected a whole number, or unset it."

@@ -17,10 +17,10 @@ from unittest.mock import patch
 import lightning as L
 from composing import composed, composed_evaluation
 
-from dino_lightning.cli import CONF, EXPLAINED
-from dino_lightning.explain import explain
-from dino_lightning.run import run_training
-from dino_lightning.run_evaluation import run_evaluation
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.evaluation.run import run_evaluation
+from dino_lightning.training.run import run_training
 
 PAGE = Path(__file__).parents[1] / "docs" / "wrong_inputs.md"
 TRAIN, EVALUATE = "dino-train", "dino-eval"

@@ -53,7 +53,7 @@ def with_content(content: Callable[[], object]) -> Callable[[Path], object]:
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
-from dino_lightning.held_folder import held_folder
+from dino_lightning.runtime.run_lock import held_folder
 with held_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dino_lightning.report_runs import write
+from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "unit"))

@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino_lightning.use.backbone import load_backbone
-    from dino_lightning.use.compose import compose
-    from dino_lightning.use.embed import embed
-    from dino_lightning.use.transformer import DinoFeatures
+    from dino_lightning.cli.compose import compose
+    from dino_lightning.evaluation.embedding.backbone import load_backbone
+    from dino_lightning.evaluation.embedding.embed import embed
+    from dino_lightning.evaluation.embedding.sklearn import DinoFeatures
 
 __version__ = "0.1.0"
 __all__ = ["DinoFeatures", "compose", "embed", "load_backbone"]

@@ -31,8 +31,8 @@ from torch._weights_only_unpickler import Unpickler
 
 with atheris.instrument_imports(include=["dino_lightning.checkpoints"]):
     from dino_lightning.checkpoints import Description, load_network
-    from dino_lightning.checkpoints.files import DamagedError, newest_whole, verify, write_checkpoint
-    from dino_lightning.checkpoints.read import read_pickle, read_safetensors
+    from dino_lightning.checkpoints.run_checkpoint import DamagedError, newest_whole, verify, write_checkpoint
+    from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 
 import harness
 import yaml
@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.training.run import run_training
 
 FOLDER = harness.scratch("checkpoints")
 RUN = FOLDER / "run"

@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from dino_lightning.config import AdamWConfig, StepConfig
-from dino_lightning.ema import follow
+from dino_lightning.optim.ema import follow
 
 FILE = Path(__file__).with_suffix(".json")
 PER_EPOCH, EPOCHS = 10, 2

@@ -19,12 +19,12 @@ from PIL import Image
 from ranks import found_by_ranks, on_ranks
 
 import dino_lightning
-from dino_lightning.build import build_data, build_method
-from dino_lightning.callbacks import agreement
-from dino_lightning.callbacks.agreement import RanksAgree
 from dino_lightning.config import TrainConfig
-from dino_lightning.distributed import leave_group, rank
-from dino_lightning.strategy import build_strategy
+from dino_lightning.runtime.collectives import leave_group, rank
+from dino_lightning.training.build import build_data, build_method
+from dino_lightning.training.callbacks import rank_consistency as agreement
+from dino_lightning.training.callbacks.rank_consistency import RanksAgree
+from dino_lightning.training.strategy import build_strategy
 
 RANKS, IMAGES = 2, 24
 

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from dino_lightning import build, run
-from dino_lightning.callbacks import metrics_file
-from dino_lightning.callbacks.knn import KNNCallback
-from dino_lightning.checkpoints import files
+from dino_lightning.checkpoints import run_checkpoint as files
 from dino_lightning.data.batches import CropBatches, StreamBatches
-from dino_lightning.distributed import rank
+from dino_lightning.loggers import csv as metrics_file
+from dino_lightning.runtime.collectives import rank
+from dino_lightning.training import build, run
+from dino_lightning.training.callbacks.knn import KNNCallback
 
 FORM = re.compile(r"(\w+)@(\d+)=(\w+)(?: on (\d+))?")
 KILL = FORM.fullmatch(os.environ.get("KILL", ""))

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from evaluation_tools import tiny_network
 
 from dino_lightning.config import BuiltinData, LinearEval, LinearFastEval
-from dino_lightning.distributed import leave_group, rank
-from dino_lightning.evaluation.base import Runtime, Task
-from dino_lightning.evaluation.tasks import linear, linear_fast
+from dino_lightning.evaluation.classification import linear
+from dino_lightning.evaluation.classification import linear_grid as linear_fast
+from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.runtime.collectives import leave_group, rank
 
 RANKS, TOTAL_BATCH = 2, 16
 DATA = BuiltinData(train_images=102, val_images=49, num_workers=0)

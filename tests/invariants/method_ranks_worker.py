@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, TrainerConfig
-from dino_lightning.distributed import leave_group
-from dino_lightning.sharding import is_sharded, whole
-from dino_lightning.strategy import build_strategy
+from dino_lightning.runtime.collectives import leave_group
+from dino_lightning.runtime.sharding import is_sharded, whole
+from dino_lightning.training.strategy import build_strategy
 
 STEPS, RANKS, BATCH = 4, 2, 8
 OPTIM = AdamWConfig(lr=0.064, lr_warmup="0ep", clip_grad=0.05)

@@ -13,11 +13,11 @@ from ranks import found_by_ranks, on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.checkpoints.files import SafeCheckpointIO
+from dino_lightning.checkpoints.run_checkpoint import SafeCheckpointIO
 from dino_lightning.config import AdamWConfig, TrainerConfig
-from dino_lightning.distributed import leave_group
-from dino_lightning.sharding import whole
-from dino_lightning.strategy import build_strategy
+from dino_lightning.runtime.collectives import leave_group
+from dino_lightning.runtime.sharding import whole
+from dino_lightning.training.strategy import build_strategy
 
 RANKS, BATCH, CULPRIT = 2, 8, 1
 

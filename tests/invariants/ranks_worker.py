@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, TrainerConfig
-from dino_lightning.distributed import leave_group
-from dino_lightning.ops import tiles
-from dino_lightning.sharding import is_sharded, local, whole
-from dino_lightning.strategy import build_strategy
-from dino_lightning.vit import compiled_pass
+from dino_lightning.models.kernels import tiles
+from dino_lightning.models.vit import compiled_pass
+from dino_lightning.runtime.collectives import leave_group
+from dino_lightning.runtime.sharding import is_sharded, local, whole
+from dino_lightning.training.strategy import build_strategy
 
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
 LEAST_NUMBERS = tiles.LEAST_NUMBERS

@@ -28,7 +28,7 @@ from dino_lightning.config import (
     WebDatasetData,
 )
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.distributed import leave_group
+from dino_lightning.runtime.collectives import leave_group
 
 RANKS, WORKERS, BATCH, IMAGES = 2, 2, 3, 24
 """Each loader process makes two batches per epoch, and all together every image once."""

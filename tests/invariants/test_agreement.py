@@ -7,8 +7,8 @@ import pytest
 import torch
 from agreement_worker import CASES, IMAGES
 
-from dino_lightning.callbacks.agreement import compare, settings, weights
 from dino_lightning.errors import RanksDifferError
+from dino_lightning.training.callbacks.rank_consistency import compare, settings, weights
 
 Seen = list[dict[str, dict[str, Any]]]
 

@@ -14,7 +14,7 @@ from composing import SMALL, composed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from dino_lightning.run import run_training
+from dino_lightning.training.run import run_training
 
 PROJECT = Path(__file__).parents[2]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -11,7 +11,7 @@ from nonfinite_cases import BAD, STEPS, assert_equal, by_hand
 from nonfinite_worker import CASES, CULPRIT, FAST, RANKS, SLOW, Case, launch, module_and_batches
 from torch import Tensor
 
-from dino_lightning.checkpoints.saved_step import read_step
+from dino_lightning.training.debug.step_dump import read_step
 
 Ranks = list[dict[str, Any]]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.batches import CropBatches, crop_seed
 from dino_lightning.data.crops import CutCrops, EvalView, crop_backend
-from dino_lightning.masking import Masks, draw_masks
+from dino_lightning.models.masking import Masks, draw_masks
 
 LONG = st.one_of(st.integers(1, 3), st.integers(1, 40), st.integers(1000, 3000))
 SIZES = st.one_of(st.tuples(st.integers(1, 3), LONG), st.tuples(LONG, st.integers(1, 3)),

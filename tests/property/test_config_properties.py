@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from profiles import check, examples
 
-from dino_lightning.checks import check_config
-from dino_lightning.checks_evaluation import check_evaluation
-from dino_lightning.cli import CONF, EXPLAINED
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.export import check as check_export
+from dino_lightning.cli.train import CONF, EXPLAINED
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
-from dino_lightning.config.keys import Key, all_keys
-from dino_lightning.config.rules import check_keys
-from dino_lightning.explain import explain
-from dino_lightning.export import check as check_export
-from dino_lightning.use.checks import check_embedding
+from dino_lightning.config.checks.evaluation import check_evaluation
+from dino_lightning.config.checks.training import check_config
+from dino_lightning.config.constraints import check_keys
+from dino_lightning.config.docs import Key, all_keys
+from dino_lightning.evaluation.embedding.checks import check_embedding
 
 TRAINING = [
     (),

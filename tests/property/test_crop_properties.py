@@ -16,10 +16,10 @@ from profiles import check, examples
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from dino_lightning.checks import AREAS, RATIOS
+from dino_lightning.config.checks.training import AREAS, RATIOS
 from dino_lightning.data.crops import pil
 from dino_lightning.data.crops.backends import cut
-from dino_lightning.data.crops.draws import Dice, FastDice, OriginalDice, random_box
+from dino_lightning.data.crops.sampling import Dice, FastDice, OriginalDice, random_box
 
 Box = tuple[int, int, int, int]
 DICE = st.tuples(st.sampled_from([OriginalDice, FastDice]), SEEDS).map(lambda drawn: drawn[0](drawn[1]))

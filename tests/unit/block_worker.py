@@ -11,8 +11,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.ops.block import fused_block
-from dino_lightning.vit import PackedBlock, packed_pass
+from dino_lightning.models.kernels.block import fused_block
+from dino_lightning.models.vit import PackedBlock, packed_pass
 
 SHAPES = ((3, 17), (5, 5))
 WIDTH, HEADS = 96, 3

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import AdamWConfig, BYOLConfig, DINOConfig
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.dino import DINO
+from dino_lightning.models.backbones import build_backbone
 
 BATCH, SIZE, WIDTH = 16, 32, tiny.BACKBONE.width
 

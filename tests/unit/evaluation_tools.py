@@ -8,10 +8,10 @@ import torch
 from lightning import Fabric
 from torch import nn
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import ImagesConfig, ViTConfig
-from dino_lightning.evaluation.base import Runtime, Task
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.models.frozen import Network
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

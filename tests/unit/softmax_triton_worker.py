@@ -44,8 +44,8 @@ def without_triton() -> bool:
 
 if __name__ == "__main__":
     before = "triton" in sys.modules
-    from dino_lightning.ops import softmax_triton
-    from dino_lightning.ops.softmax_triton import loss_and_gradient_
+    from dino_lightning.models.kernels import softmax_triton
+    from dino_lightning.models.kernels.softmax_triton import loss_and_gradient_
 
     results: dict[str, Any] = {"imports_triton": ("triton" in sys.modules) > before}
     results["has_triton_without"] = without_triton()

@@ -9,7 +9,8 @@ import pytest
 from archive_cases import contents, images, opened, tar_bytes, zip_bytes
 from pictures import check_consistent
 
-from dino_lightning.data.sources import archive, members
+from dino_lightning.data.sources import archive
+from dino_lightning.data.sources import archive_index as members
 
 
 @pytest.fixture

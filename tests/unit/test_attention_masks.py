@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.evaluation.attention_masks import (
+from dino_lightning.evaluation.attention.masks import (
     VOID,
     attended_area,
     image_jaccards,

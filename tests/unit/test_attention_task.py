@@ -15,15 +15,15 @@ from test_attention_masks import slow_jaccard, slow_mask
 from test_voc import write_voc
 from torchvision.transforms import InterpolationMode, Resize
 
-from dino_lightning.backbones import cls_attention
 from dino_lightning.config import AttentionEval, BuiltinData, FolderData, ImagesConfig, PicturesData, VOCData
-from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.attention_images import WholeView
-from dino_lightning.evaluation.attention_pictures import picture_names
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.tasks.attention import checked_side, evaluate
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.attention.attention import checked_side, evaluate
+from dino_lightning.evaluation.attention.images import WholeView
+from dino_lightning.evaluation.attention.pictures import picture_names
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.models.backbones import cls_attention
+from dino_lightning.models.frozen import Network
+from dino_lightning.runtime.collectives import leave_group
 
 BUILTIN = BuiltinData(train_images=12, val_images=13, num_workers=0)
 

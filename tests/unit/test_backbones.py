@@ -12,11 +12,11 @@ from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from dino_lightning.backbones import build_backbone, cls_attention, has_attention
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.errors import UserError
-from dino_lightning.vit import OriginalViT, resample_position_embedding
+from dino_lightning.models.backbones import build_backbone, cls_attention, has_attention
+from dino_lightning.models.vit import OriginalViT, resample_position_embedding
 
 SMALL = ViTConfig(width=32, depth=2, heads=2, patch_size=16)
 NETWORKS = {"resnet": "test_resnet", "convnext": "test_convnext", "xcit": "xcit_nano_12_p16_224", "vit": "test_vit"}

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from dino_lightning.config import StepConfig, ViTConfig
-from dino_lightning.ops import attention as attention_kernels
-from dino_lightning.ops import block as whole_block
-from dino_lightning.ops import patches
-from dino_lightning.ops.attention import attention, attention_backward
-from dino_lightning.ops.packing import constant
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.kernels import attention as attention_kernels
+from dino_lightning.models.kernels import block as whole_block
+from dino_lightning.models.kernels import patches
+from dino_lightning.models.kernels.attention import attention, attention_backward
+from dino_lightning.models.kernels.packing import constant
+from dino_lightning.models.vit import OriginalViT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -68,7 +68,7 @@ def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.Mo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dino_lightning.ops import block_kernels
+    from dino_lightning.models.kernels import block_kernels
 
     flags = {"ADD": True, "SCALED": True, "NORM": True, "BRANCH": True}
     tiles = {

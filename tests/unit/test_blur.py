@@ -10,7 +10,7 @@ from crop_cases import noise, picture, pixels, smooth
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from dino_lightning.data.crops import compiled
+from dino_lightning.data.crops import numba as compiled
 from dino_lightning.data.crops.blur import blur, box_matrices, box_weights, padded_weights
 
 SIGMAS = [0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.3, math.sqrt(2), 1.42, 1.7, 2.0, 3.0, 5.0]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.centering import Center
-from dino_lightning.losses import Sharpness, cross_view_entropy
+from dino_lightning.losses.centering import Center
+from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
 
 K = 5
 

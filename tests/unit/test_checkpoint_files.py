@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dino_lightning.checkpoints import files
-from dino_lightning.checkpoints.files import (
+from dino_lightning.checkpoints import run_checkpoint as files
+from dino_lightning.checkpoints.run_checkpoint import (
     AsyncCheckpointIO,
     DamagedError,
     SafeCheckpointIO,

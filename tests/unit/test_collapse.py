@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.collapse import (
+from dino_lightning.losses.cross_view import Sharpness
+from dino_lightning.methods import feature_buffer as window
+from dino_lightning.methods.collapse import (
     ALIKE,
     CONSTANT,
     KINDS,
@@ -20,11 +22,9 @@ from dino_lightning.collapse import (
     diagnose,
     effective_rank,
 )
-from dino_lightning.factors import Factors
-from dino_lightning.losses import Sharpness
-from dino_lightning.methods import window
-from dino_lightning.methods.signals import note_assignment_signals, note_feature_signals, note_output_signals
-from dino_lightning.methods.window import Window
+from dino_lightning.methods.collapse_signals import note_assignment_signals, note_feature_signals, note_output_signals
+from dino_lightning.methods.feature_buffer import Window
+from dino_lightning.models.factored_logits import Factors
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

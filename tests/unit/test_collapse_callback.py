@@ -16,18 +16,18 @@ from rich.console import Console
 from selection import first
 from test_collapse import Notes
 
-from dino_lightning.callbacks.collapse import CollapseAlarm
-from dino_lightning.callbacks.progress import RunProgress
-from dino_lightning.callbacks.speed import Speed
-from dino_lightning.collapse import CONSTANT, ONE_PROTOTYPE, effective_rank
 from dino_lightning.config import CollapseConfig
-from dino_lightning.distributed import leave_group
-from dino_lightning.factors import Factors
-from dino_lightning.losses import Sharpness
+from dino_lightning.losses.cross_view import Sharpness
 from dino_lightning.methods.base import Method
-from dino_lightning.methods.signals import note_feature_signals, note_output_signals
-from dino_lightning.methods.window import Window
-from dino_lightning.readings import Reading
+from dino_lightning.methods.collapse import CONSTANT, ONE_PROTOTYPE, effective_rank
+from dino_lightning.methods.collapse_signals import note_feature_signals, note_output_signals
+from dino_lightning.methods.feature_buffer import Window
+from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.models.factored_logits import Factors
+from dino_lightning.runtime.collectives import leave_group
+from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
+from dino_lightning.training.callbacks.progress import RunProgress
+from dino_lightning.training.callbacks.throughput import Speed
 
 HOT = {"teacher_temperature": 0.2, "teacher_temperature_start": 0.2}
 NO_PREDICTOR = {"predictor": False, "head_batch_norm": False, "teacher_update": "copy_each_step"}

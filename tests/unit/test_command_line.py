@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_lightning.command_line import with_flags_first, with_quoted_paths
+from dino_lightning.cli.overrides import with_flags_first, with_quoted_paths
 
 NAMES = ["a b", "Öland (2023)", "it's", "a&b", "日本", "a=b", "[x]", "back\\", "q\\'x", "\"both'", "100%", "~x", "x~"]
 

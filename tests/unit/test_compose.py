@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dino_lightning import compose
-from dino_lightning.build import build_data, build_method, build_trainer
-from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.errors import UserError
-from dino_lightning.suggest import suggest
+from dino_lightning.training.autoconfig.data_rules import suggest
+from dino_lightning.training.build import build_data, build_method, build_trainer
+from dino_lightning.training.callbacks.knn import KNNCallback
 
 
 @pytest.mark.parametrize("words", [(), ("method=byol", "backbone=resnet18"), ("data=cifar10", "seed=3")])

@@ -16,10 +16,10 @@ from torchvision.transforms import InterpolationMode
 
 from dino_lightning.config import CopydaysData, CopyDetectionEval
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result
-from dino_lightning.evaluation.descriptors import cls_and_gem
-from dino_lightning.evaluation.tasks import copy_detection
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.context import Result
+from dino_lightning.evaluation.retrieval import copy_detection
+from dino_lightning.evaluation.retrieval.descriptors import cls_and_gem
+from dino_lightning.models.frozen import Network
 
 SIZE = 32
 BLOCKS = ["original", "strong", "jpegqual/5", "jpegqual/20", "crops/10"]

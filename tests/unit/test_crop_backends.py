@@ -16,7 +16,7 @@ from torch import Tensor
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import CutCrops, crop_backend, without_colour
 from dino_lightning.data.crops.backends import CPUBatches
-from dino_lightning.data.crops.draws import FastDice, draw_crops
+from dino_lightning.data.crops.sampling import FastDice, draw_crops
 from dino_lightning.errors import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

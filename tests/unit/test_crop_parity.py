@@ -15,7 +15,7 @@ from torch import Tensor
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import without_colour
 from dino_lightning.data.crops.backends import cut
-from dino_lightning.data.crops.draws import FastDice, draw_crops
+from dino_lightning.data.crops.sampling import FastDice, draw_crops
 
 
 def _cutting_difference(image: Image.Image) -> tuple[Tensor, Tensor]:

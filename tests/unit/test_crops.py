@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import EvalView, denormalize, pil
-from dino_lightning.data.crops.draws import GLOBAL_1, GLOBAL_2, LOCAL, OriginalDice, draw_crop
+from dino_lightning.data.crops.sampling import GLOBAL_1, GLOBAL_2, LOCAL, OriginalDice, draw_crop
 
 SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]

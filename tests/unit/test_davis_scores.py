@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.evaluation import davis_scores
-from dino_lightning.evaluation.davis_scores import (
+from dino_lightning.evaluation.video import davis_scores
+from dino_lightning.evaluation.video.davis_scores import (
     boundary,
     boundary_accuracy,
     mean_scores,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.ops.dense import VECTORS, dense, gelu_dense, norm_dense
+from dino_lightning.models.kernels.dense import VECTORS, dense, gelu_dense, norm_dense
 
 INPUTS, OUTPUTS = 64, 96
 ON_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in VECTORS

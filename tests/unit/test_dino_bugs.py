@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
-from dino_lightning.build import build_method
-from dino_lightning.callbacks.knn import KNNCallback
 from dino_lightning.config import (
     AdamWConfig,
     BuiltinData,
@@ -24,7 +22,9 @@ from dino_lightning.config import (
     ViTConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.losses import Sharpness, cross_view_entropy
+from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
+from dino_lightning.training.build import build_method
+from dino_lightning.training.callbacks.knn import KNNCallback
 
 LAST = ("head.last_layer.weight_g", "head.last_layer.weight_v")
 

@@ -23,7 +23,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
-from dino_lightning.use.transformer import DinoFeatures
+from dino_lightning.evaluation.embedding.sklearn import DinoFeatures
 
 
 def small(**options: Any) -> DinoFeatures:
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    monkeypatch.delitem(sys.modules, "dino_lightning.use.transformer")
+    monkeypatch.delitem(sys.modules, "dino_lightning.evaluation.embedding.sklearn")
     monkeypatch.delitem(vars(dino_lightning), "DinoFeatures", raising=False)
     with pytest.raises(UserError, match=r'DinoFeatures needs scikit-learn.*pip install "dino-lightning\[sklearn\]"'):
         dino_lightning.DinoFeatures  # noqa: B018

@@ -13,8 +13,8 @@ from oracles_methods import part
 from torch import Tensor
 
 from dino_lightning.config import DINOConfig, StepConfig
-from dino_lightning.heads import DINOHead
-from dino_lightning.methods.dino_parts import dino_predictor
+from dino_lightning.methods.dino_modules import dino_predictor
+from dino_lightning.models.heads import DINOHead
 
 TAU_S, TAU_T = 0.1, 0.07
 EXACT = {"rtol": 1e-8, "atol": 1e-11}

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor
 
-from dino_lightning import distributed
-from dino_lightning.centering import Center
+from dino_lightning.losses.centering import Center
+from dino_lightning.runtime import collectives as distributed
 
 WORLD = 3
 ROWS = [2, 0, 3]

@@ -14,7 +14,7 @@ from scipy.stats import chi2_contingency, chisquare, ks_2samp
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.draws import (
+from dino_lightning.data.crops.sampling import (
     BRIGHTNESS,
     CONTRAST,
     GLOBAL_1,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.ema import ema_update, follow
-from dino_lightning.heads import DINOHead, Prototypes
+from dino_lightning.models.heads import DINOHead, Prototypes
+from dino_lightning.optim.ema import ema_update, follow
 
 
 def _network(*, batch_norm: bool = True) -> nn.Module:

@@ -18,10 +18,10 @@ import dino_lightning
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import BuiltinData, FolderData, WebDatasetData
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation import feature_cache
-from dino_lightning.evaluation.images import center_view
-from dino_lightning.use.embeddings import Embeddings
-from dino_lightning.use.kinds import FeatureKind
+from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.features import cache as feature_cache
+from dino_lightning.evaluation.features.choice import FeatureKind
+from dino_lightning.evaluation.features.images import center_view
 
 BUILTIN = BuiltinData(train_images=12, val_images=5, num_workers=0)
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from dino_lightning.checkpoints import load_network
 from dino_lightning.checkpoints.model_card import run_folder
+from dino_lightning.cli.export import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
-from dino_lightning.evaluation.images import center_view
-from dino_lightning.export import main
-from dino_lightning.run import run_training
-from dino_lightning.vit import OriginalViT
+from dino_lightning.evaluation.features.images import center_view
+from dino_lightning.models.vit import OriginalViT
+from dino_lightning.training.run import run_training
 
 REGISTERS = ViTConfig(width=64, depth=1, heads=1, patch_size=8, registers=2)
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from dino_lightning.config import BuiltinData, DataConfig
 from dino_lightning.data.sources.base import Part
 from dino_lightning.data.sources.builtin import BuiltinImages
-from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation import feature_cache
-from dino_lightning.evaluation.base import Runtime, Task
-from dino_lightning.evaluation.feature_cache import cached_features, feature_key
-from dino_lightning.evaluation.images import ImageFiles, ViewedImages, center_view
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.features import cache as feature_cache
+from dino_lightning.evaluation.features.cache import cached_features, feature_key
+from dino_lightning.evaluation.features.images import ImageFiles, ViewedImages, center_view
+from dino_lightning.models.frozen import Network
+from dino_lightning.runtime.collectives import leave_group
 
 N, BLOCK = 50, 16
 DATA = BuiltinData(num_workers=0)

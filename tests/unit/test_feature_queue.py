@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dino_lightning.feature_queue import FeatureQueue
+from dino_lightning.losses.feature_queue import FeatureQueue
 
 LENGTH, WIDTH = 7, 3
 

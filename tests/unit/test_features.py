@@ -11,8 +11,8 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dino_lightning.evaluation import features as features_module
-from dino_lightning.evaluation.features import extract_features, gather_by_index, subset_indices
+from dino_lightning.evaluation.features import extract as features_module
+from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
 
 CPU = torch.device("cpu")
 WORLD = 3

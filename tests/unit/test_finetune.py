@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import BuiltinData, FinetuneEval, FolderData
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation import training_images
-from dino_lightning.evaluation.base import Result, Runtime, Task
-from dino_lightning.evaluation.finetune_recipe import Augmentation, Targets, set_rate
-from dino_lightning.evaluation.labelled import labelled_sources
-from dino_lightning.evaluation.tasks import finetune
-from dino_lightning.evaluation.tasks.finetune import Finetuning
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.classification import finetune, training_images
+from dino_lightning.evaluation.classification.finetune import Finetuning
+from dino_lightning.evaluation.classification.finetune_recipe import Augmentation, Targets, set_rate
+from dino_lightning.evaluation.classification.splits import labelled_sources
+from dino_lightning.evaluation.context import Result, Runtime, Task
+from dino_lightning.models.frozen import Network
 
 DEPTH, CLASSES = 2, 8
 IMAGES = BuiltinData(train_images=52, val_images=21, num_workers=0)

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_lightning.build import build_method
 from dino_lightning.config import CropsConfig, DINOConfig, TimmConfig, TrainConfig, ViTConfig
 from dino_lightning.methods import flops
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.flops import backbone_flops
-from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.methods.student_teacher import StudentTeacher
+from dino_lightning.training.build import build_method
 
 SMALL = ViTConfig(width=32, depth=2, heads=2, patch_size=8)
 

@@ -10,10 +10,10 @@ import lightning as L
 import pytest
 from composing import SMALL, composed
 
-from dino_lightning.callbacks.metrics_file import METRICS, MetricsFile, read_rows
 from dino_lightning.data.bad_images import BadImages
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.loggers.csv import METRICS, MetricsFile, read_rows
+from dino_lightning.training.run import run_training
 
 
 @contextmanager

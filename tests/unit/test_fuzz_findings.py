@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from dino_lightning.checkpoints import Description, load_network
 from dino_lightning.config import ArchiveData, ParquetData, TimmConfig, ViTConfig, WebDatasetData
 from dino_lightning.data.decode import UnreadableImageError
+from dino_lightning.data.decode_formats import MOST_PAGES, check_pages
 from dino_lightning.data.sources import open_sources
-from dino_lightning.data.tiff_pages import MOST_PAGES, check_pages
 from dino_lightning.errors import UserError
 
 SMALL = ViTConfig(width=8, depth=1, heads=1, patch_size=4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from dino_lightning.heads import DINOHead, Prototypes
+from dino_lightning.models.heads import DINOHead, Prototypes
 
 
 def _prototypes(*, train_norm: bool = True) -> Prototypes:

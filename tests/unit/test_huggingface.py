@@ -15,8 +15,8 @@ from pictures import png, write
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dino_lightning.config import HuggingFaceData
+from dino_lightning.data.shard_order import read_stream
 from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
-from dino_lightning.data.stream_order import read_stream
 from dino_lightning.errors import UserError
 
 SIZES = (6, 5, 3)

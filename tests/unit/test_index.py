@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dino_lightning.config import FolderData
-from dino_lightning.data.sources import index, open_sources
-from dino_lightning.data.sources.index import folder_contents, index_files
-from dino_lightning.data.sources.kept import UNUSED_DAYS, KeptArrays, Paths, keep, packed
+from dino_lightning.data.sources import file_index as index
+from dino_lightning.data.sources import open_sources
+from dino_lightning.data.sources.file_index import folder_contents, index_files
+from dino_lightning.data.sources.mapped_arrays import UNUSED_DAYS, KeptArrays, Paths, keep, packed
 
 FILES = [f"{name}/{number}.png" for name in ("a", "a/deep", "b") for number in range(4)]
 

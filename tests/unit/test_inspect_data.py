@@ -10,8 +10,8 @@ import tifffile
 from PIL import Image
 from programs import run_program
 
-from dino_lightning.inspect_data import main
-from dino_lightning.quick_start import kind_of
+from dino_lightning.cli.data import main
+from dino_lightning.cli.quick_start import kind_of
 
 
 def draw(path: Path, *, seed: int, size: tuple[int, int] = (48, 40), **options: Any) -> Path:
@@ -200,7 +200,7 @@ def test_the_command_itself(photos: Path, tmp_path: Path) -> None:
     """With processes, and into the folder that the name of the data gives."""
     (photos / "train" / "cat" / "cut.jpg").write_bytes((photos / "train" / "cat" / "1.jpg").read_bytes()[:-9])
     script = tmp_path / "dino-data.py"
-    script.write_text("import sys; from dino_lightning.inspect_data import main; sys.exit(main())")
+    script.write_text("import sys; from dino_lightning.cli.data import main; sys.exit(main())")
     words = ["check", str(photos), "--workers", "2", "crops.local_count=3"]
     done = run_program(str(script), *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr

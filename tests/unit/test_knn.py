@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.evaluation.knn import _pack, _unpack, knn_accuracy, nearest
+from dino_lightning.evaluation.features.knn import _pack, _unpack, knn_accuracy, nearest
 
 CPU = torch.device("cpu")
 T = 0.07
@@ -251,7 +251,7 @@ def test_ranks_together_have_the_result_of_one_process(tmp_path: Path) -> None:
 
 MEMORY = """
 import resource, torch
-from dino_lightning.evaluation.knn import nearest
+from dino_lightning.evaluation.features.knn import nearest
 torch.set_num_threads(1)
 bank, queries = torch.randn(200_000, 64), torch.randn(64, 64)
 nearest(bank[:8192], queries, k=200, device=torch.device("cpu"))

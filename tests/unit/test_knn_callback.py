@@ -18,9 +18,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils.data import Subset
 
-from dino_lightning.callbacks.knn import KNNCallback, evaluating
-from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.collectives import leave_group
+from dino_lightning.training.callbacks.knn import KNNCallback, evaluating
 
 NAMES = {"top1", "top5", "top1_k3", "top5_k3", "top1_k10", "top5_k10"}
 

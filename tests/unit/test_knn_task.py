@@ -17,12 +17,12 @@ from ranks import on_ranks
 from dino_lightning.config import BuiltinData, DataConfig, FolderData, KNNEval
 from dino_lightning.data.sources import Sources
 from dino_lightning.data.sources.base import Part
-from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.images import center_view
-from dino_lightning.evaluation.labelled import labelled_sources
-from dino_lightning.evaluation.tasks import knn
+from dino_lightning.evaluation.classification import knn
+from dino_lightning.evaluation.classification.splits import labelled_sources
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.features.images import center_view
+from dino_lightning.runtime.collectives import leave_group
 
 DATA = BuiltinData(num_workers=0, train_images=90, val_images=41)
 CLASSES = 12

@@ -17,10 +17,10 @@ from dino_lightning.config import BuiltinData, DataConfig, FolderData, LinearEva
 from dino_lightning.data.batches import crop_seed
 from dino_lightning.data.sources.base import Part, Sources
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.classifiers import LinearClassifier
-from dino_lightning.evaluation.tasks.linear import evaluate
-from dino_lightning.networks import Network
+from dino_lightning.evaluation.classification.classifiers import LinearClassifier
+from dino_lightning.evaluation.classification.linear import evaluate
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.models.frozen import Network
 
 TF: Any = functional  # its annotations know tensors only
 SEED, CLASSES, WIDTH = 5, 12, 32

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from dino_lightning.config import BuiltinData, LinearEval, LinearFastEval
 from dino_lightning.data.sources.base import Part, Sources, held_out
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.classifiers import FeatureChoice, LinearClassifier, accuracy, count_right
-from dino_lightning.evaluation.images import ViewedImages, center_view
-from dino_lightning.evaluation.linear_heads import Heads, Tokens, train
-from dino_lightning.evaluation.tasks import linear, linear_fast
-from dino_lightning.networks import linear_features
+from dino_lightning.evaluation.classification import linear
+from dino_lightning.evaluation.classification import linear_grid as linear_fast
+from dino_lightning.evaluation.classification.classifiers import FeatureChoice, LinearClassifier, accuracy, count_right
+from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.features.images import ViewedImages, center_view
+from dino_lightning.models.frozen import linear_features
 
 CPU = torch.device("cpu")
 BUILTIN = BuiltinData(train_images=150, val_images=48, num_workers=0)

@@ -15,15 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.checkpoints import Description, export_backbone, load_network, untrained
-from dino_lightning.checkpoints.published import described, trained
+from dino_lightning.checkpoints.timm_weights import described, trained
 from dino_lightning.config import ViTConfig
-from dino_lightning.config.folder import backbone_config
+from dino_lightning.config.conf_dir import backbone_config
 from dino_lightning.errors import UserError
-from dino_lightning.networks import Network
-from dino_lightning.run import run_training
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.vit import OriginalViT
+from dino_lightning.training.run import run_training
 
 TINY = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
 SEEN = ["crops.mean=[0.4,0.5,0.6]", "crops.eval_resize=37", "crops.eval_size=32"]

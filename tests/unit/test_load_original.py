@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_lightning.checkpoints import load_network, untrained
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.vit import OriginalViT
 
 Weights = dict[str, Tensor]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dino_lightning.checkpoints import load_network
 from dino_lightning.errors import UserError
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.vit import OriginalViT
 
 transformers = pytest.importorskip("transformers")
 VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 64,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dino_lightning.config import BuiltinData, LogisticEval
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation import logistic as solver
-from dino_lightning.evaluation.base import Result
-from dino_lightning.evaluation.logistic import Classifier, fit, fit_sklearn, objective, stratified_folds
-from dino_lightning.evaluation.tasks.logistic import choose_c, draw, evaluate
+from dino_lightning.evaluation.classification import lbfgs as solver
+from dino_lightning.evaluation.classification.lbfgs import Classifier, fit, fit_sklearn, objective, stratified_folds
+from dino_lightning.evaluation.classification.logistic import choose_c, draw, evaluate
+from dino_lightning.evaluation.context import Result
 
 CPU = torch.device("cpu")
 DATA = BuiltinData(train_images=240, val_images=96, image_size=32, num_workers=0)

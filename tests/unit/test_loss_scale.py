@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from dino_lightning import optim
 from dino_lightning.config import AdamWConfig, OptimConfig, SGDConfig
+from dino_lightning.optim import optimizers as optim
 
 STEPS, CLIP = 6, 0.05
 OPTIMIZERS: dict[str, OptimConfig] = {

@@ -16,11 +16,11 @@ from torch import Tensor
 from waiting import Watch, waits
 
 from dino_lightning.config import AdamWConfig, StepConfig
-from dino_lightning.factors import Factors
-from dino_lightning.losses import Sharpness
-from dino_lightning.masking import Masks, draw_masks
+from dino_lightning.losses.chunked import chunked_row_entropy
+from dino_lightning.losses.cross_view import Sharpness
 from dino_lightning.methods.masked_patches import row_entropy
-from dino_lightning.prototype_loss import chunked_row_entropy
+from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.masking import Masks, draw_masks
 
 EXACT: Any = {"rtol": 1e-10, "atol": 1e-12}
 GRID = (4, 4)
@@ -63,7 +63,7 @@ def test_loss_and_gradients(P: int, rows: int) -> None:
 
 
 def test_no_more_rows_than_allowed_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dino_lightning import prototype_loss
+    from dino_lightning.losses import chunked as prototype_loss
 
     held: list[int] = []
 

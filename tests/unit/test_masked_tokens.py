@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 
 from dino_lightning.checkpoints import Description, export_backbone, load_network
 from dino_lightning.config import StepConfig, ViTConfig
-from dino_lightning.masking import Masks, draw_masks
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.ops import tiles
-from dino_lightning.vit import OriginalViT, compiled_pass
+from dino_lightning.models.kernels import tiles
+from dino_lightning.models.masking import Masks, draw_masks
+from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.models.vit import OriginalViT, compiled_pass
 
 GRID = (4, 4)
 

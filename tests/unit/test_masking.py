@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_lightning.masking import Masks, blocks, draw_masks
+from dino_lightning.models.masking import Masks, blocks, draw_masks
 
 GRIDS = [(14, 14), (4, 4), (6, 9), (1, 5), (1, 1)]
 

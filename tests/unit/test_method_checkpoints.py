@@ -15,8 +15,8 @@ from torch import Tensor
 from dino_lightning.checkpoints import load_network
 from dino_lightning.checkpoints.load import digest
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
-from dino_lightning.run_evaluation import run_evaluation
+from dino_lightning.evaluation.run import run_evaluation
+from dino_lightning.training.run import run_training
 
 FEW = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false", "optim.lr=0.5",
        "optim.lr_warmup=0ep"]  # fmt: skip

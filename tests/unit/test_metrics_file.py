@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.callbacks.metrics_file import METRICS, MetricsFile, has_row, read_rows
+from dino_lightning.loggers.csv import METRICS, MetricsFile, has_row, read_rows
 
 
 def log(output: Path, *steps: int, before_step: int | None = None, **values: float) -> None:

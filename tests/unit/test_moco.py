@@ -13,10 +13,10 @@ from composing import SMALL, composed
 from method_fits import EXACT, TOTAL, check_fit, rows_in_order
 from omegaconf import OmegaConf
 
-from dino_lightning.checks import check_config
 from dino_lightning.config import MOCO_VERSIONS, MoCoConfig, TrainConfig
+from dino_lightning.config.checks.training import check_config
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.training.run import run_training
 
 MOMENTUM = {2: oracles.cosine_schedule(0.9, 0.999, TOTAL), 3: oracles.cosine_schedule(0.9, 1.0, TOTAL)}
 PUBLISHED: dict[int, dict[str, Any]] = {

@@ -12,7 +12,8 @@ from pictures import check_consistent, decoded, picture, png
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, Flowers102
 
 from dino_lightning.config import TORCHVISION_NAMES, TorchvisionData
-from dino_lightning.data.sources import Sources, named, open_sources
+from dino_lightning.data.sources import Sources, open_sources
+from dino_lightning.data.sources import torchvision as named
 from dino_lightning.errors import UserError
 
 

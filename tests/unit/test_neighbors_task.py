@@ -19,9 +19,9 @@ from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, Sources
 from dino_lightning.data.sources.base import Part
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.images import center_view
-from dino_lightning.evaluation.tasks import neighbors
+from dino_lightning.evaluation.classification import neighbors
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.features.images import center_view
 
 DATA = BuiltinData(num_workers=0, train_images=60, val_images=36)
 CLASSES = 12

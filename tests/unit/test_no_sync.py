@@ -18,13 +18,13 @@ from selection import first
 from torch.utils.data import DataLoader
 from waiting import Watch, waits
 
-from dino_lightning import centering
-from dino_lightning.callbacks import progress
-from dino_lightning.callbacks.collapse import CollapseAlarm
-from dino_lightning.callbacks.norms import Norms
-from dino_lightning.callbacks.progress import RunProgress
-from dino_lightning.callbacks.speed import Speed
 from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
+from dino_lightning.losses import centering
+from dino_lightning.training.callbacks import progress
+from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
+from dino_lightning.training.callbacks.norms import Norms
+from dino_lightning.training.callbacks.progress import RunProgress
+from dino_lightning.training.callbacks.throughput import Speed
 
 OPTIMS = {"adamw": AdamWConfig(clip_grad=0.05), "sgd": SGDConfig(), "lars": LARSConfig()}
 

@@ -27,11 +27,11 @@ from nonfinite_cases import (
 from selection import first
 from torch import Tensor
 
-from dino_lightning.callbacks.collapse import CollapseAlarm
-from dino_lightning.checkpoints.saved_step import read_step
 from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
 from dino_lightning.methods import base
-from dino_lightning.readings import Reading
+from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
+from dino_lightning.training.debug.step_dump import read_step
 
 OPTIMS: dict[str, OptimConfig] = {
     "adamw": AdamWConfig(lr=0.032, lr_warmup="0ep"),

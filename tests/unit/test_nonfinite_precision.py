@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from nonfinite_cases import BAD, STEPS, BadGradient, assert_equal, broken, callback, dino, files, fit, rows
 
-from dino_lightning.callbacks import nonfinite
-from dino_lightning.checkpoints.saved_step import read_step
 from dino_lightning.methods.base import Method
+from dino_lightning.training.callbacks import nonfinite
+from dino_lightning.training.debug.step_dump import read_step
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -30,7 +30,7 @@ def test_a_loss_scale_stays_as_it_is_where_the_loss_is_at_fault(
     tmp_path: Path, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr("dino_lightning.optim.FUSED_DEVICES", ())
+        monkeypatch.setattr("dino_lightning.optim.optimizers.FUSED_DEVICES", ())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     torch.manual_seed(5)
     batches = broken(tiny.batches(STEPS, dtype=torch.float32), BAD)

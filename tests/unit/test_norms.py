@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.callbacks.norms import Norms
+from dino_lightning.training.callbacks.norms import Norms
 
 
 def norm(tensors: Any) -> float:

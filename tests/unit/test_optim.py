@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning import optim
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, ViTConfig
-from dino_lightning.heads import DINOHead
-from dino_lightning.lars import LARS
 from dino_lightning.methods.base import MultiCropNetwork
-from dino_lightning.optim import (
+from dino_lightning.models.heads import DINOHead
+from dino_lightning.models.vit import OriginalViT
+from dino_lightning.optim import optimizers as optim
+from dino_lightning.optim.lars import LARS
+from dino_lightning.optim.optimizers import (
     build_optimizer,
     clip_each_gradient,
     drop_last_layer_gradients,
     parameter_groups,
     scale_each,
 )
-from dino_lightning.vit import OriginalViT
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.draws import (
+from dino_lightning.data.crops.sampling import (
     BRIGHTNESS,
     CONTRAST,
     GLOBAL_2,

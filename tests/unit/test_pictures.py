@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_lightning.pictures import (
+from dino_lightning.report.pictures.sheets import (
     AGREES,
     DIFFERS,
     GAP,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_lightning.pictures import GAP, PAPER
-from dino_lightning.pictures_tokens import (
+from dino_lightning.report.pictures.sheets import GAP, PAPER
+from dino_lightning.report.pictures.tokens import (
     KEY,
     Shown,
     TokenColours,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.processes import OWN_END_S, STARTED_BY, end_with_first_process
+from dino_lightning.runtime.watchdog import OWN_END_S, STARTED_BY, end_with_first_process
 
 FIRST = """
 import subprocess, sys, threading, time

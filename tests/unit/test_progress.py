@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from dino_lightning.callbacks.knn import KNNCallback
-from dino_lightning.callbacks.progress import RunProgress
-from dino_lightning.callbacks.speed import Speed
 from dino_lightning.config import KNNConfig
+from dino_lightning.training.callbacks.knn import KNNCallback
+from dino_lightning.training.callbacks.progress import RunProgress
+from dino_lightning.training.callbacks.throughput import Speed
 
 
 class Slow(Callback):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.evaluation.propagation import SPARE, TILE, Propagation, cut, label_maps, one_hot_labels
+from dino_lightning.evaluation.video.propagation import SPARE, TILE, Propagation, cut, label_maps, one_hot_labels
 
 C = 3
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.factors import Factors
-from dino_lightning.losses import Sharpness, cross_view_entropy
-from dino_lightning.prototype_loss import chunked_cross_view_entropy, loss_and_gradient_
+from dino_lightning.losses.chunked import chunked_cross_view_entropy, loss_and_gradient_
+from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
+from dino_lightning.models.factored_logits import Factors
 
 WIDTH = 5
 EXACT = {"rtol": 1e-10, "atol": 1e-13}

@@ -13,10 +13,10 @@ from composing import SMALL, composed
 from ranks import on_ranks
 from sweep_cases import make_run
 
-from dino_lightning.callbacks.pruning import Pruning, finished_beside, is_worse
 from dino_lightning.config import PruningConfig
 from dino_lightning.errors import UserError
-from dino_lightning.run import run_training
+from dino_lightning.training.callbacks.pruning import Pruning, finished_beside, is_worse
+from dino_lightning.training.run import run_training
 
 pytest.importorskip("optuna", reason='pip install "dino-lightning[optuna]"')
 

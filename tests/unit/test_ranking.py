@@ -11,7 +11,7 @@ from selection import first
 from torch import Tensor
 
 from dino_lightning.data.benchmarks.revisited import load_plain
-from dino_lightning.evaluation.ranking import NEVER, average_precision_at_top, rank_database
+from dino_lightning.evaluation.retrieval.ranking import NEVER, average_precision_at_top, rank_database
 
 
 def _case(seed: int, *, queries: int, images: int, levels: int) -> tuple[Tensor, list[list[int]], list[list[int]]]:

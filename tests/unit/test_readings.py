@@ -14,8 +14,8 @@ from ranks import on_ranks
 from torch.utils.data import DataLoader
 from waiting import Watch, waits
 
-from dino_lightning.distributed import leave_group
-from dino_lightning.readings import Reading, Readings
+from dino_lightning.methods.metrics_buffer import Reading, Readings
+from dino_lightning.runtime.collectives import leave_group
 
 NAN_AT = 2
 """The optimizer step with a broken image."""

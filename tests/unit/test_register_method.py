@@ -7,9 +7,9 @@ import pytest
 from composing import composed
 from omegaconf import OmegaConf
 
-from dino_lightning import build
 from dino_lightning.config import DINOConfig, TrainConfig
 from dino_lightning.methods.dino import DINO
+from dino_lightning.training import build
 
 
 @dataclass

@@ -8,11 +8,11 @@ import pytest
 import torch
 from composing import SMALL, composed
 
-from dino_lightning import cli
-from dino_lightning.checkpoints.saved_step import CONTENT, read_step, write_step
+from dino_lightning.cli import train as cli
 from dino_lightning.errors import UserError
-from dino_lightning.replay import main
-from dino_lightning.run import run_training
+from dino_lightning.training.debug.replay import main
+from dino_lightning.training.debug.step_dump import CONTENT, read_step, write_step
+from dino_lightning.training.run import run_training
 
 TINY = [*SMALL, "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false", "method.out_dim=32"]
 EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]

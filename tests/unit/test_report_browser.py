@@ -13,7 +13,7 @@ from browser import launched
 from report_cases import CONFIG, SUMMARY, draw, rows, write_metrics
 from selection import first
 
-from dino_lightning.report_runs import write
+from dino_lightning.cli.report import write
 
 LOSS, KNN = "Training loss", "k-NN accuracy"
 

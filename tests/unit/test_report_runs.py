@@ -12,14 +12,14 @@ from report_cases import CONFIG, SUMMARY, Page, draw, rows, write_metrics
 from safetensors.torch import save_file
 
 from dino_lightning.checkpoints.load import digest
+from dino_lightning.cli.report import main, write
 from dino_lightning.errors import UserError
 from dino_lightning.report.comparison import MOST_RUNS
 from dino_lightning.report.curves import LEAST_POINTS, MOST_POINTS, PAGE_POINTS, drawn_together, room_of_a_curve
 from dino_lightning.report.evaluations import find_results
-from dino_lightning.report.folder import read_run
 from dino_lightning.report.gallery import MOST_SHEETS, chosen_epochs
+from dino_lightning.report.run_folder import read_run
 from dino_lightning.report.runs import differences, find_runs, names_of, state
-from dino_lightning.report_runs import main, write
 
 Rows = list[dict[str, Any]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.restarts import requeue_slurm_job, resume_mode, slurm_job
+from dino_lightning.runtime.scheduler import requeue_slurm_job, resume_mode, slurm_job
 
 VARIABLES = ("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
              "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "SUBMITIT_EXECUTOR")  # fmt: skip
@@ -111,7 +111,7 @@ def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch)
 
 NAMES = """
 import os, sys, time
-from dino_lightning.cli import run_name
+from dino_lightning.cli.train import run_name
 for pause in (0, 1.1):
     time.sleep(pause)
     if not os.fork():

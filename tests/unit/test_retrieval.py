@@ -18,11 +18,11 @@ from torchvision import transforms
 from dino_lightning.config import RetrievalEval, RevisitedData
 from dino_lightning.data.benchmarks.revisited import open_revisited
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result
-from dino_lightning.evaluation.descriptors import groups_of_equal_size, multi_scale
-from dino_lightning.evaluation.tasks import retrieval
-from dino_lightning.networks import Network
-from dino_lightning.pictures import AGREES, DIFFERS, UNJUDGED
+from dino_lightning.evaluation.context import Result
+from dino_lightning.evaluation.retrieval import retrieval
+from dino_lightning.evaluation.retrieval.descriptors import groups_of_equal_size, multi_scale
+from dino_lightning.models.frozen import Network
+from dino_lightning.report.pictures.sheets import AGREES, DIFFERS, UNJUDGED
 
 SIZE = 48
 

@@ -6,9 +6,9 @@ import pytest
 from composing import composed
 from omegaconf import OmegaConf
 
-from dino_lightning import run
-from dino_lightning.build import build_method
 from dino_lightning.config import TrainConfig
+from dino_lightning.training import run
+from dino_lightning.training.build import build_method
 
 
 def config_of(*overrides: str) -> TrainConfig:

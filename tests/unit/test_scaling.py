@@ -10,7 +10,7 @@ from scaling_bytes import trained as trained_of
 from scaling_seconds import Hardware, Step, ddp_seconds, fsdp_seconds, step_on
 from torch import nn
 
-from dino_lightning.backbones import build_backbone
+from dino_lightning.models.backbones import build_backbone
 
 
 class Small(nn.Module):

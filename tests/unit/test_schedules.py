@@ -5,7 +5,7 @@ import oracles
 import pytest
 
 from dino_lightning.errors import UserError
-from dino_lightning.schedules import Cosine, Duration, LinearWarmup
+from dino_lightning.optim.schedules import Cosine, Duration, LinearWarmup
 
 ROUNDING = 1e-12
 """The same formula in another order of operations, in float64."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.centering import SinkhornCenter, sinkhorn_shift
-from dino_lightning.factors import Factors
+from dino_lightning.losses.centering import SinkhornCenter, sinkhorn_shift
+from dino_lightning.models.factored_logits import Factors
 
 N, K = 9, 6
 EXACT = {"rtol": 1e-10, "atol": 1e-13}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.ops.softmax_triton import available, loss_and_gradient_
+from dino_lightning.models.kernels.softmax_triton import available, loss_and_gradient_
 
 TAU = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,7 +196,7 @@ def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.Mo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dino_lightning.ops.softmax_kernels import loss_and_gradient, teacher_statistics
+    from dino_lightning.models.kernels.softmax_kernels import loss_and_gradient, teacher_statistics
 
     for kernel in (teacher_statistics, loss_and_gradient):
         constants = {"T": 2, "K": 65536, "BLOCK": 4096}

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from dino_lightning.callbacks.speed import Speed, peak_flops
 from dino_lightning.data.loader import PlacedLoader
+from dino_lightning.training.callbacks.throughput import Speed, peak_flops
 
 PAUSE_S = 0.05
 

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from dino_lightning.backbones import build_backbone
-from dino_lightning.build import build_trainer
-from dino_lightning.checks import STRATEGIES
 from dino_lightning.config import TrainerConfig
-from dino_lightning.strategy import (
+from dino_lightning.config.checks.training import STRATEGIES
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.training.build import build_trainer
+from dino_lightning.training.strategy import (
     DataParallel,
     FullySharded,
     SharedStatistics,

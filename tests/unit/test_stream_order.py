@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dino_lightning.data.shard_order import Place, read_stream
 from dino_lightning.data.sources import ImageStream
 from dino_lightning.data.sources.base import Sample
-from dino_lightning.data.stream_order import Place, read_stream
 from dino_lightning.errors import UserError
 
 SIZES = [(3,), (7, 7), (2, 0, 5), (1, 4, 2, 3, 2), (0, 1, 0, 12), (5, 5, 5, 5, 5, 5, 5)]

@@ -18,7 +18,7 @@ from dino_lightning.config import (
     TimmConfig,
     ViTConfig,
 )
-from dino_lightning.suggest import WINDOW_SHARE, WINDOW_STEPS, Suggestion, suggest
+from dino_lightning.training.autoconfig.data_rules import WINDOW_SHARE, WINDOW_STEPS, Suggestion, suggest
 
 IMAGES = (1, 40, 600, 2000, 9469, 50_000, 300_000, 1_281_167, 14_000_000)
 SIDES = (8, 28, 32, 48, 64, 96, 100, 150.5, 160, 224, 240, 256, 500, 3000)

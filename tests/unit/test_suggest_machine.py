@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dino_lightning.suggest_machine import (
+from dino_lightning.training.autoconfig.machine_rules import (
     CPU_IMAGES,
     FEWEST_STEPS,
     MEMORY_SHARE,

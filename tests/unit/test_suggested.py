@@ -14,11 +14,11 @@ from composing import composed
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dino_lightning.checks import check_config
-from dino_lightning.cli import CONF
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig, TrainerConfig
+from dino_lightning.config.checks.training import check_config
 from dino_lightning.errors import UserError
-from dino_lightning.suggested import Suggested, devices, keys, length, show, suggest_settings
+from dino_lightning.training.autoconfig.apply import Suggested, devices, keys, length, show, suggest_settings
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from test_wrong_settings import sentence_for
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig, FolderData
-from dino_lightning.data.labels import LabelledCrops, images_in
+from dino_lightning.data.batch import LabelledCrops, images_in
 from dino_lightning.data.module import MultiCropDataModule
 
 STEP, CLASSES = 5, "abc"

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from sweep_cases import make_run
 
-from dino_lightning import compare
+from dino_lightning.cli import table as compare
 from dino_lightning.errors import UserError
-from dino_lightning.report.jobs import read_jobs, read_rows, swept_keys
-from dino_lightning.report.sweep_map import colour
-from dino_lightning.report.sweep_picture import sweep_svg
-from dino_lightning.report.sweep_points import axis_of, sweep_of
+from dino_lightning.report.sweeps.jobs import read_jobs, read_rows, swept_keys
+from dino_lightning.report.sweeps.map import colour
+from dino_lightning.report.sweeps.picture import sweep_svg
+from dino_lightning.report.sweeps.points import axis_of, sweep_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 STATES = ("finished", "pruned", "under-way", "failed")

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from dino_lightning import compare
-from dino_lightning.report.collapse_curves import COLOURS, INK, ticks
-from dino_lightning.report.jobs import read_rows
-from dino_lightning.report.table import cells, markdown_table, notes, terminal_table
+from dino_lightning.cli import table as compare
+from dino_lightning.report.sweeps.collapse_curves import COLOURS, INK, ticks
+from dino_lightning.report.sweeps.jobs import read_rows
+from dino_lightning.report.sweeps.table import cells, markdown_table, notes, terminal_table
 
 SVG = "{http://www.w3.org/2000/svg}"
 

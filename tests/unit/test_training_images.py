@@ -12,8 +12,8 @@ from torch.utils.data import DistributedSampler
 
 from dino_lightning.config import DataConfig
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.images import BROKEN
-from dino_lightning.evaluation.training_images import TrainingImages, TrainingLoader
+from dino_lightning.evaluation.classification.training_images import TrainingImages, TrainingLoader
+from dino_lightning.evaluation.features.images import BROKEN
 
 SHAPE = (3, 4, 4)
 

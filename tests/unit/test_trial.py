@@ -11,7 +11,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.trial import FITS, fits, largest_batch, named_device
+from dino_lightning.training.autoconfig.batch_size import FITS, fits, largest_batch, named_device
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -20,7 +20,7 @@ import os, resource, sys
 import torch
 from composing import composed
 from omegaconf import OmegaConf
-from dino_lightning.trial import FITS, fits, largest_batch
+from dino_lightning.training.autoconfig.batch_size import FITS, fits, largest_batch
 torch.set_num_threads(1)
 torch.backends.mkldnn.enabled = False  # which has an error of its own for memory
 small, large = (OmegaConf.to_object(composed(*sys.argv[2:], f"data.batch_size_per_device={n}")) for n in (4, 512))

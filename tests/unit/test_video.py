@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import DavisData, VideoEval
-from dino_lightning.distributed import leave_group
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.base import Result, Task
-from dino_lightning.evaluation.davis_scores import object_scores
-from dino_lightning.evaluation.propagation import Propagation, label_maps, one_hot_labels
-from dino_lightning.evaluation.tasks.video import evaluate, shares
-from dino_lightning.evaluation.video_frames import frame_size, resized, resized_labels
-from dino_lightning.evaluation.video_tracking import frames_std
-from dino_lightning.networks import Network, patch_tokens
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.video.davis_scores import object_scores
+from dino_lightning.evaluation.video.frames import frame_size, resized, resized_labels
+from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
+from dino_lightning.evaluation.video.tracking import frames_std
+from dino_lightning.evaluation.video.video import evaluate, shares
+from dino_lightning.models.frozen import Network, patch_tokens
+from dino_lightning.runtime.collectives import leave_group
 
 METRICS = ["j_and_f_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay"]
 

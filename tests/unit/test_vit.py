@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dino_lightning.config import StepConfig, ViTConfig
-from dino_lightning.ops import tiles
-from dino_lightning.ops.packing import drawn_subset, first_tokens, pack, sampled_scales, split
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.kernels import tiles
+from dino_lightning.models.kernels.packing import drawn_subset, first_tokens, pack, sampled_scales, split
+from dino_lightning.models.vit import OriginalViT
 
 CONFIG = {"width": 48, "depth": 3, "heads": 3, "patch_size": 8}
 CPU = torch.device("cpu")
@@ -171,8 +171,8 @@ def test_variable_length_attention_has_the_kernels_signature(monkeypatch: pytest
     """On a pretended GPU, which computes shapes only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dino_lightning.ops import packing
-    from dino_lightning.ops.packing import attend_in_one_call
+    from dino_lightning.models.kernels import packing
+    from dino_lightning.models.kernels.packing import attend_in_one_call
 
     monkeypatch.setattr(packing, "constant", packing.constant.__wrapped__)  # else it would keep a pretended tensor
     with FakeTensorMode():
@@ -184,7 +184,7 @@ def test_variable_length_attention_has_the_kernels_signature(monkeypatch: pytest
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel runs on GPUs only")
 def test_variable_length_attention_is_split_attention() -> None:
     """Half precision: one unit in the last place of outputs of order 1."""
-    from dino_lightning.ops.packing import attend, attend_in_one_call
+    from dino_lightning.models.kernels.packing import attend, attend_in_one_call
 
     shapes = ((3, 197), (5, 37))
     qkv_M3D = torch.randn(3 * 197 + 5 * 37, 3 * 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)

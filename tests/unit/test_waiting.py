@@ -9,12 +9,12 @@ from composing import SMALL, composed
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
-from dino_lightning.build import build_trainer
-from dino_lightning.callbacks.agreement import RanksAgree
 from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
-from dino_lightning.launcher import Launcher
-from dino_lightning.strategy import DataParallel, FullySharded, cluster_plugins
+from dino_lightning.runtime.launcher import Launcher
+from dino_lightning.training.build import build_trainer
+from dino_lightning.training.callbacks.rank_consistency import RanksAgree
+from dino_lightning.training.strategy import DataParallel, FullySharded, cluster_plugins
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("ddp", DataParallel), ("fsdp", FullySharded)])

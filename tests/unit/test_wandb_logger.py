@@ -13,7 +13,7 @@ SCRIPT = """
 import os, signal, sys, time
 from contextlib import suppress
 from pathlib import Path
-from dino_lightning.callbacks.wandb_logger import LastingWandbLogger
+from dino_lightning.loggers.wandb import LastingWandbLogger
 
 def children():
     return [int(word) for task in Path("/proc/self/task").iterdir() for word in (task / "children").read_text().split()]

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset_cases import MEMBERS, contents, stream, write_shards, write_tar
 
 from dino_lightning.config import WebDatasetData
+from dino_lightning.data.shard_order import read_stream
 from dino_lightning.data.sources import ImageStream, open_sources
 from dino_lightning.data.sources.webdataset import expand_shards
-from dino_lightning.data.stream_order import read_stream
 from dino_lightning.errors import UserError
 
 

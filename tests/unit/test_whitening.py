@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.evaluation.whitening import FLOOR, learn_whitening
+from dino_lightning.evaluation.retrieval.whitening import FLOOR, learn_whitening
 
 
 def _features(n: int, width: int, *, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures on disk and a second way to their features, for the tests of `dino_lightning.use`."""
+"""Pictures on disk and a second way to their features, for the tests of `dino_lightning.evaluation.embedding`."""
 
 from pathlib import Path
 

@@ -7,9 +7,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConfig, ViTConfig
 from dino_lightning.errors import UserError
+from dino_lightning.models.backbones import build_backbone
 
 PAPER = CropsConfig()
 """Preparation of images where a file says nothing of it: that of the original."""

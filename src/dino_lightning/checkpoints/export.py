@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dino_lightning.backbones import timm_recipes
 from dino_lightning.checkpoints.description import PAPER, Description
 from dino_lightning.checkpoints.original import without_mask_token
 from dino_lightning.config import BackboneConfig
-from dino_lightning.records import atomic_file
+from dino_lightning.models.backbones import timm_recipes
+from dino_lightning.runtime.files import atomic_file
 
 
 def export_backbone(

@@ -21,8 +21,8 @@ from dino_lightning.checkpoints.huggingface import to_theirs
 from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
 from dino_lightning.checkpoints.original import as_original
 from dino_lightning.errors import UserError, cannot_be_written
-from dino_lightning.networks import Network
-from dino_lightning.records import sync_folder
+from dino_lightning.models.frozen import Network
+from dino_lightning.runtime.files import sync_folder
 
 NEEDS = {
     "huggingface": ("transformers",),

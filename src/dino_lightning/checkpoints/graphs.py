@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dino_lightning.errors import UserError
-from dino_lightning.networks import Network
-from dino_lightning.vit import OriginalViT
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.vit import OriginalViT
 
 TOLERANCE = 1e-4
 """Largest difference from the network's own features, relative to the largest of them where that is above 1.

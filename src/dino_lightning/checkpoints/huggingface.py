@@ -14,7 +14,7 @@ import torch
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.original import RESNETS, Weights, recognised
-from dino_lightning.checkpoints.read import read_pickle, read_safetensors
+from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
 

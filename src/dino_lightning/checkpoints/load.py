@@ -14,7 +14,8 @@ import yaml
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dino_lightning.checkpoints import huggingface, published
+from dino_lightning.checkpoints import huggingface
+from dino_lightning.checkpoints import timm_weights as published
 from dino_lightning.checkpoints.description import PAPER, UNSOUND, Description, built_by_seed
 from dino_lightning.checkpoints.fitting import network_for, says_why
 from dino_lightning.checkpoints.hub import HUB, downloaded
@@ -29,12 +30,12 @@ from dino_lightning.checkpoints.original import (
     with_prefix,
     without_mask_token,
 )
-from dino_lightning.checkpoints.read import check_finite, read_pickle, read_safetensors
+from dino_lightning.checkpoints.safe_read import check_finite, read_pickle, read_safetensors
 from dino_lightning.config import TimmConfig
-from dino_lightning.config.folder import backbone_config, backbone_names
+from dino_lightning.config.conf_dir import backbone_config, backbone_names
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.networks import Network
+from dino_lightning.models.frozen import Network
 
 TIMM, UNTRAINED = "timm:", "untrained:"
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")

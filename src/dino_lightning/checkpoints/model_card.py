@@ -12,7 +12,7 @@ from dino_lightning.checkpoints.load import load_network
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.paths import PATHS
 from dino_lightning.errors import UserError
-from dino_lightning.networks import Network
+from dino_lightning.models.frozen import Network
 
 LEFT_OUT = (*PATHS, "imports", "init_from", "logger", "output_dir")
 """Keys that a card does not repeat: they name folders and accounts."""

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from dino_lightning.config.around import (
+from dino_lightning.config.callbacks import (
     CallbacksConfig,
     CollapseConfig,
     CSVLoggerConfig,
@@ -27,6 +27,7 @@ from dino_lightning.config.around import (
     TensorBoardLoggerConfig,
     WandbLoggerConfig,
 )
+from dino_lightning.config.compute import StepConfig
 from dino_lightning.config.crops import CropsConfig
 from dino_lightning.config.data import (
     TORCHVISION_NAMES,
@@ -84,7 +85,6 @@ from dino_lightning.config.model import (
     ViTConfig,
 )
 from dino_lightning.config.reliability import CheckpointConfig, NonfiniteConfig
-from dino_lightning.config.step import StepConfig
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 
 __all__ = [

@@ -20,7 +20,7 @@ from PIL import Image
 from dino_lightning.data.decode import UnreadableImageError
 from dino_lightning.data.sources.base import Content, ImageSource
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.quiet import warn
+from dino_lightning.runtime.console import warn
 
 T = TypeVar("T")
 

@@ -16,13 +16,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
+from dino_lightning.data.batch import LabelledCrops
 from dino_lightning.data.crops import CropBackend
-from dino_lightning.data.labels import LabelledCrops
-from dino_lightning.data.signals import held_back, obey_parent_alone
+from dino_lightning.data.shard_order import Place, read_stream
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
-from dino_lightning.data.stream_order import Place, read_stream
+from dino_lightning.data.worker_signals import held_back, obey_parent_alone
 from dino_lightning.errors import UserError
-from dino_lightning.ops.memory import keep_freed_memory
+from dino_lightning.runtime.memory import keep_freed_memory
 
 Key = tuple[int, int]
 """Epoch and index of an image."""

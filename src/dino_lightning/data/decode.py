@@ -26,9 +26,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dino_lightning.config import DataConfig
+from dino_lightning.data.decode_formats import check_pages
 from dino_lightning.data.npy import read_npy
 from dino_lightning.data.sources.base import Content
-from dino_lightning.data.tiff_pages import check_pages
 from dino_lightning.errors import UserError
 
 JPEG = b"\xff\xd8\xff"

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dino_lightning.data.batches import CropBatches, Failure, Key, StreamBatches, WorkerLoader
-from dino_lightning.data.stream_order import Place
-from dino_lightning.distributed import all_gather_concat
+from dino_lightning.data.shard_order import Place
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.collectives import all_gather_concat
 
 
 class KeyBatches(Sampler[list[Key]]):

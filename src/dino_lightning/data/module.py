@@ -12,17 +12,17 @@ from torch.utils.data import Dataset
 
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
+from dino_lightning.data.batch import LabelledCrops
 from dino_lightning.data.batches import CropBatches, StreamBatches, crop_seed
 from dino_lightning.data.cache import cached
 from dino_lightning.data.crops import CropBackend, CutCrops, EvalView, crop_backend
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.labels import LabelledCrops
 from dino_lightning.data.loader import KeyBatches, MapLoader, PlacedLoader, StreamLoader
 from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
 from dino_lightning.data.sources.base import Beginning, Content
 from dino_lightning.data.sources.builtin import BuiltinImages
-from dino_lightning.distributed import rank, world_size
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.collectives import rank, world_size
 
 SEEN_OF_A_STREAM = 256
 """First images of a stream that pictures are made of."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dino_lightning.evaluation.base import Result, Task
+from dino_lightning.evaluation.context import Result, Task
 
 
 @dataclass

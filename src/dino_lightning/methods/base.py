@@ -15,18 +15,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.centering import Centering
 from dino_lightning.config import OptimConfig
-from dino_lightning.data.labels import images_in
-from dino_lightning.distributed import runs_ahead
-from dino_lightning.feature_queue import FeatureQueue
-from dino_lightning.methods.network import MultiCropNetwork
+from dino_lightning.data.batch import images_in
+from dino_lightning.losses.centering import Centering
+from dino_lightning.losses.feature_queue import FeatureQueue
+from dino_lightning.methods.feature_buffer import Window
+from dino_lightning.methods.metrics_buffer import Reading, Readings, read_now
 from dino_lightning.methods.nonfinite import Overflows, Policy, Trouble, drop_gradients, hold_back, trouble_in
-from dino_lightning.methods.window import Window
-from dino_lightning.optim import build_optimizer, clip_each_gradient, parameter_groups, unscaling
-from dino_lightning.readings import Reading, Readings, read_now
-from dino_lightning.schedules import Cosine, Duration
-from dino_lightning.sharding import shard
+from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups, unscaling
+from dino_lightning.optim.schedules import Cosine, Duration
+from dino_lightning.runtime.collectives import runs_ahead
+from dino_lightning.runtime.sharding import shard
 
 GLOBAL_CROPS = 2
 """The first crops of a batch, which are global."""

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import BYOLConfig, OptimConfig, StepConfig
-from dino_lightning.heads import MLPHead
-from dino_lightning.losses import cross_view_distance
+from dino_lightning.losses.cross_view import cross_view_distance
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.methods.signals import note_feature_signals
-from dino_lightning.methods.teacher import StudentTeacher
+from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.methods.student_teacher import StudentTeacher
+from dino_lightning.models.heads import MLPHead
+from dino_lightning.models.multi_crop import MultiCropNetwork
 
 
 @final

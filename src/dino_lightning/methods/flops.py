@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_lightning.backbones import build_backbone
 from dino_lightning.config import BackboneConfig, CropsConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
+from dino_lightning.models.backbones import build_backbone
 
 MLP_RATIO = 4
 STUDENT_PASSES, TEACHER_PASSES = 3, 1

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import DINOConfig, StepConfig
-from dino_lightning.factors import Factors
-from dino_lightning.losses import Sharpness, sharpen
-from dino_lightning.masking import Masks, draw_masks
+from dino_lightning.losses.chunked import chunked_row_entropy
+from dino_lightning.losses.cross_view import Sharpness, sharpen
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.dino_parts import dino_centering
-from dino_lightning.numerics import at_least_float32
-from dino_lightning.prototype_loss import chunked_row_entropy
-from dino_lightning.vit import OriginalViT
+from dino_lightning.methods.dino_modules import dino_centering
+from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.masking import Masks, draw_masks
+from dino_lightning.models.vit import OriginalViT
+from dino_lightning.runtime.precision import at_least_float32
 
 
 class MaskedPatches(nn.Module):

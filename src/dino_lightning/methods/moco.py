@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.config import MoCoConfig, OptimConfig, StepConfig
-from dino_lightning.distributed import all_gather_concat, rank
-from dino_lightning.feature_queue import FeatureQueue
-from dino_lightning.heads import MLPHead
-from dino_lightning.losses import info_nce
+from dino_lightning.losses.cross_view import info_nce
+from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.methods.signals import note_feature_signals
-from dino_lightning.methods.teacher import StudentTeacher
-from dino_lightning.numerics import at_least_float32
+from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.methods.student_teacher import StudentTeacher
+from dino_lightning.models.heads import MLPHead
+from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.runtime.collectives import all_gather_concat, rank
+from dino_lightning.runtime.precision import at_least_float32
 
 
 @final

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.readings import Reading
-from dino_lightning.sharding import is_sharded, local
+from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.runtime.sharding import is_sharded, local
 
 ADVICE = "lower optim.lr or optim.clip_grad, lengthen optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32"
 

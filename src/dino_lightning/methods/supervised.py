@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.config import OptimConfig, StepConfig, SupervisedConfig
-from dino_lightning.data.labels import LabelledCrops
+from dino_lightning.data.batch import LabelledCrops
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.methods.signals import note_feature_signals
+from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.models.multi_crop import MultiCropNetwork
 
 NO_LABEL = -1
 

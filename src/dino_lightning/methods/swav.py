@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.centering import sinkhorn_shift
 from dino_lightning.config import OptimConfig, StepConfig, SwAVConfig
-from dino_lightning.distributed import rank, world_size
-from dino_lightning.feature_queue import FeatureQueue
-from dino_lightning.heads import MLPHead
-from dino_lightning.losses import view_entropy
+from dino_lightning.losses.centering import sinkhorn_shift
+from dino_lightning.losses.cross_view import view_entropy
+from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
-from dino_lightning.methods.network import MultiCropNetwork
-from dino_lightning.methods.signals import note_assignment_signals, note_feature_signals
-from dino_lightning.numerics import at_least_float32, without_autocast
-from dino_lightning.sharding import local
+from dino_lightning.methods.collapse_signals import note_assignment_signals, note_feature_signals
+from dino_lightning.models.heads import MLPHead
+from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.runtime.collectives import rank, world_size
+from dino_lightning.runtime.precision import at_least_float32, without_autocast
+from dino_lightning.runtime.sharding import local
 
 
 @final

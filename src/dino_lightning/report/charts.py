@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dino_lightning.collapse import LEAST_RANK, LEAST_SPREAD
-from dino_lightning.report.folder import Run, finite
+from dino_lightning.methods.collapse import LEAST_RANK, LEAST_SPREAD
+from dino_lightning.report.run_folder import Run, finite
 
 WIDE_RANGE = 1000
 """An unknown quantity whose largest value is this many times its smallest starts on a logarithmic axis."""

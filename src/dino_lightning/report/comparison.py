@@ -5,9 +5,9 @@ from html import escape
 
 from dino_lightning.report.curves import COLOURS, curves_html, curves_json, drawn_together, room_of_a_curve
 from dino_lightning.report.evaluations import Evaluated, results_html
-from dino_lightning.report.folder import Run
 from dino_lightning.report.gallery import gallery_together
 from dino_lightning.report.markup import Cell, bar, note, page, section, table
+from dino_lightning.report.run_folder import Run
 from dino_lightning.report.runs import differences, folders_of, names_of, state
 
 MOST_RUNS = 4 * COLOURS

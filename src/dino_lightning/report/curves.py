@@ -9,7 +9,7 @@ from typing import Any
 
 from dino_lightning.report.charts import COLLAPSE, Chart, Reference, by_column, charts_of, references, spans
 from dino_lightning.report.charts import shared_references as shared
-from dino_lightning.report.folder import Curve, Run
+from dino_lightning.report.run_folder import Curve, Run
 from dino_lightning.report.svg import COLOURS, Line, chart_svg
 
 MOST_POINTS = 2000

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from dino_lightning.checkpoints.load import digest
 from dino_lightning.errors import UserError
-from dino_lightning.report.folder import Run, finite
 from dino_lightning.report.markup import Cell, table
+from dino_lightning.report.run_folder import Run, finite
 
 RESULTS = "results.jsonl"
 

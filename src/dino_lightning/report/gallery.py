@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from dino_lightning.quiet import warn
-from dino_lightning.report.folder import Run, Sheets
 from dino_lightning.report.markup import note
+from dino_lightning.report.run_folder import Run, Sheets
+from dino_lightning.runtime.console import warn
 
 MOST_EPOCHS = 12
 """Epochs of one picture in the page, the last included."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.table import Table
 
-from dino_lightning.records import write_atomically
 from dino_lightning.report.curves import MOST_POINTS, curves_html, curves_json, drawn_run
 from dino_lightning.report.evaluations import Evaluated, find_results, results_html
-from dino_lightning.report.folder import Run, finite, read_run
 from dino_lightning.report.gallery import gallery
 from dino_lightning.report.markup import bar, note, page, section
+from dino_lightning.report.run_folder import Run, finite, read_run
 from dino_lightning.report.runs import state
+from dino_lightning.runtime.files import write_atomically
 
 KNN_ROWS = [
     ("knn_top1_pixels", "Raw pixels", "What colours and layout alone give away."),

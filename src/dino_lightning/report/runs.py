@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.records import FAILED
-from dino_lightning.report.folder import Run, finite
+from dino_lightning.report.run_folder import Run, finite
+from dino_lightning.runtime.files import FAILED
 
 FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 """What makes a folder that of a run."""

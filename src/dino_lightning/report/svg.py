@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dino_lightning.report.charts import Reference
-from dino_lightning.report.folder import Curve
+from dino_lightning.report.run_folder import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 200, 56, 8, 10, 24
 """Pixels of the picture, and its margins."""

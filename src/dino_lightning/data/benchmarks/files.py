@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from dino_lightning.data.bad_images import UNREADABLE
+from dino_lightning.data.sources.file_index import is_image
 from dino_lightning.data.sources.folder import existing_path, extensions
-from dino_lightning.data.sources.index import is_image
 from dino_lightning.errors import UserError
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.draws import Crop, FastDice, draw_crops
+from dino_lightning.data.crops.device_plan import Plan, make_plan
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.pil import PILCrops
-from dino_lightning.data.crops.plan import Plan, make_plan
+from dino_lightning.data.crops.sampling import Crop, FastDice, draw_crops
 from dino_lightning.errors import UserError, nearest
 
 GLOBAL_COUNT = 2
@@ -95,7 +95,7 @@ class CPUBatches:
     decoding: Decoding = "pixels"
 
     def __init__(self, config: CropsConfig) -> None:
-        from dino_lightning.data.crops.compiled import Finisher  # numba: only who needs it pays for the import
+        from dino_lightning.data.crops.numba import Finisher  # numba: only who needs it pays for the import
 
         self.config, self.finish = config, Finisher(config)
 

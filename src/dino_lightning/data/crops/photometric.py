@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops.blur import blur
-from dino_lightning.data.crops.plan import BLENDS, Plan
+from dino_lightning.data.crops.device_plan import BLENDS, Plan
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a gray picture (ITU-R 601, as in PIL)."""

@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode, ToTensor
 from torchvision.transforms.v2 import functional
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.draws import Crop, OriginalDice, draw_crops
+from dino_lightning.data.crops.sampling import Crop, OriginalDice, draw_crops
 
 F: Any = functional  # its annotations know tensors only
 

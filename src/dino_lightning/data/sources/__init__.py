@@ -57,7 +57,7 @@ def open_sources(config: DataConfig, *, seed: int) -> Sources:
 
             opened = open_webdataset(config)
         case TorchvisionData():
-            from dino_lightning.data.sources.named import open_torchvision
+            from dino_lightning.data.sources.torchvision import open_torchvision
 
             opened = open_torchvision(config)
         case _:

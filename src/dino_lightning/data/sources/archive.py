@@ -17,10 +17,10 @@ from typing import NoReturn, TypeAlias
 import numpy as np
 
 from dino_lightning.config import ArchiveData
+from dino_lightning.data.sources.archive_index import read_members
 from dino_lightning.data.sources.base import Sources, digest
 from dino_lightning.data.sources.folder import VAL_NAMES, existing_path
-from dino_lightning.data.sources.kept import KeptArrays, Paths, offsets_of
-from dino_lightning.data.sources.members import read_members
+from dino_lightning.data.sources.mapped_arrays import KeptArrays, Paths, offsets_of
 from dino_lightning.errors import UserError, nearest
 
 ENDINGS = (".zip", ".tar")

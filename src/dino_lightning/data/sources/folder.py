@@ -20,8 +20,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dino_lightning.config import FolderData
 from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.base import Sources
-from dino_lightning.data.sources.index import folder_contents, index_files
-from dino_lightning.data.sources.kept import files_digest
+from dino_lightning.data.sources.file_index import folder_contents, index_files
+from dino_lightning.data.sources.mapped_arrays import files_digest
 from dino_lightning.errors import UserError, nearest
 
 VAL_NAMES = ("val", "validation", "test")

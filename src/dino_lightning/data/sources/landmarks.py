@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from dino_lightning.config import LandmarksData
 from dino_lightning.data.sources.base import Sources
 from dino_lightning.data.sources.folder import existing_path
-from dino_lightning.data.sources.kept import LARGE, KeptArrays, cache_place, files_digest, keep
 from dino_lightning.data.sources.listing import column_bytes, column_names, probes, read_table
+from dino_lightning.data.sources.mapped_arrays import LARGE, KeptArrays, cache_place, files_digest, keep
 from dino_lightning.errors import UserError, nearest
 
 compute: Any = pc  # its functions are made at import, which pyright cannot see

@@ -17,7 +17,7 @@ import pyarrow.csv as pa_csv
 from dino_lightning.config import ListingData
 from dino_lightning.data.sources.base import Sources
 from dino_lightning.data.sources.folder import existing_path
-from dino_lightning.data.sources.kept import (
+from dino_lightning.data.sources.mapped_arrays import (
     LARGE,
     KeptArrays,
     Paths,

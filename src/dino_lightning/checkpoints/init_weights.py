@@ -1,0 +1,52 @@
+"""A network's weights as the first ones of a training."""
+
+import math
+from typing import cast
+
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dino_lightning.checkpoints.original import Weights, check_names_and_shapes
+from dino_lightning.errors import UserError
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.vit import OriginalViT, resample_position_embedding
+
+
+def initial_weights(network: Network, backbone: nn.Module, *, source: str) -> Weights:
+    """The weights of `network` for `backbone`, which may be on the meta device and made for images of another size.
+
+    A position embedding is then resampled, once, as it would be at each use of the network. Raises `UserError`, which
+    begins with `source`, where the two are of different architectures.
+    """
+    weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
+    heads = [_heads(each) for each in (network.backbone, backbone)]
+    if None not in heads and heads[0] != heads[1]:  # their number is not in the shapes
+        raise UserError(f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
+                        "backbone that it is.")  # fmt: skip
+    if isinstance(backbone, VisionTransformer) and {"pos_embed"} <= weights.keys() & expected.keys():
+        weights["pos_embed"] = _resampled(weights["pos_embed"], expected["pos_embed"], backbone)
+    check_names_and_shapes(expected, weights, source=source, taken_for="the configured backbone")
+    return weights
+
+
+def start_from(network: Network, *backbones: nn.Module, source: str) -> None:
+    """Give each backbone the weights of `network`; see `initial_weights`."""
+    for backbone in backbones:
+        # Not strict: batch norms of older files have no counters.
+        backbone.load_state_dict(initial_weights(network, backbone, source=source), strict=False)
+
+
+def _heads(backbone: nn.Module) -> int | None:
+    blocks = getattr(backbone, "blocks", None) or [None]
+    return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
+
+
+def _resampled(table_1ND: Tensor, wanted_1ND: Tensor, backbone: VisionTransformer) -> Tensor:
+    if table_1ND.shape[1] == wanted_1ND.shape[1] or table_1ND.shape[2] != wanted_1ND.shape[2]:
+        return table_1ND
+    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    side = math.isqrt(wanted_1ND.shape[1] - prefix)
+    if isinstance(backbone, OriginalViT):
+        return resample_position_embedding(table_1ND, side, side, prefix=prefix)
+    return cast(Tensor, resample_abs_pos_embed(table_1ND, [side, side], num_prefix_tokens=prefix))

@@ -1,0 +1,81 @@
+"""Networks of timm, with the weights that timm publishes or without."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from dino_lightning.checkpoints.description import PAPER, Description
+from dino_lightning.checkpoints.original import load_strictly, recognised
+from dino_lightning.config import TimmConfig
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.models.backbones import build_backbone
+
+
+def described(name: str, *, source: str) -> Description:
+    """Architecture and preparation of images of a network of timm; `source` names it in errors.
+
+    The weights of DINO (`vit_small_patch16_224.dino` and its kind) become an `OriginalViT`, which resamples the
+    position embedding as they were trained, and their images are resized to 256, as for the published figures. Other
+    ViTs resample as timm does.
+    """
+    settings = _settings(name, source=source)
+    channels, size = settings.input_size[0], settings.input_size[-1]
+    described = Description(
+        TimmConfig(name=name, drop_path_rate=0.0),
+        image_size=size,
+        mean=per_channel(settings.mean, channels),
+        std=per_channel(settings.std, channels),
+        resize=math.floor(size / settings.crop_pct),
+        size=size,
+    )
+    if settings.tag != "dino":
+        return described
+    with torch.device("meta"):
+        weights = described.build().state_dict()
+    _, as_original = recognised(weights, source=source)
+    return replace(described, backbone=as_original.backbone, resize=PAPER.eval_resize, size=PAPER.eval_size)
+
+
+def trained(name: str, description: Description, *, source: str, file: Path | None = None) -> nn.Module:
+    """The network with published weights, downloaded unless they are kept by timm or given as a file."""
+    overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    config = TimmConfig(name=name, pretrained=True, drop_path_rate=0.0, arguments=overlay)
+    size, channels = description.image_size, len(description.mean)
+    try:
+        network = build_backbone(config, image_size=size, channels=channels, drop_path=False)
+    except UserError:
+        raise
+    except Exception as error:  # each source of weights raises errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source}: its weights could not be loaded ({reason}).") from error
+    if isinstance(description.backbone, TimmConfig):
+        return network
+    original = description.build()
+    load_strictly(original, network.state_dict(), source=source, taken_for=description)
+    return original
+
+
+def per_channel(values: tuple[float, ...] | float, channels: int) -> list[float]:
+    """A value for each channel: some settings give one for all."""
+    listed = [float(value) for value in (values if isinstance(values, tuple | list) else (values,))]
+    return listed * channels if len(listed) == 1 else listed
+
+
+def _settings(name: str, *, source: str) -> Any:
+    """timm's settings of the weights. Raises `UserError` for a name or tag that timm lacks."""
+    try:
+        settings = get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # no such tag
+        settings = None
+    if settings is None:
+        architecture = name.split(".")[0]
+        tagged = timm.list_pretrained(f"{architecture}.*") if timm.is_model(architecture) else []
+        known = tagged or [*timm.list_models(), *timm.list_pretrained()]
+        raise UserError(f"{source}: timm {timm.__version__} has no network '{name}'; {nearest(name, known)}")
+    return settings

@@ -1,0 +1,43 @@
+"""The configuration of a training run in a program of one's own, such as a notebook: `compose`."""
+
+import time
+from typing import cast
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino_lightning.cli.errors import explain
+from dino_lightning.cli.train import as_hydra_takes_it
+from dino_lightning.config import TrainConfig, register
+from dino_lightning.config.checks.training import check_config
+from dino_lightning.config.conf_dir import CONF
+from dino_lightning.config.constraints import check_keys
+from dino_lightning.errors import UserError
+from dino_lightning.training.autoconfig.apply import suggest_settings
+
+
+def compose(*words: str) -> TrainConfig:
+    """The configuration of `python train.py WORDS`, checked as there.
+
+        config = compose("method=byol", "trainer.max_epochs=2")
+
+    `dino_lightning.training.build` makes data module, LightningModule and trainer of it. Images are looked at only where the
+    words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is named after
+    the clock unless a word names it. Raises `UserError` for what the command line refuses.
+    """
+    register()
+    # Not the command line's, which keeps one name for all processes of a run: a program may compose several runs.
+    OmegaConf.register_new_resolver("run_name", lambda: time.strftime("%Y%m%d-%H%M%S"), replace=True)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            given = as_hydra_takes_it(list(words))
+            composed = hydra.compose("config", overrides=given)
+        check_keys(composed)
+        suggest_settings(composed, given=given)
+        config = cast(TrainConfig, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, conf=CONF)) from error
+    check_config(config)
+    return config

@@ -1,0 +1,123 @@
+"""`dino-wandb`, `python -m dino_lightning.cli.wandb`: a saved view of a project at Weights & Biases.
+
+    dino-wandb                                    of dino-lightning, for the user or team of the key
+    dino-wandb --project photos --entity my-team  of another
+    dino-wandb --report                           and a report that compares its runs
+
+Each call makes a new view; what others have arranged stays as it is. What stands in it: `sections.py`.
+Exit status: 0, or 2 where W&B cannot be reached, has no such project, or its package is missing.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import wandb
+
+from dino_lightning.config import WandbLoggerConfig
+from dino_lightning.errors import UserError
+from dino_lightning.loggers.wandb import STEP, missing_key
+from dino_lightning.report.wandb_workspace import SECTIONS, Chart
+
+EXTRA = 'pip install "dino-lightning[wandb-workspaces]"'
+ANSWERS_WITHIN_S = 30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        check()
+        entity = options.entity or default_entity()
+        url = save_view(entity, options.project, name=options.name)
+        print(f"View: {url}")
+        if options.report:
+            print(f"Report: {save_report(entity, options.project, name=options.name)}")
+    except UserError as error:
+        print(f"dino-wandb: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="dino-wandb", description="A saved view of a project at Weights & Biases.")
+    parser.add_argument("--project", default=WandbLoggerConfig.project, help="default: %(default)s")
+    parser.add_argument("--entity", help="user or team; the key's default one if left out")
+    parser.add_argument("--name", default="DINO", help="of the view; default: %(default)s")
+    parser.add_argument("--report", action="store_true", help="save a report that compares the project's runs, too")
+    return parser.parse_args(argv)
+
+
+def check() -> None:
+    """Refuse to start without the package or a key: W&B would ask for one and wait."""
+    if find_spec("wandb_workspaces") is None:
+        raise UserError(f"dino-wandb needs the package wandb-workspaces; install it ({EXTRA}).")
+    problem = missing_key()
+    if problem is not None:
+        raise UserError(f"{problem}; a view is saved online.")
+    os.environ.setdefault("WANDB_SILENT", "true")  # it prints addresses of its own
+
+
+def default_entity() -> str:
+    """The user or team that W&B takes for this key."""
+    try:
+        entity = wandb.Api(timeout=ANSWERS_WITHIN_S).default_entity
+    except Exception as error:
+        raise _refused(error) from error
+    if not entity:
+        raise UserError("W&B names no default user or team for this key; name one with --entity.")
+    return entity
+
+
+def save_view(entity: str, project: str, *, name: str) -> str:
+    """Save the view; its address."""
+    import wandb_workspaces.workspaces as ws
+
+    sections = [
+        ws.Section(name=section.title, panels=[panel(chart) for chart in section.charts], is_open=section.is_open)
+        for section in SECTIONS
+    ]
+    view = ws.Workspace(entity=entity, project=project, name=name, sections=sections)
+    try:
+        return view.save().url
+    except Exception as error:
+        raise _refused(error) from error
+
+
+def save_report(entity: str, project: str, *, name: str) -> str:
+    """Save a report with the charts of all runs; its address."""
+    import wandb_workspaces.reports.v2 as wr
+
+    blocks: list[Any] = []
+    for section in SECTIONS:
+        runs = wr.Runset(entity=entity, project=project)
+        grid = wr.PanelGrid(runsets=[runs], panels=[panel(chart) for chart in section.charts])
+        blocks += [wr.H2(text=section.title), grid]
+    report = wr.Report(entity=entity, project=project, title=f"{name}: runs compared", blocks=blocks)
+    try:
+        return report.save().url
+    except Exception as error:
+        raise _refused(error) from error
+
+
+def panel(chart: Chart) -> Any:
+    """A chart as W&B has it."""
+    import wandb_workspaces.reports.v2 as wr
+
+    if chart.pictures:
+        return wr.MediaBrowser(title=chart.title, media_keys=list(chart.names), num_columns=1)
+    x = "Step" if chart.names[0].startswith("system/") else STEP
+    return wr.LinePlot(title=chart.title, x=x, y=list(chart.names), log_y=chart.log)
+
+
+def _refused(error: Exception) -> UserError:
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return UserError(f"{host} has not saved it ({' '.join(str(error).split())}); check key, --entity and --project.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

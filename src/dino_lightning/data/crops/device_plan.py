@@ -1,0 +1,146 @@
+"""The parameters of a batch of crops as tensors: made by loader workers, used where the crops are augmented."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dino_lightning.data.crops.blur import padded_weights
+from dino_lightning.data.crops.sampling import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crop
+
+BLENDS = 3
+"""Brightness, contrast and saturation: each blends the image with something."""
+
+
+@dataclass
+class Packed:
+    """Named one-dimensional tensors in one: a batch travels between processes and devices as a few large pieces."""
+
+    tensor: Tensor
+    bounds: dict[str, tuple[int, int]]
+
+    @classmethod
+    def pack(cls, parts: dict[str, list[int]] | dict[str, list[float]], *, dtype: torch.dtype) -> Self:
+        """Lists of numbers by name."""
+        bounds, flat = {}, []
+        for name, values in parts.items():
+            bounds[name] = (len(flat), len(flat) + len(values))
+            flat += values
+        return cls(torch.tensor(flat, dtype=dtype), bounds)
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, end = self.bounds[name]
+        return self.tensor[start:end]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool) -> "Packed":
+        """The same on a device."""
+        return Packed(self.tensor.to(device, non_blocking=non_blocking), self.bounds)
+
+    def pin_memory(self) -> "Packed":
+        """The same in page-locked memory."""
+        return Packed(self.tensor.pin_memory(), self.bounds)
+
+
+@dataclass
+class Plan:
+    """What to do with N crops of one size.
+
+    The crops are sorted: those without colour jitter first, then those whose hue turns before the three blends of the
+    jitter, after one, two and three of them. So the hue turns in four slices, with the blends between them.
+
+    `indices` holds positions in this order:
+        inverse                position in the batch -> sorted position (N,)
+        flip, gray, solarize   the crops that are flipped, lose their colour, are solarised
+        saturation_k           crops whose blend k is the saturation
+        blur                   crops that are blurred
+    `numbers` holds, for the J crops with jitter,
+        keep, mean    blend k multiplies by `keep` (3 J,) and adds `mean` times the mean luminance: 0 where it is not
+                      the contrast that blends
+        hue           turns (J,); empty where no hue turns
+        saturation_k  the share of the image that stays
+        blur          weights of the boxes (blurred crops × longest,), zeros behind them
+    """
+
+    order: list[int]
+    """Sorted position -> position in the batch (N,)."""
+    hue_bounds: list[int]
+    """The hue of the crops from `hue_bounds[k]` to `hue_bounds[k + 1]` turns after k blends (5,)."""
+    indices: Packed
+    numbers: Packed
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Plan":
+        """The plan on a device."""
+        moved = (part.to(device, non_blocking=non_blocking) for part in (self.indices, self.numbers))
+        return Plan(self.order, self.hue_bounds, *moved)
+
+    def pin_memory(self) -> "Plan":
+        """The plan in page-locked memory."""
+        return Plan(self.order, self.hue_bounds, self.indices.pin_memory(), self.numbers.pin_memory())
+
+
+def make_plan(crops: Sequence[Crop]) -> Plan:
+    """The plan of N crops of one size."""
+    stages = [_hue_stage(crop) for crop in crops]
+    order = sorted(range(len(crops)), key=stages.__getitem__)
+    ordered = [crops[i] for i in order]
+    inverse = [0] * len(order)
+    for position, i in enumerate(order):
+        inverse[i] = position
+    bounds = [sum(stage < k for stage in stages) for k in range(BLENDS + 2)]
+    jitter_indices, jitter_numbers = _jitter(ordered[bounds[0] :], first=bounds[0])
+    blurred = [i for i, crop in enumerate(ordered) if crop.blur]
+    weights = padded_weights([ordered[i].blur for i in blurred])
+    return Plan(
+        order=order,
+        hue_bounds=bounds,
+        indices=Packed.pack(
+            {
+                "inverse": inverse,
+                "flip": [i for i, crop in enumerate(ordered) if crop.flip],
+                "gray": [i for i, crop in enumerate(ordered) if crop.gray],
+                "solarize": [i for i, crop in enumerate(ordered) if crop.solarize],
+                **jitter_indices,
+                "blur": blurred,
+            },
+            dtype=torch.int64,
+        ),
+        numbers=Packed.pack(
+            {**jitter_numbers, "blur": [weight for row in weights for weight in row]},
+            dtype=torch.float32,
+        ),
+    )
+
+
+def _jitter(crops: list[Crop], *, first: int) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
+    """Indices and numbers of the crops with jitter, which stand from position `first` on."""
+    saturated: list[list[int]] = [[] for _ in range(BLENDS)]
+    stays: list[list[float]] = [[] for _ in range(BLENDS)]
+    keep, mean = [1.0] * (BLENDS * len(crops)), [0.0] * (BLENDS * len(crops))
+    turns = [0.0] * len(crops)
+    for position, crop in enumerate(crops):
+        k = 0
+        for part, factor in crop.jitter:
+            if part == HUE:
+                turns[position] = factor
+                continue
+            if part == SATURATION:
+                saturated[k].append(first + position)
+                stays[k].append(factor)
+            else:
+                assert part in (BRIGHTNESS, CONTRAST)
+                keep[k * len(crops) + position] = factor
+                mean[k * len(crops) + position] = 1 - factor if part == CONTRAST else 0.0
+            k += 1
+    hue = {"hue": turns if any(turns) else []}
+    names = [f"saturation_{k}" for k in range(BLENDS)]
+    return dict(zip(names, saturated, strict=True)), {
+        "keep": keep, "mean": mean, **hue, **dict(zip(names, stays, strict=True))
+    }  # fmt: skip
+
+
+def _hue_stage(crop: Crop) -> int:
+    """-1 without jitter, else the number of blends before the hue; without a hue, 0."""
+    parts = [part for part, _ in crop.jitter]
+    return parts.index(HUE) if HUE in parts else min(len(parts), 1) - 1

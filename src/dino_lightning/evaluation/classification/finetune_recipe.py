@@ -1,0 +1,199 @@
+"""The parts of DeiT's recipe, made of timm's: network and classifier, augmentation, mixing, loss, optimizer, schedule.
+
+B images of C channels, K classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import timm
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.mixup import mixup_target
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from dino_lightning.config import FinetuneEval
+from dino_lightning.data.batches import crop_seed
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.evaluation.classification.training_images import random_states
+from dino_lightning.models.frozen import Network
+from dino_lightning.optim.schedules import Cosine
+from dino_lightning.runtime.collectives import rank
+
+LR_IMAGES = 512
+"""Images per step for which `eval.lr` holds; with more it grows in proportion."""
+STD_FRESH, STD_TRAINED = 0.02, 2e-5
+"""Of the classifier's first weights: DeiT's, and on a trained network that of BEiT and MAE. The paper's authors started
+it far below DeiT's there, too (facebookresearch/dino issue 31)."""
+POLICIES = ("rand-m9-mstd0.5-inc1", "original-mstd0.5", "v0-mstd0.5", "3a", "augmix-m5-w4-d2")
+
+
+def with_classifier(network: Network, *, drop_path_rate: float, classes: int, seed: int) -> tuple[nn.Module, str]:
+    """The network anew with its weights and a classifier on its features, trainable, and the classifier's name.
+
+    It is timm's network for `classes` classes, and its state dict has timm's names. An untrained network brings the
+    fresh weights that stand for `seed`. Raises `UserError` where the architecture has no stochastic depth.
+    """
+    with random_states(crop_seed(seed)):
+        model: Any = network.rebuild(drop_path_rate=drop_path_rate)
+        model.load_state_dict(network.backbone.state_dict())
+        model.reset_classifier(classes)
+        names = [name for name, module in model.named_modules() if module in _classifiers(model)]
+        for name in names:
+            layer = model.get_submodule(name)
+            nn.init.trunc_normal_(layer.weight, std=STD_TRAINED if network.trained else STD_FRESH)
+            nn.init.zeros_(layer.bias)
+    if not names:
+        raise UserError(f"checkpoint: {network.name} ({type(model).__name__}) has no place for a linear classifier; "
+                        "finetuning needs one.")  # fmt: skip
+    return model.requires_grad_(True), names[0]
+
+
+def _classifiers(model: Any) -> list[nn.Module]:
+    """One, or two of a network with a token for distillation."""
+    found = model.get_classifier()
+    return [layer for layer in (found if isinstance(found, tuple) else (found,)) if isinstance(layer, nn.Linear)]
+
+
+class Augmentation:
+    """Image -> a random crop (bicubic), perhaps mirrored, by the policy, normalised, partly erased: (C, size, size)."""
+
+    def __init__(self, config: FinetuneEval, network: Network, *, size: int) -> None:
+        self.config = config
+        self.transform = cast(Callable[[Any], Tensor], self._checked(network, size))
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Draws from `random`, `numpy.random` and PyTorch."""
+        return self.transform(image / 255 if isinstance(image, Tensor) else image)
+
+    def _checked(self, network: Network, size: int) -> Any:
+        policy, channels = self.config.auto_augment, network.channels
+        if policy and channels not in (1, 3):
+            raise UserError(f"eval.auto_augment={policy}: timm's policies know no images of {channels} channels; set "
+                            "eval.auto_augment=null.")  # fmt: skip
+        try:
+            transform = self._built(network, size)
+            if policy:
+                # Some names turn out to mean nothing when an operator is drawn.
+                example = Image.new("L" if channels == 1 else "RGB", (size, size))
+                with random_states(0):
+                    for _ in range(20):
+                        transform(example)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise UserError(f"eval.auto_augment={policy}: timm {timm.__version__} makes no policy of it ({reason}); "
+                            f"{nearest(str(policy), POLICIES)}") from error  # fmt: skip
+        return transform
+
+    def _built(self, network: Network, size: int) -> Any:
+        policy = self.config.auto_augment or None
+        transform: Any = create_transform(
+            (network.channels, size, size),
+            is_training=True,
+            auto_augment=policy,
+            # timm takes it with those policies alone that need it, such as 3a.
+            color_jitter=0.3 if policy else None,  # type: ignore[arg-type]
+            interpolation="bicubic",
+            mean=tuple(network.mean),
+            std=tuple(network.std),
+            re_prob=self.config.random_erasing,
+            re_mode="pixel",
+            re_count=1,
+        )
+        for operator in _operators(transform.transforms):
+            if operator.aug_fn is posterize:
+                operator.aug_fn = posterize_or_black
+        return transform
+
+
+def posterize_or_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Keep `bits` of each value; with none of them the image is black.
+
+    DeiT's policy asks for that in one of 600 images. Pillow gave black, as timm expects, and in new versions refuses.
+    """
+    return posterize(image, bits, **options) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+def _operators(parts: Any) -> Iterator[AugmentOp]:
+    """Operators inside the policies of timm, which nest lists."""
+    for part in parts:
+        if isinstance(part, AugmentOp):
+            yield part
+        elif isinstance(part, list):
+            yield from _operators(part)
+        else:
+            yield from _operators([*getattr(part, "ops", ()), *getattr(part, "policy", ())])
+
+
+class Targets:
+    """Mixup or CutMix of a batch, smoothed targets, and the loss between them and logits (B, K)."""
+
+    def __init__(self, config: FinetuneEval, *, classes: int, seed: int) -> None:
+        self.seed, self.classes, self.smoothing = seed, classes, config.label_smoothing
+        self.mixup: Mixup | None = None
+        self.loss: nn.Module = LabelSmoothingCrossEntropy(config.label_smoothing)
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+            self.loss = SoftTargetCrossEntropy()
+
+    def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """Images, which are overwritten, and targets: (B, K) where images are mixed, else the labels (B,).
+
+        What is drawn depends on the seed, the step and the rank alone. The last image of an odd number stays as it is,
+        because timm mixes pairs.
+        """
+        if self.mixup is None:
+            return images_BCHW, labels_B
+        even = len(labels_B) // 2 * 2
+        targets_BK = mixup_target(labels_B, self.classes, smoothing=self.smoothing)
+        if even:
+            with random_states(crop_seed(self.seed, step, rank())):
+                images_BCHW[:even], targets_BK[:even] = self.mixup(images_BCHW[:even], labels_B[:even])
+        return images_BCHW, targets_BK
+
+
+def optimizer_of(model: nn.Module, config: FinetuneEval) -> torch.optim.Optimizer:
+    """AdamW in groups with `lr_scale`, the factor of their layer; neither vectors nor position embeddings decay."""
+    layer_decay = None if config.layer_decay == 1 else config.layer_decay
+    try:
+        return create_optimizer_v2(
+            model, "adamw", lr=config.lr, weight_decay=config.weight_decay, layer_decay=layer_decay
+        )
+    except Exception as error:
+        if layer_decay is None:
+            raise
+        raise UserError(f"eval.layer_decay={layer_decay}: timm does not know the layers of {type(model).__name__}; set "
+                        "eval.layer_decay=1.") from error  # fmt: skip
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the top layer; the others have their factors of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def schedule(config: FinetuneEval, *, steps_per_epoch: int, world_size: int) -> Cosine:
+    """The learning rate of each step: warm-up and cosine. Raises `UserError` for a warm-up longer than the training."""
+    if config.warmup_epochs > config.epochs:
+        raise UserError(f"eval.warmup_epochs={config.warmup_epochs} is longer than eval.epochs={config.epochs}; give "
+                        f"at most {config.epochs}.")  # fmt: skip
+    return Cosine(
+        config.lr * config.batch_size_per_device * world_size / LR_IMAGES,
+        config.lr_end,
+        total_steps=config.epochs * steps_per_epoch,
+        warmup_steps=config.warmup_epochs * steps_per_epoch,
+    )
+
+
+def check_whole_batch(images: int, *, batch_size: int, ranks: int) -> None:
+    """Raises `UserError` where there is no whole batch: incomplete ones are left out, as in DeiT."""
+    own = math.ceil(images / ranks)
+    if own < batch_size:
+        each = f" for each of {ranks} processes" if ranks > 1 else ""
+        raise UserError(f"eval.batch_size_per_device={batch_size}: {images} labelled training images make no whole "
+                        f"batch{each}; give at most {own}.")  # fmt: skip

@@ -1,0 +1,97 @@
+"""Features of many images in a program of one's own: `embed`."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from dino_lightning.cli.quick_start import kind_of
+from dino_lightning.config import SCHEMAS, DataConfig, DevicesConfig, EmbedConfig, FolderData, HuggingFaceData
+from dino_lightning.config.paths import usable_path
+from dino_lightning.data.sources.folder import existing_path
+from dino_lightning.errors import UserError
+from dino_lightning.evaluation.embedding.inputs import Given, given_list
+from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.embedding.run import run_embedding
+
+FEATURE_CACHE = EmbedConfig.feature_cache
+
+
+def embed(
+    images: str | Path | Sequence[Given] | DataConfig,
+    checkpoint: str | Path,
+    *,
+    output: str | Path | None = None,
+    checkpoint_key: str | None = None,
+    features: str = "class",
+    n_last_blocks: int = 1,
+    split: str = "all",
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    accelerator: str = "auto",
+    devices: Any = 1,
+    precision: Any = "32",
+    feature_cache: str | Path | None = FEATURE_CACHE,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Embeddings:
+    """Features (N, D), names and labels of images, of which those that cannot be read are left out and named.
+
+    `images` is a folder, a list (`.txt`, `.csv`, `.tsv`), a `.zip` or `.tar`, a folder of parquet files; a list of
+    paths, PIL images or arrays (H, W, C) uint8; or a data configuration of the project, such as
+    `ParquetData(path=DIR, label_column="class")`. `output` is a `.parquet`, or a `.npy` with a `.csv` beside it.
+    Finished blocks of 1024 images stand in `feature_cache`: the same call goes on where one was killed, to the same
+    bits; None keeps nothing. `devices`, `accelerator` and `precision` are those of `lightning.Fabric`, the other
+    arguments the keys of `dino-embed` (docs/configuration.md). Raises `UserError` for what is wrong with any of them.
+    """
+    data, given = _data(images)
+    workers: dict[str, Any] = {} if num_workers is None else {"num_workers": num_workers}
+    config = EmbedConfig(
+        checkpoint=str(checkpoint),
+        checkpoint_key=checkpoint_key,
+        features=features,
+        n_last_blocks=n_last_blocks,
+        image_size=image_size,
+        batch_size_per_device=batch_size,
+        data=replace(data, **workers),
+        split=split,
+        trainer=DevicesConfig(
+            accelerator=accelerator, devices=devices, precision=str(precision), enable_progress_bar=progress
+        ),
+        output="" if output is None else str(output),
+        overwrite=overwrite,
+        feature_cache=None if feature_cache is None else str(feature_cache),
+    )
+    return run_embedding(config, output=usable_path("output", str(output)) if output else None, given=given)
+
+
+def _data(images: str | Path | Sequence[Given] | DataConfig) -> tuple[DataConfig, list[Given] | None]:
+    """A data configuration, and the images themselves where they are given one by one."""
+    if isinstance(images, DataConfig):
+        return images, None
+    if isinstance(images, str | Path):
+        return _by_path(str(images)), None
+    if isinstance(images, Image.Image):
+        images = [images]
+    given = given_list(images)
+    if not given:
+        raise UserError("images: the list is empty; expected one image or more.")
+    data = DataConfig(max_bad_share=1.0)
+    if any(not isinstance(image, str | Path) for image in given):
+        data.num_workers = 0  # what is in memory already does not become faster by copies in other processes
+    return data, given
+
+
+def _by_path(path: str) -> DataConfig:
+    """Whatever reads the path, as `dino-data` tells it."""
+    found = existing_path(path, key="images", files=True)
+    kind = cast(type[DataConfig], SCHEMAS["data"][kind_of(path)])
+    if kind is FolderData and found.is_file():
+        raise UserError(f"images={path} is a file of no known kind; expected a folder, a .zip or .tar, a list (.csv, "
+                        ".tsv, .txt), or a list of paths, such as [path].")  # fmt: skip
+    options: dict[str, Any] = {"name" if kind is HuggingFaceData else "path": os.fspath(found)}
+    return kind(max_bad_share=1.0, **options)

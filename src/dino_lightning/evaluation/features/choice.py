@@ -1,0 +1,63 @@
+"""What stands for an image: `features` and `n_last_blocks`.
+
+B images, n last blocks, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.models.frozen import Network, is_vit, linear_features, patch_tokens
+
+FEATURES = ("class", "mean_patch")
+
+
+@dataclass(frozen=True)
+class FeatureKind:
+    """A choice of features."""
+
+    features: str = "class"
+    """`class`: a ViT's class token, what other networks pool; `mean_patch`: the mean of the last patch tokens."""
+    n_last_blocks: int = 1
+    """Class tokens of this many last blocks, one after another."""
+
+    @property
+    def name(self) -> str:
+        """For the feature cache; features that evaluations keep have the name that they give them."""
+        if self.features == "mean_patch":
+            return "mean_patch"
+        return "backbone" if self.n_last_blocks == 1 else f"class tokens of {self.n_last_blocks} blocks"
+
+    def check(self) -> None:
+        """Raise `UserError` for words and numbers that are no choice, whatever the network."""
+        if self.features not in FEATURES:
+            raise UserError(f"features={self.features}: {nearest(self.features, FEATURES)}")
+        if self.n_last_blocks < 1:
+            raise UserError(f"n_last_blocks={self.n_last_blocks}: expected at least 1.")
+        if self.n_last_blocks > 1 and self.features != "class":
+            raise UserError(f"n_last_blocks={self.n_last_blocks} is for features=class; with features={self.features} "
+                            "leave it at 1.")  # fmt: skip
+
+    def check_network(self, network: Network) -> None:
+        """Raise `UserError` where the network has no such features."""
+        self.check()
+        if self.n_last_blocks == 1:
+            return
+        if not is_vit(network.backbone):
+            raise UserError(f"n_last_blocks={self.n_last_blocks}: {network.name} has no class token; set "
+                            "n_last_blocks=1.")  # fmt: skip
+        blocks = len(network.backbone.blocks)  # type: ignore[arg-type]
+        if self.n_last_blocks > blocks:
+            raise UserError(f"n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks.")
+
+    def of(self, backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Images (B, C, H, W) -> features (B, D), of n blocks (B, n D)."""
+        if self.features == "mean_patch":
+            return lambda images_BCHW: patch_tokens(backbone, images_BCHW).mean(dim=(1, 2))
+        if self.n_last_blocks == 1:
+            return backbone
+        return lambda images_BCHW: linear_features(
+            backbone, images_BCHW, n_last_blocks=self.n_last_blocks, avgpool=False
+        )

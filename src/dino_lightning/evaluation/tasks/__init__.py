@@ -1,1 +1,0 @@
-"""One file for each evaluation: its protocol, as `evaluate(config, task)`."""

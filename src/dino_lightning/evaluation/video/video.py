@@ -1,0 +1,157 @@
+"""Video object segmentation on DAVIS: the first frame's masks, carried on by the similarity of patches (table 5)."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.markup import escape
+
+from dino_lightning.config import DavisData, VideoEval
+from dino_lightning.data.benchmarks.davis import Davis, Sequence, open_davis
+from dino_lightning.errors import UserError
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scores
+from dino_lightning.evaluation.video.frames import STEP, Frames, frame_size
+from dino_lightning.evaluation.video.sheet import coloured, plain_palette, video_sheet
+from dino_lightning.evaluation.video.tracking import Segmented, segmented
+from dino_lightning.models.frozen import is_vit, patch_size, patch_tokens
+from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
+
+ROWS_SHOWN, FRAMES_SHOWN = 4, 5
+
+Scores = dict[str, list[ObjectScores]]
+"""Name of a sequence -> of its objects."""
+
+
+def evaluate(config: VideoEval, task: Task) -> Iterator[Result]:
+    """J&F and its parts in per cent, means over all objects of all sequences."""
+    data, backbone = cast(DavisData, task.data), task.network.backbone
+    patch = patch_size(backbone) if is_vit(backbone) else 1
+    shorter = config.image_size or task.network.size
+    check_shorter_side(shorter, patch=patch)
+    davis = open_davis(data)
+    sizes = [frame_size(sequence.size, shorter=shorter, patch=patch) for sequence in davis.sequences]
+    check_network(task, size=sizes[0])
+    bad_images = task.output / f"bad_images_{data.split}.txt"
+    frames = Frames(davis.sequences, sizes=sizes, bad_images=bad_images)
+    if task.runtime.is_main:
+        for path, reason in davis.broken.values():
+            frames.bad.add(path, reason)
+    scores = gathered(evaluate_share(config, task, frames), davis)
+    left_out = [*davis.broken, *(sequence.name for sequence in davis.sequences if sequence.name not in scores)]
+    for name in left_out:
+        task.runtime.say(f"Left out: {escape(name)}, of which a file cannot be read; see {bad_images.name}")
+    if not scores:
+        raise UserError(f"data.path={data.path}: none of the sequences can be read; see {bad_images}.")
+    yield from results(scores, davis, left_out=left_out)
+
+
+def check_shorter_side(shorter: int, *, patch: int) -> None:
+    """Raises `UserError` where patches do not fit."""
+    least = max(STEP, patch)
+    if shorter < least:
+        raise UserError(f"eval.image_size={shorter}: expected at least {least} pixels for the shorter side of a frame.")
+    if shorter % patch:
+        near = max(patch, round(shorter / patch) * patch)
+        raise UserError(
+            f"eval.image_size={shorter} is not a multiple of the patch size {patch}; the nearest is {near}."
+        )
+
+
+def check_network(task: Task, *, size: tuple[int, int]) -> None:
+    """Raises `UserError` where the network does not take frames of this height and width."""
+    try:
+        with torch.no_grad():
+            patch_tokens(task.network.backbone, torch.zeros(1, 3, *size, device=task.runtime.device))
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint: {task.network.name} does not take frames of {size[1]} x {size[0]} pixels "
+                        f"({reason}).") from error  # fmt: skip
+
+
+def evaluate_share(config: VideoEval, task: Task, frames: Frames) -> dict[int, list[ObjectScores]]:
+    """Position of a sequence -> scores, of this rank's share that could be read; masks and a picture on the way."""
+    own = shares([len(sequence) for sequence in frames.sequences], ranks=world_size())[rank()]
+    folder = task.output / ("masks" if task.network.trained else "masks_untrained")
+    scores, rows = {}, []
+    with task.runtime.progress("frames", total=sum(len(frames.sequences[number]) for number in own)) as advance:
+        for number, done in segmented(config, task, frames, own, on_frames=advance):
+            sequence = frames.sequences[number]
+            scores[number] = done.scores
+            if config.write_masks:
+                write_masks(done.masks, sequence, folder / sequence.name)
+            if task.runtime.is_main and len(rows) < ROWS_SHOWN:
+                rows.append(picture_row(sequence, done))
+    if rows:
+        task.picture(video_sheet(rows), "video")
+    return scores
+
+
+def shares(lengths: list[int], *, ranks: int) -> list[list[int]]:
+    """The sequences of each rank: the longest first, each to the rank that has the fewest frames so far."""
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    frames = [0] * ranks
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        least = frames.index(min(frames))
+        taken[least].append(number)
+        frames[least] += lengths[number]
+    return [sorted(numbers) for numbers in taken]
+
+
+def gathered(own: dict[int, list[ObjectScores]], davis: Davis) -> Scores:
+    """The scores of all ranks, in the order of the list."""
+    width = 2 + len(ObjectScores.__dataclass_fields__)
+    rows = [[number, place, *each.values()] for number, scores in own.items() for place, each in enumerate(scores)]
+    everyone = all_gather_concat(torch.tensor(rows, dtype=torch.float64).reshape(-1, width))
+    found: Scores = {}
+    for number, _, *values in sorted(everyone.tolist()):
+        found.setdefault(davis.sequences[int(number)].name, []).append(ObjectScores(*values))
+    return found
+
+
+def results(scores: Scores, davis: Davis, *, left_out: list[str]) -> Iterator[Result]:
+    """The figures, each object with the same weight."""
+    overall = mean_scores([each for objects in scores.values() for each in objects])
+    frames = {sequence.name: len(sequence) for sequence in davis.sequences}
+    details: dict[str, Any] = {
+        "sequences": {
+            name: {
+                "frames": frames[name],
+                "j_and_f_mean": mean_scores(objects).j_and_f_mean,
+                "objects": [asdict(each) for each in objects],
+            }
+            for name, objects in scores.items()
+        },
+        "left_out": left_out,
+    }
+    yield Result("j_and_f_mean", overall.j_and_f_mean, main=True, details=details)
+    for name, value in asdict(overall).items():
+        yield Result(name, value, main=name in ("j_mean", "f_mean"))
+
+
+def write_masks(masks_THW: np.ndarray, sequence: Sequence, folder: Path) -> None:
+    """Indexed PNGs, named and coloured as the benchmark's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    palette = sequence.palette or plain_palette()
+    for path, mask_HW in zip(sequence.masks, masks_THW, strict=True):
+        image = Image.fromarray(mask_HW)
+        image.putpalette(palette)
+        image.save(folder / path.name)
+
+
+def picture_row(sequence: Sequence, done: Segmented) -> tuple[str, list[tuple[str, Image.Image]]]:
+    """The first frame with its mask and a few later ones with theirs, for `video_sheet`."""
+    figure = mean_scores(done.scores).j_and_f_mean
+    shown = np.linspace(0, len(sequence) - 1, min(FRAMES_SHOWN, len(sequence))).round().astype(int).tolist()
+    cells = []
+    for index in shown:
+        with Image.open(sequence.frames[index]) as frame:
+            caption = f"{sequence.frames[index].stem}{', given' if index == 0 else ''}"
+            cells.append((caption, coloured(frame, done.masks[index])))
+    return f"{sequence.name}, J&F {figure:.1f} %", cells

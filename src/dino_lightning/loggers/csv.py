@@ -1,0 +1,107 @@
+"""`metrics.csv`: a row for every logged step, which kills leave whole and a resumed run goes on with."""
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from dino_lightning.runtime.console import warn
+from dino_lightning.runtime.files import write_atomically
+
+METRICS = "metrics.csv"
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSV logger, but it keeps the rows of the run that goes on, and changes the header in one stroke."""
+
+    def __init__(self, output: Path, *, before_step: int | None = None) -> None:
+        """Rows of a run that ended at `before_step` optimizer steps are kept up to there; None starts anew."""
+        super().__init__(save_dir=output, name="", version="")
+        self.before_step = before_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes."""
+        if not isinstance(self._experiment, _Writer):
+            self._experiment = _Writer(Path(self.log_dir), before_step=self.before_step)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, folder: Path, *, before_step: int | None) -> None:
+        super().__init__(log_dir=str(folder))
+        self.path = folder / METRICS
+        self.rows_wait = False
+        """Whether the latest rows could not be written."""
+        rows = [] if before_step is None else [row for row in read_rows(self.path) if int(row["step"]) < before_step]
+        self.metrics_keys = sorted(set().union(*rows))
+        if rows:
+            write_atomically(self.path, _table(self.metrics_keys, rows))
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the file here."""
+
+    def save(self) -> None:
+        """Append the rows that were logged since the last call; those for which there is no room wait for the next."""
+        if not self.metrics:
+            return
+        keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
+        try:
+            if keys != self.metrics_keys or not self.path.exists():
+                rows = [*read_rows(self.path), *self.metrics]
+                write_atomically(self.path, _table(keys, rows))
+            else:
+                _append(self.path, _table(keys, self.metrics, header=False).encode())
+        except OSError as error:
+            if not self.rows_wait:
+                warn(f"{self.path} could not be written ({error.strerror or error}); rows wait in memory, and training "
+                     "goes on.")  # fmt: skip
+            self.rows_wait = True
+            return
+        self.metrics_keys, self.metrics, self.rows_wait = keys, [], False
+
+
+def _append(path: Path, rows: bytes) -> None:
+    """All or nothing: a kill comes before the one call or after it, and a full disk leaves no half of a row."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(rows) < len(rows):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows without their empty fields; a last row that was cut off is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return [{key: value for key, value in row.items() if value != ""} for row in rows if row.get("step", "").isdigit()]
+
+
+def has_row(path: Path, *, step: int, keys: Iterable[str]) -> bool:
+    """Whether one row of a step has all these columns."""
+    wanted = set(keys)
+    return any(int(row["step"]) == step and wanted <= row.keys() for row in read_rows(path))
+
+
+def _table(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=keys, lineterminator=os.linesep)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,185 @@
+"""Collapse: all images come to look the same to the network. Which kind it is, and what to change.
+
+Signals are in nats, of one batch of global crops over all ranks. With p the teacher's output for a crop and m the mean
+of p over crops,
+    information = h(m) - mean h(p)
+is what an output tells about its image (their mutual information), from 0 to the logarithm of the number of crops. At 0
+there is one output for all images, and its entropy says which.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dino_lightning.runtime.precision import at_least_float32
+
+LEAST_INFORMATION = 0.05
+"""Nats, below which outputs do not depend on their image. Healthy short runs keep above 0.2, collapsed ones reach 0.03
+and less, far below (docs/collapse.md)."""
+CONCENTRATED, SPREAD_OUT = 0.1, 0.95
+"""Entropies as shares of ln K, below and above which an output is called that."""
+LEAST_SPREAD = 1 / 8
+"""Spread of the features as a share of 1/sqrt(D), below which they are alike: two have a mean cosine of 0.98."""
+LEAST_SPREAD_KEPT = 1 / 2
+"""Share of the spread at the start that must also be lost: features of similar images are similar from the start."""
+LEAST_RANK = 2.0
+"""Effective rank below which one direction has nearly all that is in the features."""
+DEAD_SHARE = 0.01
+"""A prototype is dead that gets less than this share of an even share of the probability."""
+
+
+class Change(NamedTuple):
+    """A setting that bears on a collapse."""
+
+    key: str
+    to: str
+    wanted: Callable[[Any], bool] = lambda value: True
+    """Whether its value may be at fault."""
+    method: str | None = None
+    """The one method for which it helps; None for all that have the key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A kind of collapse."""
+
+    name: str
+    what: str
+    """Completes a sentence."""
+    changes: tuple[Change, ...]
+    """What helps, the likeliest first."""
+
+
+_CENTER = Change("method.centering", "set {key}=center", lambda value: value == "none")
+_CENTER_MOMENTUM = Change("method.center_momentum", "lower {key} to 0.9", lambda value: value > 0.99)
+_EMA = Change("method.teacher_update", "set {key}=ema", lambda value: value != "ema")
+_MOMENTUM = Change("method.teacher_momentum", "raise {key} to 0.996", lambda value: value < 0.98)
+_BOTTLENECK = Change("method.head_l2_bottleneck", "set {key}=true", lambda value: not value)
+_PROTOTYPES = Change("method.norm_last_layer", "set {key}=true", lambda value: not value)
+_RATE = Change("optim.lr", "lower {key}")
+_WARMUP = Change("optim.lr_warmup", "lengthen {key}")
+_BATCH = Change("data.batch_size_per_device", "raise {key}")
+_PREDICTOR = Change("method.predictor", "set {key}=true", lambda value: not value, method="BYOL")
+_PREDICTOR_OFF = Change("method.predictor", "set {key}=false", bool, method="DINO")
+_NORM = Change("method.head_batch_norm", "set {key}=true", lambda value: not value, method="BYOL")
+_SWAV = (
+    Change("method.sinkhorn_epsilon", "lower {key}", lambda value: value > 0.03),
+    Change("method.freeze_prototypes", "lengthen {key}"),
+)
+
+ONE_PROTOTYPE = Kind(
+    "one prototype",
+    "the teacher gives nearly everything to one prototype, whatever the image",
+    (_CENTER, _CENTER_MOMENTUM, _EMA, _BOTTLENECK, _PROTOTYPES, _RATE, _WARMUP),
+)
+UNIFORM = Kind(
+    "uniform",
+    "the teacher gives every prototype the same, whatever the image",
+    (
+        _EMA,
+        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
+        Change("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
+        Change("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
+        _PREDICTOR_OFF,
+        _BOTTLENECK,
+        *_SWAV,
+        _RATE,
+        _WARMUP,
+    ),
+)
+CONSTANT = Kind(
+    "constant",
+    "the teacher has the same output for all images",
+    (
+        _EMA,
+        _MOMENTUM,
+        _CENTER,
+        _CENTER_MOMENTUM,
+        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
+        _PREDICTOR_OFF,
+        _BOTTLENECK,
+        *_SWAV,
+        _RATE,
+        _WARMUP,
+        _BATCH,
+    ),
+)
+ALIKE = Kind(
+    "alike",
+    "the features of all images are nearly the same",
+    (_PREDICTOR, _NORM, _EMA, _CENTER, _MOMENTUM, _RATE, _WARMUP, _BATCH),
+)
+LOW_RANK = Kind(
+    "low rank",
+    "the features of all images lie in one direction",
+    (
+        _PREDICTOR,
+        _NORM,
+        _EMA,
+        Change("method.koleo_weight", "set {key}=0.1", lambda value: value == 0),
+        _MOMENTUM,
+        _RATE,
+        _BATCH,
+    ),
+)
+KINDS = {kind.name: kind for kind in (ONE_PROTOTYPE, UNIFORM, CONSTANT, ALIKE, LOW_RANK)}
+
+
+def diagnose(signals: Mapping[str, float], *, width: int = 0, spread_at_start: float = math.inf) -> Kind | None:
+    """The collapse that these signals show, or None. Those of outputs come first, since they say more.
+
+    `signals` has the names of `metrics.csv` without `collapse/`; any may be missing. `width` is that of the features.
+    """
+    if "mean_output_entropy" in signals:
+        kind = _of_outputs(signals)
+        if kind is not None:
+            return kind
+    spread = signals.get("feature_std", math.inf)
+    if spread * math.sqrt(width) < LEAST_SPREAD and spread < LEAST_SPREAD_KEPT * spread_at_start:
+        return ALIKE
+    return LOW_RANK if signals.get("effective_rank", math.inf) < LEAST_RANK else None
+
+
+def _of_outputs(signals: Mapping[str, float]) -> Kind | None:
+    of_the_mean, entropy = signals["mean_output_entropy"], signals["teacher_entropy"]
+    if not of_the_mean - entropy < LEAST_INFORMATION:
+        return None
+    most = of_the_mean + signals["kl_to_uniform"]  # ln K
+    share = entropy / most if most > 0 else 0.0
+    if share < CONCENTRATED:
+        return ONE_PROTOTYPE
+    return UNIFORM if share > SPREAD_OUT else CONSTANT
+
+
+def changes(kind: Kind, settings: Mapping[str, Any], *, method: str) -> list[str]:
+    """What to change of these settings (by dotted name), the likeliest first."""
+    return [
+        f"{change.to.format(key=change.key)} (now {_written(settings[change.key])})"
+        for change in kind.changes
+        if change.key in settings and change.wanted(settings[change.key]) and change.method in (None, method)
+    ]
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@torch.no_grad()
+def effective_rank(features_ND: Tensor) -> Tensor:
+    """RankMe (Garrido et al., ICML 2023): exp of the entropy of the singular values, normalised to a sum of 1.
+
+    From 1, where all features are multiples of one, to min(N, D). A scalar on the CPU, as not
+    every accelerator has an SVD.
+    """
+    values = torch.linalg.svdvals(at_least_float32(features_ND).cpu())
+    return torch.special.entr(values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)).sum().exp()
+
+
+@torch.no_grad()
+def dead_prototypes(total_K: Tensor) -> Tensor:
+    """Share of prototypes with less than `DEAD_SHARE` of an even share of the probability. Scalar."""
+    return (total_K < DEAD_SHARE * total_K.mean()).double().mean()

@@ -1,0 +1,109 @@
+"""Backbone and head over crops of several resolutions."""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.config import StepConfig
+from dino_lightning.errors import UserError
+from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.masking import Masks
+from dino_lightning.models.vit import OriginalViT
+from dino_lightning.runtime.precision import at_least_float32
+
+
+class MultiCropNetwork(nn.Module):
+    """Backbone and head: one backbone pass for all crops, or one per resolution; one head pass in all."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, step: StepConfig | None = None) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.step = step or StepConfig()
+        self.packed = self.step.fused and isinstance(backbone, OriginalViT)
+        self.channels_last = _channels_last(backbone, self.step)
+        whole = self.step.compile or self.step.gradient_checkpointing
+        self.in_tiles = self.packed and not whole and backbone.drop_path_mode == "sample"
+        """Whether large batches in full precision go through the blocks in tiles on a CPU."""
+        self._prepare()
+
+    def features(self, crops: list[Tensor]) -> Tensor:
+        """Features (V B, D) of V crops (B, C, size, size) in their order."""
+        # In full precision, as the head's input is in the original also under mixed precision.
+        if self.packed:
+            return at_least_float32(self.backbone(self._laid_out(crops)))
+        return torch.cat([at_least_float32(self.backbone(batch)) for batch in self._runs(crops)])
+
+    def features_and_patches(self, crops: list[Tensor], masks: Masks, *, replace: bool) -> tuple[Tensor, Tensor]:
+        """`features`, and the patch tokens (P, D) at the masked places, through the final norm.
+
+        With `replace`, the network sees its mask token there instead of the image.
+        """
+        if self.packed:
+            features_SD, patches_PD = self.backbone(self._laid_out(crops), masks=masks, replace=replace)
+            return at_least_float32(features_SD), at_least_float32(patches_PD)
+        first, *others = self._runs(crops)
+        features_BD, patches_SND = self.backbone(first, masks=masks, replace=replace)
+        rest = [at_least_float32(self.backbone(batch)) for batch in others]
+        patches_PD = at_least_float32(patches_SND.flatten(0, 1)[masks.positions])
+        return torch.cat([at_least_float32(features_BD), *rest]), patches_PD
+
+    def outputs(
+        self,
+        crops: list[Tensor],
+        *,
+        predictor: nn.Module | None = None,
+        masks: Masks | None = None,
+        replace: bool = False,
+    ) -> tuple[Tensor, Factors, Factors]:
+        """Features (S, D), their logits (S, K) as factors, and those of the masked patches (P, K), P = 0 for none."""
+        if masks is None:
+            features_SD = self.features(crops)
+            factors: Factors = self.head(features_SD, factors=True, predictor=predictor)
+            return features_SD, factors, Factors(factors.points[:0], factors.prototypes)
+        features_SD, patches_PD = self.features_and_patches(crops, masks, replace=replace)
+        # In one pass of the head: prototypes are composed once, and a batch norm has rows also without any mask.
+        both: Factors = self.head(torch.cat([features_SD, patches_PD]), factors=True, predictor=predictor)
+        S = len(features_SD)
+        return features_SD, Factors(both.points[:S], both.prototypes), Factors(both.points[S:], both.prototypes)
+
+    def _laid_out(self, crops: list[Tensor]) -> list[Tensor]:
+        if self.channels_last:
+            return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
+        return crops
+
+    def _runs(self, crops: list[Tensor]) -> list[Tensor]:
+        """Neighbours of one size go together, as in the original: batch norms see them as one batch."""
+        runs = groupby(self._laid_out(crops), key=lambda crop: crop.shape[-1])
+        return [torch.cat(list(run)) for _, run in runs]
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Head outputs (V B, K)."""
+        return self.head(self.features(crops))
+
+    def _prepare(self) -> None:
+        step, backbone = self.step, self.backbone
+        if self.channels_last:
+            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(backbone, OriginalViT) and self.packed:
+            backbone.apply_step(step)
+            return
+        if step.gradient_checkpointing:
+            _checkpoint(backbone)
+        if step.compile:
+            backbone.compile(dynamic=False)
+
+
+def _channels_last(backbone: nn.Module, step: StepConfig) -> bool:
+    if step.channels_last is None:
+        return getattr(backbone, "patch_embed", None) is None
+    return step.channels_last
+
+
+def _checkpoint(backbone: Any) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"step.gradient_checkpointing=true: timm's {type(backbone).__name__} has none; set "
+                        "step.gradient_checkpointing=false.") from error  # fmt: skip

@@ -1,0 +1,276 @@
+"""The paper's Vision Transformer: timm's blocks with three things of the original put back, and a fast training pass.
+
+Put back are the initial class token, the resampling of the position embedding, and (in `optim.py`) which parameters
+decay. The fast pass takes the crops of all resolutions at once; see `ops/packing.py`. Beyond the original there are
+registers and masked patches.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.models.kernels import block as whole_block
+from dino_lightning.models.kernels import patches, tiles
+from dino_lightning.models.kernels.dense import dense, gelu_dense, norm_dense
+from dino_lightning.models.kernels.packing import (
+    Shapes,
+    Subset,
+    add_branch,
+    attend,
+    attend_in_one_call,
+    drawn_subset,
+    first_tokens,
+    joined,
+    pack,
+    sampled_scales,
+)
+from dino_lightning.models.masking import Masks
+
+Drop = Tensor | tuple[Subset, Subset] | None
+"""Stochastic depth of a block: factors of its two branches (2, M, 1), or the crops that compute them, or none."""
+
+
+class PackedBlock(Block):
+    """timm's block, which also knows packed tokens (M, D)."""
+
+    attention: str = "split"
+    checkpointed: bool = False
+    pass_function: "Callable[..., Tensor] | None" = None
+    """`packed_pass`, compiled; None for as it is."""
+
+    def forward(self, x: Tensor, *args: Any, shapes: Shapes | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+        """timm's pass over tokens (B, N, D); with `shapes`, `packed_pass` over packed ones."""
+        if shapes is None:
+            return super().forward(x, *args, **options)
+        run = self.pass_function or packed_pass
+        if self.checkpointed and torch.is_grad_enabled():
+            # Nothing is drawn inside: what is dropped comes from outside.
+            return checkpoint(run, self, x, shapes, use_reentrant=False, preserve_rng_state=False, **options)
+        return run(self, x, shapes, **options)
+
+
+def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop = None, last: bool = False) -> Tensor:
+    """A pre-norm transformer block over packed tokens: (M, D).
+
+    With `last`, only the class tokens (S, D): of the last block nothing else is read, so nothing else is computed.
+    """
+    if isinstance(drop, tuple):
+        for branch, subset in zip((_attention, _mlp), drop, strict=True):
+            part_mD = branch(block, x_MD[subset.rows_m], subset.shapes) * subset.scale_m1
+            x_MD = x_MD.index_add(0, subset.rows_m, part_mD.to(x_MD.dtype))
+        return first_tokens(x_MD, shapes) if last else x_MD
+    first, second = (None, None) if drop is None else drop.unbind(0)
+    if not (last or block.checkpointed or torch.compiler.is_compiling()) and tiles.pays(x_MD):
+        return _tiled_pass(block, x_MD, shapes, first, second)
+    if not (last or torch.compiler.is_compiling()) and whole_block.available(x_MD, block):
+        return whole_block.fused_block(block, x_MD, shapes, (first, second))
+    branch_MD = _attention(block, x_MD, shapes, first_only=last)
+    if last:
+        x_MD = first_tokens(x_MD, shapes)
+        first, second = (None if scale is None else first_tokens(scale, shapes) for scale in (first, second))
+    x_MD = add_branch(x_MD, branch_MD, first)
+    return add_branch(x_MD, _mlp(block, x_MD, shapes), second)
+
+
+def _tiled_pass(
+    block: PackedBlock, x_MD: Tensor, shapes: Shapes, first: Tensor | None, second: Tensor | None
+) -> Tensor:
+    attention, mlp = cast(Any, block.attn), cast(Any, block.mlp)
+    norms = cast("tuple[nn.LayerNorm, nn.LayerNorm]", (block.norm1, block.norm2))
+
+    def attended(x_mD: Tensor, shapes: Shapes) -> Tensor:
+        return joined(attend(norm_dense(x_mD, norms[0], attention.qkv), shapes, heads=attention.num_heads))
+
+    def hidden(x_mD: Tensor, shapes: Shapes) -> Tensor:
+        return F.gelu(norm_dense(x_mD, norms[1], mlp.fc1))
+
+    weights = [[*norm.parameters(), *layer.parameters()] for norm, layer in zip(norms, (attention.qkv, mlp.fc1),
+                                                                                 strict=True)]  # fmt: skip
+    x_MD = tiles.add_tiled_branch(x_MD, first, attended, attention.proj, shapes=shapes, weights=weights[0])
+    return tiles.add_tiled_branch(x_MD, second, hidden, mlp.fc2, shapes=shapes, weights=weights[1])
+
+
+def _attention(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, first_only: bool = False) -> Tensor:
+    layers, norm = cast(Any, block.attn), cast(nn.LayerNorm, block.norm1)
+    qkv_M3D = norm_dense(x_MD, norm, layers.qkv)
+    if block.attention == "varlen" and not first_only:
+        return dense(attend_in_one_call(qkv_M3D, shapes, heads=layers.num_heads), layers.proj)
+    parts = attend(qkv_M3D, shapes, heads=layers.num_heads, first_only=first_only)
+    return joined([dense(part, layers.proj) for part in parts])
+
+
+def _mlp(block: PackedBlock, x_MD: Tensor, shapes: Shapes) -> Tensor:
+    layers, norm = cast(Any, block.mlp), cast(nn.LayerNorm, block.norm2)
+    return gelu_dense(norm_dense(x_MD, norm, layers.fc1), layers.fc2)
+
+
+@cache
+def compiled_pass(backend: str = "inductor") -> Callable[..., Tensor]:
+    """`packed_pass` through `torch.compile`; all blocks share what it compiles."""
+    return torch.compile(packed_pass, dynamic=False, fullgraph=True, backend=backend)
+
+
+class OriginalViT(VisionTransformer):
+    """timm's Vision Transformer, initialised and resampled as the original DINO does.
+
+    Its state dict has the original's keys and loads into `timm.create_model` as it is. With registers the class token
+    has no position either (timm's `no_embed_class`), which it does not need: its position would be one more vector to
+    be added to it at every resolution.
+    """
+
+    mask_token: nn.Parameter | None
+    """Stands for masked patches; see `learn_mask_token`."""
+
+    def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
+        super().__init__(
+            img_size=image_size,
+            in_chans=channels,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            drop_path_rate=drop_path_rate,
+            dynamic_img_size=True,
+            reg_tokens=config.registers,
+            no_embed_class=config.registers > 0,
+            block_fn=PackedBlock,
+        )
+        assert self.cls_token is not None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
+        if self.reg_token is not None:
+            # As the class token. With timm's 1e-6 all registers would be one at first, and learn the same for long:
+            # no position tells them apart.
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
+        self.register_parameter("mask_token", None)
+        self.drop_path_mode = config.drop_path
+
+    def apply_step(self, step: StepConfig) -> None:
+        """Compute the training pass as configured."""
+        for block in cast("list[PackedBlock]", self.blocks):
+            block.attention = step.attention
+            block.checkpointed = step.gradient_checkpointing
+            block.pass_function = compiled_pass() if step.compile else None
+
+    def learn_mask_token(self) -> None:
+        """Add the token that stands for masked patches, zeros at first; for training only, no export has it."""
+        assert self.cls_token is not None
+        self.mask_token = nn.Parameter(torch.zeros_like(self.cls_token))
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor | list[Tensor], *args: Any, masks: Masks | None = None, replace: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (B, D) of images (B, C, H, W); (S, D) of the S images of a list of such batches, in its order.
+
+        With `masks`, which concern the first images and have one size, also their last patch tokens: of a list those
+        that are masked (P, D), of one batch all of them (images with a mask, N, D), since a compiled pass wants equal
+        shapes. With `replace` too, the mask token stands for the masked patches.
+        """
+        hidden_Shw = masks.hidden if masks is not None and replace else None
+        if isinstance(x, list):
+            return self.packed_features(x, hidden_Shw, None if masks is None else masks.positions)
+        if masks is None:
+            return super().forward(x, *args, **options)
+        x_BTD = self.norm_pre(self._tokens([x], hidden_Shw)[0])
+        x_BTD = self.norm(checkpoint_seq(self.blocks, x_BTD) if self.grad_checkpointing else self.blocks(x_BTD))
+        return x_BTD[:, 0], x_BTD[: len(masks.hidden), self.num_prefix_tokens :]
+
+    def packed_features(
+        self, views: list[Tensor], hidden_Shw: Tensor | None = None, read_P: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The features (S, D) of batches of images (B, C, H, W) of several sizes, in one pass of all layers.
+
+        The batches are not joined before they are tokens: the images would be copied, and the copy kept for the
+        gradient. `read_P` asks for patch tokens (P, D), too: places among the patches of the first images.
+        """
+        x_MD, shapes = pack(self._tokens(views, hidden_Shw))
+        blocks = cast("list[PackedBlock]", self.blocks)
+        for index, (block, drop) in enumerate(zip(blocks, self._drops(shapes, x_MD.device), strict=True)):
+            x_MD = block(x_MD, shapes=shapes, drop=drop, last=read_P is None and index + 1 == len(blocks))
+        if read_P is None:
+            return self.norm(x_MD)
+        prefix, N = self.num_prefix_tokens, shapes[0][1] - self.num_prefix_tokens
+        rows_P = read_P + prefix * (1 + read_P // N)
+        return self.norm(first_tokens(x_MD, shapes)), self.norm(x_MD[rows_P])
+
+    def _tokens(self, views: list[Tensor], hidden_Shw: Tensor | None = None) -> list[Tensor]:
+        assert self.pos_embed is not None
+        tokens, tables, start = [], {}, 0
+        for patches_BhwD in self._patches(views):
+            size = patches_BhwD.shape[1:3]
+            if size not in tables:
+                tables[size] = resample_position_embedding(self.pos_embed, *size, prefix=int(not self.no_embed_class))
+            if hidden_Shw is not None and start < len(hidden_Shw):
+                patches_BhwD = self._replaced(patches_BhwD, hidden_Shw[start : start + len(patches_BhwD)])
+            tokens.append(self._with_positions(patches_BhwD, tables[size]))
+            start += len(patches_BhwD)
+        return tokens
+
+    def _patches(self, views: list[Tensor]) -> list[Tensor]:
+        """Embedded patches (B, h, w, D), batch by batch; on a GPU neighbours of one size may be one batch."""
+        embed = cast(Any, self.patch_embed)
+        if not torch.compiler.is_compiling() and patches.available(views, embed):
+            return patches.embed_patches(views, embed.proj)
+        return [embed(images_BCHW) for images_BCHW in views]
+
+    def _replaced(self, patches_BhwD: Tensor, hidden_shw: Tensor) -> Tensor:
+        """The mask token in place of hidden patches; images without a mask follow those that have one."""
+        assert self.mask_token is not None
+        rest = len(patches_BhwD) - len(hidden_shw)
+        hidden_Bhw = F.pad(hidden_shw, (0, 0, 0, 0, 0, rest)) if rest else hidden_shw
+        # Also where nothing is hidden, so that the token has its gradient on every rank and in each micro-batch.
+        return torch.where(hidden_Bhw[..., None], self.mask_token.to(patches_BhwD.dtype), patches_BhwD)
+
+    def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
+        rates = tuple(_rate(block) for block in cast("list[PackedBlock]", self.blocks))
+        if not self.training or not any(rates):
+            return [None] * len(rates)
+        if self.drop_path_mode == "subset":
+            pairs = [(rate, (drawn_subset(rate, shapes, device), drawn_subset(rate, shapes, device))) for rate in rates]
+            return [pair if rate else None for rate, pair in pairs]
+        return [scales if rate else None
+                for rate, scales in zip(rates, sampled_scales(rates, shapes, device), strict=True)]  # fmt: skip
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert self.pos_embed is not None
+        table_1ND = resample_position_embedding(self.pos_embed, *x.shape[1:3], prefix=int(not self.no_embed_class))
+        return self._with_positions(x, table_1ND)
+
+    def _with_positions(self, patches_BhwD: Tensor, table_1ND: Tensor) -> Tensor:
+        assert self.cls_token is not None
+        cls_B1D, patches_BND = self.cls_token.expand(len(patches_BhwD), -1, -1), patches_BhwD.flatten(1, 2)
+        if self.reg_token is None:
+            return self.pos_drop(torch.cat([cls_B1D, patches_BND], dim=1) + table_1ND)
+        registers_BRD = self.reg_token.expand(len(patches_BhwD), -1, -1)
+        return self.pos_drop(torch.cat([cls_B1D, registers_BRD, patches_BND + table_1ND], dim=1))
+
+
+def _rate(block: PackedBlock) -> float:
+    return block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
+
+
+def resample_position_embedding(table_1ND: Tensor, h: int, w: int, *, prefix: int = 1) -> Tensor:
+    """The position embedding (1, prefix + h w, D) on a grid of h x w patches; the class token's, its prefix, stays.
+
+    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
+    shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
+    resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
+    """
+    side = math.isqrt(table_1ND.shape[1] - prefix)
+    if (h, w) == (side, side):
+        return table_1ND
+    cls_1pD, patches_1ND = table_1ND[:, :prefix], table_1ND[:, prefix:]
+    grid_1Dss = patches_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((h + 0.1) / side, (w + 0.1) / side)
+    grid_1Dhw = F.interpolate(grid_1Dss, scale_factor=scale, mode="bicubic")
+    return torch.cat([cls_1pD, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,80 @@
+"""LARS: SGD with momentum for large batches (You et al., 2017)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.runtime.sharding import is_sharded, local, whole_norms
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on each matrix is scaled to the matrix's norm.
+
+    One-dimensional parameters take plain SGD steps without weight decay. Every pass goes over all tensors of a group
+    together, and no value is read on the host.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            matrices = [parameter for parameter in trained if parameter.ndim > 1]
+            vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+            if matrices:
+                self._move(matrices, scaled_updates(matrices, group), group)
+            if vectors:
+                self._move(vectors, [local(_gradient(vector)) for vector in vectors], group)
+        return loss
+
+    def _move(self, parameters: list[nn.Parameter], updates: list[Tensor], group: dict[str, Any]) -> None:
+        velocities = [local(self._velocity(parameter)) for parameter in parameters]
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, updates)
+        torch._foreach_add_([local(parameter) for parameter in parameters], velocities, alpha=-group["lr"])
+
+    def _velocity(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def scaled_updates(matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
+    """Gradient plus weight decay, times trust coefficient * norm of the weight / norm of the update (equation 6).
+
+    This rank's slices where the weights are sharded; the norms are those of whole tensors.
+    """
+    weights = [local(matrix) for matrix in matrices]
+    gradients = [local(_gradient(matrix)) for matrix in matrices]
+    updates = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+    weight_norms, update_norms = whole_norms([*weights, *updates], sharded=is_sharded(matrices[0])).chunk(2)
+    trust = group["trust_coefficient"] * weight_norms / update_norms
+    trust = trust.where((weight_norms > 0) & (update_norms > 0), 1.0)
+    torch._foreach_mul_(updates, list(trust.unbind()))
+    return updates
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,96 @@
+"""Two keys of a sweep as a map: few values of each make cells, others points; the colour is the k-NN figure."""
+
+from statistics import mean
+
+from dino_lightning.report.sweeps.collapse_curves import INK
+from dino_lightning.report.sweeps.marks import described, mark, names_below, ring, room_below, text
+from dino_lightning.report.sweeps.points import Axis, Point, Sweep, axis_of
+
+WIDTH, SIDE_MOST, SIDE_LEAST = 520, 64, 30
+"""Pixels: of the map, and of a cell's height."""
+LEFT, TOP, PLOT = 110, 24, 300
+"""Pixels: margins, and height of a map of points."""
+LOW, HIGH = (219, 233, 248), (8, 62, 132)
+"""Colours of the least and the greatest figure."""
+
+
+def map_svg(sweep: Sweep) -> tuple[str, int]:
+    """The map and its height in pixels."""
+    across, up = (axis_of([point.values[key] for point in sweep.points], few_as_names=True) for key in sweep.keys)
+    height = max(SIDE_LEAST, min(SIDE_MOST, PLOT // len(up.names))) * len(up.names) if up.names else PLOT
+    cells = bool(across.names and up.names)
+    room = room_below([across], width=WIDTH - LEFT)
+    parts = [
+        _frame(across, up, sweep.keys, height, room),
+        _cells(sweep, across, up, height) if cells else _points(sweep, across, up, height),
+    ]
+    return "\n".join(parts), TOP + height + room
+
+
+def colour(value: float, *, low: float, high: float) -> tuple[str, str]:
+    """Of a figure between the least and the greatest, and of words on it."""
+    share = (value - low) / (high - low) if high > low else 1.0
+    channels = [round(a + (b - a) * share) for a, b in zip(LOW, HIGH, strict=True)]
+    return "#" + "".join(f"{channel:02x}" for channel in channels), "#ffffff" if share > 0.5 else "#101010"
+
+
+def _frame(across: Axis, up: Axis, keys: list[str], height: int, room: int) -> str:
+    width = WIDTH - LEFT
+    parts = [f'<path d="M{LEFT} {TOP}V{TOP + height}H{WIDTH}" fill="none" stroke="{INK}"/>']
+    parts.append(names_below(across, keys[0], left=LEFT, width=width, y=TOP + height, room=room))
+    for place, name in up.marks():
+        shown = name if len(name) <= 15 else f"{name[:14]}…"
+        parts.append(text(LEFT - 6, TOP + (1 - place) * height + 4, shown, anchor="end"))
+    return "\n".join([*parts, text(12, TOP - 10, keys[1], anchor="start")])
+
+
+def _bounds(points: list[Point]) -> dict[str, float]:
+    known = [point.knn for point in points if point.knn is not None]
+    return {"low": min(known, default=0.0), "high": max(known, default=1.0)}
+
+
+def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
+    """A cell has the mean of the runs that have finished or, where none has, what the others have so far."""
+    wide, high = (WIDTH - LEFT) / len(across.names), height / len(up.names)
+    by_place: dict[tuple[float, float], list[Point]] = {}
+    for point in sweep.points:
+        x = LEFT + across.place(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
+        y = TOP + (1 - up.place(point.values[sweep.keys[1]])) * height
+        by_place.setdefault((x, y), []).append(point)
+    parts = []
+    for (x, y), points in by_place.items():
+        others = [point for point in points if point.state != "failed"] or points
+        finished = [point for point in points if point.state == "finished"] or others
+        known = [point.knn for point in finished if point.knn is not None]
+        state, drawn = finished[0].state, ""
+        if known and state != "failed":
+            value = mean(known)
+            fill, ink = colour(value, **_bounds(sweep.points))
+            drawn = f'<rect class="cell" x="{x - wide / 2 + 1:.1f}" y="{y - high / 2 + 1:.1f}" width="{wide - 2:.1f}" '
+            drawn += f'height="{high - 2:.1f}" fill="{fill}"/>' + text(x, y + 4, f"{value:.1f}", colour=ink)
+        if state != "finished":
+            drawn += mark(state, x + min(30, wide / 2 - 8), y)
+        if sweep.best in points:
+            drawn += ring(x - min(30, wide / 2 - 8), y)
+        parts.append(described(finished[0], drawn))
+    return "\n".join(parts)
+
+
+def _points(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
+    parts = []
+    for point in sweep.points:
+        x = LEFT + across.place(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
+        y = TOP + (1 - up.place(point.values[sweep.keys[1]])) * height
+        drawn = mark(point.state, x, y)
+        if point.knn is not None and point.state != "failed":
+            fill, _ = colour(point.knn, **_bounds(sweep.points))
+            look = f'fill="{fill}" stroke="{INK}"'
+            if point.state != "finished":
+                dashes = ' stroke-dasharray="4 3"' if point.state == "under way" else ""
+                look = f'fill="none" stroke="{fill}" stroke-width="4"{dashes}'
+            drawn = f'<circle class="{point.state.replace(" ", "-")}" cx="{x:.1f}" cy="{y:.1f}" r="7" {look}/>'
+            drawn += text(x, y - 13, f"{point.knn:.1f}")
+        if point is sweep.best:
+            drawn += f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="12" fill="none" stroke="#d9541e"/>'
+        parts.append(described(point, drawn))
+    return "\n".join(parts)

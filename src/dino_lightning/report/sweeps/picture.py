@@ -1,0 +1,137 @@
+"""k-NN over the settings of a sweep, as one SVG file: a curve for one key, a map for two, a panel each for more."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+from statistics import mean
+
+from dino_lightning.report.svg import ticks
+from dino_lightning.report.sweeps.collapse_curves import COLOURS, INK
+from dino_lightning.report.sweeps.jobs import shown
+from dino_lightning.report.sweeps.map import WIDTH as MAP_WIDTH
+from dino_lightning.report.sweeps.map import map_svg
+from dino_lightning.report.sweeps.marks import described, legend, mark, names_below, ring, room_below, text
+from dino_lightning.report.sweeps.points import STATES, Axis, Point, Sweep, axis_of
+
+WIDTH, PLOT, LEFT, TOP, RIGHT = 400, 230, 60, 24, 16
+"""Pixels: width of a panel, height of its plot, margins."""
+COLUMNS = 3
+HEAD, LEGEND, LEAST_WIDTH = 70, 34, 560
+"""Pixels above and below the panels, and of the picture."""
+LINE = 16
+"""Pixels of a line of text."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """k-NN over one key: where its runs go, in pixels."""
+
+    key: str
+    axis: Axis
+    low: float
+    high: float
+
+    def x(self, point: Point) -> float:
+        """From the left."""
+        return LEFT + self.axis.place(point.values[self.key]) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """From the top; `value` in percent."""
+        return TOP + (self.high - value) / (self.high - self.low) * PLOT
+
+
+def sweep_svg(sweep: Sweep) -> str:
+    """The picture; runs that were pruned, failed or are under way look different from those that finished."""
+    body, width, height = _panels(sweep)
+    width, whole = max(width, LEAST_WIDTH), HEAD + height + LEGEND
+    said = _said(sweep)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
+            'font-family="system-ui, sans-serif" font-size="12" role="img">',
+            f"<title>{escape(' '.join(said))}</title>",
+            *(text(12, 20 + LINE * row, words, anchor="start") for row, words in enumerate(said)),
+            f'<g transform="translate(0 {HEAD})">{body}</g>',
+            f'<g transform="translate(0 {HEAD + height})">{legend()}</g>',
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _said(sweep: Sweep) -> list[str]:
+    """How many runs there are, which is the best, and what the untrained network has."""
+    counts = {state: sum(point.state == state for point in sweep.points) for state in STATES}
+    runs = "1 run" if len(sweep.points) == 1 else f"{len(sweep.points)} runs"
+    lines = [f"{runs}: {', '.join(f'{number} {state}' for state, number in counts.items() if number)}."]
+    if (best := sweep.best) is not None:
+        values = ", ".join(f"{key}={shown(value)}" for key, value in best.values.items())
+        lines.append(f"Best: k-NN {best.knn:.1f} % in folder {best.name}, {values}.")
+    if sweep.untrained is not None:
+        lines.append(f"Untrained network: k-NN {sweep.untrained:.1f} %.")
+    return lines
+
+
+def _panels(sweep: Sweep) -> tuple[str, int, int]:
+    """What stands between head and legend, its width and its height."""
+    if len(sweep.keys) == 2:
+        drawn, height = map_svg(sweep)
+        return drawn, MAP_WIDTH + RIGHT, height
+    figures = [point.knn for point in sweep.points if point.knn is not None]
+    low, high = _range([*figures, *([] if sweep.untrained is None else [sweep.untrained])])
+    panels = [Panel(key, axis_of([one.values[key] for one in sweep.points]), low, high) for key in sweep.keys]
+    room = room_below([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
+    columns, height = min(COLUMNS, len(panels)), TOP + PLOT + room
+    parts = [
+        f'<g transform="translate({WIDTH * (place % columns)} {height * (place // columns)})">'
+        f"{_panel(panel, sweep, room=room)}</g>"
+        for place, panel in enumerate(panels)
+    ]
+    return "\n".join(parts), WIDTH * columns, height * math.ceil(len(panels) / columns)
+
+
+def _range(figures: list[float]) -> tuple[float, float]:
+    low, high = (min(figures), max(figures)) if figures else (0.0, 100.0)
+    pad = max(0.08 * (high - low), 0.5)
+    return max(0.0, low - pad), high + pad
+
+
+def _panel(panel: Panel, sweep: Sweep, *, room: int) -> str:
+    parts = [_axes(panel, room=room)]
+    if sweep.untrained is not None:
+        y = panel.y(sweep.untrained)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-dasharray="4 4"/>')
+        parts.append(text(WIDTH - RIGHT, y - 4, "untrained", anchor="end"))
+    if len(sweep.keys) == 1 and panel.axis.numbers:
+        parts.append(_means(panel, sweep))
+    return "\n".join([*parts, *(_point(panel, point, best=point is sweep.best) for point in sweep.points)])
+
+
+def _axes(panel: Panel, *, room: int) -> str:
+    bottom = TOP + PLOT
+    parts = [f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" fill="none" stroke="{INK}"/>']
+    for value in ticks(panel.low, panel.high):
+        y = panel.y(value)
+        parts.append(text(LEFT - 6, y + 4, f"{value:.5g}", anchor="end"))
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-opacity="0.2"/>')
+    parts.append(names_below(panel.axis, panel.key, left=LEFT, width=WIDTH - LEFT - RIGHT, y=bottom, room=room))
+    return "\n".join([*parts, text(12, TOP - 10, "k-NN, %", anchor="start")])
+
+
+def _means(panel: Panel, sweep: Sweep) -> str:
+    """The curve of one key, through the means of the runs that have finished."""
+    by_place: dict[float, list[float]] = {}
+    for point in sweep.points:
+        if point.knn is not None and point.state == "finished":
+            by_place.setdefault(panel.x(point), []).append(point.knn)
+    corners = " ".join(f"{x:.1f},{panel.y(mean(figures)):.1f}" for x, figures in sorted(by_place.items()))
+    return f'<polyline fill="none" stroke="{COLOURS[0]}" stroke-width="1.5" points="{corners}"/>'
+
+
+def _point(panel: Panel, point: Point, *, best: bool) -> str:
+    """A run; one that failed stands at the bottom, whatever it had reached."""
+    if point.knn is None and point.state != "failed":
+        return ""
+    x = panel.x(point)
+    y = TOP + PLOT - 6 if point.knn is None or point.state == "failed" else panel.y(point.knn)
+    return described(point, mark(point.state, x, y) + (ring(x, y) if best else ""))

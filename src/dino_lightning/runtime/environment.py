@@ -1,0 +1,168 @@
+"""What the machine, its environment variables and its packages must offer, checked before images are opened."""
+
+import ipaddress
+import os
+import re
+import socket
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_lightning.config import LoggerConfig, TensorBoardLoggerConfig, TrainConfig, WandbLoggerConfig
+from dino_lightning.data.cache import cache_root
+from dino_lightning.errors import UserError, cannot_be_written, nearest
+from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.run_lock import is_first_process
+
+WHOLE_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID",
+                 "SLURM_LOCALID", "SLURM_NTASKS")  # fmt: skip
+"""Environment variables of launchers, from 0."""
+LAUNCHERS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE",
+             "KUBERNETES_PORT", "SUBMITIT_EXECUTOR", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK")  # fmt: skip
+"""Environment variables of which one is there where something starts processes on several machines."""
+GPU_NAME = re.compile(r"-?\d+|(GPU|MIG)-[0-9a-zA-Z/-]+|NoDevFiles")
+"""The last is SLURM's word in jobs that have asked for no GPU."""
+WANDB_MODES = ("offline", "online", "disabled")
+WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
+GPUS = Path("/proc/driver/nvidia/gpus")
+"""NVIDIA's driver lists its devices here, whatever the environment hides."""
+
+
+def check_environment(config: TrainConfig) -> None:
+    """Everything about machine and environment that a training run can know before it opens its images."""
+    check_variables()
+    check_gpus(config.trainer.accelerator)
+    if config.trainer.num_nodes > 1 and not any(os.environ.get(name) for name in LAUNCHERS):
+        raise UserError(
+            f"trainer.num_nodes={config.trainer.num_nodes}: nothing has started processes on other machines, and this "
+            "one would wait for them; start it with srun or torchrun, or set trainer.num_nodes=1."
+        )
+    check_logger(config.logger)
+    if config.data.cache == "disk":
+        check_writable("data.cache_dir", cache_root(config.data))
+
+
+def check_variables() -> None:
+    """Environment variables of launchers and libraries that hold something else than they should."""
+    for name in WHOLE_NUMBERS:
+        value = os.environ.get(name, "")
+        if value and not value.isdecimal():
+            raise UserError(f"{name}={value}: this environment variable numbers or counts the processes of a run; "
+                            "expected a whole number, or unset it.")  # fmt: skip
+    port = os.environ.get("MASTER_PORT", "")
+    if port and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: expected the number of a port from 1 to 65535, or unset this environment "
+                        "variable.")  # fmt: skip
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads and not all(part.strip().isdecimal() and int(part) > 0 for part in threads.split(",")):
+        raise UserError(f"OMP_NUM_THREADS={threads}: expected a number of threads of at least 1; unset this "
+                        "environment variable, or set cpu_threads.")  # fmt: skip
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not all(GPU_NAME.fullmatch(part.strip()) for part in visible.split(",") if part.strip()):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} hides every GPU: expected their numbers, such as 0,1, or "
+                        "unset this environment variable.")  # fmt: skip
+
+
+def check_gpus(accelerator: str) -> None:
+    """Refuse to train on a CPU by mistake where the machine has GPUs that PyTorch does not see."""
+    if accelerator != "auto" or not trains_on_cpu(accelerator) or not GPUS.is_dir():
+        return
+    count, visible = len(list(GPUS.iterdir())), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count or (visible is not None and not visible.strip(" ,").replace("-1", "")):
+        return  # none is there, or hidden on purpose
+    if visible is not None:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: this machine has {count} GPU(s), numbered from 0, and none "
+                        "of them is named; correct it, or set trainer.accelerator=cpu.")  # fmt: skip
+    kind = "was built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} cannot use them"
+    raise UserError(f"trainer.accelerator=auto: this machine has {count} GPU(s), but this PyTorch {torch.__version__} "
+                    f"{kind}; mend the installation, or set trainer.accelerator=cpu.")  # fmt: skip
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder, the value of `key`, that cannot be made or in which no file can be written."""
+    path = folder.expanduser().absolute()
+    missing = [parent for parent in (path, *path.parents) if not _exists(parent)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"?")
+    except OSError as error:
+        raise cannot_be_written(key, folder, error) from error
+    finally:
+        for made in missing:
+            try:
+                made.rmdir()
+            except OSError:
+                break
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def check_logger(logger: LoggerConfig) -> None:
+    """Refuse a logger that cannot start. That W&B is out of reach is no reason: the run goes on offline then."""
+    match logger:
+        case TensorBoardLoggerConfig():
+            if not (find_spec("tensorboard") or find_spec("tensorboardX")):
+                raise UserError("logger=tensorboard needs the package tensorboard; install it (pip install "
+                                "tensorboard), or choose logger=csv.")  # fmt: skip
+        case WandbLoggerConfig():
+            _check_wandb(logger)
+        case _:
+            pass
+
+
+def _check_wandb(logger: WandbLoggerConfig) -> None:
+    if logger.mode not in WANDB_MODES:
+        raise UserError(f"logger.mode={logger.mode}: {nearest(logger.mode, WANDB_MODES)}")
+    for key in ("start_timeout_s", "end_timeout_s"):
+        if (value := getattr(logger, key)) <= 0:
+            raise UserError(f"logger.{key}={value}: expected a positive number of seconds.")
+    wrong = sorted(set(logger.project) & set("/\\#?%:"))
+    if wrong or not 0 < len(logger.project) <= 128:
+        reason = f"has a '{wrong[0]}'" if wrong else f"has {len(logger.project)} characters"
+        raise UserError(f"logger.project={logger.project} {reason}; W&B takes names of 1 to 128 characters without "
+                        "/ \\ # ? % and :.")  # fmt: skip
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode and mode not in WANDB_MODE_VARIABLE:
+        raise UserError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment "
+                        "variable.")  # fmt: skip
+
+
+def check_port(strategy: Any, *, world_size: int) -> None:
+    """Refuse a port for the processes to meet at that another program has; the first process looks, before all start.
+
+    With torchrun the port is its own, and taken rightly; so it is in the second run of a sweep, where they have met.
+    """
+    environment = getattr(strategy, "cluster_environment", None)  # of Lightning's strategies, those with processes
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    met = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if environment is None or world_size == 1 or own or met or not is_first_process() or not _is_here(environment):
+        return
+    port = environment.main_port
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise UserError(f"MASTER_PORT={port}: the processes of this run cannot meet at this port ({error.strerror}); "
+                        "set this environment variable to a free one.") from error  # fmt: skip
+
+
+def _is_here(environment: Any) -> bool:
+    """Whether the address to meet at is one of this machine. Raises `UserError` where no machine has that name."""
+    name = environment.main_address
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(name, None)}
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR={name}: there is no machine of this name ({error.strerror}); set this "
+                        "environment variable to the name of the first one.") from error  # fmt: skip
+    own = {socket.gethostname(), socket.getfqdn(), "localhost"}
+    return name in own or any(ipaddress.ip_address(str(address)).is_loopback for address in addresses)

@@ -1,0 +1,180 @@
+"""`dino-train replay FILE`: a step that was not finite, once more on one CPU in float32."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dino_lightning.config import TrainConfig
+from dino_lightning.config.checks.training import CHOICES, RULES
+from dino_lightning.config.constraints import check_values
+from dino_lightning.config.serialization import from_plain
+from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.errors import UserError
+from dino_lightning.methods.base import Method
+from dino_lightning.training.build import build_method
+from dino_lightning.training.debug.activation_ranges import Range, Ranges, first_not_finite, watched, watched_gradients
+from dino_lightning.training.debug.step_dump import read_step
+
+REPRODUCED, NOT_REPRODUCED = 0, 3
+"""Exit status."""
+
+
+@dataclass
+class Replayed:
+    """What the step gave here."""
+
+    loss: float
+    forward: Ranges
+    backward: Ranges
+    weights: str | None
+    """The first weight that was not finite before the step."""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether something is not finite here, too."""
+        return any((self.weights, self.forward.first, self.backward.first))
+
+
+def main(words: Sequence[str]) -> int:
+    """The command line behind `dino-train replay`; returns the exit status, 0 where it is seen again and 3 where not.
+
+    Raises `UserError` for a file that is none of a run's `nonfinite/`.
+    """
+    parser = argparse.ArgumentParser(prog="dino-train replay", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="nonfinite/stepNNNNNN-rankR.pt of a run's folder")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--layers", action="store_true", help="call each layer by itself: more modules are seen")
+    given = parser.parse_args(words)
+    if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device={given.device}: expected cpu, or cuda on a machine with a GPU.")
+    saved = read_step(given.file)
+    replayed = replay(saved, source=str(given.file), device=torch.device(given.device), layers=given.layers)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table(saved, replayed))
+    console.print(verdict(saved, replayed), soft_wrap=True)
+    return REPRODUCED if replayed.reproduced else NOT_REPRODUCED
+
+
+def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: bool = False) -> Replayed:
+    """Forward and backward pass of the saved micro-batch from the saved weights, in float32.
+
+    With `layers`, as by `step.fused=false`, so that the modules within a block are seen, too.
+    """
+    if saved["crops"] is None:
+        raise UserError(f"{source} has no images: on a GPU they were gone when it was known that the gradient was not "
+                        "finite; run with callbacks.nonfinite.policy=skip or rollback to have them kept.")  # fmt: skip
+    config = from_plain(saved["configuration"], source=source)
+    check_values(config, RULES, CHOICES)
+    config.step.fused = config.step.fused and not layers
+    method = _method(config, saved, source=source).to(device)
+    crops = [crop.float().to(device) for crop in saved["crops"]]
+    batch = crops if saved["labels"] is None else LabelledCrops(crops, saved["labels"].to(device))
+    forward, backward = Ranges(), Ranges()
+    forward.add("crops", crops)
+    _draw_as_then(saved, device)
+    try:
+        with watched(method, into=forward), watched_gradients(method, into=backward):
+            loss = method.loss(batch)
+            forward.add("loss", loss)
+            loss.backward()
+    except KeyError as error:
+        raise UserError(f"{source} has no schedule {error.args[0]}.") from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} has images that do not fit its configuration ({reason}).") from error
+    return Replayed(loss.item(), forward, backward, first_not_finite(saved["state"]))
+
+
+def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Method:
+    """The method with the weights of the file, at the moment of the step."""
+    config.step.compile = False  # takes longer than one step
+    if hasattr(config.backbone, "pretrained"):
+        config.backbone.pretrained = False  # type: ignore[attr-defined]  # the weights are in the file
+    classifier = saved["state"].get("student.head.bias")
+    try:
+        method = build_method(config, num_classes=0 if classifier is None else len(classifier))
+        method.load_state_dict(saved["state"])
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} has weights that do not fit its configuration ({reason}).") from error
+    method.float()
+    method.schedules = {name: lambda step, value=value: value for name, value in saved["schedules"].items()}
+    lengths = saved["lengths"]
+    moment: Any = SimpleNamespace(
+        global_step=saved["step"],
+        current_epoch=saved["epoch"],
+        global_rank=saved["rank"],  # of masks; what other ranks had is not here
+        world_size=1,
+        log_every_n_steps=0,
+        num_training_batches=lengths["num_training_batches"],
+        accumulate_grad_batches=lengths["accumulate_grad_batches"],
+        estimated_stepping_batches=lengths["total_steps"],
+        fit_loop=SimpleNamespace(batch_idx=saved["batch_index"]),
+    )
+    method._trainer = moment
+    return method.train()
+
+
+def _draw_as_then(saved: dict[str, Any], device: torch.device) -> None:
+    os.environ["PL_GLOBAL_SEED"] = str(saved["seed"])  # of masked patches
+    for kind, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        state = saved["random"].get(kind)
+        if isinstance(state, Tensor) and (kind == "cpu" or device.type == "cuda"):
+            set_state(state)
+
+
+def table(saved: dict[str, Any], replayed: Replayed) -> Table:
+    """Ranges of activations here beside those of the run."""
+    shown = Table(title=f"{saved['what']}, rank {saved['rank']} of {saved['world_size']}")
+    shown.add_column("in the order of the forward pass", overflow="fold")
+    for place in (f"the run ({saved['precision']})", "here (float32)"):
+        shown.add_column(place, justify="right")
+        shown.add_column("not finite", justify="right")
+    for name, here in replayed.forward.by_name.items():
+        there = saved["ranges"].get(name)
+        style = "red" if here.bad or (there and there["bad"]) else None
+        shown.add_row(name, *_cells(Range(**there) if there else None), *_cells(here), style=style)
+    return shown
+
+
+def _cells(values: Range | None) -> tuple[str, str]:
+    if values is None or not values.count:
+        return "", ""
+    span = f"{values.low:.3g} … {values.high:.3g}" if values.low <= values.high else "–"
+    return span, f"{100 * values.share:.3g} %" if values.bad else ""
+
+
+def verdict(saved: dict[str, Any], replayed: Replayed) -> str:
+    """Where it begins, in a sentence."""
+    if replayed.weights is not None:
+        return f"The weights were not finite before this step already: {replayed.weights} is the first."
+    first = replayed.forward.first
+    if first == "crops":
+        return "The images themselves have values that are not finite: look at the files, crops.mean and crops.std."
+    if first == "loss":
+        return "It begins in the loss: all activations are finite."
+    if first is not None:
+        return f"It begins in {first}, the first module whose output is not finite."
+    if replayed.backward.first is not None:
+        where = f"at the gradient of {replayed.backward.first}"
+        return f"The loss is {replayed.loss:.6g}; it begins in the backward pass, {where}."
+    others = []
+    if saved["world_size"] > 1:
+        others.append("another rank's images (replay its file, if there is one)")
+    if saved["lengths"]["accumulate_grad_batches"] > 1:
+        others.append("another micro-batch of the step")
+    also = f", unless it is {' or '.join(others)}" if others else ""
+    same = saved["precision"].startswith("32")
+    cause = "the arithmetic of its device" if same else f"the precision ({saved['precision']})"
+    return f"All is finite here, the loss {replayed.loss:.6g}: {cause} is to blame{also}."
