@@ -22,7 +22,8 @@ from dino_lightning.models.kernels import block as whole_block
 from dino_lightning.models.kernels.dense import dense, norm_dense
 from dino_lightning.models.kernels.packing import attend, attend_in_one_call, first_tokens, pack
 from dino_lightning.models.multi_crop import MultiCropNetwork
-from dino_lightning.models.vit import OriginalViT, _mlp
+from dino_lightning.models.packed_block import _mlp
+from dino_lightning.models.vit import OriginalViT
 from dino_lightning.optim.ema import ema_update
 
 

@@ -34,7 +34,7 @@ from step_report import Row, figures, growth, label, show
 from step_turns import FailedError, Measured, measure
 from step_windows import Setting
 
-from dino_lightning.runtime.files import environment
+from dino_lightning.runtime.provenance import environment
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 BACKBONES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "resnet50")

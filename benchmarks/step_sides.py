@@ -49,7 +49,7 @@ def compose_ours(setting: Setting, *, output_dir: Path) -> Any:
     """The configuration of `train.py` for this setting, composed by Hydra."""
     from hydra import compose, initialize_config_dir
 
-    from dino_lightning.cli.train import register_timm_networks
+    from dino_lightning.cli.overrides import register_timm_networks
     from dino_lightning.config import register
     from dino_lightning.config.conf_dir import CONF
 
@@ -118,7 +118,7 @@ def trainer_and_method(config: Any) -> tuple[Any, Any]:
     from dino_lightning.runtime.console import quieten_libraries
     from dino_lightning.runtime.memory import keep_freed_memory
     from dino_lightning.training.build import build_method, build_trainer
-    from dino_lightning.training.run import trains_in_tiles
+    from dino_lightning.training.resources import trains_in_tiles
 
     quieten_libraries()
     torch.set_float32_matmul_precision(config.step.matmul_precision)

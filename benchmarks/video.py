@@ -28,7 +28,8 @@ from dino_lightning.data.benchmarks.davis import Sequence, open_davis
 from dino_lightning.evaluation.video.frames import Frames, frame_size, resized_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
-from dino_lightning.models.frozen import Network, patch_size, patch_tokens
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import patch_size, patch_tokens
 
 CONFIG = VideoEval()
 

@@ -14,7 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli.train import CONF, as_hydra_takes_it, run_name
+from dino_lightning.cli.overrides import as_hydra_takes_it
+from dino_lightning.cli.resolvers import run_name
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import register
 
 SMALL = [

@@ -15,8 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli import table as compare
 from dino_lightning.cli import train as cli
+from dino_lightning.cli.errors import sentence
+from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.sweeps import Jobs
-from dino_lightning.cli.train import CONF, options, sentence
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.report.sweeps.jobs import read_rows

@@ -17,7 +17,8 @@ from selection import first
 
 from dino_lightning.cli import docs as reference
 from dino_lightning.cli.overrides import with_shards_in_one_piece
-from dino_lightning.cli.train import CONF, options
+from dino_lightning.cli.resolvers import options
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.checks.training import DURATIONS, RULES, check_config
 from dino_lightning.config.docs import all_keys

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 
 from dino_lightning import embed
 from dino_lightning.cli.embed import embed_as
-from dino_lightning.cli.errors import explain
+from dino_lightning.cli.errors import EXPLAINED, explain
 from dino_lightning.cli.overrides import with_home_folders
-from dino_lightning.cli.train import CONF, EXPLAINED, options
+from dino_lightning.cli.resolvers import options
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import BuiltinData, EmbedConfig
 from dino_lightning.config.docs import all_keys
 from dino_lightning.evaluation.embedding.checks import CHOICES, RULES, check_embedding, check_output

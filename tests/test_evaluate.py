@@ -10,8 +10,9 @@ from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from programs import run_program
 
-from dino_lightning.cli.errors import explain
-from dino_lightning.cli.train import CONF, EXPLAINED, options
+from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.resolvers import options
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig
 from dino_lightning.config.checks.evaluation import RULES, check_evaluation, kinds_of_data
 from dino_lightning.config.constraints import check_keys

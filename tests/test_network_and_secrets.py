@@ -14,8 +14,8 @@ import pytest
 from composing import SMALL, composed
 
 import dino_lightning
-from dino_lightning.cli.errors import explain
-from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.train import CONF
 from dino_lightning.config.constraints import check_keys
 
 PROJECT = Path(__file__).parents[1]

@@ -13,11 +13,11 @@ from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dino_lightning.cli.overrides import with_home_folders
-from dino_lightning.cli.quick_start import kind_of, with_quick_start
-from dino_lightning.cli.train import as_hydra_takes_it
+from dino_lightning.cli.overrides import as_hydra_takes_it, with_home_folders
+from dino_lightning.cli.quick_start import with_quick_start
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
+from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.errors import UserError
 from dino_lightning.training.autoconfig.apply import suggest_settings
 

@@ -25,7 +25,8 @@ from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED
-from dino_lightning.training.run import run_training, threads_beside
+from dino_lightning.training.resources import threads_beside
+from dino_lightning.training.run import run_training
 
 ROOT = Path(__file__).parents[1]
 SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false"]

@@ -12,17 +12,18 @@ from PIL import Image
 from programs import TRAIN, run_program
 
 from dino_lightning.checkpoints.load import load_network
-from dino_lightning.cli.errors import explain
+from dino_lightning.cli.errors import EXPLAINED, explain
 from dino_lightning.cli.plugins import import_one
-from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.evaluation import check_evaluation
-from dino_lightning.config.checks.training import check_config, check_data
+from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
-from dino_lightning.runtime.environment import check_environment, check_variables
+from dino_lightning.runtime.environment import check_variables
 from dino_lightning.training.build import build_data
+from dino_lightning.training.preflight import check_data, check_environment
 
 WRONG = [
     ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),

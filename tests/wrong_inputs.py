@@ -17,8 +17,8 @@ from unittest.mock import patch
 import lightning as L
 from composing import composed, composed_evaluation
 
-from dino_lightning.cli.errors import explain
-from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.train import CONF
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.training.run import run_training
 

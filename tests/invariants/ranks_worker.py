@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig, TrainerConfig
 from dino_lightning.models.kernels import tiles
-from dino_lightning.models.vit import compiled_pass
+from dino_lightning.models.packed_block import compiled_pass
 from dino_lightning.runtime.collectives import leave_group
 from dino_lightning.runtime.sharding import is_sharded, local, whole
 from dino_lightning.training.strategy import build_strategy

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from profiles import check, examples
 
-from dino_lightning.cli.errors import explain
+from dino_lightning.cli.errors import EXPLAINED, explain
 from dino_lightning.cli.export import check as check_export
-from dino_lightning.cli.train import CONF, EXPLAINED
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 from dino_lightning.config.checks.evaluation import check_evaluation
 from dino_lightning.config.checks.training import check_config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.models.kernels.block import fused_block
-from dino_lightning.models.vit import PackedBlock, packed_pass
+from dino_lightning.models.packed_block import PackedBlock, packed_pass
 
 SHAPES = ((3, 17), (5, 5))
 WIDTH, HEADS = 96, 3

@@ -21,8 +21,8 @@ from dino_lightning.evaluation.attention.attention import checked_side, evaluate
 from dino_lightning.evaluation.attention.images import WholeView
 from dino_lightning.evaluation.attention.pictures import picture_names
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.models.backbones import cls_attention
 from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import cls_attention
 from dino_lightning.runtime.collectives import leave_group
 
 BUILTIN = BuiltinData(train_images=12, val_images=13, num_workers=0)

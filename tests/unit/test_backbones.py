@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.errors import UserError
-from dino_lightning.models.backbones import build_backbone, cls_attention, has_attention
+from dino_lightning.models.backbones import build_backbone
+from dino_lightning.models.tokens import cls_attention, has_attention
 from dino_lightning.models.vit import OriginalViT, resample_position_embedding
 
 SMALL = ViTConfig(width=32, depth=2, heads=2, patch_size=16)

@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 from dino_lightning.config import StepConfig, TimmConfig, ViTConfig
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.multi_crop import MultiCropNetwork
-from dino_lightning.models.vit import OriginalViT, compiled_pass
+from dino_lightning.models.packed_block import compiled_pass
+from dino_lightning.models.vit import OriginalViT
 
 
 def network(step: StepConfig, *, rate: float = 0.0, depth: int = 12) -> MultiCropNetwork:

@@ -11,7 +11,7 @@ from PIL import Image
 from programs import run_program
 
 from dino_lightning.cli.data import main
-from dino_lightning.cli.quick_start import kind_of
+from dino_lightning.data.sources.detect import kind_of
 
 
 def draw(path: Path, *, seed: int, size: tuple[int, int] = (48, 40), **options: Any) -> Path:

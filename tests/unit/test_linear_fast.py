@@ -16,11 +16,12 @@ from dino_lightning.data.sources.base import Part, Sources, held_out
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import linear
 from dino_lightning.evaluation.classification import linear_grid as linear_fast
-from dino_lightning.evaluation.classification.classifiers import FeatureChoice, LinearClassifier, accuracy, count_right
+from dino_lightning.evaluation.classification.classifiers import LinearClassifier, accuracy, count_right
 from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
 from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.features.choice import FeatureChoice
 from dino_lightning.evaluation.features.images import ViewedImages, center_view
-from dino_lightning.models.frozen import linear_features
+from dino_lightning.models.tokens import linear_features
 
 CPU = torch.device("cpu")
 BUILTIN = BuiltinData(train_images=150, val_images=48, num_workers=0)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy, entropy_and_divergence, sharpen
+from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy, sharpen
+from dino_lightning.losses.output_statistics import entropy_and_divergence
 from dino_lightning.models.factored_logits import Factors
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

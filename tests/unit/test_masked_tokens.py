@@ -15,7 +15,8 @@ from dino_lightning.config import StepConfig, ViTConfig
 from dino_lightning.models.kernels import tiles
 from dino_lightning.models.masking import Masks, draw_masks
 from dino_lightning.models.multi_crop import MultiCropNetwork
-from dino_lightning.models.vit import OriginalViT, compiled_pass
+from dino_lightning.models.packed_block import compiled_pass
+from dino_lightning.models.vit import OriginalViT
 
 GRID = (4, 4)
 

@@ -9,7 +9,9 @@ import tiny_methods
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import cross_view_distance, info_nce, koleo, view_entropy
+from dino_lightning.losses.contrastive import info_nce
+from dino_lightning.losses.cross_view import cross_view_distance, view_entropy
+from dino_lightning.losses.koleo import koleo
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -5,7 +5,7 @@ import torch
 from evaluation_tools import timm_network, tiny_network
 
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import last_blocks, linear_features, patch_size, patch_tokens
+from dino_lightning.models.tokens import last_blocks, linear_features, patch_size, patch_tokens
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_b0", "test_vit"])

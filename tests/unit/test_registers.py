@@ -16,11 +16,12 @@ from torch import Tensor
 from dino_lightning.checkpoints import Description, export_backbone, load_network
 from dino_lightning.config import BackboneConfig, StepConfig, ViTConfig
 from dino_lightning.evaluation.retrieval.descriptors import cls_and_gem
-from dino_lightning.models.backbones import build_backbone, cls_attention
-from dino_lightning.models.frozen import linear_features, patch_tokens
+from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.kernels import tiles
 from dino_lightning.models.multi_crop import MultiCropNetwork
-from dino_lightning.models.vit import OriginalViT, compiled_pass
+from dino_lightning.models.packed_block import compiled_pass
+from dino_lightning.models.tokens import cls_attention, linear_features, patch_tokens
+from dino_lightning.models.vit import OriginalViT
 
 R, PATCH, HEADS = 3, 8, 2
 CONFIG = ViTConfig(width=32, depth=3, heads=HEADS, patch_size=PATCH, registers=R)

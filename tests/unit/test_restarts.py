@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.runtime.scheduler import requeue_slurm_job, resume_mode, slurm_job
+from dino_lightning.runtime.scheduler import requeue_slurm_job, slurm_job
+from dino_lightning.training.resume import resume_mode
 
 VARIABLES = ("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
              "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "SUBMITIT_EXECUTOR")  # fmt: skip

@@ -4,8 +4,9 @@ import numpy as np
 import oracles
 import pytest
 
+from dino_lightning.config.duration import Duration
 from dino_lightning.errors import UserError
-from dino_lightning.optim.schedules import Cosine, Duration, LinearWarmup
+from dino_lightning.optim.schedules import Cosine, LinearWarmup
 
 ROUNDING = 1e-12
 """The same formula in another order of operations, in float64."""

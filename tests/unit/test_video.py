@@ -22,7 +22,8 @@ from dino_lightning.evaluation.video.frames import frame_size, resized, resized_
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
 from dino_lightning.evaluation.video.video import evaluate, shares
-from dino_lightning.models.frozen import Network, patch_tokens
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import patch_tokens
 from dino_lightning.runtime.collectives import leave_group
 
 METRICS = ["j_and_f_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay"]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.cli.errors import explain
-from dino_lightning.cli.train import as_hydra_takes_it
+from dino_lightning.cli.overrides import as_hydra_takes_it
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.conf_dir import CONF

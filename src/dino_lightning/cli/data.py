@@ -19,10 +19,11 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dino_lightning.cli.errors import explain
-from dino_lightning.cli.quick_start import kind_of
-from dino_lightning.cli.train import CONF, EXPLAINED, refuse_number, register_timm_networks, with_settings_for_data
+from dino_lightning.cli.errors import EXPLAINED, explain, refuse_number
+from dino_lightning.cli.overrides import register_timm_networks, with_settings_for_data
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import CropsConfig, DataConfig, register
+from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.errors import UserError
 
 EXAMPLES = """examples:

@@ -15,8 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
+from dino_lightning.cli.errors import EXPLAINED, refuse, refuse_number
 from dino_lightning.cli.overrides import in_hydras_grammar
-from dino_lightning.cli.train import CONF, EXPLAINED, groups, refuse, refuse_number
+from dino_lightning.cli.resolvers import groups
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError

@@ -1,15 +1,23 @@
 """Errors of Hydra and OmegaConf as one sentence with the nearest valid choice."""
 
+import os
 import re
+import sys
+import time
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS
-from dino_lightning.config.conf_dir import option_names
+from dino_lightning.config.conf_dir import CONF, option_names
 from dino_lightning.config.docs import all_keys
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written, nearest
 
 PROGRAMS = {
     "TrainConfig": "training (train.py)",
@@ -124,3 +132,60 @@ def _first_line(text: str, start: str) -> str:
 def _doc(key: str) -> str:
     doc = next((found.doc for found in all_keys() if found.name == re.sub(r"\[\d+\]", "", key)), "see its group")
     return f"it is: {doc}"
+
+
+PRINTING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+"""Flags of Hydra's that print and do nothing else."""
+
+
+ALONE_S = 2.0
+"""Seconds after which an error counts as that of this process alone."""
+
+
+EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
+"""Errors that a user causes; all others keep their traceback."""
+
+
+def sentence(error: Exception) -> str | None:
+    """What a failed run has to say, or None for an error that nobody foresaw."""
+    return explain(error, conf=CONF) if isinstance(error, (*EXPLAINED, FloatingPointError)) else None
+
+
+def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
+    """Say what is wrong, once over all processes that have the same error, and leave with status 2."""
+    words, number = explain(error, conf=CONF), int(os.environ.get("LOCAL_RANK", "0"))
+    if number == 0:
+        print(f"{program}: {words}", file=sys.stderr)
+    elif not isinstance(error, RanksDifferError):
+        # An error that the first process of the machine has, too, makes the launcher end this one meanwhile.
+        time.sleep(ALONE_S)
+        print(f"{program}: on rank {os.environ.get('RANK', number)}: {words}", file=sys.stderr)
+    sys.exit(2)
+
+
+def end_without_others(error: RuntimeError) -> NoReturn:
+    """Say that another rank is lost, in place of the traceback of whatever waited for it, and leave with status 1."""
+    cause = " ".join(str(error).split())
+    print(f"dino-lightning: rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} ends because another rank "
+          "has ended or has not answered within collective_timeout_s; if one has failed, its own message says why "
+          f"({cause[:300]})", file=sys.stderr)  # fmt: skip
+    sys.exit(1)
+
+
+def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoReturn:
+    """Say that Hydra could not make the folder of the run, which it does before all else; raise other errors again."""
+    if isinstance(error, BrokenPipeError) and PRINTING & set(sys.argv):  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes on its way out
+        sys.exit(0)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [file for file in files if Path(file).name not in ("pathlib.py", "_local.py", "os.py")]
+    if error.filename is None or Path(hydra.__file__).parent not in Path(ours[-1]).parents:
+        raise error
+    refuse(cannot_be_written("output_dir", error.filename, error), program=program)
+
+
+def refuse_number(error: OverflowError, *, program: str = "dino-lightning") -> NoReturn:
+    """Say that the number of a key has hundreds of digits, for which OmegaConf has no error; raise others again."""
+    if "full_key" not in str(error):
+        raise error
+    refuse(error, program=program)

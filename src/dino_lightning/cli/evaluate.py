@@ -21,18 +21,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
+from dino_lightning.cli.errors import EXPLAINED, refuse, refuse_folder, refuse_number, sentence
 from dino_lightning.cli.overrides import in_hydras_grammar
+from dino_lightning.cli.resolvers import groups, run_name
 from dino_lightning.cli.sweeps import Jobs, first_on_machine
-from dino_lightning.cli.train import (
-    CONF,
-    EXPLAINED,
-    groups,
-    refuse,
-    refuse_folder,
-    refuse_number,
-    run_name,
-    sentence,
-)
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.runtime.files import FAILED

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dino_lightning.cli.errors import explain
+from dino_lightning.cli.errors import EXPLAINED, explain, refuse_number
 from dino_lightning.cli.overrides import in_hydras_grammar
-from dino_lightning.cli.train import CONF, EXPLAINED, refuse_number
+from dino_lightning.cli.train import CONF
 from dino_lightning.config import register
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.config.docs import all_keys
@@ -95,7 +95,7 @@ def export(config: ExportConfig) -> None:
     """Load, write, and say what came of it."""
     from dino_lightning.checkpoints import load_network  # torch loads in seconds: not needed for --help
     from dino_lightning.checkpoints.formats import check_format, export_network
-    from dino_lightning.models.frozen import is_vit, patch_size
+    from dino_lightning.models.tokens import is_vit, patch_size
 
     check_format(config.format)
     network = load_network(config.checkpoint, key=config.checkpoint_key)

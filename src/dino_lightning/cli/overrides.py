@@ -4,9 +4,13 @@ import os
 import re
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from dino_lightning.cli.quick_start import with_quick_start
+from dino_lightning.config import TimmConfig
+from dino_lightning.config.conf_dir import CONF, option_names
 from dino_lightning.config.paths import PATHS
 
 KEYS = (*PATHS, "checkpoint", "init_from")
@@ -89,3 +93,43 @@ def _quoted(word: str) -> str:
     trailing = [len(part) - len(part.rstrip("\\")) for part in parts]
     parts = [part + "\\" * count for part, count in zip(parts, trailing, strict=True)]
     return f"{key}='" + "\\'".join(parts) + "'"
+
+
+def as_hydra_takes_it(words: list[str], *, fast: bool | None = None) -> list[str]:
+    """The words of a command line with what they leave unsaid, and in Hydra's grammar; networks of timm among them
+    become options. `fast` says whether there is a GPU; None looks where that matters."""
+    register_timm_networks(words)
+    return with_settings_for_data(with_quick_start(in_hydras_grammar(words), fast=fast))
+
+
+def register_timm_networks(overrides: list[str]) -> None:
+    """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
+    # Several for a grid, and `choice(…)` of some for Optuna.
+    names = [part for text in overrides if text.startswith("backbone=") for part in re.findall(r"[^,()]+", text[9:])]
+    unknown = set(names) - set(option_names(CONF / "backbone"))
+    if not unknown:
+        return
+    import timm
+
+    for name in filter(timm.is_model, sorted(unknown)):
+        ConfigStore.instance().store(group="backbone", name=name, node=TimmConfig(name=name))
+
+
+def with_settings_for_data(overrides: list[str]) -> list[str]:
+    """The overrides and, where they name data but no experiment, the experiment for photographs.
+
+    The default experiment, `quick`, is tuned to the drawings of the built-in set. A sweep over experiments names them.
+    """
+    groups = dict(text.split("=", 1) for text in overrides if "=" in text)
+    if groups.get("data", "builtin") == "builtin" or "experiment" in groups or _names_experiments(groups.get("sweep")):
+        return overrides
+    # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
+    place = overrides.index(f"data={groups['data']}")
+    return [*overrides[:place], "experiment=photos32", *overrides[place:]]
+
+
+def _names_experiments(sweep: str | None) -> bool:
+    if sweep in (None, "null"):
+        return False
+    path = CONF / "sweep" / f"{sweep}.yaml"
+    return not path.exists() or "experiment:" in path.read_text()

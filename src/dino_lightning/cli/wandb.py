@@ -13,17 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
-
-import wandb
 
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import STEP, missing_key
-from dino_lightning.report.wandb_workspace import SECTIONS, Chart
-
-EXTRA = 'pip install "dino-lightning[wandb-workspaces]"'
-ANSWERS_WITHIN_S = 30
+from dino_lightning.loggers.wandb import missing_key
+from dino_lightning.report.wandb_workspace import EXTRA, default_entity, save_report, save_view
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,61 +56,14 @@ def check() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")  # it prints addresses of its own
 
 
-def default_entity() -> str:
-    """The user or team that W&B takes for this key."""
-    try:
-        entity = wandb.Api(timeout=ANSWERS_WITHIN_S).default_entity
-    except Exception as error:
-        raise _refused(error) from error
-    if not entity:
-        raise UserError("W&B names no default user or team for this key; name one with --entity.")
-    return entity
 
 
-def save_view(entity: str, project: str, *, name: str) -> str:
-    """Save the view; its address."""
-    import wandb_workspaces.workspaces as ws
-
-    sections = [
-        ws.Section(name=section.title, panels=[panel(chart) for chart in section.charts], is_open=section.is_open)
-        for section in SECTIONS
-    ]
-    view = ws.Workspace(entity=entity, project=project, name=name, sections=sections)
-    try:
-        return view.save().url
-    except Exception as error:
-        raise _refused(error) from error
 
 
-def save_report(entity: str, project: str, *, name: str) -> str:
-    """Save a report with the charts of all runs; its address."""
-    import wandb_workspaces.reports.v2 as wr
-
-    blocks: list[Any] = []
-    for section in SECTIONS:
-        runs = wr.Runset(entity=entity, project=project)
-        grid = wr.PanelGrid(runsets=[runs], panels=[panel(chart) for chart in section.charts])
-        blocks += [wr.H2(text=section.title), grid]
-    report = wr.Report(entity=entity, project=project, title=f"{name}: runs compared", blocks=blocks)
-    try:
-        return report.save().url
-    except Exception as error:
-        raise _refused(error) from error
 
 
-def panel(chart: Chart) -> Any:
-    """A chart as W&B has it."""
-    import wandb_workspaces.reports.v2 as wr
-
-    if chart.pictures:
-        return wr.MediaBrowser(title=chart.title, media_keys=list(chart.names), num_columns=1)
-    x = "Step" if chart.names[0].startswith("system/") else STEP
-    return wr.LinePlot(title=chart.title, x=x, y=list(chart.names), log_y=chart.log)
 
 
-def _refused(error: Exception) -> UserError:
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return UserError(f"{host} has not saved it ({' '.join(str(error).split())}); check key, --entity and --project.")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from dino_lightning.config.callbacks import (
-    CallbacksConfig,
-    CollapseConfig,
-    CSVLoggerConfig,
-    KNNConfig,
-    LoggerConfig,
-    PicturesConfig,
-    PruningConfig,
-    TensorBoardLoggerConfig,
-    WandbLoggerConfig,
-)
+from dino_lightning.config.callbacks import CallbacksConfig, CollapseConfig, KNNConfig, PicturesConfig, PruningConfig
 from dino_lightning.config.compute import StepConfig
 from dino_lightning.config.crops import CropsConfig
 from dino_lightning.config.data import (
@@ -65,6 +55,7 @@ from dino_lightning.config.evaluation import (
     VOCData,
 )
 from dino_lightning.config.export import ExportConfig
+from dino_lightning.config.loggers import CSVLoggerConfig, LoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from dino_lightning.config.method import (
     MOCO_VERSIONS,
     BYOLConfig,

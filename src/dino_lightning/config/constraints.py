@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.config.paths import PATHS, usable_path
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.devices import trains_on_cpu
 
 LARGEST = 2**53
 LONGEST = 200

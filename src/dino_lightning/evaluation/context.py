@@ -5,6 +5,8 @@
 An evaluation yields results and saves pictures; who writes them down and where is not its matter.
 """
 
+import atexit
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +21,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dino_lightning.config import DataConfig, ImagesConfig
+from dino_lightning.config import (
+    DataConfig,
+    DevicesConfig,
+    EvaluateConfig,
+    ImagesConfig,
+)
 from dino_lightning.data.sources import Sources, open_sources
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import Network
+from dino_lightning.runtime.collectives import leave_group
 
 
 @dataclass(frozen=True)
@@ -133,3 +141,35 @@ class Task:
         folder = self.output / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name.stem}{suffix}{name.suffix}"
+
+
+def start(config: EvaluateConfig) -> Runtime:
+    """The devices, with the other processes running."""
+    fabric = launched(config.trainer)
+    fabric.seed_everything(config.seed, verbose=False)
+    set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
+    return Runtime(fabric, show_progress=config.trainer.enable_progress_bar)
+
+
+def launched(trainer: DevicesConfig) -> Fabric:
+    """Fabric on the configured devices, with the other processes running."""
+    try:
+        fabric = Fabric(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision=trainer.precision,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    fabric.launch()
+    atexit.register(leave_group)
+    return fabric
+
+
+def set_threads(fabric: Fabric, threads: int | None, *, num_nodes: int) -> None:
+    """Give each process on a CPU its share of the cores, or `threads`."""
+    if fabric.device.type == "cpu":
+        processes = max(1, fabric.world_size // num_nodes)
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))

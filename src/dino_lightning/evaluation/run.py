@@ -1,14 +1,10 @@
 """One evaluation from configuration to results, in its order."""
 
-import atexit
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +16,6 @@ from dino_lightning.config import (
     ClassificationEval,
     CopyDetectionEval,
     DataConfig,
-    DevicesConfig,
     EvaluateConfig,
     FinetuneEval,
     KNNEval,
@@ -38,17 +33,18 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.attention import attention
 from dino_lightning.evaluation.classification import finetune, knn, linear, logistic, neighbors
 from dino_lightning.evaluation.classification import linear_grid as linear_fast
-from dino_lightning.evaluation.context import Result, Runtime, Task
+from dino_lightning.evaluation.context import Result, Runtime, Task, start
 from dino_lightning.evaluation.results import ResultsFile, results_table
 from dino_lightning.evaluation.retrieval import copy_detection, retrieval
 from dino_lightning.evaluation.video import video
 from dino_lightning.evaluation.wandb import log_results, start_evaluation
+from dino_lightning.loggers.checks import check_logger
 from dino_lightning.loggers.wandb import closed_wandb
 from dino_lightning.models.frozen import Network, check_size
-from dino_lightning.runtime.collectives import leave_group
 from dino_lightning.runtime.console import quieten_libraries
-from dino_lightning.runtime.environment import check_gpus, check_logger, check_variables, check_writable
-from dino_lightning.runtime.files import environment
+from dino_lightning.runtime.environment import check_gpus, check_variables
+from dino_lightning.runtime.files import check_writable
+from dino_lightning.runtime.provenance import environment
 
 
 def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | None:
@@ -91,36 +87,10 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     return next((result.value for result in columns[0][1] if result.main), None)
 
 
-def start(config: EvaluateConfig) -> Runtime:
-    """The devices, with the other processes running."""
-    fabric = launched(config.trainer)
-    fabric.seed_everything(config.seed, verbose=False)
-    set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
-    return Runtime(fabric, show_progress=config.trainer.enable_progress_bar)
 
 
-def launched(trainer: DevicesConfig) -> Fabric:
-    """Fabric on the configured devices, with the other processes running."""
-    try:
-        fabric = Fabric(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy,
-            precision=trainer.precision,
-        )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-    fabric.launch()
-    atexit.register(leave_group)
-    return fabric
 
 
-def set_threads(fabric: Fabric, threads: int | None, *, num_nodes: int) -> None:
-    """Give each process on a CPU its share of the cores, or `threads`."""
-    if fabric.device.type == "cpu":
-        processes = max(1, fabric.world_size // num_nodes)
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
 
 
 def check_network(config: EvaluateConfig, network: Network) -> None:

@@ -5,13 +5,11 @@ for t < T.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.models.factored_logits import Factors
 from dino_lightning.runtime.precision import at_least_float32, without_autocast
 
 
@@ -68,38 +66,8 @@ def cross_view_distance(predicted_VBD: Tensor, target_TBD: Tensor) -> Tensor:
     return pairs.sum() / (T * (V - 1))
 
 
-def koleo(features_BD: Tensor) -> Tensor:
-    """The Kozachenko-Leonenko estimate of (negative) entropy: -mean log distance to the nearest other feature.
-
-    Of features at length 1, so that they spread over the sphere (Sablayrolles et al. 2019, DINOv2). Which is nearest
-    is found without gradient.
-    """
-    x_BD = F.normalize(at_least_float32(features_BD), dim=-1, eps=1e-8)
-    with torch.no_grad(), without_autocast(x_BD):
-        similarity_BB = x_BD @ x_BD.T
-        nearest_B = similarity_BB.fill_diagonal_(-2.0).argmax(dim=1)
-    distance_B = (x_BD - x_BD[nearest_B] + 1e-8).norm(dim=-1)
-    return -(distance_B + 1e-8).log().mean()
 
 
-def info_nce(
-    query_BD: Tensor, key_BD: Tensor, *, temperature: float, negatives_ND: Tensor | None = None, first: int = 0
-) -> Tensor:
-    """InfoNCE (MoCo's equation 1), mean over B images: pick the key of one's own image out of many.
-
-    All vectors have length 1. With `negatives_ND`, query b is compared with key b and with all of them. Without, the
-    keys of other images are the negatives: `key_BD` may then hold those of all ranks, of which `first` is the position
-    of this rank's first.
-    """
-    query_BD, key_BD = at_least_float32(query_BD), at_least_float32(key_BD)
-    own_B = torch.arange(len(query_BD), device=query_BD.device) + first
-    # The products in full precision: at a temperature of 0.2, the rounding of bfloat16 is 2 % of a probability.
-    with without_autocast(query_BD):
-        if negatives_ND is None:
-            return F.cross_entropy(query_BD @ key_BD.T / temperature, own_B)
-        own_B1 = (query_BD * key_BD).sum(dim=-1, keepdim=True)
-        logits_BN = torch.cat([own_B1, query_BD @ at_least_float32(negatives_ND).T], dim=1)
-        return F.cross_entropy(logits_BN / temperature, torch.zeros_like(own_B))
 
 
 @torch.no_grad()
@@ -108,38 +76,7 @@ def sharpen(teacher_TBK: Tensor, sharpness: Sharpness) -> Tensor:
     return ((at_least_float32(teacher_TBK) - sharpness.center) / sharpness.teacher_temperature).softmax(dim=-1)
 
 
-class OutputFigures(NamedTuple):
-    """What distributions over prototypes have in common, in nats."""
-
-    entropy: Tensor
-    """Mean over images of the entropy of the target, h(p_t)."""
-    divergence: Tensor
-    """Mean over images of D_KL(p_t || p_s)."""
-    mean_output: Tensor
-    """Mean of the targets (K,)."""
 
 
-@torch.no_grad()
-def entropy_and_divergence(student: Factors, teacher: Factors, sharpness: Sharpness, *, rows: int) -> OutputFigures:
-    """Mean entropy h(p_t) and divergence D_KL(p_t || p_s), the two curves of the paper's figure 7, and the mean p_t.
-
-    Row i of the student is the same crop as row i of the teacher; the student may have more. Entropy and divergence add
-    up to the cross-entropy. Entropy ln K is collapse to uniform, entropy 0 is collapse to one prototype; in both the
-    divergence goes to 0. So many `rows` of logits are held at once.
-    """
-    pieces = []
-    for start in range(0, len(teacher), rows):
-        piece = slice(start, min(start + rows, len(teacher)))
-        target_rK = sharpen(teacher.logits(piece), sharpness)
-        log_p_rK = (at_least_float32(student.logits(piece)) / sharpness.student_temperature).log_softmax(dim=-1)
-        share = len(target_rK) / len(teacher)
-        pieces.append([share * figure for figure in output_figures(target_rK, log_p_rK)])
-    return OutputFigures(*(torch.stack(parts).sum(dim=0) for parts in zip(*pieces, strict=True)))
 
 
-@torch.no_grad()
-def output_figures(target_NK: Tensor, log_p_NK: Tensor) -> OutputFigures:
-    """The figures of targets and of logarithms of predictions."""
-    entropy = torch.special.entr(target_NK).sum(dim=-1).mean()
-    cross_entropy = -(target_NK * log_p_NK).sum(dim=-1).mean()
-    return OutputFigures(entropy, cross_entropy - entropy, target_NK.mean(dim=0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import OptimConfig
+from dino_lightning.config.duration import Duration
 from dino_lightning.data.batch import images_in
 from dino_lightning.losses.centering import Centering
 from dino_lightning.losses.feature_queue import FeatureQueue
@@ -24,8 +25,8 @@ from dino_lightning.methods.metrics_buffer import Reading, Readings, read_now
 from dino_lightning.methods.nonfinite import Overflows, Policy, Trouble, drop_gradients, hold_back, trouble_in
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups, unscaling
-from dino_lightning.optim.schedules import Cosine, Duration
-from dino_lightning.runtime.collectives import runs_ahead
+from dino_lightning.optim.schedules import Cosine
+from dino_lightning.runtime.devices import runs_ahead
 from dino_lightning.runtime.sharding import shard
 
 GLOBAL_CROPS = 2

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import OutputFigures, Sharpness, entropy_and_divergence, output_figures
+from dino_lightning.losses.cross_view import Sharpness
+from dino_lightning.losses.output_statistics import OutputFigures, entropy_and_divergence, output_figures
 from dino_lightning.models.factored_logits import Factors
 from dino_lightning.runtime.collectives import all_reduce_mean, world_size
 from dino_lightning.runtime.precision import at_least_float32

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config import DINOConfig, OptimConfig, StepConfig
+from dino_lightning.config.duration import Duration
 from dino_lightning.losses.chunked import chunked_cross_view_entropy
-from dino_lightning.losses.cross_view import Sharpness, cross_view_distance, cross_view_entropy, koleo
+from dino_lightning.losses.cross_view import Sharpness, cross_view_distance, cross_view_entropy
+from dino_lightning.losses.koleo import koleo
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.collapse_signals import note_feature_signals, note_output_signals
 from dino_lightning.methods.dino_modules import dino_centering, dino_head, dino_predictor
@@ -22,7 +24,7 @@ from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.models.factored_logits import Factors
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.optimizers import drop_last_layer_gradients
-from dino_lightning.optim.schedules import Duration, LinearWarmup
+from dino_lightning.optim.schedules import LinearWarmup
 
 
 @final

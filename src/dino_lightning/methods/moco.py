@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.config import MoCoConfig, OptimConfig, StepConfig
-from dino_lightning.losses.cross_view import info_nce
+from dino_lightning.losses.contrastive import info_nce
 from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.collapse_signals import note_feature_signals

@@ -3,41 +3,15 @@
 A backbone is a timm network without classifier; `num_features` is D.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.config.timm_names import check_timm_name
+from dino_lightning.errors import UserError
 from dino_lightning.models.vit import OriginalViT
-
-
-@torch.no_grad()
-def cls_attention(vit: VisionTransformer, images_B3HW: Tensor) -> Tensor:
-    """How much the class token attends to each patch in the last block: (B, heads, h, w), summing to less than 1.
-
-    This is what the paper's figure 1 shows.
-    """
-    patches = vit.patch_embed(images_B3HW)
-    B, h, w, _ = patches.shape
-    x_BND = vit.norm_pre(vit._pos_embed(patches))
-    *before, last = vit.blocks
-    for block in before:
-        x_BND = block(x_BND)
-    attention, norm = cast(Any, last.attn), cast(nn.Module, last.norm1)
-    qkv = attention.qkv(norm(x_BND)).reshape(B, x_BND.shape[1], 3, attention.num_heads, -1)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    scores_BhN = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * attention.scale
-    return scores_BhN.softmax(dim=-1)[:, :, vit.num_prefix_tokens :].reshape(B, -1, h, w)
-
-
-def has_attention(backbone: nn.Module) -> bool:
-    """Whether `cls_attention` can look into this network."""
-    return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None and backbone.dynamic_img_size
 
 
 def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool, channels: int = 3) -> nn.Module:
@@ -73,11 +47,6 @@ def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float,
     )
 
 
-def check_timm_name(name: str) -> None:
-    """Refuse a name that timm does not know."""
-    if not timm.is_model(name):
-        raise UserError(f"backbone.name={name} is not a network of timm {timm.__version__}; "
-                        f"{nearest(name, timm.list_models())}")  # fmt: skip
 
 
 def _unusual(channels: int) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from dino_lightning.errors import UserError
+from dino_lightning.models.tokens import is_vit, patch_size
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,8 @@ class Network:
         return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
-def is_vit(backbone: nn.Module) -> bool:
-    """Whether the functions below can look at this network's tokens block by block."""
-    return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None
 
 
-def patch_size(backbone: nn.Module) -> int:
-    """Side of a patch (pixels). Raises `UserError` for networks without."""
-    embed = getattr(backbone, "patch_embed", None)
-    size = getattr(embed, "patch_size", None)
-    if size is None:
-        raise UserError(f"checkpoint: {type(backbone).__name__} has no patches; this evaluation needs a ViT.")
-    return int(size[0]) if isinstance(size, tuple | list) else int(size)
 
 
 def check_size(network: Network, size: int, *, key: str) -> None:
@@ -81,70 +71,11 @@ def check_size(network: Network, size: int, *, key: str) -> None:
         raise UserError(f"{key}={size}: {network.name} does not take it ({reason}).") from error
 
 
-@torch.no_grad()
-def last_blocks(backbone: nn.Module, images_BCHW: Tensor, *, n: int) -> list[Tensor]:
-    """Tokens (B, P + N, D) after each of the last n blocks, deepest last, each through the final norm.
-
-    Raises `UserError` where the network has no blocks to look at, or fewer than n.
-    """
-    if not is_vit(backbone):
-        raise UserError(f"checkpoint: {type(backbone).__name__} has no class token and blocks; this needs a ViT.")
-    vit = cast(VisionTransformer, backbone)
-    if n > len(vit.blocks):
-        raise UserError(f"eval.n_last_blocks={n}: the network has {len(vit.blocks)} blocks.")
-    x_BTD = vit.norm_pre(vit._pos_embed(vit.patch_embed(images_BCHW)))
-    outputs = []
-    for i, block in enumerate(vit.blocks):
-        x_BTD = block(x_BTD)
-        if len(vit.blocks) - i <= n:
-            outputs.append(vit.norm(x_BTD))
-    return outputs
 
 
-@torch.no_grad()
-def linear_features(backbone: nn.Module, images_BCHW: Tensor, *, n_last_blocks: int, avgpool: bool) -> Tensor:
-    """The features of the linear evaluation: (B, n D), or (B, (n + 1) D) with `avgpool`.
-
-    With `avgpool` the original stacks class tokens and mean patch token on a new last axis and flattens: for n = 1 the
-    two alternate value by value. Published classifiers expect that order. A network other than a ViT gives (B, D), and
-    n = 1 without `avgpool` is all it knows.
-    """
-    if not is_vit(backbone):
-        if n_last_blocks != 1 or avgpool:
-            raise UserError(f"eval.n_last_blocks={n_last_blocks} eval.avgpool={str(avgpool).lower()}: "
-                            f"{type(backbone).__name__} has no class token; set eval.n_last_blocks=1 "
-                            "eval.avgpool=false.")  # fmt: skip
-        return backbone(images_BCHW)
-    blocks = last_blocks(backbone, images_BCHW, n=n_last_blocks)
-    return join_tokens([block[:, 0] for block in blocks], _mean_patch(backbone, blocks[-1]) if avgpool else None)
 
 
-def join_tokens(cls_nBD: list[Tensor], mean_patch_BD: Tensor | None) -> Tensor:
-    """Class tokens of n blocks, and a mean patch token, in the order of the original: see `linear_features`."""
-    cls_BnD = torch.cat(cls_nBD, dim=-1)
-    if mean_patch_BD is None:
-        return cls_BnD
-    if len(cls_nBD) == 1:
-        return torch.stack([cls_BnD, mean_patch_BD], dim=-1).flatten(1)
-    # The original stacks here, too, and fails on the widths; the paper uses the two together with n = 1 only.
-    return torch.cat([cls_BnD, mean_patch_BD], dim=-1)
 
 
-@torch.no_grad()
-def patch_tokens(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """The patch tokens of the last block, through the final norm: (B, h, w, D).
-
-    Of a convolutional network, its last feature map.
-    """
-    if is_vit(backbone):
-        p, prefix = patch_size(backbone), cast(Any, backbone).num_prefix_tokens
-        h, w = images_BCHW.shape[-2] // p, images_BCHW.shape[-1] // p
-        return last_blocks(backbone, images_BCHW, n=1)[0][:, prefix:].unflatten(1, (h, w))
-    features = cast(Any, backbone).forward_features(images_BCHW)
-    if features.ndim != 4:
-        raise UserError(f"checkpoint: {type(backbone).__name__} gives no map of patches; this evaluation needs a ViT.")
-    return features.permute(0, 2, 3, 1)
 
 
-def _mean_patch(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:
-    return tokens_BTD[:, cast(Any, backbone).num_prefix_tokens :].mean(dim=1)

@@ -4,18 +4,14 @@ import ipaddress
 import os
 import re
 import socket
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino_lightning.config import LoggerConfig, TensorBoardLoggerConfig, TrainConfig, WandbLoggerConfig
-from dino_lightning.data.cache import cache_root
-from dino_lightning.errors import UserError, cannot_be_written, nearest
-from dino_lightning.runtime.collectives import trains_on_cpu
-from dino_lightning.runtime.run_lock import is_first_process
+from dino_lightning.errors import UserError
+from dino_lightning.runtime.devices import trains_on_cpu
+from dino_lightning.runtime.ranks import is_first_process
 
 WHOLE_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID",
                  "SLURM_LOCALID", "SLURM_NTASKS")  # fmt: skip
@@ -25,24 +21,10 @@ LAUNCHERS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", 
 """Environment variables of which one is there where something starts processes on several machines."""
 GPU_NAME = re.compile(r"-?\d+|(GPU|MIG)-[0-9a-zA-Z/-]+|NoDevFiles")
 """The last is SLURM's word in jobs that have asked for no GPU."""
-WANDB_MODES = ("offline", "online", "disabled")
-WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
 GPUS = Path("/proc/driver/nvidia/gpus")
 """NVIDIA's driver lists its devices here, whatever the environment hides."""
 
 
-def check_environment(config: TrainConfig) -> None:
-    """Everything about machine and environment that a training run can know before it opens its images."""
-    check_variables()
-    check_gpus(config.trainer.accelerator)
-    if config.trainer.num_nodes > 1 and not any(os.environ.get(name) for name in LAUNCHERS):
-        raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: nothing has started processes on other machines, and this "
-            "one would wait for them; start it with srun or torchrun, or set trainer.num_nodes=1."
-        )
-    check_logger(config.logger)
-    if config.data.cache == "disk":
-        check_writable("data.cache_dir", cache_root(config.data))
 
 
 def check_variables() -> None:
@@ -81,59 +63,12 @@ def check_gpus(accelerator: str) -> None:
                     f"{kind}; mend the installation, or set trainer.accelerator=cpu.")  # fmt: skip
 
 
-def check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder, the value of `key`, that cannot be made or in which no file can be written."""
-    path = folder.expanduser().absolute()
-    missing = [parent for parent in (path, *path.parents) if not _exists(parent)]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"?")
-    except OSError as error:
-        raise cannot_be_written(key, folder, error) from error
-    finally:
-        for made in missing:
-            try:
-                made.rmdir()
-            except OSError:
-                break
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long
-        return False
 
 
-def check_logger(logger: LoggerConfig) -> None:
-    """Refuse a logger that cannot start. That W&B is out of reach is no reason: the run goes on offline then."""
-    match logger:
-        case TensorBoardLoggerConfig():
-            if not (find_spec("tensorboard") or find_spec("tensorboardX")):
-                raise UserError("logger=tensorboard needs the package tensorboard; install it (pip install "
-                                "tensorboard), or choose logger=csv.")  # fmt: skip
-        case WandbLoggerConfig():
-            _check_wandb(logger)
-        case _:
-            pass
 
 
-def _check_wandb(logger: WandbLoggerConfig) -> None:
-    if logger.mode not in WANDB_MODES:
-        raise UserError(f"logger.mode={logger.mode}: {nearest(logger.mode, WANDB_MODES)}")
-    for key in ("start_timeout_s", "end_timeout_s"):
-        if (value := getattr(logger, key)) <= 0:
-            raise UserError(f"logger.{key}={value}: expected a positive number of seconds.")
-    wrong = sorted(set(logger.project) & set("/\\#?%:"))
-    if wrong or not 0 < len(logger.project) <= 128:
-        reason = f"has a '{wrong[0]}'" if wrong else f"has {len(logger.project)} characters"
-        raise UserError(f"logger.project={logger.project} {reason}; W&B takes names of 1 to 128 characters without "
-                        "/ \\ # ? % and :.")  # fmt: skip
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode and mode not in WANDB_MODE_VARIABLE:
-        raise UserError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment "
-                        "variable.")  # fmt: skip
 
 
 def check_port(strategy: Any, *, world_size: int) -> None:

@@ -4,16 +4,13 @@ Floor 0: needs the standard library and, for what GPU there is, PyTorch.
 """
 
 import os
-import platform
-import shlex
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from dino_lightning.errors import cannot_be_written
 
 FAILED = "failed.txt"
 """In the folder of a run that failed: the reason in its first line, and the traceback of an unforeseen error."""
@@ -22,39 +19,8 @@ OVERRIDES = "overrides.yaml"
 """In the folder of a run of a sweep: the words `KEY=VALUE` of the command, with the values of this run."""
 
 
-def environment() -> dict[str, Any]:
-    """What the run was made with: versions, machine, commit, command line."""
-    import torch  # not above: processes that only start runs do without
-
-    packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "gpu": gpu,
-        "cpu_count": os.cpu_count(),
-        **{name: version(name) for name in packages},
-    }
 
 
-@cache
-def commit() -> str | None:
-    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel.
-
-    Asked at the start of a run and kept: by its end the checkout may have moved on.
-    """
-    folder = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(folder), "--no-optional-locks"]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.stdout.strip() else "")
 
 
 @contextmanager
@@ -94,3 +60,28 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text so that nobody ever sees half of it."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder, the value of `key`, that cannot be made or in which no file can be written."""
+    path = folder.expanduser().absolute()
+    missing = [parent for parent in (path, *path.parents) if not _exists(parent)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"?")
+    except OSError as error:
+        raise cannot_be_written(key, folder, error) from error
+    finally:
+        for made in missing:
+            try:
+                made.rmdir()
+            except OSError:
+                break
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False

@@ -14,18 +14,14 @@ from pathlib import Path
 from typing import IO
 
 from dino_lightning.errors import UserError, cannot_be_written
+from dino_lightning.runtime.ranks import is_first_process
 
 LOCK = ".running"
 """File in the folder of a run that goes on: host and number of its process."""
 PATIENCE_S = 1.0
 """Seconds for a run that is about to end, such as one that was told to leave just now."""
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "NODE_RANK", "GROUP_RANK")
-"""Environment variables that number the processes of a run from 0."""
 
 
-def is_first_process() -> bool:
-    """Whether this process is the first of its run, or the only one, as far as the environment knows."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 @contextmanager

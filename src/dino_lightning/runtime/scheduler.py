@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
 
 PREEMPTED = 75
@@ -22,9 +20,6 @@ INTERACTIVE = ("bash", "interactive")
 """Names of SLURM jobs in which a person types: there is no script to start again."""
 
 
-def resume_mode(config: TrainConfig) -> Any:
-    """What the key `resume` means here: `"auto"` in place of False where a scheduler starts the command again."""
-    return "auto" if config.resume is False and starts_again() else config.resume
 
 
 def starts_again() -> bool:

@@ -49,7 +49,7 @@ from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import Network
-from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.runtime.files import write_atomically
 from dino_lightning.training.callbacks.checkpointing import Checkpoints
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm

@@ -4,11 +4,13 @@ All estimates stand on what is known once the network is built, before any step.
 what may not last is said.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import cast
 
+import torch
 import torch.multiprocessing
 from torch import nn
 
@@ -131,3 +133,23 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+LARGE_CROPS = 96
+"""Pixels from which a step is long against what its loader does, so that no core is left to the loader."""
+
+
+def threads_beside(config: TrainConfig, *, devices: int) -> int:
+    """Threads for each training process on a CPU; `devices` counts those of other runs on this machine, too.
+
+    With small crops each loader process has a core to itself: threads that share one with it wait for each other in
+    every small operation, which costs more than a second thread gains.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.data.num_workers if config.crops.global_size < LARGE_CROPS else 0
+    return max(1, cores // devices - workers)
+
+
+def trains_in_tiles(config: TrainConfig, method: Method) -> bool:
+    """Whether large batches take so little memory at once that freed memory can be kept."""
+    return method.student.in_tiles and "mixed" not in str(config.trainer.precision)

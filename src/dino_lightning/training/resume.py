@@ -14,9 +14,13 @@ from typing import Any
 
 import yaml
 
-from dino_lightning.config import SCHEMAS
-from dino_lightning.config.constraints import shown
-from dino_lightning.errors import UserError
+from dino_lightning.checkpoints.run_checkpoint import candidates
+from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.config.constraints import (
+    shown,
+)
+from dino_lightning.errors import UserError, nearest
+from dino_lightning.runtime.scheduler import starts_again
 
 DECISIVE = ("backbone.", "method.", "crops.", "data.", "optim.", "seed", "init_", "trainer.precision",
             "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
@@ -128,3 +132,20 @@ def flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         found |= flat(value, prefix=f"{key}.") if isinstance(value, Mapping) else {key: value}
     return found
+
+
+def resume_mode(config: TrainConfig) -> Any:
+    """What the key `resume` means here: `"auto"` in place of False where a scheduler starts the command again."""
+    return "auto" if config.resume is False and starts_again() else config.resume
+
+
+def _check_output(config: TrainConfig) -> None:
+    if config.resume not in (True, False, "auto"):
+        raise UserError(f"resume={config.resume}: {nearest(config.resume, ('true', 'false', 'auto'))}")
+    found = candidates(Path(config.output_dir) / "checkpoints")
+    mode = resume_mode(config)
+    if mode is True and not found:
+        raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
+    if not mode and found:
+        raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
+                        "choose another folder.")  # fmt: skip

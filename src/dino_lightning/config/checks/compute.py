@@ -6,7 +6,7 @@ import shutil
 from dino_lightning.config import TrainConfig, ViTConfig
 from dino_lightning.config.constraints import shown
 from dino_lightning.errors import UserError
-from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.devices import trains_on_cpu
 
 COMPILERS = ("g++", "clang++", "cl")
 

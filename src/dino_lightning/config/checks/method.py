@@ -8,13 +8,10 @@ from dino_lightning.config import (
     MethodConfig,
     MoCoConfig,
     StepConfig,
-    SupervisedConfig,
     TrainConfig,
     ViTConfig,
 )
 from dino_lightning.config.constraints import lookup, shown
-from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.data.sources.base import ImageStream
 from dino_lightning.errors import UserError
 
 IDLE_UNLESS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
@@ -54,18 +51,3 @@ def _default(method: MethodConfig, key: str) -> Any:
     return getattr(type(method)(), key.removeprefix("method."))
 
 
-def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
-    """Refuse to learn from labels that are not there."""
-    if not isinstance(config.method, SupervisedConfig):
-        return
-    if isinstance(data.sources.train, ImageStream):
-        raise UserError(
-            "method=supervised reads labels by index, which a stream of shards does not have; choose another method "
-            "or data=folder, parquet, listing or archive."
-        )
-    if data.num_classes < 2:
-        why = f" ({data.sources.notice})" if data.sources.notice and not data.num_classes else ""
-        raise UserError(
-            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}{why}; choose "
-            "method=dino."
-        )

@@ -5,10 +5,8 @@ the key, its value and what was expected.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
-from dino_lightning.checkpoints.run_checkpoint import candidates
 from dino_lightning.config import (
     TORCHVISION_NAMES,
     TimmConfig,
@@ -17,7 +15,7 @@ from dino_lightning.config import (
     ViTConfig,
 )
 from dino_lightning.config.checks.compute import check_step
-from dino_lightning.config.checks.method import check_labels, check_method
+from dino_lightning.config.checks.method import check_method
 from dino_lightning.config.checks.sweep import check_pruning
 from dino_lightning.config.constraints import (
     BELOW_ONE,
@@ -31,11 +29,10 @@ from dino_lightning.config.constraints import (
     lookup,
     shown,
 )
-from dino_lightning.data.module import MultiCropDataModule
+from dino_lightning.config.duration import Duration
+from dino_lightning.config.timm_names import check_timm_name
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.models.backbones import check_timm_name
-from dino_lightning.optim.schedules import Duration
-from dino_lightning.runtime.scheduler import resume_mode
+from dino_lightning.training.resume import _check_output
 
 PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")
 STRATEGIES = ("auto", "ddp", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
@@ -206,27 +203,6 @@ def check_config(config: TrainConfig) -> None:
     _check_output(config)
 
 
-def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: int) -> None:
-    """Everything that the images and the number of devices decide; opens the data."""
-    if config.callbacks.knn.enabled and not data.labelled:
-        raise UserError(
-            "callbacks.knn.enabled=true: k-NN evaluation needs labelled training and validation images, and this data "
-            "has none; add callbacks.knn.enabled=false."
-        )
-    check_labels(config, data)
-    images, batch = data.num_images, config.data.batch_size_per_device
-    if images < batch * world_size:
-        raise UserError(
-            f"data.batch_size_per_device={batch} on {world_size} device(s) is larger than the {images} training "
-            f"images; set it to at most {max(1, images // world_size)}."
-        )
-    data.check_some_images()
-    if config.trainer.max_epochs in (None, -1):
-        return
-    per_epoch = -(-(-(-images // world_size) // batch) // config.trainer.accumulate_grad_batches)
-    total = per_epoch * (config.trainer.max_epochs or 1)
-    for key in DURATIONS:
-        _check_fits(config, key, per_epoch, total)
 
 
 def _check_backbone(config: TrainConfig) -> None:
@@ -301,13 +277,6 @@ def _check_durations(config: TrainConfig) -> None:
                             "with it.")  # fmt: skip
 
 
-def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps: int) -> None:
-    text = lookup(config, key)
-    if text is None:
-        return
-    steps = Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    if steps > total_steps:
-        raise UserError(f"{key}={text} is longer than the run of {total_steps} steps ({steps_per_epoch} per epoch).")
 
 
 def _check_callbacks(config: TrainConfig) -> None:
@@ -317,13 +286,3 @@ def _check_callbacks(config: TrainConfig) -> None:
     check_pruning(config)
 
 
-def _check_output(config: TrainConfig) -> None:
-    if config.resume not in (True, False, "auto"):
-        raise UserError(f"resume={config.resume}: {nearest(config.resume, ('true', 'false', 'auto'))}")
-    found = candidates(Path(config.output_dir) / "checkpoints")
-    mode = resume_mode(config)
-    if mode is True and not found:
-        raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
-    if not mode and found:
-        raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
-                        "choose another folder.")  # fmt: skip

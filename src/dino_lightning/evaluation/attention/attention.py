@@ -28,8 +28,7 @@ from dino_lightning.evaluation.attention.pictures import picture_names, save_cli
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import subset_indices
 from dino_lightning.evaluation.features.images import ImageFiles
-from dino_lightning.models.backbones import has_attention
-from dino_lightning.models.frozen import patch_size
+from dino_lightning.models.tokens import has_attention, patch_size
 from dino_lightning.runtime.collectives import all_gather_concat
 
 PHOTOGRAPHS = 480

@@ -24,8 +24,8 @@ from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Task
-from dino_lightning.models.backbones import cls_attention
-from dino_lightning.models.frozen import Network, patch_size, patch_tokens
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import cls_attention, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import rank, world_size
 
 F: Any = functional  # its annotations know tensors only

@@ -5,7 +5,6 @@ B or M images, D features, C classes, K numbers of guesses.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,45 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network, is_vit, linear_features
+from dino_lightning.evaluation.features.choice import FeatureChoice
 
 WEIGHT, BIAS = "module.linear.weight", "module.linear.bias"
 """Keys of a classifier's file below `state_dict`: those of the original and of its published classifiers."""
 
 
-@dataclass(frozen=True)
-class FeatureChoice:
-    """Which tokens of a network make its features; see `networks.linear_features`."""
-
-    n_last_blocks: int
-    avgpool: bool
-
-    def width(self, network: Network) -> int:
-        """Features of an image."""
-        return network.width * (self.n_last_blocks + self.avgpool)
-
-    def possible(self, network: Network) -> bool:
-        """Networks other than ViTs have one kind of features. Raises `UserError` for more blocks than there are."""
-        if not is_vit(network.backbone):
-            return self == FeatureChoice(1, avgpool=False)
-        blocks = len(cast(Any, network.backbone).blocks)
-        if self.n_last_blocks > blocks:
-            raise UserError(f"eval.n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks; give 1 to "
-                            f"{blocks}.")  # fmt: skip
-        return True
-
-    def check(self, network: Network) -> None:
-        """Raises `UserError` where the network has no such features."""
-        if not self.possible(network):
-            raise UserError(f"{self}: {network.name} is no ViT and has one kind of features; set eval.n_last_blocks=1 "
-                            "eval.avgpool=false.")  # fmt: skip
-
-    def of(self, backbone: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Images (B, C, H, W) -> features (B, D)."""
-        return lambda images: linear_features(backbone, images, n_last_blocks=self.n_last_blocks, avgpool=self.avgpool)
-
-    def __str__(self) -> str:
-        return f"eval.n_last_blocks={self.n_last_blocks} eval.avgpool={str(self.avgpool).lower()}"
 
 
 class LinearClassifier(nn.Module):

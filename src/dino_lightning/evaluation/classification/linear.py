@@ -24,7 +24,6 @@ from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.sources.base import digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import (
-    FeatureChoice,
     LinearClassifier,
     accuracy,
     guesses,
@@ -35,6 +34,7 @@ from dino_lightning.evaluation.classification.splits import Labelled, labelled_s
 from dino_lightning.evaluation.classification.training_images import TrainingImages, TrainingLoader
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
+from dino_lightning.evaluation.features.choice import FeatureChoice
 from dino_lightning.models.frozen import Network
 from dino_lightning.runtime.collectives import all_reduce_mean, world_size
 

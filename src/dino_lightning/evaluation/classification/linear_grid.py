@@ -19,11 +19,12 @@ from torch import Tensor
 from dino_lightning.config import LinearFastEval
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.classifiers import FeatureChoice, accuracy, guesses, write_classifier
+from dino_lightning.evaluation.classification.classifiers import accuracy, guesses, write_classifier
 from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
 from dino_lightning.evaluation.classification.splits import Labelled, labelled_sources, viewed
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
+from dino_lightning.evaluation.features.choice import FeatureChoice
 from dino_lightning.runtime.collectives import all_reduce_sum, rank, world_size
 
 

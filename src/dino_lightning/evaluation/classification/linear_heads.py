@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.evaluation.classification.classifiers import FeatureChoice, LinearClassifier
-from dino_lightning.models.frozen import join_tokens
+from dino_lightning.evaluation.classification.classifiers import LinearClassifier
+from dino_lightning.evaluation.features.choice import FeatureChoice
+from dino_lightning.models.tokens import join_tokens
 
 MOMENTUM = 0.9
 SHARE_OF_MEMORY = 0.5

@@ -12,7 +12,8 @@ from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.output import SUFFIXES, files_of
 from dino_lightning.evaluation.features.choice import FEATURES, FeatureKind
-from dino_lightning.runtime.environment import check_gpus, check_variables, check_writable
+from dino_lightning.runtime.environment import check_gpus, check_variables
+from dino_lightning.runtime.files import check_writable
 
 RULES = {
     **{key: rule for key, rule in EVALUATION_RULES.items() if not key.startswith("eval.")},

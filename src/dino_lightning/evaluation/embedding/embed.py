@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from PIL import Image
 
-from dino_lightning.cli.quick_start import kind_of
 from dino_lightning.config import SCHEMAS, DataConfig, DevicesConfig, EmbedConfig, FolderData, HuggingFaceData
 from dino_lightning.config.paths import usable_path
+from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.inputs import Given, given_list

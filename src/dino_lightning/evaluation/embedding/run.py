@@ -14,7 +14,7 @@ from dino_lightning.config import EmbedConfig
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.context import Runtime, Task, launched, set_threads
 from dino_lightning.evaluation.embedding.checks import check_embedding, check_machine, check_output
 from dino_lightning.evaluation.embedding.inputs import Given, given_source
 from dino_lightning.evaluation.embedding.output import write_embeddings
@@ -22,7 +22,6 @@ from dino_lightning.evaluation.embedding.result import Embeddings
 from dino_lightning.evaluation.features.cache import BLOCK, cached_features
 from dino_lightning.evaluation.features.choice import FeatureKind
 from dino_lightning.evaluation.features.images import ViewedImages, center_view
-from dino_lightning.evaluation.run import launched, set_threads
 from dino_lightning.models.frozen import Network, check_size
 from dino_lightning.runtime.console import quieten_libraries
 

@@ -5,11 +5,13 @@ B images, n last blocks, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from dino_lightning.errors import UserError, nearest
-from dino_lightning.models.frozen import Network, is_vit, linear_features, patch_tokens
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import is_vit, linear_features, patch_tokens
 
 FEATURES = ("class", "mean_patch")
 
@@ -61,3 +63,38 @@ class FeatureKind:
         return lambda images_BCHW: linear_features(
             backbone, images_BCHW, n_last_blocks=self.n_last_blocks, avgpool=False
         )
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """Which tokens of a network make its features; see `networks.linear_features`."""
+
+    n_last_blocks: int
+    avgpool: bool
+
+    def width(self, network: Network) -> int:
+        """Features of an image."""
+        return network.width * (self.n_last_blocks + self.avgpool)
+
+    def possible(self, network: Network) -> bool:
+        """Networks other than ViTs have one kind of features. Raises `UserError` for more blocks than there are."""
+        if not is_vit(network.backbone):
+            return self == FeatureChoice(1, avgpool=False)
+        blocks = len(cast(Any, network.backbone).blocks)
+        if self.n_last_blocks > blocks:
+            raise UserError(f"eval.n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks; give 1 to "
+                            f"{blocks}.")  # fmt: skip
+        return True
+
+    def check(self, network: Network) -> None:
+        """Raises `UserError` where the network has no such features."""
+        if not self.possible(network):
+            raise UserError(f"{self}: {network.name} is no ViT and has one kind of features; set eval.n_last_blocks=1 "
+                            "eval.avgpool=false.")  # fmt: skip
+
+    def of(self, backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Images (B, C, H, W) -> features (B, D)."""
+        return lambda images: linear_features(backbone, images, n_last_blocks=self.n_last_blocks, avgpool=self.avgpool)
+
+    def __str__(self) -> str:
+        return f"eval.n_last_blocks={self.n_last_blocks} eval.avgpool={str(self.avgpool).lower()}"

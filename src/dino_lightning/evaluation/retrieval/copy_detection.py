@@ -22,7 +22,7 @@ from dino_lightning.evaluation.retrieval.descriptors import Squared, cls_and_gem
 from dino_lightning.evaluation.retrieval.ranking import average_precision_at_top
 from dino_lightning.evaluation.retrieval.sheet import Row, found_sheet
 from dino_lightning.evaluation.retrieval.whitening import learn_whitening
-from dino_lightning.models.frozen import is_vit
+from dino_lightning.models.tokens import is_vit
 
 MOST_NAMED = 5
 """Queries that a message names."""

@@ -22,7 +22,8 @@ from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import digest
 from dino_lightning.evaluation.features.images import ImageFiles
-from dino_lightning.models.frozen import Network, last_blocks, patch_size
+from dino_lightning.models.frozen import Network
+from dino_lightning.models.tokens import last_blocks, patch_size
 
 SMALLEST = 32
 """Side (pixels) that every network without patches takes."""

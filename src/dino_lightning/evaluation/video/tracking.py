@@ -21,7 +21,7 @@ from dino_lightning.evaluation.features.images import ImageFiles
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, object_scores
 from dino_lightning.evaluation.video.frames import Batch, Frames, batches_of, resized_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
-from dino_lightning.models.frozen import patch_tokens
+from dino_lightning.models.tokens import patch_tokens
 
 RED_STD, RED_STD_TYPO = 0.229, 0.228
 FORMAT = "1"

@@ -18,7 +18,7 @@ from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scor
 from dino_lightning.evaluation.video.frames import STEP, Frames, frame_size
 from dino_lightning.evaluation.video.sheet import coloured, plain_palette, video_sheet
 from dino_lightning.evaluation.video.tracking import Segmented, segmented
-from dino_lightning.models.frozen import is_vit, patch_size, patch_tokens
+from dino_lightning.models.tokens import is_vit, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
 ROWS_SHOWN, FRAMES_SHOWN = 4, 5

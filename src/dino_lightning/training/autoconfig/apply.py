@@ -22,7 +22,7 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources import ImageSource
 from dino_lightning.data.sources.base import Beginning
 from dino_lightning.errors import UserError
-from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.training.autoconfig.batch_size import largest_batch
 from dino_lightning.training.autoconfig.data_rules import PAPER_GLOBAL, Suggestion, suggest
 from dino_lightning.training.autoconfig.machine_rules import Seen, suggest_for_machine, this_machine

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch import cuda
 
-from dino_lightning.runtime.collectives import trains_on_cpu
+from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.training.autoconfig.data_rules import PAPER_BATCH, PAPER_GLOBAL, PAPER_STEPS, Rows, Suggestion
 
 LARGE = 100_000

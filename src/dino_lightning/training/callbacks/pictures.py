@@ -16,8 +16,7 @@ from dino_lightning.data.crops import denormalize
 from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.features.knn import nearest
-from dino_lightning.models.backbones import cls_attention, has_attention
-from dino_lightning.models.frozen import patch_tokens
+from dino_lightning.models.tokens import cls_attention, has_attention, patch_tokens
 from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, neighbour_sheet, to_picture
 from dino_lightning.report.pictures.tokens import patch_sheet
 from dino_lightning.runtime.console import warn

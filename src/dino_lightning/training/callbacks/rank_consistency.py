@@ -26,7 +26,7 @@ from dino_lightning.data.sources import ImageSource, ImageStream
 from dino_lightning.data.sources.base import digest
 from dino_lightning.errors import RanksDifferError
 from dino_lightning.runtime.collectives import all_gather_objects
-from dino_lightning.runtime.files import commit
+from dino_lightning.runtime.provenance import commit
 
 PACKAGE = Path(dino_lightning.__file__).parent
 """The files whose digest is compared."""

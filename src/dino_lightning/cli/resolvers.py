@@ -1,0 +1,54 @@
+"""TODO."""
+
+import dataclasses
+import os
+import re
+import time
+from pathlib import Path
+
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TrainConfig
+from dino_lightning.config.conf_dir import CONF, option_names
+from dino_lightning.runtime.scheduler import first_start
+
+PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig}
+"""Program -> the root of its configuration."""
+
+
+BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": (), "embed": ()}
+"""Program -> groups that set keys of others and have none of their own."""
+
+
+def run_name() -> str:
+    """A name for the run's folder that all its processes and later starts agree on: the scheduler's, or the time of
+    the first process."""
+    for variable in ("DINO_LIGHTNING_RUN", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(variable, "none") != "none":
+            return os.environ[variable]
+    # Processes that Lightning starts for the other devices inherit it.
+    os.environ["DINO_LIGHTNING_RUN"] = time.strftime("%Y%m%d-%H%M%S", time.localtime(first_start()))
+    return os.environ["DINO_LIGHTNING_RUN"]
+
+
+def groups(program: str) -> str:
+    """The options of each group, for `--help`; a folder in a group stands for its files."""
+    shown = {
+        group: dict.fromkeys(re.sub(r"/.*", "/…", name) for name in names) for group, names in options(program).items()
+    }
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in shown.items())
+
+
+def options(program: str) -> dict[str, list[str]]:
+    """The options of each group that the program `train`, `evaluate` or `embed` knows: files, without the schemas."""
+    kinds = {field.name: field.type for field in dataclasses.fields(PROGRAMS[program])}
+    kinds |= dict.fromkeys(BESIDE_KEYS[program], object)
+    return {
+        folder.name: [name for name in option_names(folder) if _fits(folder / f"{name}.yaml", kinds[folder.name])]
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and folder.name in kinds
+    }
+
+
+def _fits(path: Path, kind: object) -> bool:
+    """Whether an option starts from a schema of this kind; experiments start from none."""
+    schema = re.search(r"schema_(\w+)", path.read_text())
+    return schema is None or issubclass(SCHEMAS[path.parent.name][schema[1]], kind)  # type: ignore[arg-type]
