@@ -2,7 +2,7 @@
 
     python benchmarks/breakdown.py                              ViT-Ti/16 on a CPU, ViT-S/16 on a GPU
     python benchmarks/breakdown.py --backbone vit_base --precision bf16 --json
-    python benchmarks/breakdown.py --set step.fused=false       layer by layer
+    python benchmarks/breakdown.py --set compute.fused=false       layer by layer
 
 A real trainer takes real steps and is stopped between two of them. There each part runs by itself on the networks that
 were training, forward and backward for the student, forward for the teacher, in the shapes of the step. Shares are of

@@ -17,7 +17,7 @@ from dino_lightning.losses.chunked import chunked_cross_view_entropy
 from dino_lightning.losses.cross_view import cross_view_entropy
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.dino import DINO
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.kernels import block as whole_block
 from dino_lightning.models.kernels.dense import dense, norm_dense
 from dino_lightning.models.kernels.packing import attend, attend_in_one_call, first_tokens, pack
@@ -66,8 +66,8 @@ class Maker:
         """The tensors that the function makes in the step's precision."""
         with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.precision == "bf16"):
             outputs = function(*inputs)
-        if isinstance(outputs, Factors):
-            return [outputs.points, outputs.prototypes]
+        if isinstance(outputs, FactoredLogits):
+            return [outputs.embeddings, outputs.prototypes]
         return outputs if isinstance(outputs, list) else [outputs]
 
     def values(self, function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
@@ -86,7 +86,7 @@ class Maker:
         """Of all crops (S, D)."""
         return self.network.features(self.crops)
 
-    def factors(self, features_SD: Tensor) -> Factors:
+    def factors(self, features_SD: Tensor) -> FactoredLogits:
         """Bottlenecks and prototypes."""
         return self.network.head(features_SD, factors=True)
 
@@ -118,13 +118,13 @@ def step_parts(method: DINO, crops: list[Tensor], setting: Setting) -> list[Part
 def loss_part(method: DINO, student: Maker, teacher: Maker) -> Part:
     """From the bottlenecks to the loss."""
     points_SD, prototypes_KD = student.values(lambda: student.factors(student.features()))
-    target = Factors(*teacher.values(lambda: teacher.factors(teacher.features())))
+    target = FactoredLogits(*teacher.values(lambda: teacher.factors(teacher.features())))
     B, sharpness = student.setting.batch, method._sharpness(target)
 
     def loss(points_SD: Tensor, prototypes_KD: Tensor) -> Tensor:
-        own = Factors(points_SD, prototypes_KD)
-        if method.step.fused:
-            return chunked_cross_view_entropy(own, target, sharpness, images=B, rows=method.step.loss_rows)
+        own = FactoredLogits(points_SD, prototypes_KD)
+        if method.compute.fused:
+            return chunked_cross_view_entropy(own, target, sharpness, images=B, rows=method.compute.loss_rows)
         of_student, of_teacher = (logits.unflatten(0, (-1, B)) for logits in (own.logits(), target.logits()))
         return cross_view_entropy(of_student, of_teacher, sharpness)
 
@@ -133,7 +133,7 @@ def loss_part(method: DINO, student: Maker, teacher: Maker) -> Part:
 
 def backbone_parts(maker: Maker) -> list[Part]:
     """Those of a ViT, or the backbone as a whole."""
-    network, step, backbone = maker.network, maker.network.step, maker.network.backbone
+    network, compute, backbone = maker.network, maker.network.compute, maker.network.backbone
     if not isinstance(backbone, OriginalViT):
         return [maker.part("network", maker.features, of=backbone.parameters())]
     batches = [torch.cat(list(run)) for _, run in groupby(maker.crops, key=lambda crop: crop.shape[-1])]
@@ -141,7 +141,7 @@ def backbone_parts(maker: Maker) -> list[Part]:
     if not network.packed:
         return [part for images in batches for part in plain_parts(maker, backbone, images, embedding)]
     # Compiled, computed again or fused, what happens inside a block is not the sum of its layers.
-    whole = step.compile or step.gradient_checkpointing or maker.fuses(backbone)
+    whole = compute.compile or compute.gradient_checkpointing or maker.fuses(backbone)
     inside = block_parts if whole else layer_parts
     embed = maker.part("patch_embedding", lambda: embedded(backbone, batches)[0], of=embedding)
     return [embed, *inside(maker, backbone, batches)]

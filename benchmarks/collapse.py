@@ -45,10 +45,15 @@ COLLAPSED = {
     "SwAV, soft assignments": ["method=swav", "method.sinkhorn_epsilon=0.5"],
 }
 COMMON = [
-    "trainer.max_epochs=4", "cpu_threads=1", "data.num_workers=0", "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false", "callbacks.pictures.enabled=false",
+    "trainer.max_epochs=4",
+    "cpu_threads=1",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_checkpointing=false",
+    "callbacks.pictures.enabled=false",
     "callbacks.knn.enabled=false",
-]  # fmt: skip
+]
 
 
 def main() -> None:

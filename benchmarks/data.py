@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from dino_lightning.config import CropsConfig, FolderData
-from dino_lightning.data.batches import CropBatches, start_worker
-from dino_lightning.data.crops import CutCrops
+from dino_lightning.data.batches import MultiCropDataset, start_worker
+from dino_lightning.data.crops import RawCrops
 from dino_lightning.data.crops.backends import cut, draw_crops
 from dino_lightning.data.crops.device_plan import make_plan
 from dino_lightning.data.crops.numba import Finisher
-from dino_lightning.data.crops.sampling import FastDice
+from dino_lightning.data.crops.sampling import FastRNG
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.runtime.memory import keep_freed_memory
@@ -92,7 +92,7 @@ def pictures(images: Path | None, *, count: int) -> Iterator[Image.Image]:
         yield Image.open(found[i * len(found) // count if len(found) > count else i % len(found)]).convert("RGB")
 
 
-def dataset(files: list[Path], backend: str) -> CropBatches:
+def dataset(files: list[Path], backend: str) -> MultiCropDataset:
     """The package's own data set over the files."""
     config = FolderData(path=str(files[0].parent), num_workers=0)
     data = MultiCropDataModule(config, CropsConfig(backend=backend), seed=0)
@@ -115,7 +115,7 @@ def batches(files: list[Path], *, batch: int) -> dict[str, Callable[[int], Any]]
 
 def tensors(batch: Any) -> list[Tensor]:
     """All tensors of a batch."""
-    if isinstance(batch, CutCrops):
+    if isinstance(batch, RawCrops):
         return [
             t for group in batch.groups for t in (group.crops, group.plan.indices.tensor, group.plan.numbers.tensor)
         ]
@@ -185,7 +185,7 @@ def print_breakdown(files: list[Path]) -> None:
     decoder, config = data.images.decode, CropsConfig(backend="device")
     contents = [path.read_bytes() for path in files[:16]]
     images = [decoder(content) for content in contents]
-    drawn = [draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastDice(i)) for i in range(len(images))]
+    drawn = [draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))]
     flat = [crop for crops in drawn for crop in crops]
     small = [cut(image, crop) for image, crops in zip(images, drawn, strict=True) for crop in crops]
     finish, outs = Finisher(config), [torch.empty(crop.shape) for crop in small]
@@ -193,7 +193,7 @@ def print_breakdown(files: list[Path]) -> None:
         "read the file": lambda: [path.read_bytes() for path in files[:16]],
         "decode": lambda: [decoder(content) for content in contents],
         "draw the parameters": lambda: [
-            draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastDice(i)) for i in range(len(images))
+            draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))
         ],
         "plan (device only)": lambda: make_plan(flat),
         "cut and resize ten crops": lambda: [

@@ -19,7 +19,7 @@ from dino_lightning.config.model import AdamWConfig
 from dino_lightning.data.crops.backends import DeviceBatches
 from dino_lightning.data.crops.device_plan import make_plan
 from dino_lightning.data.crops.photometric import augment
-from dino_lightning.data.crops.sampling import Crop, FastDice, draw_crops
+from dino_lightning.data.crops.sampling import Crop, FastRNG, draw_crops
 from dino_lightning.methods.dino import DINO
 from dino_lightning.models.backbones import build_backbone
 
@@ -52,9 +52,13 @@ def training_step(views: list[torch.Tensor], device: torch.device) -> Callable[[
     """Forward, backward and the update of ViT-S/16 with the original's head, in bfloat16."""
     networks = [build_backbone(ViTConfig(), image_size=224, drop_path=flag).to(device) for flag in (True, False)]
     module = DINO(
-        DINOConfig(), student_backbone=networks[0], teacher_backbone=networks[1], feature_dim=384,
-        optim=AdamWConfig(), batch_size_per_device=BATCH,
-    ).to(device)  # fmt: skip
+        DINOConfig(),
+        student_backbone=networks[0],
+        teacher_backbone=networks[1],
+        feature_dim=384,
+        optim=AdamWConfig(),
+        batch_size_per_device=BATCH,
+    ).to(device)
     optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-5)
 
     def step() -> None:
@@ -73,7 +77,7 @@ def decode_and_cut(encoded: list[torch.Tensor], config: CropsConfig, device: tor
     """nvJPEG, ten cuts per image and the augmentation, all on the GPU."""
     images = decode_jpeg(encoded, device=device)
     drawn = [
-        draw_crops(config, width=image.shape[2], height=image.shape[1], dice=FastDice(i))
+        draw_crops(config, width=image.shape[2], height=image.shape[1], dice=FastRNG(i))
         for i, image in enumerate(images)
     ]
     finished = []

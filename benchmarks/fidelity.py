@@ -30,7 +30,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, SGDConfig, StepConfig, TimmConfig, ViTConfig
+from dino_lightning.config import AdamWConfig, ComputeConfig, DINOConfig, OptimConfig, SGDConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
 from dino_lightning.models.backbones import build_backbone
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images; from 16 on a ViT's blocks run in tiles")
     parser.add_argument("--step", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `step` for ours")
     options = parser.parse_args()
-    step = OmegaConf.merge(OmegaConf.structured(StepConfig), OmegaConf.from_dotlist(options.step))
+    step = OmegaConf.merge(OmegaConf.structured(ComputeConfig), OmegaConf.from_dotlist(options.step))
     dtype = getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(1)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * LOCAL_CROPS
@@ -80,7 +80,7 @@ def main() -> None:
         batches,
         backbone=options.backbone,
         precision=options.dtype,
-        step=cast(StepConfig, OmegaConf.to_object(step)),
+        step=cast(ComputeConfig, OmegaConf.to_object(step)),
     )
     torch.set_default_dtype(torch.float32)
     compare(initial, original, ours)
@@ -170,7 +170,7 @@ class NotedBatches:
 
 
 def run_ours(
-    initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str, step: StepConfig
+    initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str, step: ComputeConfig
 ) -> Trace:
     """The trace of our LightningModule from the same weights."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -196,7 +196,7 @@ def run_ours(
         feature_dim=networks[0].num_features,  # type: ignore[arg-type]
         optim=optim,
         batch_size_per_device=len(batches[0][0]),
-        step=step,
+        compute=step,
     )
     method.student.load_state_dict(initial)
     method.teacher.load_state_dict(initial)

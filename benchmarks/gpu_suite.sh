@@ -67,9 +67,9 @@ if [ -n "$QUICK" ]; then
 fi
 turns() { [ -n "$QUICK" ] && echo "--steps 1 --pairs 1" || echo "--steps $1 --pairs $2"; }
 mapfile -t tests < <(grep -lE 'cuda.is_available' tests/*.py tests/*/test_*.py)
-varlen=(--set step.attention=varlen)
-[ "$DEVICE" = cpu ] && varlen=(--set step.attention=split) # PyTorch has it on GPUs only
-compiled=(--set step.compile=true)
+varlen=(--set compute.attention=varlen)
+[ "$DEVICE" = cpu ] && varlen=(--set compute.attention=split) # PyTorch has it on GPUs only
+compiled=(--set compute.compile=true)
 [ -n "$QUICK" ] && compiled+=(--set backbone.depth=2)
 
 # shellcheck disable=SC2046
@@ -81,7 +81,7 @@ compiled=(--set step.compile=true)
   measure tests 45 "$PYTHON" -m pytest -q -o addopts= -m 'not slow' -p no:cacheprovider -p gpu_tools "${tests[@]}"
   step compile 60 --precision bf16 "${compiled[@]}" $(turns 20 5)
   step varlen 30 --precision bf16 "${varlen[@]}" $(turns 10 5)
-  step checkpointing 30 --precision bf16 --set step.gradient_checkpointing=true $(turns 10 5)
+  step checkpointing 30 --precision bf16 --set compute.gradient_checkpointing=true $(turns 10 5)
   measure breakdown 30 "$PYTHON" benchmarks/breakdown.py --device "$DEVICE" --json "${small[@]}" --precision bf16 \
     $([ -n "$QUICK" ] && echo --steps 1)
   measure jpegs 25 "$PYTHON" benchmarks/gpu_tools.py jpegs "$WORK/images/all" --count "$images"

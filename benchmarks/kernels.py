@@ -1,7 +1,7 @@
 """Whether our training step waits for the host or for the GPU, and which kernels it consists of.
 
     python benchmarks/kernels.py --precision bf16                      ViT-S/16 on a GPU
-    python benchmarks/kernels.py --precision bf16 --backbone vit_base --set step.attention=varlen --json
+    python benchmarks/kernels.py --precision bf16 --backbone vit_base --set compute.attention=varlen --json
 
 A real trainer takes real steps: some in a row by the clock, then three under PyTorch's profiler. Where the kernels' sum
 is near the step's time, the GPU is the limit; where it is far below, the host is, which starts them one by one. On a

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from dino_lightning.evaluation.features.knn import nearest, vote_accuracy
+from dino_lightning.evaluation.features.knn import nearest_neighbors, vote_accuracy
 
 LIMIT_GIB = 16
 CLASSES = 1000
@@ -43,13 +43,15 @@ def main() -> None:
     query_labels_M = torch.randint(CLASSES, (options.queries,), generator=generator)
     features = _peak_gib()
     started = time.perf_counter()
-    found = nearest(bank_ND, queries_MD, k=max(K), device=device)
+    found = nearest_neighbors(bank_ND, queries_MD, k=max(K), device=device)
     searched = time.perf_counter()
     accuracy = vote_accuracy(*found, bank_labels_N, query_labels_M, k=K, temperature=0.07, num_classes=CLASSES)
     voted = time.perf_counter()
 
-    print(f"{options.bank:,} x {options.dim} against {options.queries:,} queries, {max(K)} neighbours, on {device}, "
-          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")  # fmt: skip
+    print(
+        f"{options.bank:,} x {options.dim} against {options.queries:,} queries, {max(K)} neighbours, on {device}, "
+        f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    )
     print(f"search {searched - started:.1f} s, votes {voted - searched:.1f} s")
     print(f"top-1 at k = 20: {accuracy[20]['top1']:.2f} (chance: {100 / CLASSES:.2f})")
     peak = _peak_gib()

@@ -40,13 +40,23 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="tables as they stand in docs/scaling.md")
     options = parser.parse_args()
     fabrics = [
-        Hardware(options.matrix * options.share * 1e12, options.memory * 1e9, options.nvlink * 1e9, node * 1e9,
-                 options.attained)
+        Hardware(
+            options.matrix * options.share * 1e12,
+            options.memory * 1e9,
+            options.nvlink * 1e9,
+            node * 1e9,
+            options.attained,
+        )
         for node in options.nodes
-    ]  # fmt: skip
+    ]
     networks = {name: on_paper(name) for name in NETWORKS}
-    for table in (counts(networks), wire(networks), growing(networks, fabrics), fixed(networks, fabrics, options.total),
-                  feeding(networks, fabrics[0], options.loader)):  # fmt: skip
+    for table in (
+        counts(networks),
+        wire(networks),
+        growing(networks, fabrics),
+        fixed(networks, fabrics, options.total),
+        feeding(networks, fabrics[0], options.loader),
+    ):
         print(markdown(table)) if options.markdown else Console(width=150).print(table)
 
 
@@ -59,37 +69,59 @@ def markdown(table: Table) -> str:
 
 def counts(networks: Networks) -> Table:
     """What a network weighs and costs."""
-    table = Table(*("network", "trained weights, M", "of the backbone", "GFLOP / image", "state / GPU, GB: DDP"),
-                  *(f"FSDP, {gpus} GPUs" for gpus in GPUS), title="counted")  # fmt: skip
+    table = Table(
+        *("network", "trained weights, M", "of the backbone", "GFLOP / image", "state / GPU, GB: DDP"),
+        *(f"FSDP, {gpus} GPUs" for gpus in GPUS),
+        title="counted",
+    )
     for name, (backbone, method) in networks.items():
         own = trained(method.student), trained(method.student.backbone)
         kept = [state_bytes(method), *(state_bytes(method, slices=gpus) for gpus in GPUS)]
         cost = model_flops(backbone, crops=CropsConfig(), method=DINOConfig()) / 1e9
-        table.add_row(name, *(f"{numbers(some) / 1e6:.2f}" for some in own), f"{cost:.1f}",
-                      *(f"{size / 1e9:.3f}" for size in kept))  # fmt: skip
+        table.add_row(
+            name,
+            *(f"{numbers(some) / 1e6:.2f}" for some in own),
+            f"{cost:.1f}",
+            *(f"{size / 1e9:.3f}" for size in kept),
+        )
     return table
 
 
 def wire(networks: Networks) -> Table:
     """What each GPU sends in a step."""
     kinds = ("teacher", "forward", "backward", "gradients")
-    table = Table(*("network", "GPUs", "DDP"), *(f"FSDP, {kind}" for kind in kinds), "FSDP, all", "FSDP / DDP",
-                  "centre", title="sent by each GPU in a step, MB; beside it 8 bytes of the loss at most")  # fmt: skip
+    table = Table(
+        *("network", "GPUs", "DDP"),
+        *(f"FSDP, {kind}" for kind in kinds),
+        "FSDP, all",
+        "FSDP / DDP",
+        "centre",
+        title="sent by each GPU in a step, MB; beside it 8 bytes of the loss at most",
+    )
     for name, (_, method) in networks.items():
         for gpus in GPUS:
             ddp, fsdp = ddp_bytes(method.student, gpus=gpus), fsdp_bytes(method, gpus=gpus)
             centre = small_bytes(DINOConfig().out_dim, gpus=gpus)["centre"]
             sizes = [ddp, *(fsdp[kind] for kind in kinds), sum(fsdp.values())]
-            table.add_row(name, str(gpus), *(f"{size / 1e6:.0f}" for size in sizes), f"{sizes[-1] / ddp:.2f}",
-                          f"{centre / 1e6:.3f}")  # fmt: skip
+            table.add_row(
+                name,
+                str(gpus),
+                *(f"{size / 1e6:.0f}" for size in sizes),
+                f"{sizes[-1] / ddp:.2f}",
+                f"{centre / 1e6:.3f}",
+            )
     return table
 
 
 def growing(networks: Networks, fabrics: list[Hardware]) -> Table:
     """The images per GPU stay, the batch grows."""
     titles = [f"{kind}, {fabric.node / 1e9:g} GB/s" for fabric in fabrics for kind in ("DDP", "FSDP")]
-    table = Table(*("network", "GPUs", "batch", "step alone, ms", "backward, ms"), *titles,
-                  "images / GPU that hide DDP's", title="ms on the way -> share of a step alone")  # fmt: skip
+    table = Table(
+        *("network", "GPUs", "batch", "step alone, ms", "backward, ms"),
+        *titles,
+        "images / GPU that hide DDP's",
+        title="ms on the way -> share of a step alone",
+    )
     for name, (backbone, method) in networks.items():
         for gpus in GPUS:
             step = step_on(fabrics[0], backbone, method, images=NETWORKS[name])
@@ -106,8 +138,10 @@ def both(hardware: Hardware, backbone: ViTConfig, method: StudentTeacher, *, ima
     """DDP and FSDP: the way, and a step without a network against one with it."""
     step = step_on(hardware, backbone, method, images=images)
     part = step_on(hardware, backbone, method, images=images, slices=gpus)
-    ways = [(step, ddp_seconds(hardware, step, method, gpus=gpus)),
-            (part, fsdp_seconds(hardware, part, backbone, method, gpus=gpus))]  # fmt: skip
+    ways = [
+        (step, ddp_seconds(hardware, step, method, gpus=gpus)),
+        (part, fsdp_seconds(hardware, part, backbone, method, gpus=gpus)),
+    ]
     return [f"{way * 1e3:.1f} -> {step.alone / (own.alone + exposed):.0%}" for own, (way, exposed) in ways]
 
 

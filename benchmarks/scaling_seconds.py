@@ -79,7 +79,10 @@ def fsdp_seconds(
     sent, parts = fsdp_bytes(method, gpus=gpus), backbone.depth + 2  # blocks, what is around them, head
     delay = parts * math.ceil(math.log2(gpus)) * HOP
     ways = {name: hardware.seconds(sent[name], gpus=gpus) + delay for name in sent if name != "norms"}
-    at_once = [(ways["teacher"], step.teacher), (ways["forward"], step.forward),
-               (ways["backward"] + ways["gradients"], step.backward)]  # fmt: skip
+    at_once = [
+        (ways["teacher"], step.teacher),
+        (ways["forward"], step.forward),
+        (ways["backward"] + ways["gradients"], step.backward),
+    ]
     exposed = sum(max(0.0, way - compute) for way, compute in at_once)
     return sum(ways.values()), exposed + sum(ways.values()) / parts

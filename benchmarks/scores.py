@@ -25,8 +25,11 @@ from dino_lightning.evaluation.retrieval.ranking import average_precision_at_top
 from dino_lightning.evaluation.retrieval.whitening import learn_whitening
 from dino_lightning.evaluation.video.davis_scores import object_scores
 
-LEVELS = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("junk", "easy")),
-          "easy": (("easy",), ("junk", "hard"))}  # fmt: skip
+LEVELS = {
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+    "easy": (("easy",), ("junk", "hard")),
+}
 AT = (1, 5, 10)
 
 
@@ -126,8 +129,11 @@ def video(options: argparse.Namespace) -> None:
         ours = object_scores(torch.from_numpy(predicted_THW), torch.from_numpy(true_THW), objects=count)
         for number, scores in enumerate(ours, start=1):
             pair = [maps[1:-1] == number for maps in (true_THW, predicted_THW)]
-            official = [100 * value for measure in (metrics.db_eval_iou, metrics.db_eval_boundary)
-                        for value in utils.db_statistics(measure(*pair))]  # fmt: skip
+            official = [
+                100 * value
+                for measure in (metrics.db_eval_iou, metrics.db_eval_boundary)
+                for value in utils.db_statistics(measure(*pair))
+            ]
             worst = max(worst, float(np.abs(np.array(official) - scores.values()).max()))
             objects += 1
     print(f"video, {objects} objects, mean, recall and decay of J and F in per cent: " + shown({"largest": worst}))

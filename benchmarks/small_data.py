@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 
 ROOT = Path(__file__).parents[1]
 QUERIES = 1000
@@ -44,10 +44,15 @@ FACTORS: dict[str, list[list[str]]] = {
 SUGGESTED = [[], ["method.teacher_momentum=0.996"], ["optim.lr=0.0005"], ["method.out_dim=65536"]]
 """Everything as suggested, and the paper's value of one key."""
 COMMON = [
-    "cpu_threads=1", "data.num_workers=0", "trainer.accelerator=cpu", "trainer.precision=32",
-    "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false", "callbacks.pictures.enabled=false",
+    "cpu_threads=1",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_checkpointing=false",
+    "callbacks.pictures.enabled=false",
     "callbacks.knn.every_n_epochs=100000",
-]  # fmt: skip
+]
 
 
 def main() -> None:
@@ -97,7 +102,7 @@ def run(setting: list[str], options: argparse.Namespace, *, seed: int) -> float 
     words += [*setting, *options.set]
     name = "_".join(word.replace("/", "-") for word in words if not word.startswith("data.path"))
     # A file's name has at most 255 bytes.
-    output = options.output / (name if len(name) < 200 else f"{name[:180]}_{digest(name.encode())}")
+    output = options.output / (name if len(name) < 200 else f"{name[:180]}_{content_digest(name.encode())}")
     if not (output / "summary.json").exists():
         command = [sys.executable, str(ROOT / "train.py"), *words, *COMMON, f"output_dir='{output.absolute()}'"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,8 +110,12 @@ def run(setting: list[str], options: argparse.Namespace, *, seed: int) -> float 
             print(f"{' '.join(words)}: {ended.stderr[-2000:]}", file=sys.stderr)
             return None
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
-    print(f"{summary['knn_top1']:6.2f}  (untrained {summary['knn_top1_untrained']:.2f}, raw pixels "
-          f"{summary['knn_top1_pixels']:.2f})  {' '.join(words)}", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{summary['knn_top1']:6.2f}  (untrained {summary['knn_top1_untrained']:.2f}, raw pixels "
+        f"{summary['knn_top1_pixels']:.2f})  {' '.join(words)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return summary["knn_top1"]
 
 
@@ -137,8 +146,14 @@ def write_split(parquet: Path, folder: Path, count: int) -> None:
 def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """One row for each setting."""
     source = "built-in" if options.parquet is None else options.parquet.name
-    table = Table("Factor", "Setting", "k-NN top-1", "apart", "n",
-                  title=f"{options.images} images of {source}, {options.epochs} epochs")  # fmt: skip
+    table = Table(
+        "Factor",
+        "Setting",
+        "k-NN top-1",
+        "apart",
+        "n",
+        title=f"{options.images} images of {source}, {options.epochs} epochs",
+    )
     for row in rows:
         values = [value for value in row["knn_top1"] if value is not None]
         spread = f"{max(values) - min(values):.1f}" if len(values) > 1 else ""

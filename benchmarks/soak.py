@@ -220,8 +220,18 @@ class Soak:
             )
         return process, mark, temporary, events
 
-    def after(self, leg: Leg, folder: Path, marker: str, temporary: Path, events: Path, *, pids: set[int],
-              segments: set[str], before: int) -> None:  # fmt: skip
+    def after(
+        self,
+        leg: Leg,
+        folder: Path,
+        marker: str,
+        temporary: Path,
+        events: Path,
+        *,
+        pids: set[int],
+        segments: set[str],
+        before: int,
+    ) -> None:
         """What a leg has done and left."""
         until = time.time() + GRACE
         while measures.processes_of(marker) and time.time() < until:
@@ -337,8 +347,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.5, help="between checkpoints")
     parser.add_argument("--resume", default="auto", choices=["auto", "true"], help="true: from the second leg on")
     parser.add_argument("--set", nargs="*", default=[], help="other settings of the run, KEY=VALUE")
-    parser.add_argument("--kept", nargs="*", default=["last.ckpt", "last-1.ckpt", "best_knn.ckpt"],
-                        help="files that may stand in checkpoints/ at the end")  # fmt: skip
+    parser.add_argument(
+        "--kept",
+        nargs="*",
+        default=["last.ckpt", "last-1.ckpt", "best_knn.ckpt"],
+        help="files that may stand in checkpoints/ at the end",
+    )
     soak = Soak(parser.parse_args())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     soak.soak()

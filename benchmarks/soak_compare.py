@@ -42,8 +42,11 @@ def unequal(own: Any, other: Any, path: str = "last.ckpt", *, without: tuple[str
     if isinstance(own, (list, tuple)) and isinstance(other, (list, tuple)):
         if len(own) != len(other):
             return [f"{path} has {len(own)} entries, not {len(other)}"]
-        return [line for i, (a, b) in enumerate(zip(own, other, strict=True))
-                for line in unequal(a, b, f"{path}/{i}", without=without)]  # fmt: skip
+        return [
+            line
+            for i, (a, b) in enumerate(zip(own, other, strict=True))
+            for line in unequal(a, b, f"{path}/{i}", without=without)
+        ]
     return [] if own == other or (own != own and other != other) else [f"{path} is {own!r:.60}, not {other!r:.60}"]
 
 

@@ -47,19 +47,25 @@ def markdown(seen: dict[str, Any]) -> str:
         "## Runs",
         "| run | legs | completed | different | MiB at the end |",
         "|---|---|---|---|---|",
-        *(f"| {run['number']} | {run['legs']} | {run['completed']} | {_none(run['different'])} | "
-          f"{run.get('megabytes', '')} |" for run in runs),
+        *(
+            f"| {run['number']} | {run['legs']} | {run['completed']} | {_none(run['different'])} | "
+            f"{run.get('megabytes', '')} |"
+            for run in runs
+        ),
         "",
         "## Legs",
         "| leg | run | logger | loaders | from step | to step | seconds | ended by | went on through | status "
         "| s to exit | steps lost | left: processes | segments | temporary files |",
         "|" + "---|" * 15,
-        *(f"| {i} | {leg['run']} | {leg['logger']} | {leg['workers']} | {leg['resumed']} | {leg['steps']} | "
-          f"{leg['seconds']} | {leg['kind'] or 'itself'} | {', '.join(leg['survived'])} | {leg['code']} | "
-          f"{_dash(leg['to_exit'])} | {_dash(leg['lost'])} | {len(leg['left_processes'])} | "
-          f"{len(leg['left_segments'])} | {leg['left_files']} |" for i, leg in enumerate(legs)),
+        *(
+            f"| {i} | {leg['run']} | {leg['logger']} | {leg['workers']} | {leg['resumed']} | {leg['steps']} | "
+            f"{leg['seconds']} | {leg['kind'] or 'itself'} | {', '.join(leg['survived'])} | {leg['code']} | "
+            f"{_dash(leg['to_exit'])} | {_dash(leg['lost'])} | {len(leg['left_processes'])} | "
+            f"{len(leg['left_segments'])} | {leg['left_files']} |"
+            for i, leg in enumerate(legs)
+        ),
         "",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -78,8 +84,9 @@ def _blows(legs: list[dict[str, Any]]) -> list[str]:
     for kind in sorted(by_kind.keys() | through.keys()):
         hit = by_kind[kind]
         codes = ", ".join(sorted({str(leg["code"]) for leg in hit}))
-        lines.append(f"| {kind} | {len(hit)} | {through[kind]} | {codes} | {_spread(hit, 'to_exit')} | "
-                     f"{_spread(hit, 'lost')} |")  # fmt: skip
+        lines.append(
+            f"| {kind} | {len(hit)} | {through[kind]} | {codes} | {_spread(hit, 'to_exit')} | {_spread(hit, 'lost')} |"
+        )
     return lines
 
 

@@ -72,8 +72,11 @@ class Steady:
 
     def grown(self) -> list[str]:
         """Measures that are not flat."""
-        return [f"{MEASURES[name]} grew by {found['per_hour']:+.2f} in an hour"
-                for name, found in growth(self.samples).items() if not found["flat"]]  # fmt: skip
+        return [
+            f"{MEASURES[name]} grew by {found['per_hour']:+.2f} in an hour"
+            for name, found in growth(self.samples).items()
+            if not found["flat"]
+        ]
 
 
 def growth(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -89,8 +92,12 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         levels = [statistics.median(sample[name] for sample in part) for part in parts]
         per_hour = (levels[3] - levels[1]) / hours
         allowed = FLAT[name] * statistics.fmean(levels) if name in FLAT else 1.0
-        found[name] = {"quarters": levels, "largest": max(s[name] for s in samples), "per_hour": per_hour,
-                       "flat": per_hour < allowed}  # fmt: skip
+        found[name] = {
+            "quarters": levels,
+            "largest": max(s[name] for s in samples),
+            "per_hour": per_hour,
+            "flat": per_hour < allowed,
+        }
     return found
 
 
@@ -111,8 +118,10 @@ def section(samples: list[dict[str, Any]], to_exit: float | None) -> list[str]:
     for name, words in MEASURES.items():
         row = found[name]
         levels = " | ".join(f"{level:.1f}" for level in row["quarters"])
-        lines.append(f"| {words} | {levels} | {row['largest']:.1f} | {row['per_hour']:+.2f} | "
-                     f"{'yes' if row['flat'] else '**no**'} |")  # fmt: skip
+        lines.append(
+            f"| {words} | {levels} | {row['largest']:.1f} | {row['per_hour']:+.2f} | "
+            f"{'yes' if row['flat'] else '**no**'} |"
+        )
     if to_exit is not None:
         lines += ["", f"SIGTERM ended it in {to_exit} s."]
     return lines

@@ -1,7 +1,7 @@
 """The training step beside the original's: the same crops in the same precision, in turns, on the same machine.
 
     python benchmarks/step.py --original DIR                               ViT-Ti/16 on a CPU, ViT-S/16 on a GPU
-    python benchmarks/step.py --original DIR --precision bf16 --batch 128 --set step.compile=true
+    python benchmarks/step.py --original DIR --precision bf16 --batch 128 --set compute.compile=true
     python benchmarks/step.py --original DIR --data IMAGES                 the whole run as well: loader and step
     python benchmarks/step.py --original DIR --sweep --record              how cost grows; into results.jsonl
     python benchmarks/step.py --json                                       ours alone

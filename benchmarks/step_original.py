@@ -43,9 +43,7 @@ def run_original(setting: Setting, windows: Windows, *, checkout: str) -> None:
     )
     windows.batches = original_batches(setting, main_dino)
     scaler = mixed_precision(setting)
-    main_dino.train_one_epoch(
-        student, teacher, plain_teacher, loss, windows, optimizer, *schedules, 0, scaler, epochs
-    )  # fmt: skip
+    main_dino.train_one_epoch(student, teacher, plain_teacher, loss, windows, optimizer, *schedules, 0, scaler, epochs)
 
 
 def stand_in_for_a_gpu(device: torch.device) -> None:

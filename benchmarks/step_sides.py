@@ -75,7 +75,7 @@ def compose_ours(setting: Setting, *, output_dir: Path) -> Any:
         "trainer.enable_checkpointing=false",
         "callbacks.knn.enabled=false",
         "callbacks.pictures.enabled=false",
-        f"step.matmul_precision={'high' if setting.precision == 'tf32' else 'highest'}",
+        f"compute.matmul_precision={'high' if setting.precision == 'tf32' else 'highest'}",
         f"output_dir={output_dir}",
         *setting.overrides,
     ]
@@ -121,7 +121,7 @@ def trainer_and_method(config: Any) -> tuple[Any, Any]:
     from dino_lightning.training.resources import trains_in_tiles
 
     quieten_libraries()
-    torch.set_float32_matmul_precision(config.step.matmul_precision)
+    torch.set_float32_matmul_precision(config.compute.matmul_precision)
     method = build_method(config)
     if config.trainer.accelerator == "cpu" and trains_in_tiles(config, method):
         keep_freed_memory()

@@ -28,7 +28,7 @@ from dino_lightning.data.benchmarks.davis import Sequence, open_davis
 from dino_lightning.evaluation.video.frames import Frames, frame_size, resized_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import patch_size, patch_tokens
 
 CONFIG = VideoEval()
@@ -88,7 +88,7 @@ def original_module(checkout: Path, *, on_cpu: bool) -> Any:
 
 
 def compare(
-    module: Any, network: Network, sequence: Sequence, *, frames: int, device: torch.device, dtype: torch.dtype
+    module: Any, network: FrozenNetwork, sequence: Sequence, *, frames: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Print a row."""
     patch = patch_size(network.backbone)
@@ -112,8 +112,11 @@ def compare(
     soft = max((a - b).abs().max().item() for a, b in zip(original.soft, ours.soft, strict=True))
     pixels = sum(int((a != b).sum()) for a, b in zip(original.maps, ours.maps, strict=True))
     of = sum(each.numel() for each in ours.maps)
-    print(f"{sequence.name:18s} {frames:7d} {apart:>10s} {soft:9.1e} {pixels:5d} of {of:.1e} {original.seconds:8.2f} "
-          f"{ours.seconds:7.2f} {original.seconds / ours.seconds:10.1f}", flush=True)  # fmt: skip
+    print(
+        f"{sequence.name:18s} {frames:7d} {apart:>10s} {soft:9.1e} {pixels:5d} of {of:.1e} {original.seconds:8.2f} "
+        f"{ours.seconds:7.2f} {original.seconds / ours.seconds:10.1f}",
+        flush=True,
+    )
 
 
 class Features:

@@ -13,8 +13,9 @@ def mask_by_content(module: Any, *, patch: int) -> Any:
     """Let a DINO's masks be drawn from the first pixel of each crop."""
 
     def draw(_: Any, crops: list[Tensor]) -> Masks:
-        return Masks.of(np.concatenate([mask_of(crop, patch) for view in crops[:GLOBAL_CROPS] for crop in view]),
-                        like=crops[0])  # fmt: skip
+        return Masks.of(
+            np.concatenate([mask_of(crop, patch) for view in crops[:GLOBAL_CROPS] for crop in view]), like=crops[0]
+        )
 
     module.patches.draw = draw
     return module

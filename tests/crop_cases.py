@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops import CutCrops, crop_backend, pil
+from dino_lightning.data.crops import RawCrops, crop_backend, pil
 from dino_lightning.data.crops.device_plan import make_plan
 from dino_lightning.data.crops.numba import Finisher
 from dino_lightning.data.crops.photometric import augment
@@ -101,4 +101,4 @@ def finished(backend: str, config: CropsConfig, images: Sequence[Image.Image], s
     """The batch of a back end; what `device` leaves to the accelerator is done on the CPU."""
     make = crop_backend(dataclasses.replace(config, backend=backend), channels=len(images[0].getbands()))
     batch = make([image if make.decoding == "pil" else pixels(image) for image in images], seeds)
-    return batch.augment(config) if isinstance(batch, CutCrops) else batch
+    return batch.augment(config) if isinstance(batch, RawCrops) else batch

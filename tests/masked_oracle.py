@@ -12,8 +12,10 @@ def slow_tokens(weights: oracles.Weights, crop_3HW: Tensor, hidden_hw: Tensor | 
         position_ND = _with_class(weights, registers)[0]
         for place, hidden in enumerate(hidden_hw.flatten().tolist(), start=1):
             if hidden:
-                x_1ND = torch.cat([x_1ND[:, :place], (weights["mask_token"][0] + position_ND[place])[None],
-                                   x_1ND[:, place + 1 :]], dim=1)  # fmt: skip
+                x_1ND = torch.cat(
+                    [x_1ND[:, :place], (weights["mask_token"][0] + position_ND[place])[None], x_1ND[:, place + 1 :]],
+                    dim=1,
+                )
     if registers:
         x_1ND = torch.cat([x_1ND[:, :1], weights["reg_token"], x_1ND[:, 1:]], dim=1)
     for name in sorted({name.split(".")[1] for name in weights if name.startswith("blocks.")}):
@@ -36,10 +38,14 @@ class SlowTraining(oracles.DINOTraining):
     """Of the second loss."""
 
     def outputs(self, weights: oracles.Weights, crop_B3HW: Tensor, hidden_Bhw: Tensor | None) -> Tensor:
-        part = {kind: {n.removeprefix(f"{kind}."): w for n, w in weights.items() if n.startswith(kind)}
-                for kind in ("backbone", "head")}  # fmt: skip
-        tokens = [slow_tokens(part["backbone"], crop, None if hidden_Bhw is None else hidden_Bhw[i])
-                  for i, crop in enumerate(crop_B3HW)]  # fmt: skip
+        part = {
+            kind: {n.removeprefix(f"{kind}."): w for n, w in weights.items() if n.startswith(kind)}
+            for kind in ("backbone", "head")
+        }
+        tokens = [
+            slow_tokens(part["backbone"], crop, None if hidden_Bhw is None else hidden_Bhw[i])
+            for i, crop in enumerate(crop_B3HW)
+        ]
         return torch.stack([oracles.head(part["head"], tokens_TD) for tokens_TD in tokens])
 
     def step(self, index: int, crops: list[Tensor]) -> None:
@@ -47,13 +53,17 @@ class SlowTraining(oracles.DINOTraining):
         hidden = self.hidden[index].split(8)
         with torch.no_grad():
             teacher = [self.outputs(self.teacher, crop, None) for crop in crops[:2]]
-        views = [self.outputs({**self.student, **leaves}, crop, hidden[v] if v < 2 else None)
-                 for v, crop in enumerate(crops)]  # fmt: skip
+        views = [
+            self.outputs({**self.student, **leaves}, crop, hidden[v] if v < 2 else None) for v, crop in enumerate(crops)
+        ]
         tau = float(self.temperature[index])
         loss = oracles.dino_loss(
-            torch.stack([view[:, 0] for view in views]), torch.stack([view[:, 0] for view in teacher]),
-            tau_s=self.tau_s, tau_t=tau, center_K=self.center_K,
-        )  # fmt: skip
+            torch.stack([view[:, 0] for view in views]),
+            torch.stack([view[:, 0] for view in teacher]),
+            tau_s=self.tau_s,
+            tau_t=tau,
+            center_K=self.center_K,
+        )
         patch_loss, rows = torch.zeros((), dtype=torch.float64), []
         for student_BTK, teacher_BTK, hidden_Bhw in zip(views[:2], teacher, hidden, strict=True):
             for s_TK, t_TK, hidden_hw in zip(student_BTK, teacher_BTK, hidden_Bhw, strict=True):

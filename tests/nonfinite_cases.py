@@ -93,9 +93,13 @@ def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated:
     module.double()
     steps = len(data) // accumulated
     moment: Any = SimpleNamespace(
-        global_step=0, world_size=1, accumulate_grad_batches=accumulated, num_training_batches=len(data),
-        estimated_stepping_batches=steps, log_every_n_steps=0,
-    )  # fmt: skip
+        global_step=0,
+        world_size=1,
+        accumulate_grad_batches=accumulated,
+        num_training_batches=len(data),
+        estimated_stepping_batches=steps,
+        log_every_n_steps=0,
+    )
     module._trainer = moment
     module.schedules = module._make_schedules()
     optimizer = build_optimizer(module.optim, parameter_groups(module))

@@ -135,8 +135,10 @@ def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
     words = ["sweep=table7", "data=parquet", "scale=photos32"]
     assert cli.with_settings_for_data(words) == words
     assert cli.with_settings_for_data(["sweep=optuna", "data=parquet"]) == [
-        "sweep=optuna", "experiment=photos32", "data=parquet"
-    ]  # fmt: skip
+        "sweep=optuna",
+        "experiment=photos32",
+        "data=parquet",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dino_lightning import embed
 from dino_lightning.cli.embed import embed_as
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.overrides import with_home_folders
 from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.train import CONF
@@ -56,7 +56,7 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch
     words = overrides.split()
     with pytest.raises(EXPLAINED) as caught:
         embed_as(composed_embedding(*words, output="x.parquet"), overrides=words)
-    sentence = explain(caught.value, conf=CONF).replace(str(tmp_path), "…")
+    sentence = message_for(caught.value, conf=CONF).replace(str(tmp_path), "…")
     assert expected in sentence
     assert "\n" not in sentence
     assert not list(tmp_path.iterdir())
@@ -99,9 +99,14 @@ def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureF
     words = [*NETWORK, *FEW, "n_last_blocks=2", "batch_size_per_device=4"]
     embed_as(composed_embedding(*words, output=output), overrides=words)
     want = embed(
-        BuiltinData(train_images=12, val_images=5, num_workers=0), "untrained:vit_micro", image_size=32,
-        n_last_blocks=2, batch_size=4, feature_cache=None, accelerator="cpu",
-    )  # fmt: skip
+        BuiltinData(train_images=12, val_images=5, num_workers=0),
+        "untrained:vit_micro",
+        image_size=32,
+        n_last_blocks=2,
+        batch_size=4,
+        feature_cache=None,
+        accelerator="cpu",
+    )
     table = pq.read_table(output)
     np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), want.features)
     assert table["name"].to_pylist() == want.names

@@ -10,7 +10,7 @@ from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from programs import run_program
 
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig
@@ -20,7 +20,7 @@ from dino_lightning.config.docs import all_keys
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.evaluation.wandb import TrainingRun, training_run
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 EVALUATIONS = options("evaluate")["eval"]
 ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"]
@@ -30,7 +30,7 @@ WRONG = [
     ("eval=vidio", "eval=vidio is not an option of eval; did you mean 'video'?"),
     ("eval=knn", "checkpoint has no value"),
     ("eval=knn checkpoint=x eval.kk=3", "did you mean 'eval.k'?"),
-    ("eval=knn checkpoint=x eval.epochs=3", "eval.epochs belongs to eval=linear or linear_fast or finetune"),
+    ("eval=knn checkpoint=x eval.epochs=3", "eval.epochs belongs to eval=linear or linear_grid or finetune"),
     ("eval=knn checkpoint=x eval.k=[0]", "eval.k=[0]: expected one or more numbers of at least 1"),
     ("eval=knn checkpoint=x eval.image_resize=10", "eval.image_resize=10 needs eval.image_size"),
     ("eval=knn checkpoint=x eval.image_resize=10 eval.image_size=20", "is smaller than eval.image_size=20"),
@@ -63,7 +63,7 @@ def sentence_for(overrides: str, *, output_dir: Path) -> str:
         cfg = composed_evaluation(*words, output_dir=output_dir)
         run_evaluation(cfg, overrides=words)
     except EXPLAINED as error:
-        return explain(error, conf=CONF)
+        return message_for(error, conf=CONF)
     return ""
 
 
@@ -143,14 +143,14 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of seconds on the built-in images."""
     output = tmp_path_factory.mktemp("trained")
-    run_training(composed(*SMALL, "callbacks.pictures.enabled=false", output_dir=output))
+    train(composed(*SMALL, "callbacks.pictures.enabled=false", output_dir=output))
     return output
 
 
 QUICK: dict[str, list[str]] = {
     "knn": ["eval.k=[5]"],
     "linear": ["eval.epochs=1", "eval.n_last_blocks=1"],
-    "linear_fast": ["eval.epochs=1", "eval.n_last_blocks=[1]", "eval.lrs=[0.1,1.0]"],
+    "linear_grid": ["eval.epochs=1", "eval.n_last_blocks=[1]", "eval.lrs=[0.1,1.0]"],
     "logistic": ["eval.shares=[0.5]", "eval.splits=1", "eval.c=[1.0]"],
     "finetune": ["eval.epochs=1", "eval.warmup_epochs=0", "eval.batch_size_per_device=24"],
     "neighbors": ["eval.random_queries=3", "eval.neighbors=4"],

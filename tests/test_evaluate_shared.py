@@ -21,7 +21,7 @@ SMALL_IMAGES = ["eval.image_size=32", "eval.image_resize=36", "data.num_workers=
 CLASSIFICATION: dict[str, list[str]] = {
     "knn": [],
     "logistic": ["eval.splits=1", "eval.c=[1.0]"],
-    "linear_fast": ["eval.epochs=2", "eval.n_last_blocks=[1]"],
+    "linear_grid": ["eval.epochs=2", "eval.n_last_blocks=[1]"],
     "linear": ["eval.epochs=1", "eval.n_last_blocks=1"],
     "finetune": ["eval.epochs=1", "eval.warmup_epochs=0"],
     "neighbors": [],

@@ -16,7 +16,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.training.build import build_method
 from dino_lightning.training.init_from import check_initial
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 BACKBONE = ["backbone=vit_micro", "backbone.width=64", "backbone.depth=1", "backbone.heads=1", "backbone.patch_size=8"]
 
@@ -55,15 +55,23 @@ def test_another_image_size_computes_what_the_network_computes_there(tmp_path: P
 
 def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None:
     path = exported(tmp_path)
-    words = [*SMALL, *BACKBONE, f"init_from={path}", "trainer.max_steps=1", "optim.lr=0", "optim.lr_end=0",
-             "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]  # fmt: skip
-    run_training(composed(*words, output_dir=tmp_path / "run"))
+    words = [
+        *SMALL,
+        *BACKBONE,
+        f"init_from={path}",
+        "trainer.max_steps=1",
+        "optim.lr=0",
+        "optim.lr_end=0",
+        "callbacks.knn.enabled=false",
+        "callbacks.pictures.enabled=false",
+    ]
+    train(composed(*words, output_dir=tmp_path / "run"))
     left, given = weights(tmp_path / "run"), weights(path)
     assert all(torch.allclose(left[name], given[name], rtol=1e-5, atol=1e-6) for name in given)
     path.unlink()
-    run_training(composed(*words, "trainer.max_steps=2", "resume=true", output_dir=tmp_path / "run"))
+    train(composed(*words, "trainer.max_steps=2", "resume=true", output_dir=tmp_path / "run"))
     with pytest.raises(UserError, match="resume: init_from was .* and is now None"):
-        run_training(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
+        train(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
 
 
 def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from selection import first
 from dino_lightning.loggers.csv import read_rows
 from dino_lightning.methods.base import Method
 from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED
-from dino_lightning.runtime.signals import leave_at_once
+from dino_lightning.runtime.signals import exit_on_signal
 from dino_lightning.training.callbacks import knn
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 QUIET = [
     "callbacks.knn.batch_size_per_device=16",
@@ -28,7 +28,7 @@ STOPS = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED, signal.SIGUSR1: 
 
 
 def run(output: Path, *overrides: str) -> float | None:
-    return run_training(composed(*SMALL, *QUIET, "backbone.drop_path_rate=0.2", *overrides, output_dir=output))
+    return train(composed(*SMALL, *QUIET, "backbone.drop_path_rate=0.2", *overrides, output_dir=output))
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -79,8 +79,7 @@ def expect_same(output: Path, whole: Path) -> None:
 def test_a_signal_in_a_step(number: signal.Signals, tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
     handlers = [signal.getsignal(each) for each in STOPS]
     with monkeypatch.context() as patch:
-        patch.setattr(Method, "configure_gradient_clipping",
-                      at_call(9, number, Method.configure_gradient_clipping))  # fmt: skip
+        patch.setattr(Method, "configure_gradient_clipping", at_call(9, number, Method.configure_gradient_clipping))
         expect_left(tmp_path, STOPS[number])
     assert [signal.getsignal(each) for each in STOPS] == handlers
     # Known before the step that follows the signal's, and saved after it.
@@ -92,11 +91,12 @@ def test_a_signal_in_a_step(number: signal.Signals, tmp_path: Path, whole: Path,
 
 def test_the_handler_for_the_time_outside_of_training_is_no_launchers(tmp_path: Path, monkeypatch: Any) -> None:
     """As `train.py` has it: in training the run saves first, as always."""
-    signal.signal(signal.SIGTERM, leave_at_once)
-    monkeypatch.setattr(Method, "configure_gradient_clipping",
-                        at_call(2, signal.SIGTERM, Method.configure_gradient_clipping))  # fmt: skip
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    monkeypatch.setattr(
+        Method, "configure_gradient_clipping", at_call(2, signal.SIGTERM, Method.configure_gradient_clipping)
+    )
     expect_left(tmp_path, PREEMPTED)
-    assert signal.getsignal(signal.SIGTERM) is leave_at_once
+    assert signal.getsignal(signal.SIGTERM) is exit_on_signal
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] in (2, 3)
 
 
@@ -111,8 +111,10 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any
     assert not (tmp_path / "checkpoints" / "best_knn.ckpt").exists()
     run(tmp_path, "resume=auto")
     expect_same(tmp_path, whole)
-    best = [torch.load(each / "checkpoints" / "best_knn.ckpt", weights_only=True)["global_step"]
-            for each in (tmp_path, whole)]  # fmt: skip
+    best = [
+        torch.load(each / "checkpoints" / "best_knn.ckpt", weights_only=True)["global_step"]
+        for each in (tmp_path, whole)
+    ]
     assert best[0] == best[1]
 
 
@@ -130,8 +132,9 @@ def test_submitits_handler_is_called_when_all_is_saved(tmp_path: Path, monkeypat
 
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
-        monkeypatch.setattr(Method, "configure_gradient_clipping",
-                            at_call(2, signal.SIGUSR2, Method.configure_gradient_clipping))  # fmt: skip
+        monkeypatch.setattr(
+            Method, "configure_gradient_clipping", at_call(2, signal.SIGUSR2, Method.configure_gradient_clipping)
+        )
         expect_left(tmp_path, PREEMPTED)
         assert signal.getsignal(signal.SIGUSR2) is requeue
     finally:

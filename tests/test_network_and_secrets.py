@@ -14,7 +14,7 @@ import pytest
 from composing import SMALL, composed
 
 import dino_lightning
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.train import CONF
 from dino_lightning.config.constraints import check_keys
 
@@ -50,8 +50,17 @@ for name in ("getaddrinfo", "gethostbyname"):
     setattr(socket, name, resolve)
 '''
 SHORT = [*SMALL, "trainer.max_steps=2", "trainer.max_epochs=1", "callbacks.knn.queries=16", "cpu_threads=1"]
-FLAGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK",
-         "WANDB_MODE", "WANDB_API_KEY", "HF_TOKEN", "WANDB_DISABLED")  # fmt: skip
+FLAGS = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+    "WANDB_MODE",
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "WANDB_DISABLED",
+)
 """Set on the machine of a test, they would hide what a program does on others."""
 
 
@@ -65,15 +74,23 @@ class Machine:
         (folder / "guard" / "sitecustomize.py").write_text(GUARD)
         paths = [str(folder / "guard"), str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
         self.environment = {name: value for name, value in os.environ.items() if name not in FLAGS} | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)), "NETWORK_LOG": str(self.log), "HOME": str(self.home),
-            "OMP_NUM_THREADS": "1", "WANDB__DISABLE_STATS": "true",
-        }  # fmt: skip
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "NETWORK_LOG": str(self.log),
+            "HOME": str(self.home),
+            "OMP_NUM_THREADS": "1",
+            "WANDB__DISABLE_STATS": "true",
+        }
 
     def run(self, *command: str, wrapper: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*wrapper, sys.executable, *command],
-            env=self.environment | variables, cwd=self.home, capture_output=True, text=True, check=False, timeout=400,
-        )  # fmt: skip
+            env=self.environment | variables,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
@@ -112,9 +129,11 @@ socket.create_connection(server.getsockname())
     machine.run("-c", code)
     lines = machine.attempts.splitlines()
     assert [line.split(" by ")[0] for line in lines] == [
-        "getaddrinfo 192.0.2.1", "gethostbyname example.org", "getaddrinfo example.org",
+        "getaddrinfo 192.0.2.1",
+        "gethostbyname example.org",
+        "getaddrinfo example.org",
         "connect ('192.0.2.1', 80)",
-    ]  # fmt: skip
+    ]
 
 
 PROGRAM = """
@@ -211,6 +230,6 @@ def test_keys_on_the_command_line_are_refused(word: str) -> None:
     key = secrets.token_hex(20)
     with pytest.raises(EXPLAINED) as caught:
         check_keys(composed("logger=wandb", f"{word}{key}"))
-    sentence = explain(caught.value, conf=CONF)
+    sentence = message_for(caught.value, conf=CONF)
     assert f"{word.strip('+=')} is not a key of the configuration" in sentence
     assert key not in sentence

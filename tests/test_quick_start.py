@@ -13,13 +13,13 @@ from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dino_lightning.cli.overrides import as_hydra_takes_it, with_home_folders
+from dino_lightning.cli.overrides import prepare_overrides, with_home_folders
 from dino_lightning.cli.quick_start import with_quick_start
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.errors import UserError
-from dino_lightning.training.autoconfig.apply import suggest_settings
+from dino_lightning.training.autoconfig.apply import autoconfigure
 
 PROGRAMS = Path(sys.executable).parent
 
@@ -41,20 +41,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(words: list[str], *, fast: bool, output: Path) -> Any:
     """The configuration of the run that the words start, with everything that is chosen for it."""
     register()
-    given = as_hydra_takes_it(words, fast=fast)
+    given = prepare_overrides(words, fast=fast)
     config = composition("config", *given, f"output_dir={output}")
-    suggest_settings(config, given=given)
+    autoconfigure(config, cli_overrides=given)
     return config
 
 
 def test_what_is_missing_is_put_beside_the_path() -> None:
-    chosen = ["data=folder", "experiment=photos32", "suggest_machine=true", "data.path=/x"]
+    chosen = ["data=folder", "experiment=photos32", "auto.machine=true", "data.path=/x"]
     assert with_quick_start(["--multirun", "data.path=/x"], fast=False) == ["--multirun", *chosen]
     assert with_quick_start(["data.path=/x.zip"], fast=True)[:2] == ["data=archive", "experiment=small_data"]
     assert with_quick_start(["data.path='/x.csv'"], fast=False)[0] == "data=listing"
     own = ["data.path=/x", "backbone=resnet18", "trainer.accelerator=cpu"]
     assert "experiment=small_data" in with_quick_start(own), "photos32 has crops for a network of its own"
-    assert with_quick_start(["data.path=/x", "suggest_machine=false"], fast=False).count("suggest_machine=true") == 0
+    assert with_quick_start(["data.path=/x", "auto.machine=false"], fast=False).count("auto.machine=true") == 0
 
 
 @pytest.mark.parametrize("word", ["data=folder", "experiment=quick", "scale=quick", "sweep=table7", "recipe=null"])

@@ -17,12 +17,12 @@ from selection import first
 from wandb_records import configuration, logged, offline_records
 
 from dino_lightning.errors import UserError
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 
 def run(output: Path, *overrides: str) -> float | None:
     torch.manual_seed(0)
-    return run_training(composed(*SMALL, *overrides, output_dir=output))
+    return train(composed(*SMALL, *overrides, output_dir=output))
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,15 @@ def test_metrics_hold_losses_schedules_and_collapse_signals(finished: tuple[Path
     assert len(column(output, "knn/top1")) == 2
     for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temperature"):
         assert len(column(output, f"schedule/{name}")) == 12, name
-    each_step = ("teacher_entropy", "teacher_student_kl", "mean_output_entropy", "kl_to_uniform", "feature_std",
-                 "center_norm", "alarm")  # fmt: skip
+    each_step = (
+        "teacher_entropy",
+        "teacher_student_kl",
+        "mean_output_entropy",
+        "kl_to_uniform",
+        "feature_std",
+        "center_norm",
+        "alarm",
+    )
     for name in each_step:
         assert len(column(output, f"collapse/{name}")) == 12, name
     for name in ("effective_rank", "dead_prototypes"):
@@ -131,7 +138,7 @@ def test_unlabelled_photos(tmp_path: Path) -> None:
         Image.effect_noise((60, 45), 40 + index).convert("RGB").save(folder / f"{index}.jpg")
     (folder / "broken.jpg").write_bytes(b"not a picture")
     cfg = composed(*UNLABELLED, "data=folder", f"data.path={folder}", output_dir=tmp_path / "run")
-    assert run_training(cfg) is None
+    assert train(cfg) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn_top1"] is None
     assert summary["bad_images"] == 1
@@ -147,9 +154,15 @@ def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             tifffile.imwrite(path, np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8))
         path.write_bytes(b"not a picture")
-    cfg = composed(*UNLABELLED[:-2], "data=folder", f"data.path={tmp_path}/in", "callbacks.pictures.enabled=false",
-                   "data.max_bad_share=0.1", output_dir=tmp_path / "run")  # fmt: skip
-    run_training(cfg)
+    cfg = composed(
+        *UNLABELLED[:-2],
+        "data=folder",
+        f"data.path={tmp_path}/in",
+        "callbacks.pictures.enabled=false",
+        "data.max_bad_share=0.1",
+        output_dir=tmp_path / "run",
+    )
+    train(cfg)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_images"] == 2
     assert "train" in (tmp_path / "run" / "bad_images.txt").read_text()
     assert "val" in (tmp_path / "run" / "bad_images_val.txt").read_text()
@@ -173,10 +186,18 @@ def test_images_of_other_channels(
     if (channels, backend) == (5, "pil"):
         pytest.skip("PIL has no images of five channels")
     half = "[" + ",".join(["0.5"] * channels) + "]"
-    cfg = composed(*UNLABELLED, "data=folder", f"data.path={photos(tmp_path / 'in', channels=channels)}",
-                   f"data.channels={channels}", f"crops={backend}", f"crops.mean={half}", f"crops.std={half}",
-                   "experiment=quick", output_dir=tmp_path / "run")  # fmt: skip
-    run_training(cfg)
+    cfg = composed(
+        *UNLABELLED,
+        "data=folder",
+        f"data.path={photos(tmp_path / 'in', channels=channels)}",
+        f"data.channels={channels}",
+        f"crops={backend}",
+        f"crops.mean={half}",
+        f"crops.std={half}",
+        "experiment=quick",
+        output_dir=tmp_path / "run",
+    )
+    train(cfg)
     assert f"{channels} channels: no saturation, hue and grayscale" in " ".join(capfd.readouterr().err.split())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["timm"]["in_chans"] == channels
@@ -192,9 +213,14 @@ def test_a_stream(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "images-0.tar", "w") as tar:
         for path in sorted(photos(tmp_path / "in", channels=3).iterdir()):
             tar.add(path, arcname=path.name)
-    cfg = composed(*UNLABELLED, "data=webdataset", f"data.shards={tmp_path}/images-0.tar", "data.images=40",
-                   output_dir=tmp_path / "run")  # fmt: skip
-    run_training(cfg)
+    cfg = composed(
+        *UNLABELLED,
+        "data=webdataset",
+        f"data.shards={tmp_path}/images-0.tar",
+        "data.images=40",
+        output_dir=tmp_path / "run",
+    )
+    train(cfg)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (40 // 16)
     assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
 
@@ -206,7 +232,7 @@ def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -
         tifffile.imwrite(tmp_path / "in" / f"{index}.tif", deep)
     cfg = composed(*UNLABELLED, "data=folder", f"data.path={tmp_path}/in", output_dir=tmp_path / "run")
     with pytest.raises(UserError, match=r"16-bit image; set data\.value_range, such as \[0,65535\]"):
-        run_training(cfg)
+        train(cfg)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 

@@ -26,7 +26,7 @@ from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED
 from dino_lightning.training.resources import threads_beside
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 ROOT = Path(__file__).parents[1]
 SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false"]
@@ -181,7 +181,7 @@ def test_runs_side_by_side_share_the_cores() -> None:
 
 def test_runs_side_by_side_have_one_device_each(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.devices=2: .* have one device each"):
-        run_training(composed(*SHORT, "trainer.devices=2", output_dir=tmp_path / "0"), at_once=2)
+        train(composed(*SHORT, "trainer.devices=2", output_dir=tmp_path / "0"), concurrent_runs=2)
 
 
 def test_another_process_knows_classes_of_ones_own_files(tmp_path: Path) -> None:

@@ -24,12 +24,19 @@ from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.loggers.wandb import STEP, LastingWandbLogger, closed_wandb, wandb_logger
 from dino_lightning.report.wandb_workspace import SECTIONS
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 PROJECT = Path(__file__).parents[1]
 TRAIN = [*SMALL, "logger=wandb", "logger.end_timeout_s=60", "callbacks.knn.k=[5,20]"]
-EVALUATE = ["eval=knn", "eval.k=[5]", "data=builtin", "data.train_images=64", "data.val_images=32",
-            "data.num_workers=0", "logger=wandb"]  # fmt: skip
+EVALUATE = [
+    "eval=knn",
+    "eval.k=[5]",
+    "data=builtin",
+    "data.train_images=64",
+    "data.val_images=32",
+    "data.num_workers=0",
+    "logger=wandb",
+]
 ONLY_ON_GPUS = {"speed/mfu", "speed/gpu_memory_gib", "amp/scale"}
 
 
@@ -60,8 +67,8 @@ def online(
     with serving() as server:
         at_server(server)
         words = [*TRAIN, "logger.mode=online", "logger.tags=[a,b]", "logger.project=photos"]
-        run_training(composed(*words, "trainer.max_steps=6", output_dir=folder / "run"))
-        run_training(composed(*words, "resume=true", output_dir=folder / "run"))
+        train(composed(*words, "trainer.max_steps=6", output_dir=folder / "run"))
+        train(composed(*words, "resume=true", output_dir=folder / "run"))
         words = [*EVALUATE, "logger.mode=online", f"checkpoint={folder / 'run'}"]
         run_evaluation(composed_evaluation(*words, output_dir=folder / "knn"), overrides=words)
         yield server, folder
@@ -179,9 +186,13 @@ def warning_of(capsys: pytest.CaptureFixture[str]) -> str:
     ("key", "reason"), [("x" * 40, "401"), ("12345", "characters"), (None, "no key for")], ids=["bad", "short", "no"]
 )
 def test_a_key_that_does_not_open(
-    at_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    key: str | None, reason: str,
-) -> None:  # fmt: skip
+    at_server: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    key: str | None,
+    reason: str,
+) -> None:
     with serving() as server:
         at_server(server)
         monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -244,10 +255,17 @@ def test_a_terminal_is_asked_nothing(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     names = ("WANDB_API_KEY", "WANDB_SERVICE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true",
-                    "WANDB_BASE_URL": "http://127.0.0.1:9"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", ASKS, str(tmp_path)], stdin=theirs, stdout=theirs, check=False,
-                          stderr=subprocess.PIPE, text=True, timeout=300, env=environment)  # fmt: skip
+    environment |= {"NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS, str(tmp_path)],
+        stdin=theirs,
+        stdout=theirs,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
     os.close(ours)
     assert done.returncode == 0, done.stderr
     assert "no key for http://127.0.0.1:9 is known" in done.stderr
@@ -267,7 +285,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """The run keeps its artifact for `wandb sync`; the evaluation says once where its weights are from."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
-    run_training(composed(*TRAIN, "trainer.max_steps=2", "callbacks.pictures.enabled=false", output_dir=run))
+    train(composed(*TRAIN, "trainer.max_steps=2", "callbacks.pictures.enabled=false", output_dir=run))
     records = offline_records(run)
     run_id = description(records).run_id
     assert [(one.type, one.name) for one in artifacts(records)] == [("model", f"weights-{run_id}")]
@@ -285,14 +303,20 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_no_artifacts_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     words = ["logger.artifacts=false", "trainer.max_steps=1", "callbacks.pictures.enabled=false"]
-    run_training(composed(*TRAIN, *words, "callbacks.knn.enabled=false", output_dir=tmp_path))
+    train(composed(*TRAIN, *words, "callbacks.knn.enabled=false", output_dir=tmp_path))
     assert not artifacts(offline_records(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_sweep_is_a_group_and_ranks_log_once(tmp_path: Path) -> None:
-    words = [*TRAIN, "trainer.max_steps=2", "callbacks.pictures.enabled=false", "trainer.devices=2",
-             "trainer.strategy=ddp", "trainer.precision=32"]  # fmt: skip
+    words = [
+        *TRAIN,
+        "trainer.max_steps=2",
+        "callbacks.pictures.enabled=false",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "trainer.precision=32",
+    ]
     words += ["--multirun", "seed=0,1", f"output_dir={tmp_path / 'both'}"]
     command = [sys.executable, str(PROJECT / "train.py"), *words]
     subprocess.run(command, check=True, timeout=500, env={**os.environ, "WANDB_SILENT": "true"})

@@ -15,7 +15,7 @@ from wrong_inputs import PAGE, Wrong, fits, page, sentence_of
 from wrong_resumed import HOLDER, ROWS, a_run_in_the_folder, finished, resumed
 from wrong_tables import TABLES
 
-from dino_lightning.runtime.run_lock import held_folder
+from dino_lightning.runtime.run_lock import run_lock
 from dino_lightning.training.build import build_method
 from dino_lightning.training.resources import checkpoint_bytes
 
@@ -78,7 +78,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((), ""),
-        (("callbacks.knn.k=[5,20]", "data.prefetch_batches=3", "step=plain", "logger=tensorboard"), ""),
+        (("callbacks.knn.k=[5,20]", "data.prefetch_batches=3", "compute=reference", "logger=tensorboard"), ""),
         (("trainer.max_epochs=4",), "trainer.max_epochs was 2 and is 4: from here on, the schedules are those of"),
         (("data.batch_size_per_device=2", "trainer.accumulate_grad_batches=2"), ""),
     ],
@@ -132,7 +132,7 @@ def test_the_folder_is_free_again_after_sigkill(tmp_path: Path) -> None:
             run.wait()
             os.kill(child, 0)  # it is there
             assert (tmp_path / ".running").exists()
-            with held_folder(tmp_path):
+            with run_lock(tmp_path):
                 assert str(os.getpid()) in (tmp_path / ".running").read_text()
             assert not (tmp_path / ".running").exists()
         finally:
@@ -142,7 +142,7 @@ def test_the_folder_is_free_again_after_sigkill(tmp_path: Path) -> None:
 def test_other_ranks_of_a_run_enter_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with a_run_in_the_folder(tmp_path):
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with held_folder(tmp_path / "run"):
+        with run_lock(tmp_path / "run"):
             pass
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from programs import TRAIN, run_program
 
 from dino_lightning.checkpoints.load import load_network
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.plugins import import_one
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
@@ -81,19 +81,22 @@ WRONG = [
     ("trainer.precision=bf16-true", "trainer.precision=bf16-true would round"),
     ("trainer.strategy=ddpp", "trainer.strategy=ddpp: did you mean 'ddp'?"),
     ("trainer.strategy=fsdp trainer.precision=64", "trainer.strategy=fsdp does not work with trainer.precision=64"),
-    ("step=compild", "did you mean 'compiled'?"),
-    ("step.loss_rows=0", "step.loss_rows=0: expected at least 1"),
-    ("step.attention=flash", "step.attention=flash:"),
-    ("step.attention=varlen", "step.attention=varlen needs a GPU"),
-    ("step.attention=varlen step.fused=false", "step.attention=varlen needs step.fused=true"),
-    ("step.attention=varlen backbone=convnext_tiny", "step.attention=varlen needs backbone=vit_small or another ViT"),
-    ("step.matmul_precision=fast", "step.matmul_precision=fast:"),
+    ("compute=compild", "did you mean 'compiled'?"),
+    ("compute.loss_rows=0", "compute.loss_rows=0: expected at least 1"),
+    ("compute.attention=flash", "compute.attention=flash:"),
+    ("compute.attention=varlen", "compute.attention=varlen needs a GPU"),
+    ("compute.attention=varlen compute.fused=false", "compute.attention=varlen needs compute.fused=true"),
+    (
+        "compute.attention=varlen backbone=convnext_tiny",
+        "compute.attention=varlen needs backbone=vit_small or another ViT",
+    ),
+    ("compute.matmul_precision=fast", "compute.matmul_precision=fast:"),
     ("backbone.drop_path=batch", "backbone.drop_path=batch:"),
     ("backbone.registers=-1", "backbone.registers=-1: expected at least 0"),
     ("method.patch_loss_weight=1 backbone=convnext_tiny", "only this package's own ViTs know; set backbone=vit_small"),
     ("method.mask_share=[0.5,0.1]", "method.mask_share=[0.5,0.1]: expected two shares"),
-    ("backbone.drop_path=subset step.fused=false", "backbone.drop_path=subset needs step.fused=true"),
-    ("backbone.drop_path=subset step.compile=true", "backbone.drop_path=subset needs step.compile=false"),
+    ("backbone.drop_path=subset compute.fused=false", "backbone.drop_path=subset needs compute.fused=true"),
+    ("backbone.drop_path=subset compute.compile=true", "backbone.drop_path=subset needs compute.compile=false"),
     ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
     ("trainer.max_epochs=-1", "trainer.max_epochs=-1 needs a length in trainer.max_steps"),
     ("callbacks.knn.headline_k=7", "callbacks.knn.headline_k=7 is not one of"),
@@ -108,7 +111,7 @@ WRONG = [
     ("method=mocco", "did you mean 'moco'?"),
     ("method=moco method.version=4", "method.version=4: expected 2 or 3"),
     ("method=moco experiment=photos32 data=builtin method.freeze_patch_embedding=true", "this network has no patches"),
-    ("method=byol step.loss_rows=64", "step.loss_rows=64 counts rows of DINO's logits"),
+    ("method=byol compute.loss_rows=64", "compute.loss_rows=64 counts rows of DINO's logits"),
     ("method=byol method.evaluate=techer", "did you mean 'teacher'?"),
     ("method=swav method.sinkhorn_epsilon=0", "method.sinkhorn_epsilon=0.0: expected a positive number"),
     ("method=swav method.queue_length=64 method.queue_start=99ep", "method.queue_start=99ep is longer than the run"),
@@ -134,7 +137,7 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
         check_environment(config)
         check_data(config, build_data(config), world_size=1)
     except EXPLAINED as error:
-        return explain(error, conf=CONF)
+        return message_for(error, conf=CONF)
     return ""
 
 
@@ -164,10 +167,13 @@ def test_unlabelled_images_and_knn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("x" * 300, "no file can have so long a name"), ("~no-such-user/x", "there is no home folder for '~'"),
-     ("a\0b", "it has a character that no path can have")],
+    [
+        ("x" * 300, "no file can have so long a name"),
+        ("~no-such-user/x", "there is no home folder for '~'"),
+        ("a\0b", "it has a character that no path can have"),
+    ],
     ids=["long", "home", "zero"],
-)  # fmt: skip
+)
 def test_a_path_that_none_can_be(path: str, reason: str, tmp_path: Path) -> None:
     photos = composed("data=folder", f"data.path={tmp_path}", "trainer.accelerator=cpu")
     knn = composed_evaluation("checkpoint=untrained:vit_micro")

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.config import AdamWConfig, DINOConfig, OptimConfig, StepConfig, ViTConfig
+from dino_lightning.config import AdamWConfig, ComputeConfig, DINOConfig, OptimConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.optim.ema import follow
@@ -23,7 +23,7 @@ def dino(
     *,
     optim: OptimConfig | None = None,
     batch_size: int = 8,
-    step: StepConfig | None = None,
+    step: ComputeConfig | None = None,
     depth: int = BACKBONE.depth,
     **method: Any,
 ) -> DINO:
@@ -37,7 +37,7 @@ def dino(
         feature_dim=BACKBONE.width,
         optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
         batch_size_per_device=batch_size,
-        step=step,
+        compute=step,
     )
     with torch.no_grad():
         for parameter in module.student.parameters():

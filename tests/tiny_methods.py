@@ -14,14 +14,14 @@ from dino_lightning.config import (
     MOCO_VERSIONS,
     AdamWConfig,
     BYOLConfig,
+    ComputeConfig,
     MoCoConfig,
     OptimConfig,
-    StepConfig,
     SupervisedConfig,
     SwAVConfig,
     TeacherConfig,
 )
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.moco import MoCo
@@ -44,7 +44,12 @@ METHODS: dict[type, Any] = {BYOLConfig: BYOL, MoCoConfig: MoCo, SwAVConfig: SwAV
 
 
 def build(
-    name: str, *, optim: OptimConfig | None = None, batch_size: int = 8, step: StepConfig | None = None, **changed: Any
+    name: str,
+    *,
+    optim: OptimConfig | None = None,
+    batch_size: int = 8,
+    step: ComputeConfig | None = None,
+    **changed: Any,
 ) -> Any:
     """With weights far enough from their start that every term counts, the same on each call after the same seed."""
     given = CONFIGS[name]
@@ -71,12 +76,12 @@ def build(
     return module
 
 
-def labelled(batches: tiny.Batches) -> list[LabelledCrops]:
+def labelled(batches: tiny.Batches) -> list[LabeledCrops]:
     """The same with labels: each image's class is that of its brightness, so that it can be learnt; one has none."""
     found = []
     for crops in batches:
         labels_B = (crops[0].mean(dim=(1, 2, 3)) > 0).long()
-        found.append(LabelledCrops(crops, labels_B))
+        found.append(LabeledCrops(crops, labels_B))
     return found
 
 

@@ -38,8 +38,10 @@ def records_of(path: Path) -> list[Any]:
 
 def history(records: list[Any]) -> list[dict[str, Any]]:
     """The logged rows."""
-    rows = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            for record in records]  # fmt: skip
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+    ]
     return [row for row in rows if row]
 
 

@@ -150,8 +150,9 @@ class WandbServer:
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
     def _run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
-        files = [{"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"}
-                 for name in variables["files"]]  # fmt: skip
+        files = [
+            {"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"} for name in variables["files"]
+        ]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
     # ------------------------------------------------------------------------------------------------- artifacts
@@ -169,10 +170,15 @@ class WandbServer:
         found = self._latest(variables["name"])
         if found is None:
             return {"project": {"artifactCollectionMembership": None}}
-        at, project = "2026-01-01T00:00:00", {"id": "1", "internalId": "1", "name": variables["project"],
-                                             "entity": {"name": ENTITY}}  # fmt: skip
-        collection = {"__typename": "ArtifactSequence", "name": found.sent["artifactCollectionName"],
-                      "project": project}  # fmt: skip
+        at, project = (
+            "2026-01-01T00:00:00",
+            {"id": "1", "internalId": "1", "name": variables["project"], "entity": {"name": ENTITY}},
+        )
+        collection = {
+            "__typename": "ArtifactSequence",
+            "name": found.sent["artifactCollectionName"],
+            "project": project,
+        }
         artifact = {
             "__typename": "Artifact",
             "id": found.id,
@@ -213,8 +219,16 @@ class WandbServer:
 
     def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
         url = f"{self.url}/storage/{variables['artifactID']}/{variables['name']}"
-        manifest = {"id": f"manifest-{variables['artifactID']}", "file": {"id": "f", "name": variables["name"],
-                    "displayName": variables["name"], "uploadUrl": url, "uploadHeaders": []}}  # fmt: skip
+        manifest = {
+            "id": f"manifest-{variables['artifactID']}",
+            "file": {
+                "id": "f",
+                "name": variables["name"],
+                "displayName": variables["name"],
+                "uploadUrl": url,
+                "uploadHeaders": [],
+            },
+        }
         return {"createArtifactManifest": {"artifactManifest": manifest}}
 
     def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -223,9 +237,18 @@ class WandbServer:
             artifact = next(one for one in self.artifacts if one.id == spec["artifactID"])
             artifact.files[spec["name"]] = spec["md5"]
             url = f"{self.url}/storage/{artifact.id}/{spec['name']}"
-            nodes.append({"id": spec["name"], "name": spec["name"], "displayName": spec["name"], "uploadUrl": url,
-                          "uploadHeaders": [], "uploadMultipartUrls": None, "storagePath": spec["name"],
-                          "artifact": {"id": artifact.id}})  # fmt: skip
+            nodes.append(
+                {
+                    "id": spec["name"],
+                    "name": spec["name"],
+                    "displayName": spec["name"],
+                    "uploadUrl": url,
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "storagePath": spec["name"],
+                    "artifact": {"id": artifact.id},
+                }
+            )
         return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
 
     def _commit(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -241,8 +264,11 @@ class WandbServer:
     def _view(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.views.append(variables)
         kept = ("name", "displayName", "description", "spec")
-        view = {"id": f"view{len(self.views)}", "project": self._project(variables["projectName"]),
-                **{key: variables[key] for key in kept}}  # fmt: skip
+        view = {
+            "id": f"view{len(self.views)}",
+            "project": self._project(variables["projectName"]),
+            **{key: variables[key] for key in kept},
+        }
         return {"upsertView": {"view": view, "inserted": True}}
 
     def _names(self) -> set[str]:

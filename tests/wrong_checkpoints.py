@@ -17,7 +17,7 @@ from wrong_images import as_nobody
 from wrong_inputs import EVALUATE, Wrong
 
 from dino_lightning.checkpoints import load_network
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 Make = Callable[[Path], list[str]]
 IMAGES = ["data.train_images=16", "data.val_images=8", "eval.k=[5]"]
@@ -44,7 +44,7 @@ def evaluated(*words: str) -> Make:
 
 
 @cache
-def network() -> Network:
+def network() -> FrozenNetwork:
     return load_network(SMALL)
 
 

@@ -17,10 +17,10 @@ from unittest.mock import patch
 import lightning as L
 from composing import composed, composed_evaluation
 
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.train import CONF
 from dino_lightning.evaluation.run import run_evaluation
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train as train_in_process
 
 PAGE = Path(__file__).parents[1] / "docs" / "wrong_inputs.md"
 TRAIN, EVALUATE = "dino-train", "dino-eval"
@@ -75,7 +75,7 @@ def sentence_of(row: Wrong, folder: Path) -> str:
         with row.around(folder) if row.around else nullcontext():
             run(words, output=folder / "run", to_the_end=row.while_training)
     except EXPLAINED as error:
-        return explain(error, conf=CONF).replace(str(folder), "DIR")
+        return message_for(error, conf=CONF).replace(str(folder), "DIR")
     except NotRefusedError:
         pass
     return ""
@@ -107,7 +107,7 @@ def train(words: list[str], *, output: Path, to_the_end: bool = False) -> None:
     if "output_dir" in given:
         cfg.output_dir = next(word.partition("=")[2] for word in words if word.startswith("output_dir="))
     with nullcontext() if to_the_end else patch.object(L.Trainer, "fit", _first_step):
-        run_training(cfg)
+        train_in_process(cfg)
 
 
 def _first_step(*_: object, **__: object) -> None:

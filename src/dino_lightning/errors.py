@@ -12,7 +12,7 @@ class RanksDifferError(UserError):
     """A wrong setting that all processes of a run have found together, so that one of them may say it."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A clause that names the closest of `choices`, or lists them where none is close."""
     known = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)

@@ -31,7 +31,7 @@ from torch._weights_only_unpickler import Unpickler
 
 with atheris.instrument_imports(include=["dino_lightning.checkpoints"]):
     from dino_lightning.checkpoints import Description, load_network
-    from dino_lightning.checkpoints.run_checkpoint import DamagedError, newest_whole, verify, write_checkpoint
+    from dino_lightning.checkpoints.run_checkpoint import CorruptCheckpointError, latest_valid, verify, write_checkpoint
     from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 
 import harness
@@ -41,15 +41,23 @@ from safetensors.torch import load_file, save_file
 
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 FOLDER = harness.scratch("checkpoints")
 RUN = FOLDER / "run"
 TINY = [
-    "trainer.max_steps=1", "trainer.max_epochs=1", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false",
-    "backbone.width=16", "backbone.depth=1", "backbone.heads=2", "method.out_dim=8", "method.head_hidden_dim=8",
-    "method.head_bottleneck_dim=8", "trainer.enable_progress_bar=false",
-]  # fmt: skip
+    "trainer.max_steps=1",
+    "trainer.max_epochs=1",
+    "callbacks.knn.enabled=false",
+    "callbacks.pictures.enabled=false",
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    "method.out_dim=8",
+    "method.head_hidden_dim=8",
+    "method.head_bottleneck_dim=8",
+    "trainer.enable_progress_bar=false",
+]
 
 
 def repacked(archive: bytes, pickle: bytes) -> bytes:
@@ -67,12 +75,44 @@ def pickle_in(archive: bytes) -> bytes:
 
 
 ABSURD: list[Any] = [
-    None, True, -1, 0, 1, 2, 7, 10**6, 10**9, 2**63, 10**400, 0.5, -1.5, float("nan"), float("inf"), "", "x",
-    "resnet18", "hf-hub:a/b", "vit_small_patch16_224.dino", "/etc/passwd", "a\nb", [], [1], [0.0], [float("nan")] * 3,
-    [1e400] * 3, {}, {"": 1}, {"checkpoint_path": str(FOLDER / "code.pth")}, {"pretrained_cfg": {"file": "x"}},
-    {"depth": 10**7}, {"embed_dim": 10**7}, {"num_heads": 0}, {"depths": [10**6] * 4}, {"pretrained": True},
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    7,
+    10**6,
+    10**9,
+    2**63,
+    10**400,
+    0.5,
+    -1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "resnet18",
+    "hf-hub:a/b",
+    "vit_small_patch16_224.dino",
+    "/etc/passwd",
+    "a\nb",
+    [],
+    [1],
+    [0.0],
+    [float("nan")] * 3,
+    [1e400] * 3,
+    {},
+    {"": 1},
+    {"checkpoint_path": str(FOLDER / "code.pth")},
+    {"pretrained_cfg": {"file": "x"}},
+    {"depth": 10**7},
+    {"embed_dim": 10**7},
+    {"num_heads": 0},
+    {"depths": [10**6] * 4},
+    {"pretrained": True},
     {"img_size": 10**7},
-]  # fmt: skip
+]
 """What stands in the place of what belongs there."""
 
 
@@ -115,7 +155,7 @@ class Files:
 
     def __init__(self) -> None:
         shutil.rmtree(RUN, ignore_errors=True)
-        run_training(composed(*SMALL, *TINY, output_dir=RUN))
+        train(composed(*SMALL, *TINY, output_dir=RUN))
         self.config = (RUN / "config.yaml").read_bytes()
         self.checkpoint = (RUN / "checkpoints" / "last.ckpt").read_bytes()
         weights = load_file(RUN / "teacher.safetensors")
@@ -134,10 +174,20 @@ class Files:
 
 def seeds(files: Files) -> Iterator[bytes]:
     """Each kind of file, and each part."""
-    parts = [files.checkpoint, saved(files.weights), saved({"teacher": files.weights}), files.legacy,
-             files.exported, files.plain, pickle_in(files.checkpoint), pickle_in(files.backbone),
-             pickle_in(files.full), files.metadata["network"].encode(), files.metadata["timm"].encode(),
-             files.config]  # fmt: skip
+    parts = [
+        files.checkpoint,
+        saved(files.weights),
+        saved({"teacher": files.weights}),
+        files.legacy,
+        files.exported,
+        files.plain,
+        pickle_in(files.checkpoint),
+        pickle_in(files.backbone),
+        pickle_in(files.full),
+        files.metadata["network"].encode(),
+        files.metadata["timm"].encode(),
+        files.config,
+    ]
     for kind, part in enumerate(parts):
         yield bytes([kind]) + part
     resnet = {"backbone": {"name": "resnet18", "arguments": {"zero_init_last": False}, "patch_size": None}}
@@ -175,10 +225,10 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
         place = FOLDER / "resume"
         for hashed in (part, part + b"\nsha256:" + hashlib.sha256(part).hexdigest().encode() + b"\n"):
             (place / "last.ckpt").write_bytes(hashed)
-            with suppress(DamagedError):
+            with suppress(CorruptCheckpointError):
                 verify(place / "last.ckpt")
             with suppress(UserError):
-                newest_whole(place)
+                latest_valid(place)
 
     network, recipe = json.loads(files.metadata["network"]), json.loads(files.metadata["timm"])
     settings = yaml.safe_load(files.config)
@@ -189,14 +239,24 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
         (FOLDER / name).mkdir(exist_ok=True)
     (FOLDER / "old" / "teacher.safetensors").write_bytes(files.plain)
     return [
-        raw("a.ckpt"), raw("a.pth"), raw("b.pth"), raw("c.pt"), raw("a.safetensors"), raw("b.safetensors"),
-        around(files.checkpoint, "packed.ckpt"), around(files.backbone, "packed.pth"), around(files.full, "full.pth"),
-        described("network"), described("timm"), configured, resumed,
+        raw("a.ckpt"),
+        raw("a.pth"),
+        raw("b.pth"),
+        raw("c.pt"),
+        raw("a.safetensors"),
+        raw("b.safetensors"),
+        around(files.checkpoint, "packed.ckpt"),
+        around(files.backbone, "packed.pth"),
+        around(files.full, "full.pth"),
+        described("network"),
+        described("timm"),
+        configured,
+        resumed,
         lambda part: described("network")(json.dumps(changed(network, part)).encode()),
         lambda part: described("timm")(json.dumps(changed(recipe, part)).encode()),
         lambda part: configured(yaml.safe_dump(changed(settings, part)).encode()),
         lambda part: load(FOLDER / "changed.ckpt", saved(changed(content, part))),
-    ]  # fmt: skip
+    ]
 
 
 def load(path: Path, content: bytes) -> None:
@@ -224,8 +284,7 @@ def main() -> None:
 
     def one(data: bytes) -> None:
         if data:
-            findings.run(bytes([data[0] % len(known)]) + data[1:],
-                         lambda data: known[data[0]](data[1:]), (UserError,))  # fmt: skip
+            findings.run(bytes([data[0] % len(known)]) + data[1:], lambda data: known[data[0]](data[1:]), (UserError,))
 
     harness.fuzz("checkpoints", corpus, one)
 

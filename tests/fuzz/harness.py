@@ -22,10 +22,27 @@ SLOW = 10.0
 LARGE = 400
 """Megabytes by which one input may raise the memory's high-water mark."""
 FORBIDDEN = (
-    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "pty.spawn", "subprocess.Popen",
-    "socket.connect", "socket.getaddrinfo", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink",
-    "os.truncate", "os.chmod", "shutil.rmtree", "shutil.move", "shutil.copyfile",
-)  # fmt: skip
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+)
 """Audit events that reading a file must not cause."""
 
 

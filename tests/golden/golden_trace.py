@@ -16,14 +16,14 @@ import numpy as np
 import tiny
 import torch
 
-from dino_lightning.config import AdamWConfig, StepConfig
+from dino_lightning.config import AdamWConfig, ComputeConfig
 from dino_lightning.optim.ema import follow
 
 FILE = Path(__file__).with_suffix(".json")
 PER_EPOCH, EPOCHS = 10, 2
 
 
-def trace(step: StepConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
+def trace(step: ComputeConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
     """Loss of each step, norms of centre and teacher after it."""
     numbers = np.random.default_rng(0)
     module = tiny.dino(

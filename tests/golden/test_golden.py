@@ -9,15 +9,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import golden_trace as golden
 
-from dino_lightning.config import StepConfig
+from dino_lightning.config import ComputeConfig
 
 WAYS = {
-    "default": StepConfig(),
-    "plain": StepConfig(fused=False),
-    "small pieces": StepConfig(loss_rows=5),
-    "checkpointed": StepConfig(gradient_checkpointing=True),
-    "plain and checkpointed": StepConfig(fused=False, gradient_checkpointing=True),
-    "channels last": StepConfig(channels_last=True),
+    "default": ComputeConfig(),
+    "plain": ComputeConfig(fused=False),
+    "small pieces": ComputeConfig(loss_rows=5),
+    "checkpointed": ComputeConfig(gradient_checkpointing=True),
+    "plain and checkpointed": ComputeConfig(fused=False, gradient_checkpointing=True),
+    "channels last": ComputeConfig(channels_last=True),
 }
 
 
@@ -43,4 +43,4 @@ def test_float32(way: str) -> None:
 @pytest.mark.slow
 def test_compiled() -> None:
     """Float64 through Inductor."""
-    compare(golden.trace(StepConfig(compile=True)), relative=1e-8)
+    compare(golden.trace(ComputeConfig(compile=True)), relative=1e-8)

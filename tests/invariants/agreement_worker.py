@@ -23,7 +23,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.runtime.collectives import leave_group, rank
 from dino_lightning.training.build import build_data, build_method
 from dino_lightning.training.callbacks import rank_consistency as agreement
-from dino_lightning.training.callbacks.rank_consistency import RanksAgree
+from dino_lightning.training.callbacks.rank_consistency import RankConsistencyCheck
 from dino_lightning.training.strategy import build_strategy
 
 RANKS, IMAGES = 2, 24
@@ -118,7 +118,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
         strategy=build_strategy(config.trainer),
         max_epochs=1,
         max_steps=1,
-        callbacks=[RanksAgree(config), steps],
+        callbacks=[RankConsistencyCheck(config), steps],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -79,8 +79,14 @@ def start(folder: Path, words: list[str], *, kill: str = "", copied: bool = Fals
 def _start_python(words: list[str], log: Path, variables: dict[str, str]) -> tuple[int, Callable[[], list[int]]]:
     """The exit status, and what tells the processes that are left: by their environment, whoever is their parent."""
     with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, TRAIN, *words], env=os.environ | variables, stdout=file,
-                                   stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, *words],
+            env=os.environ | variables,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         status = process.wait(LIMIT)
     return status, lambda: measures.processes_of(f"KILLS_RUN={variables['KILLS_RUN']}")
 

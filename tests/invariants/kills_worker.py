@@ -32,7 +32,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from dino_lightning.checkpoints import run_checkpoint as files
-from dino_lightning.data.batches import CropBatches, StreamBatches
+from dino_lightning.data.batches import MultiCropDataset, MultiCropStream
 from dino_lightning.loggers import csv as metrics_file
 from dino_lightning.runtime.collectives import rank
 from dino_lightning.training import build, run
@@ -129,7 +129,7 @@ class Draws:
 
 
 draws = Draws()
-_items, _batches, _push_back = CropBatches.__getitems__, StreamBatches._batches, files.SafeCheckpointIO._push_back
+_items, _batches, _push_back = MultiCropDataset.__getitems__, MultiCropStream._batches, files.SafeCheckpointIO._rotate
 _write, _write_checkpoint, _save = files._Hashing.write, files.write_checkpoint, metrics_file._Writer.save
 _counter, _export, _callbacks = KNNCallback._counter, run.export_backbone, build.build_callbacks
 
@@ -200,10 +200,10 @@ if here("import"):
     end()
 atexit.register(at_exit)
 
-CropBatches.__getitems__ = items
-StreamBatches._batches = stream_batches
+MultiCropDataset.__getitems__ = items
+MultiCropStream._batches = stream_batches
 files._Hashing.write = write
-files.SafeCheckpointIO._push_back = push_back
+files.SafeCheckpointIO._rotate = push_back
 metrics_file._Writer.save = save
 KNNCallback._counter = counter
 run.export_backbone = export

@@ -14,11 +14,22 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 SMALL = [
-    "experiment=quick", "backbone=vit_micro", "method.out_dim=256", "crops.local_count=2", "logger=csv",
-    "data.num_workers=0", "data.batch_size_per_device=8", "trainer.accelerator=cpu", "trainer.devices=2",
-    "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "cpu_threads=1",
-    "callbacks.pictures.enabled=false", "callbacks.knn.enabled=false",
-]  # fmt: skip
+    "experiment=quick",
+    "backbone=vit_micro",
+    "method.out_dim=256",
+    "crops.local_count=2",
+    "logger=csv",
+    "data.num_workers=0",
+    "data.batch_size_per_device=8",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "cpu_threads=1",
+    "callbacks.pictures.enabled=false",
+    "callbacks.knn.enabled=false",
+]
 BUILTIN = ["data.train_images=64", "data.val_images=16"]
 """With these, two epochs of four steps on two ranks."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -50,8 +61,14 @@ def start(command: Sequence[str], *, log: Path, **variables: str) -> subprocess.
     mark = f"LAUNCHED={uuid.uuid4()}"
     variables = {**variables, "LAUNCHED": mark.removeprefix("LAUNCHED=")}
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment(variables), stdout=file, stderr=subprocess.STDOUT,
-                                   start_new_session=True, cwd=log.parent)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            env=environment(variables),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=log.parent,
+        )
     MARKS[process.pid] = mark
     return process
 

@@ -11,10 +11,10 @@ from ranks import found_by_ranks, on_ranks
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from evaluation_tools import tiny_network
 
-from dino_lightning.config import BuiltinData, LinearEval, LinearFastEval
+from dino_lightning.config import BuiltinData, LinearEval, LinearGridEval
 from dino_lightning.evaluation.classification import linear
-from dino_lightning.evaluation.classification import linear_grid as linear_fast
-from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.classification import linear_grid as linear_grid
+from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.runtime.collectives import leave_group, rank
 
 RANKS, TOTAL_BATCH = 2, 16
@@ -26,11 +26,11 @@ def evaluated(folder: Path, *, ranks: int) -> dict[str, Any]:
     """Figures and weights of both evaluations, of this rank."""
     fabric = Fabric(accelerator="cpu", devices=ranks)
     fabric.launch()
-    task = Task(tiny_network(), DATA, Runtime(fabric, show_progress=False), folder / f"of{ranks}", seed=4)
-    fast = LinearFastEval(n_last_blocks=[1, 2], lrs=[0.03, 0.3, 3.0], epochs=3, classifier_batch_size=32)
+    task = Task(tiny_network(), DATA, EvalContext(fabric, show_progress=False), folder / f"of{ranks}", seed=4)
+    fast = LinearGridEval(n_last_blocks=[1, 2], lrs=[0.03, 0.3, 3.0], epochs=3, classifier_batch_size=32)
     slow = LinearEval(n_last_blocks=2, epochs=2, lr=0.5, batch_size_per_device=TOTAL_BATCH // ranks)
     seen: dict[str, Any] = {"rank": rank()}
-    for name, results in (("fast", linear_fast.evaluate(fast, task)), ("linear", linear.evaluate(slow, task))):
+    for name, results in (("fast", linear_grid.evaluate(fast, task)), ("linear", linear.evaluate(slow, task))):
         found = {result.metric: result for result in results}
         fabric.barrier()  # the main process writes the last file
         details = found["top1"].details

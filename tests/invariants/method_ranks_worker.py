@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, TrainerConfig
 from dino_lightning.runtime.collectives import leave_group
-from dino_lightning.runtime.sharding import is_sharded, whole
+from dino_lightning.runtime.sharding import full_tensor, is_sharded
 from dino_lightning.training.strategy import build_strategy
 
 STEPS, RANKS, BATCH = 4, 2, 8
@@ -103,7 +103,7 @@ def train(case: Case) -> dict[str, Any]:
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def main(rank: int, folder: Path) -> None:

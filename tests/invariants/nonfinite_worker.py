@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dino_lightning.checkpoints.run_checkpoint import SafeCheckpointIO
 from dino_lightning.config import AdamWConfig, TrainerConfig
 from dino_lightning.runtime.collectives import leave_group
-from dino_lightning.runtime.sharding import whole
+from dino_lightning.runtime.sharding import full_tensor
 from dino_lightning.training.strategy import build_strategy
 
 RANKS, BATCH, CULPRIT = 2, 8, 1
@@ -59,18 +59,20 @@ class After(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.states.append({name: whole(t.detach()).clone() for name, t in pl_module.state_dict().items()})
+        self.states.append({name: full_tensor(t.detach()).clone() for name, t in pl_module.state_dict().items()})
         states = list(trainer.optimizers[0].state.values())
-        self.sums.append([whole(t).double().sum().item() for state in states for t in state.values()])
+        self.sums.append([full_tensor(t).double().sum().item() for state in states for t in state.values()])
 
 
 def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
     """The same on every rank and in the test itself; the whole batches of steps."""
     torch.manual_seed(3)
     module = tiny.dino(
-        optim=AdamWConfig(lr=0.032, lr_warmup="0ep"), batch_size=BATCH // RANKS // case.accumulate,
-        teacher_momentum=0.9, head_batch_norm=case.batch_norm,
-    )  # fmt: skip
+        optim=AdamWConfig(lr=0.032, lr_warmup="0ep"),
+        batch_size=BATCH // RANKS // case.accumulate,
+        teacher_momentum=0.9,
+        head_batch_norm=case.batch_norm,
+    )
     return module, tiny.batches(STEPS)
 
 
@@ -108,11 +110,15 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         trainer.fit(module, DataLoader(own, batch_size=None))  # type: ignore[arg-type]
     except FloatingPointError as raised:
         error = str(raised)
-    state = {name: whole(t.detach()).clone() for name, t in module.state_dict().items()}
+    state = {name: full_tensor(t.detach()).clone() for name, t in module.state_dict().items()}
     return {
-        "error": error, "count": keeper.count, "states": after.states, "sums": after.sums, "end": state,
+        "error": error,
+        "count": keeper.count,
+        "states": after.states,
+        "sums": after.sums,
+        "end": state,
         "steps": trainer.global_step,
-    }  # fmt: skip
+    }
 
 
 class SaveAfter(L.Callback):

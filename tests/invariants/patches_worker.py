@@ -43,7 +43,9 @@ def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
 
 def main(rank: int, folder: Path) -> None:
     ranks_worker.module_and_batches = module_and_batches
-    seen = {name: ranks_worker.train(case, start=folder / "none", end=folder / f"{name}.ckpt")
-            for name, case in CASES.items()}  # fmt: skip
+    seen = {
+        name: ranks_worker.train(case, start=folder / "none", end=folder / f"{name}.ckpt")
+        for name, case in CASES.items()
+    }
     torch.save(seen, folder / f"rank{rank}.pt")
     ranks_worker.leave_group()

@@ -21,7 +21,7 @@ from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfi
 from dino_lightning.models.kernels import tiles
 from dino_lightning.models.packed_block import compiled_pass
 from dino_lightning.runtime.collectives import leave_group
-from dino_lightning.runtime.sharding import is_sharded, local, whole
+from dino_lightning.runtime.sharding import full_tensor, is_sharded, local
 from dino_lightning.training.strategy import build_strategy
 
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
@@ -80,8 +80,13 @@ class Watch(L.Callback):
 
     def listen(self) -> None:
         """Count what this rank sends from now on; of a gather or a sum over two ranks, as much as it brings."""
-        counted = {"all_gather_single": 1, "all_gather_into_tensor": 1, "reduce_scatter_single": 0,
-                   "reduce_scatter_tensor": 0, "all_reduce": 0}  # fmt: skip
+        counted = {
+            "all_gather_single": 1,
+            "all_gather_into_tensor": 1,
+            "reduce_scatter_single": 0,
+            "reduce_scatter_tensor": 0,
+            "all_reduce": 0,
+        }
         for name, argument in counted.items():
             if hasattr(dist, name):
                 setattr(dist, name, self._counting(name.removesuffix("_single"), getattr(dist, name), argument))
@@ -173,9 +178,11 @@ def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
         "sizes": {name: sizes(tensor) for name, tensor in all_tensors(module, trainer).items()},
         "sent": watch.sent,
         "rates": record.rates,
-        "options": [{key: group[key] for key in ("fused", "foreach") if key in group}
-                    for group in trainer.optimizers[0].param_groups],
-    }  # fmt: skip
+        "options": [
+            {key: group[key] for key in ("fused", "foreach") if key in group}
+            for group in trainer.optimizers[0].param_groups
+        ],
+    }
 
 
 def all_tensors(module: Any, trainer: L.Trainer) -> dict[str, Tensor]:
@@ -196,7 +203,7 @@ def sizes(tensor: Tensor) -> tuple[list[int], int]:
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def main(rank: int, folder: Path, *cases: str) -> None:

@@ -34,9 +34,17 @@ RANKS, WORKERS, BATCH, IMAGES = 2, 2, 3, 24
 """Each loader process makes two batches per epoch, and all together every image once."""
 STEP, SIDE = 10, 24
 CROPS = CropsConfig(
-    backend="cpu", global_size=16, local_size=8, local_count=2, jitter_p=0.0, grayscale_p=0.0, blur_p=[0.0] * 3,
-    solarize_p=[0.0] * 3, mean=[0.0] * 3, std=[1.0] * 3,
-)  # fmt: skip
+    backend="cpu",
+    global_size=16,
+    local_size=8,
+    local_count=2,
+    jitter_p=0.0,
+    grayscale_p=0.0,
+    blur_p=[0.0] * 3,
+    solarize_p=[0.0] * 3,
+    mean=[0.0] * 3,
+    std=[1.0] * 3,
+)
 
 
 def pixels(number: int, *, side: int = SIDE) -> np.ndarray:
@@ -103,7 +111,7 @@ def prepare(folder: Path) -> dict[str, DataConfig]:
             name="food101", path=str(write_food(folder / "food", files)), download=False, **common
         ),
         "builtin": BuiltinData(train_images=IMAGES, val_images=2, **common),
-    }  # fmt: skip
+    }
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:

@@ -36,8 +36,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(folder: Path) -> list[dict[str, str]]:
     """`metrics.csv` without what is measured by the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{key: value for key, value in row.items() if value and not key.startswith(MEASURED)}
-                for row in csv.DictReader(file)]  # fmt: skip
+        return [
+            {key: value for key, value in row.items() if value and not key.startswith(MEASURED)}
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_same(folder: Path, undisturbed: Path, *, steps: int = 12) -> None:
@@ -53,8 +55,12 @@ def assert_same(folder: Path, undisturbed: Path, *, steps: int = 12) -> None:
 @pytest.mark.slow
 def test_a_killed_process_of_one_host(undisturbed: Path, tmp_path: Path) -> None:
     """Killed in the second epoch: both start again with the end of the first one."""
-    command = train(f"imports=[{HERE}/one_rank.py]", f"output_dir={tmp_path}/out", *LONG,
-                    launcher=[*TORCHRUN, *ONE_HOST, "--max-restarts=2"])  # fmt: skip
+    command = train(
+        f"imports=[{HERE}/one_rank.py]",
+        f"output_dir={tmp_path}/out",
+        *LONG,
+        launcher=[*TORCHRUN, *ONE_HOST, "--max-restarts=2"],
+    )
     faults = {"FAULT": "killed", "FAULTY": "1", "FAULT_STEP": "6", "MARK": str(tmp_path / "mark")}
     ended = run(command, log=tmp_path / "log", timeout=240, **faults)
     assert ended.status == 0, ended.said
@@ -77,13 +83,28 @@ class Cluster:
     def start(self, *words: str, restarts: int = 3, **variables: str) -> list[subprocess.Popen[bytes]]:
         """torchrun on both hosts; the first keeps the rendezvous."""
         for number, host in enumerate(self.hosts):
-            launcher = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}", "--rdzv-id=two",
-                        "--rdzv-backend=c10d", f"--rdzv-endpoint={self.hosts[0].address}:29400",
-                        f"--rdzv-conf=is_host={1 - number},join_timeout=90,last_call_timeout=2",
-                        f"--local-addr={host.address}"]  # fmt: skip
-            command = train(f"imports=[{HERE}/one_rank.py]", f"output_dir={self.folder}/out", "trainer.devices=1",
-                            "trainer.num_nodes=2", "trainer.strategy=ddp", f"collective_timeout_s={TIMEOUT_S}", *LONG,
-                            *words, launcher=launcher)  # fmt: skip
+            launcher = [
+                *TORCHRUN,
+                "--nnodes=2",
+                "--nproc-per-node=1",
+                f"--max-restarts={restarts}",
+                "--rdzv-id=two",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint={self.hosts[0].address}:29400",
+                f"--rdzv-conf=is_host={1 - number},join_timeout=90,last_call_timeout=2",
+                f"--local-addr={host.address}",
+            ]
+            command = train(
+                f"imports=[{HERE}/one_rank.py]",
+                f"output_dir={self.folder}/out",
+                "trainer.devices=1",
+                "trainer.num_nodes=2",
+                "trainer.strategy=ddp",
+                f"collective_timeout_s={TIMEOUT_S}",
+                *LONG,
+                *words,
+                launcher=launcher,
+            )
             own = {"GLOO_SOCKET_IFNAME": host.device, "MARK": str(self.folder / "mark"), **variables}
             self.runs.append(start(host.command(*command), log=self.folder / f"log{number}", **own))
         return self.runs

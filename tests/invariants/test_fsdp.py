@@ -14,7 +14,7 @@ from composing import SMALL, composed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train as train_in_process
 
 PROJECT = Path(__file__).parents[2]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -95,7 +95,7 @@ def test_export_holds_the_whole_teacher(output: Path) -> None:
 
 
 def test_knn_of_the_untrained_network_is_that_of_one_process(output: Path, tmp_path: Path) -> None:
-    run_training(
+    train_in_process(
         composed(*SMALL, *UNEVEN, "trainer.max_steps=1", "callbacks.pictures.enabled=false", output_dir=tmp_path)
     )
     alone, ranks = (json.loads((path / "summary.json").read_text()) for path in (tmp_path, output))

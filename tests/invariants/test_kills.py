@@ -49,12 +49,16 @@ def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [
-    ["write@1=SIGKILL", "forward@11=raise"],
-    ["rename@2=SIGKILL", "row@1=SIGKILL", "loader@1=parent"],
-    ["forward@0=SIGTERM", "loader@2=SIGKILL", "step@9=SIGINT"],
-    ["knn@2=SIGKILL", "batch@9=SIGUSR1", "export@0=SIGKILL"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "kills",
+    [
+        ["write@1=SIGKILL", "forward@11=raise"],
+        ["rename@2=SIGKILL", "row@1=SIGKILL", "loader@1=parent"],
+        ["forward@0=SIGTERM", "loader@2=SIGKILL", "step@9=SIGINT"],
+        ["knn@2=SIGKILL", "batch@9=SIGUSR1", "export@0=SIGKILL"],
+    ],
+    ids=" ".join,
+)
 def test_killed_in_files_and_processes(kills: list[str], reference: Reference, tmp_path: Path) -> None:
     killed_and_resumed(tmp_path / "run", reference.words, kills)
     reference.check(tmp_path / "run")
@@ -110,8 +114,15 @@ def test_killed_at_random(case: str, part: int, tmp_path: Path) -> None:
 def test_a_stream_killed_at_random(tmp_path: Path) -> None:
     """Shards that two loader processes read in turn, with a shuffle buffer."""
     shards = write_shards(tmp_path / "shards", count=4, images=24)
-    words = words_of("data=webdataset", "experiment=quick", f"data.shards='{shards}'", "data.images=64",
-                     "data.shuffle_buffer=16", "callbacks.knn.enabled=false", workers=2)  # fmt: skip
+    words = words_of(
+        "data=webdataset",
+        "experiment=quick",
+        f"data.shards='{shards}'",
+        "data.images=64",
+        "data.shuffle_buffer=16",
+        "callbacks.knn.enabled=false",
+        workers=2,
+    )
     words = [word for word in words if not word.startswith(("data.train_images", "data.val_images", "callbacks.knn.b"))]
     assert start(tmp_path / "reference", words) == 0
     kills = drawn_kills(f"stream {SEED}")

@@ -154,8 +154,14 @@ def test_images_that_are_missing_on_one_host(launcher: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_fewer_images_on_one_host(tmp_path: Path) -> None:
     fewer = images(tmp_path / "fewer", count=20)
-    lost = lose(tmp_path, "images", data=FOLDER, launcher="torchrun", IMAGES_OF_RANK=str(images(tmp_path / "images")),
-                OTHER_IMAGES=str(fewer))  # fmt: skip
+    lost = lose(
+        tmp_path,
+        "images",
+        data=FOLDER,
+        launcher="torchrun",
+        IMAGES_OF_RANK=str(images(tmp_path / "images")),
+        OTHER_IMAGES=str(fewer),
+    )
     assert "rank 1 has number of training images=16, but rank 0 has number of training images=32: " in lost.said
     assert lost.seconds < 60
 
@@ -168,8 +174,15 @@ def test_a_bad_file_on_one_host(on_error: str, tmp_path: Path) -> None:
     for path in sorted(other.rglob("*.png"))[4:6]:
         path.write_bytes(path.read_bytes()[:60])
     words = [f"data.on_error={on_error}", "data.max_bad_share=0.5"]
-    lost = lose(tmp_path, "images", *words, launcher="lightning", data=FOLDER,
-                IMAGES_OF_RANK=str(images(tmp_path / "images")), OTHER_IMAGES=str(other))  # fmt: skip
+    lost = lose(
+        tmp_path,
+        "images",
+        *words,
+        launcher="lightning",
+        data=FOLDER,
+        IMAGES_OF_RANK=str(images(tmp_path / "images")),
+        OTHER_IMAGES=str(other),
+    )
     if on_error == "skip":
         assert lost.status == 0
         assert "bad_images" in lost.said

@@ -24,10 +24,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 def test_some_ranks_have_masks_and_some_have_none() -> None:
     _, batches = module_and_batches(CASES["ddp"])
     counts = [
-        [sum(int(mask_of(crop, tiny.PATCH).sum()) for view in crops[:2] for crop in view[part])
-         for part in (slice(0, 4), slice(4, 8))]
+        [
+            sum(int(mask_of(crop, tiny.PATCH).sum()) for view in crops[:2] for crop in view[part])
+            for part in (slice(0, 4), slice(4, 8))
+        ]
         for crops in batches
-    ]  # fmt: skip
+    ]
     assert [first > 0 for first, _ in counts] == [True] * 5
     assert [second > 0 for _, second in counts] == [False, True, False, True, False]
 

@@ -18,9 +18,15 @@ __all__ = ["undisturbed"]
 
 JOB = "4711"
 HERE_IS_SLURM = {
-    "SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "dino", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-    "SLURM_NNODES": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
-}  # fmt: skip
+    "SLURM_JOB_ID": JOB,
+    "SLURM_JOB_NAME": "dino",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "127.0.0.1",
+}
 
 
 def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
@@ -29,8 +35,12 @@ def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
     variables = {**HERE_IS_SLURM, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "MARK": str(folder / "mark")}
     variables |= {"FAULT": "noted", "FAULTY": "0", "FAULT_STEP": "6"}
     variables |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
-    return [start(command, log=folder / f"log{restarts}{task}", SLURM_PROCID=str(task), SLURM_LOCALID=str(task),
-                  **variables) for task in (0, 1)]  # fmt: skip
+    return [
+        start(
+            command, log=folder / f"log{restarts}{task}", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **variables
+        )
+        for task in (0, 1)
+    ]
 
 
 @pytest.mark.slow

@@ -16,9 +16,24 @@ import sources_worker
 from sources_worker import BATCH, IMAGES, RANKS, WORKERS
 
 SOURCES = [
-    "folder", "folder, flat", "folder, disk cache", "folder, ram cache", "list", "table", "zip", "tar", "imagenet22k",
-    "gldv2", "parquet", "save_to_disk", "huggingface", "huggingface, streaming", "webdataset", "torchvision", "builtin",
-]  # fmt: skip
+    "folder",
+    "folder, flat",
+    "folder, disk cache",
+    "folder, ram cache",
+    "list",
+    "table",
+    "zip",
+    "tar",
+    "imagenet22k",
+    "gldv2",
+    "parquet",
+    "save_to_disk",
+    "huggingface",
+    "huggingface, streaming",
+    "webdataset",
+    "torchvision",
+    "builtin",
+]
 Seen = list[dict[str, Any]]
 
 pytestmark = pytest.mark.slow

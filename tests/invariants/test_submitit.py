@@ -72,8 +72,13 @@ def test_a_job_that_is_interrupted_ends_as_undisturbed(tmp_path: Path) -> None:
     words = ["trainer.devices=1", *LONG]
     alone = run(train(f"output_dir={tmp_path}/undisturbed", *words), log=tmp_path / "alone", timeout=240)
     assert alone.status == 0, alone.said
-    command = train("hydra/launcher=submitit_local_test", f"output_dir={tmp_path}/jobs", *words,
-                    f"imports=[{HERE}/one_rank.py]", "--multirun")  # fmt: skip
+    command = train(
+        "hydra/launcher=submitit_local_test",
+        f"output_dir={tmp_path}/jobs",
+        *words,
+        f"imports=[{HERE}/one_rank.py]",
+        "--multirun",
+    )
     mark = tmp_path / "mark"
     process = start(command, log=tmp_path / "log", FAULT="noted", FAULTY="0", FAULT_STEP="6", MARK=str(mark))
     try:

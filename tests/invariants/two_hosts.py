@@ -55,14 +55,27 @@ def why_not() -> str:
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts with a cable, gone afterwards."""
     mark = os.getpid() % 100000
-    hosts = tuple(Host(f"dino{mark}{side}", f"d{mark}{side}", f"10.77.0.{number}")
-                  for number, side in enumerate("ab", 1))  # fmt: skip
+    hosts = tuple(
+        Host(f"dino{mark}{side}", f"d{mark}{side}", f"10.77.0.{number}") for number, side in enumerate("ab", 1)
+    )
     first, second = hosts
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
-        _ip("link", "add", first.device, "netns", first.name, "type", "veth", "peer", "name", second.device,
-            "netns", second.name)  # fmt: skip
+        _ip(
+            "link",
+            "add",
+            first.device,
+            "netns",
+            first.name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            second.device,
+            "netns",
+            second.name,
+        )
         for host in hosts:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.device)
             _ip("-n", host.name, "link", "set", host.device, "up")

@@ -31,11 +31,21 @@ def configs(*, calm: bool) -> st.SearchStrategy[CropsConfig]:
     chance = st.just(0.0) if calm else st.sampled_from([0.0, 0.5, 1.0])
     return st.builds(
         lambda **drawn: dataclasses.replace(RAW, **drawn),
-        global_size=st.integers(1, 20), local_size=st.integers(1, 12), local_count=st.integers(0, 2),
-        global_scale=SCALES, local_scale=SCALES, ratio=RATIOS_LISTED, flip_p=st.sampled_from([0.0, 0.5, 1.0]),
-        jitter_p=chance, grayscale_p=chance, blur_p=st.lists(chance, min_size=3, max_size=3),
-        solarize_p=st.lists(chance, min_size=3, max_size=3), blur_radius=pairs(0.01, 30),
-        brightness=st.sampled_from([0.0, 0.4, 1000.0]), contrast=st.sampled_from([0.0, 0.4, 1000.0]),
-        saturation=st.sampled_from([0.0, 0.2, 1000.0]), hue=st.sampled_from([0.0, 0.1, 0.5]),
+        global_size=st.integers(1, 20),
+        local_size=st.integers(1, 12),
+        local_count=st.integers(0, 2),
+        global_scale=SCALES,
+        local_scale=SCALES,
+        ratio=RATIOS_LISTED,
+        flip_p=st.sampled_from([0.0, 0.5, 1.0]),
+        jitter_p=chance,
+        grayscale_p=chance,
+        blur_p=st.lists(chance, min_size=3, max_size=3),
+        solarize_p=st.lists(chance, min_size=3, max_size=3),
+        blur_radius=pairs(0.01, 30),
+        brightness=st.sampled_from([0.0, 0.4, 1000.0]),
+        contrast=st.sampled_from([0.0, 0.4, 1000.0]),
+        saturation=st.sampled_from([0.0, 0.2, 1000.0]),
+        hue=st.sampled_from([0.0, 0.1, 0.5]),
         solarize_threshold=st.integers(0, 256),
-    )  # fmt: skip
+    )

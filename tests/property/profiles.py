@@ -23,9 +23,11 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
     slow = settings(max_examples=many, **COMMON)
     return pytest.mark.parametrize(
         "examples",
-        [pytest.param(settings(max_examples=few, **COMMON), id="few"),
-         pytest.param(slow, id="many", marks=pytest.mark.slow)],
-    )  # fmt: skip
+        [
+            pytest.param(settings(max_examples=few, **COMMON), id="few"),
+            pytest.param(slow, id="many", marks=pytest.mark.slow),
+        ],
+    )
 
 
 def check(holds: Callable[..., None], given: Callable[..., Any], examples: settings) -> None:

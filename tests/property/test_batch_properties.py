@@ -16,13 +16,16 @@ from profiles import check, examples
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.batches import CropBatches, crop_seed
-from dino_lightning.data.crops import CutCrops, EvalView, crop_backend
+from dino_lightning.data.batches import MultiCropDataset, crop_seed
+from dino_lightning.data.crops import EvalView, RawCrops, crop_backend
 from dino_lightning.models.masking import Masks, draw_masks
 
 LONG = st.one_of(st.integers(1, 3), st.integers(1, 40), st.integers(1000, 3000))
-SIZES = st.one_of(st.tuples(st.integers(1, 3), LONG), st.tuples(LONG, st.integers(1, 3)),
-                  st.tuples(st.integers(1, 50), st.integers(1, 50)))  # fmt: skip
+SIZES = st.one_of(
+    st.tuples(st.integers(1, 3), LONG),
+    st.tuples(LONG, st.integers(1, 3)),
+    st.tuples(st.integers(1, 50), st.integers(1, 50)),
+)
 
 
 @examples(few=40, many=1500)
@@ -71,7 +74,7 @@ class Images:
 
 
 def of_each(batch: Any, config: CropsConfig) -> list[list[Tensor]]:
-    views = batch.augment(config) if isinstance(batch, CutCrops) else batch
+    views = batch.augment(config) if isinstance(batch, RawCrops) else batch
     return [[view[number] for view in views] for number in range(len(views[0]))]
 
 
@@ -83,8 +86,8 @@ def test_crops_depend_on_seed_epoch_and_image_alone(examples: Any) -> None:
         pictures = [random_image(9 + 4 * number, 30 - 3 * number, seed=number) for number in range(6)]
         make = crop_backend(dataclasses.replace(config, backend=backend), channels=3)
         images: Any = Images([pixels(p) if make.decoding == "pixels" else p for p in pictures])
-        batches = CropBatches(images, make, seed=seed)
-        copy = pickle.loads(pickle.dumps(CropBatches(images, make, seed=seed))) if backend != "cpu" else batches
+        batches = MultiCropDataset(images, make, seed=seed)
+        copy = pickle.loads(pickle.dumps(MultiCropDataset(images, make, seed=seed))) if backend != "cpu" else batches
         alone = {key: of_each(batches.__getitems__([key]), config)[0] for key in keys}
         for process in set(where):
             own = [key for key, at in zip(keys, where, strict=False) if at == process]

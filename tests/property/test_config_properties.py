@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from profiles import check, examples
 
-from dino_lightning.cli.errors import EXPLAINED, explain
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.export import check as check_export
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
@@ -38,7 +38,7 @@ TRAINING = [
     ("data=cifar10",),
 ]
 EVALUATION = [
-    *((f"eval={name}",) for name in ("knn", "linear", "linear_fast", "logistic", "finetune", "attention", "neighbors")),
+    *((f"eval={name}",) for name in ("knn", "linear", "linear_grid", "logistic", "finetune", "attention", "neighbors")),
     ("eval=retrieval", "data=revisited", "data.path=here"),
     ("eval=copy_detection", "data=copydays", "data.path=here"),
     ("eval=video", "data=davis", "data.path=here"),
@@ -48,9 +48,7 @@ EVALUATION = [
 """Together they have every key of every schema."""
 
 
-CHECKS = {
-    "train": check_config, "evaluate": check_evaluation, "embed": check_embedding, "export": check_export
-}  # fmt: skip
+CHECKS = {"train": check_config, "evaluate": check_evaluation, "embed": check_embedding, "export": check_export}
 BASES = {"train": TRAINING, "evaluate": EVALUATION, "embed": [("data=builtin",)], "export": [()]}
 
 
@@ -100,15 +98,63 @@ INTEGERS = st.one_of(
     st.integers(-3, 300), st.sampled_from([10**6, 2**31, 2**63, -(2**63), 10**30, 10**400, 65536, 4294967296])
 ).map(str)
 FLOATS = st.one_of(
-    st.floats(0, 1).map(repr), st.floats().map(repr),
+    st.floats(0, 1).map(repr),
+    st.floats().map(repr),
     st.sampled_from(["nan", "inf", "-inf", "1e400", "1e-320", "-0.0", "1e38", "-1e-9", "1e200"]),
-)  # fmt: skip
+)
 WORDS = st.sampled_from(
-    ["''", "x", "null", "true", "false", "???", "auto", "none", "10ep", "-5%", "1e9ep", "nanep", "infit", "0it", "inf%",
-     "${seed}", "${nope}", "${oc.env:NO_SUCH_VARIABLE}", "${oc.env:", "{}", "{a:1}", "{a:[1,{b:2}]}", "[]", "[[]]",
-     "[null]", "[x]", "[1,[2]]", "a=b", "a,b", "glob(*)", "range(1,3)", "int(3)", "00:00:00:01", "1e3", "0x10", "1_000",
-     "\\", "'", '"', "/", "~", "resnet18", "vit", "teacher", "center", "cpu", "16-mixed", "ddp", "/nowhere/at/all"]
-)  # fmt: skip
+    [
+        "''",
+        "x",
+        "null",
+        "true",
+        "false",
+        "???",
+        "auto",
+        "none",
+        "10ep",
+        "-5%",
+        "1e9ep",
+        "nanep",
+        "infit",
+        "0it",
+        "inf%",
+        "${seed}",
+        "${nope}",
+        "${oc.env:NO_SUCH_VARIABLE}",
+        "${oc.env:",
+        "{}",
+        "{a:1}",
+        "{a:[1,{b:2}]}",
+        "[]",
+        "[[]]",
+        "[null]",
+        "[x]",
+        "[1,[2]]",
+        "a=b",
+        "a,b",
+        "glob(*)",
+        "range(1,3)",
+        "int(3)",
+        "00:00:00:01",
+        "1e3",
+        "0x10",
+        "1_000",
+        "\\",
+        "'",
+        '"',
+        "/",
+        "~",
+        "resnet18",
+        "vit",
+        "teacher",
+        "center",
+        "cpu",
+        "16-mixed",
+        "ddp",
+        "/nowhere/at/all",
+    ]
+)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(quoted)
 SCALARS = {"int": INTEGERS, "float": FLOATS, "str": st.one_of(WORDS, TEXTS), "bool": st.sampled_from(["true", "false"])}
 ANYTHING = st.one_of(INTEGERS, FLOATS, WORDS, TEXTS)
@@ -147,9 +193,9 @@ def outcome(key: Key, word: str) -> str:
     except OverflowError as error:
         if "full_key" not in str(error):  # as `refuse_number`
             raise
-        return explain(error, conf=CONF)
+        return message_for(error, conf=CONF)
     except EXPLAINED as error:
-        return explain(error, conf=CONF)
+        return message_for(error, conf=CONF)
     assert dataclasses.is_dataclass(plain)
     return ""
 

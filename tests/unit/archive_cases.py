@@ -11,7 +11,7 @@ from pictures import png
 
 from dino_lightning.config import ArchiveData
 from dino_lightning.data.sources import open_sources
-from dino_lightning.data.sources.base import Sources
+from dino_lightning.data.sources.base import Splits
 
 LONG = f"{'a long folder name ' * 8}/{'and a long file name ' * 8}.png"
 Files = dict[str, bytes]
@@ -73,7 +73,7 @@ FORMS: dict[str, tuple[str, Callable[[Files], bytes]]] = {
 }
 
 
-def opened(path: Path, **options) -> Sources:
+def opened(path: Path, **options) -> Splits:
     return open_sources(ArchiveData(path=str(path), **{"holdout": 0, **options}), seed=0)
 
 

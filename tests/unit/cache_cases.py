@@ -10,7 +10,7 @@ from PIL import Image
 from dino_lightning.config import DataConfig
 from dino_lightning.data.cache import cached
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources.base import ImageSource, digest
+from dino_lightning.data.sources.base import ImageSource, content_digest
 
 SIZES = [(40, 30), (30, 40), (16, 16), (20, 100), (17, 16), (100, 20), (15, 90)]
 """Width and height in turn, on both sides of the shorter side kept below."""
@@ -39,7 +39,7 @@ class Drawn:
         return f"{self.name} {index}.png"
 
     def fingerprint(self):
-        return digest(self.name.encode())
+        return content_digest(self.name.encode())
 
     def __getstate__(self):
         return {**self.__dict__, "reads": None}

@@ -9,14 +9,14 @@ from lightning import Fabric
 from torch import nn
 
 from dino_lightning.config import ImagesConfig, ViTConfig
-from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.models.backbones import build_backbone
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def tiny_network(image_size: int = 32, *, seed: int = 0, **vit: Any) -> Network:
+def tiny_network(image_size: int = 32, *, seed: int = 0, **vit: Any) -> FrozenNetwork:
     """An untrained ViT of two blocks and 8-pixel patches, the same on each call with the same seed."""
     config = ViTConfig(**{"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "drop_path_rate": 0.0, **vit})
 
@@ -26,7 +26,7 @@ def tiny_network(image_size: int = 32, *, seed: int = 0, **vit: Any) -> Network:
     return _network(rebuild, f"vit{seed}", size=image_size, seed=seed)
 
 
-def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments: Any) -> Network:
+def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments: Any) -> FrozenNetwork:
     """Any network of timm, untrained."""
 
     def rebuild(**more: Any) -> nn.Module:
@@ -35,16 +35,16 @@ def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments:
     return _network(rebuild, name, size=image_size, seed=seed)
 
 
-def tiny_task(tmp_path: Path, network: Network, *, data: ImagesConfig, **task: Any) -> Task:
+def tiny_task(tmp_path: Path, network: FrozenNetwork, *, data: ImagesConfig, **task: Any) -> Task:
     """A task on one CPU process; output in `tmp_path / "out"`."""
-    runtime = Runtime(Fabric(accelerator="cpu", devices=1), show_progress=False)
+    runtime = EvalContext(Fabric(accelerator="cpu", devices=1), show_progress=False)
     return Task(network, data, runtime, tmp_path / "out", **task)
 
 
-def _network(rebuild: Any, name: str, *, size: int, seed: int) -> Network:
+def _network(rebuild: Any, name: str, *, size: int, seed: int) -> FrozenNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = rebuild().eval().requires_grad_(False)
-    return Network(
+    return FrozenNetwork(
         backbone, name, f"{name}-{seed}", mean=MEAN, std=STD, resize=size * 8 // 7, size=size, rebuild=rebuild
     )

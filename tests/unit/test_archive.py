@@ -123,7 +123,7 @@ class TestLayout:
         sources = opened(tmp_path / "x.tar")
         assert by_class(sources.train) == {"cat": ["0.png"], "dog": ["1.png"]}
         assert by_class(sources.val) == {"cat": ["2.png"], "dog": ["3.png"]}
-        assert sources.notice is None
+        assert sources.remark is None
         assert sources.train.fingerprint() != sources.val.fingerprint()
 
     @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ class TestLayout:
         (tmp_path / "x.zip").write_bytes(zip_bytes(images(*names)))
         sources = opened(tmp_path / "x.zip", holdout=0.1)
         assert (sources.train.labels, sources.train.classes, sources.val) == (None, None, None)
-        assert words in sources.notice
+        assert words in sources.remark
         assert len(sources.train) == len(names)
         check_consistent(sources.train)
 
@@ -153,7 +153,7 @@ class TestLayout:
         check_consistent(whole)
         sources = opened(tmp_path, holdout=0.5)
         assert sorted(by_class(sources.train)) == sorted(by_class(sources.val)) == ["n01", "n02"]
-        assert "held out" in sources.notice
+        assert "held out" in sources.remark
 
     @pytest.mark.parametrize(
         ("train", "val"),
@@ -169,7 +169,7 @@ class TestLayout:
             (tmp_path / name).write_bytes(zip_bytes(images(f"cat/{number}a.png", f"dog/{number}b.png")))
         (tmp_path / val).write_bytes(zip_bytes(images("val/cat/0.png", "val/dog/1.png")))
         sources = opened(tmp_path)
-        assert sources.notice is None
+        assert sources.remark is None
         count = range(len(train))
         assert by_class(sources.train) == {
             "cat": [f"{number}a.png" for number in count],
@@ -190,7 +190,7 @@ class TestLayout:
                 f"{path}/{name}/{file}": content for name, files in classes.items() for file, content in files.items()
             }
         sources = opened(tmp_path, holdout=0.4)
-        assert "not used: val" in sources.notice
+        assert "not used: val" in sources.remark
         assert len(sources.val) == 4
 
     def test_a_tar_in_a_tar_in_a_tar(self, tmp_path):
@@ -203,7 +203,7 @@ class TestLayout:
 
     def test_what_is_not_used_is_named(self, tmp_path):
         (tmp_path / "x.zip").write_bytes(zip_bytes(images("train/a.png", "val/b.png", "extra/c.png")))
-        assert "not used: extra, val" in opened(tmp_path / "x.zip").notice
+        assert "not used: extra, val" in opened(tmp_path / "x.zip").remark
 
 
 class TestRefusals:

@@ -21,7 +21,7 @@ from dino_lightning.evaluation.attention.attention import checked_side, evaluate
 from dino_lightning.evaluation.attention.images import WholeView
 from dino_lightning.evaluation.attention.pictures import picture_names
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import cls_attention
 from dino_lightning.runtime.collectives import leave_group
 
@@ -42,7 +42,7 @@ def noise(path: Path, size: tuple[int, int], *, seed: int = 0) -> None:
     Image.fromarray(pixels).resize(size).save(path)
 
 
-def refusal(network: Network, data: ImagesConfig, tmp_path: Path, **config: Any) -> str:
+def refusal(network: FrozenNetwork, data: ImagesConfig, tmp_path: Path, **config: Any) -> str:
     """The one sentence, said before the network sees an image."""
     network.backbone.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(UserError) as caught:
@@ -69,7 +69,7 @@ def test_whole_view_resizes_and_cuts(tmp_path: Path):
 def test_side_of_the_images():
     small, large = tiny_network(32), tiny_network(128)
 
-    def side(network: Network, data: ImagesConfig, image_size: int | None = None) -> int:
+    def side(network: FrozenNetwork, data: ImagesConfig, image_size: int | None = None) -> int:
         return checked_side(AttentionEval(image_size=image_size), tiny_task(Path(), network, data=data))
 
     folder, voc = FolderData(path="."), VOCData(path=".")
@@ -124,8 +124,11 @@ def _run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network, root = tiny_network(), Path(folder) / str(rank)
     # One frame more than two ranks share.
-    kinds = {"builtin": BUILTIN, "clip": PicturesData(path=f"{folder}/clip.gif", num_workers=0),
-             "voc": VOCData(path=f"{folder}/voc", num_workers=0)}  # fmt: skip
+    kinds = {
+        "builtin": BUILTIN,
+        "clip": PicturesData(path=f"{folder}/clip.gif", num_workers=0),
+        "voc": VOCData(path=f"{folder}/voc", num_workers=0),
+    }
     found = {name: run(tiny_task(root / name, network, data=data), image_size=32) for name, data in kinds.items()}
     torch.save({name: results_of(each) for name, each in found.items()}, f"{folder}/{rank}.pt")
     leave_group()
@@ -167,8 +170,10 @@ def test_voc_layout_with_a_broken_image(tmp_path: Path):
     found = run(task, image_size=32)
     assert set(found) == {
         f"{kind}_{which}_head_{mass}"
-        for kind in ("jaccard", "foreground") for which in ("best", "mean") for mass in (60, 80)
-    }  # fmt: skip
+        for kind in ("jaccard", "foreground")
+        for which in ("best", "mean")
+        for mass in (60, 80)
+    }
     assert list(found["jaccard_best_head_60"].details["of_image"]) == ["2007_1", "2008_3"]
     assert (task.output / "bad_images.txt").read_text().startswith("2007_2\t")
 

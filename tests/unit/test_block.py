@@ -17,7 +17,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import attention as attention_kernels
 from dino_lightning.models.kernels import block as whole_block
 from dino_lightning.models.kernels import patches
@@ -163,7 +163,7 @@ def test_gpu_network_equals_the_cpus() -> None:
     torch.manual_seed(0)
     config = ViTConfig(width=192, depth=3, heads=3, patch_size=16)
     network = OriginalViT(config, image_size=64, drop_path_rate=0.0)
-    network.apply_step(StepConfig())
+    network.apply_compute(ComputeConfig())
     crops = [torch.randn(3, 3, 64, 64), torch.randn(3, 3, 64, 64), torch.randn(3, 3, 32, 32)]
     results = []
     for kind, device in ((torch.float64, "cpu"), (torch.float32, "cuda")):

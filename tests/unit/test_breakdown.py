@@ -19,8 +19,8 @@ from dino_lightning.methods.flops import vit_flops
     ("words", "parts"),
     [
         ("", {"patch_embedding", "attention_linear", "attention", "mlp"}),
-        ("--set step.fused=false", {"patch_embedding", "attention_whole", "mlp"}),
-        ("--set step.gradient_checkpointing=true", {"patch_embedding", "blocks"}),
+        ("--set compute.fused=false", {"patch_embedding", "attention_whole", "mlp"}),
+        ("--set compute.gradient_checkpointing=true", {"patch_embedding", "blocks"}),
     ],
 )
 def test_breakdown(words: str, parts: set[str], capsys: pytest.CaptureFixture[str]):
@@ -73,7 +73,7 @@ NARROW = ("backbone.depth=3", "backbone.width=32", "backbone.heads=2", "method.h
 def test_the_parts_of_the_breakdown_make_a_step(fused: str, monkeypatch: pytest.MonkeyPatch):
     counted = Counted()
     monkeypatch.setattr(breakdown, "step_parts", counted)
-    overrides = (*NARROW, f"step.fused={fused}")
+    overrides = (*NARROW, f"compute.fused={fused}")
     setting = Setting("vit_tiny", batch=2, prototypes=64, local_crops=3, overrides=overrides)
     _, flops = breakdown.take_steps(setting, warmup=1, steps=1)
     # In no part: the teacher's logits once more for the centre, those of one crop.

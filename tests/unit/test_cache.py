@@ -12,7 +12,7 @@ from dino_lightning.data.bad_images import ReadableImages
 from dino_lightning.data.cache import CachedImages
 from dino_lightning.data.cache_build import CHUNK
 from dino_lightning.data.decode import Decoder, UnreadableImageError
-from dino_lightning.data.sources.base import ImageSource, Part, Sources, digest, hold_out
+from dino_lightning.data.sources.base import ImageSource, Splits, Subset, content_digest, hold_out
 from dino_lightning.errors import UserError
 
 
@@ -77,7 +77,7 @@ class Arrays:
         return f"row {index}"
 
     def fingerprint(self):
-        return digest(self.arrays.tobytes())
+        return content_digest(self.arrays.tobytes())
 
 
 class TestUnreadable:
@@ -138,8 +138,8 @@ class TestReuse:
     def test_the_hold_out_of_another_seed_shares_it(self, tmp_path):
         source = Drawn(broken=(0, 1))
         for seed in (0, 1):
-            train = hold_out(Sources(source, None, None), share=0.2, seed=seed).train
-            assert isinstance(train, Part)
+            train = hold_out(Splits(source, None, None), share=0.2, seed=seed).train
+            assert isinstance(train, Subset)
             bad = tmp_path / f"bad{seed}.txt"
             kept = keep(train, settings(tmp_path), bad_images=bad)
             assert (len(kept), kept.describe(5)) == (len(train), train.describe(5))
@@ -152,7 +152,7 @@ class TestReuse:
 
     def test_a_small_part_is_kept_alone(self, tmp_path):
         source = Drawn()
-        kept = keep(Part(source, indices=np.array([4, 9])), settings(tmp_path))
+        kept = keep(Subset(source, indices=np.array([4, 9])), settings(tmp_path))
         assert isinstance(kept, CachedImages)
         assert (kept.read(1) == keep(source, settings(tmp_path)).read(9)).all()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dino_lightning.losses.centering import Center
-from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
+from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_entropy
 
 K = 5
 
@@ -26,7 +26,7 @@ def test_moves_as_equation_4(momentum: float) -> None:
     for _ in range(5):
         batch = _logits()
         center.observe_logits(batch)
-        center.commit()
+        center.update()
         expected = oracles.move_center(expected, batch.tolist(), momentum=momentum)
         torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
 
@@ -34,10 +34,10 @@ def test_moves_as_equation_4(momentum: float) -> None:
 def test_four_micro_batches_are_one_batch() -> None:
     whole, parts, batch = _center(), _center(), _logits(16)
     whole.observe_logits(batch)
-    whole.commit()
+    whole.update()
     for part in batch.chunk(4):
         parts.observe_logits(part)
-    parts.commit()
+    parts.update()
     torch.testing.assert_close(parts.center, whole.center, rtol=1e-13, atol=0)
 
 
@@ -46,7 +46,7 @@ def test_micro_batches_count_by_their_images() -> None:
     center, batch = _center(), _logits(8)
     for part in batch.split([6, 2]):
         center.observe_logits(part)
-    center.commit()
+    center.update()
     expected = oracles.move_center([0.0] * K, batch.tolist(), momentum=0.9)
     torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
     of_means = torch.stack([part.mean(0) for part in batch.split([6, 2])]).mean(0) * 0.1
@@ -57,13 +57,13 @@ def test_the_loss_sees_the_old_center_until_commit() -> None:
     center, student, teacher = _center(), torch.randn(2, 4, K).double(), torch.randn(2, 4, K).double()
 
     def loss() -> Tensor:
-        sharpness = Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center.center)
+        sharpness = SoftmaxParams(student_temperature=0.1, teacher_temperature=0.04, center=center.center)
         return cross_view_entropy(student, teacher, sharpness)
 
     before = loss()
     center.observe_logits(teacher.flatten(0, 1))
     assert torch.equal(loss(), before)
-    center.commit()
+    center.update()
     assert not torch.equal(loss(), before)
 
 
@@ -74,7 +74,7 @@ def test_the_sum_is_all_that_is_observed() -> None:
         of_logits.observe_logits(part)
         of_sums.observe(part.sum(0, keepdim=True), count=len(part))
     for center in (of_logits, of_sums):
-        center.commit()
+        center.update()
     assert torch.equal(of_sums.center, of_logits.center)
 
 
@@ -84,25 +84,25 @@ def test_a_sum_is_taken_as_it_is_when_observed() -> None:
     center.observe(sum_1K, count=1)
     sum_1K.zero_()
     for moved in (center, expected):
-        moved.commit()
+        moved.update()
     assert torch.equal(center.center, expected.center)
 
 
 def test_commit_without_observe_does_nothing() -> None:
     center = _center()
-    center.commit()
+    center.update()
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
     center.observe_logits(_logits())
-    center.commit()
+    center.update()
     moved = center.center.clone()
-    center.commit()
+    center.update()
     assert torch.equal(center.center, moved)
 
 
 def test_saved_under_the_original_name_and_nothing_else() -> None:
     center = _center()
     center.observe_logits(_logits())
-    center.commit()
+    center.update()
     center.observe_logits(_logits())  # pending: part of no checkpoint
     assert list(center.state_dict()) == ["center"]
     assert center.state_dict()["center"].shape == (1, K)
@@ -118,12 +118,12 @@ def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
     center, batch = Center(K, momentum=0.0), (torch.rand(300, K) + 1).to(dtype)
     for part in batch.chunk(3):
         center.observe_logits(part)
-    center.commit()
+    center.update()
     torch.testing.assert_close(center.center, batch.double().mean(0, keepdim=True).float(), rtol=1e-6, atol=0)
 
 
 def test_keeps_no_graph() -> None:
     center = _center()
     center.observe_logits(_logits().requires_grad_())
-    center.commit()
+    center.update()
     assert not center.center.requires_grad

@@ -14,10 +14,10 @@ import torch
 from dino_lightning.checkpoints import run_checkpoint as files
 from dino_lightning.checkpoints.run_checkpoint import (
     AsyncCheckpointIO,
-    DamagedError,
+    CorruptCheckpointError,
     SafeCheckpointIO,
-    candidates,
-    newest_whole,
+    latest_valid,
+    list_checkpoints,
     read_checkpoint,
     verify,
     write_checkpoint,
@@ -53,7 +53,7 @@ def test_a_changed_byte_is_seen(tmp_path: Path, place: str) -> None:
     where = {"first": 0, "middle": len(data) // 2, "tensor": tensor, "hash": len(data) - 40, "last": len(data) - 100}
     data[where[place]] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptCheckpointError):
         read_checkpoint(path)
 
 
@@ -63,7 +63,7 @@ def test_a_file_cut_off_is_seen(tmp_path: Path, share: float) -> None:
     write_checkpoint(content(3), path)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptCheckpointError):
         read_checkpoint(path)
 
 
@@ -73,7 +73,7 @@ def test_the_one_before_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureF
         io.save_checkpoint(content(step), tmp_path / "last.ckpt")
     assert names(tmp_path) == {"last.ckpt", "last-1.ckpt"}
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-200])
-    found = newest_whole(tmp_path)
+    found = latest_valid(tmp_path)
     assert found is not None
     assert found[0].name == "last-1.ckpt"
     assert found[1]["global_step"] == 2
@@ -82,11 +82,11 @@ def test_the_one_before_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_without_a_whole_one_it_says_so(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path / "nowhere") is None
+    assert latest_valid(tmp_path / "nowhere") is None
     (tmp_path / "last.ckpt").write_bytes(b"")
     (tmp_path / "best_knn.ckpt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"last.ckpt is damaged \(it is empty\).*best_knn.ckpt is damaged"):
-        newest_whole(tmp_path)
+        latest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -94,7 +94,7 @@ def test_pruned_by_number(tmp_path: Path, keep: int) -> None:
     io = SafeCheckpointIO(keep_last=keep)
     for step in range(6):
         io.save_checkpoint(content(step), tmp_path / "last.ckpt")
-        steps = [torch.load(path, weights_only=True)["global_step"] for path in candidates(tmp_path)]
+        steps = [torch.load(path, weights_only=True)["global_step"] for path in list_checkpoints(tmp_path)]
         assert steps == list(range(step, -1, -1))[:keep]
 
 
@@ -169,7 +169,7 @@ def test_a_hostile_pickle_never_runs(tmp_path: Path, way: str) -> None:
             path.write_bytes(pickle.dumps(hostile))
         case "hashed":
             write_checkpoint(hostile, path)
-    with pytest.raises((UserError, DamagedError)) as refused:
+    with pytest.raises((UserError, CorruptCheckpointError)) as refused:
         read_checkpoint(path)
     assert not mark.exists()
     if way != "pickle":
@@ -185,13 +185,13 @@ def test_an_older_file_without_a_hash_loads(tmp_path: Path) -> None:
 def test_a_later_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
     write_checkpoint({**content(5), "format": files.FORMAT + 1}, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"written by a later version .*\(format 3, this one knows 2\)"):
-        newest_whole(tmp_path)
+        latest_valid(tmp_path)
 
 
 def test_weights_alone_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(3)}, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="has weights alone"):
-        newest_whole(tmp_path)
+        latest_valid(tmp_path)
 
 
 def test_asynchronous_files_hold_what_was_true_then(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_asynchronous_files_hold_what_was_true_then(tmp_path: Path) -> None:
         io.save_checkpoint({**content(step), "state_dict": {"w": weights}}, tmp_path / "last.ckpt")
         weights.fill_(-1)
     io.wait()
-    for step, path in enumerate(reversed(candidates(tmp_path))):
+    for step, path in enumerate(reversed(list_checkpoints(tmp_path))):
         saved = read_checkpoint(path)
         assert saved["global_step"] == step
         assert torch.equal(saved["state_dict"]["w"], torch.full((1 << 20,), float(step)))
@@ -234,7 +234,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
                 finished.append(here.recv())
             except EOFError:
                 break
-        found = newest_whole(tmp_path)
+        found = latest_valid(tmp_path)
         assert found is not None
         assert found[0].name in ("last.ckpt", "last-1.ckpt")
         step = found[1]["global_step"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import Sharpness
+from dino_lightning.losses.cross_view import SoftmaxParams
 from dino_lightning.methods import feature_buffer as window
 from dino_lightning.methods.collapse import (
     ALIKE,
@@ -22,9 +22,13 @@ from dino_lightning.methods.collapse import (
     diagnose,
     effective_rank,
 )
-from dino_lightning.methods.collapse_signals import note_assignment_signals, note_feature_signals, note_output_signals
-from dino_lightning.methods.feature_buffer import Window
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.methods.collapse_signals import (
+    log_assignment_statistics,
+    log_feature_statistics,
+    log_output_statistics,
+)
+from dino_lightning.methods.feature_buffer import FeatureBuffer
+from dino_lightning.models.factored_logits import FactoredLogits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -33,7 +37,7 @@ class Notes(SimpleNamespace):
     """What signals need of a method."""
 
     def __init__(self, rows: int = 3) -> None:
-        super().__init__(noted={}, window=Window(), step=SimpleNamespace(loss_rows=rows))
+        super().__init__(noted={}, window=FeatureBuffer(), step=SimpleNamespace(loss_rows=rows))
 
     def note(self, name: str, value: Tensor) -> None:
         self.noted[name.removeprefix("collapse/")] = value
@@ -56,7 +60,9 @@ def test_output_signals_are_their_definitions() -> None:
     center = torch.randn(1, K, dtype=torch.float64) / 5
     eye = torch.eye(K, dtype=torch.float64)
     notes = Notes(rows=3)
-    note_output_signals(notes, Factors(student, eye), Factors(teacher, eye), Sharpness(0.1, 0.06, center))
+    log_output_statistics(
+        notes, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, center)
+    )
     p = [softmax([x - c for x, c in zip(row, center[0].tolist(), strict=True)], 0.06) for row in teacher.tolist()]
     q = [softmax(row, 0.1) for row in student.tolist()]
     mean = [sum(row[k] for row in p) / 7 for k in range(K)]
@@ -77,8 +83,10 @@ def test_signals_of_assignments_are_those_of_outputs() -> None:
     scores, teacher = (torch.rand(4, K, dtype=torch.float64) for _ in range(2))
     eye, zero = torch.eye(K, dtype=torch.float64), torch.zeros(1, K, dtype=torch.float64)
     first, second = Notes(), Notes()
-    note_output_signals(first, Factors(scores, eye), Factors(teacher, eye), Sharpness(0.1, 0.05, zero))
-    note_assignment_signals(second, (teacher / 0.05).softmax(-1), scores, temperature=0.1)
+    log_output_statistics(
+        first, FactoredLogits(scores, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.05, zero)
+    )
+    log_assignment_statistics(second, (teacher / 0.05).softmax(-1), scores, temperature=0.1)
     del first.noted["center_norm"]
     assert first.noted.keys() == second.noted.keys()
     for name, value in first.noted.items():
@@ -89,7 +97,7 @@ def test_spread_is_the_deviation_of_unit_vectors() -> None:
     torch.manual_seed(0)
     features = torch.randn(5, 3, dtype=torch.float64) + 1
     notes = Notes()
-    note_feature_signals(notes, features)
+    log_feature_statistics(notes, features)
     unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in features.tolist()]
     deviations = []
     for column in zip(*unit, strict=True):
@@ -125,7 +133,7 @@ def test_dead_prototypes_get_less_than_a_hundredth_of_their_share() -> None:
 
 def test_a_window_keeps_the_latest_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "MOST_ROWS", 10)
-    seen = Window()
+    seen = FeatureBuffer()
     assert seen.take_effective_rank() is None
     batches = [torch.randn(4, 6, dtype=torch.float64) for _ in range(5)]
     for features in batches:
@@ -139,7 +147,7 @@ def test_a_window_keeps_the_latest_features(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_window_waits_for_as_many_features_as_they_are_wide() -> None:
-    seen = Window()
+    seen = FeatureBuffer()
     seen.add_features(torch.randn(4, 6))
     assert seen.take_effective_rank() is None
     seen.add_features(torch.randn(2, 6))
@@ -147,7 +155,7 @@ def test_a_window_waits_for_as_many_features_as_they_are_wide() -> None:
 
 
 def test_a_window_waits_for_a_crop_for_each_prototype() -> None:
-    seen = Window()
+    seen = FeatureBuffer()
     assert seen.take_dead_prototypes() is None
     seen.add_output(torch.tensor([1.0, 0.0, 0.0, 0.0]), crops=3)
     assert seen.take_dead_prototypes() is None
@@ -195,9 +203,15 @@ def test_images_that_were_alike_from_the_start_are_no_collapse() -> None:
     assert diagnose(signals, width=64, spread_at_start=0.21 / 8) is ALIKE
 
 
-HEALTHY = {"method.centering": "center", "method.center_momentum": 0.9, "method.teacher_update": "ema",
-           "method.teacher_temperature": 0.04, "method.predictor": False, "method.head_batch_norm": False,
-           "optim.lr": 0.001}  # fmt: skip
+HEALTHY = {
+    "method.centering": "center",
+    "method.center_momentum": 0.9,
+    "method.teacher_update": "ema",
+    "method.teacher_temperature": 0.04,
+    "method.predictor": False,
+    "method.head_batch_norm": False,
+    "optim.lr": 0.001,
+}
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,17 @@ from selection import first
 from test_collapse import Notes
 
 from dino_lightning.config import CollapseConfig
-from dino_lightning.losses.cross_view import Sharpness
+from dino_lightning.losses.cross_view import SoftmaxParams
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.collapse import CONSTANT, ONE_PROTOTYPE, effective_rank
-from dino_lightning.methods.collapse_signals import note_feature_signals, note_output_signals
-from dino_lightning.methods.feature_buffer import Window
-from dino_lightning.methods.metrics_buffer import Reading
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.methods.collapse_signals import log_feature_statistics, log_output_statistics
+from dino_lightning.methods.feature_buffer import FeatureBuffer
+from dino_lightning.methods.metrics_buffer import StepMetrics
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.runtime.collectives import leave_group
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.progress import RunProgress
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 
 HOT = {"teacher_temperature": 0.2, "teacher_temperature_start": 0.2}
 NO_PREDICTOR = {"predictor": False, "head_batch_norm": False, "teacher_update": "copy_each_step"}
@@ -41,18 +41,26 @@ def alarm(**config: Any) -> CollapseAlarm:
 
 @pytest.mark.parametrize(
     ("method", "names", "change"),
-    first([
-        (lambda: dino(centering="none"), ["one prototype"], "set method.centering=center (now none)"),
-        (lambda: dino(**HOT), ["uniform"], "lower method.teacher_temperature to 0.04 (now 0.2)"),
-        # Its output wanders, the same for all images at any time.
-        (lambda: dino(teacher_update="copy_each_step"), ["one prototype", "constant"],
-         "set method.teacher_update=ema (now copy_each_step)"),
-        (lambda: byol(**NO_PREDICTOR), ["alike"],
-         "set method.predictor=true (now false); set method.head_batch_norm=true (now false); "
-         "set method.teacher_update=ema (now copy_each_step)"),
-    ]),
+    first(
+        [
+            (lambda: dino(centering="none"), ["one prototype"], "set method.centering=center (now none)"),
+            (lambda: dino(**HOT), ["uniform"], "lower method.teacher_temperature to 0.04 (now 0.2)"),
+            # Its output wanders, the same for all images at any time.
+            (
+                lambda: dino(teacher_update="copy_each_step"),
+                ["one prototype", "constant"],
+                "set method.teacher_update=ema (now copy_each_step)",
+            ),
+            (
+                lambda: byol(**NO_PREDICTOR),
+                ["alike"],
+                "set method.predictor=true (now false); set method.head_batch_norm=true (now false); "
+                "set method.teacher_update=ema (now copy_each_step)",
+            ),
+        ]
+    ),
     ids=["no centring", "no sharpening", "no momentum", "BYOL without predictor"],
-)  # fmt: skip
+)
 def test_each_collapse_is_named(method: Any, names: list[str], change: str, capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm()
     fit(method(), watch, steps=80)
@@ -122,16 +130,16 @@ def test_a_run_is_not_judged_before_its_time() -> None:
 def test_an_alarm_leaves_the_method_as_it_was() -> None:
     method = dino()
     fit(method, alarm(), steps=16)
-    assert (method.watchers, method.window) == ([], None)
+    assert (method.metric_listeners, method.feature_buffer) == ([], None)
 
-    def fail(reading: Reading) -> None:
+    def fail(reading: StepMetrics) -> None:
         raise KeyError
 
     method = dino()
-    method.watchers.append(fail)
+    method.metric_listeners.append(fail)
     with pytest.raises(KeyError):
         fit(method, alarm(), steps=16)
-    assert (method.watchers, method.window) == ([fail], None)
+    assert (method.metric_listeners, method.feature_buffer) == ([fail], None)
 
 
 def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -157,13 +165,13 @@ def test_one_odd_row_neither_raises_nor_ends_an_alarm() -> None:
         for step, information in enumerate(rows):
             signals = {"mean_output_entropy": 2.0, "teacher_entropy": 2.0 - information, "kl_to_uniform": 2.0}
             values = {f"collapse/{name}": value for name, value in signals.items()}
-            watch._see(trainer, method, Reading(step, 0, 8, True, values=values))
+            watch._see(trainer, method, StepMetrics(step, 0, 8, True, values=values))
             seen.append(watch.kind is CONSTANT)
         return seen
 
     method = dino()
     trainer = fit(method, steps=16)
-    method.window = Window()
+    method.feature_buffer = FeatureBuffer()
     assert see(alarm(after="0it", patience=5), [0, 0, 0, 0, 1, 0, 0, 0, 0]) == [False] * 9
     assert see(alarm(after="0it", patience=5), [0, 0, 0, 0, 0.2, 0, 0.1, 0]) == [False] * 4 + [True, True, False, False]
 
@@ -172,7 +180,7 @@ def test_the_sentence_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
     """What goes to standard error while the bar is drawn is handed on to its console."""
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
-    bar = RunProgress(Speed())
+    bar = RunProgress(Throughput())
     bar.console = Console(file=screen, force_terminal=True, width=400)
     watch = alarm()
 
@@ -205,8 +213,10 @@ def _halves(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def _signals(rank: int) -> dict[str, float]:
     student, teacher, features = _halves(rank)
     eye, notes = torch.eye(6, dtype=torch.float64), Notes()
-    note_output_signals(notes, Factors(student, eye), Factors(teacher, eye), Sharpness(0.1, 0.06, eye[:1]))
-    note_feature_signals(notes, features)
+    log_output_statistics(
+        notes, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, eye[:1])
+    )
+    log_feature_statistics(notes, features)
     rank_of_features = notes.window.take_effective_rank()
     assert rank_of_features is not None
     return {**{name: value.item() for name, value in notes.noted.items()}, "effective_rank": rank_of_features}
@@ -254,5 +264,5 @@ def test_accumulated_micro_batches_make_one_row(tmp_path: Path) -> None:
 
 def test_any_method_has_a_place_for_windows() -> None:
     method: Method = dino()
-    assert method.window is None
+    assert method.feature_buffer is None
     assert len(images(1)[0][0]) == BATCH

@@ -1,4 +1,4 @@
-"""`step.compile`: a few graphs in the first step, none later, and the same numbers."""
+"""`compute.compile`: a few graphs in the first step, none later, and the same numbers."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from selection import first
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dino_lightning.config import StepConfig, TimmConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, TimmConfig, ViTConfig
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.models.packed_block import compiled_pass
 from dino_lightning.models.vit import OriginalViT
 
 
-def network(step: StepConfig, *, rate: float = 0.0, depth: int = 12) -> MultiCropNetwork:
+def network(step: ComputeConfig, *, rate: float = 0.0, depth: int = 12) -> MultiCropNetwork:
     torch.manual_seed(0)
     vit = OriginalViT(
         ViTConfig(width=32, depth=depth, heads=2, patch_size=8), image_size=32, drop_path_rate=rate
@@ -21,7 +21,7 @@ def network(step: StepConfig, *, rate: float = 0.0, depth: int = 12) -> MultiCro
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return MultiCropNetwork(vit, torch.nn.Linear(32, 8), step=step)
+    return MultiCropNetwork(vit, torch.nn.Linear(32, 8), compute=step)
 
 
 def crops(seed: int) -> list[Tensor]:
@@ -58,7 +58,7 @@ def test_nothing_is_compiled_after_the_first_step(rate: float, expected: int, ch
     """
     torch.compiler.reset()
     counters.clear()
-    how = StepConfig(gradient_checkpointing=checkpointed)
+    how = ComputeConfig(gradient_checkpointing=checkpointed)
     student, teacher = network(how, rate=rate), network(how)
     for each in (student, teacher):
         for block in each.backbone.blocks:  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def test_nothing_is_compiled_after_the_first_step(rate: float, expected: int, ch
 def test_compiled_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32, twelve blocks: other orders of sums."""
     torch.compiler.reset()
-    compiled, plain = ([network(StepConfig(compile=compile)) for _ in range(2)] for compile in (True, False))
+    compiled, plain = ([network(ComputeConfig(compile=compile)) for _ in range(2)] for compile in (True, False))
     ours, made = steps(*compiled, 3)
     expected, _ = steps(*plain, 3)
     for one, other in zip(ours, expected, strict=True):
@@ -91,7 +91,7 @@ def test_convolutional_networks_compile_once_for_each_resolution() -> None:
         MultiCropNetwork(
             build_backbone(TimmConfig(name="test_resnet"), image_size=32, drop_path=False),
             torch.nn.Linear(8, 8),
-            step=StepConfig(compile=True),
+            compute=ComputeConfig(compile=True),
         )
         for _ in range(2)
     ]

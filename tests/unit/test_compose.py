@@ -11,7 +11,7 @@ from PIL import Image
 
 from dino_lightning import compose
 from dino_lightning.errors import UserError
-from dino_lightning.training.autoconfig.data_rules import suggest
+from dino_lightning.training.autoconfig.data_rules import suggest_from_data
 from dino_lightning.training.build import build_data, build_method, build_trainer
 from dino_lightning.training.callbacks.knn import KNNCallback
 
@@ -43,7 +43,7 @@ def test_settings_by_the_images_are_those_of_the_rule(tmp_path: Path) -> None:
         Image.new("RGB", (70, 64), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
     words = ["experiment=small_data", "data=folder", f"data.path={tmp_path}", "callbacks.knn.enabled=false"]
     config = compose(*words, "data.batch_size_per_device=4", "trainer.max_epochs=50", "optim.lr=0.003")
-    rows = suggest(36, side=64, total_batch=4, epochs=50, given={"optim.lr": 0.003})
+    rows = suggest_from_data(36, side=64, total_batch=4, epochs=50, given={"optim.lr": 0.003})
     expected = {row.key: row.value for row in rows}
     assert config.method.out_dim == expected["method.out_dim"] == 64
     assert config.method.teacher_momentum == expected["method.teacher_momentum"]
@@ -56,8 +56,15 @@ def test_two_fits_in_one_process(tmp_path: Path) -> None:
     for method in ("dino", "byol"):
         config = compose(*SMALL, f"method={method}", "trainer.max_epochs=1", f"output_dir={tmp_path}")
         module, knn = build_method(config), KNNCallback(config.callbacks.knn)
-        trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[knn], enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[knn],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(module, datamodule=build_data(config))
         assert trainer.global_step == 6
         assert 0 < knn.last["top1"] <= 100

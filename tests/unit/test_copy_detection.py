@@ -19,7 +19,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result
 from dino_lightning.evaluation.retrieval import copy_detection
 from dino_lightning.evaluation.retrieval.descriptors import cls_and_gem
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 SIZE = 32
 BLOCKS = ["original", "strong", "jpegqual/5", "jpegqual/20", "crops/10"]
@@ -30,14 +30,14 @@ def data(tmp_path: Path) -> CopydaysData:
     return write_copydays(tmp_path / "data")
 
 
-def run(tmp_path: Path, data: CopydaysData, network: Network | None = None, **config: Any) -> dict[str, Result]:
+def run(tmp_path: Path, data: CopydaysData, network: FrozenNetwork | None = None, **config: Any) -> dict[str, Result]:
     task = tiny_task(tmp_path, network or tiny_network(), data=data)
     results = copy_detection.evaluate(CopyDetectionEval(**{"image_size": SIZE, **config}), task)
     return {result.metric: result for result in results}
 
 
 @torch.no_grad()
-def descriptor(network: Network, path: Path, *, power: float = 4) -> Tensor:
+def descriptor(network: FrozenNetwork, path: Path, *, power: float = 4) -> Tensor:
     """The original's steps for one image, one value at a time in the pooling."""
     resize = transforms.Resize((SIZE, SIZE), interpolation=InterpolationMode.BICUBIC)
     steps: Any = transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
@@ -49,7 +49,7 @@ def descriptor(network: Network, path: Path, *, power: float = 4) -> Tensor:
 
 
 def expected(
-    data: CopydaysData, network: Network, *, power: float = 4, top: int = 20, whitening: str = "none"
+    data: CopydaysData, network: FrozenNetwork, *, power: float = 4, top: int = 20, whitening: str = "none"
 ) -> dict[str, float]:
     root = Path(data.path)
     originals = sorted((root / "original").iterdir())

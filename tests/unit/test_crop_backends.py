@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops import CutCrops, crop_backend, without_colour
+from dino_lightning.data.crops import RawCrops, crop_backend, without_colour
 from dino_lightning.data.crops.backends import CPUBatches
-from dino_lightning.data.crops.sampling import FastDice, draw_crops
+from dino_lightning.data.crops.sampling import FastRNG, draw_crops
 from dino_lightning.errors import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -47,7 +47,7 @@ def test_shapes_and_types(count: int, local_count: int, backend: str) -> None:
 def test_cpu_and_device_are_equal(count: int) -> None:
     cpu, device = (finished(backend, SMALL, _pictures(count), range(count)) for backend in ("cpu", "device"))
     crops = [
-        draw_crops(SMALL, width=image.width, height=image.height, dice=FastDice(seed))
+        draw_crops(SMALL, width=image.width, height=image.height, dice=FastRNG(seed))
         for seed, image in enumerate(_pictures(count))
     ]
     for view, (ours, theirs) in enumerate(zip(cpu, device, strict=True)):
@@ -93,7 +93,7 @@ def test_images_are_not_overwritten_and_their_layout_does_not_matter(backend: st
     interleaved = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in planar]
     copies = [image.clone() for image in planar]
     batches = [crop_backend(config, channels=3)(images, range(4)) for images in (planar, interleaved)]
-    first, second = (batch.augment(config) if isinstance(batch, CutCrops) else batch for batch in batches)
+    first, second = (batch.augment(config) if isinstance(batch, RawCrops) else batch for batch in batches)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(planar, copies, strict=True))
 
@@ -108,8 +108,12 @@ def test_wrong_name_is_answered_with_the_nearest() -> None:
 # ------------------------------------------------------------------------------------------- probability 0, channels
 
 UNCHANGED: dict[str, Any] = {
-    "flip_p": 0.0, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": [0.0] * 3, "solarize_p": [0.0] * 3,
-}  # fmt: skip
+    "flip_p": 0.0,
+    "jitter_p": 0.0,
+    "grayscale_p": 0.0,
+    "blur_p": [0.0] * 3,
+    "solarize_p": [0.0] * 3,
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -159,14 +163,14 @@ def test_without_colour_only_the_operators_of_colour_are_off() -> None:
 # ---------------------------------------------------------------------------------- on the way to the accelerator
 
 
-def _cut_pictures(images: list[Image.Image], seeds: Sequence[int], config: CropsConfig = SMALL) -> CutCrops:
+def _cut_pictures(images: list[Image.Image], seeds: Sequence[int], config: CropsConfig = SMALL) -> RawCrops:
     backend = crop_backend(dataclasses.replace(config, backend="device"), channels=3)
     batch = backend([pixels(image) for image in images], seeds)
-    assert isinstance(batch, CutCrops)
+    assert isinstance(batch, RawCrops)
     return batch
 
 
-def _cut(config: CropsConfig = SMALL) -> CutCrops:
+def _cut(config: CropsConfig = SMALL) -> RawCrops:
     return _cut_pictures(_pictures(9), range(9), config)
 
 
@@ -184,7 +188,7 @@ def test_cut_crops_travel_between_processes() -> None:
     _check_equal(copy.augment(SMALL), batch.to("cpu").augment(SMALL))
 
 
-def _cut_here(numbers: Sequence[int]) -> CutCrops:
+def _cut_here(numbers: Sequence[int]) -> RawCrops:
     """A loader's worker gets it by name."""
     return _cut_pictures([picture(80, 60, seed=number) for number in numbers], numbers)
 

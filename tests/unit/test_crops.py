@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import EvalView, denormalize, pil
-from dino_lightning.data.crops.sampling import GLOBAL_1, GLOBAL_2, LOCAL, OriginalDice, draw_crop
+from dino_lightning.data.crops.sampling import GLOBAL_1, GLOBAL_2, LOCAL, ReferenceRNG, draw_crop
 
 SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
@@ -34,7 +34,7 @@ def _after_seeding(transform: Callable[[Image.Image], Any], image: Image.Image, 
     return transform(image)
 
 
-def _view(config: CropsConfig, view: int, image: Image.Image, dice: OriginalDice) -> Tensor:
+def _view(config: CropsConfig, view: int, image: Image.Image, dice: ReferenceRNG) -> Tensor:
     """One view of an image, finished."""
     crop = draw_crop(config, view, width=image.width, height=image.height, dice=dice)
     return pil.Normalized(config)(pil.apply(crop, image, threshold=config.solarize_threshold))
@@ -58,7 +58,7 @@ def test_each_view_is_bit_for_bit_the_original(view: int) -> None:
     theirs = original_view(size, scale, *after)
     for seed in range(20):
         image = picture(160, 120, seed=seed)
-        ours = _view(CropsConfig(), view, image, OriginalDice(seed))
+        ours = _view(CropsConfig(), view, image, ReferenceRNG(seed))
         assert torch.equal(ours, _after_seeding(theirs, image, seed)), f"seed {seed}"
 
 
@@ -93,16 +93,27 @@ def test_the_process_s_own_random_numbers_stay_as_they_are() -> None:
 def _calm(**changes: Any) -> CropsConfig:
     """Every operator off and the crop the whole image, but for `changes`."""
     calm = CropsConfig(
-        global_size=8, local_size=8, global_scale=[1.0, 1.0], local_scale=[1.0, 1.0], ratio=[1.0, 1.0], local_count=1,
-        flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=[0.0] * 3, blur_radius=[1.0, 2.0], solarize_p=[0.0] * 3,
-        mean=[0.0] * 3, std=[1.0] * 3,
-    )  # fmt: skip
+        global_size=8,
+        local_size=8,
+        global_scale=[1.0, 1.0],
+        local_scale=[1.0, 1.0],
+        ratio=[1.0, 1.0],
+        local_count=1,
+        flip_p=0.0,
+        jitter_p=0.0,
+        grayscale_p=0.0,
+        blur_p=[0.0] * 3,
+        blur_radius=[1.0, 2.0],
+        solarize_p=[0.0] * 3,
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+    )
     return dataclasses.replace(calm, **changes)
 
 
 def _changes(view: int, *, draws: int, **changes: Any) -> int:
     """How many of `draws` views of one picture are not that picture."""
-    image, config, dice = picture(8, 8), _calm(**changes), OriginalDice(0)
+    image, config, dice = picture(8, 8), _calm(**changes), ReferenceRNG(0)
     crops = (draw_crop(config, view, width=8, height=8, dice=dice) for _ in range(draws))
     return sum(pil.apply(crop, image, threshold=128).tobytes() != image.tobytes() for crop in crops)
 
@@ -158,7 +169,7 @@ def test_scales_and_ratios_of_the_crops(view: int) -> None:
     scales: dict[str, Any] = {"global_scale": [0.3, 0.4], "local_scale": [0.1, 0.2]}
     config = dataclasses.replace(_calm(), global_size=size, local_size=size, ratio=[0.5, 2.0], **scales)
     low, high = scales["local_scale" if view == LOCAL else "global_scale"]
-    dice, areas, ratios = OriginalDice(0), [], []
+    dice, areas, ratios = ReferenceRNG(0), [], []
     for _ in range(300):
         red, green, _ = _view(config, view, image, dice) * 255
         width, height = ((c.max() - c.min()).item() + 1 for c in (red, green))
@@ -173,9 +184,15 @@ def test_scales_and_ratios_of_the_crops(view: int) -> None:
 def test_order_of_the_operators() -> None:
     """Grayscale, blur, solarise, normalise: in any other order the numbers differ."""
     config = _calm(
-        global_size=16, grayscale_p=1.0, blur_p=[1.0] * 3, blur_radius=[0.7, 0.7], solarize_p=[1.0] * 3,
-        solarize_threshold=100, mean=[0.5] * 3, std=[0.25] * 3,
-    )  # fmt: skip
+        global_size=16,
+        grayscale_p=1.0,
+        blur_p=[1.0] * 3,
+        blur_radius=[0.7, 0.7],
+        solarize_p=[1.0] * 3,
+        solarize_threshold=100,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+    )
     image = picture(16, 16)
     steps: dict[str, Transform] = {
         "gray": lambda x: ImageOps.grayscale(x).convert("RGB"),
@@ -189,7 +206,7 @@ def test_order_of_the_operators() -> None:
             x = steps[name](x)
         return (transforms.ToTensor()(x) - 0.5) / 0.25
 
-    ours = _view(config, GLOBAL_2, image, OriginalDice(0))
+    ours = _view(config, GLOBAL_2, image, ReferenceRNG(0))
     orders = itertools.permutations(steps)
     assert [order for order in orders if torch.allclose(ours, by_hand(order), atol=1e-5)] == [tuple(steps)]
 

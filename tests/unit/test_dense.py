@@ -101,9 +101,10 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not ON_ONEDNN, reason="needs an x86 processor with AVX2 and a PyTorch with oneDNN")
-@pytest.mark.parametrize(("rows", "dtype", "convolved"), [
-    (640, torch.float32, True), (641, torch.float32, False), (4, torch.float32, False), (640, torch.float64, False)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "dtype", "convolved"),
+    [(640, torch.float32, True), (641, torch.float32, False), (4, torch.float32, False), (640, torch.float64, False)],
+)
 def test_float32_goes_to_onednn(rows: int, dtype: torch.dtype, convolved: bool) -> None:
     """Where the rows make a picture and are worth it; 641 is a prime number."""
     layers, threads = Layers().to(dtype), torch.get_num_threads()

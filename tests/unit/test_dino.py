@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from dino_lightning.config import AdamWConfig, StepConfig
+from dino_lightning.config import AdamWConfig, ComputeConfig
 from dino_lightning.methods.dino import DINO
 
 EPOCHS, PER_EPOCH = 2, 3
@@ -69,7 +69,7 @@ def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_views_of_each_resolution_go_through_the_backbone_once(fused: bool) -> None:
-    module, seen = tiny.dino(step=StepConfig(fused=fused)).double(), []
+    module, seen = tiny.dino(step=ComputeConfig(fused=fused)).double(), []
     module.student.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     (crops,) = tiny.batches(1)
     together = module.student(crops)

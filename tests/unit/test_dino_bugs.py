@@ -22,7 +22,7 @@ from dino_lightning.config import (
     ViTConfig,
 )
 from dino_lightning.data.module import MultiCropDataModule
-from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
+from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_entropy
 from dino_lightning.training.build import build_method
 from dino_lightning.training.callbacks.knn import KNNCallback
 
@@ -56,7 +56,7 @@ def test_centre_is_used_before_it_moves() -> None:
         student = module.student(crops).unflatten(0, (4, -1))
     losses = [
         cross_view_entropy(
-            student, teacher, Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center)
+            student, teacher, SoftmaxParams(student_temperature=0.1, teacher_temperature=0.04, center=center)
         ).item()
         for center in (torch.zeros(1, tiny.K).double(), teacher.flatten(0, 1).mean(0, keepdim=True) * 0.1)
     ]

@@ -12,7 +12,7 @@ from oracles import Weights
 from oracles_methods import part
 from torch import Tensor
 
-from dino_lightning.config import DINOConfig, StepConfig
+from dino_lightning.config import ComputeConfig, DINOConfig
 from dino_lightning.methods.dino_modules import dino_predictor
 from dino_lightning.models.heads import DINOHead
 
@@ -76,7 +76,7 @@ def expected_loss(state: Weights, crops: list[Tensor], config: Any, center_K: Te
     return loss
 
 
-def at_work(step: StepConfig | None = None, **method: Any) -> Any:
+def at_work(step: ComputeConfig | None = None, **method: Any) -> Any:
     """A DINO as in the middle of a run, without a trainer."""
     module = tiny.dino(step=step, **method).double()
     module.schedules = {"teacher_temperature": lambda step: TAU_T}
@@ -88,7 +88,7 @@ def at_work(step: StepConfig | None = None, **method: Any) -> Any:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", list(PARTS))
 def test_loss_and_gradient(name: str, fused: bool) -> None:
-    module, (crops,) = at_work(StepConfig(fused=fused), **PARTS[name]), tiny.batches(1)
+    module, (crops,) = at_work(ComputeConfig(fused=fused), **PARTS[name]), tiny.batches(1)
     own = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
     leaves = {key: value.detach().clone().requires_grad_() for key, value in own.items()}
     state = {**tiny.copy(module), **leaves}

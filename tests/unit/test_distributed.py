@@ -40,7 +40,7 @@ def _center(rank: int) -> Tensor:
     center = Center(4, momentum=0.5).double()
     for rows in (_rows(rank), torch.ones(ROWS[rank], 4)):
         center.observe_logits(rows.double())
-    center.commit()
+    center.update()
     return center.center
 
 

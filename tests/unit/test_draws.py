@@ -23,9 +23,9 @@ from dino_lightning.data.crops.sampling import (
     LOCAL,
     SATURATION,
     Crop,
-    Dice,
-    FastDice,
-    OriginalDice,
+    CropRNG,
+    FastRNG,
+    ReferenceRNG,
     draw_crop,
     draw_crops,
     draw_jitter,
@@ -38,7 +38,7 @@ UNLIKELY = 1e-3
 """Smallest p-value of two samples of one distribution; the samples are the same in every run."""
 NAMES = ("brightness", "contrast", "saturation", "hue")
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
-DICE = [OriginalDice, FastDice]
+DICE = [ReferenceRNG, FastRNG]
 
 
 @cache
@@ -114,7 +114,7 @@ def test_every_order_of_the_jitter_is_as_likely() -> None:
 
 
 @pytest.mark.parametrize("dice", DICE)
-def test_positions_reach_both_ends(dice: type[Dice]) -> None:
+def test_positions_reach_both_ends(dice: type[CropRNG]) -> None:
     """In small images a position off by one is seen."""
     generator = dice(0)  # type: ignore[call-arg]
     counts = Counter(generator.integer(3) for _ in range(3000))
@@ -131,7 +131,7 @@ def test_parameters_of_the_fast_dice_are_independent() -> None:
     config = dataclasses.replace(CropsConfig(), jitter_p=1.0, blur_p=[1.0] * 3, solarize_p=[0.5] * 3)
     rows = []
     for seed in range(DRAWS):
-        crop = draw_crop(config, LOCAL, width=WIDTH, height=HEIGHT, dice=FastDice(seed))
+        crop = draw_crop(config, LOCAL, width=WIDTH, height=HEIGHT, dice=FastRNG(seed))
         drawn = (parameter(crop) for parameter in (*CONTINUOUS.values(), *DISCRETE.values()))
         place = [part for part, _ in crop.jitter].index(HUE)
         rows.append([*(0.0 if value is None else float(value) for value in drawn), float(place)])
@@ -152,7 +152,7 @@ def test_boxes_are_torchvision_s(size: tuple[int, int], scale: list[float]) -> N
     for seed in range(20):
         torch.manual_seed(seed)
         theirs = RandomResizedCrop.get_params(image, scale, ratio)
-        assert random_box(*size, scale=scale, ratio=ratio, dice=OriginalDice(seed)) == tuple(theirs)
+        assert random_box(*size, scale=scale, ratio=ratio, dice=ReferenceRNG(seed)) == tuple(theirs)
 
 
 @pytest.mark.parametrize("dice", DICE)
@@ -191,12 +191,12 @@ def test_jitter_is_torchvision_s(off: tuple[str, ...]) -> None:
         torch.manual_seed(seed)
         order, *factors = theirs.get_params(*(getattr(theirs, name) for name in NAMES))
         expected = [(part, factors[part]) for part in order.tolist() if factors[part] is not None]
-        assert draw_jitter(config, dice=OriginalDice(seed)) == tuple(expected)
+        assert draw_jitter(config, dice=ReferenceRNG(seed)) == tuple(expected)
 
 
 def test_strong_jitter_does_not_turn_negative() -> None:
     config = dataclasses.replace(CropsConfig(), brightness=3.0)
-    factors = [dict(draw_jitter(config, dice=FastDice(seed)))[BRIGHTNESS] for seed in range(200)]
+    factors = [dict(draw_jitter(config, dice=FastRNG(seed)))[BRIGHTNESS] for seed in range(200)]
     assert 0 <= min(factors) < 0.2
     assert 3.8 < max(factors) <= 4
 
@@ -227,7 +227,7 @@ def test_the_original_draws_no_solarisation_where_there_is_none() -> None:
     """Its first global view has no such operator: the second one starts with the same number of Python's stream."""
     without, never = (dataclasses.replace(CropsConfig(), solarize_p=[p, 0.2, 0.0]) for p in (0.0, 1e-9))
     seconds = [
-        [draw_crops(config, width=WIDTH, height=HEIGHT, dice=OriginalDice(seed))[1].blur for seed in range(50)]
+        [draw_crops(config, width=WIDTH, height=HEIGHT, dice=ReferenceRNG(seed))[1].blur for seed in range(50)]
         for config in (without, never)
     ]
     assert seconds[0] != seconds[1]

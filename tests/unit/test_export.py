@@ -22,7 +22,7 @@ from dino_lightning.cli.export import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.models.vit import OriginalViT
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 REGISTERS = ViTConfig(width=64, depth=1, heads=1, patch_size=8, registers=2)
 
@@ -68,9 +68,18 @@ def _no_traces(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("config", "format", "ending"),
-    first([(TINY, "onnx", ".onnx"), (TINY, "torch", ".pt2"), (REGISTERS, "onnx", ".onnx"), (REGISTERS, "torch", ".pt2"),
-           (RESNET, "onnx", ".onnx"), (RESNET, "torch", ".pt2")], fast=2),
-)  # fmt: skip
+    first(
+        [
+            (TINY, "onnx", ".onnx"),
+            (TINY, "torch", ".pt2"),
+            (REGISTERS, "onnx", ".onnx"),
+            (REGISTERS, "torch", ".pt2"),
+            (RESNET, "onnx", ".onnx"),
+            (RESNET, "torch", ".pt2"),
+        ],
+        fast=2,
+    ),
+)
 def test_graphs_take_images_of_any_number_and_size(
     config: BackboneConfig, format: str, ending: str, tmp_path: Path
 ) -> None:
@@ -151,9 +160,19 @@ def test_timm_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", first([TINY, RESNET, ViTConfig(width=48, depth=2, heads=3, patch_size=16), TimmConfig(name="resnet50"),
-                     TimmConfig(name="vit_tiny_patch16_224")], fast=3), ids=str,
-)  # fmt: skip
+    "config",
+    first(
+        [
+            TINY,
+            RESNET,
+            ViTConfig(width=48, depth=2, heads=3, patch_size=16),
+            TimmConfig(name="resnet50"),
+            TimmConfig(name="vit_tiny_patch16_224"),
+        ],
+        fast=3,
+    ),
+    ids=str,
+)
 def test_transformers_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write(exported(tmp_path, config), tmp_path / "network", format="huggingface")
@@ -192,7 +211,7 @@ def test_their_processor_prepares_images_as_evaluations_do(tmp_path: Path) -> No
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "first"
     words = ["trainer.max_steps=2", "callbacks.pictures.enabled=false", "callbacks.knn.queries=16"]
-    run_training(composed(*SMALL, *words, output_dir=output))
+    train(composed(*SMALL, *words, output_dir=output))
     return output
 
 
@@ -286,19 +305,30 @@ def test_original_xcit(tmp_path: Path) -> None:
         (TINY, "format=torch output=a.pt2 image_size=0", "image_size=0: expected at least 1 pixel."),
         (TINY, "format=torch output=a.pt2 image_size=60", "image_size=60 is not a multiple of the patch size 8"),
         (TINY, "format=timm otput=a", "otput is not a key of the configuration; did you mean 'output'?"),
-        (REGISTERS, "format=huggingface output=a", "transformers has no class for ViT of width 64, depth 1, 1 heads, "
-         "patches of 8 pixels, 2 registers, trained at 32; formats for any network are timm, onnx and torch."),
+        (
+            REGISTERS,
+            "format=huggingface output=a",
+            "transformers has no class for ViT of width 64, depth 1, 1 heads, "
+            "patches of 8 pixels, 2 registers, trained at 32; formats for any network are timm, onnx and torch.",
+        ),
         (TimmConfig(name="test_resnet"), "format=huggingface output=a", "has no class for timm's test_resnet; formats"),
         (TimmConfig(name="test_resnet"), "format=original output=a.pth", "the original has no network like timm's"),
         (REGISTERS, "format=original output=a.pth", "the original has no network like ViT of width 64"),
-        (ViTConfig(width=48, depth=1, heads=3), "format=original output=a.pth",
-         "do not tell the number of heads, which is width / 64 there, and this network has 3 for a width of 48"),
+        (
+            ViTConfig(width=48, depth=1, heads=3),
+            "format=original output=a.pth",
+            "do not tell the number of heads, which is width / 64 there, and this network has 3 for a width of 48",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(
-    config: BackboneConfig, words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    config: BackboneConfig,
+    words: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     if "huggingface" in words:
         pytest.importorskip("transformers")

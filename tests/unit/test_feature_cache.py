@@ -17,14 +17,14 @@ from ranks import on_ranks
 from torch import Tensor
 
 from dino_lightning.config import BuiltinData, DataConfig
-from dino_lightning.data.sources.base import Part
+from dino_lightning.data.sources.base import Subset
 from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.evaluation.features import cache as feature_cache
 from dino_lightning.evaluation.features.cache import cached_features, feature_key
 from dino_lightning.evaluation.features.images import ImageFiles, ViewedImages, center_view
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.collectives import leave_group
 
 N, BLOCK = 50, 16
@@ -45,7 +45,7 @@ def source() -> BuiltinImages:
 class Counted:
     """The network's features; counts the images, and may fail in the middle."""
 
-    def __init__(self, network: Network, *, fail_after: int | None = None) -> None:
+    def __init__(self, network: FrozenNetwork, *, fail_after: int | None = None) -> None:
         self.network, self.fail_after, self.images = network, fail_after, 0
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ class Counted:
         return self.network.backbone(images_BCHW)
 
 
-def _task(folder: Path, *, cache: bool = True, network: Network | None = None, workers: int = 0) -> Task:
+def _task(folder: Path, *, cache: bool = True, network: FrozenNetwork | None = None, workers: int = 0) -> Task:
     data = replace(DATA, num_workers=workers)
     return tiny_task(folder, network or tiny_network(), data=data, cache=folder / "cache" if cache else None)
 
 
-def _view(network: Network, source: Any, *, bad: Path | None = None, size: int = 32, **data: Any) -> ViewedImages:
+def _view(network: FrozenNetwork, source: Any, *, bad: Path | None = None, size: int = 32, **data: Any) -> ViewedImages:
     view = center_view(network, resize=32, size=size)
     return ViewedImages(source, view, blank=(3, size, size), config=DataConfig(**data), bad_images=bad)
 
@@ -166,17 +166,17 @@ def test_the_key_knows_what_features_depend_on(tmp_path: Path, source: BuiltinIm
         return feature_key(task, images, kind=kind, indices=list(indices))
 
     half = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    relabelled = Part(source, indices=np.arange(N))
+    relabelled = Subset(source, indices=np.arange(N))
     relabelled.labels = np.zeros(N, dtype=np.int64)
     keys = {
         "the same": key(),
         "weights": key(task=_task(tmp_path, network=tiny_network(seed=1))),
         "kind": key(kind="patches"),
-        "precision": key(task=replace(task, runtime=Runtime(half))),
+        "precision": key(task=replace(task, runtime=EvalContext(half))),
         "view": key(images=_view(network, source, size=24)),
         "normalisation": key(task=_task(tmp_path, network=replace(network, mean=[0.5, 0.5, 0.5]))),
         "source": key(images=_view(network, BuiltinImages("train", images=N, image_size=32, draw_seed=1))),
-        "a part of the source": key(images=_view(network, Part(source, indices=np.arange(N)))),
+        "a part of the source": key(images=_view(network, Subset(source, indices=np.arange(N)))),
         "labels": key(images=_view(network, relabelled)),
         "decoding": key(images=_view(network, source, apply_exif_rotation=True)),
         "indices": key(indices=range(1, N)),

@@ -26,7 +26,7 @@ def test_the_latest_rows_are_kept() -> None:
     given, arrived = queue(), 0
     for count in (2, 3, 1, 4, 7, 6, 3):
         given.observe(rows(arrived + 1, count))
-        given.commit()
+        given.update()
         arrived += count
         expected = list(range(max(1, arrived - LENGTH + 1), arrived + 1))
         assert numbers(given) == [0] * (LENGTH - len(expected)) + expected
@@ -37,13 +37,13 @@ def test_the_latest_rows_are_kept() -> None:
 def test_a_batch_larger_than_the_queue_leaves_its_last_rows() -> None:
     given = queue()
     given.observe(rows(1, 3))
-    given.commit()
+    given.update()
     given.observe(rows(4, 20))
-    given.commit()
+    given.update()
     assert sorted(numbers(given)) == list(range(17, 24))
     assert given.is_full
     given.observe(rows(24, 2))
-    given.commit()
+    given.update()
     assert numbers(given) == list(range(19, 26)), "the two oldest have left"
 
 
@@ -52,11 +52,11 @@ def test_nothing_enters_before_commit_and_micro_batches_enter_together() -> None
     for part in rows(1, 6).chunk(3):
         given.observe(part)
         assert not given.features.any()
-    given.commit()
+    given.update()
     at_once.observe(rows(1, 6))
-    at_once.commit()
+    at_once.update()
     assert torch.equal(given.features, at_once.features)
-    given.commit()
+    given.update()
     assert torch.equal(given.features, at_once.features), "without an observation nothing moves"
 
 
@@ -66,21 +66,21 @@ def test_random_rows_stand_for_those_that_have_not_come() -> None:
     assert not given.is_full
     before = given.features.clone()
     given.observe(rows(1, 2))
-    given.commit()
+    given.update()
     assert torch.equal(given.features[2:], before[2:])
 
 
 def test_everything_but_the_pending_rows_is_saved() -> None:
     given, copy = queue(start_random=True), queue(start_random=True)
     given.observe(rows(1, 5))
-    given.commit()
+    given.update()
     given.observe(rows(6, 1))  # pending: part of no checkpoint
     copy.load_state_dict(given.state_dict())
     assert set(given.state_dict()) == {"features", "position", "filled"}
     for each in (given, copy):
         each._observed.clear()
         each.observe(rows(6, 4))
-        each.commit()
+        each.update()
     assert torch.equal(given.features, copy.features)
     assert torch.equal(given.position, copy.position)
 
@@ -90,7 +90,7 @@ def test_rows_are_copied_and_carry_no_gradient() -> None:
     given.observe(row)
     with torch.no_grad():
         row.zero_()
-    given.commit()
+    given.update()
     assert numbers(given)[-1] == 1
     assert not given.features.requires_grad
     assert not list(given.parameters())
@@ -99,6 +99,6 @@ def test_rows_are_copied_and_carry_no_gradient() -> None:
 def test_half_precision_rows_are_widened() -> None:
     given = queue()
     given.observe(rows(1, 2).bfloat16())
-    given.commit()
+    given.update()
     assert given.features.dtype == torch.float32
     assert numbers(given)[-2:] == [1, 2]

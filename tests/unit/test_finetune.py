@@ -24,8 +24,8 @@ from dino_lightning.evaluation.classification import finetune, training_images
 from dino_lightning.evaluation.classification.finetune import Finetuning
 from dino_lightning.evaluation.classification.finetune_recipe import Augmentation, Targets, set_rate
 from dino_lightning.evaluation.classification.splits import labelled_sources
-from dino_lightning.evaluation.context import Result, Runtime, Task
-from dino_lightning.models.frozen import Network
+from dino_lightning.evaluation.context import EvalContext, Result, Task
+from dino_lightning.models.frozen import FrozenNetwork
 
 DEPTH, CLASSES = 2, 8
 IMAGES = BuiltinData(train_images=52, val_images=21, num_workers=0)
@@ -42,12 +42,12 @@ PLAIN: dict[str, Any] = {
 """Without what is drawn, but for crops and erasing."""
 
 
-def network(*, seed: int = 0, **more: Any) -> Network:
+def network(*, seed: int = 0, **more: Any) -> FrozenNetwork:
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2}
     return timm_network("vit_tiny_patch16_224", seed=seed, **shape, **more)
 
 
-def training(folder: Path, *, net: Network | None = None, data: Any = IMAGES, **config: Any) -> Finetuning:
+def training(folder: Path, *, net: FrozenNetwork | None = None, data: Any = IMAGES, **config: Any) -> Finetuning:
     task = tiny_task(folder, net or network(), data=data)
     return Finetuning(FinetuneEval(**{**PLAIN, **config}), task, labelled_sources(task))
 
@@ -318,7 +318,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
 
 def _rank(fabric: Fabric, folder: str, batch: int) -> None:
     torch.set_num_threads(1)
-    task = Task(network(), IMAGES, Runtime(fabric, show_progress=False), Path(folder) / "out")
+    task = Task(network(), IMAGES, EvalContext(fabric, show_progress=False), Path(folder) / "out")
     run = Finetuning(FinetuneEval(**{**PLAIN, "batch_size_per_device": batch}), task, labelled_sources(task))
     torch.save({"history": run.run(), "weights": weights_of(run.model)}, f"{folder}/{fabric.global_rank}.pt")
 

@@ -26,9 +26,13 @@ SMALL = ViTConfig(width=32, depth=2, heads=2, patch_size=8)
 
 def network(config: ViTConfig, *, image_size: int) -> VisionTransformer:
     return VisionTransformer(
-        img_size=image_size, patch_size=config.patch_size, embed_dim=config.width, depth=config.depth,
-        num_heads=config.heads, num_classes=0,
-    )  # fmt: skip
+        img_size=image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        num_classes=0,
+    )
 
 
 def count(module: nn.Module, x: torch.Tensor, *, backward: bool = False) -> int:
@@ -84,7 +88,9 @@ def test_passes_of_a_step():
 def method_of(*words: str) -> tuple[Method, TrainConfig]:
     config = cast(
         TrainConfig,
-        OmegaConf.to_object(composed(*SHORT, "step=plain", "backbone.drop_path_rate=0", *words, "crops.local_count=4")),
+        OmegaConf.to_object(
+            composed(*SHORT, "compute=reference", "backbone.drop_path_rate=0", *words, "crops.local_count=4")
+        ),
     )
     return build_method(config, num_classes=7).eval(), config
 

@@ -35,7 +35,7 @@ class TestFolder:
         assert (numbers(sources.train), numbers(sources.val)) == ([0, 1], [2, 3])
         assert sources.train.classes == sources.val.classes == ["cat", "dog"]
         assert sources.val.labels.tolist() == [0, 1]
-        assert sources.notice is None
+        assert sources.remark is None
 
     @pytest.mark.parametrize("top", ["", "train/"])
     def test_flat_folder_has_no_labels_and_no_holdout(self, tmp_path, top):
@@ -45,7 +45,7 @@ class TestFolder:
         assert sources.train.labels is None
         assert sources.train.classes is None
         assert sources.val is None
-        assert "no labels" in sources.notice
+        assert "no labels" in sources.remark
         assert numbers(sources.train) == [0, 1, 2]
         check_consistent(sources.train)
 
@@ -53,14 +53,14 @@ class TestFolder:
         write(tmp_path / "data" / "images" / "a.png")
         sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
         assert sources.train.labels is None
-        assert "one folder only" in sources.notice
+        assert "one folder only" in sources.remark
 
     def test_what_is_not_used_is_named(self, tmp_path):
         for name in ("train/a.png", "val/b.png", "extra/c.png"):
             write(tmp_path / "data" / name)
         sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
         assert sources.val is None
-        assert "not used: extra, val" in sources.notice
+        assert "not used: extra, val" in sources.remark
 
     def test_hidden_files_and_other_endings_do_not_count(self, tmp_path):
         for number, name in enumerate(["a/0.png", "b/1.png", "a/._2.png", ".git/3.png", "b/.cache/4.png"]):

@@ -13,7 +13,7 @@ from composing import SMALL, composed
 from dino_lightning.data.bad_images import BadImages
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.csv import METRICS, MetricsFile, read_rows
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 
 @contextmanager
@@ -47,8 +47,11 @@ def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.count("metrics.csv could not be written") == 1
     log(logger, 3, loss=4.0)
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / METRICS)] == [
-        ("0", "1.0"), ("1", "2.0"), ("2", "3.0"), ("3", "4.0")
-    ]  # fmt: skip
+        ("0", "1.0"),
+        ("1", "2.0"),
+        ("2", "3.0"),
+        ("3", "4.0"),
+    ]
     with files_end_at(10):
         log(logger, 4, loss=5.0)
     assert "could not be written" in capsys.readouterr().err  # of another time, it is said again
@@ -91,12 +94,12 @@ def test_a_run_whose_disk_is_full_all_the_while(
 
         monkeypatch.setattr(L.Trainer, "fit", from_here_on)
         with pytest.raises(UserError, match="at its end, but its results could not be written"):
-            run_training(composed(*words, output_dir=tmp_path / "full"))
+            train(composed(*words, output_dir=tmp_path / "full"))
     said = capsys.readouterr().err
     assert "last.ckpt could not be written" in said
     assert "crops.png could not be written" in said
     assert "attention_epoch0001.png could not be written" in said
     assert "epoch 2/2" in said
     monkeypatch.undo()
-    run_training(composed(*words, "resume=auto", output_dir=tmp_path / "full"))
+    train(composed(*words, "resume=auto", output_dir=tmp_path / "full"))
     assert (tmp_path / "full" / "teacher.safetensors").exists()

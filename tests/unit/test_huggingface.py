@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dino_lightning.config import HuggingFaceData
 from dino_lightning.data.shard_order import read_stream
-from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
+from dino_lightning.data.sources import ImageSource, ImageStream, Splits, open_sources
 from dino_lightning.errors import UserError
 
 SIZES = (6, 5, 3)
@@ -48,7 +48,7 @@ def folder(tmp_path, capfd) -> Path:
     return tmp_path / "d"
 
 
-def opened(folder: Path | str, **options: Any) -> Sources:
+def opened(folder: Path | str, **options: Any) -> Splits:
     return open_sources(HuggingFaceData(name=str(folder), **options), seed=0)
 
 
@@ -71,7 +71,7 @@ class TestTables:
         assert sources.train.classes == sources.val.classes == ["cat", "dog"]
         assert sources.train.labels.tolist() == [0, 1] * 7
         assert sources.train.describe(3) == f"{folder} train row 3"
-        assert sources.notice is None
+        assert sources.remark is None
 
     def test_images_are_held_out_without_a_validation_split(self, folder):
         sources = opened(folder, holdout=0.3)
@@ -100,7 +100,7 @@ class TestStreams:
         source = sources.train
         assert isinstance(source, ImageStream)
         assert (source.shards, source.images, source.classes, sources.val) == (3, 20, ["cat", "dog"], None)
-        assert sources.notice == "read as a stream: no k-NN evaluation"
+        assert sources.remark == "read as a stream: no k-NN evaluation"
         for shard, size in enumerate(SIZES):
             samples = list(source.read_shard(shard))
             first = sum(SIZES[:shard])

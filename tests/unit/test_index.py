@@ -13,7 +13,7 @@ from dino_lightning.config import FolderData
 from dino_lightning.data.sources import file_index as index
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.file_index import folder_contents, index_files
-from dino_lightning.data.sources.mapped_arrays import UNUSED_DAYS, KeptArrays, Paths, keep, packed
+from dino_lightning.data.sources.mapped_arrays import UNUSED_DAYS, MappedArrays, Paths, packed, store
 
 FILES = [f"{name}/{number}.png" for name in ("a", "a/deep", "b") for number in range(4)]
 
@@ -88,7 +88,7 @@ class TestKeptList:
         read.clear()
         again = open_sources(config, seed=0)
         assert read == []
-        assert again.notice == first.notice
+        assert again.remark == first.remark
         assert [again.train.describe(i) for i in range(13)] == [first.train.describe(i) for i in range(13)]
 
     @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ class TestKeptList:
         for _ in range(2):  # walked, then from the cache
             opened = open_sources(FolderData(path=str(root), cache_dir=str(root.parent / "cache")), seed=0)
             assert len(opened.train) + len(opened.val) == len(FILES) + 2
-            assert "left out, a link to a folder above it: 'b/loop' and 1 more" in opened.notice
+            assert "left out, a link to a folder above it: 'b/loop' and 1 more" in opened.remark
 
     def test_closed_folders_are_told(self, root, monkeypatch):
         scandir = os.scandir
@@ -246,14 +246,14 @@ class TestSharing:
         assert not list(root.parent.glob("cache/indices/*/.*"))
 
     def test_arrays_without_a_file_pickle_whole(self, tmp_path):
-        paths = Paths(KeptArrays(packed([b"a", b"", "é".encode()])))
+        paths = Paths(MappedArrays(packed([b"a", b"", "é".encode()])))
         copy = pickle.loads(pickle.dumps(paths))
         assert [copy[i] for i in range(len(copy))] == ["a", "", "é"]
         with pytest.raises(IndexError):
             copy[3]
 
     def test_kept_arrays_cannot_be_written(self, tmp_path):
-        kept = keep({"x": np.arange(4)}, under=tmp_path / "arrays")
+        kept = store({"x": np.arange(4)}, under=tmp_path / "arrays")
         assert kept.place is not None
         with pytest.raises(ValueError, match="read-only"):
             kept["x"][0] = 1

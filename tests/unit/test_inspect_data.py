@@ -144,8 +144,15 @@ def test_stats(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
     assert kind_of(str(photos)) == "folder"
-    for name, expected in (("a.csv", "listing"), ("a.txt", "listing"), ("a.TSV", "listing"), ("a.zip", "archive"),
-                           ("a.tar", "archive"), ("a.parquet", "parquet"), ("nowhere", "folder")):  # fmt: skip
+    for name, expected in (
+        ("a.csv", "listing"),
+        ("a.txt", "listing"),
+        ("a.TSV", "listing"),
+        ("a.zip", "archive"),
+        ("a.tar", "archive"),
+        ("a.parquet", "parquet"),
+        ("nowhere", "folder"),
+    ):
         assert kind_of(str(tmp_path / name)) == expected
     for inside, expected in (("data/train-0.parquet", "parquet"), ("n01.tar", "archive"), ("state.json", "parquet")):
         folder = tmp_path / f"of {expected} {inside[:2]}"

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.evaluation.features.knn import _pack, _unpack, knn_accuracy, nearest
+from dino_lightning.evaluation.features.knn import _pack, _unpack, knn_accuracy, nearest_neighbors
 
 CPU = torch.device("cpu")
 T = 0.07
@@ -95,7 +95,7 @@ def test_predictions_are_those_of_scikit_learn(k: int) -> None:
 def test_nearest_is_the_sorted_list_of_cosines() -> None:
     bank, _ = _clusters(300, classes=5, width=7, seed=1)
     queries, _ = _clusters(11, classes=5, width=7, seed=2)
-    similarities, indices = nearest(bank, queries, k=9, device=CPU)
+    similarities, indices = nearest_neighbors(bank, queries, k=9, device=CPU)
     assert similarities.shape == indices.shape == (11, 9)
     assert similarities.dtype == torch.float32
     for row, query in enumerate(queries.tolist()):
@@ -111,7 +111,10 @@ def test_chunks_do_not_change_the_result(bank_chunk: int, query_chunk: int) -> N
     bank, labels = _clusters(101, classes=9, width=16, seed=1)
     queries, targets = _clusters(50, classes=9, width=16, seed=2)
     chunks = {"bank_chunk": bank_chunk, "query_chunk": query_chunk}
-    whole, pieces = nearest(bank, queries, k=30, device=CPU), nearest(bank, queries, k=30, device=CPU, **chunks)
+    whole, pieces = (
+        nearest_neighbors(bank, queries, k=30, device=CPU),
+        nearest_neighbors(bank, queries, k=30, device=CPU, **chunks),
+    )
     assert torch.equal(whole[1], pieces[1])
     # Matrix products of other shapes may add in another order.
     torch.testing.assert_close(whole[0], pieces[0], rtol=0, atol=1e-6)
@@ -127,7 +130,7 @@ def test_equal_similarities_go_to_the_lower_index(bank_chunk: int) -> None:
     """Axes: the cosines are exactly -1, 0 and 1 in any order of summation."""
     axes = torch.eye(4)
     bank = torch.stack([axes[1], axes[0], -axes[2], axes[0], -axes[0], axes[0] * 3, axes[3], axes[0]])
-    similarities, indices = nearest(bank, axes[:1], k=8, device=CPU, bank_chunk=bank_chunk)
+    similarities, indices = nearest_neighbors(bank, axes[:1], k=8, device=CPU, bank_chunk=bank_chunk)
     assert indices.tolist() == [[1, 3, 5, 7, 0, 2, 6, 4]]
     assert similarities.tolist() == [[1, 1, 1, 1, 0, 0, 0, -1]]
 
@@ -204,7 +207,7 @@ def test_full_precision_whatever_is_set_around() -> None:
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16), Products() as products:
-            nearest(bank.bfloat16(), bank[:9].bfloat16(), k=20, device=CPU)
+            nearest_neighbors(bank.bfloat16(), bank[:9].bfloat16(), k=20, device=CPU)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

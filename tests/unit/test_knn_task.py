@@ -15,8 +15,8 @@ from pictures import write
 from ranks import on_ranks
 
 from dino_lightning.config import BuiltinData, DataConfig, FolderData, KNNEval
-from dino_lightning.data.sources import Sources
-from dino_lightning.data.sources.base import Part
+from dino_lightning.data.sources import Splits
+from dino_lightning.data.sources.base import Subset
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import knn
 from dino_lightning.evaluation.classification.splits import labelled_sources
@@ -93,7 +93,7 @@ def test_one_search_serves_all_k_and_temperatures(tmp_path: Path, monkeypatch: p
         searched.append(options["k"])
         return search(*arguments, **options)
 
-    search = knn.nearest
+    search = knn.nearest_neighbors
     monkeypatch.setattr(knn, "nearest", nearest)
     together = values(run(make_task(tmp_path), k=[3, 10], temperatures=[0.07, 1.0]))
     assert searched == [10]
@@ -143,10 +143,10 @@ def test_limits_of_bank_and_queries(tmp_path: Path) -> None:
     assert len(drawn) == 30
 
 
-def parts(task: Task, indices: Any) -> list[Part]:
+def parts(task: Task, indices: Any) -> list[Subset]:
     """The images `indices` of both splits, to be relabelled."""
     sources: Any = task.sources
-    return [Part(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
+    return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
 
 def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
         assert part.labels is not None
         part.labels = np.where(np.arange(len(part)) % 2, part.labels, -1)
     few = make_task(tmp_path)
-    few.sources = Sources(train, val, None)
+    few.sources = Splits(train, val, None)
     odd = make_task(tmp_path)
     every_second = parts(task, np.arange(1, 40, 2))
-    odd.sources = Sources(every_second[0], every_second[1], None)
+    odd.sources = Splits(every_second[0], every_second[1], None)
     assert values(run(few)) == values(run(odd))
     assert run(few)["top1_k20"].details["queries"] == 20
 
@@ -246,7 +246,7 @@ def test_sources_with_other_classes(tmp_path: Path, train: list[str], val: list[
     task = make_task(tmp_path)
     few = parts(task, np.arange(2))
     few[0].classes, few[1].classes = train, val
-    task.sources = Sources(few[0], few[1], None)
+    task.sources = Splits(few[0], few[1], None)
     assert said in refusal(task)
 
 

@@ -15,12 +15,12 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, functio
 
 from dino_lightning.config import BuiltinData, DataConfig, FolderData, LinearEval
 from dino_lightning.data.batches import crop_seed
-from dino_lightning.data.sources.base import Part, Sources
+from dino_lightning.data.sources.base import Splits, Subset
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import LinearClassifier
 from dino_lightning.evaluation.classification.linear import evaluate
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 TF: Any = functional  # its annotations know tensors only
 SEED, CLASSES, WIDTH = 5, 12, 32
@@ -40,7 +40,7 @@ def weights(results: dict[str, Result]) -> dict[str, Tensor]:
     return torch.load(results["top1"].details["classifier"], weights_only=True)["state_dict"]
 
 
-def slow_features(network: Network, image: Tensor, *, n: int, avgpool: bool) -> Tensor:
+def slow_features(network: FrozenNetwork, image: Tensor, *, n: int, avgpool: bool) -> Tensor:
     """Of one image, value by value."""
     vit = cast(Any, network.backbone)
     with torch.no_grad():
@@ -243,10 +243,10 @@ def test_no_classifier_of_this_kind(content: Any, expected: str, tmp_path: Path)
 
 def changed(task: Task, **changes: Any) -> Task:
     """With validation images of other attributes."""
-    val: Any = Part(cast(Any, task.sources.val), indices=torch.arange(20).numpy())
+    val: Any = Subset(cast(Any, task.sources.val), indices=torch.arange(20).numpy())
     for name, value in changes.items():
         setattr(val, name, value)
-    task.__dict__["sources"] = Sources(task.sources.train, val, None)
+    task.__dict__["sources"] = Splits(task.sources.train, val, None)
     return task
 
 

@@ -1,4 +1,4 @@
-"""`eval=linear_fast`: every classifier as if alone, and a choice that no validation image has a part in."""
+"""`eval=linear_grid`: every classifier as if alone, and a choice that no validation image has a part in."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from evaluation_tools import timm_network, tiny_network, tiny_task
 from torch import Tensor, nn
 
-from dino_lightning.config import BuiltinData, LinearEval, LinearFastEval
-from dino_lightning.data.sources.base import Part, Sources, held_out
+from dino_lightning.config import BuiltinData, LinearEval, LinearGridEval
+from dino_lightning.data.sources.base import Splits, Subset, held_out
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import linear
-from dino_lightning.evaluation.classification import linear_grid as linear_fast
+from dino_lightning.evaluation.classification import linear_grid as linear_grid
 from dino_lightning.evaluation.classification.classifiers import LinearClassifier, accuracy, count_right
 from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
 from dino_lightning.evaluation.context import Result, Task
@@ -30,7 +30,7 @@ CLS, BOTH, TWO = FeatureChoice(1, False), FeatureChoice(1, True), FeatureChoice(
 
 def run(task: Task, **changes: Any) -> dict[str, Result]:
     settings = {"n_last_blocks": [1, 2], "lrs": [0.03, 0.3, 3.0], "epochs": 4, "classifier_batch_size": 32, **changes}
-    return {result.metric: result for result in linear_fast.evaluate(LinearFastEval(**settings), task)}
+    return {result.metric: result for result in linear_grid.evaluate(LinearGridEval(**settings), task)}
 
 
 def listened(task: Task) -> tuple[Task, list[str]]:
@@ -81,8 +81,18 @@ def test_a_classifier_that_diverges_is_wrong_and_leaves_the_others_alone() -> No
     tokens, labels = 1e20 * torch.randn(64, 8), torch.randint(0, 3, (64,))
     both, one = (Heads(8, 3, lrs=lrs, seed=0, device=CPU) for lrs in ([1e-22, 1e30], [1e-22]))
     for heads in (both, one):
-        train({CLS: heads}, tokens, labels, rows=torch.arange(64), layout=Tokens(8, n=1, mean_patch=False), epochs=2,
-              batch_size=16, seed=0, device=CPU, advance=lambda _: None)  # fmt: skip
+        train(
+            {CLS: heads},
+            tokens,
+            labels,
+            rows=torch.arange(64),
+            layout=Tokens(8, n=1, mean_patch=False),
+            epochs=2,
+            batch_size=16,
+            seed=0,
+            device=CPU,
+            advance=lambda _: None,
+        )
     assert torch.equal(both.weight_LCD[0], one.weight_LCD[0])
     assert not torch.isfinite(both.weight_LCD[1]).all()
     assert accuracy(both.logits, tokens, labels, topk=(1,), device=CPU)[1] < 50
@@ -148,9 +158,9 @@ def test_the_table_and_the_choice(tmp_path: Path) -> None:
 def test_validation_images_choose_nothing(tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=3)
     first = run(task)
-    val: Any = Part(cast(Any, task.sources.val), indices=np.arange(48))
+    val: Any = Subset(cast(Any, task.sources.val), indices=np.arange(48))
     val.labels = np.random.default_rng(1).permutation(val.labels)
-    task.__dict__["sources"] = Sources(task.sources.train, val, None)
+    task.__dict__["sources"] = Splits(task.sources.train, val, None)
     second = run(task)
     assert second["top1"].value != first["top1"].value
     for key in ("chosen", "choices", "lr_at_edge"):

@@ -33,7 +33,7 @@ class TestText:
         sources = opened(images / "list.txt", newline.join(lines))
         assert numbers(sources.train) == [3, 1, 5, 3]
         assert (sources.train.labels, sources.train.classes, sources.val) == (None, None, None)
-        assert sources.notice == "no labels"
+        assert sources.remark == "no labels"
 
     def test_paths_may_be_relative_to_another_folder(self, images, tmp_path):
         (tmp_path / "lists").mkdir()
@@ -76,12 +76,12 @@ class TestTable:
     def test_without_labels(self, images):
         sources = opened(images / "list.csv", "path,y\n0.png,1\n")
         assert sources.train.labels is None
-        assert sources.notice == "no labels"
+        assert sources.remark == "no labels"
 
     def test_an_empty_label_column(self, images):
         sources = opened(images / "list.csv", "path,y\n0.png,\n1.png,-1\n", label_column="y")
         assert sources.train.labels is None
-        assert sources.notice == "no labels: data.label_column=y is empty"
+        assert sources.remark == "no labels: data.label_column=y is empty"
 
     def test_labelled_images_are_held_out(self, images):
         (images / "list.csv").write_text("path,y\n" + "".join(f"{n}.png,{n % 2}\n" for n in range(6)))

@@ -21,9 +21,9 @@ from dino_lightning.config import ViTConfig
 from dino_lightning.config.conf_dir import backbone_config
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.vit import OriginalViT
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 TINY = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
 SEEN = ["crops.mean=[0.4,0.5,0.6]", "crops.eval_resize=37", "crops.eval_size=32"]
@@ -33,7 +33,7 @@ OPTIM = ["optim.lr=0.5", "optim.lr_warmup=0ep"]  # so that student and teacher p
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "first"
-    run_training(composed(*SMALL, *TINY, *SEEN, *OPTIM, output_dir=output))
+    train(composed(*SMALL, *TINY, *SEEN, *OPTIM, output_dir=output))
     return output
 
 
@@ -42,7 +42,7 @@ def weights_of(run: Path, key: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{key}.backbone."): w for name, w in state.items() if name.startswith(f"{key}.backbone")}
 
 
-def same(network: Network, weights: dict[str, Tensor], *, sizes: tuple[int, ...] = (40,)) -> bool:
+def same(network: FrozenNetwork, weights: dict[str, Tensor], *, sizes: tuple[int, ...] = (40,)) -> bool:
     """Whether the network has these weights, and makes of images what the equations make of them."""
     for size in sizes:
         images = torch.randn(2, 3, size, size)
@@ -197,9 +197,13 @@ def test_the_baseline(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "size"),
-    [("vit_micro", OriginalViT, 224), ("vovnet_micro", timm.models.VovNet, 224), ("test_vit", None, 160),
-     ("timm:test_resnet.r160_in1k", None, 160)],
-)  # fmt: skip
+    [
+        ("vit_micro", OriginalViT, 224),
+        ("vovnet_micro", timm.models.VovNet, 224),
+        ("test_vit", None, 160),
+        ("timm:test_resnet.r160_in1k", None, 160),
+    ],
+)
 def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
     network = load_network(f"untrained:{name}", seed=3)
     assert not network.trained

@@ -173,8 +173,10 @@ def test_another_architecture_is_told(tmp_path: Path) -> None:
     taken_for = "ViT of width 192, depth 2, 3 heads, patches of 16 pixels, trained at 64"
     without = {name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.attn")}
     sentence = refused(without, tmp_path)
-    assert f"file.pth does not fit the architecture it was taken for, {taken_for}: missing blocks.1.attn.qkv.weight, " \
-        "blocks.1.attn.qkv.bias, blocks.1.attn.proj.weight and 1 more." in sentence  # fmt: skip
+    assert (
+        f"file.pth does not fit the architecture it was taken for, {taken_for}: missing blocks.1.attn.qkv.weight, "
+        "blocks.1.attn.qkv.bias, blocks.1.attn.proj.weight and 1 more." in sentence
+    )
     sentence = refused(weights | {"register_tokens": torch.zeros(1, 4, 192)}, tmp_path)
     assert f"{taken_for}: unexpected register_tokens." in sentence
     sentence = refused(weights | {"norm.weight": torch.zeros(64)}, tmp_path)

@@ -23,8 +23,15 @@ from dino_lightning.errors import UserError
 from dino_lightning.models.vit import OriginalViT
 
 transformers = pytest.importorskip("transformers")
-VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 64,
-       "patch_size": 16, "layer_norm_eps": 1e-6}  # fmt: skip
+VIT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "image_size": 64,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
 
 
 def saved(folder: Path, kind: str = "ViTModel", *, processor: Any = None, **changes: Any) -> Any:
@@ -73,9 +80,16 @@ def test_its_own_words_are_those_of_the_published_files(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(tmp_path / "dino" / "model.safetensors")
-    parts = ("attention.attention.query", "attention.attention.key", "attention.attention.value",
-             "attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before",
-             "layernorm_after")  # fmt: skip
+    parts = (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+        "layernorm_before",
+        "layernorm_after",
+    )
     block = {f"encoder.layer.1.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
     assert {name for name in state if name.startswith("encoder.layer.1.")} == block
     torch.save(state, tmp_path / "dino" / "pytorch_model.bin")
@@ -122,7 +136,7 @@ def test_the_preparation_of_images(tmp_path: Path) -> None:
         ({"model_type": "dinov2"}, "is a network of transformers of the type 'dinov2'; expected one of vit, resnet"),
         ({"architecture": "vit_x", "model_type": None}, "holds weights as timm keeps them; timm loads its own by"),
     ],
-)  # fmt: skip
+)
 def test_what_is_another_network(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     saved(tmp_path / "dino", **{key: value for key, value in changes.items() if key in ("intermediate_size",)})
     file = tmp_path / "dino" / "config.json"
@@ -198,8 +212,10 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
 """
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
     environment = {name: value for name, value in os.environ.items() if name not in offline} | {
-        "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -215,7 +231,11 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
         "hf:OWNER/NAME@REVISION.",
     ]
     again = subprocess.run(
-        [sys.executable, "-c", program.partition("for name")[0]], env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", program.partition("for name")[0]],
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert again.stdout.split() == digests.split(), again.stderr[-3000:]

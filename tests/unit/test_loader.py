@@ -14,7 +14,7 @@ from pictures import png
 from torch import Tensor
 
 from dino_lightning.config import BuiltinData, CropsConfig, DataConfig, HuggingFaceData, WebDatasetData
-from dino_lightning.data.loader import KeyBatches
+from dino_lightning.data.loader import EpochBatchSampler
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 
@@ -126,10 +126,10 @@ def test_the_other_back_ends(backend: str, folder: Path) -> None:
 
 def test_the_same_images_are_left_for_other_batches_and_ranks() -> None:
     """A place is a number of images: twice the devices go on with half the batches each."""
-    alone = [index for batch in KeyBatches(48, batch_size=4, seed=1, rank=0, world_size=1) for _, index in batch]
+    alone = [index for batch in EpochBatchSampler(48, batch_size=4, seed=1, rank=0, world_size=1) for _, index in batch]
     both = []
     for rank in range(2):
-        order = KeyBatches(48, batch_size=4, seed=1, rank=rank, world_size=2)
+        order = EpochBatchSampler(48, batch_size=4, seed=1, rank=rank, world_size=2)
         order.start = 16 // (4 * 2)
         both += [index for batch in order for _, index in batch]
     assert sorted(both) == sorted(alone[16:])
@@ -172,17 +172,28 @@ def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, *, every: str, 
     when: dict[str, Any] = {"every_n_train_steps": 1} if every == "step" else {"save_on_train_epoch_end": True}
     checkpoints = ModelCheckpoint(root, filename="last", enable_version_counter=False, **when)
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, max_epochs=3, default_root_dir=root, callbacks=[checkpoints],
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        max_epochs=3,
+        default_root_dir=root,
+        callbacks=[checkpoints],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(watcher, datamodule=data, weights_only=True, **options)
 
 
 @pytest.mark.parametrize(
     ("every", "stops_after", "kept"),
-    [("step", 2, 2), ("step", EPOCH, EPOCH), ("step", EPOCH + 5, EPOCH + 5), ("epoch", EPOCH + 2, EPOCH),
-     ("epoch", 2 * EPOCH, 2 * EPOCH)],
-)  # fmt: skip
+    [
+        ("step", 2, 2),
+        ("step", EPOCH, EPOCH),
+        ("step", EPOCH + 5, EPOCH + 5),
+        ("epoch", EPOCH + 2, EPOCH),
+        ("epoch", 2 * EPOCH, 2 * EPOCH),
+    ],
+)
 @pytest.mark.parametrize("kind", ["builtin", "webdataset"])
 def test_lightning_goes_on_where_its_checkpoint_was_written(
     kind: str, every: str, stops_after: int, kept: int, folder: Path, tmp_path: Path

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy, sharpen
+from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_entropy, sharpen
 from dino_lightning.losses.output_statistics import entropy_and_divergence
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 """Two orders of the same sums in float64."""
@@ -24,13 +24,13 @@ def _logits(V: int, T: int = 2, *, B: int = 3, K: int = 7) -> tuple[Tensor, Tens
     )
 
 
-def _sharp(center: Tensor) -> Sharpness:
-    return Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center)
+def _sharp(center: Tensor) -> SoftmaxParams:
+    return SoftmaxParams(student_temperature=0.1, teacher_temperature=0.04, center=center)
 
 
-def _factors(logits_SK: Tensor) -> Factors:
+def _factors(logits_SK: Tensor) -> FactoredLogits:
     """Factors whose product these logits are."""
-    return Factors(logits_SK, torch.eye(logits_SK.shape[1], dtype=logits_SK.dtype))
+    return FactoredLogits(logits_SK, torch.eye(logits_SK.shape[1], dtype=logits_SK.dtype))
 
 
 def _oracle(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def test_entropy_and_divergence_add_up_to_the_loss() -> None:
 @pytest.mark.parametrize(("logits", "expected"), [(torch.zeros(4, 9), 2.1972246), (torch.eye(9)[:4] * 50, 0.0)])
 def test_the_two_collapses(logits: Tensor, expected: float) -> None:
     """ln K: uniform; 0: one prototype. The student being the teacher, the divergence is 0."""
-    same = Sharpness(student_temperature=0.1, teacher_temperature=0.1, center=torch.zeros(1, 9))
+    same = SoftmaxParams(student_temperature=0.1, teacher_temperature=0.1, center=torch.zeros(1, 9))
     entropy, divergence, mean = entropy_and_divergence(_factors(logits), _factors(logits), same, rows=640)
     assert mean.sum().item() == pytest.approx(1)
     assert entropy.item() == pytest.approx(expected, abs=1e-6)

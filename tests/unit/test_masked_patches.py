@@ -15,11 +15,11 @@ from selection import first
 from torch import Tensor
 from waiting import Watch, waits
 
-from dino_lightning.config import AdamWConfig, StepConfig
+from dino_lightning.config import AdamWConfig, ComputeConfig
 from dino_lightning.losses.chunked import chunked_row_entropy
-from dino_lightning.losses.cross_view import Sharpness
+from dino_lightning.losses.cross_view import SoftmaxParams
 from dino_lightning.methods.masked_patches import row_entropy
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.masking import Masks, draw_masks
 
 EXACT: Any = {"rtol": 1e-10, "atol": 1e-12}
@@ -28,7 +28,7 @@ GRID = (4, 4)
 # ----------------------------------------------------------------------------------------------------------- loss
 
 
-def slow_entropy(student_PK: Tensor, teacher_PK: Tensor, sharpness: Sharpness, weights_P: Tensor) -> Tensor:
+def slow_entropy(student_PK: Tensor, teacher_PK: Tensor, sharpness: SoftmaxParams, weights_P: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for s_K, t_K, weight in zip(student_PK, teacher_PK, weights_P, strict=True):
         p_K = [torch.exp(x) for x in (t_K - sharpness.center[0]) / sharpness.teacher_temperature]
@@ -38,13 +38,13 @@ def slow_entropy(student_PK: Tensor, teacher_PK: Tensor, sharpness: Sharpness, w
     return total
 
 
-def row_factors(P: int) -> tuple[Factors, Factors, Sharpness, Tensor]:
+def row_factors(P: int) -> tuple[FactoredLogits, FactoredLogits, SoftmaxParams, Tensor]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
-    student = Factors(drawn(P, 3).requires_grad_(), drawn(5, 3).requires_grad_())
-    teacher = Factors(drawn(P, 3) * 0.1, drawn(5, 3))
-    return student, teacher, Sharpness(0.5, 0.2, drawn(1, 5) * 0.1), torch.rand(P, dtype=torch.float64)
+    student = FactoredLogits(drawn(P, 3).requires_grad_(), drawn(5, 3).requires_grad_())
+    teacher = FactoredLogits(drawn(P, 3) * 0.1, drawn(5, 3))
+    return student, teacher, SoftmaxParams(0.5, 0.2, drawn(1, 5) * 0.1), torch.rand(P, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 100])
@@ -54,7 +54,7 @@ def test_loss_and_gradients(P: int, rows: int) -> None:
     slow = slow_entropy(student.logits(), teacher.logits(), sharpness, weights_P)
     plain = row_entropy(student.logits(), teacher.logits(), sharpness, weights_P)
     pieces = chunked_row_entropy(student, teacher, sharpness, weights_P, rows=rows)
-    leaves = student.points, student.prototypes
+    leaves = student.embeddings, student.prototypes
     expected = torch.autograd.grad(slow, leaves)
     for ours in (plain, pieces):
         torch.testing.assert_close(ours, slow, **EXACT)
@@ -91,16 +91,19 @@ def test_without_a_masked_patch_there_is_no_loss() -> None:
 def test_half_precision() -> None:
     """Products in bfloat16: three digits."""
     student, teacher, sharpness, weights_P = row_factors(40)
-    points, prototypes = (x.detach().float().requires_grad_() for x in (student.points, student.prototypes))
+    points, prototypes = (x.detach().float().requires_grad_() for x in (student.embeddings, student.prototypes))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = Factors(points, prototypes), Factors(teacher.points.float(), teacher.prototypes.float())
-        center = Sharpness(0.5, 0.2, sharpness.center.float())
+        half = (
+            FactoredLogits(points, prototypes),
+            FactoredLogits(teacher.embeddings.float(), teacher.prototypes.float()),
+        )
+        center = SoftmaxParams(0.5, 0.2, sharpness.center.float())
         ours = chunked_row_entropy(*half, center, weights_P.float(), rows=16)
     exact = row_entropy(student.logits(), teacher.logits(), sharpness, weights_P)
     torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=0)
     ours.backward()
     exact.backward()
-    assert (points.grad - student.points.grad).norm() < 0.03 * student.points.grad.norm()  # type: ignore[union-attr]
+    assert (points.grad - student.embeddings.grad).norm() < 0.03 * student.embeddings.grad.norm()  # type: ignore[union-attr]
 
 
 # --------------------------------------------------------------------------------------------------------- the fit
@@ -143,7 +146,7 @@ class PatchLosses(Callback):
 def test_a_fit_is_the_slow_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are those of seed, step, micro-batch and rank; loss, centres and all weights follow."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
-    module = tiny.dino(optim=OPTIM, step=StepConfig(fused=fused), **METHOD)
+    module = tiny.dino(optim=OPTIM, step=ComputeConfig(fused=fused), **METHOD)
     drawn = [
         draw_masks(np.random.default_rng([11, step, step % PER_EPOCH, 0]), 16, GRID, probability=0.5, share=[0.1, 0.5])
         for step in range(TOTAL)
@@ -186,7 +189,7 @@ def test_micro_batches_are_one_batch() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_without_masks_it_is_dino(fused: bool, centering: str) -> None:
     """`mask_p=0`: the same losses and weights, the mask token and the second centre as they began."""
-    options = {"centering": centering, "step": StepConfig(fused=fused)}
+    options = {"centering": centering, "step": ComputeConfig(fused=fused)}
     torch.manual_seed(5)
     module = tiny.dino(optim=OPTIM, **{**METHOD, **options, "mask_p": 0.0})
     module.student.backbone.mask_token.data.zero_()  # type: ignore[union-attr]
@@ -211,7 +214,7 @@ def test_with_the_other_parts_of_dino(options: dict[str, Any]) -> None:
     """In pieces and all at once."""
     batches, losses = tiny.batches(3), []
     for fused in (True, False):
-        module = by_content(step=StepConfig(fused=fused, loss_rows=7), **options)
+        module = by_content(step=ComputeConfig(fused=fused, loss_rows=7), **options)
         losses.append(tiny.fit(module, batches).losses)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from dino_lightning.checkpoints import Description, export_backbone, load_network
-from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import tiles
 from dino_lightning.models.masking import Masks, draw_masks
 from dino_lightning.models.multi_crop import MultiCropNetwork
@@ -43,8 +43,8 @@ def masks(seed: int = 2, probability: float = 0.7) -> Masks:
     return Masks.of(drawn, like=torch.zeros(1, dtype=torch.float64))
 
 
-def both(network: OriginalViT, given: Masks, *, replace: bool, step: StepConfig) -> tuple[Tensor, Tensor]:
-    return MultiCropNetwork(network, torch.nn.Identity(), step=step).features_and_patches(
+def both(network: OriginalViT, given: Masks, *, replace: bool, step: ComputeConfig) -> tuple[Tensor, Tensor]:
+    return MultiCropNetwork(network, torch.nn.Identity(), compute=step).features_and_patches(
         crops(), given, replace=replace
     )
 
@@ -54,7 +54,7 @@ def both(network: OriginalViT, given: Masks, *, replace: bool, step: StepConfig)
 @pytest.mark.parametrize("fused", [True, False])
 def test_features_and_masked_patches(fused: bool, replace: bool, registers: int) -> None:
     network, given = vit(registers=registers), masks()
-    features_SD, patches_PD = both(network, given, replace=replace, step=StepConfig(fused=fused))
+    features_SD, patches_PD = both(network, given, replace=replace, step=ComputeConfig(fused=fused))
     weights, expected, read = dict(network.state_dict()), [], []
     for number, crop in enumerate(crop for view in crops() for crop in view):
         hidden_hw = given.hidden[number] if number < 6 else None
@@ -66,10 +66,10 @@ def test_features_and_masked_patches(fused: bool, replace: bool, registers: int)
     torch.testing.assert_close(patches_PD, torch.stack(read), rtol=1e-9, atol=1e-9)
 
 
-def outcome(network: OriginalViT, step: StepConfig, given: Masks, compiled: bool = False) -> dict[str, Tensor]:
+def outcome(network: OriginalViT, step: ComputeConfig, given: Masks, compiled: bool = False) -> dict[str, Tensor]:
     network.zero_grad()
-    network.apply_step(step)
-    wrapped = MultiCropNetwork(network, torch.nn.Identity(), step=step)
+    network.apply_compute(step)
+    wrapped = MultiCropNetwork(network, torch.nn.Identity(), compute=step)
     for block in network.blocks if compiled else []:
         block.pass_function = compiled_pass("eager")  # type: ignore[assignment]
     features_SD, patches_PD = wrapped.features_and_patches(crops(), given, replace=True)
@@ -83,12 +83,12 @@ def outcome(network: OriginalViT, step: StepConfig, given: Masks, compiled: bool
 def test_every_pass_is_the_plain_one(how: str, probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is masked: the mask token still has a gradient, or DDP would wait for it."""
     given = masks(probability=probability)
-    plain = outcome(vit(), StepConfig(fused=False), given)
+    plain = outcome(vit(), ComputeConfig(fused=False), given)
     if how == "tiled":
         monkeypatch.setattr(tiles, "ROWS", 50)
         monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
     network = vit(drop_path="subset" if how == "subset" else "sample").train()
-    step = StepConfig(fused="plain" not in how, gradient_checkpointing="checkpointed" in how)
+    step = ComputeConfig(fused="plain" not in how, gradient_checkpointing="checkpointed" in how)
     ours = outcome(network, step, given, compiled=how == "compiled")
     assert ours.keys() == plain.keys() == {"features", "patches", *dict(network.named_parameters())}
     assert bool(ours["mask_token"].any()) is (probability > 0)
@@ -101,12 +101,12 @@ def test_the_plain_pass_is_compiled_once() -> None:
     torch.compiler.reset()
     counters.clear()
     network, made = vit(depth=1), []
-    wrapped = MultiCropNetwork(network, torch.nn.Identity(), step=StepConfig(fused=False))
+    wrapped = MultiCropNetwork(network, torch.nn.Identity(), compute=ComputeConfig(fused=False))
     network.compile(dynamic=False, backend="eager")
     for seed in range(3):
         ours = wrapped.features_and_patches(crops(), masks(seed), replace=True)
         made.append(counters["stats"]["unique_graphs"])
-        expected = both(vit(depth=1), masks(seed), replace=True, step=StepConfig())
+        expected = both(vit(depth=1), masks(seed), replace=True, step=ComputeConfig())
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
     assert len({len(masks(seed)) for seed in range(3)}) == 3
     assert made[0] > 0
@@ -118,7 +118,7 @@ def test_only_the_first_crops_are_masked_where_sizes_are_equal() -> None:
     network, given = vit(), masks()
     results = []
     for fused in (True, False):
-        wrapped = MultiCropNetwork(network, torch.nn.Identity(), step=StepConfig(fused=fused))
+        wrapped = MultiCropNetwork(network, torch.nn.Identity(), compute=ComputeConfig(fused=fused))
         results.append(wrapped.features_and_patches(crops((32, 32, 32)), given, replace=True))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -133,8 +133,14 @@ def test_the_mask_token_is_of_training_only() -> None:
 def test_no_file_of_weights_has_a_mask_token(tmp_path: Path) -> None:
     """Neither the export nor what is read from a checkpoint of training."""
     network, config = vit().float(), ViTConfig(width=32, depth=3, heads=2, patch_size=8)
-    export_backbone(network.state_dict(), tmp_path / "teacher.safetensors", config=config, image_size=32,
-                    mean=[0.5] * 3, std=[0.2] * 3)  # fmt: skip
+    export_backbone(
+        network.state_dict(),
+        tmp_path / "teacher.safetensors",
+        config=config,
+        image_size=32,
+        mean=[0.5] * 3,
+        std=[0.2] * 3,
+    )
     state = {f"teacher.backbone.{name}": weight for name, weight in network.state_dict().items()}
     torch.save({"state_dict": state, "network": Description(config, 32).plain()}, tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 32, 32)

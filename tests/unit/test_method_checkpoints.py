@@ -13,13 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dino_lightning.checkpoints import load_network
-from dino_lightning.checkpoints.load import digest
+from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.run import run_evaluation
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
-FEW = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false", "optim.lr=0.5",
-       "optim.lr_warmup=0ep"]  # fmt: skip
+FEW = [
+    "trainer.max_steps=3",
+    "callbacks.knn.enabled=false",
+    "callbacks.pictures.enabled=false",
+    "optim.lr=0.5",
+    "optim.lr_warmup=0ep",
+]
 """Long enough that student and teacher part."""
 RUNS: dict[str, tuple[list[str], str]] = {
     "swav": (["method=swav", "method.queue_length=20", "method.freeze_prototypes=1it"], "student"),
@@ -45,7 +50,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def run(name: str, runs: dict[str, Path]) -> Path:
     if not runs[name].exists():
-        run_training(composed(*SMALL, *FEW, *RUNS[name][0], output_dir=runs[name]))
+        train(composed(*SMALL, *FEW, *RUNS[name][0], output_dir=runs[name]))
     return runs[name]
 
 
@@ -64,7 +69,7 @@ def test_the_exported_file_is_named_after_what_it_holds(run: Path, name: str) ->
 
 def test_every_file_of_a_run_is_what_it_evaluated(run: Path, name: str) -> None:
     key = RUNS[name][1]
-    expected = digest(backbone(run, key))
+    expected = weights_digest(backbone(run, key))
     for file in ("", f"{key}.safetensors", "checkpoints/last.ckpt"):
         assert load_network(str(run / file)).digest == expected
         assert load_network(str(run / file), key=key).digest == expected
@@ -76,7 +81,11 @@ def test_the_other_network_is_in_the_checkpoint_where_there_is_one(run: Path, na
         with pytest.raises(UserError, match=r"checkpoint_key=teacher: .* does not hold it"):
             load_network(str(run), key=other)
     else:
-        assert load_network(str(run), key=other).digest == digest(backbone(run, other)) != load_network(str(run)).digest
+        assert (
+            load_network(str(run), key=other).digest
+            == weights_digest(backbone(run, other))
+            != load_network(str(run)).digest
+        )
     with pytest.raises(UserError, match=f"checkpoint_key={other}: .* holds the {RUNS[name][1]} only"):
         load_network(str(run / f"{RUNS[name][1]}.safetensors"), key=other)
 
@@ -84,7 +93,7 @@ def test_the_other_network_is_in_the_checkpoint_where_there_is_one(run: Path, na
 @pytest.mark.parametrize("file", ["", "checkpoints/last.ckpt"])
 def test_dino_eval(file: str, runs: dict[str, Path], tmp_path: Path) -> None:
     if not runs["swav"].exists():
-        run_training(composed(*SMALL, *FEW, *RUNS["swav"][0], output_dir=runs["swav"]))
+        train(composed(*SMALL, *FEW, *RUNS["swav"][0], output_dir=runs["swav"]))
     words = ["eval=knn", f"checkpoint={runs['swav'] / file}", *SMALL[:3], "data=builtin", "eval.k=[10,20]"]
     run_evaluation(composed_evaluation(*words, output_dir=tmp_path), overrides=words)
     assert "top1" in (tmp_path / "results.jsonl").read_text()

@@ -172,8 +172,12 @@ def test_moco_with_local_crops_asks_them_all() -> None:
     with torch.no_grad():
         embedded_VBE = oracles.unit(module.student(crops).unflatten(0, (4, -1)))
         keys_TBE = oracles.unit(module.teacher(crops[:2]).unflatten(0, (2, -1)))
-    terms = [oracles.info_nce(embedded_VBE[v], keys_TBE[t], oracles.in_batch(keys_TBE[t]), temperature=0.2)
-             for t in range(2) for v in range(4) if v != t]  # fmt: skip
+    terms = [
+        oracles.info_nce(embedded_VBE[v], keys_TBE[t], oracles.in_batch(keys_TBE[t]), temperature=0.2)
+        for t in range(2)
+        for v in range(4)
+        if v != t
+    ]
     torch.testing.assert_close(module.loss(crops), 0.4 * 2 * torch.stack(terms).mean(), **EXACT)
 
 

@@ -16,16 +16,35 @@ from omegaconf import OmegaConf
 from dino_lightning.config import MOCO_VERSIONS, MoCoConfig, TrainConfig
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.errors import UserError
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 MOMENTUM = {2: oracles.cosine_schedule(0.9, 0.999, TOTAL), 3: oracles.cosine_schedule(0.9, 1.0, TOTAL)}
 PUBLISHED: dict[int, dict[str, Any]] = {
-    2: {"out_dim": 128, "head_layers": 2, "queue_length": 65536, "predictor": False, "symmetric": False,
-        "temperature": 0.2, "loss_scale": 1.0, "teacher_momentum": 0.999, "teacher_momentum_end": 0.999},
-    3: {"out_dim": 256, "head_layers": 3, "head_hidden_dim": 4096, "queue_length": 0, "predictor": True,
-        "symmetric": True, "temperature": 0.2, "loss_scale": 0.4, "teacher_momentum": 0.99,
-        "teacher_momentum_end": 1.0, "head_batch_norm": True},
-}  # fmt: skip
+    2: {
+        "out_dim": 128,
+        "head_layers": 2,
+        "queue_length": 65536,
+        "predictor": False,
+        "symmetric": False,
+        "temperature": 0.2,
+        "loss_scale": 1.0,
+        "teacher_momentum": 0.999,
+        "teacher_momentum_end": 0.999,
+    },
+    3: {
+        "out_dim": 256,
+        "head_layers": 3,
+        "head_hidden_dim": 4096,
+        "queue_length": 0,
+        "predictor": True,
+        "symmetric": True,
+        "temperature": 0.2,
+        "loss_scale": 0.4,
+        "teacher_momentum": 0.99,
+        "teacher_momentum_end": 1.0,
+        "head_batch_norm": True,
+    },
+}
 """What the papers say."""
 SOMEWHERE = ["trainer.accelerator=cpu", "trainer.precision=32", "data.path=."]
 
@@ -79,7 +98,7 @@ def test_an_unknown_version_is_refused() -> None:
 
 def test_a_run_saves_the_settings_that_it_had(tmp_path: Path) -> None:
     few = ["trainer.max_steps=2", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
-    run_training(composed(*SMALL, *few, "method=moco", "method.version=3", "method.out_dim=32", output_dir=tmp_path))
+    train(composed(*SMALL, *few, "method=moco", "method.version=3", "method.out_dim=32", output_dir=tmp_path))
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["method"]
     assert saved.items() >= {"version": 3, "out_dim": 32, "queue_length": 0, "loss_scale": 0.4}.items()
     assert "$" not in str(saved)

@@ -12,7 +12,7 @@ from pictures import check_consistent, decoded, picture, png
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, Flowers102
 
 from dino_lightning.config import TORCHVISION_NAMES, TorchvisionData
-from dino_lightning.data.sources import Sources, open_sources
+from dino_lightning.data.sources import Splits, open_sources
 from dino_lightning.data.sources import torchvision as named
 from dino_lightning.errors import UserError
 
@@ -46,16 +46,16 @@ def write_images(folder: Path, names: list[str]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def opened(name: str, path: Path) -> Sources:
+def opened(name: str, path: Path) -> Splits:
     return open_sources(TorchvisionData(name=name, path=str(path), download=False), seed=0)
 
 
-def check_files(sources: Sources, *, train: list[Path], val: list[Path]) -> None:
+def check_files(sources: Splits, *, train: list[Path], val: list[Path]) -> None:
     for source, files in ((sources.train, train), (sources.val, val)):
         assert [source.describe(i) for i in range(len(source))] == [str(file) for file in files]
         assert [source.read(i) for i in range(len(source))] == [file.read_bytes() for file in files]
         check_consistent(source)
-    assert sources.notice is None
+    assert sources.remark is None
 
 
 class TestTorchvision:
@@ -78,7 +78,7 @@ class TestTorchvision:
                 assert decoded(source, i).tobytes() == picture(first + i, size=32).tobytes()
             check_consistent(source)
         assert sources.val.describe(1) == f"{name} val row 1"
-        assert sources.notice is None
+        assert sources.remark is None
 
     def test_stl10_trains_on_its_unlabelled_images_too(self, tmp_path, monkeypatch):
         folder = tmp_path / STL10.base_folder
@@ -93,7 +93,7 @@ class TestTorchvision:
         sources = open_sources(config, seed=0)
         assert sources.train.labels.tolist() == [0, 1, -1, -1]
         assert sources.val.labels.tolist() == [0, 1]
-        assert "2 of the 4 training images have no label" in sources.notice
+        assert "2 of the 4 training images have no label" in sources.remark
         for i in range(4):
             assert decoded(sources.train, i).tobytes() == picture(i, size=96).tobytes()
         check_consistent(sources.train)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dino_lightning.config import BuiltinData, FolderData, NeighborsEval
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources import ImageSource, Sources
-from dino_lightning.data.sources.base import Part
+from dino_lightning.data.sources import ImageSource, Splits
+from dino_lightning.data.sources.base import Subset
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import neighbors
 from dino_lightning.evaluation.context import Result, Task
@@ -180,10 +180,10 @@ def test_copies_of_a_query_are_its_neighbours(tmp_path: Path) -> None:
     assert details["neighbors"] == [[0, 1]]
 
 
-def parts(task: Task, indices: Any) -> list[Part]:
+def parts(task: Task, indices: Any) -> list[Subset]:
     """The images `indices` of both splits, to be relabelled."""
     sources: Any = task.sources
-    return [Part(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
+    return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
 
 def test_labels_that_nobody_knows_are_not_judged(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_labels_that_nobody_knows_are_not_judged(tmp_path: Path) -> None:
     assert val.labels is not None
     val.labels = np.where(np.arange(24) == 0, -1, val.labels)
     train.labels = np.where(np.arange(24) % 2, -1, train.labels)
-    task.sources = Sources(train, val, None)
+    task.sources = Splits(train, val, None)
     assert list(run(task, queries=[0])) == ["mean_similarity"]
     results = run(task, queries=[0, 1], neighbors=20)
     known = [i for i in results["mean_similarity"].details["neighbors"][1] if train.labels[i] >= 0]
@@ -205,7 +205,7 @@ def test_classes_are_the_same_by_name(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     train, val = parts(task, np.arange(24))
     assert val.classes is not None
-    plain = Sources(train, val, None)
+    plain = Splits(train, val, None)
     task.sources = plain
     before = run(task, queries=[0, 1])["same_class_share"].value
     val.classes = val.classes[::-1]

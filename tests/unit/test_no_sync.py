@@ -24,14 +24,14 @@ from dino_lightning.training.callbacks import progress
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.norms import Norms
 from dino_lightning.training.callbacks.progress import RunProgress
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 
 OPTIMS = {"adamw": AdamWConfig(clip_grad=0.05), "sgd": SGDConfig(), "lars": LARSConfig()}
 
 
 def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer: Any) -> L.Trainer:
     """One epoch with all that a run has for every step: a logger, alarms, speed, and the bar, drawn each time."""
-    speed, alarm = Speed(), CollapseAlarm(CollapseConfig(after="0it", patience=1))
+    speed, alarm = Throughput(), CollapseAlarm(CollapseConfig(after="0it", patience=1))
     keeper = nonfinite_cases.callback(folder, "stop")
     bar = RunProgress(speed)
     bar.console = Console(file=io.StringIO(), force_terminal=True)

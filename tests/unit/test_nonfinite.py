@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
 from dino_lightning.methods import base
-from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.methods.metrics_buffer import StepMetrics
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.debug.step_dump import read_step
 
@@ -50,8 +50,13 @@ def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, a
     options: dict[str, Any] = {"optim": OPTIMS[name], "batch_size": 8 // accumulated}
     batches = data(parts=accumulated)
     at = accumulated * BAD  # the first micro-batch of its step
-    ours = fit(dino(**options), broken(batches, at), callback(tmp_path, "skip"), folder=tmp_path,
-               accumulate_grad_batches=accumulated)  # fmt: skip
+    ours = fit(
+        dino(**options),
+        broken(batches, at),
+        callback(tmp_path, "skip"),
+        folder=tmp_path,
+        accumulate_grad_batches=accumulated,
+    )
     expected = by_hand(dino(**options), batches, left_out={BAD}, accumulated=accumulated)
     for step, wanted in enumerate(expected):
         assert_equal(ours.states[(step + 1) * accumulated - 1], wanted, f"after step {step}")
@@ -98,7 +103,7 @@ def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> N
 
 
 def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_path: Path) -> None:
-    watched: list[Reading] = []
+    watched: list[StepMetrics] = []
     module = dino()
     module.watchers.append(watched.append)
     alarm = CollapseAlarm(CollapseConfig(after="0it", patience=1))
@@ -122,7 +127,7 @@ def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.Capt
         FloatingPointError, match=r"loss is nan at step 4 after callbacks\.nonfinite\.most=2 such steps"
     ):
         fit(dino(), broken(data(count=6), 0, 2, 4), callback(tmp_path, "skip", **limits), folder=tmp_path)
-    assert files(tmp_path) == ["step000000-rank0.pt"], "callbacks.nonfinite.save=1"
+    assert files(tmp_path) == ["step000000-rank0.pt"], "callbacks.nonfinite.max_saved=1"
     said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert [line.split(":")[1].strip() for line in said] == [f"the loss is nan at step {step}" for step in (0, 2)]
     assert "1 of at most 2" in said[0]
@@ -132,12 +137,26 @@ def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.Capt
 def test_the_count_outlives_a_process(tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(FloatingPointError, match="at step 3 after"):
-        fit(dino(), broken(data(), 1, 3), callback(tmp_path, "skip", most=1), kept, folder=tmp_path,
-            enable_checkpointing=True)  # fmt: skip
+        fit(
+            dino(),
+            broken(data(), 1, 3),
+            callback(tmp_path, "skip", most=1),
+            kept,
+            folder=tmp_path,
+            enable_checkpointing=True,
+        )
     again = callback(tmp_path, "skip", most=1)
     module = dino().double()
-    trainer = L.Trainer(accelerator="cpu", precision="64-true", max_epochs=1, logger=False, callbacks=[again],
-                        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=1,
+        logger=False,
+        callbacks=[again],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     # This loader does not know its place: its first batch is that of step 3.
     loader = torch.utils.data.DataLoader(broken(data(), 0), batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match="at step 3 after"):
@@ -171,8 +190,15 @@ def test_where_nothing_waits_the_device_keeps_a_bad_gradient_from_the_weights(
     module = dino(optim=OPTIMS[name])
     kept = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=1)
     with pytest.raises(FloatingPointError, match=f"a gradient is not finite at step {at}: lower optim.lr"):
-        fit(module, data(), callback(tmp_path, "stop"), BadGradient(at), kept, folder=tmp_path,
-            enable_checkpointing=True)  # fmt: skip
+        fit(
+            module,
+            data(),
+            callback(tmp_path, "stop"),
+            BadGradient(at),
+            kept,
+            folder=tmp_path,
+            enable_checkpointing=True,
+        )
     assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"step={i}.ckpt" for i in range(1, at + 1)]
     if name != "lars":
@@ -194,8 +220,14 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
     """Weights, moments and centre of the checkpoint; images and schedules of the steps that follow."""
     every_second = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=2)
     module, batches = dino(), data(count=6)
-    ours = fit(module, broken(batches, 3), callback(tmp_path, "rollback"), every_second, folder=tmp_path,
-               enable_checkpointing=True)  # fmt: skip
+    ours = fit(
+        module,
+        broken(batches, 3),
+        callback(tmp_path, "rollback"),
+        every_second,
+        folder=tmp_path,
+        enable_checkpointing=True,
+    )
     at_checkpoint = by_hand(dino(), batches, left_out=set())[1]
     assert_equal(ours.states[3], at_checkpoint)
     # The same steps, as if those since the checkpoint and the bad one had never been.
@@ -223,8 +255,15 @@ def test_a_queue_that_was_full_is_looked_at_again(tmp_path: Path) -> None:
 
     first = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=1, save_top_k=1)
     first.on_train_batch_end = _once(first.on_train_batch_end)  # type: ignore[method-assign]
-    ours = fit(module, broken(data(), 3), callback(tmp_path, "rollback"), first, Look(), folder=tmp_path,
-               enable_checkpointing=True)  # fmt: skip
+    ours = fit(
+        module,
+        broken(data(), 3),
+        callback(tmp_path, "rollback"),
+        first,
+        Look(),
+        folder=tmp_path,
+        enable_checkpointing=True,
+    )
     assert [int(state["queues.0.filled"]) for state in ours.states] == [8, 16, 16, 8, 16]
     assert full == [False, True, True, False, True]
 
@@ -269,8 +308,14 @@ def test_only_the_micro_batch_at_hand_is_kept(tmp_path: Path) -> None:
             seen.append(len(keeper._kept))
 
     keeper = callback(tmp_path, "skip")
-    fit(dino(batch_size=2), broken(data(parts=4, count=2), 5), keeper, Look(), folder=tmp_path,
-        accumulate_grad_batches=4)  # fmt: skip
+    fit(
+        dino(batch_size=2),
+        broken(data(parts=4, count=2), 5),
+        keeper,
+        Look(),
+        folder=tmp_path,
+        accumulate_grad_batches=4,
+    )
     assert seen == [1, 1, 1, 0, 1, 1, 2, 0]
 
 

@@ -94,8 +94,9 @@ def test_overflows_on_a_gpu(tmp_path: Path) -> None:
     plugins = [MixedPrecision("16-mixed", "cuda", scaler=scaler)]
     torch.manual_seed(5)
     batches = tiny.batches(STEPS, dtype=torch.float32)
-    fit(dino(), batches, callback(tmp_path, "stop"), folder=tmp_path, precision=None, plugins=plugins,
-        accelerator="gpu")  # fmt: skip
+    fit(
+        dino(), batches, callback(tmp_path, "stop"), folder=tmp_path, precision=None, plugins=plugins, accelerator="gpu"
+    )
     counts = [float(row["amp/overflows"]) for row in rows(tmp_path) if row["amp/overflows"]]
     assert 0 < counts[-1] < STEPS
     assert float(rows(tmp_path)[0]["amp/scale"]) == 2.0**40

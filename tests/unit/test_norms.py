@@ -34,8 +34,9 @@ class Oracle(Callback):
         self.teachers.append(norm(pl_module.teacher.parameters()))
 
 
-def train(folder: Path, *callbacks: Callback, count: int = 8, parts: int = 1, ckpt_path: str | None = None,
-          **trainer: Any) -> list[dict[str, str]]:  # fmt: skip
+def train(
+    folder: Path, *callbacks: Callback, count: int = 8, parts: int = 1, ckpt_path: str | None = None, **trainer: Any
+) -> list[dict[str, str]]:
     torch.manual_seed(0)
     module = tiny.dino(batch_size=8 // parts)
     batches: list[list[Tensor]] = tiny.split(tiny.batches(count, dtype=torch.float32), parts=parts)

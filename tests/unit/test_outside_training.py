@@ -29,9 +29,14 @@ def test_it_leaves_at_once_with_the_status_for_another_start(name: str) -> None:
     assert f"{name} outside of training: nothing to save, leaving at once with status 75" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "process", "asked"), [
-    ("SIGUSR1", "0", ["requeue 17"]), ("SIGUSR1", "1", []), ("SIGTERM", "0", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "process", "asked"),
+    [
+        ("SIGUSR1", "0", ["requeue 17"]),
+        ("SIGUSR1", "1", []),
+        ("SIGTERM", "0", []),
+    ],
+)
 def test_slurm_is_asked_once_for_its_own_signal(name: str, process: str, asked: list[str], tmp_path: Path) -> None:
     script, notes = tmp_path / "scontrol", tmp_path / "notes.txt"
     notes.touch()

@@ -62,7 +62,7 @@ class TestParquet:
         assert sources.train.classes == sources.val.classes == ["cat", "dog"]
         assert sources.train.labels.tolist() == [0, 1] * 4
         assert sources.train.describe(7) == "train.parquet row 7"
-        assert sources.notice is None
+        assert sources.remark is None
         check_consistent(sources.train)
 
     @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ class TestParquet:
         sources = open_sources(ParquetData(path=str(tmp_path / "d"), holdout=0.5), seed=0)
         assert sorted(sources.train.labels.tolist()) == [-1, -1, 0, 1]
         assert sources.val.labels.tolist() == [0, 1]
-        assert "the validation split has no labels" in sources.notice
+        assert "the validation split has no labels" in sources.remark
 
     def test_row_without_an_image_opens_and_raises_when_read(self, tmp_path):
         rows = pa.table({"image": pa.array([None, {"bytes": png(0), "path": None}]), "label": [0, 1]})
@@ -181,7 +181,7 @@ class TestParquet:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
         sources = open_sources(ParquetData(path=str(tmp_path), holdout=0), seed=0)
         assert numbers(sources.train) == [0, 1, 2, 3]
-        assert "kept in memory" in sources.notice
+        assert "kept in memory" in sources.remark
 
     def test_no_progress_bars(self, tmp_path, capfd):
         write_table(tmp_path / "d" / "train.parquet", 0, 4)

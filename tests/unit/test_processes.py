@@ -44,8 +44,14 @@ print("outlived", flush=True)
 
 def ended(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     source = str(Path(__file__).parents[2] / "src")
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=50, check=False,
-                          env={**os.environ, "PYTHONPATH": source})  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env={**os.environ, "PYTHONPATH": source},
+    )
 
 
 def is_gone(number: int) -> bool:

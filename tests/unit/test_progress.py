@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dino_lightning.config import KNNConfig
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.progress import RunProgress
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 
 
 class Slow(Callback):
@@ -40,7 +40,7 @@ def fit(*callbacks: Callback, folder: Path, micro_batches: tiny.Batches, **optio
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_speed_stands_in_the_row_of_its_last_step_and_counts_its_window(tmp_path: Path, accumulated: int) -> None:
-    speed = Speed()
+    speed = Throughput()
     micro = tiny.split(tiny.batches(6, dtype=torch.float32), parts=accumulated)
     options: dict[str, Any] = {"accumulate_grad_batches": accumulated, "log_every_n_steps": 2, "max_epochs": 2}
     fit(Slow(), speed, folder=tmp_path, micro_batches=micro, enable_progress_bar=False, **options)
@@ -56,7 +56,7 @@ def test_speed_stands_in_the_row_of_its_last_step_and_counts_its_window(tmp_path
 
 
 def test_the_line_of_an_epoch_has_its_last_loss(tmp_path: Path) -> None:
-    speed, knn = Speed(), KNNCallback(KNNConfig(enabled=False))
+    speed, knn = Throughput(), KNNCallback(KNNConfig(enabled=False))
     knn.last = {"top1": 12.345}
     bar = RunProgress(speed)
     bar.console = Console(file=io.StringIO(), width=200)

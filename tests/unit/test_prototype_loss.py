@@ -7,30 +7,32 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_lightning.losses.chunked import chunked_cross_view_entropy, loss_and_gradient_
-from dino_lightning.losses.cross_view import Sharpness, cross_view_entropy
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_entropy
+from dino_lightning.models.factored_logits import FactoredLogits
 
 WIDTH = 5
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 """Other orders of the same sums in float64."""
 
 
-def factors(V: int, T: int, *, B: int, K: int, dtype: torch.dtype = torch.float64) -> tuple[Factors, Factors, Tensor]:
+def factors(
+    V: int, T: int, *, B: int, K: int, dtype: torch.dtype = torch.float64
+) -> tuple[FactoredLogits, FactoredLogits, Tensor]:
     """Student (with gradient), teacher and centre."""
 
     def unit(rows: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(rows, WIDTH, dtype=dtype), dim=-1)
 
-    student = Factors(unit(V * B).requires_grad_(), unit(K).requires_grad_())
-    return student, Factors(unit(T * B), unit(K)), torch.randn(1, K, dtype=dtype) / 5
+    student = FactoredLogits(unit(V * B).requires_grad_(), unit(K).requires_grad_())
+    return student, FactoredLogits(unit(T * B), unit(K)), torch.randn(1, K, dtype=dtype) / 5
 
 
-def sharpness(center: Tensor) -> Sharpness:
-    return Sharpness(student_temperature=0.1, teacher_temperature=0.04, center=center)
+def sharpness(center: Tensor) -> SoftmaxParams:
+    return SoftmaxParams(student_temperature=0.1, teacher_temperature=0.04, center=center)
 
 
-def gradients(loss: Tensor, student: Factors) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, (student.points, student.prototypes))
+def gradients(loss: Tensor, student: FactoredLogits) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, (student.embeddings, student.prototypes))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 12, 1000])
@@ -38,7 +40,7 @@ def gradients(loss: Tensor, student: Factors) -> tuple[Tensor, ...]:
 def test_value_and_gradients_are_those_of_the_double_loop(V: int, T: int, B: int, rows: int) -> None:
     student, teacher, center = factors(V, T, B=B, K=11)
     ours = chunked_cross_view_entropy(student, teacher, sharpness(center), images=B, rows=rows)
-    views = [(f.points @ f.prototypes.T).unflatten(0, (-1, B)) for f in (student, teacher)]
+    views = [(f.embeddings @ f.prototypes.T).unflatten(0, (-1, B)) for f in (student, teacher)]
     expected = oracles.dino_loss(*views, tau_s=0.1, tau_t=0.04, center_K=center[0])
     torch.testing.assert_close(ours, expected, **EXACT)
     for one, other in zip(gradients(ours, student), gradients(expected, student), strict=True):
@@ -63,11 +65,11 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 def test_the_teacher_takes_no_gradient() -> None:
     student, teacher, center = factors(3, 2, B=2, K=5)
-    teacher.points.requires_grad_()
+    teacher.embeddings.requires_grad_()
     teacher.prototypes.requires_grad_()
     chunked_cross_view_entropy(student, teacher, sharpness(center), images=2, rows=8).backward()
-    assert student.points.grad is not None
-    assert teacher.points.grad is None
+    assert student.embeddings.grad is not None
+    assert teacher.embeddings.grad is None
     assert teacher.prototypes.grad is None
 
 
@@ -88,7 +90,7 @@ def test_half_precision_is_near_full(dtype: torch.dtype, tolerance: float) -> No
 def test_float16_keeps_the_gradient_of_rare_prototypes() -> None:
     """With K = 65536 a prototype's share is below the smallest normal number of float16."""
     student, teacher, center = factors(2, 2, B=1, K=65536, dtype=torch.float32)
-    flat = Sharpness(student_temperature=100.0, teacher_temperature=0.04, center=center)
+    flat = SoftmaxParams(student_temperature=100.0, teacher_temperature=0.04, center=center)
     with torch.autocast("cpu", dtype=torch.float16):
         half = chunked_cross_view_entropy(student, teacher, flat, images=1, rows=2)
     full = chunked_cross_view_entropy(student, teacher, flat, images=1, rows=2)
@@ -133,8 +135,14 @@ def test_logits_become_their_gradient_in_place() -> None:
     p_TrK = ((teacher_TrK - 0.1) / 0.04).softmax(-1)
     terms = [sum((-p_TrK[t] * s[v].log_softmax(-1)).sum(-1) for t in range(2) if t != v) for v in range(3)]
     expected = torch.stack(terms)  # type: ignore[arg-type]
-    ours = loss_and_gradient_(student_VrK, teacher_TrK, torch.full((7,), 0.1), student_temperature=0.1,
-                              teacher_temperature=0.04, gradient_scale=4.0)  # fmt: skip
+    ours = loss_and_gradient_(
+        student_VrK,
+        teacher_TrK,
+        torch.full((7,), 0.1),
+        student_temperature=0.1,
+        teacher_temperature=0.04,
+        gradient_scale=4.0,
+    )
     # Float32: eight roundings of numbers up to 20.
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(student_VrK, 4 * torch.autograd.grad(expected.sum(), s)[0], rtol=1e-4, atol=1e-5)

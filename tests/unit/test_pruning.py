@@ -16,7 +16,7 @@ from sweep_cases import make_run
 from dino_lightning.config import PruningConfig
 from dino_lightning.errors import UserError
 from dino_lightning.training.callbacks.pruning import Pruning, finished_beside, is_worse
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 pytest.importorskip("optuna", reason='pip install "dino-lightning[optuna]"')
 
@@ -69,7 +69,7 @@ def test_a_run_ends_early_and_well(
     for name in "01":
         make_run(tmp_path / name, {}, [others] * 3)
     torch.manual_seed(0)
-    figure = run_training(composed(*SHORT, *PRUNED, f"callbacks.pruning.warmup={warmup}", output_dir=tmp_path / "2"))
+    figure = train(composed(*SHORT, *PRUNED, f"callbacks.pruning.warmup={warmup}", output_dir=tmp_path / "2"))
     summary = json.loads((tmp_path / "2" / "summary.json").read_text())
     assert (summary["epochs"], summary["knn_top1"]) == (epochs, figure)
     assert (tmp_path / "2" / "teacher.safetensors").exists()
@@ -94,7 +94,7 @@ def test_a_run_ends_early_and_well(
 )
 def test_what_cannot_be_compared_is_refused(words: list[str], folder: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
-        run_training(composed(*SHORT, "callbacks.pruning.enabled=true", *words, output_dir=tmp_path / folder))
+        train(composed(*SHORT, "callbacks.pruning.enabled=true", *words, output_dir=tmp_path / folder))
     assert not list(tmp_path.rglob("config.yaml"))
 
 
@@ -103,7 +103,7 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path) -> None:
         patch.dict(sys.modules, {"optuna": None}),
         pytest.raises(UserError, match=r'pip install "dino-lightning\[optuna\]"'),
     ):
-        run_training(composed(*SHORT, "callbacks.pruning.enabled=true", output_dir=tmp_path / "0"))
+        train(composed(*SHORT, "callbacks.pruning.enabled=true", output_dir=tmp_path / "0"))
 
 
 class Knn:

@@ -14,7 +14,7 @@ from ranks import on_ranks
 from torch.utils.data import DataLoader
 from waiting import Watch, waits
 
-from dino_lightning.methods.metrics_buffer import Reading, Readings
+from dino_lightning.methods.metrics_buffer import MetricsBuffer, StepMetrics
 from dino_lightning.runtime.collectives import leave_group
 
 NAN_AT = 2
@@ -55,16 +55,16 @@ def broken(data: tiny.Batches, *, at: int = NAN_AT) -> tiny.Batches:
 
 
 def test_collected_in_order_with_the_values_of_their_time() -> None:
-    readings, signal, seen = Readings(), torch.tensor(3.0), []
+    readings, signal, seen = MetricsBuffer(), torch.tensor(3.0), []
     for step in range(3):
         loss = torch.tensor(step + 0.5, requires_grad=True)
-        readings.open(step=step, epoch=0, images=1, logged=True)
-        readings.note("signal", signal)
-        readings.send(loss * 2)
-        readings.note("speed", step * 10.0)
+        readings.begin(step=step, epoch=0, images=1, logged=True)
+        readings.record("signal", signal)
+        readings.start_reduce(loss * 2)
+        readings.record("speed", step * 10.0)
         signal.add_(1)
-    readings.collect(seen.append)
-    readings.collect(seen.append)
+    readings.flush(seen.append)
+    readings.flush(seen.append)
     assert [(r.step, r.loss, r.values) for r in seen] == [
         (step, 2 * step + 1.0, {"signal": 3.0 + step, "speed": step * 10.0}) for step in range(3)
     ]
@@ -72,112 +72,112 @@ def test_collected_in_order_with_the_values_of_their_time() -> None:
 
 
 def test_nothing_but_the_loss_is_kept_outside_logging_steps() -> None:
-    readings, seen = Readings(), []
-    readings.open(step=0, epoch=0, images=1, logged=False)
-    readings.note("signal", torch.tensor(1.0))
-    readings.send(torch.tensor(2.0))
-    readings.note("speed", 3.0)
-    readings.collect(seen.append)
+    readings, seen = MetricsBuffer(), []
+    readings.begin(step=0, epoch=0, images=1, logged=False)
+    readings.record("signal", torch.tensor(1.0))
+    readings.start_reduce(torch.tensor(2.0))
+    readings.record("speed", 3.0)
+    readings.flush(seen.append)
     assert (seen[0].loss, seen[0].values) == (2.0, {})
 
 
 def test_float64_stays_and_half_precision_is_read() -> None:
-    readings, seen = Readings(), []
+    readings, seen = MetricsBuffer(), []
     for dtype in (torch.float64, torch.bfloat16):
-        readings.open(step=0, epoch=0, images=1, logged=True)
-        readings.note("single", torch.tensor(0.25))
-        readings.send(torch.tensor(1 / 3, dtype=dtype))
-    readings.collect(seen.append)
+        readings.begin(step=0, epoch=0, images=1, logged=True)
+        readings.record("single", torch.tensor(0.25))
+        readings.start_reduce(torch.tensor(1 / 3, dtype=dtype))
+    readings.flush(seen.append)
     assert [r.loss for r in seen] == [1 / 3, torch.tensor(1 / 3).bfloat16().item()]
     assert [r.values["single"] for r in seen] == [0.25, 0.25]
 
 
 def test_a_scalar_after_the_loss_is_a_mistake() -> None:
-    readings = Readings()
-    readings.open(step=0, epoch=0, images=1, logged=True)
-    readings.send(torch.tensor(1.0))
+    readings = MetricsBuffer()
+    readings.begin(step=0, epoch=0, images=1, logged=True)
+    readings.start_reduce(torch.tensor(1.0))
     with pytest.raises(AssertionError, match="late: device scalars are noted before"):
-        readings.note("late", torch.tensor(1.0))
+        readings.record("late", torch.tensor(1.0))
 
 
 def test_what_was_refused_is_offered_again_and_counts_once() -> None:
-    readings, seen = Readings(), []
+    readings, seen = MetricsBuffer(), []
 
-    def use(reading: Reading) -> None:
+    def use(reading: StepMetrics) -> None:
         seen.append(reading.step)
         if seen.count(1) == 1 and reading.step == 1:
             raise FloatingPointError
 
     for step in range(3):
-        readings.open(step=step, epoch=0, images=step + 1, logged=False)
-        readings.send(torch.tensor(float(step)))
+        readings.begin(step=step, epoch=0, images=step + 1, logged=False)
+        readings.start_reduce(torch.tensor(float(step)))
     with pytest.raises(FloatingPointError):
-        readings.collect(use)
+        readings.flush(use)
     assert readings.latest == 0.0
-    readings.collect(use)
+    readings.flush(use)
     assert seen == [0, 1, 1, 2]
-    assert readings.take_mean() == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
-    assert readings.take_mean() is None
+    assert readings.pop_epoch_mean() == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
+    assert readings.pop_epoch_mean() is None
 
 
-def send(readings: Readings, loss: float = 1.0) -> None:
-    readings.open(step=0, epoch=0, images=1, logged=True)
-    readings.send(torch.tensor(loss))
+def send(readings: MetricsBuffer, loss: float = 1.0) -> None:
+    readings.begin(step=0, epoch=0, images=1, logged=True)
+    readings.start_reduce(torch.tensor(loss))
 
 
 def test_a_request_travels_once_and_stays_until_it_is_met() -> None:
-    readings = Readings()
-    readings.ask_to_leave = True
+    readings = MetricsBuffer()
+    readings.request_stop = True
     send(readings)
-    assert (readings.leave_asked, readings.ask_to_leave) == (False, False), "on its way"
-    readings.arrive()
-    assert (readings.leave_asked, readings.save_asked) == (True, False)
-    readings.ask_to_save = True
+    assert (readings.stop_requested, readings.request_stop) == (False, False), "on its way"
+    readings.wait()
+    assert (readings.stop_requested, readings.save_requested) == (True, False)
+    readings.request_save = True
     for _ in range(2):
         send(readings)
-        readings.arrive()
-        assert readings.leave_asked
-        assert readings.save_asked
-    readings.leave_asked = readings.save_asked = False
+        readings.wait()
+        assert readings.stop_requested
+        assert readings.save_requested
+    readings.stop_requested = readings.save_requested = False
     send(readings)
-    readings.arrive()
-    assert not readings.leave_asked
-    assert not readings.save_asked
+    readings.wait()
+    assert not readings.stop_requested
+    assert not readings.save_requested
 
 
 def test_a_gradient_of_the_step_before_is_told_with_the_next_loss() -> None:
-    readings = Readings()
+    readings = MetricsBuffer()
     for failed, expected in ((torch.zeros(()), False), (torch.tensor(True), True), (None, True)):
         readings.gradient_failed = failed
         send(readings)
         assert readings.gradient_failed is None
-        readings.arrive()
+        readings.wait()
         assert readings.gradients_failed is expected
 
 
 def test_what_has_arrived_can_still_be_noted_and_nothing_else_is_handed_over() -> None:
-    readings, seen = Readings(), []
+    readings, seen = MetricsBuffer(), []
     send(readings, 1.5)
-    readings.hand_over(seen.append)
+    readings.drain(seen.append)
     assert seen == [], "it is still on its way"
-    readings.arrive()
+    readings.wait()
     assert readings.latest is None
-    readings.note("speed", 3.0)
+    readings.record("speed", 3.0)
     send(readings, 2.5)
-    readings.hand_over(seen.append)
+    readings.drain(seen.append)
     assert [(r.loss, r.own_loss, r.values) for r in seen] == [(1.5, 1.5, {"speed": 3.0})]
     assert readings.latest == 1.5
 
 
 def test_the_mean_of_an_epoch_outlives_its_process() -> None:
-    first, second = Readings(), Readings()
+    first, second = MetricsBuffer(), MetricsBuffer()
     for readings, losses in ((first, (1.0, 2.0)), (second, (6.0,))):
         if readings is second:
             second.load_state_dict(first.state_dict())
         for loss in losses:
             send(readings, loss)
-        readings.collect(lambda reading: None)
-    assert second.take_mean() == pytest.approx(3.0)
+        readings.flush(lambda reading: None)
+    assert second.pop_epoch_mean() == pytest.approx(3.0)
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a fit
@@ -315,7 +315,7 @@ def _rank(rank: int, folder: str) -> None:
         fit(module, broken(own) if rank else own, watch, folder=Path(folder), **two)
     except FloatingPointError as raised:
         error = str(raised)
-    state = {"error": error, "steps": module.global_step, "mean": module.readings.take_mean(), "waits": watch.seen}
+    state = {"error": error, "steps": module.global_step, "mean": module.metrics.pop_epoch_mean(), "waits": watch.seen}
     torch.save(state, Path(folder) / f"{rank}.pt")
     leave_group()
 

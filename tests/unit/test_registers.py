@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dino_lightning.checkpoints import Description, export_backbone, load_network
-from dino_lightning.config import BackboneConfig, StepConfig, ViTConfig
+from dino_lightning.config import BackboneConfig, ComputeConfig, ViTConfig
 from dino_lightning.evaluation.retrieval.descriptors import cls_and_gem
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.kernels import tiles
@@ -87,7 +87,7 @@ def gradients(network: OriginalViT, features_SD: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("how", ["plain", "checkpointed", "tiled", "compiled"])
 def test_one_pass_over_all_crops_is_timms(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = vit()
-    network.apply_step(StepConfig(gradient_checkpointing=how == "checkpointed"))
+    network.apply_compute(ComputeConfig(gradient_checkpointing=how == "checkpointed"))
     if how == "tiled":
         monkeypatch.setattr(tiles, "ROWS", 50)
         monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
@@ -117,7 +117,7 @@ def test_subsets_of_drop_path_are_whole_crops() -> None:
 
 def test_the_plain_network_computes_the_same() -> None:
     packed = MultiCropNetwork(vit(), torch.nn.Identity())
-    plain = MultiCropNetwork(vit(), torch.nn.Identity(), step=StepConfig(fused=False))
+    plain = MultiCropNetwork(vit(), torch.nn.Identity(), compute=ComputeConfig(fused=False))
     torch.testing.assert_close(packed.features(crops()), plain.features(crops()), rtol=1e-10, atol=1e-10)
 
 

@@ -12,7 +12,7 @@ from dino_lightning.cli import train as cli
 from dino_lightning.errors import UserError
 from dino_lightning.training.debug.replay import main
 from dino_lightning.training.debug.step_dump import CONTENT, read_step, write_step
-from dino_lightning.training.run import run_training
+from dino_lightning.training.run import train
 
 TINY = [*SMALL, "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false", "method.out_dim=32"]
 EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
@@ -21,7 +21,7 @@ EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
 def explode(folder: Path, *overrides: str) -> Path:
     """The file of a run whose weights leave float32 in the first step."""
     with pytest.raises(FloatingPointError, match="dino-train replay"):
-        run_training(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
+        train(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
     (file,) = (folder / "nonfinite").iterdir()
     return file
 
@@ -111,7 +111,7 @@ def test_bad_images_and_bad_weights_are_named(file: Path, tmp_path: Path, capsys
 def test_other_methods(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in TINY if "out_dim" not in word] if "supervised" in overrides[0] else TINY
     with pytest.raises(FloatingPointError, match="dino-train replay"):
-        run_training(composed(*words, *EXPLODING, *overrides, output_dir=tmp_path))
+        train(composed(*words, *EXPLODING, *overrides, output_dir=tmp_path))
     (file,) = (tmp_path / "nonfinite").iterdir()
     assert main([str(file)]) == 0
     assert "It begins in " in capsys.readouterr().out

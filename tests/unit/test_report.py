@@ -113,8 +113,18 @@ def test_figures_are_those_of_the_summary(run: Path):
     assert [float(str(data["value"])) for data in page.all("data")] == [SUMMARY[key] for key in keys]
     widths = [str(span["style"]) for span in page.all("span") if span.get("class") == "bar"]
     assert widths == ["width:27.67%", "width:53.92%", "width:76.67%"]
-    for shown in ("76.7 %", "22.8 points more than", "53.9 %", "27.7 %", "1,395 steps", "15 epochs", "1,312.4 images/s",
-                  "3f2a9c1e8b and changes", "ViT: 2 blocks, width 64, patch 8", "20 most similar"):  # fmt: skip
+    for shown in (
+        "76.7 %",
+        "22.8 points more than",
+        "53.9 %",
+        "27.7 %",
+        "1,395 steps",
+        "15 epochs",
+        "1,312.4 images/s",
+        "3f2a9c1e8b and changes",
+        "ViT: 2 blocks, width 64, patch 8",
+        "20 most similar",
+    ):
         assert shown in page.text
     assert "Unreadable images" not in page.text
 
@@ -168,8 +178,15 @@ def test_all_signals_have_a_chart_of_their_own_section(run: Path):
     page = Page(write_report(run))
     assert "Everything else" not in page.text
     section = page.source.partition('id="signs-of-collapse"')[2].partition("</section>")[0]
-    titles = ["Entropy of the teacher", "Teacher against student", "Mean output against uniform", "Dead prototypes",
-              "Spread of the features", "Effective rank of the features", "Alarm"]  # fmt: skip
+    titles = [
+        "Entropy of the teacher",
+        "Teacher against student",
+        "Mean output against uniform",
+        "Dead prototypes",
+        "Spread of the features",
+        "Effective rank of the features",
+        "Alarm",
+    ]
     assert re.findall(r"<h4>([^<]*)</h4>", section) == titles
 
 
@@ -232,10 +249,12 @@ def test_the_configuration_is_whole_and_folded(run: Path):
         ("summary.json", "There are no k-NN figures: the images have no labels, or"),
         ("config.yaml", "The configuration is unknown: config.yaml is missing."),
         ("metrics.csv", "There are no curves: metrics.csv is missing or empty."),
-        ("pictures/attention.png pictures/attention_epoch0002.png pictures/attention_epoch0010.png",
-         "There are no attention maps"),
+        (
+            "pictures/attention.png pictures/attention_epoch0002.png pictures/attention_epoch0010.png",
+            "There are no attention maps",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_said(run: Path, missing: str, sentence: str):
     assert sentence not in Page(write_report(run)).text
     for name in missing.split():

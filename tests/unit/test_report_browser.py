@@ -33,8 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.mkdir()
         (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "optim": {"lr": 0.001 * (1 + number)}}))
         (run / "summary.json").write_text(json.dumps(SUMMARY))
-        write_metrics(run, [{**row, "train/loss": row.get("train/loss", 0) + number} if "train/loss" in row else row
-                            for row in rows()])  # fmt: skip
+        write_metrics(
+            run,
+            [
+                {**row, "train/loss": row.get("train/loss", 0) + number} if "train/loss" in row else row
+                for row in rows()
+            ],
+        )
         draw(run, "attention_epoch0001", "attention_epoch0003", "attention", "pca", "crops")
     write([str(above / "a")])
     write([str(above)])

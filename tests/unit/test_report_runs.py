@@ -11,7 +11,7 @@ import yaml
 from report_cases import CONFIG, SUMMARY, Page, draw, rows, write_metrics
 from safetensors.torch import save_file
 
-from dino_lightning.checkpoints.load import digest
+from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.cli.report import main, write
 from dino_lightning.errors import UserError
 from dino_lightning.report.comparison import MOST_RUNS
@@ -89,8 +89,9 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["alone", "--results", "eval-1"], "none of its results is of these runs; they are of /runs/other"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
-                                             words: list[str], sentence: str):  # fmt: skip
+def test_what_is_wrong_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], sentence: str
+):
     made(tmp_path / "alone")
     write_results(tmp_path / "eval-1", result("/runs/other"))
     monkeypatch.chdir(tmp_path)
@@ -166,8 +167,11 @@ def test_the_page_of_two_has_both_in_each_chart(pair: Path):
     expected = [[row["step"], row["knn/top1"]] for row in rows() if "knn/top1" in row]
     assert [one["points"] for one in by_title["k-NN accuracy: top-1"]["series"]] == [expected, expected]
     assert {one["color"] for one in by_title["Learning rate"]["series"]} == {0, 1}
-    assert len(by_title) == len(page.data["charts"]) == len({column for row in rows() for column in row} - {
-        "step", "epoch", "knn/top5_k10"})  # fmt: skip
+    assert (
+        len(by_title)
+        == len(page.data["charts"])
+        == len({column for row in rows() for column in row} - {"step", "epoch", "knn/top5_k10"})
+    )
     # What holds for one of them only is no line of both.
     assert "untrained, top-1" not in page.references()
     assert "1/√D: evenly spread" not in page.references()
@@ -180,8 +184,15 @@ def titles(page: Page) -> list[str]:
 
 def test_the_page_of_two_says_state_settings_and_figures(pair: Path):
     page = Page(write([str(pair / "a"), str(pair / "b")]))
-    for words in ("finished", "epoch 4 of 9", "trainer.max_epochs", "optim.lr", "0.004",
-                  "a (lr=0.002) is ahead with 76.7 %", "6.7 points apart"):  # fmt: skip
+    for words in (
+        "finished",
+        "epoch 4 of 9",
+        "trainer.max_epochs",
+        "optim.lr",
+        "0.004",
+        "a (lr=0.002) is ahead with 76.7 %",
+        "6.7 points apart",
+    ):
         assert words in page.text, words
     assert "backbone.width" not in page.text
     assert [float(str(data["value"])) for data in page.all("data")] == [SUMMARY["knn_top1"], 50 + 399 / 20]
@@ -217,18 +228,27 @@ def test_curves_of_many_runs_share_the_room_of_the_page(tmp_path: Path):
 
 
 def test_evaluations_are_those_of_the_run(pair: Path):
-    write_results(pair / "eval-1", result(pair / "a"), result(pair / "a", value=50.0, trained=False),
-                  result(pair / "a", "top1_k10", 1.0), result(pair / "elsewhere" / "a", value=2.0),
-                  result(f"{pair.name}/a/teacher.safetensors", "top1_k10", 70.25, time="2026-02-01"))  # fmt: skip
+    write_results(
+        pair / "eval-1",
+        result(pair / "a"),
+        result(pair / "a", value=50.0, trained=False),
+        result(pair / "a", "top1_k10", 1.0),
+        result(pair / "elsewhere" / "a", value=2.0),
+        result(f"{pair.name}/a/teacher.safetensors", "top1_k10", 70.25, time="2026-02-01"),
+    )
     (pair / "eval-1" / "results.jsonl").open("a").write('{"eval": "knn", "half')
     write_results(pair / "b" / "linear", result(pair / "b" / "checkpoints" / "last.ckpt", "top1", 80.0, eval="linear"))
     a, b = find_results([read_run(pair / "a"), read_run(pair / "b")])
     assert [(one.metric, one.value, one.trained) for one in a] == [
-        ("top1_k20", 71.5, True), ("top1_k20", 50.0, False), ("top1_k10", 70.25, True)]  # fmt: skip
+        ("top1_k20", 71.5, True),
+        ("top1_k20", 50.0, False),
+        ("top1_k10", 70.25, True),
+    ]
     assert [(one.eval, one.value) for one in b] == [("linear", 80.0)]
     page = Page(write([str(pair / "a")]))
     assert [float(str(data["value"])) for data in page.all("data")][:4] == [
-        SUMMARY[key] for key in ("knn_top1_pixels", "knn_top1_untrained", "knn_top1")] + [71.5]  # fmt: skip
+        SUMMARY[key] for key in ("knn_top1_pixels", "knn_top1_untrained", "knn_top1")
+    ] + [71.5]
     assert "flowers" in page.text
 
 
@@ -237,7 +257,7 @@ def test_results_of_a_folder_that_moved_are_known_by_the_weights(pair: Path, tmp
     save_file(weights, pair / "a" / "teacher.safetensors")
     (pair / "b" / "teacher.safetensors").write_bytes(b"half")
     far = tmp_path_factory.mktemp("far")
-    write_results(far / "eval", result("/cluster/runs/x", checkpoint_digest=digest(weights)))
+    write_results(far / "eval", result("/cluster/runs/x", checkpoint_digest=weights_digest(weights)))
     a, b = find_results([read_run(pair / "a"), read_run(pair / "b")], [far])
     assert ([one.value for one in a], b) == ([71.5], [])
 
@@ -247,7 +267,9 @@ def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Pa
     for number, sweep in enumerate("ab"):
         weights = {"w": torch.full((2,), float(number))}
         save_file(weights, made(tmp_path / sweep / "0") / "teacher.safetensors")
-        write_results(tmp_path / sweep / "eval", result("0", value=50.0 + number, checkpoint_digest=digest(weights)))
+        write_results(
+            tmp_path / sweep / "eval", result("0", value=50.0 + number, checkpoint_digest=weights_digest(weights))
+        )
     a, b = find_results([read_run(tmp_path / sweep / "0") for sweep in "ab"])
     assert ([one.value for one in a], [one.value for one in b]) == ([50.0], [51.0])
 

@@ -11,8 +11,16 @@ import pytest
 from dino_lightning.runtime.scheduler import requeue_slurm_job, slurm_job
 from dino_lightning.training.resume import resume_mode
 
-VARIABLES = ("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
-             "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "SUBMITIT_EXECUTOR")  # fmt: skip
+VARIABLES = (
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "SUBMITIT_EXECUTOR",
+)
 
 
 @dataclass
@@ -126,8 +134,13 @@ def names(**variables: str) -> list[str]:
     """What two processes that one parent starts, one after the other, would call their run."""
     known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "TORCHEL", "DINO_L"))}
     source = str(Path(__file__).parents[2] / "src")
-    done = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, check=False,
-                          env={**known, "PYTHONPATH": source, **variables})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", NAMES],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**known, "PYTHONPATH": source, **variables},
+    )
     return done.stdout.split() or [done.stderr]
 
 

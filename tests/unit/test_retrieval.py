@@ -21,7 +21,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result
 from dino_lightning.evaluation.retrieval import retrieval
 from dino_lightning.evaluation.retrieval.descriptors import groups_of_equal_size, multi_scale
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import AGREES, DIFFERS, UNJUDGED
 
 SIZE = 48
@@ -32,7 +32,7 @@ def data(tmp_path: Path) -> RevisitedData:
     return write_revisited(tmp_path / "data")
 
 
-def run(tmp_path: Path, data: RevisitedData, network: Network | None = None, **config: Any) -> dict[str, Result]:
+def run(tmp_path: Path, data: RevisitedData, network: FrozenNetwork | None = None, **config: Any) -> dict[str, Result]:
     task = tiny_task(tmp_path, network or tiny_network(), data=data)
     results = retrieval.evaluate(RetrievalEval(**{"image_size": SIZE, **config}), task)
     return {result.metric: result for result in results}

@@ -32,9 +32,9 @@ def test_small_crops_leave_a_core_to_each_loader(
     [
         ("", True),
         ("trainer.precision=bf16-mixed", False),
-        ("step=plain", False),
-        ("step=checkpointed", False),
-        ("step=compiled", False),
+        ("compute=reference", False),
+        ("compute=checkpointed", False),
+        ("compute=compiled", False),
         ("backbone.drop_path=subset", False),
         ("backbone=convnext_tiny", False),
     ],

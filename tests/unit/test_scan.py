@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dino_lightning.config import FolderData
-from dino_lightning.data.scan import CHUNK, Scan, content_hash, duplicates, kind, moments, scan, shared
+from dino_lightning.data.scan import CHUNK, ScanResult, content_hash, duplicates, kind, moments, scan, shared
 from dino_lightning.data.sources.base import Content
 
 
@@ -53,7 +53,7 @@ def mixed(count: int) -> list[Content | None]:
     return [encoded(colours(i, height, width)) for i, (height, width) in enumerate(sizes)]
 
 
-def scanned(contents: list[Content | None], *, workers: int = 0, **settings: Any) -> tuple[Scan, dict[int, str]]:
+def scanned(contents: list[Content | None], *, workers: int = 0, **settings: Any) -> tuple[ScanResult, dict[int, str]]:
     bad: dict[int, str] = {}
     config = FolderData(path="", **settings)
     whole = scan(Listed(contents), config=config, workers=workers, title="train", on_unreadable=bad.__setitem__)

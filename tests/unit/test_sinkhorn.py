@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.centering import SinkhornCenter, sinkhorn_shift
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.losses.centering import SinkhornCenter, sinkhorn_center
+from dino_lightning.models.factored_logits import FactoredLogits
 
 N, K = 9, 6
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
@@ -19,7 +19,7 @@ def scores() -> Tensor:
 
 
 def assigned(scores_NK: Tensor, *, temperature: float, iterations: int) -> Tensor:
-    shift_1K = sinkhorn_shift(scores_NK, temperature=temperature, iterations=iterations)
+    shift_1K = sinkhorn_center(scores_NK, temperature=temperature, iterations=iterations)
     assert shift_1K.shape == (1, scores_NK.shape[1])
     return ((scores_NK - shift_1K) / temperature).softmax(dim=-1)
 
@@ -66,8 +66,8 @@ def test_a_prototype_that_nobody_is_near_gets_its_share() -> None:
 def test_the_centering_multiplies_the_logits_out() -> None:
     points, prototypes = torch.randn(N, 4).double(), torch.randn(K, 4).double()
     center = SinkhornCenter(K, iterations=3).double()
-    shift = center.shift(Factors(points, prototypes), temperature=0.3)
-    expected = sinkhorn_shift(points @ prototypes.T, temperature=0.3, iterations=3)
+    shift = center.center_for(FactoredLogits(points, prototypes), temperature=0.3)
+    expected = sinkhorn_center(points @ prototypes.T, temperature=0.3, iterations=3)
     torch.testing.assert_close(shift, expected, **EXACT)
     assert torch.equal(center.center, shift)
     assert not center.state_dict()
@@ -77,7 +77,7 @@ def test_the_centering_multiplies_the_logits_out() -> None:
 def test_half_precision_logits_are_shared_out_in_full(dtype: torch.dtype) -> None:
     points, prototypes = torch.randn(N, 4).to(dtype), torch.randn(K, 4).to(dtype)
     center = SinkhornCenter(K, iterations=3)
-    shift = center.shift(Factors(points, prototypes), temperature=0.05)
+    shift = center.center_for(FactoredLogits(points, prototypes), temperature=0.05)
     assert shift.dtype == torch.float32
     found = (((points @ prototypes.T).float() - shift) / 0.05).softmax(dim=-1)
     assert found.isfinite().all()
@@ -86,4 +86,4 @@ def test_half_precision_logits_are_shared_out_in_full(dtype: torch.dtype) -> Non
 
 def test_takes_no_gradient() -> None:
     given = scores().requires_grad_()
-    assert not sinkhorn_shift(given, temperature=0.1, iterations=3).requires_grad
+    assert not sinkhorn_center(given, temperature=0.1, iterations=3).requires_grad

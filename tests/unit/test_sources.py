@@ -21,7 +21,7 @@ class TestHoldOut:
         sources = open_sources(FolderData(path=str(tmp_path / "data"), holdout=0.2), seed=3)
         assert Counter(sources.val.labels.tolist()) == {0: 4, 1: 2, 2: 1}
         assert sorted(numbers(sources.train) + numbers(sources.val)) == list(range(len(names)))
-        assert "20% of the images (7) are held out" in sources.notice
+        assert "20% of the images (7) are held out" in sources.remark
         assert "/data/a/" in sources.val.describe(0)
         check_consistent(sources.train)
         check_consistent(sources.val)
@@ -48,7 +48,7 @@ class TestHoldOut:
 
 def test_builtin_pictures():
     sources = open_sources(BuiltinData(train_images=24, val_images=13, image_size=16), seed=0)
-    assert (len(sources.train), len(sources.val), sources.notice) == (24, 13, None)
+    assert (len(sources.train), len(sources.val), sources.remark) == (24, 13, None)
     assert sources.train.read(0).shape == (16, 16, 3)
     assert (sources.train.read(0) != sources.val.read(0)).any()
     check_consistent(sources.train)

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from dino_lightning.data.loader import PlacedLoader
-from dino_lightning.training.callbacks.throughput import Speed, peak_flops
+from dino_lightning.data.loader import ResumableLoader
+from dino_lightning.training.callbacks.throughput import Throughput, peak_flops
 
 PAUSE_S = 0.05
 
 
-class Slow(PlacedLoader):
+class Slow(ResumableLoader):
     """Eight batches, each of which takes its time."""
 
     def __init__(self, *, pause_s: float) -> None:
@@ -39,7 +39,7 @@ class Slow(PlacedLoader):
             yield batch
 
 
-def rows_of(folder: Path, loader: Any, speed: Speed) -> list[dict[str, float]]:
+def rows_of(folder: Path, loader: Any, speed: Throughput) -> list[dict[str, float]]:
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 4}
     options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.Trainer(**options, logger=CSVLogger(folder, name="", version=""), callbacks=[speed]).fit(tiny.dino(), loader)
@@ -51,27 +51,27 @@ def rows_of(folder: Path, loader: Any, speed: Speed) -> list[dict[str, float]]:
 def test_the_share_of_waiting(tmp_path: Path) -> None:
     """The time that the loader slept is in it, and no other loader's."""
     begin = time.perf_counter()
-    rows = rows_of(tmp_path / "slow", Slow(pause_s=PAUSE_S), Speed())
+    rows = rows_of(tmp_path / "slow", Slow(pause_s=PAUSE_S), Throughput())
     elapsed = time.perf_counter() - begin
     assert len(rows) == 2
     seconds = [4 * 8 / row["speed/images_per_second"] for row in rows]
     assert sum(seconds) < elapsed
     for row, window in zip(rows, seconds, strict=True):
         assert 4 * PAUSE_S <= row["speed/data_wait_share"] * window <= window
-    (first, second) = rows_of(tmp_path / "fast", Slow(pause_s=0.0), Speed())
+    (first, second) = rows_of(tmp_path / "fast", Slow(pause_s=0.0), Throughput())
     waited = sum(32 / row["speed/images_per_second"] * row["speed/data_wait_share"] for row in (first, second))
     assert waited < 8 * PAUSE_S
 
 
 def test_a_loader_without_a_clock_has_no_share(tmp_path: Path) -> None:
     loader = DataLoader(tiny.batches(4, dtype=torch.float32), batch_size=None)  # type: ignore[arg-type]
-    (row,) = rows_of(tmp_path, loader, Speed())
+    (row,) = rows_of(tmp_path, loader, Throughput())
     assert "speed/data_wait_share" not in row
     assert "speed/gpu_memory_gib" not in row
 
 
 def test_utilisation_is_operations_over_the_peak(tmp_path: Path) -> None:
-    speed = Speed(flops_per_image=lambda method: 3e9, peak=lambda device, precision: 4e12)
+    speed = Throughput(flops_per_image=lambda method: 3e9, peak=lambda device, precision: 4e12)
     for row in rows_of(tmp_path, Slow(pause_s=0.0), speed):
         assert row["speed/mfu"] == pytest.approx(row["speed/images_per_second"] * 3e9 / 4e12)
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_counted_is_said_and_left_out(tmp_path: Path, capsys: pyt
     def refuse(method: Any) -> float:
         raise NotImplementedError("no kernel")
 
-    rows = rows_of(tmp_path, Slow(pause_s=0.0), Speed(flops_per_image=refuse, peak=lambda device, precision: 4e12))
+    rows = rows_of(tmp_path, Slow(pause_s=0.0), Throughput(flops_per_image=refuse, peak=lambda device, precision: 4e12))
     assert all("speed/mfu" not in row for row in rows)
     assert "speed/mfu is left out: the operations of this network could not be counted (no kernel)." in (
         capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_both_sides_get_the_same_setting(tmp_path: Path):
     convolutional = configured(Setting("resnet50", precision="tf32"), output_dir=tmp_path)
     assert isinstance(convolutional.backbone, TimmConfig)
     assert (convolutional.optim.momentum, convolutional.optim.lr) == (0.9, 0.03)
-    assert convolutional.step.matmul_precision == "high"
+    assert convolutional.compute.matmul_precision == "high"
 
 
 class Counting:
@@ -155,7 +155,7 @@ def test_without_memory_for_both_sides_each_runs_alone(monkeypatch: pytest.Monke
     ("setting", "kind", "words"),
     [
         (Setting(batch=10**10), "out of memory", "can't allocate memory"),
-        (Setting(overrides=("step.nonsense=1",)), "failed", "nonsense"),
+        (Setting(overrides=("compute.nonsense=1",)), "failed", "nonsense"),
     ],
 )
 def test_a_side_tells_why_it_ended(setting: Setting, kind: str, words: str):
@@ -177,8 +177,8 @@ def test_a_folder_is_long_enough_for_one_epoch(tmp_path: Path):
 
 
 def test_recorded_commands_have_no_paths():
-    words = ["--original", "/home/me/dino", "--data=/mine", "--set", "step.compile=true"]
-    assert step.without_paths(words) == ["--original", "DIR", "--data=IMAGES", "--set", "step.compile=true"]
+    words = ["--original", "/home/me/dino", "--data=/mine", "--set", "compute.compile=true"]
+    assert step.without_paths(words) == ["--original", "DIR", "--data=IMAGES", "--set", "compute.compile=true"]
 
 
 def test_sweeps_begin_with_the_command_line():

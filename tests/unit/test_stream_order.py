@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_lightning.data.shard_order import Place, read_stream
+from dino_lightning.data.shard_order import StreamPosition, read_stream
 from dino_lightning.data.sources import ImageStream
 from dino_lightning.data.sources.base import Sample
 from dino_lightning.errors import UserError
@@ -123,7 +123,7 @@ def test_resume_at_every_place(sizes, readers, size):
 def test_place_goes_through_a_checkpoint(tmp_path):
     *_, (_, _, place) = islice(read_stream(Rows(5, 5), seed=0, reader=0, readers=1, shuffle_buffer=3), 17)
     torch.save({"place": tuple(place)}, tmp_path / "c.pt")
-    assert Place(*torch.load(tmp_path / "c.pt", weights_only=True)["place"]) == place
+    assert StreamPosition(*torch.load(tmp_path / "c.pt", weights_only=True)["place"]) == place
     assert {type(number) for number in place} == {int}
 
 

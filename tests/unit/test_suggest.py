@@ -1,4 +1,4 @@
-"""The rule behind `suggest=true`: where it starts, how it moves, what it never does."""
+"""The rule behind `auto.data=true`: where it starts, how it moves, what it never does."""
 
 from itertools import pairwise, product
 from typing import Any
@@ -18,7 +18,7 @@ from dino_lightning.config import (
     TimmConfig,
     ViTConfig,
 )
-from dino_lightning.training.autoconfig.data_rules import WINDOW_SHARE, WINDOW_STEPS, Suggestion, suggest
+from dino_lightning.training.autoconfig.data_rules import WINDOW_SHARE, WINDOW_STEPS, Suggestion, suggest_from_data
 
 IMAGES = (1, 40, 600, 2000, 9469, 50_000, 300_000, 1_281_167, 14_000_000)
 SIDES = (8, 28, 32, 48, 64, 96, 100, 150.5, 160, 224, 240, 256, 500, 3000)
@@ -28,7 +28,7 @@ PLACES = list(product(IMAGES, BATCHES, EPOCHS))
 
 
 def values(images: int = 50_000, side: float = 32, total_batch: int = 128, epochs: float = 100, **more: Any) -> Any:
-    rows = suggest(images, side=side, total_batch=total_batch, epochs=epochs, **more)
+    rows = suggest_from_data(images, side=side, total_batch=total_batch, epochs=epochs, **more)
     assert len({row.key for row in rows}) == len(rows)
     return {row.key: row.value for row in rows}
 
@@ -68,7 +68,7 @@ def test_at_256_images_a_step_the_momentum_is_the_published_one() -> None:
 
 def test_every_row_has_a_short_reason() -> None:
     for images, side in product(IMAGES, SIDES):
-        for row in suggest(images, side=side, total_batch=64):
+        for row in suggest_from_data(images, side=side, total_batch=64):
             assert 3 <= len(row.reason) <= 90, row
             assert not row.yours
 
@@ -172,7 +172,7 @@ def test_scales_are_ordered_shares() -> None:
 
 def test_what_the_user_set_stays_and_the_rest_fits_it() -> None:
     given = {"backbone.patch_size": 8, "method.out_dim": 999, "optim.lr": 0.1, "crops.local_count": 0}
-    rows = {row.key: row for row in suggest(5000, side=50, total_batch=64, given=given)}
+    rows = {row.key: row for row in suggest_from_data(5000, side=50, total_batch=64, given=given)}
     for key, value in given.items():
         assert rows[key] == Suggestion(key, value, "yours", yours=True)
     assert rows["crops.global_size"].value == 48

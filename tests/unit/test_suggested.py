@@ -1,4 +1,4 @@
-"""`suggest=true`: the images are looked at, keys are set, the command line wins."""
+"""`auto.data=true`: the images are looked at, keys are set, the command line wins."""
 
 import io
 import subprocess
@@ -18,7 +18,14 @@ from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig, TrainerConfig
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.errors import UserError
-from dino_lightning.training.autoconfig.apply import Suggested, devices, keys, length, show, suggest_settings
+from dino_lightning.training.autoconfig.apply import (
+    AutoconfigResult,
+    autoconfigure,
+    device_count,
+    keys,
+    print_suggestions,
+    run_length_epochs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def suggested(folder: Path, *words: str, output_dir: Path | str = "never-written") -> tuple[Any, Suggested]:
+def suggested(folder: Path, *words: str, output_dir: Path | str = "never-written") -> tuple[Any, AutoconfigResult]:
     """The configuration of `python train.py experiment=small_data data=folder WORDS`, and what was suggested."""
     usual = ["experiment=small_data", "data=folder", f"data.path={folder}", "trainer.accelerator=cpu"]
     cfg = composed(*usual, *words, output_dir=output_dir)
-    found = suggest_settings(cfg, given=words)
+    found = autoconfigure(cfg, cli_overrides=words)
     assert found is not None
     return cfg, found
 
@@ -69,11 +76,11 @@ def test_the_command_line_wins_and_files_do_not(folder: Path) -> None:
 
 
 def test_without_suggest_nothing_changes(folder: Path) -> None:
-    cfg = composed("experiment=small_data", "suggest=false", "data=folder", f"data.path={folder}")
+    cfg = composed("experiment=small_data", "auto.data=false", "data=folder", f"data.path={folder}")
     before = cfg.copy()
-    assert suggest_settings(cfg, given=[]) is None
+    assert autoconfigure(cfg, cli_overrides=[]) is None
     assert cfg == before
-    assert composed("data=folder", "data.path=.").suggest is False
+    assert composed("data=folder", "data.path=.").auto.data is False
 
 
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
@@ -86,9 +93,9 @@ def test_any_method_and_network_pass_the_checks(folder: Path, method: str, backb
 
 @pytest.mark.parametrize("experiment", ["quick", "photos32", "vits16_100ep", "resnet50", "vitb8"])
 def test_it_works_with_any_experiment(folder: Path, experiment: str) -> None:
-    words = [f"experiment={experiment}", "suggest=true", "data=folder", f"data.path={folder}", "trainer.precision=32"]
+    words = [f"experiment={experiment}", "auto.data=true", "data=folder", f"data.path={folder}", "trainer.precision=32"]
     cfg = composed(*words, "trainer.accelerator=cpu", "trainer.devices=1")
-    assert suggest_settings(cfg, given=[]) is not None
+    assert autoconfigure(cfg, cli_overrides=[]) is not None
     check_config(cast(TrainConfig, OmegaConf.to_object(cfg)))
 
 
@@ -108,7 +115,7 @@ def test_broken_images_are_passed_over_and_nothing_but_them_is_refused(folder: P
         path = tmp_path / "a" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="suggest=true: none of the images"):
+    with pytest.raises(UserError, match="auto.data=true: none of the images"):
         suggested(tmp_path)
     Image.new("RGB", (40, 20)).save(tmp_path / "a" / "good.png")
     assert suggested(tmp_path)[1].side == 20
@@ -123,7 +130,7 @@ def test_a_stream_is_measured_by_its_first_images(tmp_path: Path) -> None:
             member.size = encoded.tell()
             tar.addfile(member, io.BytesIO(encoded.getvalue()))
     words = ["experiment=small_data", "data=webdataset", f"data.shards={tmp_path}", "data.images=4000"]
-    found = suggest_settings(composed(*words, "trainer.accelerator=cpu"), given=words)
+    found = autoconfigure(composed(*words, "trainer.accelerator=cpu"), cli_overrides=words)
     assert found is not None
     assert (found.images, found.side) == (4000, 96)
 
@@ -131,7 +138,7 @@ def test_a_stream_is_measured_by_its_first_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["auto", 1, 2, "3", "2,", "0,1", [0], [0, 1]])
 def test_devices_are_counted_as_lightning_does(given: Any) -> None:
     on_cpu = (isinstance(given, str) and "," not in given) or isinstance(given, int)  # elsewhere lists name GPUs
-    counted = devices(TrainerConfig(accelerator="cpu", devices=given))
+    counted = device_count(TrainerConfig(accelerator="cpu", devices=given))
     if on_cpu:
         assert counted == L.Trainer(accelerator="cpu", devices=given, logger=False, barebones=True).num_devices
     else:
@@ -140,7 +147,7 @@ def test_devices_are_counted_as_lightning_does(given: Any) -> None:
 
 def test_length_is_the_shorter_of_epochs_and_steps() -> None:
     def epochs(**options: Any) -> float:
-        return length(TrainerConfig(**options), images=1000, total_batch=100)
+        return run_length_epochs(TrainerConfig(**options), images=1000, total_batch=100)
 
     assert epochs(max_epochs=30) == 30
     assert epochs(max_epochs=30, max_steps=50) == 5
@@ -155,7 +162,7 @@ def test_keys_of_words() -> None:
 
 def test_the_table_has_every_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, found = suggested(folder, "method.out_dim=100")
-    show(found)
+    print_suggestions(found)
     shown = capsys.readouterr().err
     assert "26 images of 64 px, total batch 128, 200 epochs" in shown
     for row in found.rows:

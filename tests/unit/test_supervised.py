@@ -14,7 +14,7 @@ from test_wrong_settings import sentence_for
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig, FolderData
-from dino_lightning.data.batch import LabelledCrops, images_in
+from dino_lightning.data.batch import LabeledCrops, images_in
 from dino_lightning.data.module import MultiCropDataModule
 
 STEP, CLASSES = 5, "abc"
@@ -63,7 +63,7 @@ def test_each_image_has_its_label(backend: str, workers: int, tmp_path: Path) ->
     found = batches(module(folder(tmp_path), backend=backend, num_workers=workers))
     assert len(found) == 6
     for batch in found:
-        assert isinstance(batch, LabelledCrops)
+        assert isinstance(batch, LabeledCrops)
         assert batch.labels.dtype == torch.int64
         assert [crop.shape[-1] for crop in batch.crops] == [8, 8, 4, 4]
         for crop in batch.crops:
@@ -92,7 +92,7 @@ def test_other_methods_see_no_label(backend: str, tmp_path: Path) -> None:
 
 def test_images_in_a_batch() -> None:
     crops = [torch.zeros(5, 3, 8, 8)] * 2
-    assert images_in(crops) == images_in(LabelledCrops(crops, torch.zeros(5))) == 5
+    assert images_in(crops) == images_in(LabeledCrops(crops, torch.zeros(5))) == 5
 
 
 # ------------------------------------------------------------------------------------------------------------ method
@@ -119,7 +119,7 @@ def test_loss_and_gradient(labels: list[int], smoothing: float) -> None:
     student = oracles_methods.part(leaves, "student")
     features_VBD = torch.stack([oracles_methods.crop_features(student, crop) for crop in crops])
     expected = slow_loss(features_VBD @ student["head.weight"].T + student["head.bias"], labels, smoothing=smoothing)
-    ours = method.loss(LabelledCrops(crops, torch.tensor(labels)))
+    ours = method.loss(LabeledCrops(crops, torch.tensor(labels)))
     torch.testing.assert_close(ours, expected, **EXACT)
     wanted = torch.autograd.grad(expected, list(leaves.values()))
     for name, gradient, other in zip(own, torch.autograd.grad(ours, list(own.values())), wanted, strict=True):
@@ -129,9 +129,9 @@ def test_loss_and_gradient(labels: list[int], smoothing: float) -> None:
 def test_images_without_a_label_count_for_nothing() -> None:
     method, (crops,) = tiny_methods.build("supervised").double(), tiny.batches(1)
     labels = torch.tensor([0, 1, 2, 0, -1, -1, -1, -1])
-    some = method.loss(LabelledCrops(crops, labels))
-    torch.testing.assert_close(some, method.loss(LabelledCrops([crop[:4] for crop in crops], labels[:4])), **EXACT)
-    none = method.loss(LabelledCrops(crops, torch.full((8,), -1)))
+    some = method.loss(LabeledCrops(crops, labels))
+    torch.testing.assert_close(some, method.loss(LabeledCrops([crop[:4] for crop in crops], labels[:4])), **EXACT)
+    none = method.loss(LabeledCrops(crops, torch.full((8,), -1)))
     none.backward()
     assert none.item() == 0
     assert not any(parameter.grad.any() for parameter in method.parameters())

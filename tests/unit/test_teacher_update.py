@@ -113,7 +113,9 @@ def test_momentum_is_logged_as_it_is() -> None:
     for update in UPDATES:
         module = tiny.dino(teacher_update=update, teacher_momentum=0.9)
         rows: list[float] = values.setdefault(update, [])
-        module.watchers.append(lambda reading, rows=rows: rows.append(reading.values["schedule/teacher_momentum"]))
+        module.metric_listeners.append(
+            lambda reading, rows=rows: rows.append(reading.values["schedule/teacher_momentum"])
+        )
         tiny.fit(module, tiny.batches(PER_EPOCH), max_epochs=EPOCHS, log_every_n_steps=1)
     assert values["copy_each_step"] == values["previous_step"] == [0.0] * TOTAL
     assert values["copy_each_epoch"] == [1.0, 1.0, 0.0] * EPOCHS

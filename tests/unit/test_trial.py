@@ -11,7 +11,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.training.autoconfig.batch_size import FITS, fits, largest_batch, named_device
+from dino_lightning.training.autoconfig.batch_size import FITS, fits_in_memory, largest_batch, named_device
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -49,12 +49,12 @@ def test_halves_until_it_fits() -> None:
 
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
 def test_every_method_takes_its_steps(method: str) -> None:
-    assert fits(config(f"method={method}"), batch=3)
+    assert fits_in_memory(config(f"method={method}"), batch=3)
 
 
 def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Output size is too small"):
-        fits(config("backbone=vovnet_micro", "crops.global_size=2", "crops.local_count=0"), batch=2)
+        fits_in_memory(config("backbone=vovnet_micro", "crops.global_size=2", "crops.local_count=0"), batch=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
 

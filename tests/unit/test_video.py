@@ -22,7 +22,7 @@ from dino_lightning.evaluation.video.frames import frame_size, resized, resized_
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
 from dino_lightning.evaluation.video.video import evaluate, shares
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import patch_tokens
 from dino_lightning.runtime.collectives import leave_group
 
@@ -33,11 +33,11 @@ def config(**other: Any) -> VideoEval:
     return VideoEval(**{"image_size": 64, "neighborhood": 3, "last_frames": 2, **other})
 
 
-def run(tmp_path: Path, data: DavisData, network: Network | None = None, **other: Any) -> list[Result]:
+def run(tmp_path: Path, data: DavisData, network: FrozenNetwork | None = None, **other: Any) -> list[Result]:
     return list(evaluate(config(**other), task(tmp_path, data, network)))
 
 
-def task(tmp_path: Path, data: DavisData, network: Network | None = None, **other: Any) -> Task:
+def task(tmp_path: Path, data: DavisData, network: FrozenNetwork | None = None, **other: Any) -> Task:
     return tiny_task(tmp_path, network or tiny_network(), data=data, **other)
 
 
@@ -45,7 +45,7 @@ def masks_of(tmp_path: Path, name: str, folder: str = "masks") -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / folder / name).iterdir())])
 
 
-def step_by_step(data: DavisData, network: Network, name: str, **other: Any) -> np.ndarray:
+def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: Any) -> np.ndarray:
     """The masks of a sequence, a frame at a time, without loader, batches, or ranks."""
     settings = config(**other)
     std = frames_std(network.std, settings)
@@ -119,7 +119,7 @@ def test_one_object_of_2016(tmp_path: Path) -> None:
 
 def test_the_baseline_has_its_own_folder_and_masks_can_be_left_unwritten(tmp_path: Path) -> None:
     data, network = write_davis(tmp_path / "davis"), tiny_network()
-    baseline = Network(**{**vars(network), "trained": False})
+    baseline = FrozenNetwork(**{**vars(network), "trained": False})
     run(tmp_path, data, baseline, write_masks=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pictures"}
     run(tmp_path, data, baseline)
@@ -148,8 +148,10 @@ def test_frames_are_resized_between_the_four_nearest_pixels(size: tuple[int, int
     for y in range(size[0]):
         for x in range(size[1]):
             # Centres of pixels lie at halves; beyond the outermost ones nothing changes.
-            row, column = (min(max((place + 0.5) * of / to - 0.5, 0), of - 1)
-                           for place, of, to in ((y, 10, size[0]), (x, 13, size[1])))  # fmt: skip
+            row, column = (
+                min(max((place + 0.5) * of / to - 0.5, 0), of - 1)
+                for place, of, to in ((y, 10, size[0]), (x, 13, size[1]))
+            )
             up, left = int(row), int(column)
             down, right = min(up + 1, 9), min(left + 1, 12)
             corners = pixels.double()[:, [up, up, down, down], [left, right, left, right]].numpy()
@@ -165,7 +167,7 @@ def test_only_the_mistaken_deviation_is_put_in() -> None:
     assert frames_std([0.5, 0.5, 0.5], config()) == [0.5, 0.5, 0.5]
 
 
-def counted(network: Network) -> list[int]:
+def counted(network: FrozenNetwork) -> list[int]:
     """Grows by one number at each batch of frames: how many there were."""
     seen: list[int] = []
     embed: Any = network.backbone.patch_embed
@@ -260,7 +262,7 @@ def test_nothing_can_be_read(tmp_path: Path) -> None:
     ids=["small", "no multiple", "small by default", "one size only"],
 )
 def test_sizes_that_the_network_does_not_take(
-    tmp_path: Path, network: Callable[[], Network], image_size: int | None, sentence: str
+    tmp_path: Path, network: Callable[[], FrozenNetwork], image_size: int | None, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         run(tmp_path, write_davis(tmp_path / "davis"), network(), image_size=image_size)

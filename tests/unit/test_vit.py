@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import tiles
 from dino_lightning.models.kernels.packing import drawn_subset, first_tokens, pack, sampled_scales, split
 from dino_lightning.models.vit import OriginalViT
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def vit(
-    rate: float = 0.0, *, dtype: torch.dtype = torch.float64, step: StepConfig | None = None, **options: Any
+    rate: float = 0.0, *, dtype: torch.dtype = torch.float64, step: ComputeConfig | None = None, **options: Any
 ) -> OriginalViT:
     """With weights far from their start, the same on each call."""
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def vit(
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    network.apply_step(step or StepConfig())
+    network.apply_compute(step or ComputeConfig())
     return network
 
 
@@ -46,7 +46,7 @@ def test_features_and_gradients_are_those_of_timms_pass(
     dtype: torch.dtype, relative: float, checkpointed: bool
 ) -> None:
     """Relative to the largest entry; only the order of sums differs."""
-    network = vit(dtype=dtype, step=StepConfig(gradient_checkpointing=checkpointed))
+    network = vit(dtype=dtype, step=ComputeConfig(gradient_checkpointing=checkpointed))
     ours, plain = network(crops(dtype)), torch.cat([network(images) for images in crops(dtype)])
     assert (ours - plain).abs().max() <= relative * plain.abs().max()
     one, other = gradients(network, ours), gradients(network, plain)
@@ -58,7 +58,7 @@ def test_features_and_gradients_are_those_of_timms_pass(
 def test_checkpointing_keeps_the_input_of_a_block_only() -> None:
     """Numbers per token and block that the backward pass waits with, weights aside."""
 
-    def kept(step: StepConfig) -> float:
+    def kept(step: ComputeConfig) -> float:
         network, numbers = vit(step=step, depth=6), {}
         weights = {parameter.data_ptr() for parameter in network.parameters()}
 
@@ -73,15 +73,15 @@ def test_checkpointing_keeps_the_input_of_a_block_only() -> None:
         return sum(numbers.values()) / (16 * 17 * 48 * 6)
 
     images = 3 * 32 * 32 / (17 * 48 * 6)
-    assert kept(StepConfig(gradient_checkpointing=True)) == pytest.approx(1 + images)
+    assert kept(ComputeConfig(gradient_checkpointing=True)) == pytest.approx(1 + images)
     # Ten widths a token, but of the last block its input, keys and values only.
-    assert kept(StepConfig()) == pytest.approx((5 * 10 + 3) / 6 + images, rel=0.01)
+    assert kept(ComputeConfig()) == pytest.approx((5 * 10 + 3) / 6 + images, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_drop_path_drops_crop_by_crop(checkpointed: bool) -> None:
     """Equal to timm's blocks with the same factors; the class token sees them through its own crop only."""
-    network = vit(0.5, step=StepConfig(gradient_checkpointing=checkpointed)).train()
+    network = vit(0.5, step=ComputeConfig(gradient_checkpointing=checkpointed)).train()
     torch.manual_seed(5)
     ours = network(crops())
     torch.manual_seed(5)

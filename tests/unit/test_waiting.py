@@ -13,7 +13,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.launcher import Launcher
 from dino_lightning.training.build import build_trainer
-from dino_lightning.training.callbacks.rank_consistency import RanksAgree
+from dino_lightning.training.callbacks.rank_consistency import RankConsistencyCheck
 from dino_lightning.training.strategy import DataParallel, FullySharded, cluster_plugins
 
 
@@ -25,7 +25,7 @@ def test_the_timeout_and_the_launcher_are_ours(strategy: str, kind: type, tmp_pa
     assert isinstance(trainer.strategy, kind)
     assert trainer.strategy._timeout == timedelta(seconds=77)  # type: ignore[attr-defined]
     assert isinstance(trainer.strategy.launcher, Launcher)
-    assert isinstance(trainer.callbacks[0], RanksAgree)  # type: ignore[attr-defined]
+    assert isinstance(trainer.callbacks[0], RankConsistencyCheck)  # type: ignore[attr-defined]
 
 
 def test_slurm_is_found_without_lightnings_handler(monkeypatch: pytest.MonkeyPatch) -> None:

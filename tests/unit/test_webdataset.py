@@ -23,7 +23,7 @@ class TestShards:
         opened = open_sources(WebDatasetData(shards=write_shards(tmp_path, 3, 2), images=5), seed=0)
         assert isinstance(opened.train, ImageStream)
         assert (opened.train.shards, opened.train.images, opened.train.classes, opened.val) == (2, 5, None, None)
-        assert opened.notice == "2 shards, read as a stream: no k-NN evaluation"
+        assert opened.remark == "2 shards, read as a stream: no k-NN evaluation"
         samples = [sample for shard in range(2) for sample in opened.train.read_shard(shard)]
         assert [sample.content for sample in samples] == [png(number) for number in range(5)]
         assert [sample.label for sample in samples] == [0, 1, 2, 0, 1]

@@ -86,15 +86,18 @@ class Description:
         except UserError as error:
             if not drop_path_rate:
                 raise
-            raise UserError(f"eval.drop_path_rate={drop_path_rate}: {self} has no stochastic depth; "
-                            "set eval.drop_path_rate=0.") from error  # fmt: skip
+            raise UserError(
+                f"eval.drop_path_rate={drop_path_rate}: {self} has no stochastic depth; set eval.drop_path_rate=0."
+            ) from error
 
     def __str__(self) -> str:
         match self.backbone:
             case ViTConfig() as vit:
                 registers = f", {vit.registers} registers" if vit.registers else ""
-                return (f"ViT of width {vit.width}, depth {vit.depth}, {vit.heads} heads, patches of "
-                        f"{vit.patch_size} pixels{registers}, trained at {self.image_size}")  # fmt: skip
+                return (
+                    f"ViT of width {vit.width}, depth {vit.depth}, {vit.heads} heads, patches of "
+                    f"{vit.patch_size} pixels{registers}, trained at {self.image_size}"
+                )
             case TimmConfig() as network:
                 return f"timm's {network.name}"
             case other:

@@ -56,8 +56,9 @@ def _check_values(weights: Weights, *, file_bytes: int, source: str) -> None:
     for name, tensor in weights.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or not tensor.nbytes <= tensor.untyped_storage().nbytes() <= file_bytes:
-            raise UserError(f"{source} is damaged or no file of weights: the numbers of {few([str(name)])} are not in "
-                            "it.")  # fmt: skip
+            raise UserError(
+                f"{source} is damaged or no file of weights: the numbers of {few([str(name)])} are not in it."
+            )
 
 
 @contextmanager

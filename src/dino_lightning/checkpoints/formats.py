@@ -21,7 +21,7 @@ from dino_lightning.checkpoints.huggingface import to_theirs
 from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
 from dino_lightning.checkpoints.original import as_original
 from dino_lightning.errors import UserError, cannot_be_written
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.files import sync_folder
 
 NEEDS = {
@@ -35,11 +35,15 @@ def check_format(format: str) -> None:
     """Refuse a format whose packages are not installed."""
     missing = [package for package in NEEDS.get(format, ()) if find_spec(package) is None]
     if missing:
-        raise UserError(f"format={format} needs {', '.join(missing)}, which is not installed: pip install "
-                        f'"dino-lightning[{format}]".')  # fmt: skip
+        raise UserError(
+            f"format={format} needs {', '.join(missing)}, which is not installed: pip install "
+            f'"dino-lightning[{format}]".'
+        )
 
 
-def export_network(network: Network, output: Path, *, format: str, checkpoint: str, image_size: int | None) -> str:
+def export_network(
+    network: FrozenNetwork, output: Path, *, format: str, checkpoint: str, image_size: int | None
+) -> str:
     """Write the network and return in words what to know of it.
 
     Raises `UserError` where the format has no such network, what was written computes something else, or it cannot be
@@ -85,7 +89,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _write_original(network: Network, path: Path) -> str:
+def _write_original(network: FrozenNetwork, path: Path) -> str:
     with _other_formats("original"):
         weights = as_original(_weights(network), _description(network), source="format=original")
     torch.save(weights, path)
@@ -94,7 +98,7 @@ def _write_original(network: Network, path: Path) -> str:
     return f"state dict of tensors; it does not say that images are normalised by {network.mean} and {network.std}"
 
 
-def _write_timm(network: Network, path: Path, *, checkpoint: str) -> str:
+def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
     path.mkdir()
     described = _description(network)
     recipe = export_backbone(
@@ -136,7 +140,7 @@ def _write_timm(network: Network, path: Path, *, checkpoint: str) -> str:
     return 'folder for timm.create_model("local-dir:FOLDER", pretrained=True)'
 
 
-def _write_huggingface(network: Network, path: Path, *, checkpoint: str) -> str:
+def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
     from transformers import AutoModel, BitImageProcessor, ResNetConfig, ViTConfig
     from transformers.utils import logging
 
@@ -175,11 +179,11 @@ def _write_huggingface(network: Network, path: Path, *, checkpoint: str) -> str:
     return f"folder for transformers.AutoModel.from_pretrained, which makes it a {type(loaded).__name__}"
 
 
-def _weights(network: Network) -> dict[str, Tensor]:
+def _weights(network: FrozenNetwork) -> dict[str, Tensor]:
     return dict(network.backbone.state_dict())
 
 
-def _description(network: Network) -> Description:
+def _description(network: FrozenNetwork) -> Description:
     assert network.description is not None
     return Description.from_plain(network.description)
 
@@ -194,7 +198,7 @@ def _other_formats(format: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check_same(network: Network, loaded: Any, *, side: int, format: str) -> None:
+def _check_same(network: FrozenNetwork, loaded: Any, *, side: int, format: str) -> None:
     """Refuse what the other program computes otherwise, for two images of noise of `side` pixels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, network.channels, side, side, generator=generator)
@@ -202,5 +206,7 @@ def _check_same(network: Network, loaded: Any, *, side: int, format: str) -> Non
     same = ours.shape == theirs.shape
     apart = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).item() if same else float("inf")
     if not apart <= TOLERANCE:
-        raise UserError(f"format={format}: read again, {network.name} computes something else there (features differ "
-                        f"by {apart:.1e}); formats for any network are onnx and torch.")  # fmt: skip
+        raise UserError(
+            f"format={format}: read again, {network.name} computes something else there (features differ "
+            f"by {apart:.1e}); formats for any network are onnx and torch."
+        )

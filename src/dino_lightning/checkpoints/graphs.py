@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.vit import OriginalViT
 
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ Check = Callable[[Tensor], Tensor]
 """Images -> features, computed by the file."""
 
 
-def write_onnx(network: Network, path: Path, *, image_size: int | None) -> str:
+def write_onnx(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
     """Write an ONNX file and return in words which images it takes. Raises `UserError` where it cannot be.
 
     Input `images` (B, C, H, W), normalised; output `features` (B, D). The metadata say how images are prepared.
@@ -48,8 +48,15 @@ def write_onnx(network: Network, path: Path, *, image_size: int | None) -> str:
     def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Check:
         import onnxruntime
 
-        program = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=(shapes,), input_names=["images"],
-                                    output_names=["features"], verbose=False)  # fmt: skip
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=(shapes,),
+            input_names=["images"],
+            output_names=["features"],
+            verbose=False,
+        )
         assert program is not None
         program.model.metadata_props.update({name: json.dumps(value) for name, value in notes(network).items()})
         program.save(path, external_data=False)
@@ -59,7 +66,7 @@ def write_onnx(network: Network, path: Path, *, image_size: int | None) -> str:
     return _written(network, write, format="onnx", image_size=image_size)
 
 
-def write_program(network: Network, path: Path, *, image_size: int | None) -> str:
+def write_program(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
     """Write a program for `torch.export.load` and return in words which images it takes; as `write_onnx`."""
 
     def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Check:
@@ -70,17 +77,22 @@ def write_program(network: Network, path: Path, *, image_size: int | None) -> st
     return _written(network, write, format="torch", image_size=image_size)
 
 
-def notes(network: Network) -> dict[str, Any]:
+def notes(network: FrozenNetwork) -> dict[str, Any]:
     """What a file says of its images, in plain types."""
-    return {"mean": network.mean, "std": network.std, "resize": network.resize, "size": network.size,
-            "digest": network.digest}  # fmt: skip
+    return {
+        "mean": network.mean,
+        "std": network.std,
+        "resize": network.resize,
+        "size": network.size,
+        "digest": network.digest,
+    }
 
 
 Write = Callable[[nn.Module, Tensor, dict[int, Any]], Check]
 """(network, example of images, their free dimensions) -> the file's own way to compute."""
 
 
-def _written(network: Network, write: Write, *, format: str, image_size: int | None) -> str:
+def _written(network: FrozenNetwork, write: Write, *, format: str, image_size: int | None) -> str:
     """Write with free height and width, or fixed ones where the network cannot; compare."""
     module = _GraphViT(network.backbone).eval() if isinstance(network.backbone, OriginalViT) else network.backbone
     if image_size is None:
@@ -102,12 +114,14 @@ def _written(network: Network, write: Write, *, format: str, image_size: int | N
         raise UserError(f"format={format}: {network.name} cannot be written ({reason}).") from error
     apart = _difference(network, check, sizes=[(image_size, image_size)])
     if not apart <= TOLERANCE:
-        raise UserError(f"format={format}: what was written does not compute what {network.name} does (features differ "
-                        f"by {apart:.1e}), and is not kept.")  # fmt: skip
+        raise UserError(
+            f"format={format}: what was written does not compute what {network.name} does (features differ "
+            f"by {apart:.1e}), and is not kept."
+        )
     return f"any number of images of {image_size} x {image_size} pixels only"
 
 
-def _written_for_any_size(network: Network, module: nn.Module, write: Write, *, step: int, least: int) -> bool:
+def _written_for_any_size(network: FrozenNetwork, module: nn.Module, write: Write, *, step: int, least: int) -> bool:
     """Write with free height and width, `least` steps of pixels or more; False where the network cannot: with a table
     of positions for one size, or where a smaller map is another case to it."""
     sides: list[Any] = [Dim(name, min=least, max=LARGEST_SIDE // step) for name in ("height", "width")]
@@ -129,7 +143,7 @@ def _written_for_any_size(network: Network, module: nn.Module, write: Write, *, 
 
 
 @torch.no_grad()
-def _difference(network: Network, check: Check, *, sizes: list[tuple[int, int]]) -> float:
+def _difference(network: FrozenNetwork, check: Check, *, sizes: list[tuple[int, int]]) -> float:
     """The largest relative difference from the network's features, for one and for three images of each size."""
     found = []
     for size in sizes:
@@ -140,7 +154,7 @@ def _difference(network: Network, check: Check, *, sizes: list[tuple[int, int]])
     return max(found)
 
 
-def _images(network: Network, count: int, height: int, width: int) -> Tensor:
+def _images(network: FrozenNetwork, count: int, height: int, width: int) -> Tensor:
     """Noise of a fixed seed as images (count, C, height, width)."""
     return torch.randn(count, network.channels, height, width, generator=torch.Generator().manual_seed(0))
 

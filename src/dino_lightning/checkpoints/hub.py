@@ -41,11 +41,15 @@ def downloaded(name: str, *, source: str) -> Path:
             file(part)
         found = next(filter(None, map(file, WEIGHTS)), None)
     except HFValidationError as error:
-        raise UserError(f"{source}: '{name}' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
-                        "hf:OWNER/NAME@REVISION.") from error  # fmt: skip
+        raise UserError(
+            f"{source}: '{name}' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
+            "hf:OWNER/NAME@REVISION."
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"{source}: the Hub has no such repository or revision, or does not show it without an account "
-                        "(`hf auth login`).") from error  # fmt: skip
+        raise UserError(
+            f"{source}: the Hub has no such repository or revision, or does not show it without an account "
+            "(`hf auth login`)."
+        ) from error
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: its files could not be downloaded ({reason}).") from error

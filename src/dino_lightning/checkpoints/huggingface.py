@@ -204,17 +204,23 @@ def _check_behaviour(config: dict[str, Any], *, source: str) -> None:
     """Refuse networks that compute something else than ours with weights of the same shapes."""
     kind = config.get("model_type")
     if kind not in BEHAVIOUR:
-        raise UserError(f"{source} is a network of transformers of the type '{kind}'; expected one of "
-                        f"{', '.join(BEHAVIOUR)}, and timm may have it: checkpoint=timm:NAME.")  # fmt: skip
+        raise UserError(
+            f"{source} is a network of transformers of the type '{kind}'; expected one of "
+            f"{', '.join(BEHAVIOUR)}, and timm may have it: checkpoint=timm:NAME."
+        )
     for key, known in BEHAVIOUR[kind].items():
         value = config.get(key, known[0])
         if value not in known:
-            raise UserError(f"{source}: {key}={value} in its {CONFIG} is not what a network here computes; expected "
-                            f"{' or '.join(map(str, known))}.")  # fmt: skip
+            raise UserError(
+                f"{source}: {key}={value} in its {CONFIG} is not what a network here computes; expected "
+                f"{' or '.join(map(str, known))}."
+            )
     epsilon = config.get("layer_norm_eps", 1e-12)
     if kind == "vit" and not (isinstance(epsilon, float) and 0 < epsilon <= EPSILON):
-        raise UserError(f"{source}: layer_norm_eps={epsilon} in its {CONFIG} is not what a network here computes; "
-                        f"expected {EPSILON} or less.")  # fmt: skip
+        raise UserError(
+            f"{source}: layer_norm_eps={epsilon} in its {CONFIG} is not what a network here computes; "
+            f"expected {EPSILON} or less."
+        )
 
 
 def _preparation(path: Path) -> dict[str, Any]:

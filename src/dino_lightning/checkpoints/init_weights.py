@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dino_lightning.checkpoints.original import Weights, check_names_and_shapes
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.vit import OriginalViT, resample_position_embedding
 
 
-def initial_weights(network: Network, backbone: nn.Module, *, source: str) -> Weights:
+def initial_weights(network: FrozenNetwork, backbone: nn.Module, *, source: str) -> Weights:
     """The weights of `network` for `backbone`, which may be on the meta device and made for images of another size.
 
     A position embedding is then resampled, once, as it would be at each use of the network. Raises `UserError`, which
@@ -22,15 +22,17 @@ def initial_weights(network: Network, backbone: nn.Module, *, source: str) -> We
     weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
     heads = [_heads(each) for each in (network.backbone, backbone)]
     if None not in heads and heads[0] != heads[1]:  # their number is not in the shapes
-        raise UserError(f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
-                        "backbone that it is.")  # fmt: skip
+        raise UserError(
+            f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
+            "backbone that it is."
+        )
     if isinstance(backbone, VisionTransformer) and {"pos_embed"} <= weights.keys() & expected.keys():
         weights["pos_embed"] = _resampled(weights["pos_embed"], expected["pos_embed"], backbone)
     check_names_and_shapes(expected, weights, source=source, taken_for="the configured backbone")
     return weights
 
 
-def start_from(network: Network, *backbones: nn.Module, source: str) -> None:
+def start_from(network: FrozenNetwork, *backbones: nn.Module, source: str) -> None:
     """Give each backbone the weights of `network`; see `initial_weights`."""
     for backbone in backbones:
         # Not strict: batch norms of older files have no counters.

@@ -34,15 +34,15 @@ from dino_lightning.checkpoints.safe_read import check_finite, read_pickle, read
 from dino_lightning.config import TimmConfig
 from dino_lightning.config.conf_dir import backbone_config, backbone_names
 from dino_lightning.config.paths import usable_path
-from dino_lightning.errors import UserError, nearest
-from dino_lightning.models.frozen import Network
+from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.models.frozen import FrozenNetwork
 
 TIMM, UNTRAINED = "timm:", "untrained:"
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 EXPORTED, LAST = tuple(f"{key}.safetensors" for key in KEYS), "checkpoints/last.ckpt"
 
 
-def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> Network:
+def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> FrozenNetwork:
     """The frozen network that `checkpoint` names, in eval mode on the CPU.
 
     A run's folder, its `teacher.safetensors` or `student.safetensors`, a `.ckpt`; a `.pth` of the original, a backbone
@@ -52,7 +52,7 @@ def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> N
     `UserError` for whatever is none of these.
     """
     if key is not None and key not in KEYS:
-        raise UserError(f"checkpoint_key={key}: {nearest(key, KEYS)}")
+        raise UserError(f"checkpoint_key={key}: {did_you_mean(key, KEYS)}")
     if checkpoint.startswith(UNTRAINED):
         return _untrained(checkpoint.removeprefix(UNTRAINED), key=key, seed=seed)
     if checkpoint.startswith(TIMM):
@@ -64,13 +64,15 @@ def load_network(checkpoint: str, *, key: str | None = None, seed: int = 0) -> N
     return _from_file(checkpoint, key=key)
 
 
-def untrained(network: Network, *, seed: int) -> Network:
+def untrained(network: FrozenNetwork, *, seed: int) -> FrozenNetwork:
     """The same architecture with fresh weights, drawn by `seed`; the global random state stays as it was."""
     backbone = built_by_seed(network.rebuild, seed=seed)
-    return replace(network, backbone=backbone, name="untrained", digest=digest(backbone.state_dict()), trained=False)
+    return replace(
+        network, backbone=backbone, name="untrained", digest=weights_digest(backbone.state_dict()), trained=False
+    )
 
 
-def digest(weights: Weights) -> str:
+def weights_digest(weights: Weights) -> str:
     """SHA-256 of names and values in the order of names, the first 16 hexadecimal digits."""
     found = hashlib.sha256()
     for name in sorted(weights):
@@ -79,11 +81,11 @@ def digest(weights: Weights) -> str:
     return found.hexdigest()[:16]
 
 
-def _network(backbone: nn.Module, description: Description, *, name: str) -> Network:
-    return Network(
+def _network(backbone: nn.Module, description: Description, *, name: str) -> FrozenNetwork:
+    return FrozenNetwork(
         backbone,
         name=name,
-        digest=digest(backbone.state_dict()),
+        digest=weights_digest(backbone.state_dict()),
         mean=description.mean,
         std=description.std,
         resize=description.resize,
@@ -93,7 +95,7 @@ def _network(backbone: nn.Module, description: Description, *, name: str) -> Net
     )
 
 
-def _untrained(what: str, *, key: str | None, seed: int) -> Network:
+def _untrained(what: str, *, key: str | None, seed: int) -> FrozenNetwork:
     source = f"checkpoint={UNTRAINED}{what}"
     if what.startswith(TIMM):
         description = published.described(what.removeprefix(TIMM), source=source)
@@ -103,8 +105,10 @@ def _untrained(what: str, *, key: str | None, seed: int) -> Network:
         description = published.described(what, source=source)
     elif not usable_path("checkpoint", what).exists() and _is_name(what):
         known = [*backbone_names(), *timm.list_models()]
-        raise UserError(f"{source}: '{what}' is no file, no file of conf/backbone and no network of timm; "
-                        f"{nearest(what, known)}")  # fmt: skip
+        raise UserError(
+            f"{source}: '{what}' is no file, no file of conf/backbone and no network of timm; "
+            f"{did_you_mean(what, known)}"
+        )
     else:
         return untrained(_from_file(what, key=key, prefix=UNTRAINED), seed=seed)
     backbone = built_by_seed(description.build, seed=seed)
@@ -123,7 +127,7 @@ def _is_timm(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> Network:
+def _from_file(checkpoint: str, *, key: str | None, prefix: str = "") -> FrozenNetwork:
     source = f"checkpoint={prefix}{checkpoint}"
     if not checkpoint:
         raise UserError(f"{source} names nothing; expected the folder of a run, a file of weights or timm:NAME.")
@@ -163,14 +167,17 @@ def _file(path: Path, *, key: str | None, source: str) -> Path:
         if file is None:
             *names, last = (str(file.relative_to(path)) for file in found)
             wanted = f"{', '.join(names)} or {last}" if names else last
-            raise UserError(f"{source} is a folder without {wanted}; "
-                            "expected the folder of a run, or a file of weights.")  # fmt: skip
+            raise UserError(
+                f"{source} is a folder without {wanted}; expected the folder of a run, or a file of weights."
+            )
         return file
     if path.is_file():
         return path
     if _is_timm(str(path)):
-        raise UserError(f"{source}: there is no such file; for timm's weights write checkpoint={TIMM}{path}, for fresh "
-                        f"ones checkpoint={UNTRAINED}{path}.")  # fmt: skip
+        raise UserError(
+            f"{source}: there is no such file; for timm's weights write checkpoint={TIMM}{path}, for fresh "
+            f"ones checkpoint={UNTRAINED}{path}."
+        )
     if str(path) in backbone_names():
         raise UserError(f"{source}: there is no such file; for fresh weights write checkpoint={UNTRAINED}{path}.")
     raise UserError(f"{source}: there is no such file; {_nearest_path(path)}")

@@ -12,7 +12,7 @@ from dino_lightning.checkpoints.load import load_network
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.paths import PATHS
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 LEFT_OUT = (*PATHS, "imports", "init_from", "logger", "output_dir")
 """Keys that a card does not repeat: they name folders and accounts."""
@@ -71,7 +71,7 @@ REMARKS = {
 }
 
 
-def model_card(network: Network, *, checkpoint: str, library: str, loading: str, remark: str) -> str:
+def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading: str, remark: str) -> str:
     """The card as Markdown.
 
     `library` is its name on the Hub, `loading` the Python that loads and uses the files, `remark` what to know of them.
@@ -79,9 +79,17 @@ def model_card(network: Network, *, checkpoint: str, library: str, loading: str,
     run = run_folder(checkpoint)
     summary = _json(run / "summary.json") if run else {}
     method = _method(run)
-    head = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction",
-            "tags: [dino, self-supervised-learning]", "# license: yours to choose, before you publish", "---", "",
-            f"# {network.name}", ""]  # fmt: skip
+    head = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: image-feature-extraction",
+        "tags: [dino, self-supervised-learning]",
+        "# license: yours to choose, before you publish",
+        "---",
+        "",
+        f"# {network.name}",
+        "",
+    ]
     weights = sum(tensor.numel() for tensor in network.backbone.state_dict().values())
     origin = f"by the method `{method}` of dino-lightning" if method else "elsewhere, and written by dino-lightning"
     trained = f"trained {origin}" if network.trained else "which have not been trained"
@@ -121,7 +129,7 @@ def _method(run: Path | None) -> str | None:
     return names[0] if names else None
 
 
-def _figures(network: Network, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _figures(network: FrozenNetwork, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
     known = [key for key in SUMMARY if summary.get(key) is not None]
     if run and not _is_result(network, run):
         known = [key for key in known if key in OF_ALL]
@@ -132,7 +140,7 @@ def _figures(network: Network, run: Path | None, summary: dict[str, Any]) -> lis
     return rows + list(found.items())[:MOST]
 
 
-def _is_result(network: Network, run: Path) -> bool:
+def _is_result(network: FrozenNetwork, run: Path) -> bool:
     """Whether the network is the one that the run has evaluated at its end."""
     try:
         return load_network(str(run)).digest == network.digest

@@ -91,12 +91,16 @@ def recognised(weights: Weights, *, source: str, heads: int | None = None, **see
     elif "layer1.0.conv1.weight" in weights:
         description, first = _resnet(weights, source=source, **seen), "conv1.weight"
     else:
-        raise UserError(f"{source} belongs to no network that is known by its names (ViT, ResNet, XCiT): the first "
-                        f"are {few(weights)}. Networks of timm load by checkpoint=timm:NAME.")  # fmt: skip
+        raise UserError(
+            f"{source} belongs to no network that is known by its names (ViT, ResNet, XCiT): the first "
+            f"are {few(weights)}. Networks of timm load by checkpoint=timm:NAME."
+        )
     channels = weights[first].shape[1] if first in weights else 3
     if channels != len(description.mean):
-        raise UserError(f"{source} takes images of {channels} channels, and nothing says how they were normalised; "
-                        "keep config.yaml of the run beside it.")  # fmt: skip
+        raise UserError(
+            f"{source} takes images of {channels} channels, and nothing says how they were normalised; "
+            "keep config.yaml of the run beside it."
+        )
     return weights, description
 
 
@@ -108,8 +112,10 @@ def as_original(weights: Weights, description: Description, *, source: str) -> W
     match description.backbone:
         case ViTConfig(registers=0) as vit:
             if vit.heads * 64 != vit.width:
-                raise UserError(f"{source}: the original's files do not tell the number of heads, which is width / 64 "
-                                f"there, and this network has {vit.heads} for a width of {vit.width}")  # fmt: skip
+                raise UserError(
+                    f"{source}: the original's files do not tell the number of heads, which is width / 64 "
+                    f"there, and this network has {vit.heads} for a width of {vit.width}"
+                )
             return dict(weights)
         case TimmConfig(name=name) if name in RESNETS.values():
             return dict(weights)
@@ -134,8 +140,10 @@ def _xcit_as_original(weights: Weights) -> Weights:
 def _vit(weights: Weights, *, heads: int | None, source: str, **seen: Any) -> Description:
     width, patch = len(weights["patch_embed.proj.weight"]), weights["patch_embed.proj.weight"].shape[-1]
     if heads is None and width % 64:
-        raise UserError(f"{source}: a ViT of width {width} does not tell its number of heads; the original's have 64 "
-                        "features each. Keep config.yaml of the run beside it.")  # fmt: skip
+        raise UserError(
+            f"{source}: a ViT of width {width} does not tell its number of heads; the original's have 64 "
+            "features each. Keep config.yaml of the run beside it."
+        )
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     side = math.isqrt(weights["pos_embed"].shape[1] - (0 if registers else 1))  # with registers for patches alone
     depth, heads = _count(weights, "blocks"), heads or width // 64
@@ -149,8 +157,9 @@ def _resnet(weights: Weights, *, source: str, **seen: Any) -> Description:
     name = RESNETS.get((bottleneck, stages))
     if name is None:
         kind = "bottleneck" if bottleneck else "basic"
-        raise UserError(f"{source}: a ResNet of {stages} {kind} blocks is not known; choose one of "
-                        f"{', '.join(RESNETS.values())}.")  # fmt: skip
+        raise UserError(
+            f"{source}: a ResNet of {stages} {kind} blocks is not known; choose one of {', '.join(RESNETS.values())}."
+        )
     # Torchvision's branches do not start at zero, as timm's do: it matters for fresh weights.
     return Description(TimmConfig(name=name, arguments={"zero_init_last": False}), **seen)
 
@@ -160,8 +169,10 @@ def _xcit(weights: Weights, *, source: str, **seen: Any) -> Description:
     patch = 16 if any(name.startswith("patch_embed.proj.6.") for name in weights) else 8
     name = f"xcit_{XCITS.get(width)}_{depth}_p{patch}_224"
     if not timm.is_model(name):
-        raise UserError(f"{source}: timm has no XCiT of width {width} and depth {depth}; known are widths "
-                        f"{', '.join(map(str, XCITS))} and depths 12 and 24.")  # fmt: skip
+        raise UserError(
+            f"{source}: timm has no XCiT of width {width} and depth {depth}; known are widths "
+            f"{', '.join(map(str, XCITS))} and depths 12 and 24."
+        )
     return Description(TimmConfig(name=name), **seen)
 
 

@@ -28,11 +28,11 @@ LAST = "last.ckpt"
 HASH_LINE = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 HASH_LINE_START, HASH_LINE_BYTES = b"\nsha256:", 73
 CHUNK = 1 << 24
-HANDED_OVER = ".temp.ckpt"
+FORK_RESULT = ".temp.ckpt"
 """What Lightning calls the file in which a forked process gives its last weights to the one that forked it."""
 
 
-class DamagedError(Exception):
+class CorruptCheckpointError(Exception):
     """A file that is not what was written."""
 
 
@@ -76,14 +76,14 @@ def verify(path: Path) -> bool:
     """Whether the file carries a hash. Raises `DamagedError` where it is not the file's, `OSError` without a file."""
     size = path.stat().st_size
     if size == 0:
-        raise DamagedError("it is empty")
+        raise CorruptCheckpointError("it is empty")
     with path.open("rb") as file:
         file.seek(max(0, size - HASH_LINE_BYTES))
         end = file.read()
         found = HASH_LINE.fullmatch(end)
         if found is None:
             if HASH_LINE_START in end:
-                raise DamagedError("its hash is cut off")
+                raise CorruptCheckpointError("its hash is cut off")
             return False
         file.seek(0)
         digest, left = hashlib.sha256(), size - HASH_LINE_BYTES
@@ -91,7 +91,7 @@ def verify(path: Path) -> bool:
             digest.update(chunk)
             left -= len(chunk)
     if digest.hexdigest().encode() != found[1]:
-        raise DamagedError("its content does not belong to its hash")
+        raise CorruptCheckpointError("its content does not belong to its hash")
     return True
 
 
@@ -104,46 +104,49 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         hashed = verify(path)
     except OSError as error:
-        raise DamagedError(error.strerror or str(error)) from error
+        raise CorruptCheckpointError(error.strerror or str(error)) from error
     try:
         content = read_pickle(path, source=str(path))
     except UserError as error:
         if hashed or "is refused" in str(error):
             raise
-        raise DamagedError("it is cut off, or no checkpoint") from error
+        raise CorruptCheckpointError("it is cut off, or no checkpoint") from error
     if "state_dict" not in content or "loops" not in content:
         raise UserError(f"{path} is no checkpoint of a run: it has weights alone, and a run cannot go on from them.")
     if content.get("format", 1) > FORMAT:
-        raise UserError(f"{path} was written by a later version of dino-lightning (format {content['format']}, "
-                        f"this one knows {FORMAT}); go on with that version.")  # fmt: skip
+        raise UserError(
+            f"{path} was written by a later version of dino-lightning (format {content['format']}, "
+            f"this one knows {FORMAT}); go on with that version."
+        )
     return content
 
 
-def candidates(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints from which a run can go on: `last.ckpt`, those before it, then all others by their time."""
     latest = [folder / name for name in _names(LAST) if (folder / name).exists()]
     others = sorted(set(folder.glob("*.ckpt")) - set(latest), key=lambda path: path.stat().st_mtime, reverse=True)
     return latest + others
 
 
-def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its content; None where there is no checkpoint.
 
     Says on stderr which ones were damaged and passed over. Raises `UserError` where all of them are.
     """
     damaged = []
-    for path in candidates(folder):
+    for path in list_checkpoints(folder):
         try:
             content = read_checkpoint(path)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             damaged.append(f"{path.name} is damaged ({error})")
             continue
         if damaged:
             warn(f"{'; '.join(damaged)}. Going on from {path}, at step {content['global_step']}.")
         return path, content
     if damaged:
-        raise UserError(f"resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}; start anew in another "
-                        "output_dir.")  # fmt: skip
+        raise UserError(
+            f"resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}; start anew in another output_dir."
+        )
     return None
 
 
@@ -170,7 +173,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a file; `last.ckpt` pushes those before it back."""
-        if Path(path).name == HANDED_OVER:
+        if Path(path).name == FORK_RESULT:
             torch.save(checkpoint, path)
             return
         names, self.names = self.names, []
@@ -186,15 +189,17 @@ class SafeCheckpointIO(CheckpointIO):
             for name in names:
                 self.copy(fresh, name)
             if path.name == LAST:
-                self._push_back(path)
+                self._rotate(path)
             os.replace(fresh, path)
             sync_folder(path.parent)
         except OSError as error:
             self.failure = error
-            warn(f"{path} could not be written ({error.strerror or error}); the checkpoint before it is kept, and "
-                 "training goes on.")  # fmt: skip
+            warn(
+                f"{path} could not be written ({error.strerror or error}); the checkpoint before it is kept, and "
+                "training goes on."
+            )
 
-    def _push_back(self, path: Path) -> None:
+    def _rotate(self, path: Path) -> None:
         """`last.ckpt` becomes `last-1.ckpt`, ..., and those above `keep_last` go."""
         names = [path.with_name(name) for name in _names(path.name)]
         for old in names[self.keep_last :]:
@@ -217,11 +222,11 @@ class SafeCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read a file that is whole; `weights_only` is always True here."""
-        if Path(path).name == HANDED_OVER:
+        if Path(path).name == FORK_RESULT:
             return torch.load(path, map_location="cpu", weights_only=True)
         try:
             return read_checkpoint(Path(path))
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             raise UserError(f"{path} is damaged: {error}.") from error
 
     def remove_checkpoint(self, path: Any) -> None:

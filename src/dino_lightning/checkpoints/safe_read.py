@@ -40,8 +40,10 @@ def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
         raise UserError(f"{source} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged pickle can raise anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
-                            "code; save it anew as a state dict of tensors.") from error  # fmt: skip
+            raise UserError(
+                f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
+                "code; save it anew as a state dict of tensors."
+            ) from error
         raise UserError(f"{source} is not a checkpoint, or not a whole one: {_beginning(path)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds a {type(content).__name__}; expected a state dict or a checkpoint.")
@@ -66,8 +68,10 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse weights of which some are NaN or infinite: every feature would be, too."""
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise UserError(f"{source}: {name} holds values that are NaN or infinite, as after a training that has "
-                            "diverged; take an earlier checkpoint.")  # fmt: skip
+            raise UserError(
+                f"{source}: {name} holds values that are NaN or infinite, as after a training that has "
+                "diverged; take an earlier checkpoint."
+            )
 
 
 def read_safetensors(path: Path, *, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:

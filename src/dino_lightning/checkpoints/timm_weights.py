@@ -13,7 +13,7 @@ from torch import nn
 from dino_lightning.checkpoints.description import PAPER, Description
 from dino_lightning.checkpoints.original import load_strictly, recognised
 from dino_lightning.config import TimmConfig
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.models.backbones import build_backbone
 
 
@@ -77,5 +77,5 @@ def _settings(name: str, *, source: str) -> Any:
         architecture = name.split(".")[0]
         tagged = timm.list_pretrained(f"{architecture}.*") if timm.is_model(architecture) else []
         known = tagged or [*timm.list_models(), *timm.list_pretrained()]
-        raise UserError(f"{source}: timm {timm.__version__} has no network '{name}'; {nearest(name, known)}")
+        raise UserError(f"{source}: timm {timm.__version__} has no network '{name}'; {did_you_mean(name, known)}")
     return settings

@@ -8,14 +8,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino_lightning.cli.errors import explain
-from dino_lightning.cli.overrides import as_hydra_takes_it
+from dino_lightning.cli.errors import message_for
+from dino_lightning.cli.overrides import prepare_overrides
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
-from dino_lightning.training.autoconfig.apply import suggest_settings
+from dino_lightning.training.autoconfig.apply import autoconfigure
+from dino_lightning.training.resume import check_output_dir
 
 
 def compose(*words: str) -> TrainConfig:
@@ -23,8 +24,8 @@ def compose(*words: str) -> TrainConfig:
 
         config = compose("method=byol", "trainer.max_epochs=2")
 
-    `dino_lightning.training.build` makes data module, LightningModule and trainer of it. Images are looked at only where the
-    words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is named after
+    `dino_lightning.training.build` makes data module, LightningModule and trainer of it. Images are looked at only
+    where the words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is named after
     the clock unless a word names it. Raises `UserError` for what the command line refuses.
     """
     register()
@@ -32,12 +33,13 @@ def compose(*words: str) -> TrainConfig:
     OmegaConf.register_new_resolver("run_name", lambda: time.strftime("%Y%m%d-%H%M%S"), replace=True)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            given = as_hydra_takes_it(list(words))
+            given = prepare_overrides(list(words))
             composed = hydra.compose("config", overrides=given)
         check_keys(composed)
-        suggest_settings(composed, given=given)
+        autoconfigure(composed, cli_overrides=given)
         config = cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, conf=CONF)) from error
+        raise UserError(message_for(error, conf=CONF)) from error
     check_config(config)
+    check_output_dir(config)
     return config

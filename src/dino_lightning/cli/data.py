@@ -19,7 +19,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dino_lightning.cli.errors import EXPLAINED, explain, refuse_number
+from dino_lightning.cli.errors import EXPLAINED, message_for, refuse_number
 from dino_lightning.cli.overrides import register_timm_networks, with_settings_for_data
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import CropsConfig, DataConfig, register
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = compose_config(options.words, kind=options.data)
         return stats(chosen, options) if options.command == "stats" else check(chosen, options)
     except EXPLAINED as error:
-        print(f"dino-data: {explain(error, conf=CONF)}", file=sys.stderr)
+        print(f"dino-data: {message_for(error, conf=CONF)}", file=sys.stderr)
         return 2
     except OverflowError as error:
         refuse_number(error, program="dino-data")
@@ -66,9 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options; `words` holds the path and the overrides."""
     parser = argparse.ArgumentParser(
-        prog="dino-data", description="Look at a data set before training on it.", epilog=EXAMPLES,
+        prog="dino-data",
+        description="Look at a data set before training on it.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument(
         "command", choices=("check", "stats"), help="what is in it, or mean and deviation of its values"
     )
@@ -139,10 +141,14 @@ def stats(chosen: Chosen, options: argparse.Namespace) -> int:
     print(f"crops.std={listed(found.std)}")
     usual = CropsConfig()
     if chosen.data.channels == len(usual.mean):
-        apart = [max(abs(a - b) for a, b in zip(*pair, strict=True))
-                 for pair in ((found.mean, usual.mean), (found.std, usual.std))]  # fmt: skip
-        print(f"# ImageNet's, the default: {listed(usual.mean)} and {listed(usual.std)}; "
-              f"apart by up to {apart[0]:.3f} and {apart[1]:.3f}")  # fmt: skip
+        apart = [
+            max(abs(a - b) for a, b in zip(*pair, strict=True))
+            for pair in ((found.mean, usual.mean), (found.std, usual.std))
+        ]
+        print(
+            f"# ImageNet's, the default: {listed(usual.mean)} and {listed(usual.std)}; "
+            f"apart by up to {apart[0]:.3f} and {apart[1]:.3f}"
+        )
     return 0
 
 
@@ -154,7 +160,7 @@ def listed(values: list[float]) -> str:
 def check(chosen: Chosen, options: argparse.Namespace) -> int:
     """Scan, print what was found, write bad_images.txt and crops.png."""
     from dino_lightning.data.scan import scan
-    from dino_lightning.data.scan_advice import advice, found
+    from dino_lightning.data.scan_advice import recommendations, summary
 
     sources = open_indexed(chosen)
     output = options.output or Path(f"dino-data-{name_of(chosen.data)}")
@@ -170,13 +176,13 @@ def check(chosen: Chosen, options: argparse.Namespace) -> int:
                 )
     if not reasons:
         (output / "bad_images.txt").unlink()
-    for title, text in found(chosen.data, chosen.crops, sources, scans):
+    for title, text in summary(chosen.data, chosen.crops, sources, scans):
         print_entry(title, text)
     if reasons:
         listed = "\n".join(f"{count:>9,}  {reason}" for reason, count in reasons.most_common(10))
         print_entry("broken", f"{reasons.total():,}, see {output / 'bad_images.txt'}\n{listed}")
     draw_crops(chosen, sources.train, output=output)
-    settings = advice(chosen.data, chosen.crops, scans, bad=reasons.total())
+    settings = recommendations(chosen.data, chosen.crops, scans, bad=reasons.total())
     print("\nto set:" if settings else "\nNothing to set.")
     for setting, why in settings:
         print(f"  {setting:<32} {why}")

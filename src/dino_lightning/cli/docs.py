@@ -56,8 +56,14 @@ def render() -> str:
 
 def _table(title: str, schema: type, keys: list[Key]) -> str:
     rows = [f"| `{key.name}` | {key.kind} | {_code(key.default)} | {_text(key.doc)} |" for key in keys]
-    head = [f"## {title}", "", " ".join((schema.__doc__ or "").split()), "", "| key | type | default | meaning |",
-            "|---|---|---|---|"]  # fmt: skip
+    head = [
+        f"## {title}",
+        "",
+        " ".join((schema.__doc__ or "").split()),
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     return "\n".join([*head, *rows, ""])
 
 

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
-from dino_lightning.cli.errors import EXPLAINED, refuse, refuse_number
-from dino_lightning.cli.overrides import in_hydras_grammar
+from dino_lightning.cli.errors import EXPLAINED, exit_with_error, refuse_number
+from dino_lightning.cli.overrides import quote_overrides
 from dino_lightning.cli.resolvers import groups
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import EmbedConfig, register
@@ -31,15 +31,15 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     if asks_for_completion(sys.argv):
-        complete_after(in_hydras_grammar)
-    sys.argv[1:] = in_hydras_grammar(sys.argv[1:])
+        complete_after(quote_overrides)
+    sys.argv[1:] = quote_overrides(sys.argv[1:])
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):  # here already: Hydra would write a file of its own
             raise UserError("--multirun: dino-embed writes one file; run it once for each.")
         _embed()
     except EXPLAINED as error:
-        refuse(error, program=PROGRAM)
+        exit_with_error(error, program=PROGRAM)
     except OverflowError as error:
         refuse_number(error, program=PROGRAM)
 
@@ -49,7 +49,7 @@ def _embed(cfg: DictConfig) -> None:
     try:
         embed_as(cfg, overrides=list(HydraConfig.get().overrides.task))
     except EXPLAINED as error:
-        refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
+        exit_with_error(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
 
 
 def embed_as(composed: DictConfig, *, overrides: list[str]) -> None:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.conf_dir import CONF, option_names
 from dino_lightning.config.docs import all_keys
-from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written, nearest
+from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written, did_you_mean
 
 PROGRAMS = {
     "TrainConfig": "training (train.py)",
@@ -34,7 +34,7 @@ PLUGINS = {
 """Start of an option of Hydra's -> what brings it, and the extra of which that is."""
 
 
-def explain(error: Exception, *, conf: Path) -> str:
+def message_for(error: Exception, *, conf: Path) -> str:
     """One sentence for a person, in one line whatever a value or a library's words have in them."""
     return re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", _explained(error, conf=conf)).strip()
 
@@ -73,7 +73,7 @@ def _unknown_option(group: str, option: str, conf: Path) -> str:
     if group == "hydra":
         return _unknown_plugin(option, conf)
     known = option_names(conf / group)
-    sentence = f"{group}={option} is not an option of {group}; {nearest(option, known)}"
+    sentence = f"{group}={option} is not an option of {group}; {did_you_mean(option, known)}"
     if group == "backbone":
         sentence += " Every network of timm works by its name, too (`timm.list_models()`)."
     return sentence
@@ -87,7 +87,7 @@ def _unknown_plugin(option: str, conf: Path) -> str:
         return f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
     stored = [file.removesuffix(".yaml") for file in ConfigStore.instance().list(f"hydra/{kind}") if "." in file]
     known = sorted({*option_names(conf / "hydra" / kind), *stored})
-    return f"hydra/{kind}={name} is not an option of hydra/{kind}; {nearest(name, known)}"
+    return f"hydra/{kind}={name} is not an option of hydra/{kind}; {did_you_mean(name, known)}"
 
 
 def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
@@ -116,7 +116,7 @@ def _unknown_key(key: str) -> str:
         return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
     group = key.split(".")[0]
     own = {name for name in known if name.startswith(f"{group}.")} or known
-    return f"{key} is not a key of the configuration; {nearest(key, own)}"
+    return f"{key} is not a key of the configuration; {did_you_mean(key, own)}"
 
 
 def _full_key(text: str) -> str:
@@ -148,12 +148,12 @@ EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 
 def sentence(error: Exception) -> str | None:
     """What a failed run has to say, or None for an error that nobody foresaw."""
-    return explain(error, conf=CONF) if isinstance(error, (*EXPLAINED, FloatingPointError)) else None
+    return message_for(error, conf=CONF) if isinstance(error, (*EXPLAINED, FloatingPointError)) else None
 
 
-def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
+def exit_with_error(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
     """Say what is wrong, once over all processes that have the same error, and leave with status 2."""
-    words, number = explain(error, conf=CONF), int(os.environ.get("LOCAL_RANK", "0"))
+    words, number = message_for(error, conf=CONF), int(os.environ.get("LOCAL_RANK", "0"))
     if number == 0:
         print(f"{program}: {words}", file=sys.stderr)
     elif not isinstance(error, RanksDifferError):
@@ -163,12 +163,15 @@ def refuse(error: Exception, *, program: str = "dino-lightning") -> NoReturn:
     sys.exit(2)
 
 
-def end_without_others(error: RuntimeError) -> NoReturn:
+def exit_after_lost_rank(error: RuntimeError) -> NoReturn:
     """Say that another rank is lost, in place of the traceback of whatever waited for it, and leave with status 1."""
     cause = " ".join(str(error).split())
-    print(f"dino-lightning: rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} ends because another rank "
-          "has ended or has not answered within collective_timeout_s; if one has failed, its own message says why "
-          f"({cause[:300]})", file=sys.stderr)  # fmt: skip
+    print(
+        f"dino-lightning: rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} ends because another rank "
+        "has ended or has not answered within collective_timeout_s; if one has failed, its own message says why "
+        f"({cause[:300]})",
+        file=sys.stderr,
+    )
     sys.exit(1)
 
 
@@ -181,11 +184,11 @@ def refuse_folder(error: OSError, *, program: str = "dino-lightning") -> NoRetur
     ours = [file for file in files if Path(file).name not in ("pathlib.py", "_local.py", "os.py")]
     if error.filename is None or Path(hydra.__file__).parent not in Path(ours[-1]).parents:
         raise error
-    refuse(cannot_be_written("output_dir", error.filename, error), program=program)
+    exit_with_error(cannot_be_written("output_dir", error.filename, error), program=program)
 
 
 def refuse_number(error: OverflowError, *, program: str = "dino-lightning") -> NoReturn:
     """Say that the number of a key has hundreds of digits, for which OmegaConf has no error; raise others again."""
     if "full_key" not in str(error):
         raise error
-    refuse(error, program=program)
+    exit_with_error(error, program=program)

@@ -21,8 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
-from dino_lightning.cli.errors import EXPLAINED, refuse, refuse_folder, refuse_number, sentence
-from dino_lightning.cli.overrides import in_hydras_grammar
+from dino_lightning.cli.errors import EXPLAINED, exit_with_error, refuse_folder, refuse_number, sentence
+from dino_lightning.cli.overrides import quote_overrides
 from dino_lightning.cli.resolvers import groups, run_name
 from dino_lightning.cli.sweeps import Jobs, first_on_machine
 from dino_lightning.cli.train import CONF
@@ -41,14 +41,14 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     if asks_for_completion(sys.argv):
-        complete_after(in_hydras_grammar)
-    sys.argv[1:] = in_hydras_grammar(sys.argv[1:])
+        complete_after(quote_overrides)
+    sys.argv[1:] = quote_overrides(sys.argv[1:])
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         _evaluate()
     except EXPLAINED as error:
-        refuse(error, program=PROGRAM)
+        exit_with_error(error, program=PROGRAM)
     except OSError as error:
         refuse_folder(error, program=PROGRAM)
     except OverflowError as error:
@@ -74,7 +74,7 @@ def _evaluate(cfg: DictConfig) -> float | None:
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
-        refuse(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
+        exit_with_error(error, program=PROGRAM)  # here already: Hydra would print the overrides above the sentence
 
 
 class SweepStart(Callback):

@@ -14,15 +14,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dino_lightning.cli.errors import EXPLAINED, explain, refuse_number
-from dino_lightning.cli.overrides import in_hydras_grammar
+from dino_lightning.cli.errors import EXPLAINED, message_for, refuse_number
+from dino_lightning.cli.overrides import quote_overrides
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import register
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.config.docs import all_keys
 from dino_lightning.config.export import FORMATS, ExportConfig
 from dino_lightning.config.paths import usable_path
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 EXAMPLES = """examples:
   dino-export checkpoint=outputs/RUN format=timm output=FOLDER              timm.create_model("local-dir:FOLDER")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         export(compose_config(words))
     except EXPLAINED as error:
-        print(f"dino-export: {explain(error, conf=CONF)}", file=sys.stderr)
+        print(f"dino-export: {message_for(error, conf=CONF)}", file=sys.stderr)
         return 2
     except OverflowError as error:
         refuse_number(error, program="dino-export")
@@ -50,9 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> list[str]:
     """The words `key=value`."""
     parser = argparse.ArgumentParser(
-        prog="dino-export", description="One network in another program's format.", epilog=EXAMPLES,
+        prog="dino-export",
+        description="One network in another program's format.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("words", nargs="*", metavar="key=value", help="checkpoint, format, output and others")
     return parser.parse_args(argv).words
 
@@ -61,7 +63,7 @@ def compose_config(words: list[str]) -> ExportConfig:
     """The checked configuration."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = compose("export", overrides=in_hydras_grammar(words))
+        composed = compose("export", overrides=quote_overrides(words))
     check_keys(composed)
     for key in sorted(OmegaConf.missing_keys(composed)):
         doc = next(known.doc for known in all_keys() if (known.name, known.schema) == (key, ExportConfig))
@@ -74,7 +76,7 @@ def compose_config(words: list[str]) -> ExportConfig:
 def check(config: ExportConfig) -> None:
     """Refuse what can be told without the weights."""
     if config.format not in FORMATS:
-        raise UserError(f"format={config.format}: {nearest(config.format, FORMATS)}")
+        raise UserError(f"format={config.format}: {did_you_mean(config.format, FORMATS)}")
     output, ending = usable_path("output", config.output), FORMATS[config.format]
     if output.suffix != ending if ending else output.suffix in FORMATS.values() and output.suffix:
         what = f"a file that ends in {ending}" if ending else "a folder"
@@ -100,8 +102,10 @@ def export(config: ExportConfig) -> None:
     check_format(config.format)
     network = load_network(config.checkpoint, key=config.checkpoint_key)
     if config.image_size and is_vit(network.backbone) and config.image_size % patch_size(network.backbone):
-        raise UserError(f"image_size={config.image_size} is not a multiple of the patch size "
-                        f"{patch_size(network.backbone)} of {network.name}.")  # fmt: skip
+        raise UserError(
+            f"image_size={config.image_size} is not a multiple of the patch size "
+            f"{patch_size(network.backbone)} of {network.name}."
+        )
     output = Path(config.output).expanduser()
     console = Console(stderr=True, highlight=False, force_jupyter=False)  # whose bars want ipywidgets
     with console.status(f"writing {output.name} and comparing it with {network.name}"):

@@ -19,14 +19,25 @@ WRITTEN = ("output_dir", "output")
 """Those that need not be there yet."""
 SEVERAL = ("-m", "--multirun")
 """Hydra's flags for a sweep, where a comma separates values."""
-WITH_A_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
-                "--experimental-rerun")  # fmt: skip
+WITH_A_VALUE = (
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "-cp",
+    "--config-path",
+    "-cn",
+    "--config-name",
+    "-cd",
+    "--config-dir",
+    "--experimental-rerun",
+)
 """Flags of Hydra's that the word behind belongs to."""
 INFO = ("-i", "--info")
 """Those that do without one, and take an override for it."""
 
 
-def in_hydras_grammar(words: list[str]) -> list[str]:
+def quote_overrides(words: list[str]) -> list[str]:
     """The words as Hydra takes them; what it takes already stays."""
     return with_flags_first(with_shards_in_one_piece(with_quoted_paths(with_home_folders(words))))
 
@@ -95,11 +106,11 @@ def _quoted(word: str) -> str:
     return f"{key}='" + "\\'".join(parts) + "'"
 
 
-def as_hydra_takes_it(words: list[str], *, fast: bool | None = None) -> list[str]:
+def prepare_overrides(words: list[str], *, fast: bool | None = None) -> list[str]:
     """The words of a command line with what they leave unsaid, and in Hydra's grammar; networks of timm among them
     become options. `fast` says whether there is a GPU; None looks where that matters."""
     register_timm_networks(words)
-    return with_settings_for_data(with_quick_start(in_hydras_grammar(words), fast=fast))
+    return with_settings_for_data(with_quick_start(quote_overrides(words), fast=fast))
 
 
 def register_timm_networks(overrides: list[str]) -> None:

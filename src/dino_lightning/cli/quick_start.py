@@ -3,7 +3,6 @@
 The words that are put in are overrides like any other: Hydra shows them, and `config.yaml` keeps what they mean.
 """
 
-
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dino_lightning.data.sources.detect import kind_of
@@ -30,8 +29,8 @@ def with_quick_start(words: list[str], *, fast: bool | None = None) -> list[str]
     if fast is None:
         fast = "backbone" in given or has_accelerator(given.get("trainer.accelerator", "auto"))
     chosen = [f"data={kind_of(path)}", f"experiment={SMALL if fast else ON_CPU}"]
-    if "suggest_machine" not in given:
-        chosen.append("suggest_machine=true")
+    if "auto.machine" not in given:
+        chosen.append("auto.machine=true")
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.
     place = next(index for index, word in enumerate(words) if word.startswith("data.path="))
     return [*words[:place], *chosen, *words[place:]]
@@ -42,7 +41,3 @@ def has_accelerator(accelerator: str) -> bool:
     from dino_lightning.runtime.devices import trains_on_cpu
 
     return not trains_on_cpu(accelerator)
-
-
-
-

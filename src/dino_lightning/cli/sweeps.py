@@ -127,8 +127,10 @@ def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options:
             arguments = ["train.py", *options["given"]]
             return process.submit(_started, arguments, _asked_of_hydra(), partial(job, **options), cfg).result()
         except TerminatedWorkerError as error:
-            raise UserError("the process of this run was killed, which is often the lack of memory; run fewer side by "
-                            "side (hydra.launcher.n_jobs).") from error  # fmt: skip
+            raise UserError(
+                "the process of this run was killed, which is often the lack of memory; run fewer side by "
+                "side (hydra.launcher.n_jobs)."
+            ) from error
 
 
 def _asked_of_hydra() -> DictConfig | None:
@@ -154,12 +156,16 @@ def check_sweeper(config: DictConfig) -> None:
     logging.getLogger("optuna").setLevel(logging.WARNING)
     logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # failed runs say more themselves
     if not config.callbacks.knn.enabled:
-        raise UserError("hydra/sweeper=optuna_knn looks for the best k-NN accuracy, and callbacks.knn.enabled=false; "
-                        "set it to true.")  # fmt: skip
+        raise UserError(
+            "hydra/sweeper=optuna_knn looks for the best k-NN accuracy, and callbacks.knn.enabled=false; "
+            "set it to true."
+        )
     direction = getattr(sweeper.direction, "name", sweeper.direction)  # the plugin's own default is no text
     if direction != "maximize":
-        raise UserError(f"hydra.sweeper.direction={direction}: the figure is the k-NN accuracy; set it to maximize, as "
-                        "hydra/sweeper=optuna_knn does.")  # fmt: skip
+        raise UserError(
+            f"hydra.sweeper.direction={direction}: the figure is the k-NN accuracy; set it to maximize, as "
+            "hydra/sweeper=optuna_knn does."
+        )
     for key in ("n_jobs", "n_trials"):
         if sweeper[key] < 1:
             raise UserError(f"hydra.sweeper.{key}={sweeper[key]}: expected a number of runs of at least 1.")

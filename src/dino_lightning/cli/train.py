@@ -18,8 +18,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
-from dino_lightning.cli.errors import EXPLAINED, end_without_others, refuse, refuse_folder, refuse_number, sentence
-from dino_lightning.cli.overrides import as_hydra_takes_it
+from dino_lightning.cli.errors import (
+    EXPLAINED,
+    exit_after_lost_rank,
+    exit_with_error,
+    refuse_folder,
+    refuse_number,
+    sentence,
+)
+from dino_lightning.cli.overrides import prepare_overrides
 from dino_lightning.cli.plugins import import_one, with_imports
 from dino_lightning.cli.resolvers import groups, run_name
 from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
@@ -37,12 +44,9 @@ JOBS = Jobs()
 """The runs of `--multirun`."""
 
 
-
-
-
 def train() -> None:
     """Entry point of training."""
-    outside_training.listen()
+    outside_training.install_early_handlers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise to us instead of printing and leaving with status 1
     register()
     try:
@@ -52,23 +56,23 @@ def train() -> None:
 
             sys.exit(main([word for word in sys.argv[2:] if not word.startswith("imports=")]))
         if asks_for_completion(sys.argv):
-            complete_after(partial(as_hydra_takes_it, fast=False))  # to look for a GPU takes seconds
-        sys.argv[1:] = as_hydra_takes_it(sys.argv[1:])
+            complete_after(partial(prepare_overrides, fast=False))  # to look for a GPU takes seconds
+        sys.argv[1:] = prepare_overrides(sys.argv[1:])
     except UserError as error:
-        refuse(error)
+        exit_with_error(error)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         _train()
     except EXPLAINED as error:
-        refuse(error)
+        exit_with_error(error)
     except OSError as error:
         refuse_folder(error)
     except OverflowError as error:
         refuse_number(error)
     except ValueError as error:
         if str(error).startswith("Only one of --run"):  # Hydra's
-            refuse(UserError(f"{error}."))
+            exit_with_error(UserError(f"{error}."))
         if "No trials are completed" not in str(error):  # Optuna's, where all runs have failed
             raise
     except SystemExit as left:
@@ -80,7 +84,7 @@ def train() -> None:
             os._exit(left.code)
         raise
     JOBS.finish()
-    outside_training.ignore()
+    outside_training.ignore_at_shutdown()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -98,7 +102,7 @@ def _train(cfg: DictConfig) -> float | None:
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra made the folder; leave it only where something stands in it
             Path(cfg.output_dir).rmdir()
-        refuse(error)  # here already: Hydra would print the overrides above the sentence
+        exit_with_error(error)  # here already: Hydra would print the overrides above the sentence
     except FloatingPointError as error:  # of all ranks at the same step
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"dino-lightning: {error}", file=sys.stderr)
@@ -107,7 +111,7 @@ def _train(cfg: DictConfig) -> float | None:
         from dino_lightning.runtime.collectives import another_rank_is_lost
 
         if another_rank_is_lost(error):
-            end_without_others(error)
+            exit_after_lost_rank(error)
         raise
 
 
@@ -117,9 +121,9 @@ def train_one(cfg: DictConfig, **options: Any) -> float | None:
     register()
     for name in cfg.imports:
         import_one(name)
-    from dino_lightning.training.run import run_training  # torch and lightning load in seconds: not needed for --help
+    from dino_lightning.training.run import train  # torch and lightning load in seconds: not needed for --help
 
-    return run_training(cfg, **options)
+    return train(cfg, **options)
 
 
 class SweepStart(Callback):
@@ -130,31 +134,5 @@ class SweepStart(Callback):
         try:
             check_sweeper(config)
         except UserError as error:
-            refuse(error)
+            exit_with_error(error)
         JOBS.begin(Path(config.hydra.sweep.dir))
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -56,15 +56,5 @@ def check() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")  # it prints addresses of its own
 
 
-
-
-
-
-
-
-
-
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,8 +16,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from dino_lightning.config.auto import AutoConfig
 from dino_lightning.config.callbacks import CallbacksConfig, CollapseConfig, KNNConfig, PicturesConfig, PruningConfig
-from dino_lightning.config.compute import StepConfig
+from dino_lightning.config.compute import ComputeConfig
 from dino_lightning.config.crops import CropsConfig
 from dino_lightning.config.data import (
     TORCHVISION_NAMES,
@@ -45,7 +46,7 @@ from dino_lightning.config.evaluation import (
     FinetuneEval,
     KNNEval,
     LinearEval,
-    LinearFastEval,
+    LinearGridEval,
     LogisticEval,
     NeighborsEval,
     PicturesData,
@@ -84,6 +85,7 @@ __all__ = [
     "AdamWConfig",
     "ArchiveData",
     "AttentionEval",
+    "AutoConfig",
     "BYOLConfig",
     "BackboneConfig",
     "BenchmarkData",
@@ -93,6 +95,7 @@ __all__ = [
     "CheckpointConfig",
     "ClassificationEval",
     "CollapseConfig",
+    "ComputeConfig",
     "CopyDetectionEval",
     "CopydaysData",
     "CropsConfig",
@@ -113,7 +116,7 @@ __all__ = [
     "LARSConfig",
     "LandmarksData",
     "LinearEval",
-    "LinearFastEval",
+    "LinearGridEval",
     "ListingData",
     "LoggerConfig",
     "LogisticEval",
@@ -129,7 +132,6 @@ __all__ = [
     "RetrievalEval",
     "RevisitedData",
     "SGDConfig",
-    "StepConfig",
     "SupervisedConfig",
     "SwAVConfig",
     "TeacherConfig",
@@ -163,7 +165,7 @@ class TrainConfig:
     """Optimizer and schedules."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Devices, precision, length."""
-    step: StepConfig = field(default_factory=StepConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Speed and memory of a step."""
     logger: LoggerConfig = MISSING
     """Where metrics go besides `metrics.csv`."""
@@ -178,13 +180,8 @@ class TrainConfig:
     `backbone` says; a position embedding for images of another size is resampled. The head starts anew."""
     init_key: str | None = None
     """Which network of an `init_from` that holds several: `teacher` or `student`; null as for an evaluation."""
-    suggest: bool = False
-    """Choose prototypes, momentum, temperature, learning rate and crops by number and size of the images
-    (docs/small_data.md), wherever the command line does not."""
-    suggest_machine: bool = False
-    """Choose length, batch, loader processes, precision, kept images and whether k-NN is evaluated by this machine and
-    the amount of images (docs/small_data.md), wherever the command line does not; a batch that does not fit into the
-    memory of a GPU is divided. `data.path=…` without `data=` and `experiment=` sets it."""
+    auto: AutoConfig = field(default_factory=AutoConfig)
+    """Settings chosen from the images and the machine."""
     output_dir: str = MISSING
     """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
     seed: int = 0
@@ -258,13 +255,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig, "lars": LARSConfig},
     "trainer": {"lightning": TrainerConfig, "devices": DevicesConfig},
-    "step": {"step": StepConfig},
+    "compute": {"compute": ComputeConfig},
     "logger": {"csv": CSVLoggerConfig, "wandb": WandbLoggerConfig, "tensorboard": TensorBoardLoggerConfig},
     "callbacks": {"standard": CallbacksConfig},
     "eval": {
         "knn": KNNEval,
         "linear": LinearEval,
-        "linear_fast": LinearFastEval,
+        "linear_grid": LinearGridEval,
         "logistic": LogisticEval,
         "finetune": FinetuneEval,
         "retrieval": RetrievalEval,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class StepConfig:
+class ComputeConfig:
     """Speed and memory of a training step."""
 
     fused: bool = True

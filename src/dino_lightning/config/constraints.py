@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.config.paths import PATHS, usable_path
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.devices import trains_on_cpu
 
 LARGEST = 2**53
@@ -47,19 +47,19 @@ def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, t
     _check_sizes(config)
     check_paths(config)
     for key, rule in rules.items():
-        value = lookup(config, key)
+        value = get_dotted(config, key)
         if value is not None and not rule.holds(value):
-            raise UserError(f"{key}={shown(value)}: expected {rule.expected}.")
+            raise UserError(f"{key}={format_value(value)}: expected {rule.expected}.")
     for key, known in choices.items():
-        value = lookup(config, key)
+        value = get_dotted(config, key)
         if value is not None and value not in known:
-            raise UserError(f"{key}={value}: {nearest(value, known)}")
+            raise UserError(f"{key}={value}: {did_you_mean(value, known)}")
 
 
 def check_paths(config: Any) -> None:
     """Refuse the first path that no file can have."""
     for key in PATHS:
-        value = lookup(config, key)
+        value = get_dotted(config, key)
         if value is not None:
             usable_path(key, value)
 
@@ -78,10 +78,10 @@ def _check_sizes(config: Any, prefix: str = "") -> None:
             and "list[" in str(field.type)
             and any(isinstance(one, list | dict) for one in value)
         ):
-            raise UserError(f"{key}={shown(value)}: expected a list of single values, without lists in it.")
+            raise UserError(f"{key}={format_value(value)}: expected a list of single values, without lists in it.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) > LARGEST:
-                raise UserError(f"{key}={shown(value)}: expected no whole number beyond {LARGEST}.")
+                raise UserError(f"{key}={format_value(value)}: expected no whole number beyond {LARGEST}.")
 
 
 def check_devices(trainer: Any, known: Mapping[str, tuple[str, ...]]) -> None:
@@ -89,7 +89,7 @@ def check_devices(trainer: Any, known: Mapping[str, tuple[str, ...]]) -> None:
     for key, choices in known.items():
         value = str(getattr(trainer, key))
         if value not in choices:
-            raise UserError(f"trainer.{key}={value}: {nearest(value, choices)}")
+            raise UserError(f"trainer.{key}={value}: {did_you_mean(value, choices)}")
     _check_accelerator(trainer.accelerator)
     _check_count(trainer.devices, on_cpu=trains_on_cpu(trainer.accelerator), accelerator=trainer.accelerator)
     if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
@@ -110,13 +110,15 @@ def _check_accelerator(name: str) -> None:
     kind = "GPU" if name in ("gpu", "cuda") else f"device of the kind '{name}'"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = f", with CUDA_VISIBLE_DEVICES={visible}" if kind == "GPU" and visible is not None else ""
-    raise UserError(f"trainer.accelerator={name}: this machine has no {kind} that PyTorch can use{hidden}; set "
-                    "trainer.accelerator=cpu.")  # fmt: skip
+    raise UserError(
+        f"trainer.accelerator={name}: this machine has no {kind} that PyTorch can use{hidden}; set "
+        "trainer.accelerator=cpu."
+    )
 
 
 def _check_count(devices: Any, *, on_cpu: bool, accelerator: str) -> None:
     """`devices` as Lightning reads it: a number, a list of indices, either as text, -1 for all, or `auto`."""
-    text = shown(devices).strip("[]")
+    text = format_value(devices).strip("[]")
     parts = [part for part in text.split(",") if part]
     several = isinstance(devices, list) or "," in text
     numbers = [int(part) for part in parts if re.fullmatch(r"-?\d+", part)]
@@ -124,21 +126,29 @@ def _check_count(devices: Any, *, on_cpu: bool, accelerator: str) -> None:
         return
     if on_cpu:
         if several or len(numbers) != 1 or numbers[0] < 1:
-            raise UserError(f"trainer.devices={shown(devices)}: expected auto or a number of processes of at least 1 "
-                            "on a CPU.")  # fmt: skip
+            raise UserError(
+                f"trainer.devices={format_value(devices)}: expected auto or a number of processes of at least 1 "
+                "on a CPU."
+            )
         return
     if len(numbers) != len(parts) or not parts or (not several and numbers[0] < 1 and numbers[0] != -1):
-        raise UserError(f"trainer.devices={shown(devices)}: expected auto, a number of GPUs of at least 1, or a list "
-                        "of their indices such as [0,1].")  # fmt: skip
+        raise UserError(
+            f"trainer.devices={format_value(devices)}: expected auto, a number of GPUs of at least 1, or a list "
+            "of their indices such as [0,1]."
+        )
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
     if several and (max(numbers) >= count or min(numbers) < 0 or len(set(numbers)) < len(numbers)):
-        raise UserError(f"trainer.devices={shown(devices)}: this machine shows {count} GPU(s) to PyTorch; expected "
-                        f"different indices from 0 to {count - 1}.")  # fmt: skip
+        raise UserError(
+            f"trainer.devices={format_value(devices)}: this machine shows {count} GPU(s) to PyTorch; expected "
+            f"different indices from 0 to {count - 1}."
+        )
     if not several and numbers[0] > count:
-        raise UserError(f"trainer.devices={shown(devices)}: this machine shows {count} GPU(s) to PyTorch; set "
-                        f"trainer.devices to at most {count}.")  # fmt: skip
+        raise UserError(
+            f"trainer.devices={format_value(devices)}: this machine shows {count} GPU(s) to PyTorch; set "
+            f"trainer.devices to at most {count}."
+        )
 
 
 def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
@@ -149,21 +159,21 @@ def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for name in composed:
         if name not in known:
-            choice = nearest(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
+            choice = did_you_mean(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
             raise UserError(f"{prefix}{name} is not a key of the configuration; {choice}")
         node = composed._get_node(name)
         if isinstance(node, DictConfig):
             check_keys(node, prefix=f"{prefix}{name}.")
 
 
-def lookup(config: Any, key: str) -> Any:
+def get_dotted(config: Any, key: str) -> Any:
     """The value at a dotted key, or None where this configuration has no such key."""
     for part in key.split("."):
         config = getattr(config, part, None)
     return config
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it is typed on the command line; of a long one the beginning."""
     text = str(value).replace(" ", "")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

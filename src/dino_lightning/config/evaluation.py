@@ -63,7 +63,7 @@ class LinearEval(ClassificationEval):
 
 
 @dataclass
-class LinearFastEval(ClassificationEval):
+class LinearGridEval(ClassificationEval):
     """Linear classifiers for a grid of learning rates and features, all at once on one pass of the backbone.
 
     The choice among them is made on held-out training images.

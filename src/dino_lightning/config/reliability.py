@@ -13,9 +13,9 @@ class NonfiniteConfig:
     policy: str = "stop"
     """`stop` ends the run, as the original does; `skip` leaves the step out; `rollback` takes weights and optimizer
     back to the last checkpoint and goes on behind the step, with the images and schedules that follow."""
-    most: int = 10
+    max_steps: int = 10
     """Steps of a run that may be skipped or rolled back; one more ends it."""
-    save: int = 3
+    max_saved: int = 3
     """Most steps of a run that are saved to `nonfinite/`, to be seen again with `dino-train replay FILE`."""
 
 

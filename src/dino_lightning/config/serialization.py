@@ -6,10 +6,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, TrainConfig
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 
-def to_plain(config: TrainConfig) -> dict[str, Any]:
+def to_dict(config: TrainConfig) -> dict[str, Any]:
     """`values`, nested as the keys are, and `schemas`, the name of each group's dataclass in `SCHEMAS`."""
     schemas = {
         group: name
@@ -27,8 +27,10 @@ def from_plain(plain: Any, *, source: str) -> TrainConfig:
         composed = OmegaConf.structured(TrainConfig)
         for group, name in schemas.items():
             if name not in SCHEMAS[group]:
-                raise UserError(f"{source} is of {group}={name}: {nearest(name, SCHEMAS[group])} One of your own is "
-                                "known after imports=[FILE].")  # fmt: skip
+                raise UserError(
+                    f"{source} is of {group}={name}: {did_you_mean(name, SCHEMAS[group])} One of your own is "
+                    "known after imports=[FILE]."
+                )
             composed[group] = OmegaConf.structured(SCHEMAS[group][name])
         return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(composed, values)))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:

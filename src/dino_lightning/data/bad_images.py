@@ -19,7 +19,7 @@ from PIL import Image
 
 from dino_lightning.data.decode import UnreadableImageError
 from dino_lightning.data.sources.base import Content, ImageSource
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.console import warn
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class BadImages:
 
     def __init__(self, path: Path | None, *, images: int, on_error: str, max_bad_share: float) -> None:
         if on_error not in ("skip", "raise"):
-            raise UserError(f"data.on_error={on_error} is not known; {nearest(on_error, ('skip', 'raise'))}")
+            raise UserError(f"data.on_error={on_error} is not known; {did_you_mean(on_error, ('skip', 'raise'))}")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share} is not a share of the images; give 0 to 1")
         self.path = path

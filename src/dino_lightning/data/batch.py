@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class LabelledCrops(NamedTuple):
+class LabeledCrops(NamedTuple):
     """A batch of crops and what its images show."""
 
     crops: Any
@@ -16,4 +16,4 @@ class LabelledCrops(NamedTuple):
 
 def images_in(batch: Any) -> int:
     """Number of images B of a batch on its device, with labels or without."""
-    return len(batch.labels if isinstance(batch, LabelledCrops) else batch[0])
+    return len(batch.labels if isinstance(batch, LabeledCrops) else batch[0])

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.data.crops import CropBackend
-from dino_lightning.data.shard_order import Place, read_stream
+from dino_lightning.data.shard_order import StreamPosition, read_stream
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
 from dino_lightning.data.worker_signals import held_back, obey_parent_alone
 from dino_lightning.errors import UserError
@@ -29,7 +29,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Failure:
+class WorkerError:
     """A `UserError` on its way out of a loader process, where PyTorch would wrap it into a traceback."""
 
     message: str
@@ -41,7 +41,7 @@ def crop_seed(*numbers: int) -> int:
     return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-class CropBatches(Dataset[Any]):
+class MultiCropDataset(Dataset[Any]):
     """Keys -> a batch of crops. PyTorch's loader hands over all keys of a batch at once."""
 
     def __init__(
@@ -58,12 +58,12 @@ class CropBatches(Dataset[Any]):
             # An image that cannot be read is replaced, and its label with it.
             images, positions = zip(*(self.images[index] for _, index in keys), strict=True)
         except UserError as error:
-            return Failure(str(error))
+            return WorkerError(str(error))
         batch = self.crops(images, [crop_seed(self.seed, *key) for key in keys])
-        return batch if self.labels is None else LabelledCrops(batch, torch.from_numpy(self.labels[list(positions)]))
+        return batch if self.labels is None else LabeledCrops(batch, torch.from_numpy(self.labels[list(positions)]))
 
 
-class StreamBatches(IterableDataset[Any]):
+class MultiCropStream(IterableDataset[Any]):
     """Endless batches of crops from a stream, each with the place in the stream behind it.
 
     Every loader process of every rank reads its own part: process w of W on rank r reads as number r W + w.
@@ -85,7 +85,7 @@ class StreamBatches(IterableDataset[Any]):
         self.stream, self.decode, self.crops, self.bad = stream, decode, crops, bad
         self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
         self.rank, self.world_size = rank, world_size
-        self.places: list[Place | None] | None = None
+        self.places: list[StreamPosition | None] | None = None
         """Where each process of this rank goes on."""
         self.first = 0
         """The process whose turn is first: PyTorch's loader begins with its number 0."""
@@ -105,7 +105,7 @@ class StreamBatches(IterableDataset[Any]):
         try:
             yield from self._batches(samples)
         except UserError as error:
-            yield Failure(str(error)), None
+            yield WorkerError(str(error)), None
 
     def _batches(self, samples: Iterator[Any]) -> Iterator[Any]:
         images, seeds = [], []

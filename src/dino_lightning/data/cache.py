@@ -33,8 +33,8 @@ from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import BadImages
 from dino_lightning.data.cache_build import bytes_needed, write_images
 from dino_lightning.data.decode import Decoder, UnreadableImageError
-from dino_lightning.data.sources.base import ImageSource, Part, digest
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.base import ImageSource, Subset, content_digest
+from dino_lightning.errors import UserError, did_you_mean
 
 FORMAT = 1
 """Raised when the same settings come to mean other pixels or other files."""
@@ -52,13 +52,13 @@ def cached(
     images do not stop that: they are added to the list `bad_images`, and `read` raises when their turn comes.
     """
     if config.cache not in CHOICES:
-        raise UserError(f"data.cache={config.cache} is not known; {nearest(config.cache, CHOICES)}")
+        raise UserError(f"data.cache={config.cache} is not known; {did_you_mean(config.cache, CHOICES)}")
     if config.cache == "none":
         return source
     if config.cache_resize < 1:
         raise UserError(f"data.cache_resize={config.cache_resize} is not a size; give pixels, such as 256")
     # A hold-out changes with the seed. Its few images more are cheaper than a cache for each seed.
-    part = source if isinstance(source, Part) and 2 * len(source) >= len(source.source) else None
+    part = source if isinstance(source, Subset) and 2 * len(source) >= len(source.source) else None
     whole = source if part is None else part.source
     folder = cache_root(config) / _key(whole, config)
     user = MemoryUser(folder) if config.cache == "ram" else None
@@ -66,7 +66,7 @@ def cached(
         if not _is_whole(folder):
             _build(folder, source=whole, config=config, decoder=decoder, workers=workers)
     images = CachedImages(whole, folder=folder, channels=config.channels, user=user)
-    kept = images if part is None else Part(images, indices=part.indices)
+    kept = images if part is None else Subset(images, indices=part.indices)
     if bad_images is not None:
         unreadable = images.unreadable if part is None else images.unreadable[part.indices]
         _list(kept, np.flatnonzero(unreadable), bad_images)
@@ -205,7 +205,7 @@ def _key(source: ImageSource, config: DataConfig) -> str:
     decisive = [FORMAT, config.cache_resize, config.channels, config.value_range, config.apply_exif_rotation]
     if config.nan_value is not None:
         decisive.append(config.nan_value)
-    return digest(source.fingerprint().encode(), json.dumps(decisive).encode())
+    return content_digest(source.fingerprint().encode(), json.dumps(decisive).encode())
 
 
 @contextmanager

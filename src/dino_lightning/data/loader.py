@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dino_lightning.data.batches import CropBatches, Failure, Key, StreamBatches, WorkerLoader
-from dino_lightning.data.shard_order import Place
+from dino_lightning.data.batches import Key, MultiCropDataset, MultiCropStream, WorkerError, WorkerLoader
+from dino_lightning.data.shard_order import StreamPosition
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import all_gather_concat
 
 
-class KeyBatches(Sampler[list[Key]]):
+class EpochBatchSampler(Sampler[list[Key]]):
     """Batches of (epoch, index) of one rank, from batch `start` on; an incomplete last batch is left out.
 
     The order is that of PyTorch's `DistributedSampler`, as in the original.
@@ -40,7 +40,7 @@ class KeyBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in own.tolist()]
 
 
-class PlacedLoader:
+class ResumableLoader:
     """Epochs of `len` batches; what map-style data and streams have in common."""
 
     def __init__(self, loader: DataLoader[Any], *, images_per_batch: int) -> None:
@@ -65,7 +65,7 @@ class PlacedLoader:
         self.loader._iterator = iterator
 
     @property
-    def sampler(self) -> "PlacedLoader":
+    def sampler(self) -> "ResumableLoader":
         """What has `set_epoch`: Lightning looks here."""
         return self
 
@@ -90,10 +90,10 @@ class PlacedLoader:
         self.epoch, self.done = state["epoch"], state["images"] // self.images_per_batch
 
 
-class MapLoader(PlacedLoader):
+class MapLoader(ResumableLoader):
     """Batches of crops of images that are read by index."""
 
-    def __init__(self, dataset: CropBatches, order: KeyBatches, **options: Any) -> None:
+    def __init__(self, dataset: MultiCropDataset, order: EpochBatchSampler, **options: Any) -> None:
         loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, **loader_options(**options))
         super().__init__(loader, images_per_batch=order.batch_size * order.world_size)
         self.order = order
@@ -109,17 +109,17 @@ class MapLoader(PlacedLoader):
         self.order.start = self.done
         for batch in self._timed(self.loader):
             self.done += 1
-            yield _unless_failed(batch)
+            yield raise_worker_error(batch)
 
 
-class StreamLoader(PlacedLoader):
+class StreamLoader(ResumableLoader):
     """Batches of crops of a stream: an epoch is a number of images, and the stream goes on where the last one ended."""
 
-    def __init__(self, dataset: StreamBatches, **options: Any) -> None:
+    def __init__(self, dataset: MultiCropStream, **options: Any) -> None:
         loader = WorkerLoader(dataset, batch_size=None, **loader_options(**options))
         super().__init__(loader, images_per_batch=dataset.batch_size * dataset.world_size)
         self.dataset = dataset
-        self.places: list[Place | None] = [None] * max(1, loader.num_workers)
+        self.places: list[StreamPosition | None] = [None] * max(1, loader.num_workers)
         """Where each loader process stands, by its number."""
         self.turn = 0
         """The process that gives the next batch."""
@@ -136,7 +136,7 @@ class StreamLoader(PlacedLoader):
             self._batches = self._timed(self.loader)
         while self.done < len(self):
             batch, place = next(self._batches)
-            batch = _unless_failed(batch)
+            batch = raise_worker_error(batch)
             self.places[self.turn] = place
             self.turn = (self.turn + 1) % len(self.places)
             self.done += 1
@@ -144,7 +144,7 @@ class StreamLoader(PlacedLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """The place of every loader process of every rank; all ranks call it."""
-        unread = (-1,) * len(Place._fields)
+        unread = (-1,) * len(StreamPosition._fields)
         own = torch.tensor([tuple(place) if place else unread for place in self.places])
         everywhere: Tensor = all_gather_concat(own)
         order = {"seed": self.dataset.seed, "shuffle_buffer": self.dataset.shuffle_buffer}
@@ -166,7 +166,7 @@ class StreamLoader(PlacedLoader):
             )
         first = self.dataset.rank * workers
         rows = state["places"][first : first + workers]
-        self.places = [None if row[0] < 0 else Place(*row) for row in rows]
+        self.places = [None if row[0] < 0 else StreamPosition(*row) for row in rows]
         self.turn, self._batches = state["turn"], None
 
 
@@ -186,7 +186,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _unless_failed(batch: Any) -> Any:
-    if isinstance(batch, Failure):
+def raise_worker_error(batch: Any) -> Any:
+    """Raise the error of a loader process here; return any other batch unchanged."""
+    if isinstance(batch, WorkerError):
         raise UserError(batch.message)
     return batch

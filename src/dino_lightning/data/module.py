@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, ReadableImages, why_unreadable
-from dino_lightning.data.batch import LabelledCrops
-from dino_lightning.data.batches import CropBatches, StreamBatches, crop_seed
+from dino_lightning.data.batch import LabeledCrops
+from dino_lightning.data.batches import MultiCropDataset, MultiCropStream, crop_seed
 from dino_lightning.data.cache import cached
-from dino_lightning.data.crops import CropBackend, CutCrops, EvalView, crop_backend
+from dino_lightning.data.crops import CropBackend, EvalView, RawCrops, crop_backend
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.loader import KeyBatches, MapLoader, PlacedLoader, StreamLoader
-from dino_lightning.data.sources import ImageSource, ImageStream, Sources, open_sources
-from dino_lightning.data.sources.base import Beginning, Content
+from dino_lightning.data.loader import EpochBatchSampler, MapLoader, ResumableLoader, StreamLoader
+from dino_lightning.data.sources import ImageSource, ImageStream, Splits, open_sources
+from dino_lightning.data.sources.base import Content, FirstImages
 from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import rank, world_size
@@ -63,11 +63,11 @@ class MultiCropDataModule(L.LightningDataModule):
         self.config, self.seed, self.bad_images, self.labels = config, seed, bad_images, labels
         self.crops = crops
         self.decoder = Decoder(config)
-        self._loader: PlacedLoader | None = None
+        self._loader: ResumableLoader | None = None
         self._place: dict[str, Any] | None = None
 
     @cached_property
-    def sources(self) -> Sources:
+    def sources(self) -> Splits:
         """Training and validation images, opened at first use."""
         return open_sources(self.config, seed=self.seed)
 
@@ -110,7 +110,7 @@ class MultiCropDataModule(L.LightningDataModule):
     def _train_images(self) -> ImageSource:
         """The training images by index; of a stream, the first ones."""
         train = self.sources.train
-        return Beginning(train, images=SEEN_OF_A_STREAM) if isinstance(train, ImageStream) else train
+        return FirstImages(train, images=SEEN_OF_A_STREAM) if isinstance(train, ImageStream) else train
 
     @cached_property
     def _kept_images(self) -> ImageSource:
@@ -122,7 +122,7 @@ class MultiCropDataModule(L.LightningDataModule):
             self._train_images, config=config, decoder=self.decoder, bad_images=self.bad_images, workers=workers
         )
 
-    def train_dataloader(self) -> PlacedLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Shuffled multi-crop batches, from the place that a checkpoint had."""
         self._loader = self._train_loader()
         self._go_to_place()
@@ -143,7 +143,7 @@ class MultiCropDataModule(L.LightningDataModule):
             self._loader.load_state_dict(self._place)
             self._place = None
 
-    def _train_loader(self) -> PlacedLoader:
+    def _train_loader(self) -> ResumableLoader:
         config, train = self.config, self.sources.train
         crops, decode = self.backend, self._decode(self.backend.decoding)
         options: dict[str, Any] = {
@@ -162,17 +162,17 @@ class MultiCropDataModule(L.LightningDataModule):
             )
             buffer: int = config.shuffle_buffer  # type: ignore[attr-defined]
             return StreamLoader(
-                StreamBatches(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks), **options
-            )  # fmt: skip
+                MultiCropStream(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks), **options
+            )
         images = self._readable(self._kept_images, crops.decoding)
-        batches = CropBatches(images, crops, seed=self.seed, labels=train.labels if self.labels else None)
-        return MapLoader(batches, KeyBatches(len(images), **ranks), **options)
+        batches = MultiCropDataset(images, crops, seed=self.seed, labels=train.labels if self.labels else None)
+        return MapLoader(batches, EpochBatchSampler(len(images), **ranks), **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """`crops=device`: the rest of the augmentation, where the batch is now."""
-        if isinstance(batch, LabelledCrops):
+        if isinstance(batch, LabeledCrops):
             return batch._replace(crops=self.on_after_batch_transfer(batch.crops, dataloader_idx))
-        return batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
+        return batch.augment(self.crops) if isinstance(batch, RawCrops) else batch
 
     def example_crops(self, indices: list[int]) -> list[list[Tensor]]:
         """The V crops of training images as the first epoch has them."""
@@ -180,7 +180,7 @@ class MultiCropDataModule(L.LightningDataModule):
         batch = self.backend(
             [images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices]
         )
-        views = batch.augment(self.crops) if isinstance(batch, CutCrops) else batch
+        views = batch.augment(self.crops) if isinstance(batch, RawCrops) else batch
         return [list(sample) for sample in zip(*views, strict=True)]
 
     def eval_dataset(self, split: str) -> EvalImages:
@@ -205,9 +205,11 @@ class MultiCropDataModule(L.LightningDataModule):
     def check_some_images(self, count: int = 8) -> None:
         """Raise `UserError` where none of some training images can be used: a wrong setting, not a broken file."""
         train, reason = self._train_images, ""
-        if isinstance(train, Beginning) and not len(train):
-            raise UserError(f"data: no image was found in the stream ({train.why_empty}); expected samples with an "
-                            "image that data.image_keys or data.image_column names.")  # fmt: skip
+        if isinstance(train, FirstImages) and not len(train):
+            raise UserError(
+                f"data: no image was found in the stream ({train.why_empty}); expected samples with an "
+                "image that data.image_keys or data.image_column names."
+            )
         decode = self._decode(self.backend.decoding)
         for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
             try:

@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     unreadable: int
 
 
-class Looked(NamedTuple):
+class ChunkScan(NamedTuple):
     """What a process found in m images of one source."""
 
     start: int
@@ -51,7 +51,7 @@ class Looked(NamedTuple):
 
 
 @dataclass
-class Scan:
+class ScanResult:
     """What was found in the n images of a source."""
 
     hashes: np.ndarray
@@ -70,7 +70,7 @@ class Scan:
         """Mask (n,)."""
         return self.sizes[:, 0] > 0
 
-    def add(self, looked: Looked) -> None:
+    def add(self, looked: ChunkScan) -> None:
         """Take in a part."""
         place = slice(looked.start, looked.start + len(looked.hashes))
         self.hashes[place], self.sizes[place] = looked.hashes, looked.sizes
@@ -80,7 +80,7 @@ class Scan:
             self.deep[name] = joined(self.deep.get(name, span), span)
 
 
-class Looks(Dataset[Looked]):
+class ScanDataset(Dataset[ChunkScan]):
     """Item k: what the images of chunk k are."""
 
     def __init__(self, source: ImageSource, *, config: DataConfig) -> None:
@@ -91,10 +91,10 @@ class Looks(Dataset[Looked]):
     def __len__(self) -> int:
         return -(-self.images // CHUNK)
 
-    def __getitem__(self, number: int) -> Looked:
+    def __getitem__(self, number: int) -> ChunkScan:
         start = number * CHUNK
         count = min(CHUNK, self.images - start)
-        found = Looked(start, np.zeros(count, np.uint64), np.zeros((count, 2), np.int32), Counter(), 0, {}, [])
+        found = ChunkScan(start, np.zeros(count, np.uint64), np.zeros((count, 2), np.int32), Counter(), 0, {}, [])
         turned = 0
         for i in range(count):
             try:
@@ -106,7 +106,7 @@ class Looks(Dataset[Looked]):
                 found.unreadable.append((start + i, why_unreadable(error)))
         return found._replace(turned=turned)
 
-    def _note_kind(self, content: Content, found: Looked) -> bool:
+    def _note_kind(self, content: Content, found: ChunkScan) -> bool:
         """Whether EXIF asks for a rotation."""
         stored = self.plain.stored(content)
         found.kinds[kind(content, stored)] += 1
@@ -121,17 +121,17 @@ class Looks(Dataset[Looked]):
 
 def scan(
     source: ImageSource, *, config: DataConfig, workers: int, title: str, on_unreadable: Callable[[int, str], Any]
-) -> Scan:
+) -> ScanResult:
     """Look at all images, with a progress bar; `on_unreadable` hears index and reason of each that cannot be used."""
-    whole = Scan(np.zeros(len(source), np.uint64), np.zeros((len(source), 2), np.int32))
+    whole = ScanResult(np.zeros(len(source), np.uint64), np.zeros((len(source), 2), np.int32))
 
-    def take(looked: Looked) -> int:
+    def take(looked: ChunkScan) -> int:
         whole.add(looked)
         for index, reason in looked.unreadable:
             on_unreadable(index, reason)
         return len(looked.hashes)
 
-    in_parallel(Looks(source, config=config), take, workers=workers, title=title)
+    in_parallel(ScanDataset(source, config=config), take, workers=workers, title=title)
     return whole
 
 
@@ -181,7 +181,7 @@ def moments(source: ImageSource, indices: np.ndarray, *, config: DataConfig, wor
     return Moments(mean, std, images, unreadable)
 
 
-def in_parallel(parts: Looks | Sums, take: Callable[[Any], int], *, workers: int, title: str) -> None:
+def in_parallel(parts: ScanDataset | Sums, take: Callable[[Any], int], *, workers: int, title: str) -> None:
     """Hand every item of `parts` to `take`, in order, which returns the number of images that it stands for."""
     loader: Any = DataLoader(
         parts, batch_size=None, num_workers=min(workers, len(parts)), collate_fn=_as_it_is, worker_init_fn=_hush
@@ -192,7 +192,7 @@ def in_parallel(parts: Looks | Sums, take: Callable[[Any], int], *, workers: int
             bar.advance(task, take(item))
 
 
-def duplicates(scan: Scan) -> tuple[int, list[tuple[int, int]]]:
+def duplicates(scan: ScanResult) -> tuple[int, list[tuple[int, int]]]:
     """Readable images that are copies of an earlier one, and up to three examples (copy, original)."""
     indices = np.flatnonzero(scan.readable)
     order = indices[np.argsort(scan.hashes[indices], kind="stable")]
@@ -201,7 +201,7 @@ def duplicates(scan: Scan) -> tuple[int, list[tuple[int, int]]]:
     return len(copies), [(int(order[at]), int(order[at - 1])) for at in copies[:3]]
 
 
-def shared(train: Scan, val: Scan) -> tuple[int, list[tuple[int, int]]]:
+def shared(train: ScanResult, val: ScanResult) -> tuple[int, list[tuple[int, int]]]:
     """Readable images of `val` that are in `train` too, and up to three examples (val, train)."""
     bank, queries = (np.flatnonzero(part.readable) for part in (train, val))
     order = bank[np.argsort(train.hashes[bank], kind="stable")]

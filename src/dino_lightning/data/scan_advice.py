@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 
 from dino_lightning.config import CropsConfig, DataConfig
-from dino_lightning.data.scan import Scan, duplicates, joined, shared
-from dino_lightning.data.sources.base import ImageSource, Sources
+from dino_lightning.data.scan import ScanResult, duplicates, joined, shared
+from dino_lightning.data.sources.base import ImageSource, Splits
 
 EDGES = (0, 32, 64, 96, 128, 224, 256, 384, 512, 768, 1024, 2048)
 """Shorter sides (pixels) at which a bar of the histogram begins."""
@@ -17,11 +17,11 @@ LARGE = 3
 DEPTHS = (1023, 4095, 16383, 65535)
 """Largest values of images of 10, 12, 14 and 16 bits."""
 
-Splits = dict[str, Scan]
+ScansBySplit = dict[str, ScanResult]
 """`train`, and `val` where there is one."""
 
 
-def found(data: DataConfig, crops: CropsConfig, sources: Sources, scans: Splits) -> list[tuple[str, str]]:
+def summary(data: DataConfig, crops: CropsConfig, sources: Splits, scans: ScansBySplit) -> list[tuple[str, str]]:
     """Title and text, of one line or more, of everything that is worth a line; without the broken images."""
     counts = ", ".join(f"{len(scan.hashes):,} {split}" for split, scan in scans.items())
     lines = [("images", f"{counts}{f' ({sources.notice})' if sources.notice else ''}")]
@@ -41,7 +41,7 @@ def found(data: DataConfig, crops: CropsConfig, sources: Sources, scans: Splits)
     return lines
 
 
-def advice(data: DataConfig, crops: CropsConfig, scans: Splits, *, bad: int) -> list[tuple[str, str]]:
+def recommendations(data: DataConfig, crops: CropsConfig, scans: ScansBySplit, *, bad: int) -> list[tuple[str, str]]:
     """What to set or to do, and why."""
     lines = _range_advice(data, scans)
     if (channels := _wanted_channels(data, scans)) is not None:
@@ -56,7 +56,7 @@ def advice(data: DataConfig, crops: CropsConfig, scans: Splits, *, bad: int) -> 
     return lines
 
 
-def _range_advice(data: DataConfig, scans: Splits) -> list[tuple[str, str]]:
+def _range_advice(data: DataConfig, scans: ScansBySplit) -> list[tuple[str, str]]:
     deep: dict[str, tuple[float, float]] = {}
     for scan in scans.values():
         for name, span in scan.deep.items():
@@ -72,7 +72,7 @@ def _range_advice(data: DataConfig, scans: Splits) -> list[tuple[str, str]]:
     return [(f"data.value_range=[{span}]", why)]
 
 
-def _size_advice(data: DataConfig, crops: CropsConfig, scans: Splits) -> list[tuple[str, str]]:
+def _size_advice(data: DataConfig, crops: CropsConfig, scans: ScansBySplit) -> list[tuple[str, str]]:
     shorter = np.concatenate([scan.sizes[scan.readable] for scan in scans.values()]).min(1)
     if not len(shorter):
         return []
@@ -87,7 +87,7 @@ def _size_advice(data: DataConfig, crops: CropsConfig, scans: Splits) -> list[tu
     return []
 
 
-def _wanted_channels(data: DataConfig, scans: Splits) -> int | None:
+def _wanted_channels(data: DataConfig, scans: ScansBySplit) -> int | None:
     """The number that all images have, where that is another one than configured; gray of colour may be on purpose."""
     stored = {_channels(kind) for scan in scans.values() for kind in scan.kinds}
     if len(stored) != 1 or None in stored or stored & {data.channels}:
@@ -124,7 +124,7 @@ def _spread(values: np.ndarray, form: str, of_what: str) -> str:
     return f"{shown} {of_what} (smallest / median / largest)"
 
 
-def _duplicates(sources: Sources, scans: Splits) -> str:
+def _duplicates(sources: Splits, scans: ScansBySplit) -> str:
     train = sources.train
     assert isinstance(train, ImageSource)
     copies, examples = duplicates(scans["train"])

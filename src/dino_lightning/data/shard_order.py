@@ -23,7 +23,7 @@ EMPTY_PASSES = 10
 """Passes in a row without a sample after which a reader gives up. A single one can be bad luck: an empty shard."""
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """How far a reader has come. `tuple(place)` goes into a checkpoint, `Place(*numbers)` comes back from it.
 
     It holds for the same stream, seed, number of readers and `shuffle_buffer` only.
@@ -47,23 +47,29 @@ class _Read(NamedTuple):
     sample: Sample
     key: tuple[int, int, int]
     """Pass, shard, row."""
-    start: Place
+    start: StreamPosition
     """The place from which this sample is the next one, where it is the first of its chunk."""
 
 
-Read = tuple[Sample, tuple[int, int, int], Place]
+Read = tuple[Sample, tuple[int, int, int], StreamPosition]
 """The sample; its pass, shard and row, from which its crops are seeded; the place to go on from after it."""
 
 
 def read_stream(
-    stream: ImageStream, *, seed: int, reader: int, readers: int, shuffle_buffer: int, start: Place | None = None
+    stream: ImageStream,
+    *,
+    seed: int,
+    reader: int,
+    readers: int,
+    shuffle_buffer: int,
+    start: StreamPosition | None = None,
 ) -> Iterator[Read]:
     """The samples of `reader` (from 0) of `readers`, without end, in chunks of `shuffle_buffer`; 1 or less: as stored.
 
     From `start` on the order is the one that follows it without an interruption. Raises `UserError` where the reader
     gets no sample at all.
     """
-    start = start or Place()
+    start = start or StreamPosition()
     chunks = _chunks(stream, seed=seed, reader=reader, readers=readers, size=max(shuffle_buffer, 1), start=start)
     chunk: list[_Read | None] = [*iter(lambda: next(chunks), None)]
     emitted = start.emitted
@@ -103,7 +109,7 @@ def _take(chunks: Iterator[_Read | None], *, into: list[_Read | None]) -> bool:
 
 
 def _chunks(
-    stream: ImageStream, *, seed: int, reader: int, readers: int, size: int, start: Place
+    stream: ImageStream, *, seed: int, reader: int, readers: int, size: int, start: StreamPosition
 ) -> Iterator[_Read | None]:
     """The reader's samples in stored order, with None after the last one of each chunk (never of none)."""
     empty = 0
@@ -117,14 +123,14 @@ def _chunks(
             for row, sample in enumerate(samples, start=first):
                 if row % sharers == part:
                     taken += 1
-                    yield _Read(sample, (turn, owned[position], row), Place(turn, position, row, chunk))
+                    yield _Read(sample, (turn, owned[position], row), StreamPosition(turn, position, row, chunk))
                     if taken % size == 0:
                         chunk += 1
                         yield None
             first = 0
         if taken % size:
             yield None
-        start = Place()
+        start = StreamPosition()
         empty = 0 if taken else empty + 1
         if empty == EMPTY_PASSES:
             raise UserError(

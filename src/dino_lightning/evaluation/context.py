@@ -27,9 +27,9 @@ from dino_lightning.config import (
     EvaluateConfig,
     ImagesConfig,
 )
-from dino_lightning.data.sources import Sources, open_sources
+from dino_lightning.data.sources import Splits, open_sources
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.collectives import leave_group
 
 
@@ -49,7 +49,7 @@ class Result:
 
 
 @dataclass
-class Runtime:
+class EvalContext:
     """Devices and the screen."""
 
     fabric: Fabric
@@ -102,9 +102,9 @@ class Runtime:
 class Task:
     """One network on one data set."""
 
-    network: Network
+    network: FrozenNetwork
     data: ImagesConfig
-    runtime: Runtime
+    runtime: EvalContext
     output: Path
     """Folder of what is written: `pictures/`, `masks/`, `bad_images*.txt`."""
     seed: int = 0
@@ -112,7 +112,7 @@ class Task:
     """Folder of the feature cache; None keeps nothing."""
 
     @cached_property
-    def sources(self) -> Sources:
+    def sources(self) -> Splits:
         """Labelled images of the data sets that training knows."""
         if not isinstance(self.data, DataConfig):
             raise UserError(f"data: this evaluation needs images to classify, not {type(self.data).__name__}.")
@@ -143,12 +143,12 @@ class Task:
         return folder / f"{name.stem}{suffix}{name.suffix}"
 
 
-def start(config: EvaluateConfig) -> Runtime:
+def start(config: EvaluateConfig) -> EvalContext:
     """The devices, with the other processes running."""
     fabric = launched(config.trainer)
     fabric.seed_everything(config.seed, verbose=False)
     set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
-    return Runtime(fabric, show_progress=config.trainer.enable_progress_bar)
+    return EvalContext(fabric, show_progress=config.trainer.enable_progress_bar)
 
 
 def launched(trainer: DevicesConfig) -> Fabric:

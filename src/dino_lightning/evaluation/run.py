@@ -20,7 +20,7 @@ from dino_lightning.config import (
     FinetuneEval,
     KNNEval,
     LinearEval,
-    LinearFastEval,
+    LinearGridEval,
     LogisticEval,
     NeighborsEval,
     RetrievalEval,
@@ -32,15 +32,15 @@ from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.attention import attention
 from dino_lightning.evaluation.classification import finetune, knn, linear, logistic, neighbors
-from dino_lightning.evaluation.classification import linear_grid as linear_fast
-from dino_lightning.evaluation.context import Result, Runtime, Task, start
+from dino_lightning.evaluation.classification import linear_grid as linear_grid
+from dino_lightning.evaluation.context import EvalContext, Result, Task, start
 from dino_lightning.evaluation.results import ResultsFile, results_table
 from dino_lightning.evaluation.retrieval import copy_detection, retrieval
 from dino_lightning.evaluation.video import video
 from dino_lightning.evaluation.wandb import log_results, start_evaluation
 from dino_lightning.loggers.checks import check_logger
 from dino_lightning.loggers.wandb import closed_wandb
-from dino_lightning.models.frozen import Network, check_size
+from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.environment import check_gpus, check_variables
 from dino_lightning.runtime.files import check_writable
@@ -87,13 +87,7 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     return next((result.value for result in columns[0][1] if result.main), None)
 
 
-
-
-
-
-
-
-def check_network(config: EvaluateConfig, network: Network) -> None:
+def check_network(config: EvaluateConfig, network: FrozenNetwork) -> None:
     """What images and sizes the network takes."""
     channels = config.data.channels if isinstance(config.data, DataConfig) else 3
     if network.channels != channels:
@@ -102,7 +96,7 @@ def check_network(config: EvaluateConfig, network: Network) -> None:
         check_size(network, config.eval.image_size or network.size, key="eval.image_size")
 
 
-def evaluate(config: EvaluateConfig, network: Network, runtime: Runtime, file: ResultsFile) -> list[Result]:
+def evaluate(config: EvaluateConfig, network: FrozenNetwork, runtime: EvalContext, file: ResultsFile) -> list[Result]:
     """All results of one network, written down as they come."""
     network.backbone.to(runtime.device)
     cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
@@ -122,8 +116,8 @@ def evaluation(config: EvaluateConfig, task: Task) -> Iterator[Result]:
             return knn.evaluate(eval_config, task)
         case LinearEval() as eval_config:
             return linear.evaluate(eval_config, task)
-        case LinearFastEval() as eval_config:
-            return linear_fast.evaluate(eval_config, task)
+        case LinearGridEval() as eval_config:
+            return linear_grid.evaluate(eval_config, task)
         case LogisticEval() as eval_config:
             return logistic.evaluate(eval_config, task)
         case FinetuneEval() as eval_config:
@@ -142,12 +136,14 @@ def evaluation(config: EvaluateConfig, task: Task) -> Iterator[Result]:
             raise TypeError(f"no evaluation for {type(config.eval).__name__}")
 
 
-def introduce(config: EvaluateConfig, network: Network, runtime: Runtime) -> None:
+def introduce(config: EvaluateConfig, network: FrozenNetwork, runtime: EvalContext) -> None:
     """Say in a few lines what is about to happen."""
     weights = sum(parameter.numel() for parameter in network.backbone.parameters())
     devices = f"{runtime.fabric.world_size} {runtime.device.type.upper()}"
-    runtime.say(f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, "
-                f"{weights / 1e6:.2f} M weights, on {devices}")  # fmt: skip
+    runtime.say(
+        f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, "
+        f"{weights / 1e6:.2f} M weights, on {devices}"
+    )
     runtime.say(f"[bold]Output[/]    {escape(config.output_dir)}")
 
 

@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 
 from dino_lightning.config import LoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -17,8 +17,10 @@ def check_logger(logger: LoggerConfig) -> None:
     match logger:
         case TensorBoardLoggerConfig():
             if not (find_spec("tensorboard") or find_spec("tensorboardX")):
-                raise UserError("logger=tensorboard needs the package tensorboard; install it (pip install "
-                                "tensorboard), or choose logger=csv.")  # fmt: skip
+                raise UserError(
+                    "logger=tensorboard needs the package tensorboard; install it (pip install "
+                    "tensorboard), or choose logger=csv."
+                )
         case WandbLoggerConfig():
             _check_wandb(logger)
         case _:
@@ -27,16 +29,19 @@ def check_logger(logger: LoggerConfig) -> None:
 
 def _check_wandb(logger: WandbLoggerConfig) -> None:
     if logger.mode not in WANDB_MODES:
-        raise UserError(f"logger.mode={logger.mode}: {nearest(logger.mode, WANDB_MODES)}")
+        raise UserError(f"logger.mode={logger.mode}: {did_you_mean(logger.mode, WANDB_MODES)}")
     for key in ("start_timeout_s", "end_timeout_s"):
         if (value := getattr(logger, key)) <= 0:
             raise UserError(f"logger.{key}={value}: expected a positive number of seconds.")
     wrong = sorted(set(logger.project) & set("/\\#?%:"))
     if wrong or not 0 < len(logger.project) <= 128:
         reason = f"has a '{wrong[0]}'" if wrong else f"has {len(logger.project)} characters"
-        raise UserError(f"logger.project={logger.project} {reason}; W&B takes names of 1 to 128 characters without "
-                        "/ \\ # ? % and :.")  # fmt: skip
+        raise UserError(
+            f"logger.project={logger.project} {reason}; W&B takes names of 1 to 128 characters without "
+            "/ \\ # ? % and :."
+        )
     mode = os.environ.get("WANDB_MODE", "")
     if mode and mode not in WANDB_MODE_VARIABLE:
-        raise UserError(f"WANDB_MODE={mode}: {nearest(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment "
-                        "variable.")  # fmt: skip
+        raise UserError(
+            f"WANDB_MODE={mode}: {did_you_mean(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment variable."
+        )

@@ -64,8 +64,10 @@ class _Writer(ExperimentWriter):
                 _append(self.path, _table(keys, self.metrics, header=False).encode())
         except OSError as error:
             if not self.rows_wait:
-                warn(f"{self.path} could not be written ({error.strerror or error}); rows wait in memory, and training "
-                     "goes on.")  # fmt: skip
+                warn(
+                    f"{self.path} could not be written ({error.strerror or error}); rows wait in memory, and training "
+                    "goes on."
+                )
             self.rows_wait = True
             return
         self.metrics_keys, self.metrics, self.rows_wait = keys, [], False

@@ -97,8 +97,10 @@ class LastingWandbLogger(WandbLogger):
 
     def _lose(self, error: Exception) -> None:
         self.lost = True
-        warn(f"W&B's process does not answer ({_reason(error)}); training goes on, and metrics.csv has all rows. A "
-             "start with resume=true goes on with the charts.")  # fmt: skip
+        warn(
+            f"W&B's process does not answer ({_reason(error)}); training goes on, and metrics.csv has all rows. A "
+            "start with resume=true goes on with the charts."
+        )
 
 
 @contextmanager

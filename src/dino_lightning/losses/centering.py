@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.runtime.collectives import all_reduce_max, all_reduce_sum, all_reduce_sum_later
 from dino_lightning.runtime.precision import at_least_float32
 
@@ -27,13 +27,13 @@ class Centering(nn.Module, ABC):
     """The latest shift (1, K)."""
 
     @abstractmethod
-    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+    def center_for(self, teacher: FactoredLogits, *, temperature: float) -> Tensor:
         """The shift (1, K) for the logits of one micro-batch; all ranks call it together."""
 
-    def commit(self) -> None:
+    def update(self) -> None:
         """End an optimizer step."""
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop what was observed since the last commit: its step is not taken."""
 
 
@@ -44,7 +44,7 @@ class NoCenter(Centering):
         super().__init__()
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+    def center_for(self, teacher: FactoredLogits, *, temperature: float) -> Tensor:
         """Zeros."""
         return self.center
 
@@ -59,15 +59,15 @@ class SinkhornCenter(Centering):
         self.register_buffer("center", torch.zeros(1, out_dim), persistent=False)
 
     @torch.no_grad()
-    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+    def center_for(self, teacher: FactoredLogits, *, temperature: float) -> Tensor:
         """The shift that the assignment of this batch amounts to."""
         logits_NK = at_least_float32(teacher.logits())
-        self.center.copy_(sinkhorn_shift(logits_NK, temperature=temperature, iterations=self.iterations))
+        self.center.copy_(sinkhorn_center(logits_NK, temperature=temperature, iterations=self.iterations))
         return self.center
 
 
 @torch.no_grad()
-def sinkhorn_shift(logits_NK: Tensor, *, temperature: float, iterations: int) -> Tensor:
+def sinkhorn_center(logits_NK: Tensor, *, temperature: float, iterations: int) -> Tensor:
     """Shift c (1, K) with which softmax((t - c) / temperature) is the Sinkhorn-Knopp assignment of all ranks' rows.
 
     Each iteration divides every prototype by its sum over images, then every image by its sum over prototypes. In
@@ -105,9 +105,9 @@ class Center(Centering):
         # A plain attribute: buffers are overwritten with rank 0's by DDP at every forward.
         self._sums: list[Callable[[], Tensor]] = []
 
-    def shift(self, teacher: Factors, *, temperature: float) -> Tensor:
+    def center_for(self, teacher: FactoredLogits, *, temperature: float) -> Tensor:
         """The old centre; the new one is on its way. The sum of logits is the logits of the sum."""
-        self.observe(teacher.of_the_sum(), count=len(teacher))
+        self.observe(teacher.summed(), count=len(teacher))
         return self.center
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class Center(Centering):
         self.observe(at_least_float32(teacher_BK).sum(dim=0, keepdim=True), count=len(teacher_BK))
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def update(self) -> None:
         """Move the centre by what was observed since the last commit, on all ranks."""
         if not self._sums:
             return
@@ -135,6 +135,6 @@ class Center(Centering):
         self.center.copy_(torch.where(total[-1] > 0, moved_1K, self.center))
         self._sums.clear()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """The centre stays."""
         self._sums.clear()

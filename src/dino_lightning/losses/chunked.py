@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino_lightning.losses.cross_view import Sharpness
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.losses.cross_view import SoftmaxParams
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.kernels import softmax_triton
 from dino_lightning.models.kernels.dense import input_gradient, product
 from dino_lightning.runtime.precision import at_least_float32, autocast_dtype, without_autocast
@@ -35,19 +35,19 @@ largest one."""
 
 
 def chunked_cross_view_entropy(
-    student: Factors, teacher: Factors, sharpness: Sharpness, *, images: int, rows: int
+    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, *, images: int, rows: int
 ) -> Tensor:
     """The loss of `losses.cross_view_entropy` between V B crops of the student and T B of the teacher, view by view.
 
     The student's points and prototypes take gradient. Of B = `images`, so many are taken at once that the student's
     logits have at most `rows` rows, but at least one.
     """
-    factors = student.points, student.prototypes, teacher.points, teacher.prototypes
+    factors = student.embeddings, student.prototypes, teacher.embeddings, teacher.prototypes
     return _ChunkedLoss.apply(*factors, sharpness, images, rows, None)  # type: ignore[return-value]
 
 
 def chunked_row_entropy(
-    student: Factors, teacher: Factors, sharpness: Sharpness, weights_P: Tensor, *, rows: int
+    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, weights_P: Tensor, *, rows: int
 ) -> Tensor:
     """The weighted sum of the cross-entropies between row p of the teacher and row p of the student.
 
@@ -56,8 +56,8 @@ def chunked_row_entropy(
     """
     P, half = len(student), -(-len(student) // 2)
     if not P:
-        return student.points.new_zeros((), dtype=weights_P.dtype)
-    student_SD, teacher_SD = (F.pad(each.points, (0, 0, 0, 2 * half - P)) for each in (student, teacher))
+        return student.embeddings.new_zeros((), dtype=weights_P.dtype)
+    student_SD, teacher_SD = (F.pad(each.embeddings, (0, 0, 0, 2 * half - P)) for each in (student, teacher))
     swapped_SD = torch.cat([teacher_SD[half:], teacher_SD[:half]])
     relative_S = F.pad(weights_P * (2 * half), (0, 2 * half - P))  # about 1, which half precision holds best
     factors = student_SD, student.prototypes, swapped_SD, teacher.prototypes
@@ -72,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
         student_KD: Tensor,
         teacher_SD: Tensor,
         teacher_KD: Tensor,
-        sharpness: Sharpness,
+        sharpness: SoftmaxParams,
         images: int,
         rows: int,
         weights_S: Tensor | None,
@@ -81,7 +81,9 @@ class _ChunkedLoss(torch.autograd.Function):
         with without_autocast(student_SD):
             points_VBD, teacher_TBD = (x.unflatten(0, (-1, images)) for x in (student_SD.to(half), teacher_SD.to(half)))
             weights_VB = None if weights_S is None else weights_S.view(-1, images)
-            pieces = _Pieces(points_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), sharpness, weights_VB)
+            pieces = _ChunkAccumulator(
+                points_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), sharpness, weights_VB
+            )
             each = max(1, rows // len(points_VBD))
             for start in range(0, images, each):
                 pieces.add(slice(start, min(start + each, images)))
@@ -99,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return dpoints.mul_(dloss).to(points_type), dweight.mul_(dloss).to(weight_type), *[None] * 6
 
 
-class _Pieces:
+class _ChunkAccumulator:
     """Loss and gradients of the pieces so far."""
 
     def __init__(
@@ -108,7 +110,7 @@ class _Pieces:
         weight_KD: Tensor,
         teacher_TBD: Tensor,
         teacher_KD: Tensor,
-        sharpness: Sharpness,
+        sharpness: SoftmaxParams,
         row_weights_VB: Tensor | None = None,
     ) -> None:
         self.points_VBD, self.weight_KD, self.row_weights_VB = points_VBD, weight_KD, row_weights_VB

@@ -14,7 +14,7 @@ from dino_lightning.runtime.precision import at_least_float32, without_autocast
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class SoftmaxParams:
     """What turns raw logits into distributions."""
 
     student_temperature: float
@@ -23,7 +23,7 @@ class Sharpness:
     """Of the teacher's logits (1, K)."""
 
 
-def cross_view_entropy(student_VBK: Tensor, teacher_TBK: Tensor, sharpness: Sharpness) -> Tensor:
+def cross_view_entropy(student_VBK: Tensor, teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
     """Cross-entropy between the views of an image (equation 3 of the paper), averaged over pairs of views and images.
 
     Both arguments are raw logits. The teacher is centred and sharpened here, without gradient; a student view is never
@@ -66,17 +66,7 @@ def cross_view_distance(predicted_VBD: Tensor, target_TBD: Tensor) -> Tensor:
     return pairs.sum() / (T * (V - 1))
 
 
-
-
-
-
 @torch.no_grad()
-def sharpen(teacher_TBK: Tensor, sharpness: Sharpness) -> Tensor:
+def sharpen(teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
     """The teacher's distributions (T, B, K), in full precision: softmax of (logits - centre) / temperature."""
     return ((at_least_float32(teacher_TBK) - sharpness.center) / sharpness.teacher_temperature).softmax(dim=-1)
-
-
-
-
-
-

@@ -43,7 +43,7 @@ class FeatureQueue(nn.Module):
         self._observed.append(all_gather_concat(rows_BD.detach()).to(self.features.dtype))
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def update(self) -> None:
         """Let what was observed since the last commit enter."""
         if not self._observed:
             return
@@ -56,7 +56,7 @@ class FeatureQueue(nn.Module):
         self.filled.copy_((self.filled + len(rows_ND)).clamp(max=length))
         self._observed.clear()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop what was observed since the last commit: its step is not taken, or the queue was read from a file."""
         self._observed.clear()
         self._full = False

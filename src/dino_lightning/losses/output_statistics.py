@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import Sharpness, sharpen
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.losses.cross_view import SoftmaxParams, sharpen
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.runtime.precision import at_least_float32
 
 
-class OutputFigures(NamedTuple):
+class OutputStatistics(NamedTuple):
     """What distributions over prototypes have in common, in nats."""
 
     entropy: Tensor
@@ -22,7 +22,9 @@ class OutputFigures(NamedTuple):
 
 
 @torch.no_grad()
-def entropy_and_divergence(student: Factors, teacher: Factors, sharpness: Sharpness, *, rows: int) -> OutputFigures:
+def entropy_and_divergence(
+    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, *, rows: int
+) -> OutputStatistics:
     """Mean entropy h(p_t) and divergence D_KL(p_t || p_s), the two curves of the paper's figure 7, and the mean p_t.
 
     Row i of the student is the same crop as row i of the teacher; the student may have more. Entropy and divergence add
@@ -35,13 +37,13 @@ def entropy_and_divergence(student: Factors, teacher: Factors, sharpness: Sharpn
         target_rK = sharpen(teacher.logits(piece), sharpness)
         log_p_rK = (at_least_float32(student.logits(piece)) / sharpness.student_temperature).log_softmax(dim=-1)
         share = len(target_rK) / len(teacher)
-        pieces.append([share * figure for figure in output_figures(target_rK, log_p_rK)])
-    return OutputFigures(*(torch.stack(parts).sum(dim=0) for parts in zip(*pieces, strict=True)))
+        pieces.append([share * figure for figure in output_statistics(target_rK, log_p_rK)])
+    return OutputStatistics(*(torch.stack(parts).sum(dim=0) for parts in zip(*pieces, strict=True)))
 
 
 @torch.no_grad()
-def output_figures(target_NK: Tensor, log_p_NK: Tensor) -> OutputFigures:
+def output_statistics(target_NK: Tensor, log_p_NK: Tensor) -> OutputStatistics:
     """The figures of targets and of logarithms of predictions."""
     entropy = torch.special.entr(target_NK).sum(dim=-1).mean()
     cross_entropy = -(target_NK * log_p_NK).sum(dim=-1).mean()
-    return OutputFigures(entropy, cross_entropy - entropy, target_NK.mean(dim=0))
+    return OutputStatistics(entropy, cross_entropy - entropy, target_NK.mean(dim=0))

@@ -20,13 +20,20 @@ from dino_lightning.config.duration import Duration
 from dino_lightning.data.batch import images_in
 from dino_lightning.losses.centering import Centering
 from dino_lightning.losses.feature_queue import FeatureQueue
-from dino_lightning.methods.feature_buffer import Window
-from dino_lightning.methods.metrics_buffer import Reading, Readings, read_now
-from dino_lightning.methods.nonfinite import Overflows, Policy, Trouble, drop_gradients, hold_back, trouble_in
+from dino_lightning.methods.feature_buffer import FeatureBuffer
+from dino_lightning.methods.metrics_buffer import MetricsBuffer, StepMetrics, read_now
+from dino_lightning.methods.nonfinite import (
+    NonFinitePolicy,
+    NonFiniteStep,
+    OverflowCounter,
+    drop_gradients,
+    first_nonfinite,
+    zero_gradients_if,
+)
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups, unscaling
 from dino_lightning.optim.schedules import Cosine
-from dino_lightning.runtime.devices import runs_ahead
+from dino_lightning.runtime.devices import is_asynchronous
 from dino_lightning.runtime.sharding import shard
 
 GLOBAL_CROPS = 2
@@ -56,15 +63,15 @@ class Method(L.LightningModule, ABC):
         self.batch_size_per_device = batch_size_per_device
         self.description: dict[str, Any] = {}
         """The backbone and its images in plain types, so that a checkpoint alone says what its weights belong to."""
-        self.readings = Readings()
-        self.watchers: list[Callable[[Reading], None]] = []
+        self.metrics = MetricsBuffer()
+        self.metric_listeners: list[Callable[[StepMetrics], None]] = []
         """Called with every reading that is logged; for callbacks."""
-        self.window: Window | None = None
+        self.feature_buffer: FeatureBuffer | None = None
         """Where logging steps leave features and outputs, if a callback wants them."""
-        self.policy = Policy()
+        self.policy = NonFinitePolicy()
         """What follows a step whose loss or gradient is not finite; for a callback."""
-        self.overflows = Overflows()
-        self._trouble: Trouble | None = None
+        self.overflows = OverflowCounter()
+        self._nonfinite_step: NonFiniteStep | None = None
         self._sharded = False
 
     # ------------------------------------------------------------------------------------- what a method adds
@@ -86,11 +93,11 @@ class Method(L.LightningModule, ABC):
     def after_step(self, step: int) -> None:
         """Move the method's own state, after student and teacher have moved."""
 
-    def forget_step(self) -> None:
+    def discard_step(self) -> None:
         """Drop what micro-batches have left for a step that is not taken; centres and queues are known here."""
         for module in self.modules():
             if isinstance(module, Centering | FeatureQueue):
-                module.forget()
+                module.discard()
 
     # ---------------------------------------------------------------------------------- what a kind of method adds
 
@@ -109,7 +116,7 @@ class Method(L.LightningModule, ABC):
         """All networks, to be spread over devices."""
         return (self.student,)
 
-    def seen(self, crops: int) -> tuple[Sequence[int], Sequence[int]]:
+    def views_of_networks(self, crops: int) -> tuple[Sequence[int], Sequence[int]]:
         """Which of so many crops the student sees, and which the teacher."""
         return range(crops), ()
 
@@ -161,8 +168,8 @@ class Method(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `checkpoints.load_network` wants to know; no file is written after a loss that is not finite."""
-        self.collect()
-        checkpoint["readings"] = self.readings.state_dict()
+        self.flush_metrics()
+        checkpoint["readings"] = self.metrics.state_dict()
         checkpoint["overflows"] = float(self.overflows.count)
         checkpoint["evaluated"] = self.evaluated_key
         if self.description:
@@ -171,15 +178,15 @@ class Method(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the mean loss of the epoch."""
         if "readings" in checkpoint:  # not in files of older versions
-            self.readings.load_state_dict(checkpoint["readings"])
+            self.metrics.load_state_dict(checkpoint["readings"])
             self.overflows.count = checkpoint.get("overflows", 0.0)
 
     # ----------------------------------------------------------------------------------------------------- step
 
     def setup(self, stage: str) -> None:
         """Forget what another fit has left, before a checkpoint is read."""
-        self.readings, self.overflows = Readings(), Overflows()
-        self.forget_step()
+        self.metrics, self.overflows = MetricsBuffer(), OverflowCounter()
+        self.discard_step()
 
     def configure_model(self) -> None:
         """Spread the weights over the devices where the strategy is FSDP."""
@@ -204,20 +211,20 @@ class Method(L.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch. What it measures is read before the student moves (see `readings`)."""
-        waiting = self.readings.waiting
-        if waiting and waiting[-1].ends_step:
-            self.readings.hand_over(self._use)
+        waiting = self.metrics.pending
+        if waiting and waiting[-1].is_last_micro_batch:
+            self.metrics.drain(self._publish)
         logged = self.is_logging_step
         now = {"step": self.global_step, "epoch": self.trainer.current_epoch, "images": images_in(batch)}
-        self.readings.open(**now, logged=logged)
+        self.metrics.begin(**now, logged=logged)
         loss = self.loss(batch)
         if logged:
             for name in self.schedules:
-                self.note(f"schedule/{name}", self.value(name))
+                self.log_metric(f"schedule/{name}", self.value(name))
             if self._scaler is not None:
                 for name, figure in self.overflows.figures(self._scaler).items():
-                    self.note(name, figure)
-        self.readings.send(loss)
+                    self.log_metric(name, figure)
+        self.metrics.start_reduce(loss)
         return loss
 
     def configure_gradient_clipping(
@@ -229,33 +236,33 @@ class Method(L.LightningModule, ABC):
         on, that is read here; on a GPU under the policy `stop`, the device keeps a bad step from the weights, and the
         program learns of it with the next loss.
         """
-        if self._trouble is not None:
+        if self._nonfinite_step is not None:
             return
         failed = clip_each_gradient(self.parameters(), max_norm=self.optim.clip_grad)
         if failed is not None and self._scaler is not None:
             self.overflows.add(failed)
-        elif failed is not None and (self.policy.leaves_out or not runs_ahead(self.device)):
+        elif failed is not None and (self.policy.continues or not is_asynchronous(self.device)):
             if read_now(failed):
-                self._leave_out(Trouble(self.global_step))
+                self._skip_step(NonFiniteStep(self.global_step))
                 return
         elif failed is not None:
-            hold_back(getattr(optimizer, "optimizer", optimizer), failed)
-            self.readings.gradient_failed = failed
+            zero_gradients_if(getattr(optimizer, "optimizer", optimizer), failed)
+            self.metrics.gradient_failed = failed
         self.after_clip(self.global_step)
         self.before_student(self.global_step)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Move everything that moves, once; or nothing, where the loss or a gradient of any rank is not finite."""
-        step, self._trouble = self.global_step, None
+        step, self._nonfinite_step = self.global_step, None
         for group in optimizer.param_groups:
             group["lr"] = self.schedules["lr"](step)
         optimizer.param_groups[0]["weight_decay"] = self.schedules["weight_decay"](step)
         closure = partial(self._before_the_step, optimizer_closure)
         closure = unscaling(closure, optimizer=optimizer, precision=self.trainer.precision_plugin)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        if self._trouble is not None:
-            self.forget_step()
-            self.policy.left_out(self._trouble)
+        if self._nonfinite_step is not None:
+            self.discard_step()
+            self.policy.on_skipped(self._nonfinite_step)
             return
         self.after_student(step)
         self.after_step(step)
@@ -263,22 +270,22 @@ class Method(L.LightningModule, ABC):
     def _before_the_step(self, forward_and_backward: Callable[[], Any]) -> Any:
         """The last micro-batch's passes, and what has to be known before the student moves."""
         result = forward_and_backward()
-        self.readings.arrive()
-        waiting = self.readings.waiting
-        waiting[-1].ends_step = True
-        if self.readings.gradients_failed:
-            self.policy.found(Trouble(self.global_step - 1, late=True))
-        trouble = trouble_in(waiting)
+        self.metrics.wait()
+        waiting = self.metrics.pending
+        waiting[-1].is_last_micro_batch = True
+        if self.metrics.gradients_failed:
+            self.policy.on_nonfinite(NonFiniteStep(self.global_step - 1, late=True))
+        trouble = first_nonfinite(waiting)
         if trouble is not None:
-            self._leave_out(trouble)
+            self._skip_step(trouble)
             return None  # to a loss scale that means: no backward pass, so it stays as it is
         return result
 
-    def _leave_out(self, trouble: Trouble) -> None:
-        self.policy.found(trouble)
-        self._trouble = trouble
-        for reading in self.readings.waiting:
-            reading.left_out = True
+    def _skip_step(self, trouble: NonFiniteStep) -> None:
+        self.policy.on_nonfinite(trouble)
+        self._nonfinite_step = trouble
+        for reading in self.metrics.pending:
+            reading.skipped = True
         drop_gradients(self)
 
     @property
@@ -294,31 +301,31 @@ class Method(L.LightningModule, ABC):
         every = getattr(self._trainer, "log_every_n_steps", 0)  # none outside training, as in a test
         return bool(every) and (self.global_step + 1) % every == 0
 
-    def note(self, name: str, value: Tensor | float) -> None:
+    def log_metric(self, name: str, value: Tensor | float) -> None:
         """Log a figure of this micro-batch in logging steps. Unlike `self.log`, it does not make the program wait.
 
         A tensor must be a scalar and come from within `loss`; numbers may come until the micro-batch ends.
         """
-        self.readings.note(name, value)
+        self.metrics.record(name, value)
 
-    def collect(self) -> None:
+    def flush_metrics(self) -> None:
         """Write the rows of steps taken, on all ranks together; after a step that ended the run, raise that again."""
-        self.readings.collect(self._use)
-        if self.readings.gradients_failed:
-            self.policy.found(Trouble(self.global_step - 1, late=True))
+        self.metrics.flush(self._publish)
+        if self.metrics.gradients_failed:
+            self.policy.on_nonfinite(NonFiniteStep(self.global_step - 1, late=True))
 
-    def _use(self, reading: Reading) -> None:
-        kept = not reading.left_out
-        if kept and (trouble := trouble_in([reading])) is not None:
-            Policy().found(trouble)
+    def _publish(self, reading: StepMetrics) -> None:
+        kept = not reading.skipped
+        if kept and (trouble := first_nonfinite([reading])) is not None:
+            NonFinitePolicy().on_nonfinite(trouble)
         if kept:
             # For callbacks that monitor the loss of a step: a tensor on the CPU, which nobody has to wait for.
             self.trainer.callback_metrics["train/loss"] = torch.full((), reading.loss)
-        if reading.ends_step and (reading.logged or self.trainer.should_stop):
+        if reading.is_last_micro_batch and (reading.logged or self.trainer.should_stop):
             for logger in self.trainer.loggers:
                 logger.log_metrics(reading.row(), step=reading.step)
                 logger.save()
-            for watch in self.watchers if kept else ():
+            for watch in self.metric_listeners if kept else ():
                 watch(reading)
 
     def on_train_start(self) -> None:
@@ -331,12 +338,12 @@ class Method(L.LightningModule, ABC):
         """Collect at once what the last step of an epoch or of the run has measured: no other one does."""
         trainer = self.trainer
         if trainer.is_last_batch or trainer.should_stop or self.global_step == trainer.max_steps:
-            self.collect()
+            self.flush_metrics()
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss of the epoch."""
-        self.collect()
-        mean = self.readings.take_mean()
+        self.flush_metrics()
+        mean = self.metrics.pop_epoch_mean()
         if mean is not None:
             self.log("train/loss_epoch", mean, sync_dist=True)
 

@@ -12,10 +12,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.config import BYOLConfig, OptimConfig, StepConfig
+from dino_lightning.config import BYOLConfig, ComputeConfig, OptimConfig
 from dino_lightning.losses.cross_view import cross_view_distance
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.models.heads import MLPHead
 from dino_lightning.models.multi_crop import MultiCropNetwork
@@ -34,12 +34,12 @@ class BYOL(StudentTeacher):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
-        step: StepConfig | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
         super().__init__(
             config,
-            MultiCropNetwork(student_backbone, _projector(config, feature_dim), step=step),
-            MultiCropNetwork(teacher_backbone, _projector(config, feature_dim), step=step),
+            MultiCropNetwork(student_backbone, _projector(config, feature_dim), compute=compute),
+            MultiCropNetwork(teacher_backbone, _projector(config, feature_dim), compute=compute),
             optim=optim,
             batch_size_per_device=batch_size_per_device,
             predictor=_predictor(config) if config.predictor else None,
@@ -53,7 +53,7 @@ class BYOL(StudentTeacher):
             features_SD = self.teacher.features(batch[:GLOBAL_CROPS])
             target_TBE = self.teacher.head(features_SD).unflatten(0, (GLOBAL_CROPS, B))
         if self.is_logging_step:
-            note_feature_signals(self, features_SD)
+            log_feature_statistics(self, features_SD)
         predicted_SE = self.student(batch)
         if self.predictor is not None:
             predicted_SE = self.predictor(predicted_SE)

@@ -32,7 +32,7 @@ DEAD_SHARE = 0.01
 """A prototype is dead that gets less than this share of an even share of the probability."""
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """A setting that bears on a collapse."""
 
     key: str
@@ -44,46 +44,46 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class CollapseKind:
     """A kind of collapse."""
 
     name: str
     what: str
     """Completes a sentence."""
-    changes: tuple[Change, ...]
+    changes: tuple[SettingChange, ...]
     """What helps, the likeliest first."""
 
 
-_CENTER = Change("method.centering", "set {key}=center", lambda value: value == "none")
-_CENTER_MOMENTUM = Change("method.center_momentum", "lower {key} to 0.9", lambda value: value > 0.99)
-_EMA = Change("method.teacher_update", "set {key}=ema", lambda value: value != "ema")
-_MOMENTUM = Change("method.teacher_momentum", "raise {key} to 0.996", lambda value: value < 0.98)
-_BOTTLENECK = Change("method.head_l2_bottleneck", "set {key}=true", lambda value: not value)
-_PROTOTYPES = Change("method.norm_last_layer", "set {key}=true", lambda value: not value)
-_RATE = Change("optim.lr", "lower {key}")
-_WARMUP = Change("optim.lr_warmup", "lengthen {key}")
-_BATCH = Change("data.batch_size_per_device", "raise {key}")
-_PREDICTOR = Change("method.predictor", "set {key}=true", lambda value: not value, method="BYOL")
-_PREDICTOR_OFF = Change("method.predictor", "set {key}=false", bool, method="DINO")
-_NORM = Change("method.head_batch_norm", "set {key}=true", lambda value: not value, method="BYOL")
+_CENTER = SettingChange("method.centering", "set {key}=center", lambda value: value == "none")
+_CENTER_MOMENTUM = SettingChange("method.center_momentum", "lower {key} to 0.9", lambda value: value > 0.99)
+_EMA = SettingChange("method.teacher_update", "set {key}=ema", lambda value: value != "ema")
+_MOMENTUM = SettingChange("method.teacher_momentum", "raise {key} to 0.996", lambda value: value < 0.98)
+_BOTTLENECK = SettingChange("method.head_l2_bottleneck", "set {key}=true", lambda value: not value)
+_PROTOTYPES = SettingChange("method.norm_last_layer", "set {key}=true", lambda value: not value)
+_RATE = SettingChange("optim.lr", "lower {key}")
+_WARMUP = SettingChange("optim.lr_warmup", "lengthen {key}")
+_BATCH = SettingChange("data.batch_size_per_device", "raise {key}")
+_PREDICTOR = SettingChange("method.predictor", "set {key}=true", lambda value: not value, method="BYOL")
+_PREDICTOR_OFF = SettingChange("method.predictor", "set {key}=false", bool, method="DINO")
+_NORM = SettingChange("method.head_batch_norm", "set {key}=true", lambda value: not value, method="BYOL")
 _SWAV = (
-    Change("method.sinkhorn_epsilon", "lower {key}", lambda value: value > 0.03),
-    Change("method.freeze_prototypes", "lengthen {key}"),
+    SettingChange("method.sinkhorn_epsilon", "lower {key}", lambda value: value > 0.03),
+    SettingChange("method.freeze_prototypes", "lengthen {key}"),
 )
 
-ONE_PROTOTYPE = Kind(
+ONE_PROTOTYPE = CollapseKind(
     "one prototype",
     "the teacher gives nearly everything to one prototype, whatever the image",
     (_CENTER, _CENTER_MOMENTUM, _EMA, _BOTTLENECK, _PROTOTYPES, _RATE, _WARMUP),
 )
-UNIFORM = Kind(
+UNIFORM = CollapseKind(
     "uniform",
     "the teacher gives every prototype the same, whatever the image",
     (
         _EMA,
-        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
-        Change("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
-        Change("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
+        SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
+        SettingChange("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
+        SettingChange("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
         _PREDICTOR_OFF,
         _BOTTLENECK,
         *_SWAV,
@@ -91,7 +91,7 @@ UNIFORM = Kind(
         _WARMUP,
     ),
 )
-CONSTANT = Kind(
+CONSTANT = CollapseKind(
     "constant",
     "the teacher has the same output for all images",
     (
@@ -99,7 +99,7 @@ CONSTANT = Kind(
         _MOMENTUM,
         _CENTER,
         _CENTER_MOMENTUM,
-        Change("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
+        SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
         _PREDICTOR_OFF,
         _BOTTLENECK,
         *_SWAV,
@@ -108,19 +108,19 @@ CONSTANT = Kind(
         _BATCH,
     ),
 )
-ALIKE = Kind(
+ALIKE = CollapseKind(
     "alike",
     "the features of all images are nearly the same",
     (_PREDICTOR, _NORM, _EMA, _CENTER, _MOMENTUM, _RATE, _WARMUP, _BATCH),
 )
-LOW_RANK = Kind(
+LOW_RANK = CollapseKind(
     "low rank",
     "the features of all images lie in one direction",
     (
         _PREDICTOR,
         _NORM,
         _EMA,
-        Change("method.koleo_weight", "set {key}=0.1", lambda value: value == 0),
+        SettingChange("method.koleo_weight", "set {key}=0.1", lambda value: value == 0),
         _MOMENTUM,
         _RATE,
         _BATCH,
@@ -129,33 +129,35 @@ LOW_RANK = Kind(
 KINDS = {kind.name: kind for kind in (ONE_PROTOTYPE, UNIFORM, CONSTANT, ALIKE, LOW_RANK)}
 
 
-def diagnose(signals: Mapping[str, float], *, width: int = 0, spread_at_start: float = math.inf) -> Kind | None:
+def diagnose(
+    statistics: Mapping[str, float], *, width: int = 0, spread_at_start: float = math.inf
+) -> CollapseKind | None:
     """The collapse that these signals show, or None. Those of outputs come first, since they say more.
 
     `signals` has the names of `metrics.csv` without `collapse/`; any may be missing. `width` is that of the features.
     """
-    if "mean_output_entropy" in signals:
-        kind = _of_outputs(signals)
+    if "mean_output_entropy" in statistics:
+        kind = _of_outputs(statistics)
         if kind is not None:
             return kind
-    spread = signals.get("feature_std", math.inf)
+    spread = statistics.get("feature_std", math.inf)
     if spread * math.sqrt(width) < LEAST_SPREAD and spread < LEAST_SPREAD_KEPT * spread_at_start:
         return ALIKE
-    return LOW_RANK if signals.get("effective_rank", math.inf) < LEAST_RANK else None
+    return LOW_RANK if statistics.get("effective_rank", math.inf) < LEAST_RANK else None
 
 
-def _of_outputs(signals: Mapping[str, float]) -> Kind | None:
-    of_the_mean, entropy = signals["mean_output_entropy"], signals["teacher_entropy"]
+def _of_outputs(statistics: Mapping[str, float]) -> CollapseKind | None:
+    of_the_mean, entropy = statistics["mean_output_entropy"], statistics["teacher_entropy"]
     if not of_the_mean - entropy < LEAST_INFORMATION:
         return None
-    most = of_the_mean + signals["kl_to_uniform"]  # ln K
+    most = of_the_mean + statistics["kl_to_uniform"]  # ln K
     share = entropy / most if most > 0 else 0.0
     if share < CONCENTRATED:
         return ONE_PROTOTYPE
     return UNIFORM if share > SPREAD_OUT else CONSTANT
 
 
-def changes(kind: Kind, settings: Mapping[str, Any], *, method: str) -> list[str]:
+def changes(kind: CollapseKind, settings: Mapping[str, Any], *, method: str) -> list[str]:
     """What to change of these settings (by dotted name), the likeliest first."""
     return [
         f"{change.to.format(key=change.key)} (now {_written(settings[change.key])})"

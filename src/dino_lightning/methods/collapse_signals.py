@@ -10,38 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.losses.cross_view import Sharpness
-from dino_lightning.losses.output_statistics import OutputFigures, entropy_and_divergence, output_figures
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.losses.cross_view import SoftmaxParams
+from dino_lightning.losses.output_statistics import OutputStatistics, entropy_and_divergence, output_statistics
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.runtime.collectives import all_reduce_mean, world_size
 from dino_lightning.runtime.precision import at_least_float32
 
 
 @torch.no_grad()
-def note_feature_signals(method: Any, features_SD: Tensor) -> None:
+def log_feature_statistics(method: Any, features_SD: Tensor) -> None:
     """Of the features of the global crops."""
     # Of normalised features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
     spread = F.normalize(features_SD, dim=-1).std(dim=0).mean()
     _note(method, {"feature_std": spread})
-    if method.window is not None:
-        method.window.add_features(features_SD)
+    if method.feature_buffer is not None:
+        method.feature_buffer.add_features(features_SD)
 
 
 @torch.no_grad()
-def note_output_signals(method: Any, student: Factors, teacher: Factors, sharpness: Sharpness) -> None:
+def log_output_statistics(
+    method: Any, student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams
+) -> None:
     """Of the teacher's distributions over prototypes, and of the student's beside them."""
-    figures = entropy_and_divergence(student, teacher, sharpness, rows=method.step.loss_rows)
+    figures = entropy_and_divergence(student, teacher, sharpness, rows=method.compute.loss_rows)
     _note_outputs(method, figures, crops=len(teacher), center_norm=sharpness.center.norm())
 
 
 @torch.no_grad()
-def note_assignment_signals(method: Any, target_NK: Tensor, scores_NK: Tensor, *, temperature: float) -> None:
+def log_assignment_statistics(method: Any, target_NK: Tensor, scores_NK: Tensor, *, temperature: float) -> None:
     """Of given distributions, and of those that the scores of the same crops make."""
     log_p_NK = (at_least_float32(scores_NK) / temperature).log_softmax(dim=-1)
-    _note_outputs(method, output_figures(target_NK, log_p_NK), crops=len(target_NK))
+    _note_outputs(method, output_statistics(target_NK, log_p_NK), crops=len(target_NK))
 
 
-def _note_outputs(method: Any, figures: OutputFigures, *, crops: int, **others: Tensor) -> None:
+def _note_outputs(method: Any, figures: OutputStatistics, *, crops: int, **others: Tensor) -> None:
     mean_K = all_reduce_mean(figures.mean_output)
     of_the_mean = torch.special.entr(mean_K).sum()
     _note(
@@ -54,12 +56,12 @@ def _note_outputs(method: Any, figures: OutputFigures, *, crops: int, **others: 
             **others,
         },
     )
-    if method.window is not None:
-        method.window.add_output(mean_K, crops=crops * world_size())
+    if method.feature_buffer is not None:
+        method.feature_buffer.add_output(mean_K, crops=crops * world_size())
 
 
 def _note(method: Any, signals: dict[str, Tensor]) -> None:
     """Their means over ranks, in one exchange."""
     values = all_reduce_mean(torch.stack([at_least_float32(value) for value in signals.values()]))
     for name, value in zip(signals, values, strict=True):
-        method.note(f"collapse/{name}", value)
+        method.log_metric(f"collapse/{name}", value)

@@ -11,17 +11,17 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.config import DINOConfig, OptimConfig, StepConfig
+from dino_lightning.config import ComputeConfig, DINOConfig, OptimConfig
 from dino_lightning.config.duration import Duration
 from dino_lightning.losses.chunked import chunked_cross_view_entropy
-from dino_lightning.losses.cross_view import Sharpness, cross_view_distance, cross_view_entropy
+from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_distance, cross_view_entropy
 from dino_lightning.losses.koleo import koleo
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.collapse_signals import note_feature_signals, note_output_signals
+from dino_lightning.methods.collapse_signals import log_feature_statistics, log_output_statistics
 from dino_lightning.methods.dino_modules import dino_centering, dino_head, dino_predictor
 from dino_lightning.methods.masked_patches import MaskedPatches
 from dino_lightning.methods.student_teacher import StudentTeacher
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.optimizers import drop_last_layer_gradients
 from dino_lightning.optim.schedules import LinearWarmup
@@ -40,21 +40,21 @@ class DINO(StudentTeacher):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
-        step: StepConfig | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
-        how = step or StepConfig()
+        how = compute or ComputeConfig()
         heads = [dino_head(config, feature_dim, train_norm=train) for train in (not config.norm_last_layer, False)]
         backbones = student_backbone, teacher_backbone
-        patches = MaskedPatches(config, *backbones, step=how) if config.patch_loss_weight else None
+        patches = MaskedPatches(config, *backbones, compute=how) if config.patch_loss_weight else None
         super().__init__(
             config,
-            MultiCropNetwork(student_backbone, heads[0], step=how),
-            MultiCropNetwork(teacher_backbone, heads[1], step=how),
+            MultiCropNetwork(student_backbone, heads[0], compute=how),
+            MultiCropNetwork(teacher_backbone, heads[1], compute=how),
             optim=optim,
             batch_size_per_device=batch_size_per_device,
             predictor=dino_predictor(config),
         )
-        self.config, self.step = config, how
+        self.config, self.compute = config, how
         self.center, self.patches = dino_centering(config), patches
         self.compare = {"cross_entropy": self._cross_entropy, "mse": self._distance}[config.loss]
 
@@ -70,8 +70,8 @@ class DINO(StudentTeacher):
             crops, predictor=self.predictor, masks=masks, replace=True
         )
         if self.is_logging_step:
-            note_feature_signals(self, features_SD)
-            note_output_signals(self, student, teacher, sharpness)
+            log_feature_statistics(self, features_SD)
+            log_output_statistics(self, student, teacher, sharpness)
         loss = self.compare(student, teacher, sharpness, B)
         if self.config.koleo_weight:
             views = student_SD[: GLOBAL_CROPS * B].chunk(GLOBAL_CROPS)
@@ -80,23 +80,25 @@ class DINO(StudentTeacher):
             loss = loss + self.patches.loss(self, student_patches, teacher_patches, masks)
         return loss
 
-    def _cross_entropy(self, student: Factors, teacher: Factors, sharpness: Sharpness, B: int) -> Tensor:
-        if self.step.fused:
-            return chunked_cross_view_entropy(student, teacher, sharpness, images=B, rows=self.step.loss_rows)
+    def _cross_entropy(
+        self, student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, B: int
+    ) -> Tensor:
+        if self.compute.fused:
+            return chunked_cross_view_entropy(student, teacher, sharpness, images=B, rows=self.compute.loss_rows)
         return cross_view_entropy(
             student.logits().unflatten(0, (-1, B)), teacher.logits().unflatten(0, (-1, B)), sharpness
         )
 
-    def _distance(self, student: Factors, teacher: Factors, sharpness: Sharpness, B: int) -> Tensor:
+    def _distance(self, student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, B: int) -> Tensor:
         targets_SK = teacher.logits() - sharpness.center
         return cross_view_distance(student.logits().unflatten(0, (-1, B)), targets_SK.unflatten(0, (-1, B)))
 
-    def _sharpness(self, teacher: Factors) -> Sharpness:
+    def _sharpness(self, teacher: FactoredLogits) -> SoftmaxParams:
         temperature = self.value("teacher_temperature")
-        return Sharpness(
+        return SoftmaxParams(
             student_temperature=self.config.student_temperature,
             teacher_temperature=temperature,
-            center=self.center.shift(teacher, temperature=temperature),
+            center=self.center.center_for(teacher, temperature=temperature),
         )
 
     def method_schedules(self) -> dict[str, Callable[[int], float]]:
@@ -119,6 +121,6 @@ class DINO(StudentTeacher):
 
     def after_step(self, step: int) -> None:
         """Move the centres."""
-        self.center.commit()
+        self.center.update()
         if self.patches is not None:
-            self.patches.center.commit()
+            self.patches.center.update()

@@ -14,7 +14,7 @@ MOST_ROWS = 2048
 """Features kept, over all ranks; the latest."""
 
 
-class Window:
+class FeatureBuffer:
     """Features and outputs of logging steps, kept on their device until a figure is made of them.
 
     Adding some waits for nothing. What a rank cannot know by itself is asked of all ranks together.

@@ -28,13 +28,15 @@ Counts = dict[str, float]
 def step_flops(method: Method, *, backbone: BackboneConfig, crops: CropsConfig, channels: int = 3) -> float:
     """Operations of one training step per image, before the weights are spread over devices."""
     sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * crops.local_count
-    student, teacher = method.seen(len(sizes))
+    student, teacher = method.views_of_networks(len(sizes))
     passes: Counter[int] = Counter()
     for seen, times in ((student, STUDENT_PASSES), (teacher, TEACHER_PASSES)):
         for crop in seen:
             passes[sizes[crop]] += times
-    total = sum(times * sum(backbone_flops(backbone, image_size=size, channels=channels).values())
-                for size, times in passes.items())  # fmt: skip
+    total = sum(
+        times * sum(backbone_flops(backbone, image_size=size, channels=channels).values())
+        for size, times in passes.items()
+    )
     of_teacher = matrix_flops(method.networks[-1].head) if teacher else 0.0
     of_student = matrix_flops(method) - sum(matrix_flops(network) for network in method.networks)
     of_student += matrix_flops(method.student.head)

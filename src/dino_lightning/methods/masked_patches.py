@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.config import DINOConfig, StepConfig
+from dino_lightning.config import ComputeConfig, DINOConfig
 from dino_lightning.losses.chunked import chunked_row_entropy
-from dino_lightning.losses.cross_view import Sharpness, sharpen
+from dino_lightning.losses.cross_view import SoftmaxParams, sharpen
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.dino_modules import dino_centering
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.masking import Masks, draw_masks
 from dino_lightning.models.vit import OriginalViT
 from dino_lightning.runtime.precision import at_least_float32
@@ -30,9 +30,9 @@ from dino_lightning.runtime.precision import at_least_float32
 class MaskedPatches(nn.Module):
     """What is masked, and what it costs: `method.patch_loss_weight`. Gives the backbones their mask token."""
 
-    def __init__(self, config: DINOConfig, *backbones: nn.Module, step: StepConfig) -> None:
+    def __init__(self, config: DINOConfig, *backbones: nn.Module, compute: ComputeConfig) -> None:
         super().__init__()
-        self.config, self.step = config, step
+        self.config, self.compute = config, compute
         self.patch_size = 0
         for backbone in backbones:
             assert isinstance(backbone, OriginalViT), "checked: only these have patches that can be replaced"
@@ -61,20 +61,20 @@ class MaskedPatches(nn.Module):
         )
         return Masks.of(mask_Shw, like=crops[0])
 
-    def loss(self, method: Any, student: Factors, teacher: Factors, masks: Masks) -> Tensor:
+    def loss(self, method: Any, student: FactoredLogits, teacher: FactoredLogits, masks: Masks) -> Tensor:
         """The weighted loss of one micro-batch; all ranks call it together, also those without a masked patch."""
         temperature = method.value("teacher_temperature")
-        center = self.center.shift(teacher, temperature=temperature)
-        sharpness = Sharpness(self.config.student_temperature, temperature, center)
-        if self.step.fused:
-            loss = chunked_row_entropy(student, teacher, sharpness, masks.weights, rows=self.step.loss_rows)
+        center = self.center.center_for(teacher, temperature=temperature)
+        sharpness = SoftmaxParams(self.config.student_temperature, temperature, center)
+        if self.compute.fused:
+            loss = chunked_row_entropy(student, teacher, sharpness, masks.weights, rows=self.compute.loss_rows)
         else:
             loss = row_entropy(student.logits(), teacher.logits(), sharpness, masks.weights)
         method.note("train/patch_loss", loss)
         return self.config.patch_loss_weight * loss
 
 
-def row_entropy(student_PK: Tensor, teacher_PK: Tensor, sharpness: Sharpness, weights_P: Tensor) -> Tensor:
+def row_entropy(student_PK: Tensor, teacher_PK: Tensor, sharpness: SoftmaxParams, weights_P: Tensor) -> Tensor:
     """The weighted sum of the cross-entropies between row p of the teacher and row p of the student; raw logits."""
     log_p_PK = (at_least_float32(student_PK) / sharpness.student_temperature).log_softmax(dim=-1)
     return -(weights_P * torch.einsum("pk,pk->p", sharpen(teacher_PK, sharpness), log_p_PK)).sum()

@@ -24,7 +24,7 @@ SHARED = 4
 
 
 @dataclass
-class Reading:
+class StepMetrics:
     """The figures of one micro-batch."""
 
     step: int
@@ -36,14 +36,14 @@ class Reading:
     """Whether anything but the loss is kept."""
     loss: float = float("nan")
     """Mean over ranks. It, `own_loss` and device scalars among `values` are known once the reading has arrived."""
-    own_loss: float = float("nan")
+    local_loss: float = float("nan")
     """Of this rank."""
-    ends_step: bool = False
+    is_last_micro_batch: bool = False
     """Whether it is the last micro-batch of its optimizer step."""
-    left_out: bool = False
+    skipped: bool = False
     """Whether its step moves nothing, so that it counts for no mean."""
     values: dict[str, float] = field(default_factory=dict)
-    of_step_before: set[str] = field(default_factory=set)
+    from_previous_step: set[str] = field(default_factory=set)
     """Names of values that were measured before the micro-batch began."""
     _scalars: dict[str, Tensor] = field(default_factory=dict)
     _arrive: Callable[[], list[float]] | None = None
@@ -53,7 +53,7 @@ class Reading:
         """Whether its figures are here."""
         return self._arrive is None
 
-    def note(self, name: str, value: Tensor | float) -> None:
+    def record(self, name: str, value: Tensor | float) -> None:
         """Keep a figure; a tensor must be a scalar and come before `send`."""
         if not self.logged:
             return
@@ -67,21 +67,21 @@ class Reading:
         """What is logged; of a step that moves nothing, only what is a number."""
         row = {**self.values, "epoch": self.epoch}
         # A gradient norm that is not finite is of a step that moved nothing: of one that was left out, or of fp16's.
-        unsure = row if self.left_out else self.of_step_before
+        unsure = row if self.skipped else self.from_previous_step
         row = {name: value for name, value in row.items() if name not in unsure or math.isfinite(value)}
-        if self.left_out:
+        if self.skipped:
             return row
         return {"train/loss": self.loss, **row}
 
-    def send(self, loss: Tensor, *, leave: bool, save: bool, gradient: Tensor | None) -> None:
+    def start_reduce(self, loss: Tensor, *, leave: bool, save: bool, gradient: Tensor | None) -> None:
         """Start the mean of the loss and the sums of three flags over ranks, and the way of all scalars to the host."""
         loss = at_least_float32(loss.detach())
         # `new_full`, not `new_tensor`: it is filled on the device, while a number from here is waited for.
         failed = loss.new_zeros(()) if gradient is None else gradient.to(loss)
         shared = torch.stack([loss, loss.new_full((), float(leave)), loss.new_full((), float(save)), failed])
-        self._arrive = _send(shared, [loss, *self._scalars.values()])
+        self._arrive = _start_reduce(shared, [loss, *self._scalars.values()])
 
-    def arrive(self) -> list[float] | None:
+    def wait(self) -> list[float] | None:
         """Wait for what was sent; how many ranks ask to leave, to save, and tell of a gradient that is not finite.
 
         None where it had arrived before.
@@ -89,87 +89,87 @@ class Reading:
         if self._arrive is None:
             return None
         total, *flags = (figures := self._arrive())[:SHARED]
-        self.own_loss, *others = figures[SHARED:]
+        self.local_loss, *others = figures[SHARED:]
         self.loss = total / world_size()
         self.values.update(zip(self._scalars, others, strict=True))
         self._arrive, self._scalars = None, {}
         return flags
 
 
-class Readings:
+class MetricsBuffer:
     """Readings that were sent and not yet handed over, and what is known of those that were."""
 
     def __init__(self) -> None:
         self.latest: float | None = None
         """The loss that was handed over last."""
-        self.ask_to_leave = False
+        self.request_stop = False
         """Set by this rank to end the run; travels once, with the next loss, and is False from then on."""
-        self.ask_to_save = False
+        self.request_save = False
         """The same, to write a checkpoint."""
-        self.leave_asked = False
+        self.stop_requested = False
         """Whether a rank asked, known on all ranks in the same optimizer step; stays True until somebody resets it."""
-        self.save_asked = False
+        self.save_requested = False
         """The same, of `ask_to_save`."""
         self.gradient_failed: Tensor | None = None
         """Of the step before, on the device: 1 where a gradient was not finite. Travels with the next loss."""
         self.gradients_failed = False
         """Whether that has arrived from a rank."""
-        self._open: Reading | None = None
+        self._open: StepMetrics | None = None
         self._carried: dict[str, Tensor] = {}
-        self._sent: deque[Reading] = deque()
+        self._sent: deque[StepMetrics] = deque()
         self._weighted, self._images = 0.0, 0
 
     @property
-    def waiting(self) -> list[Reading]:
+    def pending(self) -> list[StepMetrics]:
         """Those not handed over, in their order."""
         return list(self._sent)
 
-    def open(self, *, step: int, epoch: int, images: int, logged: bool) -> None:
+    def begin(self, *, step: int, epoch: int, images: int, logged: bool) -> None:
         """Start the reading of a micro-batch."""
-        self._open = Reading(step, epoch, images, logged, of_step_before=set(self._carried))
+        self._open = StepMetrics(step, epoch, images, logged, from_previous_step=set(self._carried))
         for name, value in self._carried.items():
-            self._open.note(name, value)
+            self._open.record(name, value)
         self._carried = {}
 
-    def carry(self, name: str, value: Tensor) -> None:
+    def record_for_next(self, name: str, value: Tensor) -> None:
         """Add a device scalar to the micro-batch that is opened next, with whose loss it travels."""
         self._carried[name] = value
 
-    def note(self, name: str, value: Tensor | float) -> None:
+    def record(self, name: str, value: Tensor | float) -> None:
         """Add a figure to the micro-batch that was opened last; numbers also after it was sent."""
         if self._open is not None:
-            self._open.note(name, value)
+            self._open.record(name, value)
 
-    def send(self, loss: Tensor) -> None:
+    def start_reduce(self, loss: Tensor) -> None:
         """Send the figures of the open micro-batch off; all ranks together."""
         assert self._open is not None, "`open` comes first"
-        leave, save = self.ask_to_leave, self.ask_to_save
+        leave, save = self.request_stop, self.request_save
         # A signal may ask between two of these lines: only what is sent is taken back.
         if leave:
-            self.ask_to_leave = False
+            self.request_stop = False
         if save:
-            self.ask_to_save = False
-        self._open.send(loss, leave=leave, save=save, gradient=self.gradient_failed)
+            self.request_save = False
+        self._open.start_reduce(loss, leave=leave, save=save, gradient=self.gradient_failed)
         self.gradient_failed = None
         self._sent.append(self._open)
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait for all that was sent; flags and losses are known from then on, and numbers can still be noted."""
         for reading in self._sent:
-            if (flags := reading.arrive()) is not None:
+            if (flags := reading.wait()) is not None:
                 leave, save, gradient = (ranks > 0 for ranks in flags)
-                self.leave_asked |= leave
-                self.save_asked |= save
+                self.stop_requested |= leave
+                self.save_requested |= save
                 self.gradients_failed |= gradient
 
-    def settle(self) -> None:
+    def wait_all(self) -> None:
         """Learn of the step before what the next loss would tell; the program waits for that step."""
-        self.arrive()
+        self.wait()
         failed, self.gradient_failed = self.gradient_failed, None
         if failed is not None:
             self.gradients_failed |= read_now(failed)
 
-    def hand_over(self, use: Callable[[Reading], None]) -> None:
+    def drain(self, use: Callable[[StepMetrics], None]) -> None:
         """Give all readings that have arrived to `use`, in their order.
 
         One for which it raises an error stays, and so it does again the next time: no way leads around it.
@@ -178,15 +178,15 @@ class Readings:
             reading = self._sent[0]
             use(reading)
             self._sent.popleft()
-            if not reading.left_out:
+            if not reading.skipped:
                 self.latest = reading.loss
                 self._weighted += reading.loss * reading.images
                 self._images += reading.images
 
-    def collect(self, use: Callable[[Reading], None]) -> None:
+    def flush(self, use: Callable[[StepMetrics], None]) -> None:
         """Wait for all that is known of the steps so far, and hand it over."""
-        self.settle()
-        self.hand_over(use)
+        self.wait_all()
+        self.drain(use)
 
     def state_dict(self) -> dict[str, float]:
         """What the mean of the epoch is made of, in plain types; what was only sent is not in it: collect first."""
@@ -196,7 +196,7 @@ class Readings:
         """Go on with that mean."""
         self._weighted, self._images = state["weighted"], int(state["images"])
 
-    def take_mean(self) -> float | None:
+    def pop_epoch_mean(self) -> float | None:
         """Mean loss over the images since the last call; None where there were none."""
         mean = self._weighted / self._images if self._images else None
         self._weighted, self._images = 0.0, 0
@@ -208,7 +208,7 @@ def read_now(flag: Tensor) -> bool:
     return bool(flag.tolist())
 
 
-def _send(shared: Tensor, scalars: list[Tensor]) -> Callable[[], list[float]]:
+def _start_reduce(shared: Tensor, scalars: list[Tensor]) -> Callable[[], list[float]]:
     """Start on their way `shared` (n,), summed over ranks, and scalars of this rank; the call waits for them."""
     total = all_reduce_sum_later(shared)
     # Copied now, since a scalar may be changed in place before it has left.

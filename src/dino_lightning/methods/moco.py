@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.config import MoCoConfig, OptimConfig, StepConfig
+from dino_lightning.config import ComputeConfig, MoCoConfig, OptimConfig
 from dino_lightning.losses.contrastive import info_nce
 from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.models.heads import MLPHead
 from dino_lightning.models.multi_crop import MultiCropNetwork
@@ -41,12 +41,12 @@ class MoCo(StudentTeacher):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
-        step: StepConfig | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
         super().__init__(
             config,
-            MultiCropNetwork(student_backbone, _projector(config, feature_dim), step=step),
-            MultiCropNetwork(teacher_backbone, _projector(config, feature_dim), step=step),
+            MultiCropNetwork(student_backbone, _projector(config, feature_dim), compute=compute),
+            MultiCropNetwork(teacher_backbone, _projector(config, feature_dim), compute=compute),
             optim=optim,
             batch_size_per_device=batch_size_per_device,
             predictor=_predictor(config) if config.predictor else None,
@@ -72,7 +72,7 @@ class MoCo(StudentTeacher):
             features_SD = self.teacher.features([batch[view] for view in keyed])
             keys_TBE = _on_the_sphere(self.teacher.head(features_SD)).unflatten(0, (-1, B))
         if self.is_logging_step:
-            note_feature_signals(self, features_SD)
+            log_feature_statistics(self, features_SD)
         queries_SE = self.student([batch[view] for view in asked])
         if self.predictor is not None:
             queries_SE = self.predictor(queries_SE)
@@ -101,7 +101,7 @@ class MoCo(StudentTeacher):
     def after_step(self, step: int) -> None:
         """Let the keys enter the queue."""
         if self.queue is not None:
-            self.queue.commit()
+            self.queue.update()
 
 
 def _on_the_sphere(x_SE: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.methods.metrics_buffer import StepMetrics
 from dino_lightning.runtime.sharding import is_sharded, local
 
 ADVICE = "lower optim.lr or optim.clip_grad, lengthen optim.lr_warmup, or train with trainer.precision=bf16-mixed or 32"
 
 
 @dataclass(frozen=True)
-class Trouble:
+class NonFiniteStep:
     """A step whose loss or gradient is not finite; all ranks have the same."""
 
     step: int
@@ -29,27 +29,27 @@ class Trouble:
         return f"{what} at step {self.step}"
 
 
-class Policy:
+class NonFinitePolicy:
     """What follows: here, the end of the run. `callbacks/nonfinite.py` has others."""
 
-    leaves_out = False
+    continues = False
     """Whether the run goes on."""
 
-    def found(self, trouble: Trouble) -> None:
+    def on_nonfinite(self, trouble: NonFiniteStep) -> None:
         """Called on all ranks before weights move; raises `FloatingPointError` to end the run."""
         raise FloatingPointError(f"{trouble}: {ADVICE}.")
 
-    def left_out(self, trouble: Trouble) -> None:
+    def on_skipped(self, trouble: NonFiniteStep) -> None:
         """Called on all ranks when the step is over and has moved nothing."""
 
 
-def trouble_in(readings: Iterable[Reading]) -> Trouble | None:
+def first_nonfinite(readings: Iterable[StepMetrics]) -> NonFiniteStep | None:
     """The first loss that is not finite."""
-    bad = (Trouble(reading.step, reading.loss) for reading in readings if not math.isfinite(reading.loss))
+    bad = (NonFiniteStep(reading.step, reading.loss) for reading in readings if not math.isfinite(reading.loss))
     return next(bad, None)
 
 
-def hold_back(optimizer: Any, failed: Tensor) -> None:
+def zero_gradients_if(optimizer: Any, failed: Tensor) -> None:
     """Let `failed`, a flag on the device, keep this step's gradients from the weights; the program does not wait.
 
     PyTorch's fused optimizers leave out a step by themselves, as under fp16. Others take gradients of 0, and the
@@ -71,7 +71,7 @@ def drop_gradients(module: nn.Module) -> None:
         parameter.grad = None
 
 
-class Overflows:
+class OverflowCounter:
     """Steps of `16-mixed` whose gradients left the range of fp16; the loss scale leaves them out by itself."""
 
     def __init__(self) -> None:

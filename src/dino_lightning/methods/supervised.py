@@ -5,10 +5,10 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.config import OptimConfig, StepConfig, SupervisedConfig
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.config import ComputeConfig, OptimConfig, SupervisedConfig
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
-from dino_lightning.methods.collapse_signals import note_feature_signals
+from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.models.multi_crop import MultiCropNetwork
 
 NO_LABEL = -1
@@ -27,19 +27,19 @@ class Supervised(Method):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
-        step: StepConfig | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
         classifier = nn.Linear(feature_dim, num_classes)
         nn.init.trunc_normal_(classifier.weight, std=0.02)
         nn.init.zeros_(classifier.bias)
         super().__init__(
-            MultiCropNetwork(student_backbone, classifier, step=step),
+            MultiCropNetwork(student_backbone, classifier, compute=compute),
             optim=optim,
             batch_size_per_device=batch_size_per_device,
         )
         self.config = config
 
-    def loss(self, batch: LabelledCrops) -> Tensor:
+    def loss(self, batch: LabeledCrops) -> Tensor:
         """Cross-entropy of the label, mean over crops and images. Images without a label count for nothing."""
         crops, labels_B = batch
         features_SD = self.student.features(crops)
@@ -47,9 +47,9 @@ class Supervised(Method):
         labels_S = labels_B.repeat(len(crops))
         known_S = labels_S != NO_LABEL
         if self.is_logging_step:
-            note_feature_signals(self, features_SD[: GLOBAL_CROPS * len(labels_B)].detach())
+            log_feature_statistics(self, features_SD[: GLOBAL_CROPS * len(labels_B)].detach())
             right_S = (logits_SC.argmax(dim=-1) == labels_S) & known_S
-            self.note("train/top1", 100 * right_S.sum() / known_S.sum().clamp(min=1))
+            self.log_metric("train/top1", 100 * right_S.sum() / known_S.sum().clamp(min=1))
         losses_S = F.cross_entropy(
             logits_SC.float() if logits_SC.dtype.itemsize < 4 else logits_SC,
             labels_S,

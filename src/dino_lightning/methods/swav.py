@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.config import OptimConfig, StepConfig, SwAVConfig
-from dino_lightning.losses.centering import sinkhorn_shift
+from dino_lightning.config import ComputeConfig, OptimConfig, SwAVConfig
+from dino_lightning.losses.centering import sinkhorn_center
 from dino_lightning.losses.cross_view import view_entropy
 from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
-from dino_lightning.methods.collapse_signals import note_assignment_signals, note_feature_signals
+from dino_lightning.methods.collapse_signals import log_assignment_statistics, log_feature_statistics
 from dino_lightning.models.heads import MLPHead
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.runtime.collectives import rank, world_size
@@ -37,7 +37,7 @@ class SwAV(Method):
         feature_dim: int,
         optim: OptimConfig,
         batch_size_per_device: int,
-        step: StepConfig | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
         projector = MLPHead(
             feature_dim,
@@ -47,7 +47,7 @@ class SwAV(Method):
             batch_norm=config.head_batch_norm,
         )
         super().__init__(
-            MultiCropNetwork(student_backbone, projector, step=step),
+            MultiCropNetwork(student_backbone, projector, compute=compute),
             optim=optim,
             batch_size_per_device=batch_size_per_device,
             predictor=nn.Linear(config.head_bottleneck_dim, config.out_dim, bias=False),
@@ -70,16 +70,17 @@ class SwAV(Method):
         B, config = len(batch[0]), self.config
         features_SD = self.student.features(batch)
         if self.is_logging_step:
-            note_feature_signals(self, features_SD[: GLOBAL_CROPS * B].detach())
+            log_feature_statistics(self, features_SD[: GLOBAL_CROPS * B].detach())
         z_VBE = F.normalize(at_least_float32(self.student.head(features_SD)), dim=-1).unflatten(0, (-1, B))
         with without_autocast(z_VBE):  # a temperature of 0.05 makes much of the rounding of bfloat16
             scores_VBK = self.prototypes(z_VBE)
-            targets = [self._assignment(z_VBE[view].detach(), scores_VBK[view].detach(), view)
-                       for view in range(GLOBAL_CROPS)]  # fmt: skip
+            targets = [
+                self._assignment(z_VBE[view].detach(), scores_VBK[view].detach(), view) for view in range(GLOBAL_CROPS)
+            ]
         target_TBK = torch.stack(targets)
         if self.is_logging_step:
             scores_SK = scores_VBK[:GLOBAL_CROPS].detach().flatten(0, 1)
-            note_assignment_signals(self, target_TBK.flatten(0, 1), scores_SK, temperature=config.temperature)
+            log_assignment_statistics(self, target_TBK.flatten(0, 1), scores_SK, temperature=config.temperature)
         return view_entropy(scores_VBK, target_TBK, temperature=config.temperature)
 
     @torch.no_grad()
@@ -95,7 +96,9 @@ class SwAV(Method):
                 joined_NK = torch.cat([scores_BK, self.prototypes(part_ND)])
             if self.global_step >= self.duration(config.queue_start, key="method.queue_start"):
                 queue.observe(z_BE)
-        shift_1K = sinkhorn_shift(joined_NK, temperature=config.sinkhorn_epsilon, iterations=config.sinkhorn_iterations)
+        shift_1K = sinkhorn_center(
+            joined_NK, temperature=config.sinkhorn_epsilon, iterations=config.sinkhorn_iterations
+        )
         return ((scores_BK - shift_1K) / config.sinkhorn_epsilon).softmax(dim=-1)
 
     def after_clip(self, step: int) -> None:
@@ -108,7 +111,7 @@ class SwAV(Method):
         self._normalize_prototypes()
         for queue in self.queues:
             assert isinstance(queue, FeatureQueue)
-            queue.commit()
+            queue.update()
 
     @torch.no_grad()
     def _normalize_prototypes(self) -> None:

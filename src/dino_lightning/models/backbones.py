@@ -47,8 +47,6 @@ def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float,
     )
 
 
-
-
 def _unusual(channels: int) -> dict[str, Any]:
     """timm's argument for images that are not RGB."""
     return {} if channels == 3 else {"in_chans": channels}

@@ -15,7 +15,7 @@ from dino_lightning.models.tokens import is_vit, patch_size
 
 
 @dataclass(frozen=True)
-class Network:
+class FrozenNetwork:
     """A frozen backbone and what its weights expect."""
 
     backbone: nn.Module
@@ -51,17 +51,14 @@ class Network:
         return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
-
-
-
-
-def check_size(network: Network, size: int, *, key: str) -> None:
+def check_size(network: FrozenNetwork, size: int, *, key: str) -> None:
     """Raise `UserError`, which names `key`, where the network does not take images of this side (pixels)."""
     if is_vit(network.backbone) and size % patch_size(network.backbone):
         patch = patch_size(network.backbone)
         near = max(patch, round(size / patch) * patch)
-        raise UserError(f"{key}={size} is not a multiple of the patch size {patch} of {network.name}; the nearest is "
-                        f"{near}.")  # fmt: skip
+        raise UserError(
+            f"{key}={size} is not a multiple of the patch size {patch} of {network.name}; the nearest is {near}."
+        )
     device = next(network.backbone.parameters()).device
     try:
         with torch.no_grad():
@@ -69,13 +66,3 @@ def check_size(network: Network, size: int, *, key: str) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}={size}: {network.name} does not take it ({reason}).") from error
-
-
-
-
-
-
-
-
-
-

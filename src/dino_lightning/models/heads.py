@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.kernels.dense import dense, gelu_dense
 
 
@@ -110,7 +110,7 @@ class DINOHead(nn.Module):
             points_BD = predictor(points_BD)
         if self.normalize:
             points_BD = F.normalize(points_BD, dim=-1)
-        return Factors(points_BD, self.last_layer.weight) if factors else self.last_layer(points_BD)
+        return FactoredLogits(points_BD, self.last_layer.weight) if factors else self.last_layer(points_BD)
 
     def _bottleneck(self, x_BD: Tensor) -> Tensor:
         """`self.mlp(x_BD)`, with less kept for the gradient."""

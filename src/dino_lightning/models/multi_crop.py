@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.config import StepConfig
+from dino_lightning.config import ComputeConfig
 from dino_lightning.errors import UserError
-from dino_lightning.models.factored_logits import Factors
+from dino_lightning.models.factored_logits import FactoredLogits
 from dino_lightning.models.masking import Masks
 from dino_lightning.models.vit import OriginalViT
 from dino_lightning.runtime.precision import at_least_float32
@@ -17,13 +17,13 @@ from dino_lightning.runtime.precision import at_least_float32
 class MultiCropNetwork(nn.Module):
     """Backbone and head: one backbone pass for all crops, or one per resolution; one head pass in all."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, step: StepConfig | None = None) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, compute: ComputeConfig | None = None) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.step = step or StepConfig()
-        self.packed = self.step.fused and isinstance(backbone, OriginalViT)
-        self.channels_last = _channels_last(backbone, self.step)
-        whole = self.step.compile or self.step.gradient_checkpointing
+        self.compute = compute or ComputeConfig()
+        self.packed = self.compute.fused and isinstance(backbone, OriginalViT)
+        self.channels_last = _channels_last(backbone, self.compute)
+        whole = self.compute.compile or self.compute.gradient_checkpointing
         self.in_tiles = self.packed and not whole and backbone.drop_path_mode == "sample"
         """Whether large batches in full precision go through the blocks in tiles on a CPU."""
         self._prepare()
@@ -56,17 +56,21 @@ class MultiCropNetwork(nn.Module):
         predictor: nn.Module | None = None,
         masks: Masks | None = None,
         replace: bool = False,
-    ) -> tuple[Tensor, Factors, Factors]:
+    ) -> tuple[Tensor, FactoredLogits, FactoredLogits]:
         """Features (S, D), their logits (S, K) as factors, and those of the masked patches (P, K), P = 0 for none."""
         if masks is None:
             features_SD = self.features(crops)
-            factors: Factors = self.head(features_SD, factors=True, predictor=predictor)
-            return features_SD, factors, Factors(factors.points[:0], factors.prototypes)
+            factors: FactoredLogits = self.head(features_SD, factors=True, predictor=predictor)
+            return features_SD, factors, FactoredLogits(factors.embeddings[:0], factors.prototypes)
         features_SD, patches_PD = self.features_and_patches(crops, masks, replace=replace)
         # In one pass of the head: prototypes are composed once, and a batch norm has rows also without any mask.
-        both: Factors = self.head(torch.cat([features_SD, patches_PD]), factors=True, predictor=predictor)
+        both: FactoredLogits = self.head(torch.cat([features_SD, patches_PD]), factors=True, predictor=predictor)
         S = len(features_SD)
-        return features_SD, Factors(both.points[:S], both.prototypes), Factors(both.points[S:], both.prototypes)
+        return (
+            features_SD,
+            FactoredLogits(both.embeddings[:S], both.prototypes),
+            FactoredLogits(both.embeddings[S:], both.prototypes),
+        )
 
     def _laid_out(self, crops: list[Tensor]) -> list[Tensor]:
         if self.channels_last:
@@ -83,27 +87,29 @@ class MultiCropNetwork(nn.Module):
         return self.head(self.features(crops))
 
     def _prepare(self) -> None:
-        step, backbone = self.step, self.backbone
+        compute, backbone = self.compute, self.backbone
         if self.channels_last:
             backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(backbone, OriginalViT) and self.packed:
-            backbone.apply_step(step)
+            backbone.apply_compute(compute)
             return
-        if step.gradient_checkpointing:
+        if compute.gradient_checkpointing:
             _checkpoint(backbone)
-        if step.compile:
+        if compute.compile:
             backbone.compile(dynamic=False)
 
 
-def _channels_last(backbone: nn.Module, step: StepConfig) -> bool:
-    if step.channels_last is None:
+def _channels_last(backbone: nn.Module, compute: ComputeConfig) -> bool:
+    if compute.channels_last is None:
         return getattr(backbone, "patch_embed", None) is None
-    return step.channels_last
+    return compute.channels_last
 
 
 def _checkpoint(backbone: Any) -> None:
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
-        raise UserError(f"step.gradient_checkpointing=true: timm's {type(backbone).__name__} has none; set "
-                        "step.gradient_checkpointing=false.") from error  # fmt: skip
+        raise UserError(
+            f"compute.gradient_checkpointing=true: timm's {type(backbone).__name__} has none; set "
+            "compute.gradient_checkpointing=false."
+        ) from error

@@ -81,8 +81,9 @@ def _tiled_pass(
     def hidden(x_mD: Tensor, shapes: Shapes) -> Tensor:
         return F.gelu(norm_dense(x_mD, norms[1], mlp.fc1))
 
-    weights = [[*norm.parameters(), *layer.parameters()] for norm, layer in zip(norms, (attention.qkv, mlp.fc1),
-                                                                                 strict=True)]  # fmt: skip
+    weights = [
+        [*norm.parameters(), *layer.parameters()] for norm, layer in zip(norms, (attention.qkv, mlp.fc1), strict=True)
+    ]
     x_MD = tiles.add_tiled_branch(x_MD, first, attended, attention.proj, shapes=shapes, weights=weights[0])
     return tiles.add_tiled_branch(x_MD, second, hidden, mlp.fc2, shapes=shapes, weights=weights[1])
 

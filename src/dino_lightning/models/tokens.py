@@ -78,9 +78,11 @@ def linear_features(backbone: nn.Module, images_BCHW: Tensor, *, n_last_blocks: 
     """
     if not is_vit(backbone):
         if n_last_blocks != 1 or avgpool:
-            raise UserError(f"eval.n_last_blocks={n_last_blocks} eval.avgpool={str(avgpool).lower()}: "
-                            f"{type(backbone).__name__} has no class token; set eval.n_last_blocks=1 "
-                            "eval.avgpool=false.")  # fmt: skip
+            raise UserError(
+                f"eval.n_last_blocks={n_last_blocks} eval.avgpool={str(avgpool).lower()}: "
+                f"{type(backbone).__name__} has no class token; set eval.n_last_blocks=1 "
+                "eval.avgpool=false."
+            )
         return backbone(images_BCHW)
     blocks = last_blocks(backbone, images_BCHW, n=n_last_blocks)
     return join_tokens([block[:, 0] for block in blocks], _mean_patch(backbone, blocks[-1]) if avgpool else None)

@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dino_lightning.config import StepConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import patches
 from dino_lightning.models.kernels.packing import (
     Shapes,
@@ -63,12 +63,12 @@ class OriginalViT(VisionTransformer):
         self.register_parameter("mask_token", None)
         self.drop_path_mode = config.drop_path
 
-    def apply_step(self, step: StepConfig) -> None:
+    def apply_compute(self, compute: ComputeConfig) -> None:
         """Compute the training pass as configured."""
         for block in cast("list[PackedBlock]", self.blocks):
-            block.attention = step.attention
-            block.checkpointed = step.gradient_checkpointing
-            block.pass_function = compiled_pass() if step.compile else None
+            block.attention = compute.attention
+            block.checkpointed = compute.gradient_checkpointing
+            block.pass_function = compiled_pass() if compute.compile else None
 
     def learn_mask_token(self) -> None:
         """Add the token that stands for masked patches, zeros at first; for training only, no export has it."""
@@ -146,8 +146,9 @@ class OriginalViT(VisionTransformer):
         if self.drop_path_mode == "subset":
             pairs = [(rate, (drawn_subset(rate, shapes, device), drawn_subset(rate, shapes, device))) for rate in rates]
             return [pair if rate else None for rate, pair in pairs]
-        return [scales if rate else None
-                for rate, scales in zip(rates, sampled_scales(rates, shapes, device), strict=True)]  # fmt: skip
+        return [
+            scales if rate else None for rate, scales in zip(rates, sampled_scales(rates, shapes, device), strict=True)
+        ]
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         assert self.pos_embed is not None

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from dino_lightning.runtime.sharding import local
 
-Network = TypeVar("Network", bound=nn.Module)
+ModuleT = TypeVar("Network", bound=nn.Module)
 
 
-def follow(teacher: Network, student: Network) -> Network:
+def follow(teacher: ModuleT, student: ModuleT) -> ModuleT:
     """Give the teacher, a network of its own, the student's weights and buffers; it takes no gradient from then on.
 
     It is not a copy because the two are built differently: the teacher has no drop path.

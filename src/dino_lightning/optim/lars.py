@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.runtime.sharding import is_sharded, local, whole_norms
+from dino_lightning.runtime.sharding import global_norms, is_sharded, local
 
 
 class LARS(torch.optim.Optimizer):
@@ -68,7 +68,7 @@ def scaled_updates(matrices: list[nn.Parameter], group: dict[str, Any]) -> list[
     weights = [local(matrix) for matrix in matrices]
     gradients = [local(_gradient(matrix)) for matrix in matrices]
     updates = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-    weight_norms, update_norms = whole_norms([*weights, *updates], sharded=is_sharded(matrices[0])).chunk(2)
+    weight_norms, update_norms = global_norms([*weights, *updates], sharded=is_sharded(matrices[0])).chunk(2)
     trust = group["trust_coefficient"] * weight_norms / update_norms
     trust = trust.where((weight_norms > 0) & (update_norms > 0), 1.0)
     torch._foreach_mul_(updates, list(trust.unbind()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino_lightning.config import AdamWConfig, LARSConfig, OptimConfig, SGDConfig
 from dino_lightning.optim.lars import LARS
-from dino_lightning.runtime.sharding import is_sharded, local, whole_norms
+from dino_lightning.runtime.sharding import global_norms, is_sharded, local
 
 FUSED_DEVICES, FUSED_DTYPES = ("cpu", "cuda"), (torch.float32, torch.float64)
 """Where PyTorch's fused optimizers run and are tested here."""
@@ -41,7 +41,7 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -
     if not gradients:
         return None
     slices = [local(gradient) for gradient in gradients]
-    norms = whole_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
+    norms = global_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
     if max_norm:
         # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host.
         scale_each(slices, (max_norm / (norms + 1e-6)).clamp(max=1.0), join=slices[0].is_cuda)

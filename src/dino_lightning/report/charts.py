@@ -29,45 +29,104 @@ LEARNING, SCHEDULES, COLLAPSE = "Learning", "Schedules", "Signs of collapse"
 OTHERS = "Everything else"
 
 CHARTS = [
-    Chart(LEARNING, "Training loss", "What the method makes small; of DINO the cross-entropy between teacher and "
-          "student, in nats. It should fall, though a teacher that grows more certain or less so moves it, too.",
-          {"train/loss": "one step", "train/loss_epoch": "mean of the epoch"}),
-    Chart(LEARNING, "k-NN accuracy", "Correct validation images, in percent: the figure to trust. It should rise, "
-          "steeply at first.", {"knn/top1": "top-1", "knn/top5": "top-5"}),
+    Chart(
+        LEARNING,
+        "Training loss",
+        "What the method makes small; of DINO the cross-entropy between teacher and "
+        "student, in nats. It should fall, though a teacher that grows more certain or less so moves it, too.",
+        {"train/loss": "one step", "train/loss_epoch": "mean of the epoch"},
+    ),
+    Chart(
+        LEARNING,
+        "k-NN accuracy",
+        "Correct validation images, in percent: the figure to trust. It should rise, steeply at first.",
+        {"knn/top1": "top-1", "knn/top5": "top-5"},
+    ),
     Chart(SCHEDULES, "Learning rate", "Linear warm-up, then half a cosine.", {"schedule/lr": "learning rate"}),
     Chart(SCHEDULES, "Weight decay", "Half a cosine.", {"schedule/weight_decay": "weight decay"}),
-    Chart(SCHEDULES, "Momentum of the teacher", "Share of the teacher's old weights that each step keeps.",
-          {"schedule/teacher_momentum": "momentum"}),
-    Chart(SCHEDULES, "Temperature of the teacher", "The lower, the more certain its targets.",
-          {"schedule/teacher_temperature": "temperature"}),
-    Chart(COLLAPSE, "Entropy of the teacher", "In nats: of its output for one crop, of the mean output over a batch. "
-          "A healthy run keeps a gap between the two curves: it is what an output tells about its image. Where they "
-          "meet, there is one output for all images: at the upper line every prototype gets the same, at 0 one gets "
-          "all.",
-          {"collapse/mean_output_entropy": "mean output", "collapse/teacher_entropy": "one crop"}),
-    Chart(COLLAPSE, "Teacher against student", "Kullback-Leibler divergence of the student's output from the "
-          "teacher's, in nats. At 0 there is nothing left to learn, as after a collapse.",
-          {"collapse/teacher_student_kl": "divergence"}, log=True),
-    Chart(COLLAPSE, "Mean output against uniform", "Kullback-Leibler divergence of the mean output of a batch from an "
-          "equal share for each prototype, in nats. At 0 prototypes are used evenly; at the upper line one gets all. "
-          "A batch with few crops for its prototypes cannot reach 0.",
-          {"collapse/kl_to_uniform": "divergence"}),
-    Chart(COLLAPSE, "Dead prototypes", "Share that got less than 1 % of an equal share since the last point. With few "
-          "logged crops for each prototype, many look dead that are not.",
-          {"collapse/dead_prototypes": "dead"}, zero=True),
-    Chart(COLLAPSE, "Spread of the features", "Standard deviation over a batch of the normalised features, mean over "
-          "dimensions. At 0 all images look the same. Below the alarm line, and at less than half of its first value, "
-          "it counts as a collapse.", {"collapse/feature_std": "spread"}, zero=True),
-    Chart(COLLAPSE, "Effective rank of the features", "In how many directions the features of the epoch's logged steps "
-          "go (RankMe): exp of the entropy of their singular values, at most their width. It should not fall to a few.",
-          {"collapse/effective_rank": "directions"}, zero=True),
-    Chart(COLLAPSE, "Length of the centre", "It should level off; if it grows without end, one prototype is winning.",
-          {"collapse/center_norm": "length"}),
-    Chart(COLLAPSE, "Alarm", "1 from the row after a collapse is seen, as long as it lasts.",
-          {"collapse/alarm": "alarm"}, zero=True),
-    Chart("Speed", "Images per second", "Over all devices, waiting for data included.",
-          {"speed/images_per_second": "images/s"}, zero=True),
-]  # fmt: skip
+    Chart(
+        SCHEDULES,
+        "Momentum of the teacher",
+        "Share of the teacher's old weights that each step keeps.",
+        {"schedule/teacher_momentum": "momentum"},
+    ),
+    Chart(
+        SCHEDULES,
+        "Temperature of the teacher",
+        "The lower, the more certain its targets.",
+        {"schedule/teacher_temperature": "temperature"},
+    ),
+    Chart(
+        COLLAPSE,
+        "Entropy of the teacher",
+        "In nats: of its output for one crop, of the mean output over a batch. "
+        "A healthy run keeps a gap between the two curves: it is what an output tells about its image. Where they "
+        "meet, there is one output for all images: at the upper line every prototype gets the same, at 0 one gets "
+        "all.",
+        {"collapse/mean_output_entropy": "mean output", "collapse/teacher_entropy": "one crop"},
+    ),
+    Chart(
+        COLLAPSE,
+        "Teacher against student",
+        "Kullback-Leibler divergence of the student's output from the "
+        "teacher's, in nats. At 0 there is nothing left to learn, as after a collapse.",
+        {"collapse/teacher_student_kl": "divergence"},
+        log=True,
+    ),
+    Chart(
+        COLLAPSE,
+        "Mean output against uniform",
+        "Kullback-Leibler divergence of the mean output of a batch from an "
+        "equal share for each prototype, in nats. At 0 prototypes are used evenly; at the upper line one gets all. "
+        "A batch with few crops for its prototypes cannot reach 0.",
+        {"collapse/kl_to_uniform": "divergence"},
+    ),
+    Chart(
+        COLLAPSE,
+        "Dead prototypes",
+        "Share that got less than 1 % of an equal share since the last point. With few "
+        "logged crops for each prototype, many look dead that are not.",
+        {"collapse/dead_prototypes": "dead"},
+        zero=True,
+    ),
+    Chart(
+        COLLAPSE,
+        "Spread of the features",
+        "Standard deviation over a batch of the normalised features, mean over "
+        "dimensions. At 0 all images look the same. Below the alarm line, and at less than half of its first value, "
+        "it counts as a collapse.",
+        {"collapse/feature_std": "spread"},
+        zero=True,
+    ),
+    Chart(
+        COLLAPSE,
+        "Effective rank of the features",
+        "In how many directions the features of the epoch's logged steps "
+        "go (RankMe): exp of the entropy of their singular values, at most their width. It should not fall to a few.",
+        {"collapse/effective_rank": "directions"},
+        zero=True,
+    ),
+    Chart(
+        COLLAPSE,
+        "Length of the centre",
+        "It should level off; if it grows without end, one prototype is winning.",
+        {"collapse/center_norm": "length"},
+    ),
+    Chart(
+        COLLAPSE,
+        "Alarm",
+        "1 from the row after a collapse is seen, as long as it lasts.",
+        {"collapse/alarm": "alarm"},
+        zero=True,
+    ),
+    Chart(
+        "Speed",
+        "Images per second",
+        "Over all devices, waiting for data included.",
+        {"speed/images_per_second": "images/s"},
+        zero=True,
+    ),
+]
 SECTIONS = [*dict.fromkeys(chart.section for chart in CHARTS), OTHERS]
 
 

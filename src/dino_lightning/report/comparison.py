@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from html import escape
 
-from dino_lightning.report.curves import COLOURS, curves_html, curves_json, drawn_together, room_of_a_curve
+from dino_lightning.report.curves import COLORS, curves_html, curves_json, drawn_together, room_of_a_curve
 from dino_lightning.report.evaluations import Evaluated, results_html
 from dino_lightning.report.gallery import gallery_together
 from dino_lightning.report.markup import Cell, bar, note, page, section, table
 from dino_lightning.report.run_folder import Run
 from dino_lightning.report.runs import differences, folders_of, names_of, state
 
-MOST_RUNS = 4 * COLOURS
+MOST_RUNS = 4 * COLORS
 """Colours and dashes that can be told apart."""
 SHOWN = 60
 """Characters of a setting in the table of differences."""
@@ -71,7 +71,7 @@ def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         value = _accuracy(run)
-        swatch = f'<i class="swatch d{number // COLOURS}" style="border-top-color:var(--s{number % COLOURS})"></i>'
+        swatch = f'<i class="swatch d{number // COLORS}" style="border-top-color:var(--s{number % COLORS})"></i>'
         shown = "" if value is None else f'{bar(value)}<data value="{value!r}">{value:.1f} %</data>'
         loss, speed = (run.last("train/loss_epoch"), run.last("train/loss")), run.last("speed/images_per_second")
         figures = [

@@ -10,7 +10,7 @@ from typing import Any
 from dino_lightning.report.charts import COLLAPSE, Chart, Reference, by_column, charts_of, references, spans
 from dino_lightning.report.charts import shared_references as shared
 from dino_lightning.report.run_folder import Curve, Run
-from dino_lightning.report.svg import COLOURS, Line, chart_svg
+from dino_lightning.report.svg import COLORS, Line, chart_svg
 
 MOST_POINTS = 2000
 """Points of one curve in the page; of a longer one the extremes of equal parts are kept."""
@@ -41,7 +41,7 @@ class Series:
     def plain(self) -> dict[str, Any]:
         """For the page's script."""
         means = {} if self.means is None else {"means": self.means}
-        look = {"color": self.number % COLOURS, "dash": self.number // COLOURS, "thin": self.thin}
+        look = {"color": self.number % COLORS, "dash": self.number // COLORS, "thin": self.thin}
         return {"name": self.name, **look, "points": self.curve, **means}
 
 
@@ -161,11 +161,11 @@ def _tools(runs: Sequence[str]) -> str:
 
 def key_button(name: str, number: int, *, value: str | None = None) -> str:
     """An entry of a legend that shows and hides its curve."""
-    look = f"border-top-color:var(--s{number % COLOURS})"
+    look = f"border-top-color:var(--s{number % COLORS})"
     shown = "" if value is None else f" <b>{value}</b><small></small>"
     return (
         f'<button type="button" class="key" aria-pressed="true" data-series="{number}">'
-        f'<i class="d{number // COLOURS}" style="{look}"></i>{escape(name)}{shown}</button>'
+        f'<i class="d{number // COLORS}" style="{look}"></i>{escape(name)}{shown}</button>'
     )
 
 

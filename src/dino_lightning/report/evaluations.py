@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dino_lightning.checkpoints.load import digest
+from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.errors import UserError
 from dino_lightning.report.markup import Cell, table
 from dino_lightning.report.run_folder import Run, finite
@@ -73,7 +73,7 @@ class Owner:
         found = set()
         for file in self.run.folder.glob("*.safetensors"):
             try:
-                found.add(digest(load_file(file)))
+                found.add(weights_digest(load_file(file)))
             except (OSError, SafetensorError):  # half written, or another's
                 continue
         return found

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.report.run_folder import Run, finite
 from dino_lightning.runtime.files import FAILED
 
@@ -58,7 +58,7 @@ def _nothing(word: str, path: Path, matches: Sequence[Path]) -> str:
     if glob.has_magic(word):
         return f"{word}: no folder has such a name."
     beside = [other.name for other in path.parent.glob("*/")] if path.parent.is_dir() else []
-    return f"{word}: there is no such folder; {nearest(path.name, beside) if beside else 'name that of a run'}"
+    return f"{word}: there is no such folder; {did_you_mean(path.name, beside) if beside else 'name that of a run'}"
 
 
 def state(run: Run) -> str:
@@ -133,8 +133,10 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     short = all(len(f"{key}={value}") <= LONGEST for key, values in told.items() for value in values)
     if not (short and 0 < len(told) <= 2):
         return names
-    said = [", ".join(f"{key}={value}" for key, value in zip(told, row, strict=True) if value)
-            for row in zip(*told.values(), strict=True)]  # fmt: skip
+    said = [
+        ", ".join(f"{key}={value}" for key, value in zip(told, row, strict=True) if value)
+        for row in zip(*told.values(), strict=True)
+    ]
     return [f"{name} ({words})" if words else name for name, words in zip(names, said, strict=True)]
 
 

@@ -10,7 +10,7 @@ from dino_lightning.report.run_folder import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 200, 56, 8, 10, 24
 """Pixels of the picture, and its margins."""
-COLOURS = 10
+COLORS = 10
 """Colours of the page's style sheet, `--s0` and on; beyond these, lines are dashed."""
 
 
@@ -92,11 +92,11 @@ def _grid(axes: Axes) -> str:
 
 def _polyline(axes: Axes, line: Line) -> str:
     points = [(axes.x(step), axes.y(value)) for step, value in line.curve if not axes.log or value > 0]
-    kind = f"d{line.number // COLOURS}{' thin' if line.thin else ''}"
-    look = f"stroke:var(--s{line.number % COLOURS})"
+    kind = f"d{line.number // COLORS}{' thin' if line.thin else ''}"
+    look = f"stroke:var(--s{line.number % COLORS})"
     if len(points) == 1:
         (x, y) = points[0]
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:var(--s{line.number % COLOURS})"/>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:var(--s{line.number % COLORS})"/>'
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path class="line {kind}" style="{look}" d="M{path}"/>' if points else ""
 

@@ -18,10 +18,6 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-
-
-
-
 def rank() -> int:
     """This process's number in the group; 0 without one."""
     return dist.get_rank() if _active() else 0

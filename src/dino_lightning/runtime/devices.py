@@ -9,6 +9,6 @@ def trains_on_cpu(accelerator: str) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not other)
 
 
-def runs_ahead(device: torch.device) -> bool:
+def is_asynchronous(device: torch.device) -> bool:
     """Whether a program that asks this device for a number waits for work that it could have added to meanwhile."""
     return device.type == "cuda"

@@ -19,10 +19,6 @@ OVERRIDES = "overrides.yaml"
 """In the folder of a run of a sweep: the words `KEY=VALUE` of the command, with the values of this run."""
 
 
-
-
-
-
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file open for writing that takes the place of `path` when the block ends, whole and on the disk.

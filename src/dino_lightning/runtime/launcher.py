@@ -26,8 +26,10 @@ class Launcher(_SubprocessScriptLauncher):
         try:
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         except ValueError as error:
-            raise UserError(f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} are not what "
-                            f"the SLURM job has: {' '.join(str(error).split())}") from error  # fmt: skip
+            raise UserError(
+                f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} are not what "
+                f"the SLURM job has: {' '.join(str(error).split())}"
+            ) from error
         if not self.cluster_environment.creates_processes_externally:
             with started_by_this_one():
                 self._call_children_scripts()

@@ -22,10 +22,8 @@ PATIENCE_S = 1.0
 """Seconds for a run that is about to end, such as one that was told to leave just now."""
 
 
-
-
 @contextmanager
-def held_folder(folder: str | Path) -> Iterator[None]:
+def run_lock(folder: str | Path) -> Iterator[None]:
     """Make the folder of a run and keep other runs out of it; a folder that is empty afterwards goes again.
 
     Raises `UserError` where another run is in it and where it cannot be written. The processes of the other devices
@@ -63,8 +61,10 @@ def _opened(path: Path) -> IO[str]:
                 if time.monotonic() > until:
                     file.seek(0)
                     owner = file.read().strip() or "another process"
-                    raise UserError(f"output_dir={path.parent} is in use by a run that has not ended ({owner}); wait "
-                                    "for its end, or choose another folder.")  # fmt: skip
+                    raise UserError(
+                        f"output_dir={path.parent} is in use by a run that has not ended ({owner}); wait "
+                        "for its end, or choose another folder."
+                    )
                 file.close()
                 time.sleep(0.1)
                 continue

@@ -20,8 +20,6 @@ INTERACTIVE = ("bash", "interactive")
 """Names of SLURM jobs in which a person types: there is no script to start again."""
 
 
-
-
 def starts_again() -> bool:
     """Whether this process may be a later start of the same run, with the same arguments.
 
@@ -46,8 +44,10 @@ def first_start() -> float:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return time.time()
     if _number("GROUP_WORLD_SIZE") > 1:
-        raise UserError("output_dir has no value that all machines share: give torchrun a name, --rdzv-id=NAME, or set "
-                        "output_dir=FOLDER.")  # fmt: skip
+        raise UserError(
+            "output_dir has no value that all machines share: give torchrun a name, --rdzv-id=NAME, or set "
+            "output_dir=FOLDER."
+        )
     try:
         ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -72,8 +72,11 @@ def requeue_slurm_job() -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure:
-        print(f"dino-lightning: `{' '.join(command)}` has failed ({failure}): submit the job again; it goes on from "
-              "checkpoints/last.ckpt with resume=true.", file=sys.stderr)  # fmt: skip
+        print(
+            f"dino-lightning: `{' '.join(command)}` has failed ({failure}): submit the job again; it goes on from "
+            "checkpoints/last.ckpt with resume=true.",
+            file=sys.stderr,
+        )
     return not failure
 
 

@@ -86,21 +86,21 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_norms(slices: list[Tensor], *, sharded: bool) -> Tensor:
+def global_norms(slices: list[Tensor], *, sharded: bool) -> Tensor:
     """L2 norms (n,) of n whole tensors, of which each rank has a slice where they are `sharded`."""
     norms = torch.stack(torch._foreach_norm(slices, 2))
     return all_reduce_sum(at_least_float32(norms).square()).sqrt() if sharded else norms
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor of all slices, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of the network as if it were not sharded, on the CPU of every rank."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
+    return {name: full_tensor(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:

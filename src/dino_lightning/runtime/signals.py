@@ -17,24 +17,24 @@ from dino_lightning.runtime.watchdog import STARTED_BY
 NAMES = ("SIGTERM", "SIGUSR1")
 
 
-def listen() -> None:
+def install_early_handlers() -> None:
     """From now on a signal ends this process by `leave_at_once`, unless somebody else listens to it already.
 
     Not in a process that the first one of a machine has started: if it alone gets the signal, the first has to see that
     it is lost, or would wait for it.
     """
     if STARTED_BY not in os.environ:
-        _replace(signal.SIG_DFL, by=leave_at_once)
+        _replace(signal.SIG_DFL, by=exit_on_signal)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_forget)
 
 
 def _forget() -> None:
     """A process that this one has forked is to end as its parent wants it to."""
-    _replace(leave_at_once, by=signal.SIG_DFL)
+    _replace(exit_on_signal, by=signal.SIG_DFL)
 
 
-def leave_at_once(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Say why, ask SLURM for another start if that was its signal, and leave with `PREEMPTED`."""
     name = signal.Signals(number).name
     said = f"\n{name} outside of training: nothing to save, leaving at once with status {PREEMPTED}.\n"
@@ -44,9 +44,9 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(PREEMPTED)
 
 
-def ignore() -> None:
+def ignore_at_shutdown() -> None:
     """All is written: no signal makes a failure of the seconds in which Python takes its libraries apart."""
-    _replace(leave_at_once, by=signal.SIG_IGN)
+    _replace(exit_on_signal, by=signal.SIG_IGN)
 
 
 def _replace(before: object, *, by: object) -> None:

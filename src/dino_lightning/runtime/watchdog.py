@@ -51,8 +51,10 @@ def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.kill()  # one that waits in a collective does not hear SIGTERM
     name = signal.Signals(-status).name if status < 0 else f"status {status}"
-    end_now(f"process {failed} of this machine has ended with {name}, and all end with it",
-            status=status if status > 0 else 128 - status)  # fmt: skip
+    end_now(
+        f"process {failed} of this machine has ended with {name}, and all end with it",
+        status=status if status > 0 else 128 - status,
+    )
 
 
 LAST_WATCH = """

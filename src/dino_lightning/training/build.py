@@ -35,7 +35,7 @@ from dino_lightning.config import (
     TrainConfig,
     WandbLoggerConfig,
 )
-from dino_lightning.config.serialization import to_plain
+from dino_lightning.config.serialization import to_dict
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.csv import MetricsFile
@@ -48,21 +48,21 @@ from dino_lightning.methods.moco import MoCo
 from dino_lightning.methods.supervised import Supervised
 from dino_lightning.methods.swav import SwAV
 from dino_lightning.models.backbones import build_backbone
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.runtime.files import write_atomically
-from dino_lightning.training.callbacks.checkpointing import Checkpoints
+from dino_lightning.training.callbacks.checkpointing import Checkpointing
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.nonfinite import NonfiniteSteps
 from dino_lightning.training.callbacks.norms import Norms
 from dino_lightning.training.callbacks.pictures import Pictures
-from dino_lightning.training.callbacks.preemption import Signals
+from dino_lightning.training.callbacks.preemption import PreemptionHandler
 from dino_lightning.training.callbacks.progress import RunProgress
 from dino_lightning.training.callbacks.pruning import Pruning
-from dino_lightning.training.callbacks.rank_consistency import RanksAgree
+from dino_lightning.training.callbacks.rank_consistency import RankConsistencyCheck
 from dino_lightning.training.callbacks.rank_states import RankStates
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 from dino_lightning.training.strategy import SharedStatistics, build_strategy, cluster_plugins
 
 
@@ -87,7 +87,7 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
     kind = AsyncCheckpointIO if config.callbacks.checkpoint.asynchronous else SafeCheckpointIO
     io = kind(keep_last=config.callbacks.checkpoint.keep_last)
     arguments["plugins"] = [*plugins, io, *cluster_plugins()]
-    callbacks: list[Callback] = [RanksAgree(config)]
+    callbacks: list[Callback] = [RankConsistencyCheck(config)]
     loggers: list[Logger] = []
     if not config.trainer.barebones:
         callbacks += build_callbacks(config, io)
@@ -102,9 +102,9 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
 
 def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]:
     """Callbacks in the order in which they run: k-NN before those that show or keep its result; `io` writes files."""
-    output, trainer, signals = Path(config.output_dir), config.trainer, Signals()
+    output, trainer, signals = Path(config.output_dir), config.trainer, PreemptionHandler()
     count = partial(step_flops, backbone=config.backbone, crops=config.crops, channels=config.data.channels)
-    speed = Speed(flops_per_image=count)
+    speed = Throughput(flops_per_image=count)
     callbacks: list[Callback] = [signals, speed, Norms()]
     knn = KNNCallback(config.callbacks.knn, seed=config.seed) if config.callbacks.knn.enabled else None
     if knn is not None:
@@ -118,7 +118,7 @@ def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]
             config.callbacks.nonfinite,
             folder=output / "nonfinite",
             checkpoints=output / "checkpoints",
-            configuration=to_plain(config),
+            configuration=to_dict(config),
             seed=config.seed,
             precision=str(trainer.precision),
         )
@@ -129,7 +129,7 @@ def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]
         callbacks.append(Pictures(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
     if trainer.enable_checkpointing:
         folder = output / "checkpoints"
-        saving = Checkpoints(config.callbacks.checkpoint, folder=folder, io=io, signals=signals, knn=knn)
+        saving = Checkpointing(config.callbacks.checkpoint, folder=folder, io=io, signals=signals, knn=knn)
         callbacks += [RankStates(), saving]
         if knn is not None:
             knn.break_off = signals.asked_anywhere
@@ -193,7 +193,7 @@ def register_method(name: str, config: type[MethodConfig], method: Callable[...,
     METHODS[config] = method
 
 
-def build_method(config: TrainConfig, *, num_classes: int = 0, initial: Network | None = None) -> Method:
+def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNetwork | None = None) -> Method:
     """The LightningModule: what is trained, and how; its backbones start from the weights of `initial`, if given."""
     size, channels = config.crops.global_size, config.data.channels
 
@@ -206,7 +206,7 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: Network 
         "feature_dim": student.num_features,
         "optim": config.optim,
         "batch_size_per_device": config.data.batch_size_per_device,
-        "step": config.step,
+        "compute": config.compute,
     }
     if isinstance(config.method, TeacherConfig):
         common["teacher_backbone"] = backbone(drop_path=False)

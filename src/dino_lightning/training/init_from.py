@@ -9,19 +9,20 @@ from dino_lightning.checkpoints.init_weights import initial_weights
 from dino_lightning.config import TimmConfig, TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.console import warn
 
 
-def check_initial(config: TrainConfig) -> Network | None:
+def check_initial(config: TrainConfig) -> FrozenNetwork | None:
     """The network of `init_from`, None without one. Raises `UserError` where it is not the configured backbone."""
     if config.init_from is None:
         if config.init_key is not None:
             raise UserError(f"init_key={config.init_key} says which network of init_from, and init_from is not set.")
         return None
     if isinstance(config.backbone, TimmConfig) and config.backbone.pretrained:
-        raise UserError(f"init_from={config.init_from} and backbone.pretrained=true both give the first weights; set "
-                        "one of them.")  # fmt: skip
+        raise UserError(
+            f"init_from={config.init_from} and backbone.pretrained=true both give the first weights; set one of them."
+        )
     try:
         network = load_network(config.init_from, key=config.init_key, seed=config.seed)
     except UserError as error:
@@ -33,6 +34,8 @@ def check_initial(config: TrainConfig) -> Network | None:
     initial_weights(network, outline, source=f"init_from={config.init_from}")
     seen, given = (network.mean, network.std), (config.crops.mean, config.crops.std)
     if seen != given and os.environ.get("LOCAL_RANK", "0") == "0":
-        warn(f"init_from={config.init_from} was trained on images normalised by crops.mean={network.mean} and "
-             f"crops.std={network.std}; here they are {given[0]} and {given[1]}.")  # fmt: skip
+        warn(
+            f"init_from={config.init_from} was trained on images normalised by crops.mean={network.mean} and "
+            f"crops.std={network.std}; here they are {given[0]} and {given[1]}."
+        )
     return network

@@ -8,7 +8,7 @@ from dino_lightning.config import (
 )
 from dino_lightning.config.checks.training import DURATIONS
 from dino_lightning.config.constraints import (
-    lookup,
+    get_dotted,
 )
 from dino_lightning.config.duration import Duration
 from dino_lightning.data.cache import cache_root
@@ -58,7 +58,7 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
 
 
 def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps: int) -> None:
-    text = lookup(config, key)
+    text = get_dotted(config, key)
     if text is None:
         return
     steps = Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
@@ -76,7 +76,7 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
             "or data=folder, parquet, listing or archive."
         )
     if data.num_classes < 2:
-        why = f" ({data.sources.notice})" if data.sources.notice and not data.num_classes else ""
+        why = f" ({data.sources.remark})" if data.sources.remark and not data.num_classes else ""
         raise UserError(
             f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}{why}; choose "
             "method=dino."

@@ -14,16 +14,26 @@ from typing import Any
 
 import yaml
 
-from dino_lightning.checkpoints.run_checkpoint import candidates
+from dino_lightning.checkpoints.run_checkpoint import list_checkpoints
 from dino_lightning.config import SCHEMAS, TrainConfig
 from dino_lightning.config.constraints import (
-    shown,
+    format_value,
 )
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.scheduler import starts_again
 
-DECISIVE = ("backbone.", "method.", "crops.", "data.", "optim.", "seed", "init_", "trainer.precision",
-            "trainer.limit_train_batches", "trainer.overfit_batches")  # fmt: skip
+DECISIVE = (
+    "backbone.",
+    "method.",
+    "crops.",
+    "data.",
+    "optim.",
+    "seed",
+    "init_",
+    "trainer.precision",
+    "trainer.limit_train_batches",
+    "trainer.overfit_batches",
+)
 """Keys, or beginnings of keys, that decide what is trained."""
 FREE = (
     "data.batch_size_per_device",  # with devices and accumulation: `check_total_batch`
@@ -59,24 +69,29 @@ def check_same_run(config: Mapping[str, Any], folder: Path) -> None:
         if not isinstance(before, dict):
             raise ValueError("it holds no keys")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"resume: {file} is not the configuration of a run ({' '.join(str(error).split())}); restore "
-                        "it, or remove it to go on without this check.") from error  # fmt: skip
+        raise UserError(
+            f"resume: {file} is not the configuration of a run ({' '.join(str(error).split())}); restore "
+            "it, or remove it to go on without this check."
+        ) from error
     _check_groups(before, config, folder)
-    then, now = flat(before), flat(config)
+    then, now = flatten(before), flatten(config)
     for key in LENGTH:
-        if key in then and shown(then[key]) != shown(now.get(key)):
-            print(f"WARNING: {key} was {shown(then[key])} and is {shown(now.get(key))}: from here on, the schedules "
-                  "are those of a run of the new length.", file=sys.stderr)  # fmt: skip
+        if key in then and format_value(then[key]) != format_value(now.get(key)):
+            print(
+                f"WARNING: {key} was {format_value(then[key])} and is {format_value(now.get(key))}: from this step, the "
+                "schedules are those of a run of the new length.",
+                file=sys.stderr,
+            )
     for key in sorted(then.keys() & now.keys()):  # a key of another version is no change of the user's
-        if key.startswith(DECISIVE) and key not in FREE and shown(then[key]) != shown(now[key]):
+        if key.startswith(DECISIVE) and key not in FREE and format_value(then[key]) != format_value(now[key]):
             way = (
                 "start anew in another output_dir"
                 if key.startswith(NETWORK)
                 else f"set it back, or write the new value into {file} as well if that is meant"
             )
             raise UserError(
-                f"resume: {key} was {shown(then[key])} and is now {shown(now[key])}, which would train something else; "
-                f"{way}."
+                f"resume: {key} was {format_value(then[key])} and is now {format_value(now[key])}, which would train "
+                f"something else; {way}."
             )
 
 
@@ -96,11 +111,15 @@ def check_total_batch(config: Mapping[str, Any], folder: Path, *, ranks_before: 
         f"{per_rank(config)})"
     )
     if per_rank(before) == per_rank(config):
-        print(f"WARNING: {text}; data.batch_size_per_device and trainer.accumulate_grad_batches can keep it.",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"WARNING: {text}; data.batch_size_per_device and trainer.accumulate_grad_batches can keep it.",
+            file=sys.stderr,
+        )
         return
-    raise UserError(f"resume: {text}, which would train something else; set data.batch_size_per_device and "
-                    "trainer.accumulate_grad_batches so that it stays.")  # fmt: skip
+    raise UserError(
+        f"resume: {text}, which would train something else; set data.batch_size_per_device and "
+        "trainer.accumulate_grad_batches so that it stays."
+    )
 
 
 def _check_groups(before: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
@@ -125,12 +144,12 @@ def _option(group: str, settings: Any) -> str | None:
     return best if keys else None
 
 
-def flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted keys."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        found |= flat(value, prefix=f"{key}.") if isinstance(value, Mapping) else {key: value}
+        found |= flatten(value, prefix=f"{key}.") if isinstance(value, Mapping) else {key: value}
     return found
 
 
@@ -139,13 +158,16 @@ def resume_mode(config: TrainConfig) -> Any:
     return "auto" if config.resume is False and starts_again() else config.resume
 
 
-def _check_output(config: TrainConfig) -> None:
+def check_output_dir(config: TrainConfig) -> None:
+    """Refuse an output folder that already contains a run, or that has nothing to resume."""
     if config.resume not in (True, False, "auto"):
-        raise UserError(f"resume={config.resume}: {nearest(config.resume, ('true', 'false', 'auto'))}")
-    found = candidates(Path(config.output_dir) / "checkpoints")
+        raise UserError(f"resume={config.resume}: {did_you_mean(config.resume, ('true', 'false', 'auto'))}")
+    found = list_checkpoints(Path(config.output_dir) / "checkpoints")
     mode = resume_mode(config)
     if mode is True and not found:
         raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
     if not mode and found:
-        raise UserError(f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
-                        "choose another folder.")  # fmt: skip
+        raise UserError(
+            f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
+            "choose another folder."
+        )

@@ -24,7 +24,7 @@ from dino_lightning.config import TrainerConfig
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.launcher import Launcher
-from dino_lightning.runtime.sharding import like, whole
+from dino_lightning.runtime.sharding import full_tensor, like
 from dino_lightning.runtime.watchdog import end_with_first_process
 
 START_METHODS = {
@@ -70,8 +70,10 @@ def cluster_plugins() -> list[SLURMEnvironment]:
     try:
         return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
-        raise UserError("the SLURM job has --ntasks without --ntasks-per-node: give --nodes and --ntasks-per-node, the "
-                        "number of trainer.devices (docs/clusters.md).") from error  # fmt: skip
+        raise UserError(
+            "the SLURM job has --ntasks without --ntasks-per-node: give --nodes and --ntasks-per-node, the "
+            "number of trainer.devices (docs/clusters.md)."
+        ) from error
 
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
@@ -168,7 +170,7 @@ class FullySharded(ModelParallelStrategy):
         keep = self.is_global_zero
 
         def on_rank_zero(tensor: Tensor) -> Tensor | None:
-            full = whole(tensor)
+            full = full_tensor(tensor)
             return full.cpu() if keep else None
 
         return tree_map_only(Tensor, on_rank_zero, optimizer.state_dict())
@@ -194,8 +196,10 @@ class FullySharded(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
-                index: {name: like(value, parameters[index]) if isinstance(value, Tensor) else value
-                        for name, value in entry.items()}
+                index: {
+                    name: like(value, parameters[index]) if isinstance(value, Tensor) else value
+                    for name, value in entry.items()
+                }
                 for index, entry in saved["state"].items()
-            }  # fmt: skip
+            }
             optimizer.load_state_dict({**saved, "state": state})

@@ -21,12 +21,12 @@ from dino_lightning.runtime.provenance import commit
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.pruning import Pruning
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 
 C = TypeVar("C", bound=Callback)
 
 
-def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: Method) -> None:
+def announce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer, method: Method) -> None:
     """Say in a few lines what is about to happen."""
     val = data.sources.val
     weights = sum(parameter.numel() for parameter in method.student.backbone.parameters())
@@ -35,15 +35,17 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
     classes = f", {data.num_classes} classes" if data.labelled else ""
     queries = len(val) if val else 0
     console.print(f"[bold]Images[/]    {data.num_images} for training, {queries} as k-NN queries{classes}")
-    if data.sources.notice:
-        console.print(f"          {data.sources.notice}")
+    if data.sources.remark:
+        console.print(f"          {data.sources.remark}")
     if config.data.channels != 3:
         console.print(
             f"          {config.data.channels} channels: no saturation, hue and grayscale in the augmentation"
         )
     network = type(method.student.backbone).__name__
-    console.print(f"[bold]Network[/]   {network}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
-                  f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}")  # fmt: skip
+    console.print(
+        f"[bold]Network[/]   {network}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
+        f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
+    )
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules())
     if (
         normed
@@ -57,10 +59,14 @@ def introduce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer
     console.print(f"[bold]Output[/]    {escape(config.output_dir)}", soft_wrap=True)
 
 
-def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
+def summarize(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
     """The run in a few numbers: `summary.json`."""
-    knn = find(trainer, KNNCallback)
-    speed, alarm, pruning = find(trainer, Speed), find(trainer, CollapseAlarm), find(trainer, Pruning)
+    knn = find_callback(trainer, KNNCallback)
+    speed, alarm, pruning = (
+        find_callback(trainer, Throughput),
+        find_callback(trainer, CollapseAlarm),
+        find_callback(trainer, Pruning),
+    )
     bad_images = [file.read_text().splitlines() for file in Path(config.output_dir).glob("bad_images*.txt")]
     return {
         "knn_top1": knn.last.get("top1") if knn else None,
@@ -80,7 +86,7 @@ def summarise(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[s
     }
 
 
-def find(trainer: L.Trainer, kind: type[C]) -> C | None:
+def find_callback(trainer: L.Trainer, kind: type[C]) -> C | None:
     """The trainer's callback of a kind."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 

@@ -37,7 +37,7 @@ from dino_lightning.config.constraints import (
     at_least,
     check_devices,
     check_values,
-    shown,
+    format_value,
 )
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
@@ -55,7 +55,7 @@ def per_kind(value: Any) -> list[Any]:
 
 
 BLOCKS = Rule("numbers of at least 1", lambda value: bool(per_kind(value)) and min(per_kind(value)) >= 1)
-AVGPOOL = Rule("true, false, or for eval=linear_fast a list of them", lambda value: bool(per_kind(value)))
+AVGPOOL = Rule("true, false, or for eval=linear_grid a list of them", lambda value: bool(per_kind(value)))
 
 RULES: dict[str, Rule] = {
     "eval.batch_size_per_device": at_least(1),
@@ -155,8 +155,10 @@ def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -
     _check_sizes(config.eval)
     _check_devices(config.trainer)
     if isinstance(config.logger, TensorBoardLoggerConfig):
-        raise UserError("logger=tensorboard: an evaluation has no curves; choose logger=wandb, or logger=csv for "
-                        "results.jsonl alone.")  # fmt: skip
+        raise UserError(
+            "logger=tensorboard: an evaluation has no curves; choose logger=wandb, or logger=csv for "
+            "results.jsonl alone."
+        )
 
 
 def _check_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
@@ -189,8 +191,10 @@ def _check_images_of_run(config: EvaluateConfig, overrides: Sequence[str]) -> No
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return  # whoever reads the network says what is wrong
     if theirs:
-        raise UserError(f"checkpoint={config.checkpoint} was trained on {' '.join(sorted(theirs))}: name the images of "
-                        "the evaluation with data=, or take data=builtin for the built-in ones.")  # fmt: skip
+        raise UserError(
+            f"checkpoint={config.checkpoint} was trained on {' '.join(sorted(theirs))}: name the images of "
+            "the evaluation with data=, or take data=builtin for the built-in ones."
+        )
 
 
 def _check_sizes(config: EvaluationConfig) -> None:
@@ -199,8 +203,10 @@ def _check_sizes(config: EvaluationConfig) -> None:
     if config.image_size is None:
         raise UserError(f"eval.image_resize={config.image_resize} needs eval.image_size, the centre taken from it.")
     if config.image_resize < config.image_size:
-        raise UserError(f"eval.image_resize={config.image_resize} is smaller than eval.image_size={config.image_size}, "
-                        "the centre taken from it.")  # fmt: skip
+        raise UserError(
+            f"eval.image_resize={config.image_resize} is smaller than eval.image_size={config.image_size}, "
+            "the centre taken from it."
+        )
 
 
 def _check_devices(trainer: DevicesConfig) -> None:
@@ -210,4 +216,4 @@ def _check_devices(trainer: DevicesConfig) -> None:
 
 
 def _name(group: str, config: Any) -> str:
-    return next((name for name, schema in SCHEMAS[group].items() if type(config) is schema), shown(config))
+    return next((name for name, schema in SCHEMAS[group].items() if type(config) is schema), format_value(config))

@@ -12,11 +12,17 @@ def check_pruning(config: TrainConfig) -> None:
     if not config.callbacks.pruning.enabled:
         return
     if not config.callbacks.knn.enabled:
-        raise UserError("callbacks.pruning.enabled=true compares k-NN accuracies, and callbacks.knn.enabled=false; set "
-                        "one of them to the other's value.")  # fmt: skip
+        raise UserError(
+            "callbacks.pruning.enabled=true compares k-NN accuracies, and callbacks.knn.enabled=false; set "
+            "one of them to the other's value."
+        )
     if not Path(config.output_dir).name.isdigit():
-        raise UserError("callbacks.pruning.enabled=true compares the runs of a sweep, and this is none; add "
-                        "--multirun, or callbacks.pruning.enabled=false.")  # fmt: skip
+        raise UserError(
+            "callbacks.pruning.enabled=true compares the runs of a sweep, and this is none; add "
+            "--multirun, or callbacks.pruning.enabled=false."
+        )
     if find_spec("optuna") is None:
-        raise UserError("callbacks.pruning.enabled=true needs the package optuna: pip install "
-                        '"dino-lightning[optuna]", or set it to false.')  # fmt: skip
+        raise UserError(
+            "callbacks.pruning.enabled=true needs the package optuna: pip install "
+            '"dino-lightning[optuna]", or set it to false.'
+        )

@@ -26,13 +26,12 @@ from dino_lightning.config.constraints import (
     at_least,
     check_devices,
     check_values,
-    lookup,
-    shown,
+    format_value,
+    get_dotted,
 )
 from dino_lightning.config.duration import Duration
 from dino_lightning.config.timm_names import check_timm_name
-from dino_lightning.errors import UserError, nearest
-from dino_lightning.training.resume import _check_output
+from dino_lightning.errors import UserError, did_you_mean
 
 PRECISIONS = ("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")
 STRATEGIES = ("auto", "ddp", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")
@@ -40,24 +39,35 @@ SHARDED_PRECISIONS = ("32", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")
 
 
-AREAS = Rule("two shares of the image, such as [0.05,0.4], the smaller first",
-             lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1)  # fmt: skip
-RATIOS = Rule("two numbers from 0.001 to 1000, the smaller first",
-              lambda value: len(value) == 2 and 0.001 <= value[0] <= value[1] <= 1000)  # fmt: skip
-RADII = Rule("two positive numbers up to 1000, the smaller first",
-             lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1000)  # fmt: skip
+AREAS = Rule(
+    "two shares of the image, such as [0.05,0.4], the smaller first",
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+)
+RATIOS = Rule(
+    "two numbers from 0.001 to 1000, the smaller first",
+    lambda value: len(value) == 2 and 0.001 <= value[0] <= value[1] <= 1000,
+)
+RADII = Rule(
+    "two positive numbers up to 1000, the smaller first",
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1000,
+)
 STRENGTH = Rule("a number from 0 to 1000", lambda value: 0 <= value <= 1000)
 MEANS = Rule("a number for each channel, at most a million", lambda value: all(abs(mean) <= 1e6 for mean in value))
-DEVIATIONS = Rule("a positive number for each channel, from a millionth to a million",
-                  lambda value: bool(value) and all(1e-6 <= std <= 1e6 for std in value))  # fmt: skip
-PER_VIEW = Rule("three probabilities: first global, second global, local crops",
-                lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value))  # fmt: skip
+DEVIATIONS = Rule(
+    "a positive number for each channel, from a millionth to a million",
+    lambda value: bool(value) and all(1e-6 <= std <= 1e6 for std in value),
+)
+PER_VIEW = Rule(
+    "three probabilities: first global, second global, local crops",
+    lambda value: len(value) == 3 and all(0 <= p <= 1 for p in value),
+)
 TWO_VALUES = Rule(
     "two numbers, the smaller first", lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf
 )
-BATCHES = Rule("a number of batches of at least 1, or a share of them above 0 and up to 1",
-               lambda value: isinstance(value, int | float) and value > 0 and (isinstance(value, int) or value <= 1),
-               )  # fmt: skip
+BATCHES = Rule(
+    "a number of batches of at least 1, or a share of them above 0 and up to 1",
+    lambda value: isinstance(value, int | float) and value > 0 and (isinstance(value, int) or value <= 1),
+)
 BETAS = Rule("two shares below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 
 RULES: dict[str, Rule] = {
@@ -141,7 +151,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.accumulate_grad_batches": at_least(1),
     "trainer.log_every_n_steps": at_least(1),
-    "step.loss_rows": at_least(1),
+    "compute.loss_rows": at_least(1),
     "callbacks.knn.every_n_epochs": at_least(1),
     "callbacks.knn.k": NEIGHBOURS,
     "callbacks.knn.temperature": POSITIVE,
@@ -151,8 +161,8 @@ RULES: dict[str, Rule] = {
     "callbacks.checkpoint.every_n_epochs": at_least(0),
     "callbacks.checkpoint.every_n_minutes": at_least(0),
     "callbacks.checkpoint.keep_last": at_least(1),
-    "callbacks.nonfinite.most": at_least(0),
-    "callbacks.nonfinite.save": at_least(0),
+    "callbacks.nonfinite.max_steps": at_least(0),
+    "callbacks.nonfinite.max_saved": at_least(0),
     "collective_timeout_s": at_least(1),
     "callbacks.pruning.after_jobs": at_least(1),
     "callbacks.pruning.keep_percent": Rule("a number above 0 and below 100", lambda value: 0 < value < 100),
@@ -169,8 +179,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method.loss": ("cross_entropy", "mse"),
     "method.centering": ("center", "sinkhorn", "softmax", "none"),
     "backbone.drop_path": ("sample", "subset"),
-    "step.attention": ("split", "varlen"),
-    "step.matmul_precision": ("highest", "high", "medium"),
+    "compute.attention": ("split", "varlen"),
+    "compute.matmul_precision": ("highest", "high", "medium"),
     "callbacks.nonfinite.policy": ("stop", "skip", "rollback"),
     "crops.backend": ("pil", "cpu", "device"),
     "data.on_error": ("skip", "raise"),
@@ -200,9 +210,6 @@ def check_config(config: TrainConfig) -> None:
     check_method(config)
     _check_durations(config)
     _check_callbacks(config)
-    _check_output(config)
-
-
 
 
 def _check_backbone(config: TrainConfig) -> None:
@@ -212,11 +219,11 @@ def _check_backbone(config: TrainConfig) -> None:
     if isinstance(backbone, ViTConfig) and backbone.width % backbone.heads:
         raise UserError(f"backbone.heads={backbone.heads} does not divide backbone.width={backbone.width}.")
     if isinstance(config.data, TorchvisionData) and config.data.name not in TORCHVISION_NAMES:
-        raise UserError(f"data.name={config.data.name}: {nearest(config.data.name, TORCHVISION_NAMES)}")
+        raise UserError(f"data.name={config.data.name}: {did_you_mean(config.data.name, TORCHVISION_NAMES)}")
 
 
 def _check_crops(config: TrainConfig) -> None:
-    crops, patch = config.crops, lookup(config, "backbone.patch_size")
+    crops, patch = config.crops, get_dotted(config, "backbone.patch_size")
     sizes = {"crops.global_size": crops.global_size, "crops.eval_size": crops.eval_size}
     if crops.local_count:
         sizes["crops.local_size"] = crops.local_size
@@ -237,19 +244,23 @@ def _check_channels(config: TrainConfig) -> None:
         values = getattr(config.crops, key)
         if len(values) != channels:
             raise UserError(
-                f"crops.{key}={shown(values)} has {len(values)} numbers, but data.channels={channels}; those of your "
-                "images are printed by `dino-data stats`."
+                f"crops.{key}={format_value(values)} has {len(values)} numbers, but data.channels={channels}; "
+                "`dino data stats` prints those of your images."
             )
     if config.crops.backend == "pil" and channels not in (1, 3):
-        raise UserError(f"crops.backend=pil knows images of 1 or 3 channels, not data.channels={channels}; "
-                        "set crops=cpu or crops=device.")  # fmt: skip
+        raise UserError(
+            f"crops.backend=pil knows images of 1 or 3 channels, not data.channels={channels}; "
+            "set crops=cpu or crops=device."
+        )
 
 
 def _check_trainer(config: TrainConfig) -> None:
     trainer = config.trainer
     if str(trainer.precision) in ("16-true", "bf16-true"):
-        raise UserError(f"trainer.precision={trainer.precision} would round the teacher's small steps away; set "
-                        "trainer.precision=bf16-mixed.")  # fmt: skip
+        raise UserError(
+            f"trainer.precision={trainer.precision} would round the teacher's small steps away; set "
+            "trainer.precision=bf16-mixed."
+        )
     check_devices(trainer, {"precision": PRECISIONS, "strategy": STRATEGIES, "accelerator": ACCELERATORS})
     endless = trainer.max_epochs in (None, -1)
     if endless and trainer.max_steps < 1:
@@ -261,28 +272,29 @@ def _check_trainer(config: TrainConfig) -> None:
             f"trainer.min_epochs={trainer.min_epochs} is more than trainer.max_epochs={trainer.max_epochs}."
         )
     if trainer.strategy == "fsdp" and str(trainer.precision) not in SHARDED_PRECISIONS:
-        raise UserError(f"trainer.strategy=fsdp does not work with trainer.precision={trainer.precision}; set "
-                        "trainer.precision=bf16-mixed or 32.")  # fmt: skip
+        raise UserError(
+            f"trainer.strategy=fsdp does not work with trainer.precision={trainer.precision}; set "
+            "trainer.precision=bf16-mixed or 32."
+        )
 
 
 def _check_durations(config: TrainConfig) -> None:
     epochs = config.trainer.max_epochs
     for key in DURATIONS:
-        text = lookup(config, key)
+        text = get_dotted(config, key)
         if text is None:
             continue
         duration = Duration.parse(text, key=key)
         if duration.unit == "ep" and epochs not in (None, -1) and duration.amount > epochs:  # type: ignore[operator]
-            raise UserError(f"{key}={text} is longer than the run of trainer.max_epochs={epochs}; '10%' would scale "
-                            "with it.")  # fmt: skip
-
-
+            raise UserError(
+                f"{key}={text} is longer than the run of trainer.max_epochs={epochs}; '10%' would scale with it."
+            )
 
 
 def _check_callbacks(config: TrainConfig) -> None:
     knn = config.callbacks.knn
     if knn.headline_k not in knn.k:
-        raise UserError(f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={shown(knn.k)}.")
+        raise UserError(
+            f"callbacks.knn.headline_k={knn.headline_k} is not one of callbacks.knn.k={format_value(knn.k)}."
+        )
     check_pruning(config)
-
-

@@ -60,8 +60,10 @@ def open_copydays(config: CopydaysData) -> Copydays:
     distractors = [] if more is None else images_in(more, key="data.distractors_path", below=True)
     benchmark = Copydays(blocks, distractors)
     if not any(benchmark.positives(query) for query in blocks["strong"]):
-        raise UserError(f"data.path={config.path}: no image of strong/ begins with the {PREFIX} characters of one of "
-                        "original/; expected names as in Copydays, such as 200001.jpg of 200000.jpg.")  # fmt: skip
+        raise UserError(
+            f"data.path={config.path}: no image of strong/ begins with the {PREFIX} characters of one of "
+            "original/; expected names as in Copydays, such as 200001.jpg of 200000.jpg."
+        )
     return benchmark
 
 

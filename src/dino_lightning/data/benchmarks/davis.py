@@ -18,7 +18,7 @@ from PIL import Image
 from dino_lightning.config import DavisData
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.benchmarks.files import existing_folder
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 VOID = 255
 NUMBERED = ("P", "L", "1")
@@ -123,12 +123,12 @@ def _list(root: Path, config: DavisData) -> Path:
     year = sets / str(config.year)
     if not year.is_dir():
         raise UserError(
-            f"data.year={config.year}: {sets} has no such folder; {nearest(str(config.year), _inside(sets))}"
+            f"data.year={config.year}: {sets} has no such folder; {did_you_mean(str(config.year), _inside(sets))}"
         )
     path = year / f"{config.split}.txt"
     if not path.is_file():
         known = [found.stem for found in year.glob("*.txt")]
-        raise UserError(f"data.split={config.split}: {year} has no {path.name}; {nearest(config.split, known)}")
+        raise UserError(f"data.split={config.split}: {year} has no {path.name}; {did_you_mean(config.split, known)}")
     return path
 
 
@@ -147,25 +147,33 @@ def _resolution(root: Path, kind: str, config: DavisData) -> Path:
     if not (root / kind).is_dir():
         raise UserError(f"data.path={config.path} has no {kind}; give the folder of DAVIS as it unpacks.")
     if not folder.is_dir():
-        raise UserError(f"data.resolution={config.resolution}: {root / kind} has no such folder; "
-                        f"{nearest(config.resolution, _inside(root / kind))}")  # fmt: skip
+        raise UserError(
+            f"data.resolution={config.resolution}: {root / kind} has no such folder; "
+            f"{did_you_mean(config.resolution, _inside(root / kind))}"
+        )
     return folder
 
 
 def _sequence(name: str, frames_at: Path, masks_at: Path, config: DavisData) -> Sequence:
     frames = sorted((frames_at / name).glob("*.jpg"))
     if not frames:
-        raise UserError(f"data.split={config.split}: {frames_at} has no frames of the sequence {name}; "
-                        f"{nearest(name, _inside(frames_at))}")  # fmt: skip
+        raise UserError(
+            f"data.split={config.split}: {frames_at} has no frames of the sequence {name}; "
+            f"{did_you_mean(name, _inside(frames_at))}"
+        )
     if len(frames) < FEWEST_FRAMES:
-        raise UserError(f"data.split={config.split}: the sequence {name} has {len(frames)} frames; a score takes at "
-                        f"least {FEWEST_FRAMES}.")  # fmt: skip
+        raise UserError(
+            f"data.split={config.split}: the sequence {name} has {len(frames)} frames; a score takes at "
+            f"least {FEWEST_FRAMES}."
+        )
     masks = [masks_at / name / f"{frame.stem}.png" for frame in frames]
     here = {path.name for path in (masks_at / name).glob("*.png")}
     lost = [mask for mask in masks if mask.name not in here]
     if lost:
-        raise UserError(f"data.split={config.split}: {len(lost)} of {len(masks)} masks of {name} are missing, first "
-                        f"{lost[0]}; the figures need a mask for every frame.")  # fmt: skip
+        raise UserError(
+            f"data.split={config.split}: {len(lost)} of {len(masks)} masks of {name} are missing, first "
+            f"{lost[0]}; the figures need a mask for every frame."
+        )
     return Sequence(name, frames, masks, one_object=config.year == YEAR_OF_ONE_OBJECT)
 
 
@@ -173,11 +181,15 @@ def _check(sequence: Sequence, config: DavisData) -> None:
     for path in [*sequence.frames, *sequence.masks]:
         (height, width), mode = _header(path)
         if (height, width) != sequence.size:
-            raise UserError(f"data.path={config.path}: {path} has {width} x {height} pixels; expected those of "
-                            f"{sequence.frames[0]}, {sequence.size[1]} x {sequence.size[0]}.")  # fmt: skip
+            raise UserError(
+                f"data.path={config.path}: {path} has {width} x {height} pixels; expected those of "
+                f"{sequence.frames[0]}, {sequence.size[1]} x {sequence.size[0]}."
+            )
         if path.suffix == ".png" and mode not in NUMBERED and not sequence.one_object:
-            raise UserError(f"data.path={config.path}: {path} is an image of mode {mode}; expected a number for each "
-                            "pixel, modes P or L.")  # fmt: skip
+            raise UserError(
+                f"data.path={config.path}: {path} is an image of mode {mode}; expected a number for each "
+                "pixel, modes P or L."
+            )
     if not sequence.objects:
         raise UserError(f"data.path={config.path}: {sequence.masks[0]} shows no object to follow.")
 

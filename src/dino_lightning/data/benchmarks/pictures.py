@@ -203,8 +203,10 @@ def _numbered(files: list[Path]) -> bool:
 
 def _video(path: Path, config: PicturesData) -> Video:
     if importlib.util.find_spec("av") is None:
-        raise UserError(f"data.path={config.path} is no image that PIL knows; if it is a video, reading it needs PyAV: "
-                        "pip install av.")  # fmt: skip
+        raise UserError(
+            f"data.path={config.path} is no image that PIL knows; if it is a video, reading it needs PyAV: "
+            "pip install av."
+        )
     import av  # pyright: ignore[reportMissingImports]
 
     try:
@@ -212,8 +214,9 @@ def _video(path: Path, config: PicturesData) -> Video:
             found = bool(container.streams.video)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"data.path={config.path} is neither an image that PIL knows nor a video that PyAV knows "
-                        f"({why}).") from error  # fmt: skip
+        raise UserError(
+            f"data.path={config.path} is neither an image that PIL knows nor a video that PyAV knows ({why})."
+        ) from error
     if not found:
         raise UserError(f"data.path={config.path} has no pictures in it, only sound or text.")
     return Video(path)

@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn
 
 from dino_lightning.config import RevisitedData
 from dino_lightning.data.benchmarks.files import existing_folder
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 NAMES = ("roxford5k", "rparis6k")
 MOST_NAMED = 5
@@ -55,7 +55,7 @@ def open_revisited(config: RevisitedData) -> Revisited:
     Raises `UserError` for an unknown name, a missing or strange ground truth, and missing images.
     """
     if config.name not in NAMES:
-        raise UserError(f"data.name={config.name}: {nearest(config.name, NAMES)}")
+        raise UserError(f"data.name={config.name}: {did_you_mean(config.name, NAMES)}")
     root = existing_folder(config.path, key="data.path")
     truth = _ground_truth(_truth_file(root, config), name=config.name)
     jpg = root / config.name / "jpg"
@@ -103,8 +103,9 @@ def _ground_truth(path: Path, *, name: str) -> dict[str, Any]:
     # A damaged pickle may raise anything: its bytes are instructions to a small machine.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.name={name}: {path} cannot be read ({reason}); fetch it again from the benchmark's "
-                        "page.") from error  # fmt: skip
+        raise UserError(
+            f"data.name={name}: {path} cannot be read ({reason}); fetch it again from the benchmark's page."
+        ) from error
     problem = _problem(truth)
     if problem:
         raise UserError(f"data.name={name}: {path} is no ground truth of revisited Oxford or Paris: {problem}.")
@@ -149,5 +150,7 @@ def _check_files(paths: list[Path], *, jpg: Path, config: RevisitedData) -> None
     missing = sorted({path.name for path in paths} - there)
     if missing:
         shown = ", ".join(missing[:MOST_NAMED]) + (", …" if len(missing) > MOST_NAMED else "")
-        raise UserError(f"data.path={config.path}: {len(missing)} of {len({path.name for path in paths})} images are "
-                        f"missing in {config.name}/jpg: {shown}.")  # fmt: skip
+        raise UserError(
+            f"data.path={config.path}: {len(missing)} of {len({path.name for path in paths})} images are "
+            f"missing in {config.name}/jpg: {shown}."
+        )

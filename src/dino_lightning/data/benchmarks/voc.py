@@ -13,8 +13,8 @@ from PIL import Image
 from dino_lightning.config import VOCData
 from dino_lightning.data.benchmarks.files import existing_folder, size_of
 from dino_lightning.data.decode import UnreadableImageError
-from dino_lightning.data.sources.base import digest
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.base import content_digest
+from dino_lightning.errors import UserError, did_you_mean
 
 IMAGES, MASKS, LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
 NUMBERED = ("P", "L", "1")
@@ -51,7 +51,7 @@ class VOCImages:
     def fingerprint(self) -> str:
         """Of paths, sizes and times of change of images and masks."""
         files = (path for i in range(len(self)) for path in (self.image_path(i), self.mask_path(i)))
-        return digest(*(f"{path}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}".encode() for path in files))
+        return content_digest(*(f"{path}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}".encode() for path in files))
 
     def image_path(self, index: int) -> Path:
         """Where the photograph is."""
@@ -75,11 +75,14 @@ def open_voc(config: VOCData) -> VOCImages:
             hint = "expected the folder of a year, such as VOC2012" if below is None else f"did you mean '{below}'?"
             raise UserError(f"data.path={config.path} has no folder {name}; {hint}.")
     images = VOCImages(root, _names(root, config))
-    missing = [path for i in range(len(images)) for path in (images.image_path(i), images.mask_path(i))
-               if not path.is_file()]  # fmt: skip
+    missing = [
+        path for i in range(len(images)) for path in (images.image_path(i), images.mask_path(i)) if not path.is_file()
+    ]
     if missing:
-        raise UserError(f"data.path={config.path} lacks {missing[0].relative_to(root)}, "
-                        f"one of {len(missing)} missing files of {len(images)} images.")  # fmt: skip
+        raise UserError(
+            f"data.path={config.path} lacks {missing[0].relative_to(root)}, "
+            f"one of {len(missing)} missing files of {len(images)} images."
+        )
     for i in range(len(images)):
         _check_sizes(images, i, config)
     return images
@@ -94,7 +97,7 @@ def _names(root: Path, config: VOCData) -> list[str]:
         return names
     file = lists / f"{config.split}.txt"
     if not file.is_file():
-        hint = nearest(config.split, [path.stem for path in lists.glob("*.txt")])
+        hint = did_you_mean(config.split, [path.stem for path in lists.glob("*.txt")])
         raise UserError(f"data.split={config.split}: there is no {file}; {hint}.")
     names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
     if not names:

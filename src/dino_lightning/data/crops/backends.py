@@ -18,8 +18,8 @@ from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops.device_plan import Plan, make_plan
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.pil import PILCrops
-from dino_lightning.data.crops.sampling import Crop, FastDice, draw_crops
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.crops.sampling import Crop, FastRNG, draw_crops
+from dino_lightning.errors import UserError, did_you_mean
 
 GLOBAL_COUNT = 2
 
@@ -32,7 +32,7 @@ class CropBackend(Protocol):
 
     decoding: Decoding
 
-    def __call__(self, images: Sequence[Any], seeds: Sequence[int]) -> "list[Tensor] | CutCrops":
+    def __call__(self, images: Sequence[Any], seeds: Sequence[int]) -> "list[Tensor] | RawCrops":
         """Images as `decoding` says, each with the seed of its crops."""
         ...
 
@@ -48,7 +48,7 @@ def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
         case "device":
             return DeviceBatches(config)
         case other:
-            raise UserError(f"crops.backend={other}: {nearest(other, ('pil', 'cpu', 'device'))}")
+            raise UserError(f"crops.backend={other}: {did_you_mean(other, ('pil', 'cpu', 'device'))}")
 
 
 def without_colour(config: CropsConfig) -> CropsConfig:
@@ -83,10 +83,10 @@ class DeviceBatches:
     def __init__(self, config: CropsConfig) -> None:
         self.config = config
 
-    def __call__(self, images: Sequence[Tensor], seeds: Sequence[int]) -> "CutCrops":
+    def __call__(self, images: Sequence[Tensor], seeds: Sequence[int]) -> "RawCrops":
         """The cut crops and what is to be done with them."""
         drawn = [draw(self.config, image, seed) for image, seed in zip(images, seeds, strict=True)]
-        return CutCrops([cut_views(images, drawn, views) for views in view_groups(self.config)])
+        return RawCrops([cut_views(images, drawn, views) for views in view_groups(self.config)])
 
 
 class CPUBatches:
@@ -114,7 +114,7 @@ class CPUBatches:
 
 
 @dataclass
-class CutGroup:
+class RawCropGroup:
     """Some views of B images at one size: crops (B × views, C, size, size) uint8 in the order of their plan."""
 
     crops: Tensor
@@ -123,17 +123,17 @@ class CutGroup:
 
 
 @dataclass
-class CutCrops:
+class RawCrops:
     """A batch on its way to the accelerator."""
 
-    groups: list[CutGroup]
+    groups: list[RawCropGroup]
 
-    def to(self, device: torch.device | str) -> "CutCrops":
+    def to(self, device: torch.device | str) -> "RawCrops":
         """The batch on a device; Lightning calls it."""
         non_blocking = torch.device(device).type == "cuda"
-        return CutCrops(
+        return RawCrops(
             [
-                CutGroup(
+                RawCropGroup(
                     group.crops.to(device, non_blocking=non_blocking),
                     group.plan.to(device, non_blocking=non_blocking),
                     group.views,
@@ -142,9 +142,9 @@ class CutCrops:
             ]
         )
 
-    def pin_memory(self) -> "CutCrops":
+    def pin_memory(self) -> "RawCrops":
         """The batch in page-locked memory; PyTorch's loader calls it."""
-        return CutCrops([CutGroup(g.crops.pin_memory(), g.plan.pin_memory(), g.views) for g in self.groups])
+        return RawCrops([RawCropGroup(g.crops.pin_memory(), g.plan.pin_memory(), g.views) for g in self.groups])
 
     @torch.no_grad()
     def augment(self, config: CropsConfig) -> list[Tensor]:
@@ -156,7 +156,7 @@ class CutCrops:
 def draw(config: CropsConfig, image_CHW: Tensor, seed: int) -> list[Crop]:
     """The crops of one image."""
     _, height, width = image_CHW.shape
-    return draw_crops(config, width=width, height=height, dice=FastDice(seed))
+    return draw_crops(config, width=width, height=height, dice=FastRNG(seed))
 
 
 def view_groups(config: CropsConfig) -> list[range]:
@@ -165,7 +165,7 @@ def view_groups(config: CropsConfig) -> list[range]:
     return [views for views in groups if views]
 
 
-def cut_views(images: Sequence[Tensor], drawn: list[list[Crop]], views: range) -> CutGroup:
+def cut_views(images: Sequence[Tensor], drawn: list[list[Crop]], views: range) -> RawCropGroup:
     """Cut some views of every image, in the order of their plan."""
     crops = [(image, one[view]) for image, one in zip(images, drawn, strict=True) for view in views]
     plan = make_plan([crop for _, crop in crops])
@@ -173,7 +173,7 @@ def cut_views(images: Sequence[Tensor], drawn: list[list[Crop]], views: range) -
     out = torch.empty(len(crops), len(images[0]), size, size, dtype=torch.uint8, memory_format=torch.channels_last)
     for position, i in enumerate(plan.order):
         out[position] = cut(*crops[i])
-    return CutGroup(out, plan, len(views))
+    return RawCropGroup(out, plan, len(views))
 
 
 def cut(image_CHW: Tensor, crop: Crop) -> Tensor:

@@ -136,8 +136,11 @@ def _jitter(crops: list[Crop], *, first: int) -> tuple[dict[str, list[int]], dic
     hue = {"hue": turns if any(turns) else []}
     names = [f"saturation_{k}" for k in range(BLENDS)]
     return dict(zip(names, saturated, strict=True)), {
-        "keep": keep, "mean": mean, **hue, **dict(zip(names, stays, strict=True))
-    }  # fmt: skip
+        "keep": keep,
+        "mean": mean,
+        **hue,
+        **dict(zip(names, stays, strict=True)),
+    }
 
 
 def _hue_stage(crop: Crop) -> int:

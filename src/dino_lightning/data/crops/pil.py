@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode, ToTensor
 from torchvision.transforms.v2 import functional
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.sampling import Crop, OriginalDice, draw_crops
+from dino_lightning.data.crops.sampling import Crop, ReferenceRNG, draw_crops
 
 F: Any = functional  # its annotations know tensors only
 
@@ -32,7 +32,7 @@ class PILCrops:
 
     def __call__(self, image: Image.Image, *, seed: int) -> list[Tensor]:
         """The crops that the original makes after `torch.manual_seed(seed)` and `random.seed(seed)`."""
-        drawn = draw_crops(self.config, width=image.width, height=image.height, dice=OriginalDice(seed))
+        drawn = draw_crops(self.config, width=image.width, height=image.height, dice=ReferenceRNG(seed))
         return [self.finish(apply(crop, image, threshold=self.config.solarize_threshold)) for crop in drawn]
 
 

@@ -39,7 +39,7 @@ class Crop:
     solarize: bool
 
 
-class Dice(Protocol):
+class CropRNG(Protocol):
     """Random numbers from two streams, as the original has them: PyTorch's and Python's."""
 
     def uniform(self, low: float, high: float, /) -> float:
@@ -71,7 +71,7 @@ class Dice(Protocol):
         ...
 
 
-class OriginalDice:
+class ReferenceRNG:
     """The original's generators, of one seed and apart from the process's own."""
 
     def __init__(self, seed: int) -> None:
@@ -108,7 +108,7 @@ class OriginalDice:
         return self._python.uniform(low, high)
 
 
-class FastDice:
+class FastRNG:
     """Python's generator alone, several times as fast as scalars of PyTorch: the same distributions, other numbers."""
 
     def __init__(self, seed: int) -> None:
@@ -132,13 +132,13 @@ class FastDice:
         return order
 
 
-def draw_crops(config: CropsConfig, *, width: int, height: int, dice: Dice) -> list[Crop]:
+def draw_crops(config: CropsConfig, *, width: int, height: int, dice: CropRNG) -> list[Crop]:
     """The V crops of an image of this size: two global ones, then `local_count` local ones."""
     views = [GLOBAL_1, GLOBAL_2] + [LOCAL] * config.local_count
     return [draw_crop(config, view, width=width, height=height, dice=dice) for view in views]
 
 
-def draw_crop(config: CropsConfig, view: int, *, width: int, height: int, dice: Dice) -> Crop:
+def draw_crop(config: CropsConfig, view: int, *, width: int, height: int, dice: CropRNG) -> Crop:
     """One crop: `GLOBAL_1`, `GLOBAL_2` or `LOCAL`. The arguments below are evaluated, and draw, in their order."""
     local = view == LOCAL
     scale = config.local_scale if local else config.global_scale
@@ -156,7 +156,7 @@ def draw_crop(config: CropsConfig, view: int, *, width: int, height: int, dice: 
 
 
 def random_box(
-    width: int, height: int, *, scale: list[float], ratio: list[float], dice: Dice
+    width: int, height: int, *, scale: list[float], ratio: list[float], dice: CropRNG
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a box with an area and an aspect ratio drawn from their ranges.
 
@@ -177,7 +177,7 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_jitter(config: CropsConfig, *, dice: Dice) -> tuple[tuple[int, float], ...]:
+def draw_jitter(config: CropsConfig, *, dice: CropRNG) -> tuple[tuple[int, float], ...]:
     """Brightness, contrast, saturation and hue in random order; a part of strength 0 is left out."""
     order = dice.order()
     strengths = ((BRIGHTNESS, config.brightness), (CONTRAST, config.contrast), (SATURATION, config.saturation))

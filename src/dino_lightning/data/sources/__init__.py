@@ -12,14 +12,14 @@ from dino_lightning.config import (
     TorchvisionData,
     WebDatasetData,
 )
-from dino_lightning.data.sources.base import ImageSource, ImageStream, Sources, hold_out
+from dino_lightning.data.sources.base import ImageSource, ImageStream, Splits, hold_out
 from dino_lightning.errors import UserError
 
-__all__ = ["ImageSource", "ImageStream", "Sources", "open_sources"]
+__all__ = ["ImageSource", "ImageStream", "Splits", "open_sources"]
 
 
 # Readers are imported where they are needed: some of their libraries take a second.
-def open_sources(config: DataConfig, *, seed: int) -> Sources:
+def open_sources(config: DataConfig, *, seed: int) -> Splits:
     """Open the images that `config` describes; `seed` picks the held-out ones where there is no validation split."""
     if not 0 <= config.holdout < 1:
         raise UserError(f"data.holdout={config.holdout} is not a share of the images; give 0 or more, below 1")

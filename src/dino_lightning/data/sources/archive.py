@@ -18,10 +18,10 @@ import numpy as np
 
 from dino_lightning.config import ArchiveData
 from dino_lightning.data.sources.archive_index import read_members
-from dino_lightning.data.sources.base import Sources, digest
+from dino_lightning.data.sources.base import Splits, content_digest
 from dino_lightning.data.sources.folder import VAL_NAMES, existing_path
-from dino_lightning.data.sources.mapped_arrays import KeptArrays, Paths, offsets_of
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.mapped_arrays import MappedArrays, Paths, offsets_of
+from dino_lightning.errors import UserError, did_you_mean
 
 ENDINGS = (".zip", ".tar")
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|t(gz|xz|bz2?|zst))$", re.IGNORECASE)
@@ -41,7 +41,7 @@ class ArchiveImages:
         self,
         files: list[str],
         *,
-        members: KeptArrays,
+        members: MappedArrays,
         folders: np.ndarray,
         labels: np.ndarray | None,
         classes: list[str] | None,
@@ -88,7 +88,7 @@ class ArchiveImages:
     def fingerprint(self) -> str:
         """Of the archives' names, sizes and times, and of the folders."""
         names = (os.fsencode(file) for file in self.files)
-        return digest(*names, self.members["states"].tobytes(), self.folders.tobytes())
+        return content_digest(*names, self.members["states"].tobytes(), self.folders.tobytes())
 
     def _archive(self, row: int) -> int:
         return int(self.members["archives"][np.searchsorted(self.members["starts"], row, side="right") - 1])
@@ -136,7 +136,7 @@ def _unpack(content: bytes, *, length: int) -> bytes:
     return unpacked
 
 
-def open_archive(config: ArchiveData) -> Sources:
+def open_archive(config: ArchiveData) -> Splits:
     """Training images, validation images where there are labelled ones, and what the user should know."""
     root = existing_path(config.path, files=True)
     files = archive_files(root)
@@ -149,7 +149,7 @@ def open_archive(config: ArchiveData) -> Sources:
     if tops <= set(VAL_NAMES):
         raise UserError(f"data.path={config.path} has '{min(tops)}' but no 'train'; add it or give one archive only")
     classes, notice = _classes(tree, where=str(root))
-    return Sources(build(tree, classes=classes), None, notice)
+    return Splits(build(tree, classes=classes), None, notice)
 
 
 def archive_files(root: Path) -> list[Path]:
@@ -173,7 +173,7 @@ Tree: TypeAlias = dict[int, str]
 """Number of a folder in the table of members -> its path in the folder that the archives stand for."""
 
 
-def folder_tree(files: list[Path], *, members: KeptArrays) -> Tree:
+def folder_tree(files: list[Path], *, members: MappedArrays) -> Tree:
     """Each folder inside the archives, below the split or class that its archive is if there are several."""
     paths, starts = Paths(members), members["starts"]
     inside: dict[int, Tree] = {}
@@ -222,7 +222,7 @@ def _classes(tree: Tree, *, where: str) -> tuple[list[str] | None, str | None]:
     return sorted(tops), None
 
 
-def _images(tree: Tree, *, classes: list[str] | None, files: list[str], members: KeptArrays) -> ArchiveImages:
+def _images(tree: Tree, *, classes: list[str] | None, files: list[str], members: MappedArrays) -> ArchiveImages:
     """The images in the order of `FolderImages`: by class, then by path of the folder."""
     label = {name: number for number, name in enumerate(classes or [])}
     folders = sorted(tree, key=lambda number: (label.get(_top(tree[number]), 0), tree[number] or "."))
@@ -230,7 +230,7 @@ def _images(tree: Tree, *, classes: list[str] | None, files: list[str], members:
     return ArchiveImages(files, members=members, folders=np.array(folders), labels=labels, classes=classes)
 
 
-def _open_splits(root: Path, tree: Tree, *, build: Callable[..., ArchiveImages]) -> Sources:
+def _open_splits(root: Path, tree: Tree, *, build: Callable[..., ArchiveImages]) -> Splits:
     tops = {_top(path) for path in tree.values()}
     val_name = next((name for name in VAL_NAMES if name in tops), None)
     train, others = _below(tree, "train"), tops - {"train", *VAL_NAMES}
@@ -248,7 +248,7 @@ def _open_splits(root: Path, tree: Tree, *, build: Callable[..., ArchiveImages])
     if others:
         beside = f"beside 'train' in '{root}', not used: {', '.join(sorted(others)[:5])}{', …' * (len(others) > 5)}"
         notice = f"{notice}; {beside}" if notice else beside
-    return Sources(build(train, classes=classes), build(val, classes=classes) if val else None, notice)
+    return Splits(build(train, classes=classes), build(val, classes=classes) if val else None, notice)
 
 
 def _refuse_classes(root: Path, train: set[str], val: set[str], *, val_name: str) -> NoReturn:
@@ -257,6 +257,6 @@ def _refuse_classes(root: Path, train: set[str], val: set[str], *, val_name: str
             name = min(here - there)
             raise UserError(
                 f"data.path={root}: the class folder '{name}' is in '{present}' but not in '{missing}' "
-                f"({len(here - there)} such); {nearest(name, there)}"
+                f"({len(here - there)} such); {did_you_mean(name, there)}"
             )
     raise AssertionError("the classes are the same")

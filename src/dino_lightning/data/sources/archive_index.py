@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.data.sources.file_index import is_image
-from dino_lightning.data.sources.mapped_arrays import KeptArrays, keep, offsets_of, open_kept
+from dino_lightning.data.sources.mapped_arrays import MappedArrays, offsets_of, open_stored, store
 from dino_lightning.errors import UserError
 
 KEPT_FROM = 100_000_000
@@ -48,7 +48,7 @@ LOCAL_HEADER = struct.Struct("<26xHH")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of a compressed file -> the command that decompresses it."""
 
-Place = tuple[int, int, int]
+ByteRange = tuple[int, int, int]
 """Where an image's data begins in its archive, how long it is there, and its length unpacked, -1 where it is not packed
 (bytes)."""
 Report = Callable[[int], None]
@@ -56,7 +56,7 @@ Report = Callable[[int], None]
 
 
 @dataclass
-class Folder:
+class ArchiveFolder:
     """The images of one folder in an archive, by name; each path in the archive is a piece of `blob`."""
 
     path: str
@@ -67,7 +67,7 @@ class Folder:
     """(n, 3) int64, the `Place` of each."""
 
 
-def read_members(files: list[Path], *, of: Path, cache_dir: str) -> KeptArrays:
+def read_members(files: list[Path], *, of: Path, cache_dir: str) -> MappedArrays:
     """The images inside the archives `files`, folder by folder.
 
     `blob` and `offsets` hold their paths inside the archive, `places` (n, 3) where their data is. A folder's images are
@@ -76,24 +76,24 @@ def read_members(files: list[Path], *, of: Path, cache_dir: str) -> KeptArrays:
     """
     states = np.array([(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)], dtype=np.int64)
     if states[:, 0].sum() < KEPT_FROM:
-        return KeptArrays(_scan(files, states=states, of=of))
-    key = digest(FORMAT, *(os.fsencode(file) for file in files), states.tobytes()).encode()
-    place = Path(cache_dir).expanduser() / "archives" / digest(os.fsencode(of))
+        return MappedArrays(_scan(files, states=states, of=of))
+    key = content_digest(FORMAT, *(os.fsencode(file) for file in files), states.tobytes()).encode()
+    place = Path(cache_dir).expanduser() / "archives" / content_digest(os.fsencode(of))
     known = _known(place, key=key)
     if known is None:
         with _alone(place):  # whoever waited finds the other's table
             known = _known(place, key=key)
             if known is None:
                 arrays = _scan(files, states=states, of=of)
-                known = keep({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=place)
+                known = store({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=place)
     return known
 
 
-def _known(place: Path, *, key: bytes) -> KeptArrays | None:
+def _known(place: Path, *, key: bytes) -> MappedArrays | None:
     """The kept table with this key, marked as used. Damaged tables are removed."""
     for folder in place.glob("[!.]*/"):  # hidden ones are being written
         try:
-            kept = open_kept(folder)
+            kept = open_stored(folder)
             count = len(kept["places"])
             if (len(kept["offsets"]), kept["offsets"][-1], kept["starts"][-1]) != (count + 1, len(kept["blob"]), count):
                 raise ValueError(f"'{folder}' is not a table of members")
@@ -136,7 +136,7 @@ def _scan(files: list[Path], *, states: np.ndarray, of: Path) -> dict[str, np.nd
     }
 
 
-def _folders(path: Path, *, moved: Report) -> list[Folder]:
+def _folders(path: Path, *, moved: Report) -> list[ArchiveFolder]:
     """The folders of one archive; `moved` is told how many bytes were passed."""
     position = 0
 
@@ -171,10 +171,10 @@ def _check_start(path: Path, start: bytes) -> None:
             )
 
 
-def tar_folders(file: IO[bytes], *, report: Report, below: str = "", begin: int = 0) -> list[Folder]:
+def tar_folders(file: IO[bytes], *, report: Report, below: str = "", begin: int = 0) -> list[ArchiveFolder]:
     """The folders of a tar that begins at byte `begin` of its archive; a tar inside it counts as a folder."""
-    found: dict[str, dict[str, Place]] = {}
-    inside: list[Folder] = []
+    found: dict[str, dict[str, ByteRange]] = {}
+    inside: list[ArchiveFolder] = []
     links: list[tarfile.TarInfo] = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in _members(tar, report=lambda reached: report(begin + reached)):
@@ -217,9 +217,9 @@ def _members(tar: tarfile.TarFile, *, report: Report) -> Iterator[tarfile.TarInf
         raise tarfile.TarError(f"cut off at byte {tar.offset}")
 
 
-def zip_folders(file: IO[bytes], *, report: Report) -> list[Folder]:
+def zip_folders(file: IO[bytes], *, report: Report) -> list[ArchiveFolder]:
     """The folders of a zip. Raises `UserError` for an encrypted one."""
-    found: dict[str, dict[str, Place]] = {}
+    found: dict[str, dict[str, ByteRange]] = {}
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     for count, entry in enumerate(entries):
@@ -239,7 +239,7 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")  # as some programs of Windows write it
 
 
-def _zip_place(entry: zipfile.ZipInfo, file: IO[bytes]) -> Place:
+def _zip_place(entry: zipfile.ZipInfo, file: IO[bytes]) -> ByteRange:
     if entry.flag_bits & ENCRYPTED:
         raise UserError(f"data.path: '{file.name}' is encrypted; unpack it with its password and take data=folder")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -265,14 +265,14 @@ def split_path(path: str, *, below: str = "") -> tuple[str, str]:
     return "/".join([below, *parts[:-1]] if below else parts[:-1]), parts[-1]
 
 
-def _packed(found: dict[str, dict[str, Place]]) -> list[Folder]:
+def _packed(found: dict[str, dict[str, ByteRange]]) -> list[ArchiveFolder]:
     folders = []
     for path, images in found.items():
         names = sorted(images)
         paths = [os.fsencode(os.path.join(path, name)) for name in names]
         lengths = np.fromiter(map(len, paths), dtype=np.int64, count=len(paths))
         places = np.array([images[name] for name in names], dtype=np.int64)
-        folders.append(Folder(path, b"".join(paths), lengths, places))
+        folders.append(ArchiveFolder(path, b"".join(paths), lengths, places))
     return folders
 
 

@@ -85,7 +85,7 @@ class ImageStream(Protocol):
 
 
 @dataclass(frozen=True)
-class Sources:
+class Splits:
     """The opened images: `val` holds the k-NN queries, None where there are no labels or none were kept.
 
     Single training images may have the label -1 (`stl10`): they train, but a k-NN bank leaves them out.
@@ -93,11 +93,11 @@ class Sources:
 
     train: ImageSource | ImageStream
     val: ImageSource | None
-    notice: str | None
+    remark: str | None
     """One line on how the images were read, where a person should know."""
 
 
-class Part:
+class Subset:
     """The images `indices` (m,) of another source."""
 
     def __init__(self, source: ImageSource, *, indices: np.ndarray):
@@ -119,10 +119,10 @@ class Part:
 
     def fingerprint(self) -> str:
         """The other source's, and which images."""
-        return digest(self.source.fingerprint().encode(), self.indices.tobytes())
+        return content_digest(self.source.fingerprint().encode(), self.indices.tobytes())
 
 
-class Beginning:
+class FirstImages:
     """The first images of a stream, kept in memory to be read by index."""
 
     def __init__(self, stream: ImageStream, *, images: int):
@@ -158,26 +158,26 @@ class Beginning:
 
     def fingerprint(self) -> str:
         """Of the names."""
-        return digest(*(sample.name.encode() for sample in self.samples))
+        return content_digest(*(sample.name.encode() for sample in self.samples))
 
 
-def digest(*parts: bytes) -> str:
+def content_digest(*parts: bytes) -> str:
     """A short text that stands for the parts, for `fingerprint`."""
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
 
 
-def hold_out(opened: Sources, *, share: float, seed: int) -> Sources:
+def hold_out(opened: Splits, *, share: float, seed: int) -> Splits:
     """Move `share` of the labelled training images to `val`; the notice says so."""
     source = opened.train
     assert isinstance(source, ImageSource)
     assert source.labels is not None
     held = held_out(source.labels, share=share, seed=seed)
-    before = f"{opened.notice}; " if opened.notice else ""
+    before = f"{opened.remark}; " if opened.remark else ""
     if not held.any():
-        return Sources(source, None, f"{before}no validation split and nothing held out: no k-NN evaluation")
+        return Splits(source, None, f"{before}no validation split and nothing held out: no k-NN evaluation")
     notice = f"{before}no validation split: {share:.0%} of the images ({held.sum()}) are held out as k-NN queries"
-    train, val = (Part(source, indices=np.flatnonzero(mask)) for mask in (~held, held))
-    return Sources(train, val, notice)
+    train, val = (Subset(source, indices=np.flatnonzero(mask)) for mask in (~held, held))
+    return Splits(train, val, notice)
 
 
 def held_out(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:

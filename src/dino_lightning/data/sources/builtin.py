@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_lightning.config import BuiltinData
-from dino_lightning.data.sources.base import Sources, digest
+from dino_lightning.data.sources.base import Splits, content_digest
 from dino_lightning.errors import UserError
 
 Field: TypeAlias = NDArray[np.floating]
@@ -82,14 +82,14 @@ class BuiltinImages:
 
     def fingerprint(self) -> str:
         """Of the pixels themselves."""
-        return digest(self.images.tobytes())
+        return content_digest(self.images.tobytes())
 
 
-def open_builtin(config: BuiltinData) -> Sources:
+def open_builtin(config: BuiltinData) -> Splits:
     """Training and validation pictures."""
     options = {"image_size": config.image_size, "draw_seed": config.draw_seed}
     train = BuiltinImages("train", images=config.train_images, **options)
-    return Sources(train, BuiltinImages("val", images=config.val_images, **options), None)
+    return Splits(train, BuiltinImages("val", images=config.val_images, **options), None)
 
 
 def _check(split: str, *, images: int, image_size: int, draw_seed: int) -> None:

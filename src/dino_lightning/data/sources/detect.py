@@ -8,8 +8,13 @@ from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 
 ENDINGS = {
-    ".csv": "listing", ".tsv": "listing", ".txt": "listing", ".zip": "archive", ".tar": "archive", ".parquet": "parquet"
-}  # fmt: skip
+    ".csv": "listing",
+    ".tsv": "listing",
+    ".txt": "listing",
+    ".zip": "archive",
+    ".tar": "archive",
+    ".parquet": "parquet",
+}
 """Ending of a file -> option of `data`."""
 
 

@@ -22,7 +22,15 @@ from rich.console import Console
 from rich.text import Text
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from dino_lightning.data.sources.mapped_arrays import LARGE, KeptArrays, Paths, cache_place, keep, offsets_of, open_kept
+from dino_lightning.data.sources.mapped_arrays import (
+    LARGE,
+    MappedArrays,
+    Paths,
+    cache_place,
+    offsets_of,
+    open_stored,
+    store,
+)
 
 TRUSTED_AFTER_NS = 2_000_000_000
 """A folder that changed so shortly before it was listed may change again without a new time; it is listed again."""
@@ -41,7 +49,7 @@ Stamp = tuple[int, int]
 
 
 @dataclass
-class Folder:
+class IndexedFolder:
     """A folder: its path relative to the root ("" for the root), and its images' paths one after another in `blob`."""
 
     path: str
@@ -59,7 +67,7 @@ class FileIndex:
     name where they are kept in files. `loops` and `closed` are the folders that could not be followed or opened.
     """
 
-    def __init__(self, kept: KeptArrays, *, loops: list[str], closed: list[str]):
+    def __init__(self, kept: MappedArrays, *, loops: list[str], closed: list[str]):
         self.kept, self.loops, self.closed = kept, loops, closed
         self.paths = Paths(kept)
 
@@ -82,7 +90,7 @@ class KnownFolders:
     """A list of files as it was kept in `place`. Raises one of `BROKEN` where it is damaged."""
 
     def __init__(self, place: Path):
-        self.place, self.kept = place, open_kept(place)
+        self.place, self.kept = place, open_stored(place)
         with np.load(place / "folders.npz") as table:
             self.below, self.names = _names(table["below"]), _names(table["names"])
             self.stamps, self.states, self.starts = table["stamps"], table["states"], table["starts"]
@@ -185,7 +193,7 @@ class Walk:
 
     def __init__(self, root: str, *, below: list[str], known: KnownFolders | None):
         self.root, self.below, self.known = root, below, known
-        self.folders: list[Folder] = []
+        self.folders: list[IndexedFolder] = []
         self.count = 0
 
     def steps(self) -> Iterator[int]:
@@ -248,7 +256,7 @@ class Walk:
         state: int,
         files: tuple[bytes, np.ndarray] = (b"", np.zeros(0, dtype=np.int64)),
     ) -> None:
-        self.folders.append(Folder(path, group, stamp, state, *files))
+        self.folders.append(IndexedFolder(path, group, stamp, state, *files))
         self.count += len(files[1])
 
 
@@ -264,7 +272,7 @@ def _finish(steps: Iterator[int], *, root: str) -> None:
                 status.update(Text(f"{count:,} images found in {root}"))
 
 
-def _index(folders: list[Folder], *, below: list[str], place: Path | None) -> FileIndex:
+def _index(folders: list[IndexedFolder], *, below: list[str], place: Path | None) -> FileIndex:
     """The list of the walked folders, kept below `place`."""
     folders.sort(key=lambda folder: (folder.group, folder.path))
     counts = [len(folder.lengths) for folder in folders]
@@ -273,7 +281,7 @@ def _index(folders: list[Folder], *, below: list[str], place: Path | None) -> Fi
         "offsets": offsets_of(np.concatenate([folder.lengths for folder in folders])),
         "groups": np.repeat(np.array([folder.group for folder in folders], dtype=np.int64), counts),
     }
-    kept = keep(arrays, under=place) if place else KeptArrays(arrays)
+    kept = store(arrays, under=place) if place else MappedArrays(arrays)
     if kept.place:
         with contextlib.suppress(OSError):
             _write_folders(kept.place, folders, below=below, starts=offsets_of(np.array(counts)))
@@ -281,7 +289,7 @@ def _index(folders: list[Folder], *, below: list[str], place: Path | None) -> Fi
     return FileIndex(kept, loops=loops, closed=closed)
 
 
-def _write_folders(place: Path, folders: list[Folder], *, below: list[str], starts: np.ndarray) -> None:
+def _write_folders(place: Path, folders: list[IndexedFolder], *, below: list[str], starts: np.ndarray) -> None:
     unfinished = place / f".{uuid.uuid4().hex}.npz"
     try:
         np.savez(

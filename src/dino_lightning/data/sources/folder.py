@@ -19,10 +19,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino_lightning.config import FolderData
 from dino_lightning.config.paths import usable_path
-from dino_lightning.data.sources.base import Sources
+from dino_lightning.data.sources.base import Splits
 from dino_lightning.data.sources.file_index import folder_contents, index_files
 from dino_lightning.data.sources.mapped_arrays import files_digest
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 VAL_NAMES = ("val", "validation", "test")
 """Names of a validation split, in the order in which they are looked for."""
@@ -77,7 +77,7 @@ class FolderImages:
                 )
 
 
-def open_folder(config: FolderData) -> Sources:
+def open_folder(config: FolderData) -> Splits:
     """Training images, validation images where there are labelled ones, and what the user should know."""
     root = existing_path(config.path)
     if not root.is_dir():
@@ -91,10 +91,10 @@ def open_folder(config: FolderData) -> Sources:
         raise UserError(f"data.path={config.path} has '{val_name}/' but no 'train/'; add it or give the folder itself")
     classes, notice = class_folders(root, folders=folders, has_image=has_image)
     train = FolderImages(root, classes=classes, cache_dir=config.cache_dir)
-    return Sources(train, None, _join(notice, train.index.notice()))
+    return Splits(train, None, _join(notice, train.index.notice()))
 
 
-def _open_splits(root: Path, *, val_name: str | None, others: list[str], cache_dir: str) -> Sources:
+def _open_splits(root: Path, *, val_name: str | None, others: list[str], cache_dir: str) -> Splits:
     folders, has_image = folder_contents(root / "train", cache_dir=cache_dir)
     classes, notice = class_folders(root / "train", folders=folders, has_image=has_image)
     if val_name and classes is None:
@@ -108,7 +108,7 @@ def _open_splits(root: Path, *, val_name: str | None, others: list[str], cache_d
     val = None
     if val_name and classes is not None:
         val = FolderImages(root / val_name, classes=classes, cache_dir=cache_dir)
-    return Sources(train, val, _join(notice, train.index.notice(), val.index.notice() if val else None))
+    return Splits(train, val, _join(notice, train.index.notice(), val.index.notice() if val else None))
 
 
 def class_folders(root: Path, *, folders: list[str], has_image: bool) -> tuple[list[str] | None, str | None]:
@@ -136,7 +136,7 @@ def _check_same_classes(root: Path, train: list[str], *, val_name: str) -> None:
             others = val if missing == val_name else train
             raise UserError(
                 f"data.path: the class folder '{name}' is in '{root / present}' but not in '{root / missing}' "
-                f"({len(names)} such); {nearest(name, others)}"
+                f"({len(names)} such); {did_you_mean(name, others)}"
             )
 
 
@@ -156,7 +156,7 @@ def existing_path(path: str, *, key: str = "data.path", files: bool = False) -> 
     lost = next(part for part in (wanted, *wanted.parents) if part.parent.exists())
     folder = lost.parent
     siblings = _names(folder, files=files and lost == wanted) if folder.is_dir() else []
-    hint = nearest(lost.name, siblings) if siblings else f"it has no {'files' if files else 'folders'} at all"
+    hint = did_you_mean(lost.name, siblings) if siblings else f"it has no {'files' if files else 'folders'} at all"
     raise UserError(f"{key}={path} does not exist: no '{lost.name}' in '{folder}'; {hint}")
 
 

@@ -10,9 +10,9 @@ from torch.utils.data import get_worker_info
 
 from dino_lightning.config import HuggingFaceData
 from dino_lightning.config.paths import usable_path
-from dino_lightning.data.sources.base import Sample, Sources
+from dino_lightning.data.sources.base import Sample, Splits
 from dino_lightning.data.sources.parquet import ParquetImages, check_columns, label_names, with_classes
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 ROWS_AT_ONCE = 16
 """Rows taken from `datasets` together, so that few encoded images wait in memory."""
@@ -65,10 +65,10 @@ class HubStream:
         return Sample(content, -1 if label is None else int(label), name)
 
 
-def open_huggingface(config: HuggingFaceData) -> Sources:
+def open_huggingface(config: HuggingFaceData) -> Splits:
     """Training images, or a stream of them, and validation images where `val_split` names some with labels."""
     if config.streaming:
-        return Sources(_open_stream(config), None, "read as a stream: no k-NN evaluation")
+        return Splits(_open_stream(config), None, "read as a stream: no k-NN evaluation")
     rows = _load(config, split=config.train_split, key="train_split")
     train = _images(rows, config, split=config.train_split)
     val, names = None, label_names(rows.features, config)
@@ -115,11 +115,11 @@ def _reason(name: str, config: HuggingFaceData, *, split: str, key: str, error: 
     if isinstance(error, ValueError):
         subsets = _ask(datasets.get_dataset_config_names, name)
         if subsets and (config.subset or "default") not in subsets and (config.subset or len(subsets) > 1):
-            hint = nearest(config.subset or "", subsets)
+            hint = did_you_mean(config.subset or "", subsets)
             return f"data.subset={config.subset} is not a subset of '{config.name}'; {hint}"
         splits = _ask(datasets.get_dataset_split_names, name, config.subset)
         if splits and split not in splits:
-            return f"data.{key}={split} is not a split of '{config.name}'; {nearest(split, splits)}"
+            return f"data.{key}={split} is not a split of '{config.name}'; {did_you_mean(split, splits)}"
     return f"data.name={config.name} cannot be read ({_line(error.__cause__ or error)})"
 
 

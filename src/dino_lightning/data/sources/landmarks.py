@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino_lightning.config import LandmarksData
-from dino_lightning.data.sources.base import Sources
+from dino_lightning.data.sources.base import Splits
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.data.sources.listing import column_bytes, column_names, probes, read_table
-from dino_lightning.data.sources.mapped_arrays import LARGE, KeptArrays, cache_place, files_digest, keep
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.mapped_arrays import LARGE, MappedArrays, cache_place, files_digest, store
+from dino_lightning.errors import UserError, did_you_mean
 
 compute: Any = pc  # its functions are made at import, which pyright cannot see
 DIGITS = 16
@@ -29,7 +29,7 @@ TABLES = (("id", "landmark_id"), ("landmark_id", "images"))
 class LandmarkImages:
     """Images `ids` (n,) uint64 with `labels` (n,) int64, both in `kept`; the classes are the landmarks' numbers."""
 
-    def __init__(self, root: Path, *, kept: KeptArrays, classes: list[str]):
+    def __init__(self, root: Path, *, kept: MappedArrays, classes: list[str]):
         self.root = str(root)
         self.classes = classes
         self._kept = kept
@@ -57,25 +57,25 @@ class LandmarkImages:
         return files_digest([self._kept["ids"]], files=map(self.describe, range(len(self))))
 
 
-def open_landmarks(config: LandmarksData) -> Sources:
+def open_landmarks(config: LandmarksData) -> Splits:
     """The images of the table; they have labels and no validation split."""
     root = existing_path(config.path)
     file = root / config.csv
     if not file.is_file():
         tables = sorted(path.name for path in root.glob("*.csv"))
-        hint = nearest(config.csv, tables) if tables else "there is no CSV at all"
+        hint = did_you_mean(config.csv, tables) if tables else "there is no CSV at all"
         raise UserError(f"data.csv={config.csv} is not a file in data.path={config.path}; {hint}")
     ids, landmarks = _read(file)
     if not len(ids):
         raise UserError(f"data.csv={config.csv} lists no image")
     numbers, labels = np.unique(landmarks, return_inverse=True)
     arrays = {"ids": ids, "labels": labels.reshape(-1).astype(np.int64)}
-    kept = KeptArrays(arrays) if len(ids) < LARGE else keep(arrays, under=cache_place(config.cache_dir, of=file))
+    kept = MappedArrays(arrays) if len(ids) < LARGE else store(arrays, under=cache_place(config.cache_dir, of=file))
     classes = [str(number) for number in numbers.tolist()]
     for folder in (root, root / "train"):
         train = LandmarkImages(folder, kept=kept, classes=classes)
         if any(os.path.exists(train.describe(i)) for i in probes(len(train))):
-            return Sources(train, None, None)
+            return Splits(train, None, None)
     first = os.path.relpath(LandmarkImages(root, kept=kept, classes=classes).describe(0), root)
     raise UserError(
         f"data.path={config.path} lacks the images of {config.csv}: neither '{first}' nor 'train/{first}' is there, "

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from dino_lightning.config import ListingData
-from dino_lightning.data.sources.base import Sources
+from dino_lightning.data.sources.base import Splits
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.data.sources.mapped_arrays import (
     LARGE,
-    KeptArrays,
+    MappedArrays,
     Paths,
     cache_place,
     files_digest,
-    keep,
     packed,
+    store,
 )
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 """Ending of a table -> what stands between its columns."""
@@ -41,7 +41,7 @@ PROBES = 7
 class ListingImages:
     """The files `blob`, `offsets` of `kept` below `root`; `labels` is int64 (n,), -1 where the list has none."""
 
-    def __init__(self, root: Path, *, kept: KeptArrays, classes: list[str] | None):
+    def __init__(self, root: Path, *, kept: MappedArrays, classes: list[str] | None):
         self.root = str(root)
         self.classes = classes
         self._kept = kept
@@ -69,7 +69,7 @@ class ListingImages:
         return files_digest([self._paths.blob, self._paths.offsets], files=map(self.describe, range(len(self))))
 
 
-def open_listing(config: ListingData) -> Sources:
+def open_listing(config: ListingData) -> Splits:
     """The listed images, and what the user should know."""
     file = existing_path(config.path, files=True)
     if file.is_dir():
@@ -85,10 +85,10 @@ def open_listing(config: ListingData) -> Sources:
         lines, place = np.arange(1, len(arrays["offsets"])), "row"
     if not len(lines):
         raise UserError(f"data.path={config.path} lists no image")
-    _check_some(Paths(KeptArrays(arrays)), root=root, place=place, lines=lines)
-    kept = KeptArrays(arrays) if len(lines) < LARGE else keep(arrays, under=cache_place(config.cache_dir, of=file))
+    _check_some(Paths(MappedArrays(arrays)), root=root, place=place, lines=lines)
+    kept = MappedArrays(arrays) if len(lines) < LARGE else store(arrays, under=cache_place(config.cache_dir, of=file))
     missing = f"no labels: data.label_column={config.label_column} is empty" if config.label_column else "no labels"
-    return Sources(ListingImages(root, kept=kept, classes=classes), None, None if classes else missing)
+    return Splits(ListingImages(root, kept=kept, classes=classes), None, None if classes else missing)
 
 
 def _check_text(file: Path) -> None:
@@ -125,15 +125,19 @@ def _read_table(file: Path, config: ListingData, *, delimiter: str) -> tuple[dic
         types[config.label_column] = pa.dictionary(pa.int32(), pa.string())
     header = column_names(file, delimiter=delimiter)
     if not header:
-        raise UserError(f"data.path_column={config.path_column} is not a column of '{file}': it is empty; expected a "
-                        "header and a row for each image")  # fmt: skip
+        raise UserError(
+            f"data.path_column={config.path_column} is not a column of '{file}': it is empty; expected a "
+            "header and a row for each image"
+        )
     if len(header) == 1 and config.path_column not in header and (other := re.search(r"[;,\t|]", header[0])):
-        raise UserError(f"data.path: the columns of '{file}' are separated by {other[0]!r}, and {file.suffix} stands "
-                        f"for {delimiter!r}; save it with that")  # fmt: skip
+        raise UserError(
+            f"data.path: the columns of '{file}' are separated by {other[0]!r}, and {file.suffix} stands "
+            f"for {delimiter!r}; save it with that"
+        )
     for key, name in columns.items():
         if name not in header:
             off = "; null for no labels" if key == "label_column" else ""
-            raise UserError(f"data.{key}={name} is not a column of '{file}'; {nearest(name, header)}{off}")
+            raise UserError(f"data.{key}={name} is not a column of '{file}'; {did_you_mean(name, header)}{off}")
     table = read_table(file, types, delimiter=delimiter)
     arrays = column_bytes(table[config.path_column])
     empty = np.flatnonzero(np.diff(arrays["offsets"]) == 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 
 LARGE = 10_000
 """Images from which on a list is worth keeping in files."""
@@ -25,7 +25,7 @@ BROKEN = (OSError, ValueError, EOFError)
 """What `np.load` raises on files that are gone, damaged or empty."""
 
 
-class KeptArrays:
+class MappedArrays:
     """Named arrays, read-only where they are mapped from the folder `place`."""
 
     def __init__(self, arrays: dict[str, np.ndarray], *, place: Path | None = None):
@@ -34,18 +34,18 @@ class KeptArrays:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
-    def __reduce__(self) -> tuple[Callable[..., "KeptArrays"], tuple[Any, ...]]:
-        return (KeptArrays, (self.arrays,)) if self.place is None else (open_kept, (self.place,))
+    def __reduce__(self) -> tuple[Callable[..., "MappedArrays"], tuple[Any, ...]]:
+        return (MappedArrays, (self.arrays,)) if self.place is None else (open_stored, (self.place,))
 
 
 class Paths:
     """The paths `blob[offsets[i]:offsets[i + 1]]` of `kept`: n Python strings would be copied into every process."""
 
-    def __init__(self, kept: KeptArrays):
+    def __init__(self, kept: MappedArrays):
         self.kept = kept
         self.blob, self.offsets = kept["blob"], kept["offsets"]
 
-    def __reduce__(self) -> tuple[type["Paths"], tuple[KeptArrays]]:
+    def __reduce__(self) -> tuple[type["Paths"], tuple[MappedArrays]]:
         return Paths, (self.kept,)
 
     def __len__(self) -> int:
@@ -71,40 +71,40 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 def cache_place(cache_dir: str, *, of: str | Path) -> Path:
     """The folder of the arrays that belong to the folder or file `of`."""
-    return Path(cache_dir).expanduser() / "indices" / digest(os.fsencode(os.path.abspath(of)))
+    return Path(cache_dir).expanduser() / "indices" / content_digest(os.fsencode(os.path.abspath(of)))
 
 
-def keep(arrays: dict[str, np.ndarray], *, under: Path) -> KeptArrays:
+def store(arrays: dict[str, np.ndarray], *, under: Path) -> MappedArrays:
     """The arrays from files below `under`, written first where they are new; as they are where that cannot be done.
 
     The folder's name comes from the contents: whoever opened other contents before can open them again.
     """
     parts = (part for name, array in sorted(arrays.items()) for part in (name.encode(), array.tobytes()))
-    place = under / digest(*parts)
+    place = under / content_digest(*parts)
     try:
         if not _holds(place, arrays):
             under.mkdir(parents=True, exist_ok=True)
             _remove_unused(under)
             _write(place, arrays)
         os.utime(place)
-        return open_kept(place)
+        return open_stored(place)
     except BROKEN:
-        return KeptArrays(arrays)
+        return MappedArrays(arrays)
 
 
-def open_kept(place: Path) -> KeptArrays:
+def open_stored(place: Path) -> MappedArrays:
     """The arrays of a folder. Raises one of `BROKEN` where they are gone or damaged."""
     files = sorted(place.glob("*.npy"))
     if not files:
         raise FileNotFoundError(place)
     # A plain array over the mapping: indexing an `np.memmap` is several times slower.
-    return KeptArrays({file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}, place=place)
+    return MappedArrays({file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}, place=place)
 
 
 def files_digest(names: list[np.ndarray], *, files: Iterable[str]) -> str:
     """A text that changes with `names` and with the size or the time of any of the files."""
     states = np.fromiter((number for file in files for number in _state(file)), dtype=np.int64)
-    return digest(*(array.tobytes() for array in names), states.tobytes())
+    return content_digest(*(array.tobytes() for array in names), states.tobytes())
 
 
 def _state(file: str) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def _state(file: str) -> tuple[int, int]:
 
 def _holds(place: Path, arrays: dict[str, np.ndarray]) -> bool:
     try:
-        kept = open_kept(place).arrays
+        kept = open_stored(place).arrays
     except BROKEN:
         return False
     return kept.keys() == arrays.keys() and all(

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 from dino_lightning.config import HuggingFaceData, ParquetData
-from dino_lightning.data.sources.base import Sources, digest
+from dino_lightning.data.sources.base import Splits, content_digest
 from dino_lightning.data.sources.folder import existing_path
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 
 Columns = ParquetData | HuggingFaceData
 """What has `image_column` and `label_column`."""
@@ -79,10 +79,10 @@ class ParquetImages:
 
     def fingerprint(self) -> str:
         """Of the files' paths, sizes and times, or of `datasets`' own, and of the column."""
-        return digest(self._state.encode(), self._column.encode())
+        return content_digest(self._state.encode(), self._column.encode())
 
 
-def open_parquet(config: ParquetData) -> Sources:
+def open_parquet(config: ParquetData) -> Splits:
     """Training images, validation images where there are labelled ones, and what the user should know."""
     root = existing_path(config.path)
     saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
@@ -93,16 +93,18 @@ def open_parquet(config: ParquetData) -> Sources:
 
 def with_classes(
     train: ParquetImages, val: ParquetImages | None, *, names: list[str] | None, notice: str | None, config: Columns
-) -> Sources:
+) -> Splits:
     """Give both the class names; `val` without labels goes. Raises `UserError` for labels beyond them."""
     if train.labels is None:
-        return Sources(train, None, _join(notice, "no labels: no k-NN evaluation"))
+        return Splits(train, None, _join(notice, "no labels: no k-NN evaluation"))
     if val is not None and val.labels is None:
         val, notice = None, _join(notice, "the validation split has no labels and is not used")
     lowest = min(int(part.labels.min()) for part in (train, val) if part is not None and part.labels is not None)
     if lowest < -1:
-        raise UserError(f"data.label_column={config.label_column} holds the label {lowest}; class numbers from 0 are "
-                        "expected, and -1 or nothing for an image without one")  # fmt: skip
+        raise UserError(
+            f"data.label_column={config.label_column} holds the label {lowest}; class numbers from 0 are "
+            "expected, and -1 or nothing for an image without one"
+        )
     top = max(int(part.labels.max()) for part in (train, val) if part is not None and part.labels is not None)
     if top >= (len(names) if names else MOST_CLASSES):
         known = f"there are {len(names)} class names" if names else "class numbers from 0 are expected"
@@ -110,7 +112,7 @@ def with_classes(
     train.classes = names or [str(label) for label in range(top + 1)]
     if val is not None:
         val.classes = train.classes
-    return Sources(train, val, notice)
+    return Splits(train, val, notice)
 
 
 Opened = tuple[ParquetImages, ParquetImages | None, list[str] | None, str | None]
@@ -213,17 +215,19 @@ def check_columns(features: datasets.Features, config: Columns, *, where: str) -
         name = getattr(config, key)
         if name is not None and name not in features:
             off = "; null for no labels" if key == "label_column" else ""
-            raise UserError(f"data.{key}={name} is not a column of {where}; {nearest(name, features)}{off}")
+            raise UserError(f"data.{key}={name} is not a column of {where}; {did_you_mean(name, features)}{off}")
     image: Any = features[config.image_column]
     encoded = isinstance(image, datasets.Value) and image.dtype in ("binary", "large_binary", "string")
     if not (encoded or isinstance(image, datasets.Image) or (isinstance(image, dict) and "bytes" in image)):
-        raise UserError(f"data.image_column={config.image_column} of {where} does not hold encoded images but "
-                        f"{_type(image)}")  # fmt: skip
+        raise UserError(
+            f"data.image_column={config.image_column} of {where} does not hold encoded images but {_type(image)}"
+        )
     label: Any = None if config.label_column is None else features[config.label_column]
     whole = isinstance(label, datasets.Value) and "int" in label.dtype
     if not (label is None or whole or isinstance(label, datasets.ClassLabel)):
-        raise UserError(f"data.label_column={config.label_column} of {where} does not hold whole numbers but "
-                        f"{_type(label)}")  # fmt: skip
+        raise UserError(
+            f"data.label_column={config.label_column} of {where} does not hold whole numbers but {_type(label)}"
+        )
 
 
 def _type(feature: Any) -> str:

@@ -12,9 +12,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, DTD, STL10, SVHN, Flowers102
 
 from dino_lightning.config import TORCHVISION_NAMES, TorchvisionData
 from dino_lightning.config.paths import usable_path
-from dino_lightning.data.sources.base import Sources, digest
-from dino_lightning.data.sources.mapped_arrays import KeptArrays, Paths, files_digest, packed
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.base import Splits, content_digest
+from dino_lightning.data.sources.mapped_arrays import MappedArrays, Paths, files_digest, packed
+from dino_lightning.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PixelImages(Named):
 
     def fingerprint(self) -> str:
         """Of name, split and size: torchvision checks the files against fixed checksums."""
-        return digest(f"{self.name} {self.split} {len(self)}".encode())
+        return content_digest(f"{self.name} {self.split} {len(self)}".encode())
 
 
 class FileImages(Named):
@@ -86,7 +86,7 @@ class FileImages(Named):
 
     def __init__(self, name: str, *, files: list[Path], **options: Any):
         super().__init__(name, **options)
-        self.paths = Paths(KeptArrays(packed(bytes(file) for file in files)))
+        self.paths = Paths(MappedArrays(packed(bytes(file) for file in files)))
 
     def read(self, index: int) -> bytes:
         """The file."""
@@ -101,19 +101,19 @@ class FileImages(Named):
         return files_digest([self.paths.blob, self.paths.offsets], files=map(self.describe, range(len(self))))
 
 
-def open_torchvision(config: TorchvisionData) -> Sources:
+def open_torchvision(config: TorchvisionData) -> Splits:
     """Training and validation images, and what the user should know."""
     if config.name not in TORCHVISION_NAMES:
         raise UserError(
             f"data.name={config.name} is not among torchvision's data sets here; "
-            f"{nearest(config.name, TORCHVISION_NAMES)}"
+            f"{did_you_mean(config.name, TORCHVISION_NAMES)}"
         )
     train, val = (_open(config, split=split) for split in ("train", "val"))
     if train.classes != val.classes:
         raise UserError(f"data.path={config.path}: the splits of {config.name} have different classes; unpack it anew")
     unlabelled = int((train.labels < 0).sum())
     notice = f"{unlabelled} of the {len(train)} training images have no label: k-NN compares with the others"
-    return Sources(train, val, notice if unlabelled else None)
+    return Splits(train, val, notice if unlabelled else None)
 
 
 def _open(config: TorchvisionData, *, split: str) -> PixelImages | FileImages:

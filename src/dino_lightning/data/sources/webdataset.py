@@ -27,8 +27,8 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from dino_lightning.config import WebDatasetData
 from dino_lightning.config.paths import usable_path
 from dino_lightning.data.npy import read_npy
-from dino_lightning.data.sources.base import Content, Sample, Sources
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.data.sources.base import Content, Sample, Splits
+from dino_lightning.errors import UserError, did_you_mean
 
 BROKEN = (OSError, EOFError, HTTPException, tarfile.TarError, zlib.error)
 """What reading a damaged or interrupted shard raises."""
@@ -79,7 +79,7 @@ class WebDatasetImages:
         )
 
 
-def open_webdataset(config: WebDatasetData) -> Sources:
+def open_webdataset(config: WebDatasetData) -> Splits:
     """The shards as a training stream; there is no validation split."""
     if config.images < 1:
         raise UserError(f"data.images={config.images} is not a number of images; give 1 or more")
@@ -87,7 +87,7 @@ def open_webdataset(config: WebDatasetData) -> Sources:
         raise UserError("data.image_keys=[] finds no images; give the endings of the members that are images")
     urls = expand_shards(config.shards)
     stream = WebDatasetImages(urls, images=config.images, image_keys=list(config.image_keys))
-    return Sources(stream, None, f"{len(urls)} shards, read as a stream: no k-NN evaluation")
+    return Splits(stream, None, f"{len(urls)} shards, read as a stream: no k-NN evaluation")
 
 
 def expand_shards(shards: str) -> list[str]:
@@ -111,7 +111,7 @@ def expand_shards(shards: str) -> list[str]:
         else:
             known = sorted(set(gopen_schemes) - {"__default__"})
             way = "; a command that prints the shard can be given as 'pipe:COMMAND'"
-            raise UserError(f"data.shards={shards}: '{scheme}' cannot be opened, {nearest(scheme, known)}{way}")
+            raise UserError(f"data.shards={shards}: '{scheme}' cannot be opened, {did_you_mean(scheme, known)}{way}")
     return found
 
 
@@ -134,7 +134,7 @@ def _local(path: Path, *, shards: str) -> list[str]:
     folder = next(parent for parent in path.parents if parent.is_dir())
     lost = path.relative_to(folder).parts[0]
     beside = [file.name for file in folder.iterdir() if file.is_dir() or _is_tar(file.name)]
-    hint = nearest(lost, beside) if beside else "it holds no *.tar"
+    hint = did_you_mean(lost, beside) if beside else "it holds no *.tar"
     raise UserError(f"data.shards={shards}: '{path}' does not exist, no '{lost}' in '{folder}'; {hint}")
 
 

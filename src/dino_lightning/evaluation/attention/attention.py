@@ -20,7 +20,7 @@ from dino_lightning.data.benchmarks.pictures import Clip, open_pictures
 from dino_lightning.data.benchmarks.voc import open_voc
 from dino_lightning.data.module import SEEN_OF_A_STREAM
 from dino_lightning.data.sources import ImageSource
-from dino_lightning.data.sources.base import Beginning
+from dino_lightning.data.sources.base import FirstImages
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.attention.images import Looker, WholeImages, WholeView, look_through
 from dino_lightning.evaluation.attention.masks import attended_area, image_jaccards
@@ -63,8 +63,10 @@ def checked_side(config: AttentionEval, task: Task) -> int:
     """The shorter side of the images. Raises `UserError` for a network without attention, and for too small a side."""
     network = task.network
     if not has_attention(network.backbone):
-        raise UserError(f"checkpoint: {network.name} ({type(network.backbone).__name__}) has no class token that "
-                        "attends at any resolution; eval=attention needs a Vision Transformer.")  # fmt: skip
+        raise UserError(
+            f"checkpoint: {network.name} ({type(network.backbone).__name__}) has no class token that "
+            "attends at any resolution; eval=attention needs a Vision Transformer."
+        )
     side = config.image_size
     if side is None:
         training = isinstance(task.data, DataConfig)
@@ -90,8 +92,10 @@ def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: W
     shape = (3, len(config.masses), number_of_heads(task))
     table, order = gathered(rows, indices, shape=shape)
     if not len(table):
-        raise UserError(f"data: none of the {len(source)} images can be read and has an object; what cannot be read is "
-                        f"named in {images.bad.path}.")  # fmt: skip
+        raise UserError(
+            f"data: none of the {len(source)} images can be read and has an object; what cannot be read is "
+            f"named in {images.bad.path}."
+        )
     names = [source.describe(index) for index in order]
     for m, mass in enumerate(config.masses):
         best, heads, foreground = table[:, 0, m, 0], table[:, 1, m], table[:, 2, m]
@@ -108,8 +112,9 @@ def drawn(
 ) -> Iterator[Result]:
     """Sheets of some images; with `names` also a picture of every one, under its name."""
     if names is None and not config.pictures:
-        raise UserError("eval.pictures=0: these images have no masks, so there is nothing to do but pictures; set it "
-                        "to 1 or more.")  # fmt: skip
+        raise UserError(
+            "eval.pictures=0: these images have no masks, so there is nothing to do but pictures; set it to 1 or more."
+        )
     images = whole_images(task, source, view)
     every = chosen(config, task, source) if names is None else None
     rows, indices = [], []
@@ -139,7 +144,7 @@ def clip(config: AttentionEval, task: Task, found: Clip, view: WholeView) -> Ite
 def some_source(task: Task) -> ImageSource:
     """Validation images, or training images where there are none; of a stream the first ones."""
     source = task.sources.val or task.sources.train
-    return source if isinstance(source, ImageSource) else Beginning(source, images=SEEN_OF_A_STREAM)
+    return source if isinstance(source, ImageSource) else FirstImages(source, images=SEEN_OF_A_STREAM)
 
 
 def whole_images(task: Task, source: ImageSource, view: WholeView) -> WholeImages:

@@ -18,13 +18,13 @@ from torchvision.transforms.v2 import functional
 
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, why_unreadable
-from dino_lightning.data.batches import Failure
+from dino_lightning.data.batches import WorkerError
 from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Task
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import cls_attention, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import rank, world_size
 
@@ -54,7 +54,7 @@ class Sample:
 class WholeView:
     """The shorter side resized (bicubic), then cut to whole patches at the right and at the bottom."""
 
-    def __init__(self, network: Network, *, size: int) -> None:
+    def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.size, self.patch = size, patch_size(network.backbone)
         self.finish = Normalized(CropsConfig(mean=network.mean, std=network.std))
 
@@ -97,11 +97,11 @@ class WholeImages(Dataset[Sample]):
             return Sample(index, None, None)
         return Sample(index, self.view.image(image), None if labels is None else self.view.labels(labels))
 
-    def __getitems__(self, indices: list[int]) -> list[Sample] | Failure:
+    def __getitems__(self, indices: list[int]) -> list[Sample] | WorkerError:
         try:
             return [self[index] for index in indices]
         except UserError as error:
-            return Failure(str(error))
+            return WorkerError(str(error))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def look_through(
     )
     with task.runtime.progress(what, total=len(own)) as advance:
         for batch in loader if own else ():
-            if isinstance(batch, Failure):
+            if isinstance(batch, WorkerError):
                 raise UserError(batch.message)
             yield from looker.look(batch)
             advance(len(batch))

@@ -17,7 +17,7 @@ from dino_lightning.evaluation.attention.images import Looker, Sample, Seen, Who
 from dino_lightning.evaluation.attention.masks import VOID, attended_area, mass_masks
 from dino_lightning.evaluation.context import Task
 from dino_lightning.evaluation.video.clips import ClipWriter, clip_writer, ending
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import GAP, MOST_HEADS
 from dino_lightning.report.pictures.tokens import (
     Shown,
@@ -37,7 +37,7 @@ CLIP_CELL = {".mp4": 480, ".webp": 320, ".gif": 240}
 large, in memory too."""
 
 
-def as_shown(seen: Seen, network: Network, *, masses: Sequence[float]) -> Shown:
+def as_shown(seen: Seen, network: FrozenNetwork, *, masses: Sequence[float]) -> Shown:
     """What the drawing functions want."""
     objects = None if seen.labels is None else (seen.labels != 0) & (seen.labels != VOID)
     return Shown(

@@ -19,8 +19,6 @@ WEIGHT, BIAS = "module.linear.weight", "module.linear.bias"
 """Keys of a classifier's file below `state_dict`: those of the original and of its published classifiers."""
 
 
-
-
 class LinearClassifier(nn.Module):
     """Features (B, D) -> logits (B, C). Computes in the precision of its weights, also under autocast."""
 
@@ -91,14 +89,18 @@ def read_classifier(path: Path, *, width: int, classes: int, choice: FeatureChoi
     """
     weight_CD, bias_C = _weights(path)
     if bias_C.shape != weight_CD.shape[:1]:
-        raise UserError(f"eval.classifier={path}: its weight is {tuple(weight_CD.shape)} and its bias "
-                        f"{tuple(bias_C.shape)}; they do not belong together.")  # fmt: skip
+        raise UserError(
+            f"eval.classifier={path}: its weight is {tuple(weight_CD.shape)} and its bias "
+            f"{tuple(bias_C.shape)}; they do not belong together."
+        )
     found_classes, found_width = weight_CD.shape
     if found_classes != classes:
         raise UserError(f"eval.classifier={path} tells {found_classes} classes apart, and the data has {classes}.")
     if found_width != width:
-        raise UserError(f"eval.classifier={path} takes {found_width} features, and the network gives {width} with "
-                        f"{choice}; set eval.n_last_blocks and eval.avgpool as it was trained.")  # fmt: skip
+        raise UserError(
+            f"eval.classifier={path} takes {found_width} features, and the network gives {width} with "
+            f"{choice}; set eval.n_last_blocks and eval.avgpool as it was trained."
+        )
     return lambda features_BD: F.linear(features_BD, weight_CD.to(features_BD), bias_C.to(features_BD))
 
 
@@ -108,8 +110,10 @@ def _weights(path: Path) -> tuple[Tensor, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"eval.classifier={path} cannot be read ({type(error).__name__}); expected a file that "
-                        "torch.load reads with weights_only=True.") from error  # fmt: skip
+        raise UserError(
+            f"eval.classifier={path} cannot be read ({type(error).__name__}); expected a file that "
+            "torch.load reads with weights_only=True."
+        ) from error
     weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
     found = [weights.get(key.removeprefix("module.")) for key in (WEIGHT, BIAS)]

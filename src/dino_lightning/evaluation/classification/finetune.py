@@ -122,8 +122,10 @@ class Finetuning:
                 distribute_bn(model, world_size(), reduce=True)
         loss = float(all_reduce_mean(total)) / len(self.loader)
         if not math.isfinite(loss):
-            raise UserError(f"eval.lr={self.config.lr:g}: the loss is no longer a number in epoch {epoch + 1}; set a "
-                            "lower one, or a longer eval.warmup_epochs.")  # fmt: skip
+            raise UserError(
+                f"eval.lr={self.config.lr:g}: the loss is no longer a number in epoch {epoch + 1}; set a "
+                "lower one, or a longer eval.warmup_epochs."
+            )
         return loss
 
     def _step(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int) -> Tensor:

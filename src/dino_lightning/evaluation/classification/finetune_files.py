@@ -10,10 +10,10 @@ from safetensors.torch import save
 from torch import nn
 
 from dino_lightning.config import FinetuneEval
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.splits import Labelled
-from dino_lightning.evaluation.context import Runtime, Task
+from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.runtime.collectives import world_size
 from dino_lightning.runtime.files import atomic_file
 
@@ -26,7 +26,7 @@ def settings_of(config: FinetuneEval, task: Task, images: Labelled) -> dict[str,
     """By their keys on the command line, all that the weights depend on: the same on every rank."""
     fabric = task.runtime.fabric
     names = json.dumps(images.classes).encode()
-    data = digest(images.train.fingerprint().encode(), names) if task.runtime.is_main else ""
+    data = content_digest(images.train.fingerprint().encode(), names) if task.runtime.is_main else ""
     return {
         "checkpoint": task.network.digest,
         "data": fabric.broadcast(data),
@@ -44,7 +44,7 @@ def write_state(path: Path, state: State) -> None:
         torch.save(state, file)
 
 
-def read_state(path: Path, runtime: Runtime, *, settings: dict[str, Any]) -> State | None:
+def read_state(path: Path, runtime: EvalContext, *, settings: dict[str, Any]) -> State | None:
     """The state on the CPU of every rank, read by the main process; None where there is none.
 
     Raises `UserError` where it cannot be read, or belongs to a training with other settings.
@@ -63,8 +63,10 @@ def read_state(path: Path, runtime: Runtime, *, settings: dict[str, Any]) -> Sta
     kept = found["settings"]
     for key, value in settings.items():
         if kept.get(key) != value:
-            raise UserError(f"{key}={value}: {path} belongs to a training with {key}={kept.get(key)}; set another "
-                            "output_dir, or remove the file.")  # fmt: skip
+            raise UserError(
+                f"{key}={value}: {path} belongs to a training with {key}={kept.get(key)}; set another "
+                "output_dir, or remove the file."
+            )
     return found
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dino_lightning.config import FinetuneEval
 from dino_lightning.data.batches import crop_seed
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.evaluation.classification.training_images import random_states
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.optim.schedules import Cosine
 from dino_lightning.runtime.collectives import rank
 
@@ -33,7 +33,7 @@ it far below DeiT's there, too (facebookresearch/dino issue 31)."""
 POLICIES = ("rand-m9-mstd0.5-inc1", "original-mstd0.5", "v0-mstd0.5", "3a", "augmix-m5-w4-d2")
 
 
-def with_classifier(network: Network, *, drop_path_rate: float, classes: int, seed: int) -> tuple[nn.Module, str]:
+def with_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: int, seed: int) -> tuple[nn.Module, str]:
     """The network anew with its weights and a classifier on its features, trainable, and the classifier's name.
 
     It is timm's network for `classes` classes, and its state dict has timm's names. An untrained network brings the
@@ -49,8 +49,10 @@ def with_classifier(network: Network, *, drop_path_rate: float, classes: int, se
             nn.init.trunc_normal_(layer.weight, std=STD_TRAINED if network.trained else STD_FRESH)
             nn.init.zeros_(layer.bias)
     if not names:
-        raise UserError(f"checkpoint: {network.name} ({type(model).__name__}) has no place for a linear classifier; "
-                        "finetuning needs one.")  # fmt: skip
+        raise UserError(
+            f"checkpoint: {network.name} ({type(model).__name__}) has no place for a linear classifier; "
+            "finetuning needs one."
+        )
     return model.requires_grad_(True), names[0]
 
 
@@ -63,7 +65,7 @@ def _classifiers(model: Any) -> list[nn.Module]:
 class Augmentation:
     """Image -> a random crop (bicubic), perhaps mirrored, by the policy, normalised, partly erased: (C, size, size)."""
 
-    def __init__(self, config: FinetuneEval, network: Network, *, size: int) -> None:
+    def __init__(self, config: FinetuneEval, network: FrozenNetwork, *, size: int) -> None:
         self.config = config
         self.transform = cast(Callable[[Any], Tensor], self._checked(network, size))
 
@@ -71,11 +73,13 @@ class Augmentation:
         """Draws from `random`, `numpy.random` and PyTorch."""
         return self.transform(image / 255 if isinstance(image, Tensor) else image)
 
-    def _checked(self, network: Network, size: int) -> Any:
+    def _checked(self, network: FrozenNetwork, size: int) -> Any:
         policy, channels = self.config.auto_augment, network.channels
         if policy and channels not in (1, 3):
-            raise UserError(f"eval.auto_augment={policy}: timm's policies know no images of {channels} channels; set "
-                            "eval.auto_augment=null.")  # fmt: skip
+            raise UserError(
+                f"eval.auto_augment={policy}: timm's policies know no images of {channels} channels; set "
+                "eval.auto_augment=null."
+            )
         try:
             transform = self._built(network, size)
             if policy:
@@ -86,11 +90,13 @@ class Augmentation:
                         transform(example)
         except Exception as error:
             reason = str(error) or type(error).__name__
-            raise UserError(f"eval.auto_augment={policy}: timm {timm.__version__} makes no policy of it ({reason}); "
-                            f"{nearest(str(policy), POLICIES)}") from error  # fmt: skip
+            raise UserError(
+                f"eval.auto_augment={policy}: timm {timm.__version__} makes no policy of it ({reason}); "
+                f"{did_you_mean(str(policy), POLICIES)}"
+            ) from error
         return transform
 
-    def _built(self, network: Network, size: int) -> Any:
+    def _built(self, network: FrozenNetwork, size: int) -> Any:
         policy = self.config.auto_augment or None
         transform: Any = create_transform(
             (network.channels, size, size),
@@ -167,8 +173,10 @@ def optimizer_of(model: nn.Module, config: FinetuneEval) -> torch.optim.Optimize
     except Exception as error:
         if layer_decay is None:
             raise
-        raise UserError(f"eval.layer_decay={layer_decay}: timm does not know the layers of {type(model).__name__}; set "
-                        "eval.layer_decay=1.") from error  # fmt: skip
+        raise UserError(
+            f"eval.layer_decay={layer_decay}: timm does not know the layers of {type(model).__name__}; set "
+            "eval.layer_decay=1."
+        ) from error
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -180,8 +188,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def schedule(config: FinetuneEval, *, steps_per_epoch: int, world_size: int) -> Cosine:
     """The learning rate of each step: warm-up and cosine. Raises `UserError` for a warm-up longer than the training."""
     if config.warmup_epochs > config.epochs:
-        raise UserError(f"eval.warmup_epochs={config.warmup_epochs} is longer than eval.epochs={config.epochs}; give "
-                        f"at most {config.epochs}.")  # fmt: skip
+        raise UserError(
+            f"eval.warmup_epochs={config.warmup_epochs} is longer than eval.epochs={config.epochs}; give "
+            f"at most {config.epochs}."
+        )
     return Cosine(
         config.lr * config.batch_size_per_device * world_size / LR_IMAGES,
         config.lr_end,
@@ -195,5 +205,7 @@ def check_whole_batch(images: int, *, batch_size: int, ranks: int) -> None:
     own = math.ceil(images / ranks)
     if own < batch_size:
         each = f" for each of {ranks} processes" if ranks > 1 else ""
-        raise UserError(f"eval.batch_size_per_device={batch_size}: {images} labelled training images make no whole "
-                        f"batch{each}; give at most {own}.")  # fmt: skip
+        raise UserError(
+            f"eval.batch_size_per_device={batch_size}: {images} labelled training images make no whole "
+            f"batch{each}; give at most {own}."
+        )

@@ -12,7 +12,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.splits import Labelled, class_features, labelled_sources
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import subset_indices
-from dino_lightning.evaluation.features.knn import nearest, vote_accuracy
+from dino_lightning.evaluation.features.knn import nearest_neighbors, vote_accuracy
 from dino_lightning.runtime.collectives import rank, world_size
 
 HEADLINE_K = 20
@@ -33,7 +33,9 @@ def evaluate(config: KNNEval, task: Task) -> Iterator[Result]:
     (bank_ND, bank_labels_N), (queries_MD, query_labels_M) = found["train"], found["val"]
     _check_k(config, bank=len(bank_ND))  # again, without the broken images
     own = slice(rank(), None, world_size())
-    similarity_MK, neighbours_MK = nearest(bank_ND, queries_MD[own], k=max(config.k), device=task.runtime.search_device)
+    similarity_MK, neighbours_MK = nearest_neighbors(
+        bank_ND, queries_MD[own], k=max(config.k), device=task.runtime.search_device
+    )
     headline = HEADLINE_K if HEADLINE_K in config.k else config.k[0]
     for temperature in config.temperatures:
         accuracy = vote_accuracy(
@@ -54,8 +56,10 @@ def evaluate(config: KNNEval, task: Task) -> Iterator[Result]:
 
 def _check_k(config: KNNEval, *, bank: int) -> None:
     if max(config.k) > bank:
-        raise UserError(f"eval.k={max(config.k)}: there are {bank} training images to choose neighbours from; "
-                        f"set eval.k to at most {bank}.")  # fmt: skip
+        raise UserError(
+            f"eval.k={max(config.k)}: there are {bank} training images to choose neighbours from; "
+            f"set eval.k to at most {bank}."
+        )
 
 
 def bank_indices(config: KNNEval, images: Labelled, *, seed: int) -> list[int]:
@@ -73,8 +77,10 @@ def few_of_each(known: np.ndarray, images: Labelled, *, n: int, seed: int) -> np
     fewest = int(sizes.min())
     if fewest < n:
         choice = f"at most {fewest}, or to null for all" if fewest else "null for all"
-        raise UserError(f"eval.n_per_class={n}: the class '{images.classes[sizes.argmin()]}' has {fewest} training "
-                        f"images; set it to {choice}.")  # fmt: skip
+        raise UserError(
+            f"eval.n_per_class={n}: the class '{images.classes[sizes.argmin()]}' has {fewest} training "
+            f"images; set it to {choice}."
+        )
     order = np.random.default_rng(seed).permutation(known)
     labels = images.train.labels[order]
     return np.sort(np.concatenate([order[labels == label][:n] for label in range(len(images.classes))]))

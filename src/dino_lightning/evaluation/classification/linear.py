@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from dino_lightning.config import CropsConfig, DataConfig, LinearEval
 from dino_lightning.data.crops.pil import Normalized
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import (
     LinearClassifier,
@@ -35,7 +35,7 @@ from dino_lightning.evaluation.classification.training_images import TrainingIma
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
 from dino_lightning.evaluation.features.choice import FeatureChoice
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.collectives import all_reduce_mean, world_size
 
 Test = Callable[[Callable[[Tensor], Tensor]], list[float]]
@@ -103,7 +103,7 @@ def validation(config: LinearEval, task: Task, images: Labelled, choice: Feature
 class Augmentation:
     """PIL image -> a random crop of `size` (bilinear), perhaps mirrored, normalised: (C, size, size)."""
 
-    def __init__(self, network: Network, *, size: int) -> None:
+    def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.cut = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
         self.finish = Normalized(CropsConfig(mean=network.mean, std=network.std))
 
@@ -194,7 +194,7 @@ class Training:
             "seed": self.task.seed,
             "precision": str(self.task.runtime.fabric._precision.precision),
         }
-        return digest(json.dumps(settings).encode())[:12]
+        return content_digest(json.dumps(settings).encode())[:12]
 
     def _save(self) -> None:
         if self.task.runtime.is_main:

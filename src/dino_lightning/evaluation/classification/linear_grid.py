@@ -1,4 +1,4 @@
-"""`eval=linear_fast`: linear classifiers for a grid of learning rates and features, on one pass of the backbone.
+"""`eval=linear_grid`: linear classifiers for a grid of learning rates and features, on one pass of the backbone.
 
 Images are seen once, from the centre, without augmentation. All classifiers are trained at once on a part of the
 training images; the rest, held out by class and seed, decides among them. The chosen setting is trained once more on
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lightning.config import LinearFastEval
+from dino_lightning.config import LinearGridEval
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import accuracy, guesses, write_classifier
@@ -28,7 +28,7 @@ from dino_lightning.evaluation.features.choice import FeatureChoice
 from dino_lightning.runtime.collectives import all_reduce_sum, rank, world_size
 
 
-def evaluate(config: LinearFastEval, task: Task) -> Iterator[Result]:
+def evaluate(config: LinearGridEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` of the chosen setting, and `top1_heldout`, the accuracy by which it was chosen."""
     images = labelled_sources(task)
     choices = possible_choices(config, task)
@@ -73,19 +73,23 @@ def evaluate(config: LinearFastEval, task: Task) -> Iterator[Result]:
     yield Result("top1_heldout", float(heldout.max()), details={"chosen": details["chosen"]})
 
 
-def possible_choices(config: LinearFastEval, task: Task) -> list[FeatureChoice]:
+def possible_choices(config: LinearGridEval, task: Task) -> list[FeatureChoice]:
     """The configured choices that the network has. Raises `UserError` where none is left."""
     network = task.network
     wanted = [FeatureChoice(n, avgpool) for n in config.n_last_blocks for avgpool in config.avgpool]
     wanted = list(dict.fromkeys(wanted))
     possible = [choice for choice in wanted if choice.possible(network)]
     if not possible:
-        raise UserError(f"eval.n_last_blocks={_shown(config.n_last_blocks)} eval.avgpool={_shown(config.avgpool)}: "
-                        f"{network.name} is no ViT and has one kind of features; let the lists hold 1 and "
-                        "false.")  # fmt: skip
+        raise UserError(
+            f"eval.n_last_blocks={_shown(config.n_last_blocks)} eval.avgpool={_shown(config.avgpool)}: "
+            f"{network.name} is no ViT and has one kind of features; let the lists hold 1 and "
+            "false."
+        )
     if len(possible) < len(wanted):
-        task.runtime.say(f"{network.name} is no ViT and has one kind of features: only eval.n_last_blocks=1 with "
-                         "eval.avgpool=false is tried.")  # fmt: skip
+        task.runtime.say(
+            f"{network.name} is no ViT and has one kind of features: only eval.n_last_blocks=1 with "
+            "eval.avgpool=false is tried."
+        )
     return possible
 
 
@@ -93,16 +97,17 @@ def _shown(values: list[Any]) -> str:
     return f"[{','.join(str(value).lower() for value in values)}]"
 
 
-def _check_holdout(config: LinearFastEval, images: Labelled, *, seed: int) -> None:
+def _check_holdout(config: LinearGridEval, images: Labelled, *, seed: int) -> None:
     labels = images.train.labels
     assert labels is not None
     if not held_out(labels, share=config.holdout, seed=seed).any():
-        raise UserError(f"eval.holdout={config.holdout:g}: no class has two training images, of which one could be "
-                        "held out.")  # fmt: skip
+        raise UserError(
+            f"eval.holdout={config.holdout:g}: no class has two training images, of which one could be held out."
+        )
 
 
 def _tokens(
-    config: LinearFastEval, task: Task, images: Labelled, layout: Tokens, *, split: str
+    config: LinearGridEval, task: Task, images: Labelled, layout: Tokens, *, split: str
 ) -> tuple[Tensor, Tensor]:
     """Tokens (N, T) and labels (N,) of the readable images of a split."""
     widest = FeatureChoice(layout.n, layout.mean_patch)
@@ -124,7 +129,7 @@ def _tokens(
 class Search:
     """Training of classifiers as the configuration says."""
 
-    def __init__(self, config: LinearFastEval, task: Task, layout: Tokens, *, classes: int) -> None:
+    def __init__(self, config: LinearGridEval, task: Task, layout: Tokens, *, classes: int) -> None:
         self.config, self.task, self.layout, self.classes = config, task, layout, classes
         self.lrs = list(dict.fromkeys(config.lrs))
         self.device = task.runtime.device
@@ -190,7 +195,7 @@ def _test(
 
 def _keep(task: Task, heads: Heads) -> str:
     """Write the classifier where `eval=linear eval.classifier=PATH` can test it."""
-    path = task.output / "linear_fast" / f"classifier_{task.network.digest}.pt"
+    path = task.output / "linear_grid" / f"classifier_{task.network.digest}.pt"
     if task.runtime.is_main:
         write_classifier(path, heads.weight_LCD[0], heads.bias_LC[0])
     return str(path)

@@ -13,7 +13,7 @@ from dino_lightning.evaluation.classification.splits import viewed
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
-from dino_lightning.evaluation.features.knn import nearest
+from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.report.pictures.sheets import neighbour_sheet, to_picture
 
 Neighbours = Sequence[Sequence[tuple[int, float]]]
@@ -34,8 +34,9 @@ def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
     queries = query_positions(config, source, seed=task.seed)
     enough = len(train) - (val is None)
     if config.neighbors > enough:
-        raise UserError(f"eval.neighbors={config.neighbors}: there are {enough} images to choose from; set it to at "
-                        f"most {enough}.")  # fmt: skip
+        raise UserError(
+            f"eval.neighbors={config.neighbors}: there are {enough} images to choose from; set it to at most {enough}."
+        )
 
     forward, batch_size = task.runtime.forward(task.network.backbone), config.batch_size_per_device
     split = "train" if val is None else "val"
@@ -50,7 +51,7 @@ def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
         raise UserError(f"data: none of the query images can be read, see {task.output / f'bad_images_{split}.txt'}.")
     if len(positions_N) <= (val is None):
         raise UserError(f"data: no image to choose from can be read, see {task.output / 'bad_images_train.txt'}.")
-    similarity_MK, rows_MK = nearest(
+    similarity_MK, rows_MK = nearest_neighbors(
         bank_ND, queries_MD, k=config.neighbors + (val is None), device=task.runtime.search_device
     )
     neighbours = [

@@ -33,14 +33,18 @@ def labelled_sources(task: Task) -> Labelled:
     """The images of a task. Raises `UserError` where labels, images or a split are missing, or the classes differ."""
     train, val = task.sources.train, task.sources.val
     if not isinstance(train, ImageSource):
-        raise UserError("data: this evaluation reads images by index and cannot use a stream; download the data, or "
-                        "set data.streaming=false.")  # fmt: skip
+        raise UserError(
+            "data: this evaluation reads images by index and cannot use a stream; download the data, or "
+            "set data.streaming=false."
+        )
     if train.labels is None or train.classes is None:
-        why = f" ({task.sources.notice})" if task.sources.notice else ""
+        why = f" ({task.sources.remark})" if task.sources.remark else ""
         raise UserError(f"data: the training images have no labels{why}; this evaluation needs classes.")
     if val is None:
-        raise UserError("data: there are no validation images; add a validation split, or set data.holdout to a share "
-                        "of the training images.")  # fmt: skip
+        raise UserError(
+            "data: there are no validation images; add a validation split, or set data.holdout to a share "
+            "of the training images."
+        )
     if val.labels is None or val.classes is None:
         raise UserError("data: the validation images have no labels; this evaluation needs their classes.")
     _check_same_classes(train.classes, val.classes)
@@ -57,8 +61,10 @@ def _check_same_classes(train: list[str], val: list[str]) -> None:
     for here, there, names in (("training", "validation", (train, val)), ("validation", "training", (val, train))):
         alone = [name for name in names[0] if name not in set(names[1])]
         if alone:
-            raise UserError(f"data: the class '{alone[0]}' is among the {here} images but not among the {there} images "
-                            f"({len(train)} and {len(val)} classes); give both the same classes.")  # fmt: skip
+            raise UserError(
+                f"data: the class '{alone[0]}' is among the {here} images but not among the {there} images "
+                f"({len(train)} and {len(val)} classes); give both the same classes."
+            )
     raise UserError("data: training and validation images count the same classes in another order; give both the same.")
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, why_unreadable
-from dino_lightning.data.batches import Failure, Key, WorkerLoader, crop_seed
+from dino_lightning.data.batches import Key, WorkerError, WorkerLoader, crop_seed
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource
 from dino_lightning.errors import UserError
@@ -77,12 +77,12 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
         with random_states(crop_seed(self.seed, epoch, index)):
             return self.transform(image), int(self.labels[number])
 
-    def __getitems__(self, keys: list[Key]) -> Batch | Failure:
+    def __getitems__(self, keys: list[Key]) -> Batch | WorkerError:
         """The readable images of a batch; PyTorch's loader hands over all its keys at once."""
         try:
             samples = [self[key] for key in keys]
         except UserError as error:
-            return Failure(str(error))
+            return WorkerError(str(error))
         readable = [(image, label) for image, label in samples if label != BROKEN]
         labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
         if not readable:
@@ -130,7 +130,7 @@ class TrainingLoader:
         """The batches of epoch `number`, counted from 0."""
         self.order.sampler.set_epoch(number)
         for batch in self.loader:
-            if isinstance(batch, Failure):
+            if isinstance(batch, WorkerError):
                 raise UserError(batch.message)
             yield batch
 

@@ -18,7 +18,7 @@ from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import Decoder
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.embedding.inputs import Given, given_list, given_source
+from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, given_source
 from dino_lightning.evaluation.features.images import center_view
 
 
@@ -43,13 +43,13 @@ class Backbone(nn.Module):
         """Side of a prepared image (pixels)."""
         return self.network.size
 
-    def prepare(self, image: Given) -> Tensor:
+    def prepare(self, image: ImageInput) -> Tensor:
         """A path, a PIL image or pixels (H, W, C) uint8 as (C, size, size): resized, centre, normalised; on the CPU.
 
         Raises `UserError` for an image that cannot be read.
         """
         channels = self.network.channels
-        source = given_source(given_list([image]), channels)
+        source = given_source(as_image_list([image]), channels)
         decode = self._decoder.pil if channels in (1, 3) else self._decoder.pixels
         try:
             return self._view(decode(source.read(0)))
@@ -87,6 +87,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={name}: this machine has none that PyTorch can use; expected auto, cpu or "
-                        "cuda.") from error  # fmt: skip
+        raise UserError(
+            f"device={name}: this machine has none that PyTorch can use; expected auto, cpu or cuda."
+        ) from error
     return device

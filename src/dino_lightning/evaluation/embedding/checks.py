@@ -7,7 +7,7 @@ from dino_lightning.config import DevicesConfig, EmbedConfig
 from dino_lightning.config.checks.evaluation import CHOICES as OF_EVALUATION
 from dino_lightning.config.checks.evaluation import DEVICES, TRAINING_KEYS
 from dino_lightning.config.checks.evaluation import RULES as EVALUATION_RULES
-from dino_lightning.config.constraints import at_least, check_devices, check_values, lookup
+from dino_lightning.config.constraints import at_least, check_devices, check_values, get_dotted
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.output import SUFFIXES, files_of
@@ -57,7 +57,7 @@ def check_output(output: Path, config: EmbedConfig) -> None:
     """Raise `UserError` for a file of features that is of no known kind, that is there, or that cannot be written."""
     if output.suffix not in SUFFIXES:
         raise UserError(f"output={output}: expected a file that ends in {' or '.join(SUFFIXES)}.")
-    images = lookup(config, "data.path")
+    images = get_dotted(config, "data.path")
     for file in files_of(output):
         if images is not None and file.absolute() == usable_path("data.path", images).absolute():
             raise UserError(f"output={output} would take the place of data.path={images}; choose another name.")

@@ -13,7 +13,7 @@ from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.embedding.inputs import Given, given_list
+from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list
 from dino_lightning.evaluation.embedding.result import Embeddings
 from dino_lightning.evaluation.embedding.run import run_embedding
 
@@ -21,7 +21,7 @@ FEATURE_CACHE = EmbedConfig.feature_cache
 
 
 def embed(
-    images: str | Path | Sequence[Given] | DataConfig,
+    images: str | Path | Sequence[ImageInput] | DataConfig,
     checkpoint: str | Path,
     *,
     output: str | Path | None = None,
@@ -69,7 +69,7 @@ def embed(
     return run_embedding(config, output=usable_path("output", str(output)) if output else None, given=given)
 
 
-def _data(images: str | Path | Sequence[Given] | DataConfig) -> tuple[DataConfig, list[Given] | None]:
+def _data(images: str | Path | Sequence[ImageInput] | DataConfig) -> tuple[DataConfig, list[ImageInput] | None]:
     """A data configuration, and the images themselves where they are given one by one."""
     if isinstance(images, DataConfig):
         return images, None
@@ -77,7 +77,7 @@ def _data(images: str | Path | Sequence[Given] | DataConfig) -> tuple[DataConfig
         return _by_path(str(images)), None
     if isinstance(images, Image.Image):
         images = [images]
-    given = given_list(images)
+    given = as_image_list(images)
     if not given:
         raise UserError("images: the list is empty; expected one image or more.")
     data = DataConfig(max_bad_share=1.0)
@@ -91,7 +91,9 @@ def _by_path(path: str) -> DataConfig:
     found = existing_path(path, key="images", files=True)
     kind = cast(type[DataConfig], SCHEMAS["data"][kind_of(path)])
     if kind is FolderData and found.is_file():
-        raise UserError(f"images={path} is a file of no known kind; expected a folder, a .zip or .tar, a list (.csv, "
-                        ".tsv, .txt), or a list of paths, such as [path].")  # fmt: skip
+        raise UserError(
+            f"images={path} is a file of no known kind; expected a folder, a .zip or .tar, a list (.csv, "
+            ".tsv, .txt), or a list of paths, such as [path]."
+        )
     options: dict[str, Any] = {"name" if kind is HuggingFaceData else "path": os.fspath(found)}
     return kind(max_bad_share=1.0, **options)

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from dino_lightning.data.sources.base import Content, ImageSource, digest
+from dino_lightning.data.sources.base import Content, ImageSource, content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.features.images import ImageFiles
 
-Given: TypeAlias = str | Path | Image.Image | np.ndarray
+ImageInput: TypeAlias = str | Path | Image.Image | np.ndarray
 """A file, a PIL image, or pixels (H, W) or (H, W, C) uint8."""
 
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -25,7 +25,7 @@ class PixelImages:
     classes: list[str] | None = None
     labels: np.ndarray | None = None
 
-    def __init__(self, images: Sequence[Given], *, channels: int) -> None:
+    def __init__(self, images: Sequence[ImageInput], *, channels: int) -> None:
         self.images, self.channels = list(images), channels
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class PixelImages:
 
     def fingerprint(self) -> str:
         """Of all pixels and files; a file that is missing counts as empty."""
-        return digest(*(self._content(index) for index in range(len(self))))
+        return content_digest(*(self._content(index) for index in range(len(self))))
 
     def _content(self, index: int) -> bytes:
         try:
@@ -60,14 +60,14 @@ class PixelImages:
         return f"{content.shape} ".encode() + np.ascontiguousarray(content).tobytes()
 
 
-def given_source(images: Sequence[Given], channels: int) -> ImageSource:
+def given_source(images: Sequence[ImageInput], channels: int) -> ImageSource:
     """The images, as `given_list` made them, by index."""
     if all(isinstance(image, str | Path) for image in images):
         return ImageFiles([Path(image) for image in images])  # type: ignore[arg-type]
     return PixelImages(images, channels=channels)
 
 
-def given_list(images: Any, *, key: str = "images") -> list[Given]:
+def as_image_list(images: Any, *, key: str = "images") -> list[ImageInput]:
     """A list, an array (N, H, W, C), or a table's column of paths as a list; an empty one where there are none.
 
     Raises `UserError`, which names `key`, for what holds no images.
@@ -105,5 +105,6 @@ def _rows(images: np.ndarray, *, key: str) -> np.ndarray:
     """An array's images one after another; what could be one image as well as many is refused."""
     if images.ndim == 4 or (images.ndim and images.dtype.kind in "OU"):
         return images[:, 0] if images.ndim == 2 and images.shape[1] == 1 else images
-    raise UserError(f"{key} is an array {images.shape} of {images.dtype}; expected (N, H, W, C) of type uint8, or a "
-                    "list of images.")  # fmt: skip
+    raise UserError(
+        f"{key} is an array {images.shape} of {images.dtype}; expected (N, H, W, C) of type uint8, or a list of images."
+    )

@@ -14,15 +14,15 @@ from dino_lightning.config import EmbedConfig
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.context import Runtime, Task, launched, set_threads
+from dino_lightning.evaluation.context import EvalContext, Task, launched, set_threads
 from dino_lightning.evaluation.embedding.checks import check_embedding, check_machine, check_output
-from dino_lightning.evaluation.embedding.inputs import Given, given_source
+from dino_lightning.evaluation.embedding.inputs import ImageInput, given_source
 from dino_lightning.evaluation.embedding.output import write_embeddings
 from dino_lightning.evaluation.embedding.result import Embeddings
 from dino_lightning.evaluation.features.cache import BLOCK, cached_features
 from dino_lightning.evaluation.features.choice import FeatureKind
 from dino_lightning.evaluation.features.images import ViewedImages, center_view
-from dino_lightning.models.frozen import Network, check_size
+from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
 
 PIXELS = 256 * 224**2
@@ -33,7 +33,7 @@ def run_embedding(
     config: EmbedConfig,
     *,
     output: Path | None,
-    given: Sequence[Given] | None = None,
+    given: Sequence[ImageInput] | None = None,
     overrides: Sequence[str] = (),
     own_threads: bool = False,
 ) -> Embeddings:
@@ -47,7 +47,7 @@ def run_embedding(
     if output is not None:
         check_output(output, config)
     quieten_libraries()
-    runtime = Runtime(launched(config.trainer), show_progress=config.trainer.enable_progress_bar)
+    runtime = EvalContext(launched(config.trainer), show_progress=config.trainer.enable_progress_bar)
     if own_threads:
         set_threads(runtime.fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
@@ -68,33 +68,36 @@ def run_embedding(
     return found
 
 
-def open_splits(config: EmbedConfig, runtime: Runtime) -> dict[str, ImageSource]:
+def open_splits(config: EmbedConfig, runtime: EvalContext) -> dict[str, ImageSource]:
     """The chosen splits and their images, none held out. Raises `UserError` for streams and a split that is missing."""
     opened = open_sources(replace(config.data, holdout=0.0), seed=config.seed)
     if not isinstance(opened.train, ImageSource):
-        raise UserError("data: features are kept by the number of an image, which a stream does not have; local tar "
-                        "files are data=archive.")  # fmt: skip
+        raise UserError(
+            "data: features are kept by the number of an image, which a stream does not have; local tar "
+            "files are data=archive."
+        )
     splits = {"train": opened.train} | ({} if opened.val is None else {"val": opened.val})
     if config.split == "val" and opened.val is None:
         raise UserError("split=val: there are no validation images; choose train or all.")
-    for notice in (opened.notice or "").split("; "):
+    for notice in (opened.remark or "").split("; "):
         # What lies beside the images and is not used; that nothing is held out is on purpose.
         if notice and "held out" not in notice and runtime.show_progress:
             runtime.say(notice)
     return {name: source for name, source in splits.items() if config.split in ("all", name)}
 
 
-def check_network(config: EmbedConfig, network: Network) -> None:
+def check_network(config: EmbedConfig, network: FrozenNetwork) -> None:
     """Raise `UserError` where the network does not take these images or has no such features."""
     if network.channels != config.data.channels:
-        raise UserError(f"data.channels={config.data.channels}: {network.name} takes images of {network.channels} "
-                        "channels.")  # fmt: skip
+        raise UserError(
+            f"data.channels={config.data.channels}: {network.name} takes images of {network.channels} channels."
+        )
     FeatureKind(config.features, config.n_last_blocks).check_network(network)
     check_size(network, config.image_size or network.size, key="image_size")
 
 
 @contextmanager
-def bad_images_folder(runtime: Runtime, output: Path | None) -> Iterator[Path]:
+def bad_images_folder(runtime: EvalContext, output: Path | None) -> Iterator[Path]:
     """A folder in which loader processes of all ranks note broken images: that of `output`, or one that goes again."""
     if output is not None:
         yield output.parent
@@ -176,7 +179,7 @@ def features_of(config: EmbedConfig, task: Task, images: ViewedImages, *, what: 
     return features_MD.numpy(), positions_M.numpy()
 
 
-def about(config: EmbedConfig, network: Network) -> dict[str, str]:
+def about(config: EmbedConfig, network: FrozenNetwork) -> dict[str, str]:
     """What made the features, for whoever finds the file."""
     return {
         "checkpoint": config.checkpoint,
@@ -189,14 +192,14 @@ def about(config: EmbedConfig, network: Network) -> dict[str, str]:
     }
 
 
-def tell_bad(found: Embeddings, runtime: Runtime) -> None:
+def tell_bad(found: Embeddings, runtime: EvalContext) -> None:
     """Say how many images were left out."""
     if found.bad:
         name, reason = next(iter(found.bad.items()))
         runtime.say(f"{len(found.bad)} images could not be read and were left out, such as {name} ({reason})")
 
 
-def forget_lock(bad_images: Path, runtime: Runtime) -> None:
+def forget_lock(bad_images: Path, runtime: EvalContext) -> None:
     """Nobody notes broken images any more."""
     runtime.fabric.barrier()
     if runtime.is_main:

@@ -14,7 +14,7 @@ import torch
 from dino_lightning.config import DataConfig
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.backbone import Backbone, load_backbone, usable_device
-from dino_lightning.evaluation.embedding.inputs import Given, given_list, given_source
+from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, given_source
 from dino_lightning.evaluation.features.choice import FeatureKind
 from dino_lightning.evaluation.features.extract import features_of_batches
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages, center_view
@@ -66,13 +66,13 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def transform(self, X: Any) -> np.ndarray:
         """Features (N, D) float32 of N images. Raises `UserError` where one cannot be read."""
-        images = given_list(X, key="X")
+        images = as_image_list(X, key="X")
         backbone = self._backbone()
         if not images:
             return np.empty((0, self._n_features_out), dtype=np.float32)
         return self._features(images, backbone).numpy()
 
-    def _features(self, images: Sequence[Given], backbone: Backbone) -> torch.Tensor:
+    def _features(self, images: Sequence[ImageInput], backbone: Backbone) -> torch.Tensor:
         network, device = backbone.network, usable_device(self.device)
         kind = FeatureKind(self.features, self.n_last_blocks)
         size = self.image_size or network.size
@@ -93,8 +93,9 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         broken = (torch.cat([labels_B for _, labels_B in found]) == BROKEN).nonzero().flatten().tolist()
         if broken:
             viewed[broken[0]]  # for the reason: a loader process may have met it
-            raise UserError(f"X: {len(broken)} of {len(images)} images cannot be read {viewed.bad.examples()}; "
-                            "leave them out.")  # fmt: skip
+            raise UserError(
+                f"X: {len(broken)} of {len(images)} images cannot be read {viewed.bad.examples()}; leave them out."
+            )
         return torch.cat([features_BD for features_BD, _ in found])
 
     def _backbone(self) -> Backbone:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino_lightning.data.sources.base import ImageSource, digest
+from dino_lightning.data.sources.base import ImageSource, content_digest
 from dino_lightning.evaluation.context import Task
 from dino_lightning.evaluation.features.extract import features_of_batches, gather_by_index, with_common_width
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
@@ -61,7 +61,7 @@ def cached_features(
     kept = None
     if task.cache is not None:
         key = feature_key(task, images, kind=kind, indices=chosen) if task.runtime.is_main else ""
-        kept = KeptBlocks(task.cache / task.runtime.fabric.broadcast(key), say=task.runtime.say)
+        kept = CachedBlocks(task.cache / task.runtime.fabric.broadcast(key), say=task.runtime.say)
     starts = range(0, len(chosen), BLOCK)[rank() :: world_size()]
     own = {start // BLOCK: chosen[start : start + BLOCK] for start in starts}
     with task.runtime.progress(what, total=sum(map(len, own.values()))) as advance:
@@ -91,13 +91,15 @@ def feature_key(task: Task, images: ViewedImages, *, kind: str, indices: Sequenc
         "view": f"{_described(images.view)} {network.mean} {network.std} {images.blank}",
         "decoder": f"{decoder.channels} {decoder.value_range} {decoder.nan_value} {decoder.apply_exif_rotation}",
         "source": _fingerprint(images.source),
-        "labels": digest(b"" if images.source.labels is None else np.ascontiguousarray(images.source.labels).tobytes()),
-        "indices": digest(np.asarray(indices, dtype=np.int64).tobytes()),
+        "labels": content_digest(
+            b"" if images.source.labels is None else np.ascontiguousarray(images.source.labels).tobytes()
+        ),
+        "indices": content_digest(np.asarray(indices, dtype=np.int64).tobytes()),
     }
-    return digest(*(f"{name}={value}".encode() for name, value in parts.items()))
+    return content_digest(*(f"{name}={value}".encode() for name, value in parts.items()))
 
 
-class KeptBlocks:
+class CachedBlocks:
     """The blocks of one key. What cannot be read counts as missing; where nothing can be written, it says so once."""
 
     def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dino_lightning.errors import UserError, nearest
-from dino_lightning.models.frozen import Network
+from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import is_vit, linear_features, patch_tokens
 
 FEATURES = ("class", "mean_patch")
@@ -35,21 +35,24 @@ class FeatureKind:
     def check(self) -> None:
         """Raise `UserError` for words and numbers that are no choice, whatever the network."""
         if self.features not in FEATURES:
-            raise UserError(f"features={self.features}: {nearest(self.features, FEATURES)}")
+            raise UserError(f"features={self.features}: {did_you_mean(self.features, FEATURES)}")
         if self.n_last_blocks < 1:
             raise UserError(f"n_last_blocks={self.n_last_blocks}: expected at least 1.")
         if self.n_last_blocks > 1 and self.features != "class":
-            raise UserError(f"n_last_blocks={self.n_last_blocks} is for features=class; with features={self.features} "
-                            "leave it at 1.")  # fmt: skip
+            raise UserError(
+                f"n_last_blocks={self.n_last_blocks} is for features=class; with features={self.features} "
+                "leave it at 1."
+            )
 
-    def check_network(self, network: Network) -> None:
+    def check_network(self, network: FrozenNetwork) -> None:
         """Raise `UserError` where the network has no such features."""
         self.check()
         if self.n_last_blocks == 1:
             return
         if not is_vit(network.backbone):
-            raise UserError(f"n_last_blocks={self.n_last_blocks}: {network.name} has no class token; set "
-                            "n_last_blocks=1.")  # fmt: skip
+            raise UserError(
+                f"n_last_blocks={self.n_last_blocks}: {network.name} has no class token; set n_last_blocks=1."
+            )
         blocks = len(network.backbone.blocks)  # type: ignore[arg-type]
         if self.n_last_blocks > blocks:
             raise UserError(f"n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks.")
@@ -72,25 +75,28 @@ class FeatureChoice:
     n_last_blocks: int
     avgpool: bool
 
-    def width(self, network: Network) -> int:
+    def width(self, network: FrozenNetwork) -> int:
         """Features of an image."""
         return network.width * (self.n_last_blocks + self.avgpool)
 
-    def possible(self, network: Network) -> bool:
+    def possible(self, network: FrozenNetwork) -> bool:
         """Networks other than ViTs have one kind of features. Raises `UserError` for more blocks than there are."""
         if not is_vit(network.backbone):
             return self == FeatureChoice(1, avgpool=False)
         blocks = len(cast(Any, network.backbone).blocks)
         if self.n_last_blocks > blocks:
-            raise UserError(f"eval.n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks; give 1 to "
-                            f"{blocks}.")  # fmt: skip
+            raise UserError(
+                f"eval.n_last_blocks={self.n_last_blocks}: {network.name} has {blocks} blocks; give 1 to {blocks}."
+            )
         return True
 
-    def check(self, network: Network) -> None:
+    def check(self, network: FrozenNetwork) -> None:
         """Raises `UserError` where the network has no such features."""
         if not self.possible(network):
-            raise UserError(f"{self}: {network.name} is no ViT and has one kind of features; set eval.n_last_blocks=1 "
-                            "eval.avgpool=false.")  # fmt: skip
+            raise UserError(
+                f"{self}: {network.name} is no ViT and has one kind of features; set eval.n_last_blocks=1 "
+                "eval.avgpool=false."
+            )
 
     def of(self, backbone: nn.Module) -> Callable[[Tensor], Tensor]:
         """Images (B, C, H, W) -> features (B, D)."""

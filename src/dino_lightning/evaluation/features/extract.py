@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dino_lightning.data.batches import Failure, WorkerLoader
+from dino_lightning.data.batches import WorkerError, WorkerLoader
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
@@ -82,7 +82,7 @@ def features_of_batches(
     Raises the `UserError` of a loader process as it was.
     """
     for batch in _loader(dataset, batches=batches, workers=num_workers, on=device):
-        if isinstance(batch, Failure):
+        if isinstance(batch, WorkerError):
             raise UserError(batch.message)
         images_B3HW, labels_B = batch
         # Not inference_mode: a backbone may cache a tensor of its forward pass, and training cannot use an inference
@@ -122,16 +122,16 @@ class _Images(Dataset[Any]):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, indices: list[int]) -> list[Any] | Failure:
+    def __getitems__(self, indices: list[int]) -> list[Any] | WorkerError:
         """PyTorch's loader hands over all indices of a batch at once."""
         try:
             return [self.dataset[index] for index in indices]
         except UserError as error:
-            return Failure(str(error))
+            return WorkerError(str(error))
 
 
-def _collated(samples: list[Any] | Failure) -> Any:
-    return samples if isinstance(samples, Failure) else default_collate(samples)
+def _collated(samples: list[Any] | WorkerError) -> Any:
+    return samples if isinstance(samples, WorkerError) else default_collate(samples)
 
 
 def _loader(dataset: Dataset, *, batches: Sequence[Sequence[int]], workers: int, on: torch.device) -> DataLoader:

@@ -14,12 +14,12 @@ from torch.utils.data import Dataset, default_collate
 
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, why_unreadable
-from dino_lightning.data.batches import Failure
+from dino_lightning.data.batches import WorkerError
 from dino_lightning.data.crops import EvalView
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources.base import ImageSource, digest
+from dino_lightning.data.sources.base import ImageSource, content_digest
 from dino_lightning.errors import UserError
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 
 BROKEN = -2
 """The label of an image that could not be read; its pixels are zeros. -1 is that of an image without a label."""
@@ -61,17 +61,17 @@ class ViewedImages(Dataset[tuple[Tensor, int]]):
         labels = self.source.labels
         return self.view(image), -1 if labels is None else int(labels[index])
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | Failure:
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | WorkerError:
         """A batch, uncollated: see `collated`. A loader process has no other way to tell a user's error in one line."""
         try:
             return [self[index] for index in indices]
         except UserError as error:
-            return Failure(str(error))
+            return WorkerError(str(error))
 
 
-def collated(samples: list[tuple[Tensor, int]] | Failure) -> list[Tensor] | Failure:
+def collated(samples: list[tuple[Tensor, int]] | WorkerError) -> list[Tensor] | WorkerError:
     """`collate_fn` for a loader of `ViewedImages`: [images (B, C, H, W), labels (B,)], or what went wrong."""
-    return samples if isinstance(samples, Failure) else default_collate(samples)
+    return samples if isinstance(samples, WorkerError) else default_collate(samples)
 
 
 class ImageFiles:
@@ -97,10 +97,10 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """Of paths, sizes and times of change; a file that is missing counts as empty."""
         states = (_state(Path(str(path))) for path in self.paths)
-        return digest(*(f"{path}\0{state}".encode() for path, state in zip(self.paths, states, strict=True)))
+        return content_digest(*(f"{path}\0{state}".encode() for path, state in zip(self.paths, states, strict=True)))
 
 
-def center_view(network: Network, *, resize: int | None = None, size: int | None = None) -> EvalView:
+def center_view(network: FrozenNetwork, *, resize: int | None = None, size: int | None = None) -> EvalView:
     """Shorter side to `resize` (bicubic), centre of `size`, normalised; by default as the checkpoint says.
 
     With `size` alone, the ratio of the two stays the checkpoint's.

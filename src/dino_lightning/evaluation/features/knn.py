@@ -43,7 +43,7 @@ def knn_accuracy(
     A k above N is cut to N. Of j guesses (top-j) at most min(k, C) are made, as in the original. `device` finds the
     neighbours (see `nearest` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
     """
-    similarity_MK, neighbours_MK = nearest(
+    similarity_MK, neighbours_MK = nearest_neighbors(
         bank_ND, queries_MD, k=max(k), device=device, bank_chunk=bank_chunk, query_chunk=query_chunk
     )
     return vote_accuracy(
@@ -98,7 +98,7 @@ def vote_accuracy(
 
 
 @torch.no_grad()
-def nearest(
+def nearest_neighbors(
     bank_ND: Tensor,
     queries_MD: Tensor,
     *,

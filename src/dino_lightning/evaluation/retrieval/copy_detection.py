@@ -17,7 +17,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
 from dino_lightning.evaluation.features.images import ImageFiles, ViewedImages
-from dino_lightning.evaluation.features.knn import nearest
+from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.evaluation.retrieval.descriptors import Squared, cls_and_gem
 from dino_lightning.evaluation.retrieval.ranking import average_precision_at_top
 from dino_lightning.evaluation.retrieval.sheet import Row, found_sheet
@@ -38,8 +38,10 @@ def evaluate(config: CopyDetectionEval, task: Task) -> Iterator[Result]:
     """
     assert isinstance(task.data, CopydaysData)
     if not is_vit(task.network.backbone):
-        raise UserError(f"eval=copy_detection needs a ViT, whose class token and patch tokens are the descriptor; "
-                        f"{task.network.name} is {type(task.network.backbone).__name__}.")  # fmt: skip
+        raise UserError(
+            f"eval=copy_detection needs a ViT, whose class token and patch tokens are the descriptor; "
+            f"{task.network.name} is {type(task.network.backbone).__name__}."
+        )
     benchmark = open_copydays(task.data)
     learnt_on = _whitening_images(config, task.data)
 
@@ -56,7 +58,7 @@ def evaluate(config: CopyDetectionEval, task: Task) -> Iterator[Result]:
         whiten = learn_whitening(features_MD, corrected=kind == "corrected")
         images, database = (replace(own, features=whiten(own.features).float()) for own in (images, database))
     device = task.runtime.search_device
-    places_QR = nearest(database.features, images.features, k=config.top, device=device)[1]
+    places_QR = nearest_neighbors(database.features, images.features, k=config.top, device=device)[1]
     found_QR = database.positions[places_QR]
     facts = {"whitening": kind, "distractors": len(benchmark.distractors)}
     for block, (start, paths) in _with_starts(benchmark).items():
@@ -98,8 +100,9 @@ def _extract(config: CopyDetectionEval, task: Task, paths: list[Path], *, split:
     )
     if not len(positions_M):
         key = "data.path" if split == "images" else f"data.{split}_path"
-        raise UserError(f"{key}: none of the {len(paths)} images can be read; see "
-                        f"bad_images_{split}.txt in {task.output}.")  # fmt: skip
+        raise UserError(
+            f"{key}: none of the {len(paths)} images can be read; see bad_images_{split}.txt in {task.output}."
+        )
     return _Descriptors(features_MD, positions_M)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.evaluation.features.images import ImageFiles
-from dino_lightning.models.frozen import Network
+from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import last_blocks, patch_size
 
 SMALLEST = 32
@@ -35,7 +35,7 @@ FIXED = "JPEG", "PNG"
 class Shrunk:
     """PIL image -> normalised tensor (C, H, W), the longer side at most `size`; a smaller image keeps its size."""
 
-    def __init__(self, network: Network, *, size: int) -> None:
+    def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.config = ("shrunk", size, network.mean, network.std)
         self.size, self.finish = size, _normalized(network)
 
@@ -51,7 +51,7 @@ class Shrunk:
 class Squared:
     """PIL image -> normalised tensor (C, size, size), resized (bicubic) without regard to its shape."""
 
-    def __init__(self, network: Network, *, size: int) -> None:
+    def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.config = ("squared", size, network.mean, network.std)
         self.size, self.finish = size, _normalized(network)
 
@@ -76,7 +76,7 @@ class BoxedFiles(ImageFiles):
 
     def fingerprint(self) -> str:
         """Of the files and the boxes."""
-        return digest(super().fingerprint().encode(), self.boxes.tobytes())
+        return content_digest(super().fingerprint().encode(), self.boxes.tobytes())
 
 
 def groups_of_equal_size(paths: Sequence[Path], *, batch_size: int) -> list[Group]:
@@ -136,7 +136,7 @@ def _at_least(images_BCHW: Tensor, *, side: int) -> Tensor:
     return F.pad(images_BCHW, (0, max(0, side - W), 0, max(0, side - H)))
 
 
-def _normalized(network: Network) -> Normalized:
+def _normalized(network: FrozenNetwork) -> Normalized:
     return Normalized(CropsConfig(mean=network.mean, std=network.std))
 
 

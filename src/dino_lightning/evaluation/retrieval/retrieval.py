@@ -54,8 +54,9 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
     asked = [benchmark.queries[i] for i in kept]
     lost = [query.name for i, query in enumerate(benchmark.queries) if i not in set(kept)]
     if lost:
-        task.runtime.say(f"{len(lost)} of {len(benchmark.queries)} queries cannot be read and are left out: "
-                         f"{', '.join(lost)}")  # fmt: skip
+        task.runtime.say(
+            f"{len(lost)} of {len(benchmark.queries)} queries cannot be read and are left out: {', '.join(lost)}"
+        )
     facts = {"name": task.data.name, "unreadable_queries": lost, "unreadable_database": int((~in_database_N).sum())}
     for setup in ("easy", "medium", "hard"):
         ranking = rank_database(similarity_QN[kept], at=AT, **relevance(asked, setup))
@@ -112,8 +113,10 @@ class _Extraction:
         indices_M = torch.cat([indices for _, _, indices in parts])
         if not len(indices_M):
             key = "data.whitening_path" if split == "whitening" else "data.path"
-            raise UserError(f"{key}: none of the {len(files)} images for {split} can be read; see "
-                            f"bad_images_{split}.txt in {self.task.output}.")  # fmt: skip
+            raise UserError(
+                f"{key}: none of the {len(files)} images for {split} can be read; see "
+                f"bad_images_{split}.txt in {self.task.output}."
+            )
         features_MD = torch.cat([features for features, _, _ in parts])
         features_ND, found_N = torch.zeros(len(files), features_MD.shape[1]), torch.zeros(len(files), dtype=torch.bool)
         features_ND[indices_M], found_N[indices_M] = features_MD, True
@@ -151,8 +154,10 @@ def _whitening_images(config: RetrievalEval, data: RevisitedData) -> list[Path] 
     if data.whitening_path is None:
         return None
     if not config.whitening:
-        raise UserError(f"data.whitening_path={data.whitening_path} is used with eval.whitening=true only; set it, or "
-                        "leave the path out.")  # fmt: skip
+        raise UserError(
+            f"data.whitening_path={data.whitening_path} is used with eval.whitening=true only; set it, or "
+            "leave the path out."
+        )
     return images_in(data.whitening_path, key="data.whitening_path", below=True)
 
 

@@ -22,7 +22,7 @@ from dino_lightning.data.decode import Decoder
 STEP = 64
 """The longer side is cut to a multiple of it (pixels)."""
 
-Place = tuple[int, int]
+GridSize = tuple[int, int]
 """Position of a sequence and of a frame in it."""
 
 
@@ -74,7 +74,7 @@ class Frames(Dataset[tuple[Tensor, Tensor, bool]]):
         images = sum(len(sequence) for sequence in sequences)
         self.bad = BadImages(bad_images, images=images, on_error="skip", max_bad_share=1.0)
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor, bool]:
+    def __getitem__(self, place: GridSize) -> tuple[Tensor, Tensor, bool]:
         number, index = place
         sequence, size = self.sequences[number], self.sizes[number]
         try:
@@ -87,7 +87,7 @@ class Frames(Dataset[tuple[Tensor, Tensor, bool]]):
             return self._broken(place, *error.args)
         return resized(pixels_3HW, size=size), torch.from_numpy(labels_HW), True
 
-    def _broken(self, place: Place, path: str, reason: str) -> tuple[Tensor, Tensor, bool]:
+    def _broken(self, place: GridSize, path: str, reason: str) -> tuple[Tensor, Tensor, bool]:
         self.bad.add(path, reason)
         number, _ = place
         blank_3hw = torch.zeros(3, *self.sizes[number], dtype=torch.uint8)

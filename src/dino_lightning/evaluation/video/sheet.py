@@ -8,8 +8,14 @@ from PIL import Image, ImageDraw, ImageFont
 from dino_lightning.report.pictures.sheets import GAP, INK, PAPER, outline
 
 COLOURS = [
-    (213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233), (230, 159, 0),
-]  # fmt: skip
+    (213, 94, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (86, 180, 233),
+    (230, 159, 0),
+]
 """Of objects 1, 2, ..., then again from the first; Okabe and Ito's, told apart under colour blindness."""
 LINE = 24
 """Height of a line of text (pixels)."""

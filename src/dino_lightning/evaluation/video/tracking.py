@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dino_lightning.config import VideoEval
 from dino_lightning.data.benchmarks.davis import Sequence
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.evaluation.context import Task
 from dino_lightning.evaluation.features.images import ImageFiles
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, object_scores
@@ -179,4 +179,4 @@ class SequenceCache:
         sequence = frames.sequences[number]
         files = ImageFiles([*sequence.frames, *sequence.masks]).fingerprint()
         parts = (*self.made_by, str(frames.sizes[number]), str(sequence.one_object), files)
-        return f"{digest(*(part.encode() for part in parts))}.npz"
+        return f"{content_digest(*(part.encode() for part in parts))}.npz"

@@ -71,8 +71,9 @@ def check_network(task: Task, *, size: tuple[int, int]) -> None:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint: {task.network.name} does not take frames of {size[1]} x {size[0]} pixels "
-                        f"({reason}).") from error  # fmt: skip
+        raise UserError(
+            f"checkpoint: {task.network.name} does not take frames of {size[1]} x {size[0]} pixels ({reason})."
+        ) from error
 
 
 def evaluate_share(config: VideoEval, task: Task, frames: Frames) -> dict[int, list[ObjectScores]]:

@@ -54,18 +54,35 @@ def attention(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, varlen: bool) -> t
 
 
 def attention_backward(
-    dout_MD: Tensor, qkv_M3D: Tensor, out_MD: Tensor, kept: Kept, kernels: Sequence[int], shapes: Shapes, *,
-    heads: int, varlen: bool,
-) -> list[tuple[Tensor, ...]]:  # fmt: skip
+    dout_MD: Tensor,
+    qkv_M3D: Tensor,
+    out_MD: Tensor,
+    kept: Kept,
+    kernels: Sequence[int],
+    shapes: Shapes,
+    *,
+    heads: int,
+    varlen: bool,
+) -> list[tuple[Tensor, ...]]:
     """Gradients of q, k and v, (B N, D) each, of each resolution in turn; of all crops at once where `varlen`."""
     if varlen:
         ends, longest = _ends(shapes, qkv_M3D.device)
         lse, seed, unused = kept
         dout_Mhd, out_Mhd = (x.unflatten(-1, (heads, -1)) for x in (dout_MD, out_MD))
         parts = aten._flash_attention_backward(
-            dout_Mhd, *qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1), out_Mhd, lse,
-            ends, ends, longest, longest, 0.0, False, seed, unused,
-        )  # fmt: skip
+            dout_Mhd,
+            *qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1),
+            out_Mhd,
+            lse,
+            ends,
+            ends,
+            longest,
+            longest,
+            0.0,
+            False,
+            seed,
+            unused,
+        )
         return [tuple(part.flatten(1) for part in parts)]
     gradients = []
     for index, (rows, shape) in enumerate(_parts(shapes)):

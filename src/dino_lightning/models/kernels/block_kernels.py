@@ -11,10 +11,24 @@ import triton.language as tl
 
 @triton.jit
 def add_and_norm(
-    x_MD, y_MD, scale_M, weight_D, bias_D, sum_MD, normed_MD, mean_M, rstd_M, M, eps,
-    D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_MD,
+    y_MD,
+    scale_M,
+    weight_D,
+    bias_D,
+    sum_MD,
+    normed_MD,
+    mean_M,
+    rstd_M,
+    M,
+    eps,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """sum = x + scale * y, and LayerNorm of the sum; either part can be left out."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -43,10 +57,26 @@ def add_and_norm(
 
 @triton.jit
 def norm_backward(
-    dnormed_MD, x_MD, mean_M, rstd_M, weight_D, bias_D, residual_MD, scale_M, dx_MD, normed_MD, branch_MD, sums_3PD,
-    M, programs,
-    D: tl.constexpr, BRANCH: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    dnormed_MD,
+    x_MD,
+    mean_M,
+    rstd_M,
+    weight_D,
+    bias_D,
+    residual_MD,
+    scale_M,
+    dx_MD,
+    normed_MD,
+    branch_MD,
+    sums_3PD,
+    M,
+    programs,
+    D: tl.constexpr,
+    BRANCH: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """dx = residual + LayerNorm's gradient; LayerNorm's output again; and branch = scale * dx, the gradient of the
     branch that was added to x. The sums of columns are the gradients of weight, bias and the branch's bias.
     """
@@ -90,7 +120,7 @@ def norm_backward(
 @triton.jit
 def scaled_with_sums(
     x_MD, scale_M, out_MD, sums_PD, M, D, programs, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     """out = scale * x in out's type, and the sums of its columns."""
     program = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

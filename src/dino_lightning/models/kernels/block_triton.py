@@ -26,7 +26,7 @@ WIDEST = 4096
 def has_triton() -> bool:
     """Windows and macOS have no triton; on Linux it comes with torch's CUDA builds."""
     try:
-        from dino_lightning.models.kernels import block_kernels
+        from dino_lightning.models.kernels import block_kernels  # noqa: F401
     except ImportError:
         return False
     return True
@@ -40,9 +40,15 @@ def _kernels() -> Any:
 
 
 def add_and_norm(
-    x_MD: Tensor, y_MD: Tensor | None, scale_M1: Tensor | None, weight_D: Tensor, bias_D: Tensor, *, eps: float,
+    x_MD: Tensor,
+    y_MD: Tensor | None,
+    scale_M1: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    eps: float,
     half: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x + scale * y in the type of x, its LayerNorm as `half`, and mean and 1 / deviation of each row."""
     sum_MD, normed_MD = x_MD if y_MD is None else torch.empty_like(x_MD), torch.empty_like(x_MD, dtype=half)
     mean_M, rstd_M = x_MD.new_empty((2, len(x_MD)), dtype=torch.float32).unbind()
@@ -59,23 +65,48 @@ def add(x_MD: Tensor, y_MD: Tensor, scale_M1: Tensor | None) -> Tensor:
 
 
 def _add_and_norm(
-    x_MD: Tensor, y_MD: Tensor | None, scale_M1: Tensor | None, weight_D: Tensor, bias_D: Tensor, *outputs: Tensor,
-    eps: float, norm: bool,
-) -> None:  # fmt: skip
+    x_MD: Tensor,
+    y_MD: Tensor | None,
+    scale_M1: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *outputs: Tensor,
+    eps: float,
+    norm: bool,
+) -> None:
     kernels = _kernels()
     M, D = x_MD.shape
     shape = _row_tile(D)
     with torch.cuda.device_of(x_MD):  # triton launches on the current device, wherever the tensors are
         kernels.add_and_norm[(-(-M // shape["ROWS"]),)](
-            x_MD, x_MD if y_MD is None else y_MD, x_MD if scale_M1 is None else scale_M1, weight_D, bias_D, *outputs,
-            M, eps, D=D, ADD=y_MD is not None, SCALED=scale_M1 is not None, NORM=norm, **shape,
-        )  # fmt: skip
+            x_MD,
+            x_MD if y_MD is None else y_MD,
+            x_MD if scale_M1 is None else scale_M1,
+            weight_D,
+            bias_D,
+            *outputs,
+            M,
+            eps,
+            D=D,
+            ADD=y_MD is not None,
+            SCALED=scale_M1 is not None,
+            NORM=norm,
+            **shape,
+        )
 
 
 def norm_backward(
-    dnormed_MD: Tensor, x_MD: Tensor, mean_M: Tensor, rstd_M: Tensor, weight_D: Tensor, bias_D: Tensor,
-    residual_MD: Tensor, *, scale_M1: Tensor | None = None, branch: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    dnormed_MD: Tensor,
+    x_MD: Tensor,
+    mean_M: Tensor,
+    rstd_M: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    residual_MD: Tensor,
+    *,
+    scale_M1: Tensor | None = None,
+    branch: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Backward pass of y = LayerNorm(x) and of x = x' + scale * branch, where x goes on as a residual too.
 
     Returns the gradient of x, y once more in the type of its gradient, with `branch` the branch's gradient in that
@@ -90,10 +121,25 @@ def norm_backward(
     sums_3PD = x_MD.new_empty((2 + branch, programs, D), dtype=torch.float32)
     with torch.cuda.device_of(x_MD):
         kernels.norm_backward[(programs,)](
-            dnormed_MD, x_MD, mean_M, rstd_M, weight_D, bias_D, residual_MD, x_MD if scale_M1 is None else scale_M1,
-            dx_MD, normed_MD, x_MD if branch_MD is None else branch_MD, sums_3PD, M, programs,
-            D=D, BRANCH=branch, SCALED=scale_M1 is not None, **shape,
-        )  # fmt: skip
+            dnormed_MD,
+            x_MD,
+            mean_M,
+            rstd_M,
+            weight_D,
+            bias_D,
+            residual_MD,
+            x_MD if scale_M1 is None else scale_M1,
+            dx_MD,
+            normed_MD,
+            x_MD if branch_MD is None else branch_MD,
+            sums_3PD,
+            M,
+            programs,
+            D=D,
+            BRANCH=branch,
+            SCALED=scale_M1 is not None,
+            **shape,
+        )
     return dx_MD, normed_MD, branch_MD, sums_3PD.sum(dim=1)
 
 
@@ -105,9 +151,16 @@ def scaled_with_sums(x_MD: Tensor, scale_M1: Tensor | None, *, half: torch.dtype
     sums_PD, grid, shape = _column_sums(x_MD)
     with torch.cuda.device_of(x_MD):
         kernels.scaled_with_sums[grid](
-            x_MD, x_MD if scale_M1 is None else scale_M1, out_MD, sums_PD, M, D, grid[0],
-            SCALED=scale_M1 is not None, **shape,
-        )  # fmt: skip
+            x_MD,
+            x_MD if scale_M1 is None else scale_M1,
+            out_MD,
+            sums_PD,
+            M,
+            D,
+            grid[0],
+            SCALED=scale_M1 is not None,
+            **shape,
+        )
     return out_MD, sums_PD.sum(dim=0)
 
 

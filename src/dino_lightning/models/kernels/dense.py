@@ -134,9 +134,18 @@ def weight_gradient(dy_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def _convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, int], wanted: list[bool]) -> Any:
     return torch.ops.aten.convolution_backward(
-        _pixels(dy, grid), _pixels(x, grid), weight[:, :, None, None],
-        None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted,
-    )  # fmt: skip
+        _pixels(dy, grid),
+        _pixels(x, grid),
+        weight[:, :, None, None],
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        wanted,
+    )
 
 
 def _grid(x_MI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:

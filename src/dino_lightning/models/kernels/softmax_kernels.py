@@ -31,9 +31,17 @@ def _add_exponentials(maximum, total, x, inverse_temperature):
 
 @triton.jit
 def teacher_statistics(
-    teacher, center, maximum_rT, total_rT, inverse_temperature, view_stride, image_stride,
-    T: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    teacher,
+    center,
+    maximum_rT,
+    total_rT,
+    inverse_temperature,
+    view_stride,
+    image_stride,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """max_k (teacher - center) of a row and sum_k exp((teacher - center - max) / temperature), in one pass."""
     program = tl.program_id(0)
     row, _ = _row(teacher, program, T, view_stride, image_stride)
@@ -51,9 +59,18 @@ def teacher_statistics(
 
 @triton.jit
 def _target(
-    teacher, center, maximum_T, total_T, column, inside, view, inverse_temperature, stride,
-    T: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    teacher,
+    center,
+    maximum_T,
+    total_T,
+    column,
+    inside,
+    view,
+    inverse_temperature,
+    stride,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One block of q_v: the teacher's distributions of an image, without that of the view's own crop."""
     c = tl.load(center + column, mask=inside, other=0.0).to(tl.float32)
     target = tl.zeros([BLOCK], tl.float32)
@@ -67,10 +84,24 @@ def _target(
 
 @triton.jit
 def loss_and_gradient(
-    student, teacher, center, maximum_rT, total_rT, loss_rV, inverse_student, inverse_teacher, gradient_scale, V,
-    student_view_stride, student_image_stride, teacher_view_stride, teacher_image_stride,
-    T: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    center,
+    maximum_rT,
+    total_rT,
+    loss_rV,
+    inverse_student,
+    inverse_teacher,
+    gradient_scale,
+    V,
+    student_view_stride,
+    student_image_stride,
+    teacher_view_stride,
+    teacher_image_stride,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Two passes over a row of the student: its softmax's maximum and sum; then gradient and <q, s>."""
     program = tl.program_id(0)
     row, view = _row(student, program, V, student_view_stride, student_image_stride)
@@ -94,9 +125,18 @@ def loss_and_gradient(
         x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
         distance = (x - maximum) * inverse_student
         target = _target(
-            teacher, center, maximum_rT + image * T, total_rT + image * T, column, inside, view, inverse_teacher,
-            teacher_view_stride, T, BLOCK,
-        )  # fmt: skip
+            teacher,
+            center,
+            maximum_rT + image * T,
+            total_rT + image * T,
+            column,
+            inside,
+            view,
+            inverse_teacher,
+            teacher_view_stride,
+            T,
+            BLOCK,
+        )
         inner += target * distance
         gradient = gradient_scale * (weight_of_exp * tl.exp(distance) - target)
         tl.store(row + column, gradient.to(student.dtype.element_ty), mask=inside)

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _has_triton() -> bool:
     """Windows and macOS have no triton; on Linux it comes with torch's CUDA builds."""
     try:
-        from dino_lightning.models.kernels import softmax_kernels
+        from dino_lightning.models.kernels import softmax_kernels  # noqa: F401
     except ImportError:
         return False
     return True
@@ -93,10 +93,22 @@ def loss_and_gradient_(
             teacher_TrK, center_K, maximum_rT, total_rT, inverse_teacher, teacher_view, teacher_image, **launch
         )
         softmax_kernels.loss_and_gradient[(r * V,)](
-            student_VrK, teacher_TrK, center_K, maximum_rT, total_rT, loss_rV,
-            1 / student_temperature, inverse_teacher, float(gradient_scale),
-            V, student_view, student_image, teacher_view, teacher_image, **launch,
-        )  # fmt: skip
+            student_VrK,
+            teacher_TrK,
+            center_K,
+            maximum_rT,
+            total_rT,
+            loss_rV,
+            1 / student_temperature,
+            inverse_teacher,
+            float(gradient_scale),
+            V,
+            student_view,
+            student_image,
+            teacher_view,
+            teacher_image,
+            **launch,
+        )
     return loss_rV.T
 
 

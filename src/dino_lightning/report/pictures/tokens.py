@@ -27,8 +27,14 @@ from dino_lightning.report.pictures.sheets import (
 )
 
 HEAD_COLOURS: list[Colour] = [
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-]  # fmt: skip
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+]
 """Okabe and Ito's, told apart under colour blindness; more heads than these take hues at equal distances."""
 COMPONENTS = 3
 OUTLIERS = 0.01
@@ -202,8 +208,10 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
 
 def _below(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Image:
     """Sheets of one row each, panels of `heights`, as one: only the first keeps its titles."""
-    cut = [sheet.crop((0, sheet.height - height - GAP, sheet.width, sheet.height))
-           for sheet, height in zip(sheets[1:], heights[1:], strict=True)]  # fmt: skip
+    cut = [
+        sheet.crop((0, sheet.height - height - GAP, sheet.width, sheet.height))
+        for sheet, height in zip(sheets[1:], heights[1:], strict=True)
+    ]
     return stacked([sheets[0], *cut])
 
 

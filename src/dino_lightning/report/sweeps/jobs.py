@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from dino_lightning.errors import UserError, nearest
+from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.report.run_folder import Run, read_run
 from dino_lightning.report.sweeps.published import PUBLISHED
 from dino_lightning.runtime.files import FAILED, OVERRIDES
@@ -161,14 +161,16 @@ def _run_dirs(folder: Path) -> list[Path]:
     """The folder of a run itself, or the numbered ones in that of a sweep."""
     if not folder.is_dir():
         beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
-        raise UserError(f"{folder}: there is no such folder; {nearest(folder.name, beside) if beside else ''}".rstrip())
+        raise UserError(
+            f"{folder}: there is no such folder; {did_you_mean(folder.name, beside) if beside else ''}".rstrip()
+        )
     if _is_run(folder):
         return [folder]
     numbered = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     if (folder / "multirun.yaml").exists() or numbered:
         return [path for path in numbered if _is_run(path)]
     below = [str(path) for path in sorted(folder.glob("*/")) if _is_run(path) or (path / "multirun.yaml").exists()]
-    hint = f"; {nearest(str(folder), below)}" if below else "."
+    hint = f"; {did_you_mean(str(folder), below)}" if below else "."
     raise UserError(f"{folder}: expected the folder of a sweep (--multirun) or of a run{hint}")
 
 

@@ -1,4 +1,4 @@
-"""`suggest=true`, `suggest_machine=true`: look at images and machine, ask the rules, set every key the user did not."""
+"""`auto.data=true`, `auto.machine=true`: look at images and machine, ask the rules, set every key the user did not."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,25 +15,26 @@ from rich.table import Table
 
 from dino_lightning.config import TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.checks.training import CHOICES, RULES, check_config
-from dino_lightning.config.constraints import check_values, shown
+from dino_lightning.config.constraints import check_values, format_value
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import ORIENTATION, Decoder
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources import ImageSource
-from dino_lightning.data.sources.base import Beginning
+from dino_lightning.data.sources.base import FirstImages
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.training.autoconfig.batch_size import largest_batch
-from dino_lightning.training.autoconfig.data_rules import PAPER_GLOBAL, Suggestion, suggest
-from dino_lightning.training.autoconfig.machine_rules import Seen, suggest_for_machine, this_machine
+from dino_lightning.training.autoconfig.data_rules import PAPER_GLOBAL, Suggestion, suggest_from_data
+from dino_lightning.training.autoconfig.machine_rules import DatasetStats, suggest_for_machine, this_machine
 from dino_lightning.training.resources import SHARED_MEMORY
+from dino_lightning.training.resume import check_output_dir
 
 SAMPLE = 64
 """Images whose sizes are read."""
 
 
 @dataclass(frozen=True)
-class Suggested:
+class AutoconfigResult:
     """What the rules were asked, and what they said."""
 
     images: int
@@ -44,31 +45,34 @@ class Suggested:
     rows: list[Suggestion]
 
 
-def suggest_settings(composed: DictConfig, *, given: Sequence[str]) -> Suggested | None:
+def autoconfigure(composed: DictConfig, *, cli_overrides: Sequence[str]) -> AutoconfigResult | None:
     """Write the suggestions into `composed` where its `suggest` or `suggest_machine` asks for them; None where neither
     does.
 
     `given` are the words of the command line: keys among them stay. A run that goes on keeps what it began with. The
     result depends on configuration, images and kind of machine alone, so all ranks have the same.
     """
-    if not (composed.suggest or composed.suggest_machine):
+    if not (composed.auto.data or composed.auto.machine):
         return None
     config = checked(composed)
-    seen, rows = look(config), Writing(composed, given=given)
-    if config.suggest_machine:
-        rows.write(for_machine(config, seen, given=rows.given, named=given))
+    seen, rows = inspect_images(config), ConfigWriter(composed, given=cli_overrides)
+    if config.auto.machine:
+        rows.write(for_machine(config, seen, given=rows.given, named=cli_overrides))
         config = checked(composed)
     batch = config.data.batch_size_per_device * config.trainer.accumulate_grad_batches
-    batch *= devices(config.trainer) * config.trainer.num_nodes
-    epochs = length(config.trainer, images=seen.images, total_batch=batch)
-    if config.suggest:
+    batch *= device_count(config.trainer) * config.trainer.num_nodes
+    epochs = run_length_epochs(config.trainer, images=seen.images, total_batch=batch)
+    if config.auto.data:
         kinds = {"method": config.method, "backbone": config.backbone, "optim": config.optim}
-        rows.write(suggest(seen.images, side=seen.side, total_batch=batch, epochs=epochs, given=rows.given, **kinds))
-    if config.suggest_machine and not trains_on_cpu(config.trainer.accelerator):
+        rows.write(
+            suggest_from_data(seen.images, side=seen.side, total_batch=batch, epochs=epochs, given=rows.given, **kinds)
+        )
+    if config.auto.machine and not trains_on_cpu(config.trainer.accelerator):
         config = checked(composed)
         check_config(config)  # before the steps of a trial
-        rows.write(that_fits(config, given=rows.given, again=rows.before is not None))
-    return Suggested(seen.images, seen.side, batch, epochs, rows.rows)
+        check_output_dir(config)
+        rows.write(fit_to_memory(config, given=rows.given, again=rows.before is not None))
+    return AutoconfigResult(seen.images, seen.side, batch, epochs, rows.rows)
 
 
 def checked(composed: DictConfig) -> TrainConfig:
@@ -78,7 +82,7 @@ def checked(composed: DictConfig) -> TrainConfig:
     return config
 
 
-class Writing:
+class ConfigWriter:
     """Suggestions on their way into a configuration."""
 
     def __init__(self, composed: DictConfig, *, given: Sequence[str]) -> None:
@@ -97,11 +101,11 @@ class Writing:
             self.rows = [other for other in self.rows if other.key != row.key] + [row]
 
 
-def look(config: TrainConfig) -> Seen:
+def inspect_images(config: TrainConfig) -> DatasetStats:
     """The training images, and some that are spread evenly over them."""
     module = MultiCropDataModule(config.data, config.crops, seed=config.seed)
     train = module.sources.train
-    source = train if isinstance(train, ImageSource) else Beginning(train, images=SAMPLE)
+    source = train if isinstance(train, ImageSource) else FirstImages(train, images=SAMPLE)
     decoder, sides, turned, reason = Decoder(config.data), [], 0, ""
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist():
         try:
@@ -111,26 +115,28 @@ def look(config: TrainConfig) -> Seen:
         except UNREADABLE as error:
             reason = reason or f"{source.describe(index)}: {why_unreadable(error)}"
     if not sides:
-        key = "suggest" if config.suggest else "suggest_machine"
+        key = "auto.data" if config.auto.data else "auto.machine"
         raise UserError(f"{key}=true: none of the images that were tried can be used ({reason})")
-    return Seen(module.num_images, float(np.median(sides)), labelled=module.labelled, turned=turned)
+    return DatasetStats(module.num_images, float(np.median(sides)), labelled=module.labelled, turned=turned)
 
 
-def for_machine(config: TrainConfig, seen: Seen, *, given: Mapping[str, Any], named: Sequence[str]) -> list[Suggestion]:
+def for_machine(
+    config: TrainConfig, seen: DatasetStats, *, given: Mapping[str, Any], named: Sequence[str]
+) -> list[Suggestion]:
     """What the rule for machines says of this one."""
     memory = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     tiny = isinstance(config.backbone, ViTConfig) and not any(word.startswith("backbone=") for word in named)
     return suggest_for_machine(
         this_machine(config.trainer.accelerator, memory=memory),
         seen,
-        crop=PAPER_GLOBAL if config.suggest else config.crops.global_size,
-        devices=devices(config.trainer) if "trainer.devices" in given else None,
+        crop=PAPER_GLOBAL if config.auto.data else config.crops.global_size,
+        devices=device_count(config.trainer) if "trainer.devices" in given else None,
         widen=tiny,
         given=given,
     )
 
 
-def that_fits(config: TrainConfig, *, given: Mapping[str, Any], again: bool) -> list[Suggestion]:
+def fit_to_memory(config: TrainConfig, *, given: Mapping[str, Any], again: bool) -> list[Suggestion]:
     """Batch and accumulation for the memory of the device, by a trial; only named where the run goes on `again`."""
     wanted, pieces = config.data.batch_size_per_device, config.trainer.accumulate_grad_batches
     if {"data.batch_size_per_device", "trainer.accumulate_grad_batches"} & given.keys():
@@ -145,7 +151,7 @@ def that_fits(config: TrainConfig, *, given: Mapping[str, Any], again: bool) -> 
     ]
 
 
-def devices(trainer: TrainerConfig) -> int:
+def device_count(trainer: TrainerConfig) -> int:
     """Training processes on a machine, as Lightning reads `devices`; 1 for what it will refuse."""
     if isinstance(trainer.devices, list):
         return len(trainer.devices)
@@ -157,7 +163,7 @@ def devices(trainer: TrainerConfig) -> int:
     return max(1, int(text)) if text.isdigit() else 1
 
 
-def length(trainer: TrainerConfig, *, images: int, total_batch: int) -> float:
+def run_length_epochs(trainer: TrainerConfig, *, images: int, total_batch: int) -> float:
     """Of the run, in epochs."""
     limits = [float(trainer.max_epochs)] if trainer.max_epochs not in (None, -1) else []  # type: ignore[arg-type]
     if trainer.max_steps > 0:
@@ -177,7 +183,7 @@ def as_before(row: Suggestion, before: DictConfig) -> Suggestion:
     return row if row.yours or value is None else replace(row, value=value, reason="as when the run began")
 
 
-def show(suggested: Suggested) -> None:
+def print_suggestions(suggested: AutoconfigResult) -> None:
     """The table: what was chosen, and why."""
     length = f"{suggested.epochs:.3g} epoch{'s' * (suggested.epochs != 1)}"
     title = f"Suggested for {suggested.images:,} images of {suggested.side:.0f} px, total batch {suggested.total_batch}"
@@ -185,10 +191,10 @@ def show(suggested: Suggested) -> None:
     for name, whole in (("Key", True), ("Value", True), ("Why", False)):
         table.add_column(name, no_wrap=whole)
     for row in suggested.rows:
-        table.add_row(row.key, shown(row.value), row.reason, style="bold" if row.yours else None)
+        table.add_row(row.key, format_value(row.value), row.reason, style="bold" if row.yours else None)
     console = Console(stderr=True, highlight=False)
     console.print(table)
-    console.print("Set any of them on the command line; suggest=false suggest_machine=false sets none.\n")
+    console.print("Set any of them on the command line; auto.data=false auto.machine=false sets none.\n")
 
 
 def _plain(config: DictConfig, key: str) -> Any:

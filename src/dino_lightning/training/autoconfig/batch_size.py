@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import CropsConfig, SupervisedConfig, TrainConfig
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.runtime.console import quieten_libraries
@@ -42,11 +42,11 @@ def largest_batch(config: TrainConfig) -> int:
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         return wanted
     batch = wanted
-    while not fits(config, batch=batch):
+    while not fits_in_memory(config, batch=batch):
         if batch == 1:
             raise UserError(
                 f"crops.global_size={config.crops.global_size}: a step of a single image does not fit into the memory "
-                "of the device; take smaller crops, a smaller backbone, or step=checkpointed."
+                "of the device; take smaller crops, a smaller backbone, or compute=checkpointed."
             )
         batch //= 2
     os.environ[FITS] = f"{_digest(config)}:{batch}"
@@ -55,12 +55,12 @@ def largest_batch(config: TrainConfig) -> int:
 
 def _digest(config: TrainConfig) -> str:
     """Of all that a trial depends on."""
-    parts = (config.method, config.backbone, config.crops, config.optim, config.step, config.trainer)
+    parts = (config.method, config.backbone, config.crops, config.optim, config.compute, config.trainer)
     sizes = (config.data.batch_size_per_device, config.data.channels)
     return hashlib.sha256(repr((*parts, *sizes)).encode()).hexdigest()[:16]
 
 
-def fits(config: TrainConfig, *, batch: int) -> bool:
+def fits_in_memory(config: TrainConfig, *, batch: int) -> bool:
     """Whether some steps with `batch` images go through on one device."""
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     place = (named_device(config.trainer.devices) or [0])[0]
@@ -91,8 +91,8 @@ def take_steps(config: TrainConfig, *, batch: int) -> None:
     """Train the configured method for `STEPS` steps with the configured precision."""
     quieten_libraries()
     supervised = isinstance(config.method, SupervisedConfig)
-    data = noise(config.crops, batch=batch, channels=config.data.channels)
-    batches: list[Any] = [LabelledCrops(data, torch.zeros(batch, dtype=torch.long)) if supervised else data] * STEPS
+    data = random_crops(config.crops, batch=batch, channels=config.data.channels)
+    batches: list[Any] = [LabeledCrops(data, torch.zeros(batch, dtype=torch.long)) if supervised else data] * STEPS
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=named_device(config.trainer.devices) or 1,
@@ -107,7 +107,7 @@ def take_steps(config: TrainConfig, *, batch: int) -> None:
     trainer.fit(method, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
 
 
-def noise(crops: CropsConfig, *, batch: int, channels: int) -> list[Tensor]:
+def random_crops(crops: CropsConfig, *, batch: int, channels: int) -> list[Tensor]:
     """V crops of noise, each (B, C, size, size)."""
     sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * crops.local_count
     return [torch.randn(batch, channels, size, size) for size in sizes]

@@ -63,7 +63,7 @@ class Suggestion:
 
 
 @dataclass
-class Rows:
+class Suggestions:
     """Suggestions in order; what the user has set stays, and what follows builds upon it."""
 
     given: Mapping[str, Any]
@@ -76,7 +76,7 @@ class Rows:
         return self.rows[-1].value
 
 
-def suggest(
+def suggest_from_data(
     images: int,
     *,
     side: float,
@@ -93,7 +93,7 @@ def suggest(
     the length of the run. `given` holds what the user has set, by key: it is kept, and the rest is chosen to fit it.
     Keys that method, network or optimizer lack are left out.
     """
-    rows, method = Rows(given or {}), method or DINOConfig()
+    rows, method = Suggestions(given or {}), method or DINOConfig()
     steps = max(1.0, epochs * images / total_batch)
     several = _crops(rows, side=side, method=method, backbone=backbone or ViTConfig())
     _scales(rows, side=side, several=several)
@@ -106,7 +106,7 @@ def suggest(
     return rows.rows
 
 
-def _crops(rows: Rows, *, side: float, method: MethodConfig, backbone: BackboneConfig) -> bool:
+def _crops(rows: Suggestions, *, side: float, method: MethodConfig, backbone: BackboneConfig) -> bool:
     """Patch size, number and sides of crops; returns whether there are local ones."""
     whole = rows.given.get("crops.global_size", PAPER_GLOBAL if side >= PAPER_GLOBAL else max(side, TOKENS))
     patch = _patch(rows, whole=whole, backbone=backbone)
@@ -125,7 +125,7 @@ def _crops(rows: Rows, *, side: float, method: MethodConfig, backbone: BackboneC
     return bool(count)
 
 
-def _patch(rows: Rows, *, whole: float, backbone: BackboneConfig) -> int:
+def _patch(rows: Suggestions, *, whole: float, backbone: BackboneConfig) -> int:
     """What sides of crops are multiples of."""
     if isinstance(backbone, TimmConfig) and backbone.patch_size is None:
         named = re.search(r"(?:patch|_p)(\d+)", backbone.name)
@@ -138,7 +138,7 @@ def _patch(rows: Rows, *, whole: float, backbone: BackboneConfig) -> int:
     return rows.add("backbone.patch_size", patch, f"the largest with {TOKENS} x {TOKENS} tokens a crop")
 
 
-def _scales(rows: Rows, *, side: float, several: bool) -> None:
+def _scales(rows: Suggestions, *, side: float, several: bool) -> None:
     if not several:
         rows.add("crops.global_scale", [0.14, 1.0], "the paper's without local crops")
         return
@@ -148,7 +148,7 @@ def _scales(rows: Rows, *, side: float, several: bool) -> None:
     rows.add("crops.local_scale", [low, SPLIT], why)
 
 
-def _prototypes(rows: Rows, *, images: int, method: MethodConfig) -> None:
+def _prototypes(rows: Suggestions, *, images: int, method: MethodConfig) -> None:
     if not isinstance(method, DINOConfig | SwAVConfig):
         return  # to the others it is the width of an embedding
     most = PROTOTYPES[1] if isinstance(method, DINOConfig) else type(method).out_dim
@@ -160,7 +160,7 @@ def _prototypes(rows: Rows, *, images: int, method: MethodConfig) -> None:
     rows.add(key, "1%", "the paper's 1 of 100 epochs")
 
 
-def _momentum(rows: Rows, *, total_batch: int, steps: float, method: TeacherConfig) -> None:
+def _momentum(rows: Suggestions, *, total_batch: int, steps: float, method: TeacherConfig) -> None:
     """The momentum whose window, 1 / (1 - m) steps, is the published one, or a share of a short run."""
     if isinstance(method, MoCoConfig):
         published, why = 1 / (1 - method.teacher_momentum), "its authors'"
@@ -179,7 +179,7 @@ def _momentum(rows: Rows, *, total_batch: int, steps: float, method: TeacherConf
         rows.add("method.teacher_momentum_end", momentum, "constant, as its authors have it")
 
 
-def _temperature(rows: Rows) -> None:
+def _temperature(rows: Suggestions) -> None:
     final = rows.add("method.teacher_temperature", TEMPERATURE, "the paper's; 0.08 collapsed")
     start = rows.add("method.teacher_temperature_start", min(TEMPERATURE, final), "constant")
     rising = final > start
@@ -187,7 +187,7 @@ def _temperature(rows: Rows) -> None:
     rows.add("method.teacher_temperature_warmup", "10%" if rising else "0ep", why)
 
 
-def _rate(rows: Rows, *, total_batch: int, steps: float, optim: OptimConfig) -> None:
+def _rate(rows: Suggestions, *, total_batch: int, steps: float, optim: OptimConfig) -> None:
     if isinstance(optim, SGDConfig | LARSConfig):
         rows.add("optim.lr", 0.03 if isinstance(optim, SGDConfig) else 0.3, "published for ResNet-50")
     elif isinstance(optim, AdamWConfig):

@@ -13,7 +13,13 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch import cuda
 
 from dino_lightning.runtime.devices import trains_on_cpu
-from dino_lightning.training.autoconfig.data_rules import PAPER_BATCH, PAPER_GLOBAL, PAPER_STEPS, Rows, Suggestion
+from dino_lightning.training.autoconfig.data_rules import (
+    PAPER_BATCH,
+    PAPER_GLOBAL,
+    PAPER_STEPS,
+    Suggestion,
+    Suggestions,
+)
 
 LARGE = 100_000
 """Images from which a run takes all devices, larger batches and a wider network."""
@@ -51,7 +57,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Seen:
+class DatasetStats:
     """The training images, of which a sample was looked at."""
 
     images: int
@@ -76,7 +82,7 @@ def this_machine(accelerator: str, *, memory: int) -> Machine:
 
 def suggest_for_machine(
     machine: Machine,
-    seen: Seen,
+    seen: DatasetStats,
     *,
     crop: int = PAPER_GLOBAL,
     devices: int | None = None,
@@ -88,7 +94,7 @@ def suggest_for_machine(
     `crop` is the side of the global crops (pixels). `given` holds what the user has set, by key; `devices` how many
     their `trainer.devices` are. With `widen` a ViT-Ti may grow to a ViT-S.
     """
-    rows, large = Rows(given or {}), seen.images >= LARGE
+    rows, large = Suggestions(given or {}), seen.images >= LARGE
     if machine.on_cpu:
         count = devices or 1
         rows.add("trainer.precision", "32", "CPUs compute in it")
@@ -129,7 +135,7 @@ def _epochs(images: int, *, total_batch: int) -> tuple[int, str]:
     return min(needed, MOST_EPOCHS), f"{min(needed, MOST_EPOCHS) * images // total_batch:,} steps, of few images"
 
 
-def _loading(rows: Rows, machine: Machine, seen: Seen, *, devices: int, crop: int) -> None:
+def _loading(rows: Suggestions, machine: Machine, seen: DatasetStats, *, devices: int, crop: int) -> None:
     if machine.on_cpu:
         rows.add("data.num_workers", max(1, machine.cores // CORES_FOR_A_WORKER), "the other cores train")
     else:
@@ -145,7 +151,7 @@ def _loading(rows: Rows, machine: Machine, seen: Seen, *, devices: int, crop: in
         rows.add("data.cache_resize", kept, f"{kept // crop} times a crop's side")
 
 
-def _evaluation(rows: Rows, seen: Seen) -> None:
+def _evaluation(rows: Suggestions, seen: DatasetStats) -> None:
     if not seen.labelled:
         rows.add("callbacks.knn.enabled", False, "no class folders; judge by the pictures")
         return

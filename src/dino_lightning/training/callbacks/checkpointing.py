@@ -17,14 +17,14 @@ from dino_lightning.config import CheckpointConfig
 from dino_lightning.loggers.csv import METRICS, has_row
 from dino_lightning.methods.base import Method
 from dino_lightning.training.callbacks.knn import KNNCallback
-from dino_lightning.training.callbacks.preemption import LeaveRun, Signals
+from dino_lightning.training.callbacks.preemption import Preempted, PreemptionHandler
 
 BEST = "best_knn.ckpt"
 RETRY_SECONDS = 60.0
 """Wait after a file that could not be written."""
 
 
-class Checkpoints(Checkpoint):
+class Checkpointing(Checkpoint):
     """Writes `last.ckpt`, and under further names those to keep. Lightning calls it after all other callbacks."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Checkpoints(Checkpoint):
         *,
         folder: Path,
         io: SafeCheckpointIO,
-        signals: Signals,
+        signals: PreemptionHandler,
         knn: KNNCallback | None = None,
     ) -> None:
         self.config, self.folder, self.io, self.signals, self.knn = config, folder, io, signals, knn
@@ -75,16 +75,16 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where it was asked for and a step is complete."""
-        readings = cast(Method, pl_module).readings
+        readings = cast(Method, pl_module).metrics
         if trainer.is_global_zero and time.monotonic() >= self._next_save:
-            readings.ask_to_save = True  # with the next loss, so that all ranks save after the same step
+            readings.request_save = True  # with the next loss, so that all ranks save after the same step
         complete, self._step = trainer.global_step != self._step, trainer.global_step
         if not complete or self._epoch_ends(trainer):
             return  # at the end of an epoch `on_train_epoch_end` follows
-        if readings.leave_asked:
+        if readings.stop_requested:
             self._save(trainer, [])
             raise self._leave()
-        if readings.save_asked:
+        if readings.save_requested:
             self._save(trainer, [])
 
     def _epoch_ends(self, trainer: L.Trainer) -> bool:
@@ -120,8 +120,8 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer, names: list[str]) -> None:
         method = cast(Method, trainer.lightning_module)
         # Lightning asks callbacks for their states before it asks the method, which would collect too late for them.
-        method.collect()
-        method.readings.ask_to_save = method.readings.save_asked = False
+        method.flush_metrics()
+        method.metrics.request_save = method.metrics.save_requested = False
         self.io.names = names
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         period = self.config.every_n_minutes * 60
@@ -130,7 +130,7 @@ class Checkpoints(Checkpoint):
     def _wait(self, seconds: float) -> None:
         self._next_save = time.monotonic() + seconds if seconds else float("inf")
 
-    def _leave(self) -> LeaveRun:
+    def _leave(self) -> Preempted:
         if isinstance(self.io, AsyncCheckpointIO):
             self.io.wait()
         leave = self.signals.leaving()

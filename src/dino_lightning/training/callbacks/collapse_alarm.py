@@ -11,9 +11,9 @@ import lightning as L
 
 from dino_lightning.config import CollapseConfig
 from dino_lightning.methods.base import Method
-from dino_lightning.methods.collapse import KINDS, Kind, changes, diagnose
-from dino_lightning.methods.feature_buffer import Window
-from dino_lightning.methods.metrics_buffer import Reading
+from dino_lightning.methods.collapse import KINDS, CollapseKind, changes, diagnose
+from dino_lightning.methods.feature_buffer import FeatureBuffer
+from dino_lightning.methods.metrics_buffer import StepMetrics
 
 MOST_CHANGES = 3
 """Proposals in a warning."""
@@ -29,15 +29,15 @@ class CollapseAlarm(L.Callback):
 
     def __init__(self, config: CollapseConfig) -> None:
         self.config = config
-        self.kind: Kind | None = None
+        self.kind: CollapseKind | None = None
         """The collapse at the moment."""
         self.found: dict[str, int] = {}
         """Names of all kinds that were found, and the steps."""
         self._rows: deque[dict[str, float]] = deque(maxlen=config.patience)
         self._rank: float | None = None
         self._spread_at_start: float | None = None
-        self._said: set[Kind] = set()
-        self._watch: Callable[[Reading], None] | None = None
+        self._said: set[CollapseKind] = set()
+        self._watch: Callable[[StepMetrics], None] | None = None
 
     @property
     def verdict(self) -> str | None:
@@ -64,9 +64,9 @@ class CollapseAlarm(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start to listen."""
         method = cast(Method, pl_module)
-        method.window = Window()
+        method.feature_buffer = FeatureBuffer()
         self._watch = partial(self._see, trainer, method)
-        method.watchers.append(self._watch)
+        method.metric_listeners.append(self._watch)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log whether there is a collapse."""
@@ -74,7 +74,7 @@ class CollapseAlarm(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what takes more than one batch to know."""
-        window = cast(Method, pl_module).window
+        window = cast(Method, pl_module).feature_buffer
         assert window is not None
         rank, dead = window.take_effective_rank(), window.take_dead_prototypes()
         self._rank = self._rank if rank is None else rank
@@ -93,10 +93,10 @@ class CollapseAlarm(L.Callback):
 
     def _leave(self, method: Method) -> None:
         if self._watch is not None:
-            method.watchers.remove(self._watch)
-        self._watch = method.window = None
+            method.metric_listeners.remove(self._watch)
+        self._watch = method.feature_buffer = None
 
-    def _see(self, trainer: L.Trainer, method: Method, reading: Reading) -> None:
+    def _see(self, trainer: L.Trainer, method: Method, reading: StepMetrics) -> None:
         """Judge a row."""
         row = {name.removeprefix(PREFIX): value for name, value in reading.values.items() if name.startswith(PREFIX)}
         row.pop("alarm", None)
@@ -113,7 +113,7 @@ class CollapseAlarm(L.Callback):
     def _judge(self, trainer: L.Trainer, method: Method, *, step: int) -> None:
         known = set.intersection(*(set(row) for row in self._rows))
         mean = {name: fmean(row[name] for row in self._rows) for name in known}
-        width = method.window.width if method.window else 0
+        width = method.feature_buffer.width if method.feature_buffer else 0
         start = {} if self._spread_at_start is None else {"spread_at_start": self._spread_at_start}
         self.kind = diagnose(mean, width=width, **start)
         if self.kind is None:
@@ -128,7 +128,7 @@ class CollapseAlarm(L.Callback):
             trainer.should_stop = True
 
 
-def _sentence(kind: Kind, method: Method, *, step: int, stop: bool) -> str:
+def _sentence(kind: CollapseKind, method: Method, *, step: int, stop: bool) -> str:
     proposals = changes(kind, _settings(method), method=type(method).__name__)[:MOST_CHANGES]
     end = (
         "The run ends here (callbacks.collapse.stop=true)" if stop else "callbacks.collapse.stop=true would end the run"

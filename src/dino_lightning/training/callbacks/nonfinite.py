@@ -12,15 +12,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.checkpoints.run_checkpoint import AsyncCheckpointIO, newest_whole, read_checkpoint
+from dino_lightning.checkpoints.run_checkpoint import AsyncCheckpointIO, latest_valid, read_checkpoint
 from dino_lightning.config import NonfiniteConfig
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.methods.base import Method
-from dino_lightning.methods.metrics_buffer import Reading, Readings
-from dino_lightning.methods.nonfinite import ADVICE, Policy, Trouble
+from dino_lightning.methods.metrics_buffer import MetricsBuffer, StepMetrics
+from dino_lightning.methods.nonfinite import ADVICE, NonFinitePolicy, NonFiniteStep
 from dino_lightning.runtime.collectives import all_gather_concat
-from dino_lightning.runtime.sharding import whole_state
-from dino_lightning.training.debug.activation_ranges import Ranges, watched
+from dino_lightning.runtime.sharding import full_state
+from dino_lightning.training.debug.activation_ranges import ActivationRanges, record_ranges
 from dino_lightning.training.debug.step_dump import write_step
 
 
@@ -33,10 +33,10 @@ class MicroBatch:
     """Within the epoch."""
     random: dict[str, Tensor | None]
     """States of the generators before the forward pass."""
-    reading: Reading | None = None
+    reading: StepMetrics | None = None
 
 
-class NonfiniteSteps(L.Callback, Policy):
+class NonfiniteSteps(L.Callback, NonFinitePolicy):
     """Saves the step, counts it, and ends the run, leaves the step out, or takes the run back to its last checkpoint.
 
     Only one micro-batch is kept, and those of an accumulated step whose loss is known not to be finite: the batch that
@@ -86,7 +86,7 @@ class NonfiniteSteps(L.Callback, Policy):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave."""
-        self._method.policy = Policy()
+        self._method.policy = NonFinitePolicy()
         self._kept = []
 
     def on_train_batch_start(
@@ -105,10 +105,10 @@ class NonfiniteSteps(L.Callback, Policy):
 
     def _forget_finite(self) -> None:
         """Within an accumulated step: let go of the micro-batch before, once its loss is known to be finite."""
-        readings = self._method.readings
-        readings.arrive()
-        latest = readings.waiting[-1] if readings.waiting else None
-        if latest is None or math.isfinite(latest.own_loss):
+        readings = self._method.metrics
+        readings.wait()
+        latest = readings.pending[-1] if readings.pending else None
+        if latest is None or math.isfinite(latest.local_loss):
             self._kept.pop()
         else:
             self._kept[-1].reading = latest
@@ -117,31 +117,34 @@ class NonfiniteSteps(L.Callback, Policy):
         """Let go of a step that is over."""
         if self._step != trainer.global_step:
             self._kept = []
-        self._method.note("nonfinite/steps", float(self.count))
+        self._method.log_metric("nonfinite/steps", float(self.count))
 
     # ------------------------------------------------------------------------------------- a step that is not finite
 
-    def found(self, trouble: Trouble) -> None:
+    def found(self, trouble: NonFiniteStep) -> None:
         """Save the step; raise where the run ends by it."""
         if self._end:
             raise FloatingPointError(self._end)
         self.count += 1
         self._restore_statistics()
         who, self._where = self._save(trouble)
-        if self.leaves_out and self.count <= self.config.most:
+        if self.leaves_out and self.count <= self.config.max_steps:
             return
-        before = f" after callbacks.nonfinite.most={self.config.most} such steps" if self.leaves_out else ""
+        before = f" after callbacks.nonfinite.max_steps={self.config.max_steps} such steps" if self.leaves_out else ""
         self._end = f"{trouble}{who}{before}: {ADVICE}. {self._where}".strip()
         raise FloatingPointError(self._end)
 
-    def left_out(self, trouble: Trouble) -> None:
+    def left_out(self, trouble: NonFiniteStep) -> None:
         """Take the run back, where that is the policy; say what was done."""
         self._restore_statistics()
         done = self._roll_back() if self.config.policy == "rollback" else "the step is left out"
         if self._trainer.is_global_zero:
-            print(f"WARNING: {trouble}: {done}, and training goes on (callbacks.nonfinite.policy={self.config.policy}; "
-                  f"{self.count} of at most {self.config.most} such steps). {self._where}".rstrip(),
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"WARNING: {trouble}: {done}, and training goes on (callbacks.nonfinite.policy={self.config.policy}; "
+                f"{self.count} of at most {self.config.max_steps} such steps). {self._where}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _remember_statistics(self) -> None:
         if not self._before:
@@ -160,38 +163,38 @@ class NonfiniteSteps(L.Callback, Policy):
         strategy = self._trainer.strategy
         if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
             strategy.checkpoint_io.wait()  # for a file on its way
-        found = newest_whole(self.checkpoints) if self._trainer.is_global_zero else None
+        found = latest_valid(self.checkpoints) if self._trainer.is_global_zero else None
         path = strategy.broadcast(str(found[0]) if found else "")
         if not path:
             return "there is no checkpoint yet: the step is left out"
         content = found[1] if found else read_checkpoint(Path(path))
         strategy.load_model_state_dict(content, strict=True)
         strategy.load_optimizer_state_dict(content)
-        self._method.forget_step()
+        self._method.discard_step()
         return f"weights and optimizer are those of {path}, at step {content['global_step']}"
 
     # -------------------------------------------------------------------------------------------- what is kept of it
 
-    def _save(self, trouble: Trouble) -> tuple[str, str]:
+    def _save(self, trouble: NonFiniteStep) -> tuple[str, str]:
         """Write the file of each rank whose own loss is not finite, of all for gradients: who, and where, in words."""
         trainer = self._trainer
         kept, own_loss = None, math.nan
         if not trouble.late and self._kept:
-            waiting = self._method.readings.waiting
+            waiting = self._method.metrics.pending
             self._kept[-1].reading = waiting[-1]
-            bad = [one for one in self._kept if one.reading and not math.isfinite(one.reading.own_loss)]
+            bad = [one for one in self._kept if one.reading and not math.isfinite(one.reading.local_loss)]
             kept = (bad or self._kept)[0 if bad else -1]
-            own_loss = kept.reading.own_loss if kept.reading else math.nan
+            own_loss = kept.reading.local_loss if kept.reading else math.nan
         is_bad = trouble.loss is None or not math.isfinite(own_loss)
         flags = all_gather_concat(torch.tensor([is_bad], dtype=torch.int32, device=self._method.device))
         ranks = [rank for rank, flag in enumerate(flags.tolist()) if flag]
         who = "" if trouble.loss is None or trainer.world_size == 1 else f" on rank {', '.join(map(str, ranks))}"
-        if self.saved >= self.config.save:
+        if self.saved >= self.config.max_saved:
             return who, ""
         self.saved += 1
         # All ranks: the forward pass gathers weights and exchanges figures, and so does the state.
-        ranges = self._watch(kept) if kept else Ranges()
-        state = whole_state(self._method)
+        ranges = self._watch(kept) if kept else ActivationRanges()
+        state = full_state(self._method)
         names = [self.folder / f"step{trouble.step:06d}-rank{rank}.pt" for rank in ranks]
         if is_bad:
             try:
@@ -199,30 +202,40 @@ class NonfiniteSteps(L.Callback, Policy):
                     names[ranks.index(trainer.global_rank)], self._content(trouble, kept, own_loss, ranges, state)
                 )
             except OSError as error:
-                print(f"WARNING: a step could not be saved to {self.folder} ({error.strerror or error}).",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"WARNING: a step could not be saved to {self.folder} ({error.strerror or error}).",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if kept is None:
-            return who, (f"Its weights are in {names[0]}, without images: on a GPU callbacks.nonfinite.policy=skip "
-                         "or rollback keeps those, too.")  # fmt: skip
+            return who, (
+                f"Its weights are in {names[0]}, without images: on a GPU callbacks.nonfinite.policy=skip "
+                "or rollback keeps those, too."
+            )
         return who, f"See where it begins: dino-train replay {names[0]}"
 
-    def _watch(self, kept: MicroBatch) -> Ranges:
+    def _watch(self, kept: MicroBatch) -> ActivationRanges:
         """The ranges of activations, by the same forward pass once more; nothing else changes by it."""
-        method, ranges = self._method, Ranges()
+        method, ranges = self._method, ActivationRanges()
         ranges.add("crops", kept.batch)
         context = self._trainer.precision_plugin.train_step_context
-        with _undisturbed(method, kept.random), watched(method, into=ranges), context(), torch.no_grad():
+        with _undisturbed(method, kept.random), record_ranges(method, into=ranges), context(), torch.no_grad():
             loss = method.loss(kept.batch)
         ranges.add("loss", loss)
         self._restore_statistics()
         return ranges
 
     def _content(
-        self, trouble: Trouble, kept: MicroBatch | None, loss: float, ranges: Ranges, state: dict[str, Tensor]
+        self,
+        trouble: NonFiniteStep,
+        kept: MicroBatch | None,
+        loss: float,
+        ranges: ActivationRanges,
+        state: dict[str, Tensor],
     ) -> dict[str, Any]:
         method, trainer = self._method, self._trainer
         batch = kept.batch if kept else None
-        crops, labels = batch if isinstance(batch, LabelledCrops) else (batch, None)
+        crops, labels = batch if isinstance(batch, LabeledCrops) else (batch, None)
         return {
             "what": str(trouble),
             "configuration": self.configuration,
@@ -257,15 +270,15 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
 @contextmanager
 def _undisturbed(method: Method, random: dict[str, Tensor | None]) -> Iterator[None]:
     """Within, random numbers are drawn as from `random` on, and what is measured or logged goes nowhere."""
-    readings, window = method.readings, method.window
+    readings, window = method.metrics, method.feature_buffer
     devices = [method.device] if method.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         assert random["cpu"] is not None
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None:
             torch.cuda.set_rng_state(random["cuda"], method.device)
-        method.readings, method.window = Readings(), None
+        method.metrics, method.feature_buffer = MetricsBuffer(), None
         try:
             yield
         finally:
-            method.readings, method.window = readings, window
+            method.metrics, method.feature_buffer = readings, window

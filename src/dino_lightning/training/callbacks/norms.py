@@ -10,7 +10,7 @@ from torch import Tensor
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.runtime.precision import at_least_float32
-from dino_lightning.runtime.sharding import is_sharded, local, whole_norms
+from dino_lightning.runtime.sharding import global_norms, is_sharded, local
 
 GRADIENT = "norm/gradient"
 
@@ -48,7 +48,7 @@ class Norms(L.Callback):
                 self._carried[GRADIENT] = self._gradient
             self._gradient = None
         for name, value in self._carried.items():
-            method.readings.carry(name, value)
+            method.metrics.record_for_next(name, value)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Measure the gradient where the next step is logged; Lightning has unscaled it and not yet clipped it."""
@@ -82,5 +82,5 @@ def norm_of_all(tensors: Iterable[Tensor]) -> Tensor | None:
     found = list(tensors)
     if not found:
         return None
-    norms_N = whole_norms([local(tensor) for tensor in found], sharded=is_sharded(found[0]))
+    norms_N = global_norms([local(tensor) for tensor in found], sharded=is_sharded(found[0]))
     return torch.linalg.vector_norm(at_least_float32(norms_N))

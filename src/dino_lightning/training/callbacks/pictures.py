@@ -15,7 +15,7 @@ from dino_lightning.config import PicturesConfig
 from dino_lightning.data.crops import denormalize
 from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
-from dino_lightning.evaluation.features.knn import nearest
+from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.models.tokens import cls_attention, has_attention, patch_tokens
 from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, neighbour_sheet, to_picture
 from dino_lightning.report.pictures.tokens import patch_sheet
@@ -106,7 +106,7 @@ class Pictures(L.Callback):
         features, labels, positions = gather_by_index(*shard)
         with torch.no_grad():
             queries = backbone(images_B3HW).float().cpu()
-        _, found = nearest(features, queries, k=NEIGHBOURS + own, device=torch.device("cpu"))
+        _, found = nearest_neighbors(features, queries, k=NEIGHBOURS + own, device=torch.device("cpu"))
         found = found[:, int(own) :]
 
         def named(label: int) -> str:

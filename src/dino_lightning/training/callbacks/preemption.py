@@ -17,14 +17,14 @@ import lightning as L
 from dino_lightning.methods.base import Method
 from dino_lightning.runtime.collectives import any_rank
 from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED, requeue_slurm_job
-from dino_lightning.runtime.signals import leave_at_once
+from dino_lightning.runtime.signals import exit_on_signal
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
-class LeaveRun(BaseException):
+class Preempted(BaseException):
     """The run has saved and ends here. Not an `Exception`: nothing is wrong, and nobody should go on after it."""
 
     def __init__(self, status: int, *, then: Callable[[], Any] | None = None) -> None:
@@ -34,7 +34,7 @@ class LeaveRun(BaseException):
         """What to call on rank 0 when all is closed, so that the run is started again."""
 
 
-class Signals(L.Callback):
+class PreemptionHandler(L.Callback):
     """Takes note of signals while training. Stands first, so that it listens before anything long begins."""
 
     def __init__(self) -> None:
@@ -50,16 +50,16 @@ class Signals(L.Callback):
 
     def asked_anywhere(self) -> bool:
         """Whether any rank was told to end; all ranks ask together."""
-        return any_rank(self.asked or (self._method is not None and self._method.readings.leave_asked))
+        return any_rank(self.asked or (self._method is not None and self._method.metrics.stop_requested))
 
-    def leaving(self) -> LeaveRun:
+    def leaving(self) -> Preempted:
         """What to raise when the run has saved."""
         number, before = self.received, self._of_launcher(self.received)
         if number == signal.SIGINT:
-            return LeaveRun(INTERRUPTED)
+            return Preempted(INTERRUPTED)
         if number is not None and before is not None:  # submitit's handler, which submits the job again
-            return LeaveRun(PREEMPTED, then=lambda: before(number, None))
-        return LeaveRun(PREEMPTED, then=requeue_slurm_job if number == getattr(signal, "SIGUSR1", None) else None)
+            return Preempted(PREEMPTED, then=lambda: before(number, None))
+        return Preempted(PREEMPTED, then=requeue_slurm_job if number == getattr(signal, "SIGUSR1", None) else None)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remember who listens already: Lightning puts its own handlers into their place before training starts."""
@@ -68,7 +68,7 @@ class Signals(L.Callback):
     def _of_launcher(self, number: int | None) -> Handler | None:
         """The handler that a launcher such as submitit has for a signal; not our own for the time outside training."""
         before = self.before.get(number or 0)
-        return cast(Handler, before) if callable(before) and before is not leave_at_once else None
+        return cast(Handler, before) if callable(before) and before is not exit_on_signal else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen."""
@@ -86,7 +86,7 @@ class Signals(L.Callback):
         if number == signal.SIGTERM and (before := self._of_launcher(number)):
             # Under submitit SIGTERM is a warning only; its own signal follows.
             if self._method is not None:
-                self._method.readings.ask_to_save = True
+                self._method.metrics.request_save = True
             before(number, frame)
             return
         self.received = number
@@ -100,7 +100,7 @@ class Signals(L.Callback):
     ) -> None:
         """Tell the other ranks, with the loss of this batch."""
         if self.asked:
-            cast(Method, pl_module).readings.ask_to_leave = True
+            cast(Method, pl_module).metrics.request_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the handlers back."""

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dino_lightning.methods.base import Method
 from dino_lightning.training.callbacks.knn import KNNCallback
-from dino_lightning.training.callbacks.throughput import Speed
+from dino_lightning.training.callbacks.throughput import Throughput
 
 REFRESH_SECONDS = 0.25
 """Least time between two drawings of the bar."""
@@ -20,7 +20,7 @@ REFRESH_SECONDS = 0.25
 class RunProgress(ProgressBar):
     """A bar over the optimizer steps of the run; where the output is no terminal, a line per epoch."""
 
-    def __init__(self, speed: Speed) -> None:
+    def __init__(self, speed: Throughput) -> None:
         super().__init__()
         self.speed = speed
         self.console = Console(stderr=True)
@@ -105,7 +105,7 @@ class RunProgress(ProgressBar):
     def _describe(self, trainer: L.Trainer) -> str:
         """Of numbers that are here already: a metric of the trainer may be a tensor that has to be waited for."""
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
-        loss = cast(Method, trainer.lightning_module).readings.latest
+        loss = cast(Method, trainer.lightning_module).metrics.latest
         if loss is not None:
             parts.append(f"loss {loss:.3f}")
         if self._knn is not None and self._knn.last:

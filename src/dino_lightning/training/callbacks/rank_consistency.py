@@ -23,7 +23,7 @@ import dino_lightning
 from dino_lightning.config import TrainConfig
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources import ImageSource, ImageStream
-from dino_lightning.data.sources.base import digest
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import RanksDifferError
 from dino_lightning.runtime.collectives import all_gather_objects
 from dino_lightning.runtime.provenance import commit
@@ -42,7 +42,7 @@ SAME = 1e-4
 them, and DDP then gives all ranks those of the first."""
 
 
-class RanksAgree(Callback):
+class RankConsistencyCheck(Callback):
     """Compares what all ranks are about to train, once their group exists."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -99,7 +99,7 @@ def code(imports: Sequence[str]) -> dict[str, Any]:
     files += [path for path in map(Path, imports) if path.is_file()]
     facts: dict[str, Any] = {f"version of {name}": version(name) for name in PACKAGES}
     # The digest decides: it sees what is not committed, and not a commit of something else between two starts.
-    return {**facts, "code": f"{digest(*(file.read_bytes() for file in files))}{AT}{commit()}"}
+    return {**facts, "code": f"{content_digest(*(file.read_bytes() for file in files))}{AT}{commit()}"}
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,7 +133,7 @@ def names_digest(source: ImageSource) -> str:
     names = [source.describe(place) for place in places]
     common = len(os.path.commonprefix(names))  # noqa: RUF071 - not all sources have paths for names
     labels = b"" if source.labels is None else np.ascontiguousarray(source.labels, dtype=np.int64).tobytes()
-    return digest(labels, *(os.fsencode(name[common:]) for name in names))
+    return content_digest(labels, *(os.fsencode(name[common:]) for name in names))
 
 
 def checkpoint(path: str | Path | None) -> str | None:

@@ -39,21 +39,24 @@ class RankStates(L.Callback):
         if len(found) == world_size():
             restore(pl_module, found[rank()])
         elif trainer.is_global_zero:
-            print(f"The checkpoint is of {len(found)} ranks, and this run has {world_size()}: its random states and "
-                  "the order of its images are not those of the run that it goes on with.", flush=True)  # fmt: skip
+            print(
+                f"The checkpoint is of {len(found)} ranks, and this run has {world_size()}: its random states and "
+                "the order of its images are not those of the run that it goes on with.",
+                flush=True,
+            )
 
 
 def states_of(method: Method) -> dict[str, Any]:
     """This rank's states, in plain types and tensors on the CPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
-    window = method.window
+    window = method.feature_buffer
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if method.device.type == "cuda" else None,
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(number) for number in rest)],
         "python": [version, list(words), gauss],
-        "readings": method.readings.state_dict(),
+        "readings": method.metrics.state_dict(),
         "window": None if window is None else window.state_dict(),
     }
 
@@ -67,6 +70,6 @@ def restore(method: Method, states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), int(place), int(has_gauss), gauss))
     version, words, next_gauss = states["python"]
     random.setstate((version, tuple(words), next_gauss))
-    method.readings.load_state_dict(states["readings"])
-    if method.window is not None and states["window"] is not None:
-        method.window.load_state_dict(states["window"], device=method.device)
+    method.metrics.load_state_dict(states["readings"])
+    if method.feature_buffer is not None and states["window"] is not None:
+        method.feature_buffer.load_state_dict(states["window"], device=method.device)

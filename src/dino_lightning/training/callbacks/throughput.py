@@ -17,7 +17,7 @@ DTYPES = {"16": torch.float16, "bf": torch.bfloat16, "64": torch.float64}
 GIB = 2**30
 
 
-class Speed(L.Callback):
+class Throughput(L.Callback):
     """Counts images (not crops) and logs of each logging window, the steps since the last row:
 
     `speed/images_per_second`   over all devices

@@ -40,7 +40,7 @@ class Range:
 
 
 @dataclass
-class Ranges:
+class ActivationRanges:
     """By name, in the order in which the values came to be; a module comes after its parts."""
 
     by_name: dict[str, Range] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Ranges:
 
 
 @contextmanager
-def watched(module: nn.Module, *, into: Ranges) -> Iterator[None]:
+def record_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
     """Within, what each module below `module` returns is added, also what a compiled one does as a whole."""
 
     def see(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
@@ -80,7 +80,7 @@ def watched(module: nn.Module, *, into: Ranges) -> Iterator[None]:
 
 
 @contextmanager
-def watched_gradients(module: nn.Module, *, into: Ranges) -> Iterator[None]:
+def watched_gradients(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
     """Within, each gradient of a parameter is added when it is complete, in the order of the backward pass."""
 
     def see(name: str, parameter: Tensor) -> None:

@@ -17,11 +17,17 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import CHOICES, RULES
 from dino_lightning.config.constraints import check_values
 from dino_lightning.config.serialization import from_plain
-from dino_lightning.data.batch import LabelledCrops
+from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import Method
 from dino_lightning.training.build import build_method
-from dino_lightning.training.debug.activation_ranges import Range, Ranges, first_not_finite, watched, watched_gradients
+from dino_lightning.training.debug.activation_ranges import (
+    ActivationRanges,
+    Range,
+    first_not_finite,
+    record_ranges,
+    watched_gradients,
+)
 from dino_lightning.training.debug.step_dump import read_step
 
 REPRODUCED, NOT_REPRODUCED = 0, 3
@@ -33,8 +39,8 @@ class Replayed:
     """What the step gave here."""
 
     loss: float
-    forward: Ranges
-    backward: Ranges
+    forward: ActivationRanges
+    backward: ActivationRanges
     weights: str | None
     """The first weight that was not finite before the step."""
 
@@ -69,22 +75,24 @@ def main(words: Sequence[str]) -> int:
 def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: bool = False) -> Replayed:
     """Forward and backward pass of the saved micro-batch from the saved weights, in float32.
 
-    With `layers`, as by `step.fused=false`, so that the modules within a block are seen, too.
+    With `layers`, as by `compute.fused=false`, so that the modules within a block are seen, too.
     """
     if saved["crops"] is None:
-        raise UserError(f"{source} has no images: on a GPU they were gone when it was known that the gradient was not "
-                        "finite; run with callbacks.nonfinite.policy=skip or rollback to have them kept.")  # fmt: skip
+        raise UserError(
+            f"{source} has no images: on a GPU they were gone when it was known that the gradient was not "
+            "finite; run with callbacks.nonfinite.policy=skip or rollback to have them kept."
+        )
     config = from_plain(saved["configuration"], source=source)
     check_values(config, RULES, CHOICES)
-    config.step.fused = config.step.fused and not layers
+    config.compute.fused = config.compute.fused and not layers
     method = _method(config, saved, source=source).to(device)
     crops = [crop.float().to(device) for crop in saved["crops"]]
-    batch = crops if saved["labels"] is None else LabelledCrops(crops, saved["labels"].to(device))
-    forward, backward = Ranges(), Ranges()
+    batch = crops if saved["labels"] is None else LabeledCrops(crops, saved["labels"].to(device))
+    forward, backward = ActivationRanges(), ActivationRanges()
     forward.add("crops", crops)
     _draw_as_then(saved, device)
     try:
-        with watched(method, into=forward), watched_gradients(method, into=backward):
+        with record_ranges(method, into=forward), watched_gradients(method, into=backward):
             loss = method.loss(batch)
             forward.add("loss", loss)
             loss.backward()
@@ -98,7 +106,7 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: 
 
 def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Method:
     """The method with the weights of the file, at the moment of the step."""
-    config.step.compile = False  # takes longer than one step
+    config.compute.compile = False  # takes longer than one step
     if hasattr(config.backbone, "pretrained"):
         config.backbone.pretrained = False  # type: ignore[attr-defined]  # the weights are in the file
     classifier = saved["state"].get("student.head.bias")
