@@ -1,4 +1,4 @@
-"""Load a frozen backbone without installing the package: `torch.hub.load("OWNER/dino-lightning", "backbone", checkpoint=…)`.
+"""Load a frozen backbone without installation: `torch.hub.load("OWNER/dino-lightning", "backbone", checkpoint=…)`.
 
 The dependencies of dino-lightning must be installed. In a checkout: `torch.hub.load(FOLDER, "backbone",
 source="local", checkpoint=…)`.
