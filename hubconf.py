@@ -1,6 +1,6 @@
-"""`torch.hub.load("OWNER/dino-lightning", "backbone", checkpoint=…)`: a frozen backbone without an installation.
+"""Load a frozen backbone without installation: `torch.hub.load("OWNER/dino-lightning", "backbone", checkpoint=…)`.
 
-The packages that dino-lightning depends on must be there. In a checkout: `torch.hub.load(FOLDER, "backbone",
+The dependencies of dino-lightning must be installed. In a checkout: `torch.hub.load(FOLDER, "backbone",
 source="local", checkpoint=…)`.
 """
 
@@ -15,16 +15,16 @@ dependencies = ["torch", "timm", "hydra", "lightning", "safetensors"]
 
 
 def backbone(checkpoint: str, *, checkpoint_key: str | None = None) -> nn.Module:
-    """Images (B, C, H, W), normalised -> features (B, D); in eval mode, without gradients.
+    """Return the network: normalized images (B, C, H, W) -> features (B, D); in eval mode, without gradients.
 
-    `checkpoint` and `checkpoint_key` are those of `dino-eval`: a run's folder, a file of weights, `timm:NAME`,
-    `hf:OWNER/NAME`, `untrained:vit_small`. Raises `ValueError` in one sentence for whatever is none of them.
+    `checkpoint` and `checkpoint_key` are those of `dino eval`: the folder of a run, a file of weights, `timm:NAME`,
+    `hf:OWNER/NAME`, `untrained:vit_small`. Raises `ValueError` if `checkpoint` is none of these.
     """
     return _network(checkpoint, checkpoint_key).backbone
 
 
 def transform(checkpoint: str, *, checkpoint_key: str | None = None) -> Callable[[Any], Any]:
-    """PIL image -> tensor (C, size, size), prepared as the weights of `checkpoint` want it."""
+    """Return the preprocessing of `checkpoint`: PIL image -> tensor (C, size, size)."""
     network = _network(checkpoint, checkpoint_key)
     from dino_lightning.evaluation.features.images import center_view
 

@@ -1,9 +1,9 @@
-"""Sort images into groups that look alike, without labels.
+"""Group images that look alike, without labels.
 
-    python examples/cluster.py                                       built-in images of 12 classes
+    python examples/cluster.py                                       the built-in images of 12 classes
     python examples/cluster.py --path ~/photos --clusters 20
 
-k-means on features of length 1; each row of the picture is a cluster, the most typical images first.
+The script runs k-means on L2-normalized features. Each row of the picture is a cluster, the most typical images first.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ from sklearn.metrics import adjusted_mutual_info_score
 from dino_lightning.report.pictures.sheets import sheet_of
 
 SHOWN = 10
-"""Images of a cluster in the picture."""
+"""Images per cluster in the picture."""
 
 
 def main() -> None:
-    """Features, clusters, the picture."""
+    """Compute features, cluster them, and save the picture."""
     words = parser(__doc__, output="example-cluster.png")
-    words.add_argument("--clusters", type=int, default=12, help="number of groups (%(default)s)")
+    words.add_argument("--clusters", type=int, default=12, help="number of clusters (%(default)s)")
     options = words.parse_args()
     found = features_of(options)
     units_ND = directions(found.features)
@@ -34,7 +34,7 @@ def main() -> None:
         rows.append([square(found.image(row)) for row in typical[:SHOWN]])
     if found.labels and all(found.labels):
         agreement = adjusted_mutual_info_score(found.labels, model.labels_)
-        print(f"Agreement with the labels: {agreement:.2f} (adjusted mutual information: 0 by chance, 1 for the same)")
+        print(f"Agreement with the labels: {agreement:.2f} (adjusted mutual information: 0 by chance, 1 if equal)")
     save(sheet_of(rows, titles=["typical", *[""] * (SHOWN - 1)], size=(96, 96)), options.output)
 
 

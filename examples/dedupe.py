@@ -1,10 +1,11 @@
-"""Find near duplicates in a data set: groups of images that show the same, resized, mirrored or saved once more.
+"""Find near duplicates in a data set: images that were resized, mirrored or recompressed.
 
-    python examples/dedupe.py                               built-in images, with altered copies of some among them
+    python examples/dedupe.py                               built-in images and altered copies of some of them
     python examples/dedupe.py --path ~/photos --above 0.9
 
-Two images are of one group if they are more similar than `--above`, or both similar to a third one. Mean patch tokens
-tell more of the picture than the class token, for which two dogs are alike.
+Two images are in one group if their similarity exceeds `--above`, or if both are similar to a third image. The script
+uses mean patch tokens, because they describe the picture in more detail than the class token, for which two dogs are
+similar.
 """
 
 import io
@@ -18,13 +19,13 @@ from scipy.sparse.csgraph import connected_components
 from dino_lightning.report.pictures.sheets import sheet_of
 
 SHOWN = 12
-"""Groups, and images of a group, in the picture."""
+"""Maximum number of groups in the picture, and of images per group."""
 
 
 def main() -> None:
-    """Features, groups, the picture."""
+    """Compute features, find groups, and save the picture."""
     words = parser(__doc__, output="example-dedupe.png")
-    words.add_argument("--above", type=float, default=0.95, help="similarity of duplicates, up to 1 (%(default)s)")
+    words.add_argument("--above", type=float, default=0.95, help="similarity of duplicates, at most 1 (%(default)s)")
     options = words.parse_args()
     found = features_of(options, None if options.path else with_copies(drawn(120)), features="mean_patch")
     units_ND = directions(found.features)
@@ -34,7 +35,7 @@ def main() -> None:
     for group in groups:
         print("  ".join(found.names[row] for row in group))
     extra = sum(len(group) - 1 for group in groups)
-    print(f"{len(groups)} groups; without {extra} of {len(found)} images nothing would be double")
+    print(f"{len(groups)} groups of duplicates; {extra} of {len(found)} images are redundant")
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     most = max(map(len, largest), default=1)
     rows = [[square(found.image(row)) for row in group[:SHOWN]] for group in largest]
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def with_copies(images: list[Image.Image]) -> list[Image.Image]:
-    """The images, and behind them a darker, a mirrored and a badly compressed copy of every tenth."""
+    """Return the images, followed by a darker, a mirrored and a recompressed copy of every tenth image."""
     return [
         *images,
         *(copy for image in images[::10] for copy in (darker(image), ImageOps.mirror(image), saved(image))),
@@ -50,12 +51,12 @@ def with_copies(images: list[Image.Image]) -> list[Image.Image]:
 
 
 def darker(image: Image.Image) -> Image.Image:
-    """With nine tenths of the brightness."""
+    """Return the image with 90 % of its brightness."""
     return ImageEnhance.Brightness(image).enhance(0.9)
 
 
 def saved(image: Image.Image) -> Image.Image:
-    """As a JPEG of low quality."""
+    """Return the image recompressed as a JPEG of lower quality."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=70)
     return Image.open(file)

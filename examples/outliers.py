@@ -1,10 +1,10 @@
-"""Find the images that are like no other: broken scans, screenshots, the wrong folder.
+"""Find images that are unlike all others: broken scans, screenshots, images of the wrong folder.
 
-    python examples/outliers.py                      built-in images, with six odd ones among them
+    python examples/outliers.py                      built-in images and six outliers
     python examples/outliers.py --path ~/photos
 
-An image is odd whose tenth nearest neighbour is far: not the first, so that a handful of odd ones that are like each
-other do not hide.
+An image is an outlier if its tenth nearest neighbor is far away. The script does not use the first neighbor, because a
+few similar outliers would then hide each other.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ NEIGHBOUR, PER_ROW, SHOWN = 10, 6, 18
 
 
 def main() -> None:
-    """Features, distances, the picture."""
+    """Compute features and distances, and save the picture."""
     options = parser(__doc__, output="example-outliers.png").parse_args()
     found = features_of(options, None if options.path else [*drawn(120), *odd_ones()])
     near = NearestNeighbors(n_neighbors=min(NEIGHBOUR + 1, len(found))).fit(found.features)  # each is its own nearest
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def odd_ones() -> list[Image.Image]:
-    """Noise, stripes, a blank page: six pictures of things that no camera takes."""
+    """Return six images that no camera takes: noise, stripes, blank pages."""
     dice, side = np.random.default_rng(0), BUILTIN_SIZE
     stripes = np.tile(np.arange(side) // 2 % 2 * 255, (side, 1))
     gray = [np.zeros((side, side)), np.full((side, side), 255), stripes, stripes.T, dice.integers(0, 256, (side, side))]

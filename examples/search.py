@@ -1,6 +1,6 @@
-"""Search your photos by an image: the most similar ones, nearest first.
+"""Search your photos by image: show the most similar images, nearest first.
 
-python examples/search.py                                            some built-in images, among the others
+python examples/search.py                                            some built-in images as queries among the others
 python examples/search.py --path ~/photos --query cat.jpg dog.jpg
 """
 
@@ -13,9 +13,9 @@ QUERIES, NEIGHBOURS = 6, 8
 
 
 def main() -> None:
-    """Features, similarities, the picture."""
+    """Compute features and similarities, and save the picture."""
     words = parser(__doc__, output="example-search.png")
-    words.add_argument("--query", nargs="+", metavar="FILE", help="images to search by; default: some of those found")
+    words.add_argument("--query", nargs="+", metavar="FILE", help="query images; default: some images of the data set")
     options = words.parse_args()
     found = features_of(options)
     asked = features_of(options, options.query) if options.query else found
@@ -25,7 +25,7 @@ def main() -> None:
     units_ND, queries_MD = directions(found.features), directions(asked.features, around=found.features)
     similarity_MN = queries_MD[rows] @ units_ND.T
     if asked is found:
-        similarity_MN[np.arange(len(rows)), rows] = -np.inf  # not the image itself
+        similarity_MN[np.arange(len(rows)), rows] = -np.inf  # an image does not match itself
     nearest_MK = np.argsort(-similarity_MN, axis=1)[:, : min(NEIGHBOURS, len(found) - (asked is found))]
     for row, nearest in zip(rows, nearest_MK, strict=True):
         print(f"{asked.names[row]}: {found.names[nearest[0]]}")

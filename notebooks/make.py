@@ -1,6 +1,6 @@
-"""Run the notebooks and keep what they show: `python notebooks/make.py`, after a change of theirs or of what they use.
+"""Run the notebooks and save their outputs: `python notebooks/make.py`. Run it after a change of a notebook or its code.
 
-What differs from one machine to another does not stand in them: paths, clocks, and what goes to stderr.
+Outputs that differ between machines are removed: paths, times, and stderr.
 """
 
 import os
@@ -14,22 +14,22 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 ORDER = ("train", "use")
-"""The second takes up what the first leaves."""
+"""The second notebook uses the file that the first one exports."""
 TIMEOUT_S = 600
-"""For one cell."""
+"""Time limit of one cell (seconds)."""
 
 
 def run(name: str, *, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs, run by a kernel in `folder`. Raises `nbclient.exceptions.CellExecutionError`."""
+    """Run a notebook in `folder` and return it with outputs. Raises `nbclient.exceptions.CellExecutionError`."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     return NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources=resources).execute()
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without what differs between machines."""
+    """Remove outputs that differ between machines."""
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # when the cell began and ended
+        cell.metadata.pop("execution", None)  # start and end times of the cell
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
@@ -39,7 +39,7 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _keep_smallest_picture(output: nbformat.NotebookNode) -> None:
-    """Of a picture in several formats one, without the words for it, in which an address in memory may stand."""
+    """Keep one format of a picture, and drop its text form, which may contain a memory address."""
     data = output.get("data", {})
     pictures = sorted((kind for kind in data if kind.startswith("image/")), key=lambda kind: len(data[kind]))
     if pictures:
@@ -47,7 +47,7 @@ def _keep_smallest_picture(output: nbformat.NotebookNode) -> None:
 
 
 def shown(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """Kind and text of all outputs, numbers as N: `("picture", "")`, `("text", "N % of N images\n")`."""
+    """Return kind and text of all outputs, numbers as N: `("picture", "")`, `("text", "N % of N images\n")`."""
     found = []
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         data = output.get("data", {"text/plain": output.get("text", "")})
@@ -59,7 +59,7 @@ def shown(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Run all in one folder, in their order, and write them back."""
+    """Run all notebooks in one folder, in order, and save them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with TemporaryDirectory() as folder:
         for name in ORDER:
