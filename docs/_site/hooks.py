@@ -1,7 +1,7 @@
-"""What MkDocs does not do by itself: pages that stand outside of docs/, and links to files that are no pages.
+"""MkDocs hooks: add pages from outside docs/, and resolve links to files that are not pages.
 
-The pages are read on GitHub, too, so links in them are relative to the file that they stand in. On the site a link to
-another page stays one, and a link to any other file of the repository becomes one to `repo_url`.
+The pages are also read on GitHub, so their links are relative to the file. On the site, a link to another page stays a
+link to that page, and a link to any other file of the repository becomes a link to `repo_url`.
 """
 
 import os
@@ -16,15 +16,15 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "notebooks/*.ipynb"]
-"""Pages, relative to the repository."""
+"""Pages outside docs/, relative to the repository root."""
 
 MARKDOWN_LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 HTML_LINK = re.compile(r'(?<=<a href=")(?P<path>[^"#]+)(?P<anchor>#[^"]*)?(?=")')
 
 
-@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+@event_priority(100)  # before mkdocs-jupyter collects the notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside."""
+    """Add the pages from outside docs/."""
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
         name = path.relative_to(ROOT).as_posix()
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of a page in Markdown: to the source file of another page, which MkDocs turns into its address."""
+    """Resolve links in Markdown to the source file of the target page, which MkDocs converts to its URL."""
 
     def address(target: File) -> str:
         return os.path.relpath(target.src_uri, Path(page.file.src_uri).parent)
@@ -41,13 +41,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Any) -> None:
-    """A page that is a tab by itself has no neighbours to list beside it."""
+    """Hide the navigation sidebar on pages that are a tab of their own, since it would list only the page itself."""
     if page.parent is None:
         page.meta["hide"] = ["navigation"]
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of a notebook, which comes as HTML: to the address of another page."""
+    """Resolve links in notebooks, which are HTML, to the URL of the target page."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
     return HTML_LINK.sub(
@@ -65,4 +65,4 @@ def _resolved(link: re.Match[str], page: Page, config: MkDocsConfig, files: File
         return address(pages[target]) + anchor
     if target.exists() and target.is_relative_to(ROOT):
         return f"{config.repo_url}/blob/HEAD/{target.relative_to(ROOT).as_posix()}{anchor}"
-    return link[0]  # leads nowhere, which MkDocs says
+    return link[0]  # a broken link, which MkDocs reports

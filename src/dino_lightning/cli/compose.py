@@ -25,8 +25,8 @@ def compose(*words: str) -> TrainConfig:
         config = compose("method=byol", "trainer.max_epochs=2")
 
     `dino_lightning.training.build` makes data module, LightningModule and trainer of it. Images are looked at only
-    where the words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is named after
-    the clock unless a word names it. Raises `UserError` for what the command line refuses.
+    where the words ask for settings by them, as `data.path=~/photos` alone does. Nothing is written. `output_dir` is
+    named after the clock unless a word names it. Raises `UserError` for what the command line refuses.
     """
     register()
     # Not the command line's, which keeps one name for all processes of a run: a program may compose several runs.

@@ -24,7 +24,7 @@ ScansBySplit = dict[str, ScanResult]
 def summary(data: DataConfig, crops: CropsConfig, sources: Splits, scans: ScansBySplit) -> list[tuple[str, str]]:
     """Title and text, of one line or more, of everything that is worth a line; without the broken images."""
     counts = ", ".join(f"{len(scan.hashes):,} {split}" for split, scan in scans.items())
-    lines = [("images", f"{counts}{f' ({sources.notice})' if sources.notice else ''}")]
+    lines = [("images", f"{counts}{f' ({sources.remark})' if sources.remark else ''}")]
     sizes = np.concatenate([scan.sizes[scan.readable] for scan in scans.values()])
     if len(sizes):
         lines += [("sizes", _sizes(sizes)), ("aspect", _spread(sizes[:, 1] / sizes[:, 0], "{:.2f}", "width / height"))]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dino_lightning.runtime.sharding import local
 
-ModuleT = TypeVar("Network", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def follow(teacher: ModuleT, student: ModuleT) -> ModuleT:

@@ -78,8 +78,8 @@ def check_same_run(config: Mapping[str, Any], folder: Path) -> None:
     for key in LENGTH:
         if key in then and format_value(then[key]) != format_value(now.get(key)):
             print(
-                f"WARNING: {key} was {format_value(then[key])} and is {format_value(now.get(key))}: from this step, the "
-                "schedules are those of a run of the new length.",
+                f"WARNING: {key} was {format_value(then[key])} and is {format_value(now.get(key))}: from this step, "
+                "the schedules are those of a run of the new length.",
                 file=sys.stderr,
             )
     for key in sorted(then.keys() & now.keys()):  # a key of another version is no change of the user's
