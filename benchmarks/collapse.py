@@ -37,8 +37,8 @@ HEALTHY = {
     "supervised": ["method=supervised"],
 }
 COLLAPSED = {
-    "no centring": ["method.centering=none"],
-    "centre too slow": ["method.center_momentum=0.999"],
+    "no centering": ["method.centering=none"],
+    "center too slow": ["method.center_momentum=0.999"],
     "no sharpening": ["method.teacher_temperature=0.1", "method.teacher_temperature_start=0.1"],
     "no momentum": ["method.teacher_update=copy_each_step"],
     "BYOL, no predictor, no norm": ["method=byol", "method.predictor=false", "method.head_batch_norm=false"],

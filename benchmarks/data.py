@@ -199,7 +199,7 @@ def print_breakdown(files: list[Path]) -> None:
         "cut and resize ten crops": lambda: [
             cut(image, crop) for image, crops in zip(images, drawn, strict=True) for crop in crops
         ],
-        "flip, colours, blur, normalise": lambda: [
+        "flip, colors, blur, normalize": lambda: [
             finish(image, crop, out=out) for image, crop, out in zip(small, flat, outs, strict=True)
         ],
     }

@@ -9,7 +9,7 @@
 DIR is a checkout of facebookresearch/dino (the figures in docs/fidelity.md: commit 7c446df). What runs there is its own
 `train_one_epoch`, with `.cuda()` made a no-op, against our LightningModule under Lightning's trainer. The settings
 exercise everything that moves: warm-up, weight-decay and momentum schedules, a teacher temperature that changes between
-the epochs, a frozen last layer in the first epoch, clipping that clips, an unnormalised last layer.
+the epochs, a frozen last layer in the first epoch, clipping that clips, an unnormalized last layer.
 """
 
 import argparse
@@ -241,7 +241,7 @@ class Epochs(L.LightningDataModule):
 
 def compare(initial: Weights, original: Trace, ours: Trace) -> None:
     """Print a row per step, then the largest differences of the run."""
-    print("step    loss (original)  |d loss| |d centre| |d student| |d teacher|")
+    print("step    loss (original)  |d loss| |d center| |d student| |d teacher|")
     for step, loss in enumerate(original.losses):
         center = (original.centers[step] - ours.centers[step]).abs().max().item()
         student = max(difference(original.students[step], ours.students[step]).values())

@@ -49,7 +49,7 @@ def main() -> None:
     voted = time.perf_counter()
 
     print(
-        f"{options.bank:,} x {options.dim} against {options.queries:,} queries, {max(K)} neighbours, on {device}, "
+        f"{options.bank:,} x {options.dim} against {options.queries:,} queries, {max(K)} neighbors, on {device}, "
         f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}"
     )
     print(f"search {searched - started:.1f} s, votes {voted - searched:.1f} s")

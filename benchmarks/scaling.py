@@ -95,20 +95,20 @@ def wire(networks: Networks) -> Table:
         *(f"FSDP, {kind}" for kind in kinds),
         "FSDP, all",
         "FSDP / DDP",
-        "centre",
+        "center",
         title="sent by each GPU in a step, MB; beside it 8 bytes of the loss at most",
     )
     for name, (_, method) in networks.items():
         for gpus in GPUS:
             ddp, fsdp = ddp_bytes(method.student, gpus=gpus), fsdp_bytes(method, gpus=gpus)
-            centre = small_bytes(DINOConfig().out_dim, gpus=gpus)["centre"]
+            center = small_bytes(DINOConfig().out_dim, gpus=gpus)["center"]
             sizes = [ddp, *(fsdp[kind] for kind in kinds), sum(fsdp.values())]
             table.add_row(
                 name,
                 str(gpus),
                 *(f"{size / 1e6:.0f}" for size in sizes),
                 f"{sizes[-1] / ddp:.2f}",
-                f"{centre / 1e6:.3f}",
+                f"{center / 1e6:.3f}",
             )
     return table
 

@@ -66,8 +66,8 @@ def fsdp_bytes(method: StudentTeacher, *, gpus: int, element: int = FLOAT) -> di
 
 
 def small_bytes(prototypes: int, *, gpus: int, element: int = FLOAT) -> dict[str, float]:
-    """The centre with its number of rows, and the loss with three flags."""
-    return {"centre": all_reduce(element * (prototypes + 1), gpus=gpus), "loss": all_reduce(4 * element, gpus=gpus)}
+    """The center with its number of rows, and the loss with three flags."""
+    return {"center": all_reduce(element * (prototypes + 1), gpus=gpus), "loss": all_reduce(4 * element, gpus=gpus)}
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

@@ -64,7 +64,7 @@ def step_on(hardware: Hardware, backbone: ViTConfig, method: StudentTeacher, *, 
 
 def ddp_seconds(hardware: Hardware, step: Step, method: StudentTeacher, *, gpus: int) -> tuple[float, float]:
     """Of the gradients' way, and of the part of it that nothing hides: the last bucket, and what outlasts the backward
-    pass. Centre and loss are small and have the whole step.
+    pass. Center and loss are small and have the whole step.
     """
     buckets = math.ceil(FLOAT * numbers(trained(method.student)) / BUCKET)
     way = hardware.seconds(ddp_bytes(method.student, gpus=gpus), gpus=gpus)

@@ -106,10 +106,10 @@ def copies(options: argparse.Namespace) -> None:
         worst = max(worst, abs(official - ours))
     print(f"copy detection, {30 * options.rankings} rankings: " + shown({"AP": worst}))
 
-    learnt, images = torch.randn(2000, 96) @ torch.randn(96, 96) + 3, torch.randn(200, 96) @ torch.randn(96, 96) + 3
-    ours_ND = torch.nn.functional.normalize(learn_whitening(learnt, corrected=False)(images))
+    learned, images = torch.randn(2000, 96) @ torch.randn(96, 96) + 3, torch.randn(200, 96) @ torch.randn(96, 96) + 3
+    ours_ND = torch.nn.functional.normalize(learn_whitening(learned, corrected=False)(images))
     for dtype in (torch.float64, torch.float32):
-        features = learnt.to(dtype)
+        features = learned.to(dtype)
         pca = utils.PCA(dim=96, whit=0.5)
         pca.train_pca((features.T @ features / len(features)).numpy())
         theirs_ND = torch.from_numpy(pca.apply((images.to(dtype) - features.mean(0)).numpy()))

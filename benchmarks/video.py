@@ -43,7 +43,7 @@ class Run:
     maps: list[Tensor] = field(default_factory=list)
     """(H, W) at the size that the network saw."""
     seconds: float = 0.0
-    """Of the propagation: not of enlarging the maps, nor of the original's loop that makes the neighbourhood."""
+    """Of the propagation: not of enlarging the maps, nor of the original's loop that makes the neighborhood."""
 
 
 def main() -> None:

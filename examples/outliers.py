@@ -14,14 +14,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from dino_lightning.report.pictures.sheets import sheet_of
 
-NEIGHBOUR, PER_ROW, SHOWN = 10, 6, 18
+NEIGHBOR, PER_ROW, SHOWN = 10, 6, 18
 
 
 def main() -> None:
     """Compute features and distances, and save the picture."""
     options = parser(__doc__, output="example-outliers.png").parse_args()
     found = features_of(options, None if options.path else [*drawn(120), *odd_ones()])
-    near = NearestNeighbors(n_neighbors=min(NEIGHBOUR + 1, len(found))).fit(found.features)  # each is its own nearest
+    near = NearestNeighbors(n_neighbors=min(NEIGHBOR + 1, len(found))).fit(found.features)  # each is its own nearest
     distance_N = near.kneighbors(found.features)[0][:, -1]
     order = np.argsort(-distance_N)[:SHOWN]
     for row in order:
@@ -36,8 +36,8 @@ def odd_ones() -> list[Image.Image]:
     dice, side = np.random.default_rng(0), BUILTIN_SIZE
     stripes = np.tile(np.arange(side) // 2 % 2 * 255, (side, 1))
     gray = [np.zeros((side, side)), np.full((side, side), 255), stripes, stripes.T, dice.integers(0, 256, (side, side))]
-    colours = dice.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return [*(Image.fromarray(values.astype(np.uint8)) for values in gray), Image.fromarray(colours)]
+    colors = dice.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return [*(Image.fromarray(values.astype(np.uint8)) for values in gray), Image.fromarray(colors)]
 
 
 if __name__ == "__main__":

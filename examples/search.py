@@ -7,9 +7,9 @@ python examples/search.py --path ~/photos --query cat.jpg dog.jpg
 import numpy as np
 from common import directions, features_of, parser, save, square
 
-from dino_lightning.report.pictures.sheets import neighbour_sheet
+from dino_lightning.report.pictures.sheets import neighbor_sheet
 
-QUERIES, NEIGHBOURS = 6, 8
+QUERIES, NEIGHBORS = 6, 8
 
 
 def main() -> None:
@@ -26,14 +26,14 @@ def main() -> None:
     similarity_MN = queries_MD[rows] @ units_ND.T
     if asked is found:
         similarity_MN[np.arange(len(rows)), rows] = -np.inf  # an image does not match itself
-    nearest_MK = np.argsort(-similarity_MN, axis=1)[:, : min(NEIGHBOURS, len(found) - (asked is found))]
+    nearest_MK = np.argsort(-similarity_MN, axis=1)[:, : min(NEIGHBORS, len(found) - (asked is found))]
     for row, nearest in zip(rows, nearest_MK, strict=True):
         print(f"{asked.names[row]}: {found.names[nearest[0]]}")
-    sheet = neighbour_sheet(
+    sheet = neighbor_sheet(
         [square(asked.image(row)) for row in rows],
         [[square(found.image(row)) for row in nearest] for nearest in nearest_MK],
         query_labels=[asked.labels[row] for row in rows] if asked.labels else None,
-        neighbour_labels=[[found.labels[row] for row in nearest] for nearest in nearest_MK] if asked.labels else None,
+        neighbor_labels=[[found.labels[row] for row in nearest] for nearest in nearest_MK] if asked.labels else None,
     )
     save(sheet, options.output)
 

@@ -1,4 +1,4 @@
-"""Run the notebooks and save their outputs: `python notebooks/make.py`. Run it after a change of a notebook or its code.
+"""Run the notebooks and save their outputs: `python notebooks/make.py`. Run it after each change of their code.
 
 Outputs that differ between machines are removed: paths, times, and stderr.
 """

@@ -24,7 +24,7 @@ BACKENDS = ("pil", "cpu", "device")
 
 
 def smooth(width: int, height: int, *, seed: int = 0) -> Image.Image:
-    """Large patches of colours that run into each other."""
+    """Large patches of colors that run into each other."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -35,7 +35,7 @@ def noise(width: int, height: int, *, seed: int = 0) -> Image.Image:
 
 
 def picture(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
-    """Smooth colours with some noise: cut, blur and colour changes all show."""
+    """Smooth colors with some noise: cut, blur and color changes all show."""
     rough = np.random.default_rng(seed).normal(0, 12, (height, width, 3))
     return Image.fromarray((np.asarray(smooth(width, height, seed=seed)) + rough).clip(0, 255).astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""Slow references, written from the paper's equations and the original's documented behaviour.
+"""Slow references, written from the paper's equations and the original's documented behavior.
 
 Nothing here imports the package. Scalars in Python loops wherever that is bearable; where gradients must flow, plain
 torch on a dictionary of weights. Shapes: V student views, T teacher views, B images, K prototypes, D width, N tokens.
@@ -32,7 +32,7 @@ def temperature_schedule(start: float, final: float, *, warmup_epochs: int, epoc
     return np.repeat(by_epoch, per_epoch)
 
 
-# -------------------------------------------------------------------------------------------------- loss and centre
+# -------------------------------------------------------------------------------------------------- loss and center
 
 
 def dino_loss(student_VBK: Tensor, teacher_TBK: Tensor, *, tau_s: float, tau_t: float, center_K: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def vit(weights: Weights, images_B3HW: Tensor, *, patch: int, heads: int) -> tup
 
 
 def prototypes(g_K1: Tensor, v_KD: Tensor) -> Tensor:
-    """Weight normalisation, row by row."""
+    """Weight normalization, row by row."""
     return torch.stack([g * v / torch.sqrt((v * v).sum()) for g, v in zip(g_K1, v_KD, strict=True)])
 
 

@@ -93,8 +93,8 @@ def koleo(features_BD: Tensor) -> Tensor:
 
 def batch_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
     """As in training, without the running statistics."""
-    centred = x - x.mean(dim=0)
-    normed = centred / torch.sqrt((centred * centred).mean(dim=0) + 1e-5)
+    centerd = x - x.mean(dim=0)
+    normed = centerd / torch.sqrt((centerd * centerd).mean(dim=0) + 1e-5)
     return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"] if f"{name}.weight" in weights else normed
 
 

@@ -99,7 +99,7 @@ def test_shards_that_the_shell_took_apart_are_put_together() -> None:
 
 
 def test_batch_norms_share_statistics_where_pytorch_can(tmp_path: Path) -> None:
-    """On GPUs only: on a CPU their synchronised kind raises as soon as there are two processes."""
+    """On GPUs only: on a CPU their synchronized kind raises as soon as there are two processes."""
     config = config_of("method.head_batch_norm=true", "trainer.accelerator=cpu", "trainer.devices=2")
     config.output_dir = str(tmp_path)
     assert config.trainer.sync_batchnorm

@@ -45,7 +45,7 @@ def test_imagenette(name: str, shared_data: Path, tmp_path: Path) -> None:
     words = ["data=parquet", f"data.path={shared_data / 'imagenette160'}", *SMALL_IMAGES, *CLASSIFICATION[name]]
     value, _ = evaluate(tmp_path, f"eval={name}", *words)
     assert value is not None
-    assert 10.5 < value < 60  # ten classes, and a network that has learnt nothing or for one epoch
+    assert 10.5 < value < 60  # ten classes, and a network that has learned nothing or for one epoch
 
 
 def test_cifar10_knn_asks_every_image(shared_data: Path, tmp_path: Path) -> None:

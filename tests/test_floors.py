@@ -25,7 +25,7 @@ FLOORS = [
 # fmt: on
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-# The entry points of a floor, which import their neighbours on purpose.
+# The entry points of a floor, which import their neighbors on purpose.
 WITHIN = {
     ("replay", "build"),
     ("replay", "checks"),
@@ -106,8 +106,8 @@ def test_imports_go_down(path: Path) -> None:
     here = top(path)
     for other in imports_of(path) - {here}:
         # Floor 0's parts know each other; so do a run and what it consists of.
-        neighbour = FLOOR[here] == FLOOR[other] and (FLOOR[here] == 0 or (here, other) in WITHIN)
-        assert FLOOR[other] < FLOOR[here] or neighbour, f"{here} (floor {FLOOR[here]}) imports {other} ({FLOOR[other]})"
+        neighbor = FLOOR[here] == FLOOR[other] and (FLOOR[here] == 0 or (here, other) in WITHIN)
+        assert FLOOR[other] < FLOOR[here] or neighbor, f"{here} (floor {FLOOR[here]}) imports {other} ({FLOOR[other]})"
 
 
 def test_the_test_sees_an_upward_import(tmp_path: Path) -> None:

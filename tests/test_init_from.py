@@ -77,7 +77,7 @@ def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None
 def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path)
     check_initial(configured(f"init_from={path}"))
-    assert f"was trained on images normalised by crops.mean={SEEN['mean']}" in capsys.readouterr().err
+    assert f"was trained on images normalized by crops.mean={SEEN['mean']}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_flat_folder_trains_without_labels(photos: Path, tmp_path: Path) -> No
     for words_of_it in ("callbacks.knn.enabled", "no class folders", "data.cache", "80 images", "photos32"):
         assert words_of_it in " ".join(done.stderr.split()), done.stderr
     (run,) = (tmp_path / "outputs").iterdir()
-    assert {path.name for path in (run / "pictures").iterdir()} >= {"crops.png", "neighbours.png"}
+    assert {path.name for path in (run / "pictures").iterdir()} >= {"crops.png", "neighbors.png"}
     assert str(run / "report.html") in done.stdout
 
 

@@ -45,7 +45,7 @@ def test_output_folder(finished: tuple[Path, float | None]) -> None:
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
     expected |= {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best_knn")}
-    expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "pca", "neighbours")}
+    expected |= {f"pictures/{name}.png" for name in ("crops", "attention", "pca", "neighbors")}
     assert names == expected
 
 
@@ -105,7 +105,7 @@ def test_teacher_loads_into_timm(finished: tuple[Path, float | None]) -> None:
         assert json.loads(file.metadata()["timm"]) == arguments
 
 
-def test_checkpoint_is_safe_and_holds_the_centre(finished: tuple[Path, float | None]) -> None:
+def test_checkpoint_is_safe_and_holds_the_center(finished: tuple[Path, float | None]) -> None:
     output, _ = finished
     checkpoint = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["center.center"].norm() > 0
@@ -125,11 +125,11 @@ def test_resume_goes_on(tmp_path: Path) -> None:
     assert baseline is not None
 
 
-UNLABELLED = [o for o in SMALL if not o.startswith(("data.train_images", "data.val_images"))]
-UNLABELLED += ["callbacks.knn.enabled=false", "callbacks.pictures.images=3"]
+UNLABELED = [o for o in SMALL if not o.startswith(("data.train_images", "data.val_images"))]
+UNLABELED += ["callbacks.knn.enabled=false", "callbacks.pictures.images=3"]
 
 
-def test_unlabelled_photos(tmp_path: Path) -> None:
+def test_unlabeled_photos(tmp_path: Path) -> None:
     from PIL import Image
 
     folder = tmp_path / "photos"
@@ -137,13 +137,13 @@ def test_unlabelled_photos(tmp_path: Path) -> None:
     for index in range(50):
         Image.effect_noise((60, 45), 40 + index).convert("RGB").save(folder / f"{index}.jpg")
     (folder / "broken.jpg").write_bytes(b"not a picture")
-    cfg = composed(*UNLABELLED, "data=folder", f"data.path={folder}", output_dir=tmp_path / "run")
+    cfg = composed(*UNLABELED, "data=folder", f"data.path={folder}", output_dir=tmp_path / "run")
     assert train(cfg) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn_top1"] is None
     assert summary["bad_images"] == 1
     assert "broken.jpg" in (tmp_path / "run" / "bad_images.txt").read_text()
-    assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
+    assert (tmp_path / "run" / "pictures" / "neighbors.png").exists()
 
 
 def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
             tifffile.imwrite(path, np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8))
         path.write_bytes(b"not a picture")
     cfg = composed(
-        *UNLABELLED[:-2],
+        *UNLABELED[:-2],
         "data=folder",
         f"data.path={tmp_path}/in",
         "callbacks.pictures.enabled=false",
@@ -187,7 +187,7 @@ def test_images_of_other_channels(
         pytest.skip("PIL has no images of five channels")
     half = "[" + ",".join(["0.5"] * channels) + "]"
     cfg = composed(
-        *UNLABELLED,
+        *UNLABELED,
         "data=folder",
         f"data.path={photos(tmp_path / 'in', channels=channels)}",
         f"data.channels={channels}",
@@ -205,7 +205,7 @@ def test_images_of_other_channels(
         "crops",
         "attention",
         "pca",
-        "neighbours",
+        "neighbors",
     }
 
 
@@ -214,7 +214,7 @@ def test_a_stream(tmp_path: Path) -> None:
         for path in sorted(photos(tmp_path / "in", channels=3).iterdir()):
             tar.add(path, arcname=path.name)
     cfg = composed(
-        *UNLABELLED,
+        *UNLABELED,
         "data=webdataset",
         f"data.shards={tmp_path}/images-0.tar",
         "data.images=40",
@@ -222,7 +222,7 @@ def test_a_stream(tmp_path: Path) -> None:
     )
     train(cfg)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (40 // 16)
-    assert (tmp_path / "run" / "pictures" / "neighbours.png").exists()
+    assert (tmp_path / "run" / "pictures" / "neighbors.png").exists()
 
 
 def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -
     for index in range(20):
         deep = np.full((40, 50), 1000 * index, np.uint16)
         tifffile.imwrite(tmp_path / "in" / f"{index}.tif", deep)
-    cfg = composed(*UNLABELLED, "data=folder", f"data.path={tmp_path}/in", output_dir=tmp_path / "run")
+    cfg = composed(*UNLABELED, "data=folder", f"data.path={tmp_path}/in", output_dir=tmp_path / "run")
     with pytest.raises(UserError, match=r"16-bit image; set data\.value_range, such as \[0,65535\]"):
         train(cfg)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]

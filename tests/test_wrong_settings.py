@@ -157,11 +157,11 @@ def test_right_settings_get_none(tmp_path: Path) -> None:
     assert sentence_for(output_dir=tmp_path) == ""
 
 
-def test_unlabelled_images_and_knn(tmp_path: Path) -> None:
+def test_unlabeled_images_and_knn(tmp_path: Path) -> None:
     for index in range(80):
         Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / f"{index}.png")
     data = ["data=folder", f"data.path={tmp_path}", "data.batch_size_per_device=8", "optim.lr_warmup=1ep"]
-    assert "callbacks.knn.enabled=true: k-NN evaluation needs labelled" in sentence_for(*data, output_dir=tmp_path)
+    assert "callbacks.knn.enabled=true: k-NN evaluation needs labeled" in sentence_for(*data, output_dir=tmp_path)
     assert sentence_for(*data, "callbacks.knn.enabled=false", output_dir=tmp_path) == ""
 
 

@@ -76,8 +76,8 @@ def build(
     return module
 
 
-def labelled(batches: tiny.Batches) -> list[LabeledCrops]:
-    """The same with labels: each image's class is that of its brightness, so that it can be learnt; one has none."""
+def labeled(batches: tiny.Batches) -> list[LabeledCrops]:
+    """The same with labels: each image's class is that of its brightness, so that it can be learned; one has none."""
     found = []
     for crops in batches:
         labels_B = (crops[0].mean(dim=(1, 2, 3)) > 0).long()

@@ -33,7 +33,7 @@ def tiff(array: np.ndarray, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def grey(*values: float) -> np.ndarray:
+def gray(*values: float) -> np.ndarray:
     """Float pixels (40, 40), 0.5 but for the first `values`."""
     pixels = np.full((40, 40), 0.5, np.float32)
     pixels.flat[: len(values)] = values

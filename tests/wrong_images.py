@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from wrong_files import HTML, bomb, filled, grey, image, parquet, photos, tiff, touch, zipped
+from wrong_files import HTML, bomb, filled, gray, image, parquet, photos, tiff, touch, zipped
 from wrong_inputs import Wrong
 
 Make = Callable[[Path], list[str]]
@@ -176,7 +176,7 @@ ROWS = [
     ),
     Wrong(
         "a float TIFF without a range",
-        each(tiff(grey()), name="{}.tif"),
+        each(tiff(gray()), name="{}.tif"),
         f"{NONE}.tif: float image; set data.value_range, such as [0,1])",
     ),
     Wrong(
@@ -186,12 +186,12 @@ ROWS = [
     ),
     Wrong(
         "NaN in a float TIFF",
-        each(tiff(grey(np.nan, np.nan)), RANGE, name="{}.tif"),
+        each(tiff(gray(np.nan, np.nan)), RANGE, name="{}.tif"),
         f"{NONE}.tif: 2 of 1600 values are NaN or infinite; set data.nan_value to what they stand for)",
     ),
     Wrong(
         "infinity in a float TIFF",
-        each(tiff(grey(-np.inf)), RANGE, name="{}.tif"),
+        each(tiff(gray(-np.inf)), RANGE, name="{}.tif"),
         f"{NONE}.tif: 1 of 1600 values are NaN or infinite; set data.nan_value to what they stand for)",
     ),
     Wrong(

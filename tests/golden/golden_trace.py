@@ -24,7 +24,7 @@ PER_EPOCH, EPOCHS = 10, 2
 
 
 def trace(step: ComputeConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
-    """Loss of each step, norms of centre and teacher after it."""
+    """Loss of each step, norms of center and teacher after it."""
     numbers = np.random.default_rng(0)
     module = tiny.dino(
         step=step,

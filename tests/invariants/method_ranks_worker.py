@@ -67,7 +67,7 @@ def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
         module = tiny_methods.build(case.method, optim=OPTIM, batch_size=batch_size, **case.changed)
     whole_batches = [crops[: case.views] for crops in tiny.batches(STEPS)]
     parts = tiny.split(whole_batches, parts=ranks * case.accumulate)
-    return module, tiny_methods.labelled(parts) if case.method == "supervised" else parts
+    return module, tiny_methods.labeled(parts) if case.method == "supervised" else parts
 
 
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:

@@ -80,7 +80,7 @@ def test_output_folder(output: Path) -> None:
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     expected = {"config.yaml", "metrics.csv", "summary.json", "report.html", "teacher.safetensors"}
     expected |= {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best_knn")}
-    drawn = ("attention", "pca", "neighbours")
+    drawn = ("attention", "pca", "neighbors")
     pictures = ("crops", *drawn, *(f"{name}_epoch0001" for name in drawn))
     assert names == expected | {f"pictures/{name}.png" for name in pictures}
 

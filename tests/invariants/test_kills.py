@@ -1,6 +1,6 @@
 """A run that is killed anywhere and goes on equals one that was not, to the last bit.
 
-Compared are the exported weights; the checkpoint of the end, with weights, optimizer, teacher, centre, queues, states
+Compared are the exported weights; the checkpoint of the end, with weights, optimizer, teacher, center, queues, states
 of callbacks, loops and random generators of every rank; each row of `metrics.csv`, with losses, schedules and k-NN;
 the summary; and, for every micro-batch that any process ever did, its crops and the random states before it.
 """

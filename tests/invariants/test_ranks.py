@@ -110,7 +110,7 @@ def test_learning_rate_scales_with_the_total_batch(ranks: list[dict[str, Any]], 
     assert by_step(ranks[0]["rates"]) == by_step(alone.record.rates)
 
 
-def test_centre(ranks: list[dict[str, Any]], alone: Alone) -> None:
+def test_center(ranks: list[dict[str, Any]], alone: Alone) -> None:
     for ours, others, expected in zip(
         *(by_step(rank["centers"]) for rank in ranks), by_step(alone.record.centers), strict=True
     ):

@@ -116,8 +116,8 @@ def test_seeds_of_crops_differ(examples: Any) -> None:
 
 
 @examples(few=60, many=1500)
-def test_evaluation_sees_the_centre(examples: Any) -> None:
-    """Shorter side to `eval_resize`, the longer one in proportion and cut to a whole number, the centre of that."""
+def test_evaluation_sees_the_center(examples: Any) -> None:
+    """Shorter side to `eval_resize`, the longer one in proportion and cut to a whole number, the center of that."""
 
     def holds(size: tuple[int, int], resize: int, part: int, seed: int) -> None:
         width, height = size

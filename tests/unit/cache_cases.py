@@ -19,7 +19,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Drawn:
-    """Smooth coloured pictures as PNG, drawn when they are read; `broken` ones are cut off, each with a delay."""
+    """Smooth colored pictures as PNG, drawn when they are read; `broken` ones are cut off, each with a delay."""
 
     def __init__(self, total=70, *, broken=(), seconds=0.0, name="drawn"):
         self.total, self.broken, self.seconds, self.name = total, tuple(broken), seconds, name

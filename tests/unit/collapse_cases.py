@@ -22,7 +22,7 @@ BATCH, SIZE, WIDTH = 16, 32, tiny.BACKBONE.width
 
 
 def images(count: int, *, seed: int = 0) -> list[list[Tensor]]:
-    """Batches of two views: every image is a pattern of its own in coarse colours, under noise."""
+    """Batches of two views: every image is a pattern of its own in coarse colors, under noise."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):

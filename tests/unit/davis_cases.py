@@ -1,4 +1,4 @@
-"""A drawn DAVIS: videos of coloured disks on noise, with their masks."""
+"""A drawn DAVIS: videos of colored disks on noise, with their masks."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def write_davis(
         for index in range(frames):
             labels = drawn(height, width, shift=3 * index)
             noise = np.random.default_rng(number).integers(0, 60, (height, width, 3))
-            colours = np.array([(90, 90, 90), (190, 40, 40), (40, 40, 190)])
-            pixels = (noise + colours[labels]).astype(np.uint8)
+            colors = np.array([(90, 90, 90), (190, 40, 40), (40, 40, 190)])
+            pixels = (noise + colors[labels]).astype(np.uint8)
             write_frame(root, name, index, Image.fromarray(pixels))
             write_mask(root, name, index, labels)
     return DavisData(path=str(root), num_workers=0, **config)

@@ -38,10 +38,10 @@ class Stripes(Dataset):
 
 
 class Data(LightningDataModule):
-    def __init__(self, *, labelled: bool = True, n_val: int = 21) -> None:
+    def __init__(self, *, labeled: bool = True, n_val: int = 21) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_workers=0)
-        self.labelled, self.num_classes = labelled, CLASSES
+        self.labeled, self.num_classes = labeled, CLASSES
         self.sets = {"train": Stripes(64, seed=1, known=60), "val": Stripes(n_val, seed=2, known=20)}
         self.train_labels = self.sets["train"].labels.numpy()
 
@@ -67,7 +67,7 @@ class Backbone(nn.Sequential):
 
 
 class Method(LightningModule):
-    """Trains `teacher.backbone` as a classifier: what is learnt does not matter here."""
+    """Trains `teacher.backbone` as a classifier: what is learned does not matter here."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def drawings(count: int) -> list[Image.Image]:
 def write_revisited(root: Path, *, name: str = "roxford5k", protocol: int = 2) -> RevisitedData:
     """A query and `VIEWS` images of each landmark: one easy, one hard, one junk, and one that nobody asks about.
 
-    The query is its landmark with a grey border; the box is the landmark.
+    The query is its landmark with a gray border; the box is the landmark.
     """
     jpg = root / name / "jpg"
     jpg.mkdir(parents=True)

@@ -82,7 +82,7 @@ def test_scale_of_the_attention_does_not_matter():
     assert mass_masks(maps, masses=[0.6]).equal(mass_masks(maps / 4, masses=[0.6]))
 
 
-def labelled(h: int, w: int, p: int, *, seed: int) -> Tensor:
+def labeled(h: int, w: int, p: int, *, seed: int) -> Tensor:
     """Two objects and a void rim, from blobs that do not follow the patches."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((h * p, w * p), np.uint8)
@@ -94,7 +94,7 @@ def labelled(h: int, w: int, p: int, *, seed: int) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_jaccards_are_those_of_pixels(seed: int):
     p, maps = 3, attention(4, 5, 6, seed=seed)[0]
-    labels = labelled(5, 6, p, seed=seed)
+    labels = labeled(5, 6, p, seed=seed)
     masses = [0.6, 0.8]
     found = image_jaccards(maps, labels, masses=masses)
     assert found is not None

@@ -76,7 +76,7 @@ def test_the_parts_of_the_breakdown_make_a_step(fused: str, monkeypatch: pytest.
     overrides = (*NARROW, f"compute.fused={fused}")
     setting = Setting("vit_tiny", batch=2, prototypes=64, local_crops=3, overrides=overrides)
     _, flops = breakdown.take_steps(setting, warmup=1, steps=1)
-    # In no part: the teacher's logits once more for the centre, those of one crop.
+    # In no part: the teacher's logits once more for the center, those of one crop.
     assert sum(counted.parts.values()) == pytest.approx(counted.whole, rel=0.001)
     if fused == "true":
         return

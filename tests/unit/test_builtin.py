@@ -83,8 +83,8 @@ def test_objects_are_in_sight(train: BuiltinImages) -> None:
 def test_the_mask_is_where_the_palette_shows(species: Species) -> None:
     seeds = [[7, 0, index] for index in range(8)]
     images, masks = draw(species, Dice(seeds), 64)
-    recoloured = replace(species, palette=[(255 - r, 128, 255 - b) for r, _, b in species.palette])
-    others, same_masks = draw(recoloured, Dice(seeds), 64)
+    recolored = replace(species, palette=[(255 - r, 128, 255 - b) for r, _, b in species.palette])
+    others, same_masks = draw(recolored, Dice(seeds), 64)
     changed = (images != others).any(axis=-1)
     assert np.array_equal(masks, same_masks)
     assert changed[masks].all()

@@ -1,4 +1,4 @@
-"""The centre: equation 4, and when it moves."""
+"""The center: equation 4, and when it moves."""
 
 import oracles
 import pytest

@@ -59,7 +59,7 @@ def alarm(**config: Any) -> CollapseAlarm:
             ),
         ]
     ),
-    ids=["no centring", "no sharpening", "no momentum", "BYOL without predictor"],
+    ids=["no centering", "no sharpening", "no momentum", "BYOL without predictor"],
 )
 def test_each_collapse_is_named(method: Any, names: list[str], change: str, capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm()

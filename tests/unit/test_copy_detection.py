@@ -171,5 +171,5 @@ def test_a_cache_is_not_mistaken_for_another(data: CopydaysData, tmp_path: Path)
 
 def test_the_picture_shows_worst_and_best(data: CopydaysData, tmp_path: Path) -> None:
     run(tmp_path, data)
-    sheet = Image.open(tmp_path / "out/pictures/neighbours.png")
+    sheet = Image.open(tmp_path / "out/pictures/neighbors.png")
     assert sheet.height > 8 * 128

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops import RawCrops, crop_backend, without_colour
+from dino_lightning.data.crops import RawCrops, crop_backend, without_color
 from dino_lightning.data.crops.backends import CPUBatches
 from dino_lightning.data.crops.sampling import FastRNG, draw_crops
 from dino_lightning.errors import UserError
@@ -150,8 +150,8 @@ def test_other_numbers_of_channels(channels: int) -> None:
         torch.testing.assert_close(view, single.expand_as(view), rtol=0, atol=1e-2)
 
 
-def test_without_colour_only_the_operators_of_colour_are_off() -> None:
-    config = without_colour(CropsConfig())
+def test_without_color_only_the_operators_of_color_are_off() -> None:
+    config = without_color(CropsConfig())
     assert (config.saturation, config.hue, config.grayscale_p) == (0.0, 0.0, 0.0)
     default = CropsConfig()
     restored = dataclasses.replace(

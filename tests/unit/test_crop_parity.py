@@ -13,7 +13,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops import without_colour
+from dino_lightning.data.crops import without_color
 from dino_lightning.data.crops.backends import cut
 from dino_lightning.data.crops.sampling import FastRNG, draw_crops
 
@@ -81,18 +81,18 @@ def test_same_parameters_give_the_crops_of_pil_for_photographs(shared_data: Path
 
 
 def test_gray_images_are_those_of_pil() -> None:
-    config = without_colour(dataclasses.replace(SMALL, mean=[0.0], std=[1 / 255]))
+    config = without_color(dataclasses.replace(SMALL, mean=[0.0], std=[1 / 255]))
     _check_like_pil(config, [make(80, 60, seed=seed).convert("L") for seed in range(30) for make in (picture, noise)])
 
 
 def _summary(crops_NCSS: Tensor) -> dict[str, Tensor]:
-    """Numbers about each crop: light, contrast, colours and sharpness."""
+    """Numbers about each crop: light, contrast, colors and sharpness."""
     luma = (crops_NCSS * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     return {
         "mean": crops_NCSS.mean((1, 2, 3)),
         "std": crops_NCSS.std((1, 2, 3)),
         **dict(zip(("red", "green", "blue"), crops_NCSS.mean((2, 3)).unbind(1), strict=True)),
-        "colourfulness": crops_NCSS.std(1).mean((1, 2)),
+        "colorfulness": crops_NCSS.std(1).mean((1, 2)),
         "edges": luma.diff(dim=2).square().mean((1, 2)).sqrt(),
         "gradient": luma[:, :, -8:].mean((1, 2)) - luma[:, :, :8].mean((1, 2)),
     }

@@ -162,7 +162,7 @@ def test_numbers_and_sizes_of_crops(local_count: int) -> None:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_scales_and_ratios_of_the_crops(view: int) -> None:
-    """On a picture whose colour is its position, a crop tells its corners; areas and ratios fill their ranges."""
+    """On a picture whose color is its position, a crop tells its corners; areas and ratios fill their ranges."""
     side, size = 128, 64
     yy, xx = np.mgrid[0:side, 0:side]
     image = Image.fromarray(np.stack([xx, yy, np.zeros_like(xx)], -1).astype(np.uint8))
@@ -182,7 +182,7 @@ def test_scales_and_ratios_of_the_crops(view: int) -> None:
 
 
 def test_order_of_the_operators() -> None:
-    """Grayscale, blur, solarise, normalise: in any other order the numbers differ."""
+    """Grayscale, blur, solarise, normalize: in any other order the numbers differ."""
     config = _calm(
         global_size=16,
         grayscale_p=1.0,

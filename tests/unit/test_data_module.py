@@ -14,7 +14,7 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 
 STEP = 5
-"""Grey values between one numbered picture and the next."""
+"""Gray values between one numbered picture and the next."""
 BACKENDS = ["pil", "cpu", "device"]
 
 
@@ -179,7 +179,7 @@ def test_evaluation_sees_plain_images_in_order(tmp_path: Path) -> None:
         assert [_numbers(dataset[i][0]) for i in range(len(dataset))] == list(range(len(labels)))
         assert [dataset[i][1] for i in range(len(dataset))] == labels
         assert dataset[0][0].shape == (3, 8, 8)
-    assert module.labelled
+    assert module.labeled
     assert (module.classes, module.num_classes) == (["a", "b"], 2)
     np.testing.assert_array_equal(module.train_labels, [0] * 4 + [1] * 4)
 
@@ -188,7 +188,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
     for i in range(4):
         Image.new("RGB", (10, 10), (STEP * i,) * 3).save(tmp_path / f"{i}.png")
     module = _module(tmp_path)
-    assert not module.labelled
+    assert not module.labeled
     assert (module.classes, module.num_classes) == ([], 0)
     np.testing.assert_array_equal(module.train_labels, [-1] * 4)
     with pytest.raises(UserError, match=r"data\.holdout"):

@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict, str]] = {
         "bus/00002.jpg has 90 x 66 pixels; expected",
     ),
     "no object": (lambda root: write_mask(root, "bus", 0, np.zeros((HEIGHT, WIDTH))), {}, "shows no object to follow"),
-    "colours": (
+    "colors": (
         lambda root: Image.new("RGB", (WIDTH, HEIGHT), "red").save(mask_path(root, "cow", 3)),
         {},
         "cow/00003.png is an image of mode RGB; expected a number for each pixel",

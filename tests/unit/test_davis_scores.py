@@ -32,7 +32,7 @@ def boundary_by_loops(mask: np.ndarray) -> set[tuple[int, int]]:
     for y in range(H):
         for x in range(W):
             others = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
-            # On the last row and column the diagonal neighbour stands for the straight one, which is the same pixel.
+            # On the last row and column the diagonal neighbor stands for the straight one, which is the same pixel.
             others = [(min(a, H - 1), min(b, W - 1)) for a, b in others]
             if any(mask[other] != mask[y, x] for other in others):
                 found.add((y, x))
@@ -55,20 +55,20 @@ def as_masks(*masks: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(masks).astype(bool))
 
 
-def disk(*, centre: tuple[int, int], radius: int, height: int = 40, width: int = 60) -> np.ndarray:
+def disk(*, center: tuple[int, int], radius: int, height: int = 40, width: int = 60) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    return (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2
+    return (y - center[0]) ** 2 + (x - center[1]) ** 2 <= radius**2
 
 
 FULL, EMPTY = np.ones((40, 60), bool), np.zeros((40, 60), bool)
-DISK = disk(centre=(20, 25), radius=9)
+DISK = disk(center=(20, 25), radius=9)
 PAIRS = {
     "equal": (DISK, DISK),
-    "shifted within the tolerance": (DISK, disk(centre=(20, 26), radius=9)),
-    "shifted beyond": (DISK, disk(centre=(20, 30), radius=9)),
-    "larger": (DISK, disk(centre=(20, 25), radius=13)),
-    "at the lower right border": (disk(centre=(38, 57), radius=9), disk(centre=(36, 58), radius=9)),
-    "at the upper left border": (disk(centre=(1, 2), radius=9), disk(centre=(3, 0), radius=7)),
+    "shifted within the tolerance": (DISK, disk(center=(20, 26), radius=9)),
+    "shifted beyond": (DISK, disk(center=(20, 30), radius=9)),
+    "larger": (DISK, disk(center=(20, 25), radius=13)),
+    "at the lower right border": (disk(center=(38, 57), radius=9), disk(center=(36, 58), radius=9)),
+    "at the upper left border": (disk(center=(1, 2), radius=9), disk(center=(3, 0), radius=7)),
     "ragged": (blob(40, 60, seed=1), blob(40, 60, seed=2)),
     "ragged, near": (blob(40, 60, seed=1), np.roll(blob(40, 60, seed=1), 2, axis=1)),
     "nothing predicted": (EMPTY, DISK),
@@ -76,7 +76,7 @@ PAIRS = {
     "nothing at all": (EMPTY, EMPTY),
     "everything against an object": (FULL, DISK),
     "everything against nothing": (FULL, EMPTY),
-    "one pixel": (disk(centre=(5, 5), radius=0), disk(centre=(5, 7), radius=0)),
+    "one pixel": (disk(center=(5, 5), radius=0), disk(center=(5, 7), radius=0)),
 }
 
 
@@ -143,7 +143,7 @@ def labels(*objects: np.ndarray) -> np.ndarray:
 def moving(shift: int) -> Tensor:
     """Six frames with two disks that move, `shift` pixels aside."""
     maps = [
-        labels(disk(centre=(15, 10 + 2 * t + shift), radius=8), disk(centre=(30, 45 - t - shift), radius=6))
+        labels(disk(center=(15, 10 + 2 * t + shift), radius=8), disk(center=(30, 45 - t - shift), radius=6))
         for t in range(6)
     ]
     return torch.from_numpy(np.stack(maps))

@@ -82,15 +82,15 @@ def test_a_single_pixel_is_refused() -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
-def test_16_bit_colour_png(channels: int) -> None:
+def test_16_bit_color_png(channels: int) -> None:
     upper = values(channels, np.uint16, 65536) >> 8
     assert np.array_equal(as_hwc(decoder(channels=channels).pixels(deep_png(channels))), upper)
-    with pytest.raises(UnreadableImageError, match="16-bit colour PNG, read in 8 bits: unset"):
+    with pytest.raises(UnreadableImageError, match="16-bit color PNG, read in 8 bits: unset"):
         decoder(channels=channels, value_range=[0, 4095]).pixels(deep_png(channels))
 
 
 @pytest.mark.parametrize("planar", [False, True])
-def test_16_bit_colour_tiff_with_a_range_keeps_its_depth(planar: bool) -> None:
+def test_16_bit_color_tiff_with_a_range_keeps_its_depth(planar: bool) -> None:
     stored = values(4, np.uint16, 65536)
     layout = {"planarconfig": "separate"} if planar else {}
     content = tiff(stored.transpose(2, 0, 1) if planar else stored, photometric="rgb", extrasamples=[2], **layout)
@@ -99,7 +99,7 @@ def test_16_bit_colour_tiff_with_a_range_keeps_its_depth(planar: bool) -> None:
     assert np.array_equal(as_hwc(decoder(value_range=[0, 65535]).pixels(content)), scaled[..., :3])
 
 
-def test_16_bit_colour_is_not_cut_behind_the_range() -> None:
+def test_16_bit_color_is_not_cut_behind_the_range() -> None:
     """PIL would try to give 8 bits of a TIFF that tifffile cannot read."""
     content = bytearray(tiff(values(3, np.uint16, 65536), photometric="rgb", compression="zlib"))
     at = content.index(struct.pack("<HHI", 259, 3, 1)) + 8
@@ -160,7 +160,7 @@ def test_channels_in_front_get_a_hint() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_of_colours_and_grays(channels: int) -> None:
+def test_arrays_of_colors_and_grays(channels: int) -> None:
     mode = {1: "L", 3: "RGB"}[channels]
     for stored in (photo(), photo("L")):
         expected = np.asarray(stored.convert(mode)).reshape(SIZE[1], SIZE[0], channels)

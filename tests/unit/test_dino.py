@@ -1,4 +1,4 @@
-"""A real fit against an independent training loop: every loss, the centre, and every weight."""
+"""A real fit against an independent training loop: every loss, the center, and every weight."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def _same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
-    """Schedules, clip, frozen last layer, AdamW, teacher and centre; in one batch a step or in four micro-batches."""
+    """Schedules, clip, frozen last layer, AdamW, teacher and center; in one batch a step or in four micro-batches."""
     module = tiny.dino(optim=OPTIM, batch_size=8 // accumulated, norm_last_layer=norm_last_layer, **METHOD)
     epoch = tiny.batches(PER_EPOCH)
     oracle = _oracle(module, norm_last_layer=norm_last_layer).run(epoch * EPOCHS)
@@ -98,7 +98,7 @@ def test_the_head_sees_full_precision() -> None:
 
 
 def test_a_short_last_window_of_accumulation_is_a_step_too() -> None:
-    """Six micro-batches by four: two steps an epoch, for the schedules, the teacher and the centre alike."""
+    """Six micro-batches by four: two steps an epoch, for the schedules, the teacher and the center alike."""
     module = tiny.dino(optim=OPTIM, batch_size=2, teacher_momentum=0.9)
     micro = tiny.split(tiny.batches(2), parts=4)[:6]
     record = tiny.fit(module, micro, max_epochs=2, accumulate_grad_batches=4)

@@ -33,10 +33,10 @@ def _cosine(base: float, final: float, step: int, total: int) -> float:
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / total))
 
 
-# -------------------------------------------------------------------------------------------------------- the centre
+# -------------------------------------------------------------------------------------------------------- the center
 
 
-def test_centre_is_in_the_checkpoint(tmp_path: Path) -> None:
+def test_center_is_in_the_checkpoint(tmp_path: Path) -> None:
     module = tiny.dino()
     kept = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
     tiny.fit(module, tiny.batches(3), enable_checkpointing=True, callbacks=[kept])
@@ -48,7 +48,7 @@ def test_centre_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(fresh.center.center, module.center.center)
 
 
-def test_centre_is_used_before_it_moves() -> None:
+def test_center_is_used_before_it_moves() -> None:
     module, (crops,) = tiny.dino(), tiny.batches(1)
     with torch.no_grad():
         module.double()
@@ -66,7 +66,7 @@ def test_centre_is_used_before_it_moves() -> None:
     assert record.centers[0].any()
 
 
-def test_centre_does_not_move_in_evaluation() -> None:
+def test_center_does_not_move_in_evaluation() -> None:
     module = tiny.dino()
     (crops,) = tiny.batches(1)
     tiny.fit(module, [crops])
@@ -86,7 +86,7 @@ def _data() -> MultiCropDataModule:
 
 
 def test_knn_evaluation_moves_nothing() -> None:
-    """Weights, centre, random states, train mode: a run with k-NN each epoch is bit for bit the run without."""
+    """Weights, center, random states, train mode: a run with k-NN each epoch is bit for bit the run without."""
     runs = []
     for callbacks in ([], [KNNCallback(KNNConfig(k=[5], headline_k=5, batch_size_per_device=16))]):
         L.seed_everything(1, verbose=False)

@@ -23,9 +23,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "sinkhorn": {"centering": "sinkhorn"},
     "sinkhorn, one iteration": {"centering": "sinkhorn", "sinkhorn_iterations": 1},
     "softmax": {"centering": "softmax"},
-    "no centre": {"centering": "none"},
+    "no center": {"centering": "none"},
     "mse": {"loss": "mse"},
-    "mse, no centre": {"loss": "mse", "centering": "none"},
+    "mse, no center": {"loss": "mse", "centering": "none"},
     "predictor": {"predictor": True},
     "predictor, batch norm": {"predictor": True, "head_batch_norm": True},
     "predictor, relu": {"predictor": True, "head_activation": "relu"},
@@ -137,7 +137,7 @@ def test_without_l2_a_larger_bottleneck_gives_larger_logits() -> None:
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax", "none"])
-def test_only_the_running_centre_is_saved(centering: str) -> None:
+def test_only_the_running_center_is_saved(centering: str) -> None:
     """What others subtract is of one batch."""
     module = tiny.dino(centering=centering)
     tiny.fit(module, tiny.batches(2))

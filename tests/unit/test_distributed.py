@@ -99,7 +99,7 @@ def test_sums_that_are_waited_for_later_are_those_of_their_start(ranks: list[dic
         assert not any(tensor.requires_grad for tensor in result["later"])
 
 
-def test_every_row_of_every_rank_weighs_the_same_in_the_centre(ranks: list[dict]) -> None:
+def test_every_row_of_every_rank_weighs_the_same_in_the_center(ranks: list[dict]) -> None:
     rows = torch.cat([torch.cat([_rows(rank), torch.ones(ROWS[rank], 4)]) for rank in range(WORLD)])
     for result in ranks:
         torch.testing.assert_close(result["center"], 0.5 * rows.double().mean(0, keepdim=True), rtol=1e-13, atol=0)

@@ -166,18 +166,18 @@ def test_the_key_knows_what_features_depend_on(tmp_path: Path, source: BuiltinIm
         return feature_key(task, images, kind=kind, indices=list(indices))
 
     half = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    relabelled = Subset(source, indices=np.arange(N))
-    relabelled.labels = np.zeros(N, dtype=np.int64)
+    relabeled = Subset(source, indices=np.arange(N))
+    relabeled.labels = np.zeros(N, dtype=np.int64)
     keys = {
         "the same": key(),
         "weights": key(task=_task(tmp_path, network=tiny_network(seed=1))),
         "kind": key(kind="patches"),
         "precision": key(task=replace(task, runtime=EvalContext(half))),
         "view": key(images=_view(network, source, size=24)),
-        "normalisation": key(task=_task(tmp_path, network=replace(network, mean=[0.5, 0.5, 0.5]))),
+        "normalization": key(task=_task(tmp_path, network=replace(network, mean=[0.5, 0.5, 0.5]))),
         "source": key(images=_view(network, BuiltinImages("train", images=N, image_size=32, draw_seed=1))),
         "a part of the source": key(images=_view(network, Subset(source, indices=np.arange(N)))),
-        "labels": key(images=_view(network, relabelled)),
+        "labels": key(images=_view(network, relabeled)),
         "decoding": key(images=_view(network, source, apply_exif_rotation=True)),
         "indices": key(indices=range(1, N)),
     }

@@ -23,7 +23,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import finetune, training_images
 from dino_lightning.evaluation.classification.finetune import Finetuning
 from dino_lightning.evaluation.classification.finetune_recipe import Augmentation, Targets, set_rate
-from dino_lightning.evaluation.classification.splits import labelled_sources
+from dino_lightning.evaluation.classification.splits import labeled_sources
 from dino_lightning.evaluation.context import EvalContext, Result, Task
 from dino_lightning.models.frozen import FrozenNetwork
 
@@ -49,7 +49,7 @@ def network(*, seed: int = 0, **more: Any) -> FrozenNetwork:
 
 def training(folder: Path, *, net: FrozenNetwork | None = None, data: Any = IMAGES, **config: Any) -> Finetuning:
     task = tiny_task(folder, net or network(), data=data)
-    return Finetuning(FinetuneEval(**{**PLAIN, **config}), task, labelled_sources(task))
+    return Finetuning(FinetuneEval(**{**PLAIN, **config}), task, labeled_sources(task))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def test_results_and_exported_weights(tmp_path: Path) -> None:
     assert "too good" in results["top1_best_epoch"].details["chosen_on"]
     assert details["val_images"] == 21
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2}
-    classes = labelled_sources(task).classes
+    classes = labeled_sources(task).classes
     model = timm.create_model("vit_tiny_patch16_224", num_classes=len(classes), **shape).eval()
     with safe_open(details["weights"], framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -223,7 +223,7 @@ def test_results_and_exported_weights(tmp_path: Path) -> None:
     assert json.loads(metadata["network"]) == {"resize": 36, "size": 32, "x": 1}
     right = 0
     view = finetune.center_view(task.network)
-    val = labelled_sources(task).val
+    val = labeled_sources(task).val
     for i in range(len(val)):
         image = Image.fromarray(cast(np.ndarray, val.read(i)))
         right += int(model(view(image)[None]).argmax() == cast(np.ndarray, val.labels)[i])
@@ -288,7 +288,7 @@ def test_order_of_repeated_augmentation(ranks: int, repeats: int, monkeypatch: p
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size_per_device": 53}, "eval.batch_size_per_device=53: 52 labelled .* no whole batch; give at most 52"),
+    ({"batch_size_per_device": 53}, "eval.batch_size_per_device=53: 52 labeled .* no whole batch; give at most 52"),
     ({"warmup_epochs": 3}, "eval.warmup_epochs=3 is longer than eval.epochs=2"),
     ({"auto_augment": "rend-m9"}, "eval.auto_augment=rend-m9: timm .* makes no policy of it"),
     ({"auto_augment": "rand-m9-z3"}, "eval.auto_augment=rand-m9-z3: timm .* makes no policy of it"),
@@ -319,7 +319,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
 def _rank(fabric: Fabric, folder: str, batch: int) -> None:
     torch.set_num_threads(1)
     task = Task(network(), IMAGES, EvalContext(fabric, show_progress=False), Path(folder) / "out")
-    run = Finetuning(FinetuneEval(**{**PLAIN, "batch_size_per_device": batch}), task, labelled_sources(task))
+    run = Finetuning(FinetuneEval(**{**PLAIN, "batch_size_per_device": batch}), task, labeled_sources(task))
     torch.save({"history": run.run(), "weights": weights_of(run.model)}, f"{folder}/{fabric.global_rank}.pt")
 
 

@@ -159,11 +159,11 @@ def test_the_file_itself_loads(tmp_path: Path) -> None:
         ({"size": 10**12}, "is larger than anything"),
         ({"size": -1}, "-1 is no side of an image"),
         ({"resize": True}, "True is no side of an image"),
-        ({"mean": [0.5, float("nan"), 0.5]}, "nan normalises no channel"),
-        ({"std": [1, 1]}, "normalise no image"),
-        ({"std": [1, 1, 0]}, "normalise no image"),
-        ({"mean": [], "std": []}, "normalise no image"),
-        ({"mean": "abc"}, "'a' normalises no channel"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "nan normalizes no channel"),
+        ({"std": [1, 1]}, "normalize no image"),
+        ({"std": [1, 1, 0]}, "normalize no image"),
+        ({"mean": [], "std": []}, "normalize no image"),
+        ({"mean": "abc"}, "'a' normalizes no channel"),
     ],
 )
 def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

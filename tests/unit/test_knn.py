@@ -22,11 +22,11 @@ T = 0.07
 
 
 def _clusters(n: int, *, classes: int, width: int, seed: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Features around one centre per class; the centres do not depend on the seed."""
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    """Features around one center per class; the centers do not depend on the seed."""
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (n,), generator=generator)
-    return centres[labels] + noise * torch.randn(n, width, generator=generator), labels
+    return centers[labels] + noise * torch.randn(n, width, generator=generator), labels
 
 
 def _cosine(a: list[float], b: list[float]) -> float:
@@ -37,9 +37,9 @@ def _cosine(a: list[float], b: list[float]) -> float:
 def _ranking(bank: list, labels: list[int], query: list[float], *, k: int, classes: int) -> list[int]:
     """Classes, best first, from the definition: double precision, one Python number at a time."""
     similarities = [_cosine(query, row) for row in bank]
-    neighbours = sorted(range(len(bank)), key=lambda i: (-similarities[i], i))[:k]
+    neighbors = sorted(range(len(bank)), key=lambda i: (-similarities[i], i))[:k]
     votes = [0.0] * classes
-    for i in neighbours:
+    for i in neighbors:
         votes[labels[i]] += math.exp(similarities[i] / T)
     return sorted(range(classes), key=lambda c: (-votes[c], c))
 
@@ -77,7 +77,7 @@ def test_accuracy_is_that_of_the_definition(n_bank: int, n_queries: int, classes
     assert got == want
     if (n_bank, classes) == (150, 8):
         assert 30 < want[10]["top1"] < 95, "too easy or too hard to tell right from wrong"
-        assert want[1]["top5"] == want[1]["top1"], "k neighbours allow at most k guesses"
+        assert want[1]["top5"] == want[1]["top1"], "k neighbors allow at most k guesses"
 
 
 @pytest.mark.parametrize("k", [1, 5, 10, 20, 100, 200])
@@ -136,7 +136,7 @@ def test_equal_similarities_go_to_the_lower_index(bank_chunk: int) -> None:
 
 
 def test_equal_votes_go_to_the_lower_class() -> None:
-    """A collapsed network: all features are the same, so each of k neighbours has one vote."""
+    """A collapsed network: all features are the same, so each of k neighbors has one vote."""
     bank, queries = torch.ones(6, 3), torch.ones(4, 3)
     labels = torch.tensor([2, 1, 1, 2, 0, 0])
     got = knn_accuracy(
@@ -178,7 +178,7 @@ def test_temperature_weighs_near_against_many() -> None:
     assert top1(1e-4) == 100, "exp(1 / T) overflows where votes are not scaled"
 
 
-def test_a_neighbour_fits_into_one_integer() -> None:
+def test_a_neighbor_fits_into_one_integer() -> None:
     values = torch.tensor([[1.0, 0.5, 1e-30, 0.0, -0.0, -1e-30, -0.5, -1.0]])
     keys = _pack(values, first=2**32 - 8)
     assert keys[0].tolist() == sorted(keys[0].tolist(), reverse=True)
@@ -266,6 +266,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_does_not_grow_with_the_bank() -> None:
-    """All similarities at once would take 4 x 64 x 200,000 bytes = 50 MiB, a normalised bank as much again."""
+    """All similarities at once would take 4 x 64 x 200,000 bytes = 50 MiB, a normalized bank as much again."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 16 * 1024

@@ -95,7 +95,7 @@ def _by_hand(features: Any, data: Data, *, k: int) -> float:
     return 100 * theirs.fit(bank, train.labels[:60].numpy()).score(queries, val.labels[:20].numpy())
 
 
-def test_results_are_those_of_the_labelled_images(tmp_path: Path) -> None:
+def test_results_are_those_of_the_labeled_images(tmp_path: Path) -> None:
     knn, data = KNNCallback(knn_config()), Data()
     trainer, method = fit(tmp_path, [knn], data=data, max_epochs=6)
     assert set(knn.last) == set(knn.untrained) == set(knn.pixels) == NAMES
@@ -226,10 +226,10 @@ def test_precision_of_the_run_is_used(tmp_path: Path) -> None:
 
 def test_without_labels_it_says_so_and_does_nothing(tmp_path: Path) -> None:
     knn = KNNCallback(knn_config())
-    trainer = SimpleNamespace(datamodule=Data(labelled=False))
+    trainer = SimpleNamespace(datamodule=Data(labeled=False))
     with pytest.warns(UserWarning, match="no labels"):
         knn.on_train_start(trainer, Method())  # pyright: ignore[reportArgumentType]
-    fit(tmp_path, [knn], data=Data(labelled=False), max_epochs=1)
+    fit(tmp_path, [knn], data=Data(labeled=False), max_epochs=1)
     assert knn.untrained == knn.last == {}
 
 
@@ -237,7 +237,7 @@ def test_disabled_it_does_nothing(tmp_path: Path) -> None:
     knn = KNNCallback(knn_config(enabled=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        knn.on_train_start(SimpleNamespace(datamodule=Data(labelled=False)), Method())  # pyright: ignore
+        knn.on_train_start(SimpleNamespace(datamodule=Data(labeled=False)), Method())  # pyright: ignore
     fit(tmp_path, [knn], max_epochs=1)
     assert knn.untrained == knn.last == {}
 
@@ -267,7 +267,7 @@ def _run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_agree_and_have_the_untrained_result_of_one(tmp_path: Path) -> None:
-    """Under DDP the batches differ from those of one process, and so does what is learnt."""
+    """Under DDP the batches differ from those of one process, and so does what is learned."""
     alone = KNNCallback(knn_config())
     fit(tmp_path / "alone", [alone], max_epochs=1)
     on_ranks(_run_rank, str(tmp_path))

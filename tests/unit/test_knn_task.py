@@ -19,7 +19,7 @@ from dino_lightning.data.sources import Splits
 from dino_lightning.data.sources.base import Subset
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import knn
-from dino_lightning.evaluation.classification.splits import labelled_sources
+from dino_lightning.evaluation.classification.splits import labeled_sources
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.runtime.collectives import leave_group
@@ -108,7 +108,7 @@ def test_the_headline_is_twenty_or_the_first(tmp_path: Path) -> None:
 
 def test_a_few_images_of_each_class(tmp_path: Path) -> None:
     task = make_task(tmp_path)
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     draws = [knn.bank_indices(KNNEval(n_per_class=2), images, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     labels = images.train.labels
@@ -125,7 +125,7 @@ def test_a_few_images_of_each_class(tmp_path: Path) -> None:
 
 
 def test_each_image_of_a_class_is_as_likely(tmp_path: Path) -> None:
-    images = labelled_sources(make_task(tmp_path))
+    images = labeled_sources(make_task(tmp_path))
     members = np.flatnonzero(images.train.labels == 0)
     counts = np.zeros(90)
     for seed in range(300):
@@ -138,13 +138,13 @@ def test_limits_of_bank_and_queries(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     details = run(task, bank=30, queries=9)["top1_k20"].details
     assert (details["bank"], details["queries"]) == (30, 9)
-    drawn = knn.bank_indices(KNNEval(bank=30), labelled_sources(task), seed=0)
+    drawn = knn.bank_indices(KNNEval(bank=30), labeled_sources(task), seed=0)
     assert drawn == sorted(set(drawn))
     assert len(drawn) == 30
 
 
 def parts(task: Task, indices: Any) -> list[Subset]:
-    """The images `indices` of both splits, to be relabelled."""
+    """The images `indices` of both splits, to be relabeled."""
     sources: Any = task.sources
     return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
@@ -196,9 +196,9 @@ def refusal(task: Task, **config: Any) -> str:
     return text
 
 
-def test_more_neighbours_than_images(tmp_path: Path) -> None:
+def test_more_neighbors_than_images(tmp_path: Path) -> None:
     said = refusal(make_task(tmp_path), k=[20, 91])
-    assert said == "eval.k=91: there are 90 training images to choose neighbours from; set eval.k to at most 90."
+    assert said == "eval.k=91: there are 90 training images to choose neighbors from; set eval.k to at most 90."
     assert run(make_task(tmp_path), k=[90]).keys() == {"top1_k90", "top5_k90"}
 
 

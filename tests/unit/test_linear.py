@@ -201,10 +201,10 @@ def test_a_network_without_blocks(tmp_path: Path) -> None:
 def write_images(folder: Path, *, broken: int) -> FolderData:
     """8 training images and 4 to test, of 2 classes; `broken` of the training images are cut off."""
     for split, count in (("train", 4), ("val", 2)):
-        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{i}.png")
+                Image.new("RGB", (40, 40), color).save(folder / split / name / f"{i}.png")
     for file in sorted((folder / "train").rglob("*.png"))[:broken]:
         file.write_bytes(file.read_bytes()[:40])
     return FolderData(path=str(folder), num_workers=0, max_bad_share=1, cache_dir=str(folder / "cache"))

@@ -83,7 +83,7 @@ class TestTable:
         assert sources.train.labels is None
         assert sources.remark == "no labels: data.label_column=y is empty"
 
-    def test_labelled_images_are_held_out(self, images):
+    def test_labeled_images_are_held_out(self, images):
         (images / "list.csv").write_text("path,y\n" + "".join(f"{n}.png,{n % 2}\n" for n in range(6)))
         sources = open_sources(ListingData(path=str(images / "list.csv"), label_column="y", holdout=0.3), seed=0)
         assert sorted(numbers(sources.train) + numbers(sources.val)) == list(range(6))

@@ -206,7 +206,7 @@ def test_networks_that_their_shapes_do_not_tell(tmp_path: Path) -> None:
     short = {name: tensor for name, tensor in resnet.items() if not name.startswith("layer3.1")}
     assert "a ResNet of (2, 2, 1, 2) basic blocks is not known" in refused(short, tmp_path)
     gray = vit() | {"patch_embed.proj.weight": torch.zeros(192, 1, 16, 16)}
-    assert "takes images of 1 channels, and nothing says how they were normalised" in refused(gray, tmp_path)
+    assert "takes images of 1 channels, and nothing says how they were normalized" in refused(gray, tmp_path)
 
 
 class Harm:

@@ -31,11 +31,11 @@ def _one_thread_for_scikit_learn() -> Iterator[None]:
 
 
 def _points(n: int, *, classes: int, width: int = 6, noise: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit vectors around one centre per class, which do not depend on the seed; each class has an image."""
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
+    """Unit vectors around one center per class, which do not depend on the seed; each class has an image."""
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    points = centres[labels] + noise * torch.randn(n, width, generator=generator)
+    points = centers[labels] + noise * torch.randn(n, width, generator=generator)
     return torch.nn.functional.normalize(points, dim=1), labels
 
 

@@ -16,7 +16,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def _logits(V: int, T: int = 2, *, B: int = 3, K: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines, as the head gives them, and a centre among them."""
+    """Cosines, as the head gives them, and a center among them."""
     return (
         (torch.rand(V, B, K, dtype=torch.float64) * 2 - 1).requires_grad_(),
         torch.rand(T, B, K, dtype=torch.float64) * 2 - 1,
@@ -110,7 +110,7 @@ def test_half_precisions_are_widened_first(dtype: torch.dtype) -> None:
     rounded = cross_view_entropy(student.to(dtype).float(), teacher.to(dtype).float(), _sharp(center))
     assert ours.dtype == torch.float32
     assert torch.equal(ours, rounded)
-    # Under trainer.precision=16-true or bf16-true the centre is half too.
+    # Under trainer.precision=16-true or bf16-true the center is half too.
     assert sharpen(teacher.to(dtype), _sharp(center.to(dtype))).dtype == torch.float32
 
 

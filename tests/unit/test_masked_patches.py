@@ -144,7 +144,7 @@ class PatchLosses(Callback):
 
 @pytest.mark.parametrize("fused", first([True, False]))
 def test_a_fit_is_the_slow_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are those of seed, step, micro-batch and rank; loss, centres and all weights follow."""
+    """Masks are those of seed, step, micro-batch and rank; loss, centers and all weights follow."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
     module = tiny.dino(optim=OPTIM, step=ComputeConfig(fused=fused), **METHOD)
     drawn = [
@@ -188,7 +188,7 @@ def test_micro_batches_are_one_batch() -> None:
 @pytest.mark.parametrize("centering", ["center", "sinkhorn", "softmax", "none"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_without_masks_it_is_dino(fused: bool, centering: str) -> None:
-    """`mask_p=0`: the same losses and weights, the mask token and the second centre as they began."""
+    """`mask_p=0`: the same losses and weights, the mask token and the second center as they began."""
     options = {"centering": centering, "step": ComputeConfig(fused=fused)}
     torch.manual_seed(5)
     module = tiny.dino(optim=OPTIM, **{**METHOD, **options, "mask_p": 0.0})

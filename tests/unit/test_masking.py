@@ -42,7 +42,7 @@ def test_blocks(h: int, w: int) -> None:
 
 
 def test_blocks_have_nearly_all_that_is_wanted() -> None:
-    """And lie together: a masked patch has more masked neighbours than one drawn by itself, whose share is 0.3."""
+    """And lie together: a masked patch has more masked neighbors than one drawn by itself, whose share is 0.3."""
     masks = [blocks(np.random.default_rng(seed), (14, 14), wanted=59) for seed in range(200)]
     assert np.mean([mask.sum() for mask in masks]) > 0.95 * 59
     together = np.mean([(mask[:, 1:] & mask[:, :-1]).sum() / mask[:, :-1].sum() for mask in masks])

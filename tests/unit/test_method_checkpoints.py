@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_ends_as_it_would(case: str, after: int, tmp_path: Pa
         torch.manual_seed(1)
         module = tiny_methods.build(name, **changed)
         data: Any = tiny.batches(1)
-        data = (tiny_methods.labelled(data) if name == "supervised" else data) * 3  # loaders that know no place
+        data = (tiny_methods.labeled(data) if name == "supervised" else data) * 3  # loaders that know no place
         seen = tiny_methods.fit(module, data, max_epochs=2, **options)
         return tiny.copy(module), seen.steps
 

@@ -80,7 +80,7 @@ class TestTorchvision:
         assert sources.val.describe(1) == f"{name} val row 1"
         assert sources.remark is None
 
-    def test_stl10_trains_on_its_unlabelled_images_too(self, tmp_path, monkeypatch):
+    def test_stl10_trains_on_its_unlabeled_images_too(self, tmp_path, monkeypatch):
         folder = tmp_path / STL10.base_folder
         folder.mkdir()
         for name, first in (("train_X", 0), ("unlabeled_X", 2), ("test_X", 4)):

@@ -1,4 +1,4 @@
-"""The gallery of neighbours: which images are asked about, who their neighbours are, and what the picture shows."""
+"""The gallery of neighbors: which images are asked about, who their neighbors are, and what the picture shows."""
 
 from collections import Counter
 from dataclasses import replace
@@ -51,7 +51,7 @@ def feature(task: Task, source: ImageSource, index: int) -> Tensor:
 
 
 def nearest_by_loops(task: Task, query: int, *, n: int) -> list[tuple[float, int]]:
-    """Similarity and position of a query's neighbours; a query among the images is not its own."""
+    """Similarity and position of a query's neighbors; a query among the images is not its own."""
     train, val = task.sources.train, task.sources.val
     assert isinstance(train, ImageSource)
     own = feature(task, train if val is None else val, query)
@@ -64,7 +64,7 @@ def shown(task: Task) -> Image.Image:
         return picture.convert("RGB")
 
 
-def test_neighbours_of_chosen_queries(tmp_path: Path) -> None:
+def test_neighbors_of_chosen_queries(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     results = run(task, queries=[17, 3, 17])
     train, val = task.sources.train, task.sources.val
@@ -105,7 +105,7 @@ def test_random_queries_show_each_class_before_any_twice(tmp_path: Path) -> None
     )
 
 
-def test_the_picture_shows_queries_beside_their_neighbours(tmp_path: Path) -> None:
+def test_the_picture_shows_queries_beside_their_neighbors(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     run(task, queries=[0])
     one = shown(task)
@@ -125,8 +125,8 @@ def test_the_picture_is_drawn_from_the_right_images(tmp_path: Path, monkeypatch:
         given.update(queries=queries, found=found, **labels)
         return draw(queries, found, **labels)
 
-    draw = neighbors.neighbour_sheet
-    monkeypatch.setattr(neighbors, "neighbour_sheet", sheet)
+    draw = neighbors.neighbor_sheet
+    monkeypatch.setattr(neighbors, "neighbor_sheet", sheet)
     task = builtin(tmp_path)
     details = run(task, queries=[5, 9], neighbors=2)["mean_similarity"].details
     train, val = task.sources.train, task.sources.val
@@ -147,7 +147,7 @@ def test_the_picture_is_drawn_from_the_right_images(tmp_path: Path, monkeypatch:
     for row, positions in zip(given["found"], details["neighbors"], strict=True):
         assert [near(picture, train, i) for picture, i in zip(row, positions, strict=True)] == [True, True]
     assert given["query_labels"] == [name(val, 5), name(val, 9)]
-    assert given["neighbour_labels"] == [[name(train, i) for i in row] for row in details["neighbors"]]
+    assert given["neighbor_labels"] == [[name(train, i) for i in row] for row in details["neighbors"]]
 
 
 def test_the_untrained_network_has_its_own_picture(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_flat_folder_is_searched_without_the_query_itself(tmp_path: Path) -> N
     assert all(query not in row for query, row in zip(drawn["queries"], drawn["neighbors"], strict=True))
 
 
-def test_copies_of_a_query_are_its_neighbours(tmp_path: Path) -> None:
+def test_copies_of_a_query_are_its_neighbors(tmp_path: Path) -> None:
     task = flat(tmp_path, images=8)
     for copy in (0, 1, 4, 6):  # more than are shown, with lower and higher positions
         write(tmp_path / "images" / f"{copy:02d}.png", 5)
@@ -181,7 +181,7 @@ def test_copies_of_a_query_are_its_neighbours(tmp_path: Path) -> None:
 
 
 def parts(task: Task, indices: Any) -> list[Subset]:
-    """The images `indices` of both splits, to be relabelled."""
+    """The images `indices` of both splits, to be relabeled."""
     sources: Any = task.sources
     return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
@@ -223,7 +223,7 @@ def test_positions_out_of_range(tmp_path: Path, queries: list[int]) -> None:
     assert str(caught.value) == f"eval.queries={queries}: expected positions from 0 to 35."
 
 
-def test_more_neighbours_than_images(tmp_path: Path) -> None:
+def test_more_neighbors_than_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^eval\.neighbors=61: there are 60 images .* set it to at most 60\.$"):
         run(builtin(tmp_path / "builtin"), neighbors=61)
     with pytest.raises(UserError, match=r"^eval\.neighbors=5: there are 4 images .* set it to at most 4\.$"):

@@ -132,7 +132,7 @@ def test_cuda_sees_none_in_fp16_either(tmp_path: Path, name: str) -> None:
     assert "amp/overflows" in (tmp_path / "metrics.csv").read_text()
 
 
-def test_the_sum_for_the_centre_travels_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sum_for_the_center_travels_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves before the student starts, and is waited for when all else is done."""
     events: list[str] = []
     start = centering.all_reduce_sum_later

@@ -88,11 +88,11 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("cause", first(["gradient", "loss"]))
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> None:
-    """Queues, centres, statistics of batch norms, moments and step counts included."""
+    """Queues, centers, statistics of batch norms, moments and step counts included."""
     torch.manual_seed(4)
     module = METHODS[name]()
     batches: Any = broken(data(), BAD) if cause == "loss" else data()
-    batches = tiny_methods.labelled(batches) if name == "supervised" else batches
+    batches = tiny_methods.labeled(batches) if name == "supervised" else batches
     hooks = [BadGradient(BAD)] if cause == "gradient" else []
     ours = fit(module, batches, callback(tmp_path, "skip"), *hooks, folder=tmp_path)
     assert_equal(ours.states[BAD], ours.states[BAD - 1], "moved in the step that is left out")
@@ -217,7 +217,7 @@ def _must_not_be_called(flag: Tensor) -> bool:
 def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights, moments and centre of the checkpoint; images and schedules of the steps that follow."""
+    """Weights, moments and center of the checkpoint; images and schedules of the steps that follow."""
     every_second = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=2)
     module, batches = dino(), data(count=6)
     ours = fit(

@@ -59,10 +59,10 @@ SAME_AS_PIL: dict[str, tuple[float, float, list[dict[str, Any]]]] = {
 """Largest difference of a pixel and largest mean difference of a crop (1/255), and parameters that are tried.
 
 PIL makes whole numbers after every operator: it rounds gray, truncates blends, and keeps hue and saturation in 256
-steps, by which a colourful pixel moves by up to 15. Its blur rounds after each of six passes.
+steps, by which a colorful pixel moves by up to 15. Its blur rounds after each of six passes.
 """
 PHOTOGRAPHS_HUE = (10, 0.5)
-"""The same for the hue of photographs, where few colours are as strong as in noise."""
+"""The same for the hue of photographs, where few colors are as strong as in noise."""
 
 
 def _compare(name: str, image: Image.Image, *, largest: float, mean: float) -> None:
@@ -129,8 +129,8 @@ def _slow(crop: Crop, image_CSS: Tensor) -> Tensor:
     return torch.tensor(pixels).T.reshape(image_CSS.shape).float()
 
 
-def _special_colours() -> Tensor:
-    """Grays, pure and mixed colours, where two channels are equal, and noise (3, 8, 8)."""
+def _special_colors() -> Tensor:
+    """Grays, pure and mixed colors, where two channels are equal, and noise (3, 8, 8)."""
     corners = torch.tensor(list(itertools.product((0, 128, 255), repeat=3)), dtype=torch.uint8)
     near = torch.tensor([(255, 0, 1), (255, 1, 0), (0, 255, 1), (1, 255, 0), (0, 1, 255), (1, 0, 255), (7, 7, 8)])
     rest = torch.randint(0, 256, (64 - len(corners) - len(near), 3), generator=torch.Generator().manual_seed(0))
@@ -138,7 +138,7 @@ def _special_colours() -> Tensor:
 
 
 def _check_slowly(crops: list[Crop], *, atol: float) -> None:
-    image = _special_colours()
+    image = _special_colors()
     ours = with_tensors(crops, image.expand(len(crops), -1, -1, -1))
     torch.testing.assert_close(ours, torch.stack([_slow(crop, image) for crop in crops]), rtol=0, atol=atol)
 
@@ -177,7 +177,7 @@ def test_random_crops_follow_the_slow_loop() -> None:
 
 
 def test_channels_are_normalised_by_their_own_statistics() -> None:
-    image = _special_colours()
+    image = _special_colors()
     ours = with_tensors([crop_of(8)], image[None], CropsConfig())[0]
     for channel, (mean, std) in enumerate(zip(CropsConfig().mean, CropsConfig().std, strict=True)):
         expected = (image[channel].double() / 255 - mean) / std

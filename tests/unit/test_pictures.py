@@ -11,9 +11,9 @@ from dino_lightning.report.pictures.sheets import (
     GAP,
     PAPER,
     attention_sheet,
-    colour_map,
+    color_map,
     crop_sheet,
-    neighbour_sheet,
+    neighbor_sheet,
     outline,
 )
 
@@ -26,16 +26,16 @@ def panel(sheet: Image.Image, *, row: int, column: int, cell: tuple[int, int], r
     return np.asarray(sheet.crop((left, top, left + width, top + height)))
 
 
-def lightness(colours: np.ndarray) -> np.ndarray:
-    """CIE L* of sRGB colours (..., 3) in 0 to 255."""
-    encoded = colours / 255
+def lightness(colors: np.ndarray) -> np.ndarray:
+    """CIE L* of sRGB colors (..., 3) in 0 to 255."""
+    encoded = colors / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
     return np.where(luminance > 216 / 24389, 116 * np.cbrt(luminance) - 16, luminance * 24389 / 27)
 
 
-def test_colour_map_grows_lighter_in_even_steps():
-    steps = np.diff(lightness(colour_map(np.linspace(0, 1, 11))))
+def test_color_map_grows_lighter_in_even_steps():
+    steps = np.diff(lightness(color_map(np.linspace(0, 1, 11))))
     assert steps.min() > 5
     assert steps.max() < 15
 
@@ -68,7 +68,7 @@ def test_mean_is_over_all_heads_also_those_not_shown():
 
 def test_constant_attention_is_dark_and_not_noise():
     sheet = attention_sheet(torch.zeros(1, 3, 8, 8), torch.full((1, 1, 4, 4), 1 / 16), cell=32)
-    assert (panel(sheet, row=0, column=2, cell=(32, 32), rows=1) == colour_map(np.zeros(()))).all()
+    assert (panel(sheet, row=0, column=2, cell=(32, 32), rows=1) == color_map(np.zeros(()))).all()
 
 
 def test_image_keeps_its_pixels_and_shape():
@@ -103,40 +103,40 @@ def test_masks_must_be_one_per_image():
         attention_sheet(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 2, 2), [np.ones((8, 8), bool)])
 
 
-def has(sheet: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
-    return (np.asarray(sheet) == colour).all(-1)
+def has(sheet: Image.Image, color: tuple[int, int, int]) -> np.ndarray:
+    return (np.asarray(sheet) == color).all(-1)
 
 
 def test_frames_say_whether_labels_agree():
-    grey = Image.new("RGB", (10, 10), (128, 128, 128))
-    sheet = neighbour_sheet([grey], [[grey, grey]], query_labels=["owl"], neighbour_labels=[["owl", "bee"]], cell=64)
+    gray = Image.new("RGB", (10, 10), (128, 128, 128))
+    sheet = neighbor_sheet([gray], [[gray, gray]], query_labels=["owl"], neighbor_labels=[["owl", "bee"]], cell=64)
     agrees, differs = np.argwhere(has(sheet, AGREES))[:, 1], np.argwhere(has(sheet, DIFFERS))[:, 1]
     assert agrees.max() < differs.min()
-    # In grey, the white signs on them still differ.
+    # In gray, the white signs on them still differ.
     signs = []
-    for colour, columns in ((AGREES, agrees), (DIFFERS, differs)):
-        right, bottom = columns.max() + 1, np.argwhere(has(sheet, colour))[:, 0].max() + 1
+    for color, columns in ((AGREES, agrees), (DIFFERS, differs)):
+        right, bottom = columns.max() + 1, np.argwhere(has(sheet, color))[:, 0].max() + 1
         signs.append(has(sheet, PAPER)[bottom - 12 : bottom, right - 12 : right])
     assert all(sign.any() for sign in signs)
     assert (signs[0] != signs[1]).any()
 
 
 def test_without_labels_there_are_no_frames_and_no_text():
-    grey = Image.new("L", (10, 20), 128)
-    sheet = neighbour_sheet([grey, grey], [[grey] * 3, [grey]], cell=64)
+    gray = Image.new("L", (10, 20), 128)
+    sheet = neighbor_sheet([gray, gray], [[gray] * 3, [gray]], cell=64)
     assert not has(sheet, AGREES).any()
     assert not has(sheet, DIFFERS).any()
-    labelled = neighbour_sheet(
-        [grey, grey], [[grey] * 3, [grey]], query_labels=["a", "b"], neighbour_labels=[["a"] * 3, ["a"]], cell=64
+    labeled = neighbor_sheet(
+        [gray, gray], [[gray] * 3, [gray]], query_labels=["a", "b"], neighbor_labels=[["a"] * 3, ["a"]], cell=64
     )
-    assert labelled.width == sheet.width
-    assert labelled.height > sheet.height
+    assert labeled.width == sheet.width
+    assert labeled.height > sheet.height
 
 
 def test_long_labels_stay_below_their_picture():
     black = Image.new("RGB", (8, 8))
     names = ["a label far too long for the width of a picture", "", "two\nlines"]
-    sheet = neighbour_sheet([black], [[black, black]], query_labels=names[:1], neighbour_labels=[names[1:]], cell=48)
+    sheet = neighbor_sheet([black], [[black, black]], query_labels=names[:1], neighbor_labels=[names[1:]], cell=48)
     gap = np.asarray(sheet)[:, GAP + 48 : GAP + 48 + GAP]
     assert (gap == PAPER).all()
 
@@ -144,9 +144,9 @@ def test_long_labels_stay_below_their_picture():
 def test_crops_are_denormalised_and_at_one_scale():
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
     expected = (230, 26, 153)
-    colour = torch.tensor(expected) / 255
-    normalised = ((colour - torch.tensor(mean)) / torch.tensor(std))[:, None, None]
-    crops = [normalised.expand(3, 32, 32), normalised.expand(3, 16, 16)] * 2
+    color = torch.tensor(expected) / 255
+    normalized = ((color - torch.tensor(mean)) / torch.tensor(std))[:, None, None]
+    crops = [normalized.expand(3, 32, 32), normalized.expand(3, 16, 16)] * 2
     sheet = crop_sheet(crops, mean, std, per_row=2, cell=64)
     for row in (0, 1):
         large, small = (panel(sheet, row=row, column=c, cell=(64, 64), rows=2) for c in (0, 1))

@@ -63,7 +63,7 @@ CASES = {
     "many tiles, the last ones cut": ((TILE + 3, 2 * TILE + 3), settings(neighborhood=1)),
     "tiles in columns only": ((4, 2 * TILE + 1), settings(neighborhood=3)),
     "tiles in rows only": ((TILE + 5, 3), settings()),
-    "larger neighbourhood than the grid": ((4, 6), settings(neighborhood=12)),
+    "larger neighborhood than the grid": ((4, 6), settings(neighborhood=12)),
     "no limit": ((4, 13), settings(neighborhood=0)),
     "no frame but the first": ((4, 5), settings(last_frames=0)),
     "more context than frames": ((4, 5), settings(last_frames=7)),
@@ -85,11 +85,11 @@ def test_the_definition(case: str) -> None:
         np.testing.assert_allclose(found.sum(-1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize(("colours", "frames"), [(8, 4), (3, 4), (1, 3)], ids=["some", "many", "all"])
-def test_all_sources_that_tie_with_the_last_are_kept(colours: int, frames: int) -> None:
+@pytest.mark.parametrize(("colors", "frames"), [(8, 4), (3, 4), (1, 3)], ids=["some", "many", "all"])
+def test_all_sources_that_tie_with_the_last_are_kept(colors: int, frames: int) -> None:
     """Patches of few kinds, so that equal similarities are equal to the last bit."""
     kinds = torch.eye(8, dtype=torch.float64)
-    features = [kinds[torch.randint(0, colours, (6, 14))] for _ in range(frames)]
+    features = [kinds[torch.randint(0, colors, (6, 14))] for _ in range(frames)]
     first = some_labels(6, 14)
     expected = spelled_out(features, first, **settings(top=3))  # type: ignore[arg-type]
     for found, wanted in zip(followed(features, first, **settings(top=3)), expected, strict=True):
@@ -122,7 +122,7 @@ def test_float32_is_near() -> None:
 
 
 @pytest.mark.parametrize("neighborhood", [1, 5, 12])
-def test_windows_hold_every_neighbour(neighborhood: int) -> None:
+def test_windows_hold_every_neighbor(neighborhood: int) -> None:
     for length in range(1, 120):
         axis = cut(length, neighborhood=neighborhood)
         assert axis.count * axis.tile >= length > (axis.count - 1) * axis.tile

@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-13}
 def factors(
     V: int, T: int, *, B: int, K: int, dtype: torch.dtype = torch.float64
 ) -> tuple[FactoredLogits, FactoredLogits, Tensor]:
-    """Student (with gradient), teacher and centre."""
+    """Student (with gradient), teacher and center."""
 
     def unit(rows: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(rows, WIDTH, dtype=dtype), dim=-1)

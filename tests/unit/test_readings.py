@@ -203,7 +203,7 @@ def test_a_row_has_its_own_step_and_values_and_is_written_a_step_later(tmp_path:
         assert float(row["schedule/lr"]) == rate
         assert float(row["schedule/weight_decay"]) == decay[0]
         assert int(row["epoch"]) == int(row["step"]) // 4
-    # The norm of the centre as the loss saw it: before the step moved it.
+    # The norm of the center as the loss saw it: before the step moved it.
     norms = [float(row["collapse/center_norm"]) for row in rows(tmp_path)]
     assert norms == pytest.approx([0.0] + [center.norm().item() for center in record.centers[:-1]], rel=1e-9)
 

@@ -164,7 +164,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     described = Description.from_plain(Description(config, 48).plain())
     assert described.backbone == config
     assert "3 registers" in str(described)
-    torch.save(network.state_dict(), tmp_path / "bare.pth")  # nothing said: recognised by names and shapes
+    torch.save(network.state_dict(), tmp_path / "bare.pth")  # nothing said: recognized by names and shapes
     for name in ("teacher.safetensors", "bare.pth"):
         loaded = load_network(str(tmp_path / name))
         assert loaded.backbone.num_prefix_tokens == 1 + R

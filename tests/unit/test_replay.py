@@ -77,7 +77,7 @@ def test_what_is_finite_here_is_laid_to_the_precision(
 
 
 def test_a_gradient_is_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bottleneck is normalised: a layer 1e35 times too large before one as much too small changes no output."""
+    """The bottleneck is normalized: a layer 1e35 times too large before one as much too small changes no output."""
     state = healthy(read_step(file)["state"])
     weights = [name for name in state if name.startswith("student.head.mlp") and name.endswith("weight")]
     state[weights[-2]] = state[weights[-2]] * 1e35

@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     write_metrics(tmp_path, rows())
-    draw(tmp_path, "attention", "neighbours", "crops", "attention_epoch0010", "attention_epoch0002")
+    draw(tmp_path, "attention", "neighbors", "crops", "attention_epoch0010", "attention_epoch0002")
     return tmp_path
 
 
@@ -55,16 +55,16 @@ def test_is_accessible(run: Path):
     assert all(plot["aria-label"] for plot in page.all("div") if plot.get("class") == "plot")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert {section["aria-labelledby"] for section in page.all("section")} <= set(ids)
+    assert {section["aria-labeledby"] for section in page.all("section")} <= set(ids)
 
 
 def test_pictures_are_those_of_the_folder(run: Path):
     page = Page(write_report(run))
     images = page.all("img")
-    expected = ["attention_epoch0002", "attention_epoch0010", "attention", "neighbours", "crops"]
+    expected = ["attention_epoch0002", "attention_epoch0010", "attention", "neighbors", "crops"]
     for image, name in zip(images, expected, strict=True):
         decoded = Image.open(io.BytesIO(base64.b64decode(str(image["src"]).partition(",")[2])))
-        # WebP keeps a plain colour but for rounding; those of the pictures lie further apart.
+        # WebP keeps a plain color but for rounding; those of the pictures lie further apart.
         np.testing.assert_allclose(decoded, Image.open(run / "pictures" / f"{name}.png"), atol=4)
     assert [place for place, frame in enumerate(frames(page)) if "now" in str(frame["class"])] == [2, 3, 4]
 
@@ -93,7 +93,7 @@ def test_a_broken_picture_is_said_and_left_blank(run: Path, capsys: pytest.Captu
 
 
 def test_of_many_epochs_the_first_the_last_and_some_between_are_shown(run: Path):
-    draw(run, *(f"neighbours_epoch{epoch:04d}" for epoch in range(10, 300, 10)))
+    draw(run, *(f"neighbors_epoch{epoch:04d}" for epoch in range(10, 300, 10)))
     page = Page(write_report(run))
     slider = next(box for box in page.all("input") if "alike" in str(box.get("aria-label")))
     epochs = str(slider["data-stops"]).split(" ")

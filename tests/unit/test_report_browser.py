@@ -288,16 +288,16 @@ def test_contrast_is_that_of_wcag_aa(browser: Any, folder: Path, scheme: str, na
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_colour_of_a_run_stands_out(browser: Any, folder: Path, scheme: str):
+def test_every_color_of_a_run_stands_out(browser: Any, folder: Path, scheme: str):
     seen = Seen(browser, folder / "report.html", color_scheme=scheme)
     seen.page.evaluate(
         """() => { for (let i = 0; i < 10; i++) document.querySelector(".chart .keys").insertAdjacentHTML("beforeend",
             `<button class="key"><i style="border-top-color:var(--s${i})"></i></button>`) }"""
     )
     drawn = seen.page.evaluate(CONTRASTS)["drawn"]
-    colours = [(ratio, words) for ratio, words in drawn if "border-top-color:var(--s" in words]
-    assert len({words for _, words in colours}) >= 10
-    assert min(ratio for ratio, _ in colours) >= 3
+    colors = [(ratio, words) for ratio, words in drawn if "border-top-color:var(--s" in words]
+    assert len({words for _, words in colors}) >= 10
+    assert min(ratio for ratio, _ in colors) >= 3
     seen.context.close()
 
 
@@ -312,7 +312,7 @@ def test_without_scripts_everything_is_there(browser: Any, folder: Path):
     seen.context.close()
 
 
-def test_on_paper_colours_are_light_and_nothing_is_cut_off(browser: Any, folder: Path):
+def test_on_paper_colors_are_light_and_nothing_is_cut_off(browser: Any, folder: Path):
     seen = Seen(browser, folder / "report.html", color_scheme="dark")
     seen.page.emulate_media(media="print", color_scheme="dark")
     seen.page.set_viewport_size({"width": 718, "height": 1000})  # A4 with margins

@@ -235,8 +235,8 @@ def test_a_cache_is_not_mistaken_for_another(data: RevisitedData, tmp_path: Path
 
 def test_the_picture_frames_what_was_found(data: RevisitedData, tmp_path: Path) -> None:
     run(tmp_path, data)
-    sheet = Image.open(tmp_path / "out/pictures/neighbours.png").convert("RGB")
-    colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or []}
-    assert {AGREES, DIFFERS, UNJUDGED} <= colours
+    sheet = Image.open(tmp_path / "out/pictures/neighbors.png").convert("RGB")
+    colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height) or []}
+    assert {AGREES, DIFFERS, UNJUDGED} <= colors
     assert sheet.height > LANDMARKS * 128
     assert VIEWS * LANDMARKS > retrieval.SHOWN

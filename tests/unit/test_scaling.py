@@ -84,8 +84,8 @@ def test_fsdp() -> None:
     }
 
 
-def test_centre_and_loss() -> None:
-    assert small_bytes(7, gpus=2, element=8) == {"centre": 64, "loss": 32}
+def test_center_and_loss() -> None:
+    assert small_bytes(7, gpus=2, element=8) == {"center": 64, "loss": 32}
 
 
 def test_state() -> None:

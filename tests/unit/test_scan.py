@@ -44,13 +44,13 @@ def encoded(array: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def colours(seed: int, height: int, width: int) -> np.ndarray:
+def colors(seed: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def mixed(count: int) -> list[Content | None]:
     sizes = np.random.default_rng(1).integers(1, 40, (count, 2)).tolist()
-    return [encoded(colours(i, height, width)) for i, (height, width) in enumerate(sizes)]
+    return [encoded(colors(i, height, width)) for i, (height, width) in enumerate(sizes)]
 
 
 def scanned(contents: list[Content | None], *, workers: int = 0, **settings: Any) -> tuple[ScanResult, dict[int, str]]:
@@ -82,13 +82,13 @@ def test_kinds_rotations_and_deep_values() -> None:
     file = io.BytesIO()
     np.save(file, floats)
     contents: list[Content | None] = [
-        encoded(colours(0, 8, 4), "JPEG", exif=exif),
-        encoded(colours(0, 8, 4), "JPEG"),
-        encoded(colours(0, 8, 4)[..., 0]),
+        encoded(colors(0, 8, 4), "JPEG", exif=exif),
+        encoded(colors(0, 8, 4), "JPEG"),
+        encoded(colors(0, 8, 4)[..., 0]),
         encoded(deep),
         encoded(deep + 5),
         file.getvalue(),
-        colours(0, 8, 4),
+        colors(0, 8, 4),
     ]
     whole, bad = scanned(contents, apply_exif_rotation=True)
     assert whole.kinds == Counter(
@@ -118,7 +118,7 @@ def test_kind_names_what_pil_reduces() -> None:
 
 
 def test_duplicates_are_found_within_and_between() -> None:
-    a, b, c, d = (encoded(colours(i, 5, 5)) for i in range(4))
+    a, b, c, d = (encoded(colors(i, 5, 5)) for i in range(4))
     train, _ = scanned([a, b, a, c, a, b"", b""])
     assert duplicates(train) == (2, [(2, 0), (4, 2)])
     val, _ = scanned([d, c, b, b"", d])

@@ -21,7 +21,7 @@ TAU = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ARITHMETIC = 4e-6
-"""Relative error of a float32 softmax of logits up to 1: teacher - centre is rounded by about 2^-24, and the division
+"""Relative error of a float32 softmax of logits up to 1: teacher - center is rounded by about 2^-24, and the division
 by 0.04 makes 1.5e-6 of it; the exponential and the sums add a few 1e-7 each. It grows with the size of the logits."""
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

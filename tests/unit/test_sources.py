@@ -33,7 +33,7 @@ class TestHoldOut:
         assert (first != other).any()
         assert first.sum() == other.sum() == 20
 
-    def test_unlabelled_images_stay(self):
+    def test_unlabeled_images_stay(self):
         labels = np.array([-1] * 50 + [0] * 10)
         assert np.flatnonzero(held_out(labels, share=0.5, seed=0)).min() >= 50
 

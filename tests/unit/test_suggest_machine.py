@@ -84,7 +84,7 @@ def test_images_are_kept_where_that_saves_work_and_fits() -> None:
 
 
 def test_labels_rotation_and_precision() -> None:
-    assert values(LAPTOP, DatasetStats(100, side=40, labelled=False))["callbacks.knn.enabled"] is False
+    assert values(LAPTOP, DatasetStats(100, side=40, labeled=False))["callbacks.knn.enabled"] is False
     assert "callbacks.knn.enabled" not in values(LAPTOP, DatasetStats(100, side=40))
     assert values(LAPTOP, DatasetStats(100, side=40, turned=1))["data.apply_exif_rotation"] is True
     assert "data.apply_exif_rotation" not in values(LAPTOP, DatasetStats(100, side=40))

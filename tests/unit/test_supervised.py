@@ -18,7 +18,7 @@ from dino_lightning.data.batch import LabeledCrops, images_in
 from dino_lightning.data.module import MultiCropDataModule
 
 STEP, CLASSES = 5, "abc"
-"""Grey values between one numbered picture and the next."""
+"""Gray values between one numbered picture and the next."""
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -140,7 +140,7 @@ def test_images_without_a_label_count_for_nothing() -> None:
 def test_a_fit_learns() -> None:
     method, rows = tiny_methods.build("supervised", label_smoothing=0.0), []
     method.watchers.append(lambda reading: rows.append(reading.values["train/top1"]))
-    seen = tiny_methods.fit(method, tiny_methods.labelled(tiny.batches(4)), max_epochs=30, log_every_n_steps=1)
+    seen = tiny_methods.fit(method, tiny_methods.labeled(tiny.batches(4)), max_epochs=30, log_every_n_steps=1)
     assert sum(seen.losses[-4:]) < 0.6 * sum(seen.losses[:4])
     assert len(rows) == 120
     assert sum(rows[-4:]) / 4 > 80 > sum(rows[:2]) / 2

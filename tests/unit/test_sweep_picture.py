@@ -13,7 +13,7 @@ from sweep_cases import make_run
 from dino_lightning.cli import table as compare
 from dino_lightning.errors import UserError
 from dino_lightning.report.sweeps.jobs import read_jobs, read_rows, swept_keys
-from dino_lightning.report.sweeps.map import colour
+from dino_lightning.report.sweeps.map import color
 from dino_lightning.report.sweeps.picture import sweep_svg
 from dino_lightning.report.sweeps.points import axis_of, sweep_of
 
@@ -86,7 +86,7 @@ def test_two_keys_are_a_map(tmp_path: Path) -> None:
         make_run(tmp_path / str(number), {"optim.lr": lr, "method.out_dim": k}, [40.0 + 4 * number], state=state)
     picture = drawn(tmp_path)
     cells = [one for one in picture.iter(f"{SVG}rect") if one.get("class") == "cell"]
-    assert [cell.get("fill") for cell in cells] == [colour(value, low=40, high=60)[0] for value in (40, 44, 52, 56, 60)]
+    assert [cell.get("fill") for cell in cells] == [color(value, low=40, high=60)[0] for value in (40, 44, 52, 56, 60)]
     lefts, tops = (Counter(cell.get(name) for cell in cells) for name in ("x", "y"))
     assert sorted(lefts.values()) == [2, 3]
     assert sorted(tops.values()) == [1, 2, 2]

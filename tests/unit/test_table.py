@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dino_lightning.cli import table as compare
-from dino_lightning.report.sweeps.collapse_curves import COLOURS, INK, ticks
+from dino_lightning.report.sweeps.collapse_curves import COLORS, INK, ticks
 from dino_lightning.report.sweeps.jobs import read_rows
 from dino_lightning.report.sweeps.table import cells, markdown_table, notes, terminal_table
 
@@ -191,7 +191,7 @@ def test_errors_name_the_nearest_folder(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_curves(tmp_path: Path) -> None:
-    """One colour for each row, one line for each of its seeds in each panel, in their right places."""
+    """One color for each row, one line for each of its seeds in each panel, in their right places."""
     for index, (name, seed) in enumerate([("dino", 0), ("dino", 1), ("no_centering", 0), ("byol", 0)]):
         make(tmp_path / str(index), name, seed=seed, entropy=1.0 + index)
     (tmp_path / "3" / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.0\n")
@@ -199,9 +199,9 @@ def test_curves(tmp_path: Path) -> None:
     assert compare.main([str(tmp_path), "--curves", str(target)]) == 0
     root = ElementTree.fromstring(target.read_text())
     lines = root.findall(f"{SVG}polyline")
-    assert [line.get("stroke") for line in lines] == [COLOURS[0], COLOURS[0], COLOURS[1]] * 2
+    assert [line.get("stroke") for line in lines] == [COLORS[0], COLORS[0], COLORS[1]] * 2
     texts = [text.text for text in root.findall(f"{SVG}text")]
-    assert {"DINO", "no centring", "ln 16", "step", "entropy of the teacher (nats)"} <= set(texts)
+    assert {"DINO", "no centering", "ln 16", "step", "entropy of the teacher (nats)"} <= set(texts)
     assert "BYOL" not in texts
     points = [[tuple(map(float, pair.split(","))) for pair in (line.get("points") or "").split()] for line in lines]
     assert all(len(line) == 4 for line in points)
@@ -226,18 +226,18 @@ def test_names_are_escaped_in_the_picture(tmp_path: Path) -> None:
     assert "ablation/<a & b>" in [text.text for text in ElementTree.parse(tmp_path / "c.svg").iter(f"{SVG}text")]
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("colour", [*COLOURS, INK])
-def test_colours_stand_out_from_white_and_from_dark_pages(colour: str) -> None:
+@pytest.mark.parametrize("color", [*COLORS, INK])
+def test_colors_stand_out_from_white_and_from_dark_pages(color: str) -> None:
     """WCAG 2: 3 to 1 for graphics, about 4 to 1 for the text."""
-    needed = 4.0 if colour == INK else 3.0
-    assert 1.05 / (luminance(colour) + 0.05) >= needed
-    assert (luminance(colour) + 0.05) / (luminance("#0d1117") + 0.05) >= needed
+    needed = 4.0 if color == INK else 3.0
+    assert 1.05 / (luminance(color) + 0.05) >= needed
+    assert (luminance(color) + 0.05) / (luminance("#0d1117") + 0.05) >= needed
 
 
 @pytest.mark.parametrize("top", [0.0003, 0.07, 1.0, 2.77, 5.545, 9.99, 100.0, 743.0, 120_000.0])

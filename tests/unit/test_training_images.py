@@ -18,8 +18,8 @@ from dino_lightning.evaluation.features.images import BROKEN
 SHAPE = (3, 4, 4)
 
 
-class Colours:
-    """`images` squares whose red is their number, labelled by threes; number 4 has no label."""
+class Colors:
+    """`images` squares whose red is their number, labeled by threes; number 4 has no label."""
 
     classes: list[str] | None = None
 
@@ -39,7 +39,7 @@ class Colours:
         return f"square {index}"
 
     def fingerprint(self) -> str:
-        return "colours"
+        return "colors"
 
 
 def noisy(image: Image.Image) -> Tensor:
@@ -58,7 +58,7 @@ def epochs(images: TrainingImages, *, numbers: list[int], workers: int = 0, **op
 
 
 def training_images(*, seed: int = 1, broken: tuple[int, ...] = (), **config: Any) -> TrainingImages:
-    return TrainingImages(Colours(19, broken=broken), noisy, seed=seed, blank=SHAPE, config=DataConfig(**config))
+    return TrainingImages(Colors(19, broken=broken), noisy, seed=seed, blank=SHAPE, config=DataConfig(**config))
 
 
 def test_order_and_labels() -> None:

@@ -53,8 +53,8 @@ def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: An
     def features(index: int) -> Tensor:
         pixels = torch.from_numpy(np.array(Image.open(frame_path(Path(data.path), name, index)))).permute(2, 0, 1)
         image = resized(pixels, size=(64, 64)) / 255
-        normalised = (image - torch.tensor(network.mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-        return patch_tokens(network.backbone, normalised.unsqueeze(0))[0]
+        normalized = (image - torch.tensor(network.mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        return patch_tokens(network.backbone, normalized.unsqueeze(0))[0]
 
     first = drawn(HEIGHT, WIDTH, shift=0)
     small = torch.from_numpy(resized_labels(first, size=(8, 8)).copy())
@@ -147,7 +147,7 @@ def test_frames_are_resized_between_the_four_nearest_pixels(size: tuple[int, int
     assert found.dtype == torch.uint8
     for y in range(size[0]):
         for x in range(size[1]):
-            # Centres of pixels lie at halves; beyond the outermost ones nothing changes.
+            # Centers of pixels lie at halves; beyond the outermost ones nothing changes.
             row, column = (
                 min(max((place + 0.5) * of / to - 0.5, 0), of - 1)
                 for place, of, to in ((y, 10, size[0]), (x, 13, size[1]))
@@ -300,6 +300,6 @@ def test_real_sequences(shared_data: Path, tmp_path: Path) -> None:
     network = tiny_network(224, patch_size=16, width=64)
     results = list(evaluate(VideoEval(), task(tmp_path, data, network)))
     assert len(results[0].details["sequences"]) == 6
-    # Position and colour alone, as an untrained network sees them, follow slow objects for a while.
+    # Position and color alone, as an untrained network sees them, follow slow objects for a while.
     assert 25 < results[0].value < 60
     assert masks_of(tmp_path, "dog").shape == (60, 480, 854)

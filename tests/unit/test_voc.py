@@ -48,7 +48,7 @@ def test_without_lists_every_mask_has_its_image(tmp_path: Path):
     mask = images.mask(2)
     assert mask.dtype == np.uint8
     assert mask.shape == (8, 12)
-    # Numbers, not the colours of the palette.
+    # Numbers, not the colors of the palette.
     assert mask[1, 2:6].tolist() == [255] * 4
     assert mask[3, 1:7].tolist() == [0, 3, 3, 3, 3, 0]
 
@@ -109,7 +109,7 @@ def test_broken_files_are_left_for_later(tmp_path: Path):
     assert len(open_voc(VOCData(path=str(tmp_path)))) == 3
 
 
-def test_mask_in_colour_is_refused(tmp_path: Path):
+def test_mask_in_color_is_refused(tmp_path: Path):
     write_voc(tmp_path)
     Image.new("RGB", (12, 8)).save(tmp_path / "SegmentationClass" / "2007_1.png")
     with pytest.raises(UnreadableImageError, match="not a number for each pixel"):

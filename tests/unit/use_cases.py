@@ -33,12 +33,12 @@ def picture_files(folder: Path, count: int, *, classes: tuple[str, ...] = ()) ->
 
 
 def by_hand(images: list[Path]) -> torch.Tensor:
-    """Class tokens (N, D), from the paper's words for evaluation: shorter side 256/224, centre, normalised."""
+    """Class tokens (N, D), from the paper's words for evaluation: shorter side 256/224, center, normalized."""
     backbone = load_network(CHECKPOINT).backbone
     rows = []
     for path in images:
         resized = Image.open(path).convert("RGB").resize((37, 37), Image.Resampling.BICUBIC)
         pixels = np.asarray(resized.crop((2, 2, 34, 34)), dtype=np.float32) / 255
-        normalised = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-        rows.append(backbone(torch.from_numpy(normalised).permute(2, 0, 1)[None]))
+        normalized = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+        rows.append(backbone(torch.from_numpy(normalized).permute(2, 0, 1)[None]))
     return torch.cat(rows)

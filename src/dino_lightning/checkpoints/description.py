@@ -28,14 +28,14 @@ class Description:
 
     backbone: BackboneConfig
     image_size: int = PAPER.global_size
-    """Side for which a learnt position embedding is made (pixels)."""
+    """Side for which a learned position embedding is made (pixels)."""
     mean: list[float] = field(default_factory=lambda: PAPER.mean)
     std: list[float] = field(default_factory=lambda: PAPER.std)
     """Of each channel, of values in 0 to 1."""
     resize: int = PAPER.eval_resize
-    """Shorter side of an evaluated image before the centre crop (pixels)."""
+    """Shorter side of an evaluated image before the center crop (pixels)."""
     size: int = PAPER.eval_size
-    """Side of the centre crop (pixels)."""
+    """Side of the center crop (pixels)."""
 
     @classmethod
     def of_run(cls, config: dict[str, Any]) -> Self:
@@ -66,9 +66,9 @@ class Description:
             raise ValueError(f"{large} is larger than anything in a network")
         for value in (*described.mean, *described.std):
             if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"{value!r} normalises no channel")
+                raise ValueError(f"{value!r} normalizes no channel")
         if not 0 < len(described.mean) == len(described.std) or min(described.std) <= 0:
-            raise ValueError(f"mean {described.mean} and std {described.std} normalise no image")
+            raise ValueError(f"mean {described.mean} and std {described.std} normalize no image")
         return described
 
     def plain(self) -> dict[str, Any]:

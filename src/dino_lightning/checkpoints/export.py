@@ -30,7 +30,7 @@ def export_backbone(
 ) -> dict[str, Any]:
     """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
 
-    The file's metadata holds the same arguments as JSON (`timm`), the normalisation of the images, their sizes in
+    The file's metadata holds the same arguments as JSON (`timm`), the normalization of the images, their sizes in
     evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
     """
     path = Path(path)

@@ -95,7 +95,7 @@ def _write_original(network: FrozenNetwork, path: Path) -> str:
     torch.save(weights, path)
     if network.mean == Description(_description(network).backbone).mean:
         return "state dict of tensors"
-    return f"state dict of tensors; it does not say that images are normalised by {network.mean} and {network.std}"
+    return f"state dict of tensors; it does not say that images are normalized by {network.mean} and {network.std}"
 
 
 def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:

@@ -42,7 +42,7 @@ Check = Callable[[Tensor], Tensor]
 def write_onnx(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
     """Write an ONNX file and return in words which images it takes. Raises `UserError` where it cannot be.
 
-    Input `images` (B, C, H, W), normalised; output `features` (B, D). The metadata say how images are prepared.
+    Input `images` (B, C, H, W), normalized; output `features` (B, D). The metadata say how images are prepared.
     """
 
     def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Check:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dino_lightning.checkpoints.description import Description
-from dino_lightning.checkpoints.original import RESNETS, Weights, recognised
+from dino_lightning.checkpoints.original import RESNETS, Weights, recognized
 from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
@@ -21,7 +21,7 @@ from dino_lightning.errors import UserError
 CONFIG, PREPARATION = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder or repository, the better one first."""
-BEHAVIOUR: dict[str, dict[str, tuple[Any, ...]]] = {
+BEHAVIOR: dict[str, dict[str, tuple[Any, ...]]] = {
     "vit": {"hidden_act": ("gelu",), "qkv_bias": (True,)},
     "resnet": {
         "hidden_act": ("relu",),
@@ -69,14 +69,14 @@ def read_folder(path: Path, *, source: str) -> tuple[Weights, Description]:
     """The network in a file of weights beside its `config.json`; `source` names it in errors."""
     config = _json(path.parent / CONFIG)
     kind = config.get("model_type")
-    _check_behaviour(config, source=source)
+    _check_behavior(config, source=source)
     given = read_safetensors(path, source=source)[0] if path.suffix == ".safetensors" else _pickled(path, source)
     weights = {re.sub(rf"^{kind}\.", "", name): tensor for name, tensor in given.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
     seen = _preparation(path.parent / PREPARATION)
     if kind == "resnet":
-        return recognised(_resnet_from_theirs(weights), source=source, **seen)
-    return recognised(_vit_from_theirs(weights), heads=config.get("num_attention_heads", 12), source=source, **seen)
+        return recognized(_resnet_from_theirs(weights), source=source, **seen)
+    return recognized(_vit_from_theirs(weights), heads=config.get("num_attention_heads", 12), source=source, **seen)
 
 
 def to_theirs(weights: Weights, known: Description, *, source: str) -> tuple[dict[str, Any], Weights]:
@@ -86,7 +86,7 @@ def to_theirs(weights: Weights, known: Description, *, source: str) -> tuple[dic
     """
     refusal = UserError(f"{source}: transformers has no class for {known}")
     try:
-        _, description = recognised(weights, source=source, mean=known.mean, std=known.std, heads=_heads(known))
+        _, description = recognized(weights, source=source, mean=known.mean, std=known.std, heads=_heads(known))
     except UserError as error:
         raise refusal from error
     if not isinstance(description.backbone, ViTConfig):
@@ -200,15 +200,15 @@ def _resnet_to_theirs(weights: Weights, description: Description, refusal: UserE
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _check_behaviour(config: dict[str, Any], *, source: str) -> None:
+def _check_behavior(config: dict[str, Any], *, source: str) -> None:
     """Refuse networks that compute something else than ours with weights of the same shapes."""
     kind = config.get("model_type")
-    if kind not in BEHAVIOUR:
+    if kind not in BEHAVIOR:
         raise UserError(
             f"{source} is a network of transformers of the type '{kind}'; expected one of "
-            f"{', '.join(BEHAVIOUR)}, and timm may have it: checkpoint=timm:NAME."
+            f"{', '.join(BEHAVIOR)}, and timm may have it: checkpoint=timm:NAME."
         )
-    for key, known in BEHAVIOUR[kind].items():
+    for key, known in BEHAVIOR[kind].items():
         value = config.get(key, known[0])
         if value not in known:
             raise UserError(

@@ -25,7 +25,7 @@ from dino_lightning.checkpoints.original import (
     backbone_weights,
     few,
     heads_in,
-    recognised,
+    recognized,
     tensors,
     with_prefix,
     without_mask_token,
@@ -155,7 +155,7 @@ def _weights_in(path: Path, *, key: str | None, source: str) -> tuple[Weights, D
     if _is_ours(content):
         return _of_lightning(content, path, key=key, source=source)
     weights = backbone_weights(content, key=key or KEYS[0], source=source)
-    return recognised(weights, heads=heads_in(content), source=source)
+    return recognized(weights, heads=heads_in(content), source=source)
 
 
 def _file(path: Path, *, key: str | None, source: str) -> Path:
@@ -219,7 +219,7 @@ def _exported(path: Path, *, key: str | None, source: str) -> tuple[Weights, Des
     if "timm" in metadata:
         return weights, _told(lambda: _of_recipe(weights, metadata, source=source), source)
     huggingface.refuse_timm(path, source=source)
-    return recognised(backbone_weights(weights, key=KEYS[0], source=source), source=source)
+    return recognized(backbone_weights(weights, key=KEYS[0], source=source), source=source)
 
 
 def _is_ours(content: dict[str, Any]) -> bool:
@@ -239,7 +239,7 @@ def _of_lightning(content: dict[str, Any], path: Path, *, key: str | None, sourc
     config = path.resolve().parents[1] / "config.yaml"
     if config.is_file():
         return weights, _of_run(config, source=source)
-    return recognised(weights, source=source)
+    return recognized(weights, source=source)
 
 
 def _told(describe: Callable[[], Description], source: str) -> Description:
@@ -273,7 +273,7 @@ def _of_recipe(weights: Weights, metadata: dict[str, str], *, source: str) -> De
         size = settings.input_size[-1] if settings else PAPER.global_size
     seen = {key: json.loads(metadata[key]) for key in ("mean", "std")} | {"size": size, "resize": round(size * 8 / 7)}
     if name.startswith("vit_"):
-        _, description = recognised(weights, heads=recipe.get("num_heads"), source=source, **seen)
+        _, description = recognized(weights, heads=recipe.get("num_heads"), source=source, **seen)
         return description
     arguments = {key: value for key, value in recipe.items() if key not in ("num_classes", "in_chans", "patch_size")}
     config = TimmConfig(name=name, patch_size=recipe.get("patch_size"), arguments=arguments)

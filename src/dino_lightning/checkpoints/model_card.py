@@ -95,7 +95,7 @@ def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading
     trained = f"trained {origin}" if network.trained else "which have not been trained"
     intro = f"A backbone of {weights / 1e6:.2f} M weights that makes {network.width} features of an image, {trained}."
     prepared = (
-        f"Images: the shorter side to {network.resize} pixels (bicubic), the centre {network.size} x {network.size}, "
+        f"Images: the shorter side to {network.resize} pixels (bicubic), the center {network.size} x {network.size}, "
         f"values from 0 to 1, less the mean {network.mean}, divided by {network.std}."
     )
     text = [*head, intro, "", "## Use", "", "```python", loading.strip(), "```", "", prepared, "", remark, ""]

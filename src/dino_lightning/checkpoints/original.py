@@ -76,7 +76,7 @@ def heads_in(content: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def recognised(weights: Weights, *, source: str, heads: int | None = None, **seen: Any) -> tuple[Weights, Description]:
+def recognized(weights: Weights, *, source: str, heads: int | None = None, **seen: Any) -> tuple[Weights, Description]:
     """The network that these names and shapes belong to, and the weights under its own names.
 
     `seen` is what is known of the images: `mean`, `std`, `resize`, `size`; by default they are the paper's.
@@ -98,14 +98,14 @@ def recognised(weights: Weights, *, source: str, heads: int | None = None, **see
     channels = weights[first].shape[1] if first in weights else 3
     if channels != len(description.mean):
         raise UserError(
-            f"{source} takes images of {channels} channels, and nothing says how they were normalised; "
+            f"{source} takes images of {channels} channels, and nothing says how they were normalized; "
             "keep config.yaml of the run beside it."
         )
     return weights, description
 
 
 def as_original(weights: Weights, description: Description, *, source: str) -> Weights:
-    """The weights of a network of ours under the names of the original's files; the inverse of `recognised`.
+    """The weights of a network of ours under the names of the original's files; the inverse of `recognized`.
 
     Raises `UserError` where the original has no such network, or its files do not tell which one it is.
     """

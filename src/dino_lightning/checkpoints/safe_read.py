@@ -28,7 +28,7 @@ SAFE: list[Any] = [
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),
 ]
-"""What the original's full checkpoints hold besides tensors: data without behaviour."""
+"""What the original's full checkpoints hold besides tensors: data without behavior."""
 
 
 def read_pickle(path: Path, *, source: str) -> dict[str, Any]:

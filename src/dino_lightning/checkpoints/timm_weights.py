@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dino_lightning.checkpoints.description import PAPER, Description
-from dino_lightning.checkpoints.original import load_strictly, recognised
+from dino_lightning.checkpoints.original import load_strictly, recognized
 from dino_lightning.config import TimmConfig
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.models.backbones import build_backbone
@@ -38,7 +38,7 @@ def described(name: str, *, source: str) -> Description:
         return described
     with torch.device("meta"):
         weights = described.build().state_dict()
-    _, as_original = recognised(weights, source=source)
+    _, as_original = recognized(weights, source=source)
     return replace(described, backbone=as_original.backbone, resize=PAPER.eval_resize, size=PAPER.eval_size)
 
 

@@ -236,7 +236,7 @@ def sample_crops(chosen: Chosen, source: Any) -> list[list[Any]]:
 
 
 def display_moments(chosen: Chosen) -> tuple[list[float], list[float]]:
-    """Mean and deviation by which the sample crops are normalised and shown; any will do, if they fit the channels."""
+    """Mean and deviation by which the sample crops are normalized and shown; any will do, if they fit the channels."""
     channels, mean, std = chosen.data.channels, chosen.crops.mean, chosen.crops.std
     return (mean, std) if len(mean) == len(std) == channels else ([0.5] * channels, [0.5] * channels)
 

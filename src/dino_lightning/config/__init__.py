@@ -156,7 +156,7 @@ class TrainConfig:
     backbone: BackboneConfig = MISSING
     """The network."""
     method: MethodConfig = MISSING
-    """What is learnt."""
+    """What is learned."""
     crops: CropsConfig = field(default_factory=CropsConfig)
     """The augmentation."""
     data: DataConfig = MISSING

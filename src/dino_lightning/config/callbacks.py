@@ -14,7 +14,7 @@ class KNNConfig:
     every_n_epochs: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-    """Numbers of neighbours, all evaluated in one pass. One larger than the bank is cut to the bank."""
+    """Numbers of neighbors, all evaluated in one pass. One larger than the bank is cut to the bank."""
     headline_k: int = 20
     """The k of `knn_top1`, of the progress bar and of the best checkpoint; must stand in `k`."""
     temperature: float = 0.07
@@ -45,7 +45,7 @@ class CollapseConfig:
 
 @dataclass
 class PicturesConfig:
-    """Attention maps, patch tokens and nearest neighbours as pictures."""
+    """Attention maps, patch tokens and nearest neighbors as pictures."""
 
     enabled: bool = True
     """Draw pictures at all."""

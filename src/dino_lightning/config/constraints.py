@@ -36,7 +36,7 @@ def at_least(low: float) -> Rule:
 POSITIVE = Rule("a positive number", lambda value: math.isfinite(value) and value > 0)
 SHARE = Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Rule("a share from 0 up to but not including 1", lambda value: 0 <= value < 1)
-NEIGHBOURS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
+NEIGHBORS = Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1)
 
 
 def check_values(config: Any, rules: Mapping[str, Rule], choices: Mapping[str, tuple[Any, ...]]) -> None:

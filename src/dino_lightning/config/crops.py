@@ -25,7 +25,7 @@ class CropsConfig:
     flip_p: float = 0.5
     """Probability of a horizontal flip."""
     jitter_p: float = 0.8
-    """Probability of the colour jitter."""
+    """Probability of the color jitter."""
     brightness: float = 0.4
     """Largest relative change of brightness."""
     contrast: float = 0.4
@@ -35,7 +35,7 @@ class CropsConfig:
     hue: float = 0.1
     """Largest rotation of the hue (turns)."""
     grayscale_p: float = 0.2
-    """Probability of dropping the colour."""
+    """Probability of dropping the color."""
     blur_p: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])
     """Probability of Gaussian blur for the first global, the second global and each local crop."""
     blur_radius: list[float] = field(default_factory=lambda: [0.1, 2.0])
@@ -51,4 +51,4 @@ class CropsConfig:
     eval_resize: int = 256
     """Shorter side to which an image is resized for evaluation (pixels)."""
     eval_size: int = 224
-    """Side of the centre crop for evaluation (pixels)."""
+    """Side of the center crop for evaluation (pixels)."""

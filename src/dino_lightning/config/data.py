@@ -28,7 +28,7 @@ class DataConfig(ImagesConfig):
     """Channels of an image. 3: whatever is stored becomes RGB. 1: gray. Others must be stored so."""
     value_range: list[float] | None = None
     """Stored values that become 0 and 255 (black and white), for images of more than 8 bits; null refuses those, except
-    16-bit colour, of which PIL keeps the upper 8 bits."""
+    16-bit color, of which PIL keeps the upper 8 bits."""
     nan_value: float | None = None
     """Stored value for which NaN and infinite ones stand, such as 0 where nothing was measured; null refuses images
     that hold some."""
@@ -48,7 +48,7 @@ class DataConfig(ImagesConfig):
 
 @dataclass
 class BuiltinData(DataConfig):
-    """Procedurally drawn, labelled pictures with object masks: nothing to download."""
+    """Procedurally drawn, labeled pictures with object masks: nothing to download."""
 
     train_images: int = 6000
     """Number of training images."""
@@ -159,7 +159,7 @@ class TorchvisionData(DataConfig):
     """A data set that torchvision downloads and reads."""
 
     name: str = MISSING
-    """`cifar10`, `cifar100`, `stl10` (its unlabelled images train too), `svhn`, `food101`, `flowers102`, `dtd` (the
+    """`cifar10`, `cifar100`, `stl10` (its unlabeled images train too), `svhn`, `food101`, `flowers102`, `dtd` (the
     validation images of both train too) or `oxford_iiit_pet`. The k-NN queries are the test images."""
     path: str = "data"
     """Folder for the download."""

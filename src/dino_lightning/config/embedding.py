@@ -23,9 +23,9 @@ class EmbedConfig:
     n_last_blocks: int = 1
     """Class tokens of this many last blocks, one after another, deepest last; above 1 for a ViT's `features=class`."""
     image_size: int | None = None
-    """Side of the centre that the network sees (pixels); null takes what the checkpoint was evaluated with."""
+    """Side of the center that the network sees (pixels); null takes what the checkpoint was evaluated with."""
     image_resize: int | None = None
-    """Shorter side before the centre crop (pixels); null keeps the checkpoint's ratio to `image_size`."""
+    """Shorter side before the center crop (pixels); null keeps the checkpoint's ratio to `image_size`."""
     batch_size_per_device: int | None = None
     """Images per forward pass and device; null for as many as have the pixels of 256 images of side 224, at most
     1024."""

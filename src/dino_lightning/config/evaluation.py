@@ -19,10 +19,10 @@ class EvaluationConfig:
 
 @dataclass
 class ClassificationEval(EvaluationConfig):
-    """An evaluation on labelled images, of which the network sees the centre."""
+    """An evaluation on labeled images, of which the network sees the center."""
 
     image_resize: int | None = None
-    """Shorter side before the centre crop (pixels); null keeps the checkpoint's ratio to `image_size`."""
+    """Shorter side before the center crop (pixels); null keeps the checkpoint's ratio to `image_size`."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class KNNEval(ClassificationEval):
     """Weighted k-NN classification (section 4.1)."""
 
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-    """Numbers of neighbours, all from one pass; none may be above the number of images in the bank."""
+    """Numbers of neighbors, all from one pass; none may be above the number of images in the bank."""
     temperatures: list[float] = field(default_factory=lambda: [0.07])
     """Temperatures of the votes exp(similarity / temperature), all from one pass."""
     n_per_class: int | None = None
@@ -88,7 +88,7 @@ class LogisticEval(ClassificationEval):
     """Logistic regression on frozen features, on all labels or a few (low-shot)."""
 
     shares: list[float] = field(default_factory=lambda: [0.01, 0.1])
-    """Shares of the labelled training images, drawn from each class by seed: 0.01 and 0.1 are the paper's."""
+    """Shares of the labeled training images, drawn from each class by seed: 0.01 and 0.1 are the paper's."""
     splits: int = 3
     """Draws of each share, with seeds `seed`, `seed` + 1, …; the mean and the spread are reported."""
     solver: str = "device"
@@ -150,7 +150,7 @@ class RetrievalEval(EvaluationConfig):
     scales: list[float] = field(default_factory=lambda: [1.0])
     """Scales whose features are averaged; the original's multi-scale is [1, 0.7071, 0.5]."""
     whitening: bool = False
-    """Whiten the features by PCA, learnt on `data.whitening_path`."""
+    """Whiten the features by PCA, learned on `data.whitening_path`."""
 
 
 @dataclass
@@ -162,7 +162,7 @@ class CopyDetectionEval(EvaluationConfig):
     image_size: int | None = 320
     """Side of the square to which images are resized (pixels)."""
     gem_power: float = 4.0
-    """Exponent of the generalised mean over patch tokens."""
+    """Exponent of the generalized mean over patch tokens."""
     whitening: str = "original"
     """With `data.whitening_path`: `original` takes the mean from database and queries but the covariance around 0,
     `corrected` the covariance around the mean; `none`."""
@@ -187,7 +187,7 @@ class VideoEval(EvaluationConfig):
     temperature: float = 0.1
     """Temperature of exp(similarity / temperature)."""
     std_typo: bool = True
-    """Normalise red by a standard deviation of 0.228, as the original does by mistake, instead of 0.229."""
+    """Normalize red by a standard deviation of 0.228, as the original does by mistake, instead of 0.229."""
     write_masks: bool = True
     """Write the predicted masks to `masks/`."""
 
@@ -206,21 +206,21 @@ class AttentionEval(EvaluationConfig):
     pictures: int = 8
     """Images on each sheet, drawn by seed; of a clip, as many frames at equal distances."""
     pca: bool = True
-    """Colour patch tokens by their first three principal components, too."""
+    """Color patch tokens by their first three principal components, too."""
     frames_per_second: float = 12.0
     """Speed of the video that a clip becomes."""
 
 
 @dataclass
 class NeighborsEval(ClassificationEval):
-    """A picture of the nearest neighbours of some images."""
+    """A picture of the nearest neighbors of some images."""
 
     queries: list[int] | None = None
     """Positions of the query images; null draws `random_queries` by seed."""
     random_queries: int = 10
     """Query images drawn where `queries` names none."""
     neighbors: int = 8
-    """Neighbours shown for each."""
+    """Neighbors shown for each."""
 
 
 @dataclass
@@ -240,7 +240,7 @@ class RevisitedData(BenchmarkData):
     name: str = "roxford5k"
     """`roxford5k` or `rparis6k`."""
     whitening_path: str | None = None
-    """Folder of images from which whitening is learnt."""
+    """Folder of images from which whitening is learned."""
 
 
 @dataclass
@@ -250,7 +250,7 @@ class CopydaysData(BenchmarkData):
     distractors_path: str | None = None
     """Folder of images added to the database (the paper: 10,000 of YFCC100M)."""
     whitening_path: str | None = None
-    """Folder of images from which whitening is learnt (the paper: 20,000 of YFCC100M)."""
+    """Folder of images from which whitening is learned (the paper: 20,000 of YFCC100M)."""
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""What is learnt from the crops: `method`."""
+"""What is learned from the crops: `method`."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class MethodConfig:
-    """What is learnt from the crops; one of the children below."""
+    """What is learned from the crops; one of the children below."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class DINOConfig(TeacherConfig):
     head_hidden_dim: int = 2048
     """Width of the MLP's hidden layers."""
     head_bottleneck_dim: int = 256
-    """Width of the L2-normalised bottleneck."""
+    """Width of the L2-normalized bottleneck."""
     head_l2_bottleneck: bool = True
-    """Normalise the bottleneck's output to length 1 before the prototypes."""
+    """Normalize the bottleneck's output to length 1 before the prototypes."""
     head_batch_norm: bool = False
-    """Batch normalisation in the head's MLP (synchronised over devices by `trainer.sync_batchnorm`)."""
+    """Batch normalization in the head's MLP (synchronized over devices by `trainer.sync_batchnorm`)."""
     head_activation: str = "gelu"
     """Activation in the head's MLP: `gelu` or `relu`."""
     norm_last_layer: bool = True
@@ -46,7 +46,7 @@ class DINOConfig(TeacherConfig):
     freeze_last_layer: str = "1ep"
     """Duration at the start of the run in which the prototypes get no gradient (duration; whole epochs or steps)."""
     predictor: bool = False
-    """Two further layers in the student alone, between the bottleneck and its normalisation."""
+    """Two further layers in the student alone, between the bottleneck and its normalization."""
     loss: str = "cross_entropy"
     """`cross_entropy` between the two distributions, or `mse` between the outputs at length 1, as in BYOL; without
     temperatures then."""
@@ -63,7 +63,7 @@ class DINOConfig(TeacherConfig):
     shares the batch out evenly (Sinkhorn-Knopp); `softmax` does so in one iteration, a softmax over the batch; `none`
     leaves it."""
     center_momentum: float = 0.9
-    """With `center`, its momentum: share of the old centre kept at each optimizer step."""
+    """With `center`, its momentum: share of the old center kept at each optimizer step."""
     sinkhorn_iterations: int = 3
     """Iterations of `sinkhorn`."""
     koleo_weight: float = 0.0
@@ -87,7 +87,7 @@ class BYOLConfig(TeacherConfig):
     head_hidden_dim: int = 4096
     """Width of the hidden layers of projector and predictor."""
     head_batch_norm: bool = True
-    """Batch normalisation in projector and predictor (synchronised over devices by `trainer.sync_batchnorm`)."""
+    """Batch normalization in projector and predictor (synchronized over devices by `trainer.sync_batchnorm`)."""
     predictor: bool = True
     """Two further layers in the student alone. Without them the paper's run collapses."""
     evaluate: str = "student"
@@ -110,7 +110,7 @@ class MoCoConfig(TeacherConfig):
     head_hidden_dim: int = 2048
     """Width of the hidden layers of projector and predictor."""
     head_batch_norm: bool = False
-    """Batch normalisation in projector and predictor (synchronised over devices by `trainer.sync_batchnorm`)."""
+    """Batch normalization in projector and predictor (synchronized over devices by `trainer.sync_batchnorm`)."""
     predictor: bool = False
     """Two further layers in the student alone."""
     queue_length: int = 65536
@@ -169,9 +169,9 @@ class SwAVConfig(MethodConfig):
     head_hidden_dim: int = 2048
     """Width of the projector's hidden layers."""
     head_bottleneck_dim: int = 128
-    """Width of the L2-normalised embedding that is compared with the prototypes."""
+    """Width of the L2-normalized embedding that is compared with the prototypes."""
     head_batch_norm: bool = True
-    """Batch normalisation in the projector (synchronised over devices by `trainer.sync_batchnorm`)."""
+    """Batch normalization in the projector (synchronized over devices by `trainer.sync_batchnorm`)."""
     temperature: float = 0.1
     """Temperature of the softmax over prototypes."""
     sinkhorn_epsilon: float = 0.05

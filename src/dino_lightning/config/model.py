@@ -16,7 +16,7 @@ class BackboneConfig:
 
 @dataclass
 class ViTConfig(BackboneConfig):
-    """The paper's Vision Transformer: timm's blocks, the original's initialisation and position embedding."""
+    """The paper's Vision Transformer: timm's blocks, the original's initialization and position embedding."""
 
     width: int = 384
     """Token width D (features per token)."""

@@ -47,7 +47,7 @@ class MultiCropDataset(Dataset[Any]):
     def __init__(
         self, images: ReadableImages[Any], crops: CropBackend, *, seed: int, labels: np.ndarray | None = None
     ) -> None:
-        """With the labels (n,) of all images, batches are `LabelledCrops`."""
+        """With the labels (n,) of all images, batches are `LabeledCrops`."""
         self.images, self.crops, self.seed, self.labels = images, crops, seed, labels
 
     def __len__(self) -> int:

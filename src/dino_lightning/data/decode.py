@@ -5,7 +5,7 @@ JPEG goes through torchvision, the rest through PIL; TIFF that PIL cannot repres
 - One or three channels: PIL's `convert("L")` or `convert("RGB")`, whatever is stored. Two, four and more must be stored
   so: gray with alpha, RGBA, TIFF of several samples or pages, arrays (H, W, C).
 - More than 8 bits: `data.value_range` becomes 0 to 255, rounded and cut off; NaN and infinite values become
-  `data.nan_value`, or the image is refused. Without a range such an image is refused, except 16-bit colour in PNG and
+  `data.nan_value`, or the image is refused. Without a range such an image is refused, except 16-bit color in PNG and
 TIFF, of which PIL keeps the upper 8 bits; with it such a PNG is refused. - Animations and TIFF of several pages show
   other formats only with `data.apply_exif_rotation`.
 """
@@ -34,7 +34,7 @@ from dino_lightning.errors import UserError
 JPEG = b"\xff\xd8\xff"
 NPY = b"\x93NUMPY"
 PNG = b"\x89PNG\r\n\x1a\n"
-DEEP_COLOUR_PNG = (b"\x10\2", b"\x10\4", b"\x10\6")
+DEEP_COLOR_PNG = (b"\x10\2", b"\x10\4", b"\x10\6")
 """Depth (16) and kind (RGB, gray with alpha, RGBA), bytes 24 and 25 of a PNG."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -43,7 +43,7 @@ PIL_MODES = {1: "L", 3: "RGB"}
 TURNED, FLIPPED_X, FLIPPED_Y = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 """Orientations of EXIF and TIFF that transpose, and then mirror, an image."""
 MINISBLACK, RGB, SEPARATED, BITS_PER_SAMPLE, SAMPLES, ORIENTATION = 1, 2, 5, 258, 277, 274
-"""Colour spaces and tags of TIFF."""
+"""Color spaces and tags of TIFF."""
 
 # Too many pixels are refused below, in words; the others are about a file's metadata or palette, once per image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -100,7 +100,7 @@ class Decoder:
     def _jpeg(self, content: bytes) -> Tensor | None:
         """None where PIL has to decide."""
         size, components = _jpeg_header(content)
-        # PIL's gray of a colour picture is not the luminance that a JPEG holds.
+        # PIL's gray of a color picture is not the luminance that a JPEG holds.
         if not 0 < size <= _most_pixels() or not (self.channels == 3 or self.channels == components == 1):
             return None
         mode = ImageReadMode.RGB if self.channels == 3 else ImageReadMode.GRAY
@@ -175,13 +175,13 @@ class Decoder:
             raise UnreadableImageError("the file is empty")
         if content.startswith(NPY):
             return read_npy(content)
-        if self.value_range is not None and content.startswith(PNG) and content[24:26] in DEEP_COLOUR_PNG:
+        if self.value_range is not None and content.startswith(PNG) and content[24:26] in DEEP_COLOR_PNG:
             # torchvision reads it in full, and takes the process with it where the file is broken.
-            raise UnreadableImageError("16-bit colour PNG, read in 8 bits: unset data.value_range or store TIFF")
+            raise UnreadableImageError("16-bit color PNG, read in 8 bits: unset data.value_range or store TIFF")
         if content.startswith(TIFF):
             return self._tiff(content)
         image = self._with_pil(content)
-        if content.startswith(PNG) and content[24:26] == DEEP_COLOUR_PNG[1]:
+        if content.startswith(PNG) and content[24:26] == DEEP_COLOR_PNG[1]:
             image = image.convert("LA")  # PIL makes RGBA of it
         return np.asarray(image) if _is_deep(image) else image
 
@@ -222,7 +222,7 @@ class Decoder:
             whole = page if self.channels in PIL_MODES or len(series.axes) > 3 else series
             _check_size(math.prod(whole.shape) // max(self.channels, 4))
             if page.photometric not in (MINISBLACK, RGB, SEPARATED):
-                raise UnreadableImageError(f"TIFF of colours that are not read here (photometric {page.photometric})")
+                raise UnreadableImageError(f"TIFF of colors that are not read here (photometric {page.photometric})")
             array = self._channels_last(whole.asarray(), whole.axes)
             if self.channels in PIL_MODES and page.photometric == RGB:
                 array = array[..., :3]

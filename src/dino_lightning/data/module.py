@@ -58,7 +58,7 @@ class MultiCropDataModule(L.LightningDataModule):
         bad_images: Path | None = None,
         labels: bool = False,
     ) -> None:
-        """With `labels`, training batches are `LabelledCrops`."""
+        """With `labels`, training batches are `LabeledCrops`."""
         super().__init__()
         self.config, self.seed, self.bad_images, self.labels = config, seed, bad_images, labels
         self.crops = crops
@@ -83,7 +83,7 @@ class MultiCropDataModule(L.LightningDataModule):
         return train.images if isinstance(train, ImageStream) else len(train)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether a k-NN evaluation is possible: labels on both sides."""
         train, val = self.sources.train, self.sources.val
         return (

@@ -59,7 +59,7 @@ class ScanResult:
     sizes: np.ndarray
     """Height and width (n, 2) as they are used; zeros for an unreadable image."""
     kinds: Counter[str] = field(default_factory=Counter)
-    """Format and colours, in words -> images."""
+    """Format and colors, in words -> images."""
     turned: int = 0
     """Images with an EXIF tag that asks for a rotation."""
     deep: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -222,7 +222,7 @@ def content_hash(content: Content) -> int:
 
 
 def kind(content: Content, stored: Image.Image | np.ndarray) -> str:
-    """Format, colours and number type, in words."""
+    """Format, colors and number type, in words."""
     if isinstance(content, np.ndarray):
         form = "array"
     else:

@@ -88,7 +88,7 @@ def _size_advice(data: DataConfig, crops: CropsConfig, scans: ScansBySplit) -> l
 
 
 def _wanted_channels(data: DataConfig, scans: ScansBySplit) -> int | None:
-    """The number that all images have, where that is another one than configured; gray of colour may be on purpose."""
+    """The number that all images have, where that is another one than configured; gray of color may be on purpose."""
     stored = {_channels(kind) for scan in scans.values() for kind in scan.kinds}
     if len(stored) != 1 or None in stored or stored & {data.channels}:
         return None

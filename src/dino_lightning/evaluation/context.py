@@ -67,7 +67,7 @@ class EvalContext:
 
     @property
     def search_device(self) -> torch.device:
-        """Where neighbours are looked for: not on other accelerators, `nearest` needs 64-bit keys in `topk`."""
+        """Where neighbors are looked for: not on other accelerators, `nearest` needs 64-bit keys in `topk`."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def forward(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -113,7 +113,7 @@ class Task:
 
     @cached_property
     def sources(self) -> Splits:
-        """Labelled images of the data sets that training knows."""
+        """Labeled images of the data sets that training knows."""
         if not isinstance(self.data, DataConfig):
             raise UserError(f"data: this evaluation needs images to classify, not {type(self.data).__name__}.")
         return open_sources(self.data, seed=self.seed)

@@ -1,12 +1,12 @@
 """What is subtracted from the teacher's logits so that no prototype takes everything.
 
-The paper's centre is a running mean (equation 4). Sinkhorn-Knopp, its alternative in table 7, scales the matrix of
+The paper's center is a running mean (equation 4). Sinkhorn-Knopp, its alternative in table 7, scales the matrix of
 exp(logits / temperature) until every prototype gets the same share of the batch and every image a sum of 1. The last
 division is a softmax, and the scales of the prototypes before it are a subtraction inside it:
 
     exp(t_bk / tau) r_k / sum_j exp(t_bj / tau) r_j = softmax_k((t_bk - c_k) / tau)   with c_k = -tau log r_k
 
-So it, too, is a centre, of one batch, and everything that is made for centres serves it.
+So it, too, is a center, of one batch, and everything that is made for centers serves it.
 """
 
 from abc import ABC, abstractmethod
@@ -94,8 +94,8 @@ class Center(Centering):
     """Running mean of the teacher's logits, moved once per optimizer step.
 
     `observe` sends the sum of a micro-batch to the other ranks, which travels while student and gradient are computed;
-    `commit` averages all sums of the window of accumulation and moves the centre: c <- m c + (1 - m) mean. A loss
-    between two commits thus sees the old centre.
+    `commit` averages all sums of the window of accumulation and moves the center: c <- m c + (1 - m) mean. A loss
+    between two commits thus sees the old center.
     """
 
     def __init__(self, out_dim: int, *, momentum: float) -> None:
@@ -106,7 +106,7 @@ class Center(Centering):
         self._sums: list[Callable[[], Tensor]] = []
 
     def center_for(self, teacher: FactoredLogits, *, temperature: float) -> Tensor:
-        """The old centre; the new one is on its way. The sum of logits is the logits of the sum."""
+        """The old center; the new one is on its way. The sum of logits is the logits of the sum."""
         self.observe(teacher.summed(), count=len(teacher))
         return self.center
 
@@ -125,16 +125,16 @@ class Center(Centering):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centre by what was observed since the last commit, on all ranks."""
+        """Move the center by what was observed since the last commit, on all ranks."""
         if not self._sums:
             return
         total = torch.stack([sum_of_ranks() for sum_of_ranks in self._sums]).sum(dim=0)
         mean_1K = (total[:-1] / total[-1]).unsqueeze(0)
         moved_1K = self.center.mul(self.momentum).add_(mean_1K, alpha=1 - self.momentum)
-        # No rank may have had a row (of masked patches): the centre stays. The host does not know and need not.
+        # No rank may have had a row (of masked patches): the center stays. The host does not know and need not.
         self.center.copy_(torch.where(total[-1] > 0, moved_1K, self.center))
         self._sums.clear()
 
     def discard(self) -> None:
-        """The centre stays."""
+        """The center stays."""
         self._sums.clear()

@@ -26,7 +26,7 @@ class SoftmaxParams:
 def cross_view_entropy(student_VBK: Tensor, teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
     """Cross-entropy between the views of an image (equation 3 of the paper), averaged over pairs of views and images.
 
-    Both arguments are raw logits. The teacher is centred and sharpened here, without gradient; a student view is never
+    Both arguments are raw logits. The teacher is centerd and sharpened here, without gradient; a student view is never
     compared with the same crop of the teacher, which leaves T (V - 1) terms.
 
     The sum over pairs needs no log-softmax per pair: with q_v the sum of the teacher's distributions that view v is
@@ -68,5 +68,5 @@ def cross_view_distance(predicted_VBD: Tensor, target_TBD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sharpen(teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
-    """The teacher's distributions (T, B, K), in full precision: softmax of (logits - centre) / temperature."""
+    """The teacher's distributions (T, B, K), in full precision: softmax of (logits - center) / temperature."""
     return ((at_least_float32(teacher_TBK) - sharpness.center) / sharpness.teacher_temperature).softmax(dim=-1)

@@ -2,7 +2,7 @@
 
 `optimizer_step` is that place. In this order, once per optimizer step and never per micro-batch: write the learning
 rate and weight decay, step the student, move the teacher if there is one, let the method move its own state (DINO: the
-centre). A step whose loss or gradient is not finite on any rank moves none of these (`nonfinite.py`). `global_step` has
+center). A step whose loss or gradient is not finite on any rank moves none of these (`nonfinite.py`). `global_step` has
 the index of the step just taken throughout.
 """
 
@@ -80,7 +80,7 @@ class Method(L.LightningModule, ABC):
     def loss(self, batch: Any) -> Tensor:
         """The loss of one micro-batch: V crops (B, 3, size, size), the first two global.
 
-        Where the method wants labels, a `LabelledCrops`.
+        Where the method wants labels, a `LabeledCrops`.
         """
 
     def method_schedules(self) -> dict[str, Callable[[int], float]]:
@@ -94,7 +94,7 @@ class Method(L.LightningModule, ABC):
         """Move the method's own state, after student and teacher have moved."""
 
     def discard_step(self) -> None:
-        """Drop what micro-batches have left for a step that is not taken; centres and queues are known here."""
+        """Drop what micro-batches have left for a step that is not taken; centers and queues are known here."""
         for module in self.modules():
             if isinstance(module, Centering | FeatureQueue):
                 module.discard()
@@ -193,9 +193,9 @@ class Method(L.LightningModule, ABC):
         if self.device_mesh is None or self._sharded:
             return
         self._sharded = True
-        synchronised = self.trainer.strategy._layer_sync  # pyright: ignore[reportAttributeAccessIssue]
-        if synchronised is not None:  # `trainer.sync_batchnorm`, which Lightning forgets under this strategy
-            synchronised.apply(self)
+        synchronized = self.trainer.strategy._layer_sync  # pyright: ignore[reportAttributeAccessIssue]
+        if synchronized is not None:  # `trainer.sync_batchnorm`, which Lightning forgets under this strategy
+            synchronized.apply(self)
         # Backbone and head each by itself: methods and evaluation call them, not the network around them.
         mesh = self.device_mesh["data_parallel"]
         for network in self.networks:

@@ -172,7 +172,7 @@ def _written(value: Any) -> str:
 
 @torch.no_grad()
 def effective_rank(features_ND: Tensor) -> Tensor:
-    """RankMe (Garrido et al., ICML 2023): exp of the entropy of the singular values, normalised to a sum of 1.
+    """RankMe (Garrido et al., ICML 2023): exp of the entropy of the singular values, normalized to a sum of 1.
 
     From 1, where all features are multiples of one, to min(N, D). A scalar on the CPU, as not
     every accelerator has an SVD.

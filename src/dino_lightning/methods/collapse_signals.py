@@ -20,7 +20,7 @@ from dino_lightning.runtime.precision import at_least_float32
 @torch.no_grad()
 def log_feature_statistics(method: Any, features_SD: Tensor) -> None:
     """Of the features of the global crops."""
-    # Of normalised features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
+    # Of normalized features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
     spread = F.normalize(features_SD, dim=-1).std(dim=0).mean()
     _note(method, {"feature_std": spread})
     if method.feature_buffer is not None:

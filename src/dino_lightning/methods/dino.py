@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., ICCV 2021), algorithm 1.
 
-teacher:  softmax((g_t(x) - c) / tau_t)      c: running mean of g_t (centring), tau_t: sharpening
+teacher:  softmax((g_t(x) - c) / tau_t)      c: running mean of g_t (centering), tau_t: sharpening
 student:  softmax(g_s(x') / tau_s)           x': any other crop of the same image
 loss:     cross-entropy between the two; only the student takes its gradient
 """
@@ -29,7 +29,7 @@ from dino_lightning.optim.schedules import LinearWarmup
 
 @final
 class DINO(StudentTeacher):
-    """Student over all crops, teacher over the two global ones, and the centre."""
+    """Student over all crops, teacher over the two global ones, and the center."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class DINO(StudentTeacher):
         masks = None if self.patches is None else self.patches.draw(self, crops)
         with torch.no_grad():
             features_SD, teacher, teacher_patches = self.teacher.outputs(crops[:GLOBAL_CROPS], masks=masks)
-            # The running mean is seen now and moves in `after_step`: the loss below still uses the old centre.
+            # The running mean is seen now and moves in `after_step`: the loss below still uses the old center.
             sharpness = self._sharpness(teacher)
         student_SD, student, student_patches = self.student.outputs(
             crops, predictor=self.predictor, masks=masks, replace=True
@@ -120,7 +120,7 @@ class DINO(StudentTeacher):
             drop_last_layer_gradients(self.student)
 
     def after_step(self, step: int) -> None:
-        """Move the centres."""
+        """Move the centers."""
         self.center.update()
         if self.patches is not None:
             self.patches.center.update()

@@ -1,12 +1,12 @@
 """The loss on masked patches of iBOT (Zhou et al., ICLR 2022): DINO's, once more, inside a crop.
 
-student:  sees a global crop some of whose patches are replaced by a learnt token
+student:  sees a global crop some of whose patches are replaced by a learned token
 teacher:  sees all of the crop
 loss:     cross-entropy between the two distributions over prototypes of each masked patch, from the head that the
-          class token has, with a centre of its own
+          class token has, with a center of its own
 
 The mean over the masked patches of a crop, then over all global crops, of which those without a mask count 0. iBOT's
-centre sees all patches of a crop; this one sees the masked ones, as in DINOv2, since the others need no head.
+center sees all patches of a crop; this one sees the masked ones, as in DINOv2, since the others need no head.
 """
 
 import os

@@ -15,7 +15,7 @@ from dino_lightning.models.vit import OriginalViT
 
 
 def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool, channels: int = 3) -> nn.Module:
-    """The configured network; `image_size` (pixels) sets the grid of a learnt position embedding."""
+    """The configured network; `image_size` (pixels) sets the grid of a learned position embedding."""
     options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate if drop_path else 0.0, "channels": channels}
     match config:
         case ViTConfig():

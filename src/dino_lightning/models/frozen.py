@@ -28,9 +28,9 @@ class FrozenNetwork:
     std: list[float]
     """Of each channel, of values in 0 to 1."""
     resize: int
-    """Shorter side of an evaluated image before the centre crop (pixels)."""
+    """Shorter side of an evaluated image before the center crop (pixels)."""
     size: int
-    """Side of the centre crop (pixels)."""
+    """Side of the center crop (pixels)."""
     rebuild: Callable[..., nn.Module]
     """`rebuild(drop_path_rate=0.1)`: the same architecture anew, with fresh weights, all of them trainable."""
     trained: bool = True

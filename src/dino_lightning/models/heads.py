@@ -14,7 +14,7 @@ from dino_lightning.models.kernels.dense import dense, gelu_dense
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer without bias: row k of the weight is `weight_g[k] * weight_v[k] / |weight_v[k]|`.
+    """Weight-normalized linear layer without bias: row k of the weight is `weight_g[k] * weight_v[k] / |weight_v[k]|`.
 
     The two factors are parameters of their own under the names of the original's checkpoints. They are trained,
     decayed and averaged into the teacher separately, so the composed weight is never averaged.
@@ -24,7 +24,7 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_norm)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        # nn.Linear's default: the original adds this layer after its trunc_normal initialisation has run.
+        # nn.Linear's default: the original adds this layer after its trunc_normal initialization has run.
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     @property
@@ -103,7 +103,7 @@ class DINOHead(nn.Module):
     def forward(self, x_BD: Tensor, *, factors: bool = False, predictor: nn.Module | None = None) -> Any:
         """Logits (B, K): cosine similarity to each prototype, times the prototype's norm; or their `Factors`.
 
-        The predictor stands before the bottleneck is normalised.
+        The predictor stands before the bottleneck is normalized.
         """
         points_BD = self._bottleneck(x_BD) if factors else self.mlp(x_BD)
         if predictor is not None:

@@ -78,7 +78,7 @@ class MultiCropNetwork(nn.Module):
         return crops
 
     def _runs(self, crops: list[Tensor]) -> list[Tensor]:
-        """Neighbours of one size go together, as in the original: batch norms see them as one batch."""
+        """Neighbors of one size go together, as in the original: batch norms see them as one batch."""
         runs = groupby(self._laid_out(crops), key=lambda crop: crop.shape[-1])
         return [torch.cat(list(run)) for _, run in runs]
 

@@ -29,7 +29,7 @@ from dino_lightning.models.packed_block import Drop, PackedBlock, compiled_pass
 
 
 class OriginalViT(VisionTransformer):
-    """timm's Vision Transformer, initialised and resampled as the original DINO does.
+    """timm's Vision Transformer, initialized and resampled as the original DINO does.
 
     Its state dict has the original's keys and loads into `timm.create_model` as it is. With registers the class token
     has no position either (timm's `no_embed_class`), which it does not need: its position would be one more vector to
@@ -125,7 +125,7 @@ class OriginalViT(VisionTransformer):
         return tokens
 
     def _patches(self, views: list[Tensor]) -> list[Tensor]:
-        """Embedded patches (B, h, w, D), batch by batch; on a GPU neighbours of one size may be one batch."""
+        """Embedded patches (B, h, w, D), batch by batch; on a GPU neighbors of one size may be one batch."""
         embed = cast(Any, self.patch_embed)
         if not torch.compiler.is_compiling() and patches.available(views, embed):
             return patches.embed_patches(views, embed.proj)

@@ -118,7 +118,7 @@ def _start_velocities(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Give parameters that have not moved yet a velocity of 0, which changes no step of theirs.
 
     Left to itself, PyTorch's fused SGD fails where some parameters of a group have a velocity and others do not, as
-    prototypes at the end of their frozen epoch; and where the first step overflows under fp16, it keeps uninitialised
+    prototypes at the end of their frozen epoch; and where the first step overflows under fp16, it keeps uninitialized
     memory as velocity. Also those that stay frozen get one: here the gradients of this step are still to come.
     """
     for group in optimizer.param_groups:
@@ -139,7 +139,7 @@ def unscaling(closure: Callable[[], Any], *, optimizer: Any, precision: Any) -> 
     unscale in their step: too late for clipping. The scaler remembers that it is done, and hands the step only what the
     device knows and the host need not: whether a gradient overflowed, so that nothing may move.
     """
-    own = getattr(optimizer, "optimizer", optimizer)  # not Lightning's wrapper, which the scaler would not recognise
+    own = getattr(optimizer, "optimizer", optimizer)  # not Lightning's wrapper, which the scaler would not recognize
     scaler = getattr(precision, "scaler", None)
     if scaler is None or not getattr(own, "_step_supports_amp_scaling", False):
         return closure

@@ -92,7 +92,7 @@ CHARTS = [
     Chart(
         COLLAPSE,
         "Spread of the features",
-        "Standard deviation over a batch of the normalised features, mean over "
+        "Standard deviation over a batch of the normalized features, mean over "
         "dimensions. At 0 all images look the same. Below the alarm line, and at less than half of its first value, "
         "it counts as a collapse.",
         {"collapse/feature_std": "spread"},
@@ -108,7 +108,7 @@ CHARTS = [
     ),
     Chart(
         COLLAPSE,
-        "Length of the centre",
+        "Length of the center",
         "It should level off; if it grows without end, one prototype is winning.",
         {"collapse/center_norm": "length"},
     ),
@@ -143,8 +143,8 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     present = dict.fromkeys(column for run in runs for column in run.curves)
     by_k = sorted((c for c in present if c.startswith("knn/top1_k")), key=lambda c: (len(c), c))
     ks = {column: f"k = {column.removeprefix('knn/top1_k')}" for column in by_k}
-    text = "Top-1, in percent, by the number of neighbours that vote."
-    several = [Chart(LEARNING, "k-NN by neighbours", text, ks)] if len(ks) > 1 else []
+    text = "Top-1, in percent, by the number of neighbors that vote."
+    several = [Chart(LEARNING, "k-NN by neighbors", text, ks)] if len(ks) > 1 else []
     known = {column for chart in CHARTS for column in chart.columns}
     others = [
         Chart(OTHERS, column, "", {column: column}, log=_starts_on_log(runs, column))
@@ -156,7 +156,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def by_column(runs: Sequence[Run]) -> list[Chart]:
-    """The charts for runs on top of each other: one for each column, since a colour there is a run."""
+    """The charts for runs on top of each other: one for each column, since a color there is a run."""
     found = []
     for chart in charts_of(runs):
         columns = {c: name for c, name in chart.columns.items() if any(c in run.curves for run in runs)}

@@ -11,7 +11,7 @@ from dino_lightning.report.run_folder import Run
 from dino_lightning.report.runs import differences, folders_of, names_of, state
 
 MOST_RUNS = 4 * COLORS
-"""Colours and dashes that can be told apart."""
+"""Colors and dashes that can be told apart."""
 SHOWN = 60
 """Characters of a setting in the table of differences."""
 
@@ -27,7 +27,7 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]])
         title=", ".join(titles[:3]) + (", …" if len(titles) > 3 else ""),
         lead=f'<p class="lead">{escape(_verdict(runs, names))}</p>',
         parts=[
-            section("What was learnt", _knn(runs, names)),
+            section("What was learned", _knn(runs, names)),
             section("What differs", _differences(runs, folders_of(runs))),
             section("Evaluations", results_html(results, names)),
             section("Pictures", gallery_together(runs, names)),
@@ -52,7 +52,7 @@ def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
         return "None of these runs has a k-NN figure yet, so compare their pictures and curves."
     best, name = max(known, key=lambda each: each[0])
     worst, _ = min(known, key=lambda each: each[0])
-    said = f"Judged by nearest neighbours, {name} is ahead with {best:.1f} % of the validation images right"
+    said = f"Judged by nearest neighbors, {name} is ahead with {best:.1f} % of the validation images right"
     if len(known) < 2:
         return f"{said}; no other run has a figure yet."
     apart = round(best, 1) - round(worst, 1)  # so that it agrees with the figures as shown

@@ -35,7 +35,7 @@ class Series:
     """Means of equal parts of a curve that was thinned: what is smoothed in its place."""
     last: tuple[int, float]
     number: int
-    """Chooses colour and dashes; in a comparison, the run."""
+    """Chooses color and dashes; in a comparison, the run."""
     thin: bool = False
 
     def plain(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def drawn_run(run: Run) -> list[Drawn]:
 
 
 def drawn_together(runs: Sequence[Run], names: Sequence[str]) -> list[Drawn]:
-    """The charts of several runs on top of each other, each run in a colour of its own."""
+    """The charts of several runs on top of each other, each run in a color of its own."""
     most = room_of_a_curve(runs)
     found = []
     for chart in by_column(runs):
@@ -128,7 +128,7 @@ def curves_html(charts: Sequence[Drawn], *, collapse: str | None = None, runs: S
     """All charts by section, below the controls that they share; with `runs`, a button for each run among them."""
     if not charts:
         note = '<p class="soft">There are no curves: metrics.csv is missing or empty.</p>'
-        return f'<section aria-labelledby="curves"><h2 id="curves">Curves</h2>{note}</section>'
+        return f'<section aria-labeledby="curves"><h2 id="curves">Curves</h2>{note}</section>'
     sections = []
     for title, group in groupby(charts, key=lambda drawn: drawn.chart.section):
         name = title.lower().replace(" ", "-")
@@ -136,11 +136,11 @@ def curves_html(charts: Sequence[Drawn], *, collapse: str | None = None, runs: S
         figures = "".join(_figure(drawn) for drawn in group)
         lead = said if title == COLLAPSE else ""
         sections.append(
-            f'<section aria-labelledby="{name}"><h3 id="{name}">{title}</h3>{lead}'
+            f'<section aria-labeledby="{name}"><h3 id="{name}">{title}</h3>{lead}'
             f'<div class="charts">{figures}</div></section>'
         )
     return (
-        f'<section aria-labelledby="curves" class="curves"><h2 id="curves">Curves</h2><p class="soft script">{HINT}</p>'
+        f'<section aria-labeledby="curves" class="curves"><h2 id="curves">Curves</h2><p class="soft script">{HINT}</p>'
         f"{_tools(runs)}{''.join(sections)}</section>"
     )
 

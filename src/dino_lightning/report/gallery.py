@@ -44,21 +44,21 @@ CAPTIONS = {
         "and for heads that differ. Speckles, or the same map in every row, mean that this has not formed.",
         "Attention maps of validation images, one image per row, one head per column",
     ),
-    "neighbours": Caption(
+    "neighbors": Caption(
         "What the network finds alike",
         "Left, validation images; right of each, the training images with the most similar features, nearest first. "
         "Where labels are known, a green frame with a tick has the class of the query, an orange one with a cross "
-        "another. Look for rows that agree on the object. Rows that share only colours or background show what the "
+        "another. Look for rows that agree on the object. Rows that share only colors or background show what the "
         "features still go by.",
         "Validation images, each with the training images nearest to it",
     ),
     "pca": Caption(
         "What the patches know",
         "Each image beside its patch tokens: their first three principal components over all images shown, as red, "
-        "green and blue. Patches of one colour are alike to the network. Look for objects that stand out from what is "
-        "behind them, and for parts with a colour of their own in several images. Colours of two epochs, or of two "
+        "green and blue. Patches of one color are alike to the network. Look for objects that stand out from what is "
+        "behind them, and for parts with a color of their own in several images. Colors of two epochs, or of two "
         "runs, have nothing to do with each other.",
-        "Validation images, each beside its patch tokens in colour",
+        "Validation images, each beside its patch tokens in color",
     ),
     "crops": Caption(
         "What the network trains on",

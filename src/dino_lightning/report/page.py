@@ -20,7 +20,7 @@ from dino_lightning.report.runs import state
 from dino_lightning.runtime.files import write_atomically
 
 KNN_ROWS = [
-    ("knn_top1_pixels", "Raw pixels", "What colours and layout alone give away."),
+    ("knn_top1_pixels", "Raw pixels", "What colors and layout alone give away."),
     ("knn_top1_untrained", "Untrained network", "The same network before its first step."),
     ("knn_top1", "Trained network", "The network that this run leaves behind."),
 ]
@@ -48,7 +48,7 @@ def run_page(run: Run, results: Iterable[Evaluated]) -> str:
         title=run.title,
         lead=f'<p class="lead">{escape(_verdict(run))}</p>{_facts(run)}',
         parts=[
-            section("What was learnt", _knn(run)),
+            section("What was learned", _knn(run)),
             section("Evaluations", results_html([list(results)], [run.name])),
             section("Pictures", gallery(run)),
             curves_html(charts, collapse=str(collapse) if collapse else None),
@@ -80,7 +80,7 @@ def _verdict(run: Run) -> str:
     warning = f" A collapse was seen ({collapse}): look at its signs below." if collapse else ""
     if trained is None:
         return f"There are no k-NN figures, so look at the pictures and curves to judge this run.{warning}"
-    said = f"Judged by nearest neighbours, the trained network gets {trained:.1f} % of the validation images right"
+    said = f"Judged by nearest neighbors, the trained network gets {trained:.1f} % of the validation images right"
     if before is None:
         return f"{said}.{warning}"
     gained = round(trained, 1) - round(before, 1)  # so that it agrees with the figures as shown

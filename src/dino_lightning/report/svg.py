@@ -11,12 +11,12 @@ from dino_lightning.report.run_folder import Curve
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 200, 56, 8, 10, 24
 """Pixels of the picture, and its margins."""
 COLORS = 10
-"""Colours of the page's style sheet, `--s0` and on; beyond these, lines are dashed."""
+"""Colors of the page's style sheet, `--s0` and on; beyond these, lines are dashed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and how it looks: `number` chooses colour and dashes."""
+    """A curve and how it looks: `number` chooses color and dashes."""
 
     curve: Curve
     number: int
@@ -45,7 +45,7 @@ class Axes:
 
 
 def chart_svg(lines: Sequence[Line], references: Sequence[Reference], *, zero: bool, log: bool) -> str:
-    """Axes, lines that it is read against, and the curves, in the colours of the page."""
+    """Axes, lines that it is read against, and the curves, in the colors of the page."""
     values = [value for line in lines for _, value in line.curve] + [line.value for line in references]
     usable = [value for value in [*values, *([0.0] if zero else [])] if not log or value > 0]
     low, high = min(usable), max(usable)

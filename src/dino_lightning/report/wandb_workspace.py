@@ -60,7 +60,7 @@ SECTIONS = (
             Chart("Dead prototypes (share)", ("collapse/dead_prototypes",)),
             Chart("Spread of the features", ("collapse/feature_std",)),
             Chart("Effective rank of the features", ("collapse/effective_rank",)),
-            Chart("Length of the centre", ("collapse/center_norm",)),
+            Chart("Length of the center", ("collapse/center_norm",)),
             Chart("Alarm", ("collapse/alarm",)),
         ),
     ),
@@ -78,7 +78,7 @@ SECTIONS = (
         (
             Chart("Attention", ("pictures/attention",), pictures=True),
             Chart("Principal components of the patches", ("pictures/pca",), pictures=True),
-            Chart("Nearest neighbours", ("pictures/neighbours",), pictures=True),
+            Chart("Nearest neighbors", ("pictures/neighbors",), pictures=True),
             Chart("Crops", ("pictures/crops",), pictures=True),
         ),
     ),

@@ -35,7 +35,7 @@ def check_initial(config: TrainConfig) -> FrozenNetwork | None:
     seen, given = (network.mean, network.std), (config.crops.mean, config.crops.std)
     if seen != given and os.environ.get("LOCAL_RANK", "0") == "0":
         warn(
-            f"init_from={config.init_from} was trained on images normalised by crops.mean={network.mean} and "
+            f"init_from={config.init_from} was trained on images normalized by crops.mean={network.mean} and "
             f"crops.std={network.std}; here they are {given[0]} and {given[1]}."
         )
     return network

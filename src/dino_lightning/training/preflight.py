@@ -36,9 +36,9 @@ def check_environment(config: TrainConfig) -> None:
 
 def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: int) -> None:
     """Everything that the images and the number of devices decide; opens the data."""
-    if config.callbacks.knn.enabled and not data.labelled:
+    if config.callbacks.knn.enabled and not data.labeled:
         raise UserError(
-            "callbacks.knn.enabled=true: k-NN evaluation needs labelled training and validation images, and this data "
+            "callbacks.knn.enabled=true: k-NN evaluation needs labeled training and validation images, and this data "
             "has none; add callbacks.knn.enabled=false."
         )
     check_labels(config, data)

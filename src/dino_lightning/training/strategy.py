@@ -117,7 +117,7 @@ class DataParallel(DDPStrategy):
     def configure_ddp(self) -> None:
         """Wrap the module; its buffers are copied from rank 0 at each forward pass only where ranks differ in them.
 
-        The centre is moved alike on all ranks, and synchronised batch norms see the same images on each.
+        The center is moved alike on all ranks, and synchronized batch norms see the same images on each.
         """
         assert self.model is not None
         self._ddp_kwargs[SYNC_BUFFERS] = has_separate_statistics(self.model)

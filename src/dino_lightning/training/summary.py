@@ -32,7 +32,7 @@ def announce(config: TrainConfig, data: MultiCropDataModule, trainer: L.Trainer,
     weights = sum(parameter.numel() for parameter in method.student.backbone.parameters())
     batch = config.data.batch_size_per_device * trainer.world_size * config.trainer.accumulate_grad_batches
     console = Console(stderr=True, highlight=False)
-    classes = f", {data.num_classes} classes" if data.labelled else ""
+    classes = f", {data.num_classes} classes" if data.labeled else ""
     queries = len(val) if val else 0
     console.print(f"[bold]Images[/]    {data.num_images} for training, {queries} as k-NN queries{classes}")
     if data.sources.remark:

@@ -30,7 +30,7 @@ from dino_lightning.config import (
 )
 from dino_lightning.config.constraints import (
     BELOW_ONE,
-    NEIGHBOURS,
+    NEIGHBORS,
     POSITIVE,
     SHARE,
     Rule,
@@ -61,7 +61,7 @@ RULES: dict[str, Rule] = {
     "eval.batch_size_per_device": at_least(1),
     "eval.image_size": at_least(1),
     "eval.image_resize": at_least(2),  # as `crops.eval_resize`
-    "eval.k": NEIGHBOURS,
+    "eval.k": NEIGHBORS,
     "eval.temperatures": POSITIVES,
     "eval.n_per_class": at_least(1),
     "eval.bank": at_least(1),
@@ -201,11 +201,11 @@ def _check_sizes(config: EvaluationConfig) -> None:
     if not isinstance(config, ClassificationEval) or config.image_resize is None:
         return
     if config.image_size is None:
-        raise UserError(f"eval.image_resize={config.image_resize} needs eval.image_size, the centre taken from it.")
+        raise UserError(f"eval.image_resize={config.image_resize} needs eval.image_size, the center taken from it.")
     if config.image_resize < config.image_size:
         raise UserError(
             f"eval.image_resize={config.image_resize} is smaller than eval.image_size={config.image_size}, "
-            "the centre taken from it."
+            "the center taken from it."
         )
 
 

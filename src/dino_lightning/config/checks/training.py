@@ -19,7 +19,7 @@ from dino_lightning.config.checks.method import check_method
 from dino_lightning.config.checks.sweep import check_pruning
 from dino_lightning.config.constraints import (
     BELOW_ONE,
-    NEIGHBOURS,
+    NEIGHBORS,
     POSITIVE,
     SHARE,
     Rule,
@@ -153,7 +153,7 @@ RULES: dict[str, Rule] = {
     "trainer.log_every_n_steps": at_least(1),
     "compute.loss_rows": at_least(1),
     "callbacks.knn.every_n_epochs": at_least(1),
-    "callbacks.knn.k": NEIGHBOURS,
+    "callbacks.knn.k": NEIGHBORS,
     "callbacks.knn.temperature": POSITIVE,
     "callbacks.knn.bank": at_least(1),
     "callbacks.knn.queries": at_least(1),
@@ -233,7 +233,7 @@ def _check_crops(config: TrainConfig) -> None:
             raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}; the nearest is {near}.")
     if crops.eval_resize < crops.eval_size:
         raise UserError(
-            f"crops.eval_resize={crops.eval_resize} is smaller than crops.eval_size={crops.eval_size}, the centre crop "
+            f"crops.eval_resize={crops.eval_resize} is smaller than crops.eval_size={crops.eval_size}, the center crop "
             "taken from it."
         )
 

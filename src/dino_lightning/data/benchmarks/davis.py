@@ -52,7 +52,7 @@ class Sequence:
 
     @cached_property
     def palette(self) -> list[int] | None:
-        """The colours of the first mask, r, g, b of 0, then of 1, ...; None where it has none."""
+        """The colors of the first mask, r, g, b of 0, then of 1, ...; None where it has none."""
         with Image.open(self.masks[0]) as image:
             return image.getpalette("RGB") if image.mode == "P" else None
 
@@ -204,7 +204,7 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """Numbers of pixels (H, W) uint8; colours become gray."""
+    """Numbers of pixels (H, W) uint8; colors become gray."""
     try:
         with Image.open(path) as image:
             return np.asarray(image if image.mode in NUMBERED else image.convert("L")).astype(np.uint8)

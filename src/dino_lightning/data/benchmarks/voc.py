@@ -41,7 +41,7 @@ class VOCImages:
         """The classes of the pixels (H, W) uint8: 0 background, 255 void. Raises `UnreadableImageError`."""
         with Image.open(self.mask_path(index)) as image:
             if image.mode not in NUMBERED:
-                raise UnreadableImageError(f"the mask is in colour (mode {image.mode}), not a number for each pixel")
+                raise UnreadableImageError(f"the mask is in color (mode {image.mode}), not a number for each pixel")
             return np.array(image, dtype=np.uint8)
 
     def describe(self, index: int) -> str:

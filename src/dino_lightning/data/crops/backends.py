@@ -38,8 +38,8 @@ class CropBackend(Protocol):
 
 
 def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
-    """The configured back end, without operators that need colour where there is none."""
-    config = config if channels == 3 else without_colour(config)
+    """The configured back end, without operators that need color where there is none."""
+    config = config if channels == 3 else without_color(config)
     match config.backend:
         case "pil":
             return PILBatches(config)
@@ -51,7 +51,7 @@ def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
             raise UserError(f"crops.backend={other}: {did_you_mean(other, ('pil', 'cpu', 'device'))}")
 
 
-def without_colour(config: CropsConfig) -> CropsConfig:
+def without_color(config: CropsConfig) -> CropsConfig:
     """The augmentation of images that are not RGB: no saturation, no hue, no grayscale."""
     return replace(config, saturation=0.0, hue=0.0, grayscale_p=0.0)
 

@@ -47,12 +47,12 @@ class Packed:
 class Plan:
     """What to do with N crops of one size.
 
-    The crops are sorted: those without colour jitter first, then those whose hue turns before the three blends of the
+    The crops are sorted: those without color jitter first, then those whose hue turns before the three blends of the
     jitter, after one, two and three of them. So the hue turns in four slices, with the blends between them.
 
     `indices` holds positions in this order:
         inverse                position in the batch -> sorted position (N,)
-        flip, gray, solarize   the crops that are flipped, lose their colour, are solarised
+        flip, gray, solarize   the crops that are flipped, lose their color, are solarised
         saturation_k           crops whose blend k is the saturation
         blur                   crops that are blurred
     `numbers` holds, for the J crops with jitter,

@@ -36,7 +36,7 @@ def compiled(function: F) -> F:
 
 
 class Finisher:
-    """Cut crop uint8 (C, S, S) and its parameters -> augmented and normalised float32.
+    """Cut crop uint8 (C, S, S) and its parameters -> augmented and normalized float32.
 
     Loops that no cache has are compiled when it is made: loader processes that start afterwards have them.
     """

@@ -1,4 +1,4 @@
-"""Flip, colour jitter, grayscale, blur, solarisation and normalisation of a whole batch of crops at once.
+"""Flip, color jitter, grayscale, blur, solarisation and normalization of a whole batch of crops at once.
 
 They compute what PIL computes, in float32 and without cutting to whole numbers between the steps. Every crop has its
 own parameters; how many crops an operator touches is known beforehand, so that nothing waits for the accelerator.
@@ -25,7 +25,7 @@ RED, GREEN, BLUE = 3.0, 5.0, 1.0
 
 
 def augment(images_NCSS: Tensor, plan: Plan, config: CropsConfig) -> Tensor:
-    """Crops uint8 in the order of the plan -> augmented, normalised float32 in the order of the batch.
+    """Crops uint8 in the order of the plan -> augmented, normalized float32 in the order of the batch.
 
     Overwrites the crops.
     """
@@ -84,7 +84,7 @@ def column(values_N: Tensor) -> Tensor:
 
 
 def luminance(x: Tensor) -> Tensor:
-    """Gray pictures (N, 1, S, S) of colour ones (N, 3, S, S)."""
+    """Gray pictures (N, 1, S, S) of color ones (N, 3, S, S)."""
     red, green, blue = LUMINANCE
     return (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue)
 
@@ -110,7 +110,7 @@ def solarize(x: Tensor, *, threshold: int) -> Tensor:
 
 
 def turn_hue(x: Tensor, turns: Tensor | float) -> None:
-    """Turn the hue of colour images (N, 3, S, S) by a share of the full circle, value and saturation kept; in place.
+    """Turn the hue of color images (N, 3, S, S) by a share of the full circle, value and saturation kept; in place.
 
     `turns` is one number for all crops, or one for each (N, 1, 1).
     With u and l the larger and the smaller of green and blue, m the smaller of red and u, c the largest minus the

@@ -20,11 +20,11 @@ JITTER: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     F.adjust_saturation,
     F.adjust_hue,
 )
-"""The parts of the colour jitter by their number in `draws`."""
+"""The parts of the color jitter by their number in `draws`."""
 
 
 class PILCrops:
-    """Image and seed -> list of crops (C, size, size), normalised: two global ones, then `local_count` local ones."""
+    """Image and seed -> list of crops (C, size, size), normalized: two global ones, then `local_count` local ones."""
 
     def __init__(self, config: CropsConfig) -> None:
         self.config = config
@@ -51,7 +51,7 @@ class Normalized:
 
 
 def apply(crop: Crop, image: Image.Image, *, threshold: int) -> Image.Image:
-    """One crop of an image, before normalisation."""
+    """One crop of an image, before normalization."""
     top, left, height, width = crop.box
     image = F.resized_crop(image, top, left, height, width, [crop.size] * 2, InterpolationMode.BICUBIC)
     if crop.flip:
@@ -70,13 +70,13 @@ T = TypeVar("T", bound=Image.Image | Tensor)
 
 
 def eval_image(image: T, *, config: CropsConfig) -> T:
-    """What evaluation sees of an image: the shorter side resized (bicubic), and the centre."""
+    """What evaluation sees of an image: the shorter side resized (bicubic), and the center."""
     resized = F.resize(image, [config.eval_resize], InterpolationMode.BICUBIC)
     return F.center_crop(resized, [config.eval_size])
 
 
 class EvalView:
-    """The transform for evaluation: PIL image or tensor -> tensor (C, eval_size, eval_size), normalised."""
+    """The transform for evaluation: PIL image or tensor -> tensor (C, eval_size, eval_size), normalized."""
 
     def __init__(self, config: CropsConfig) -> None:
         self.config, self.finish = config, Normalized(config)
@@ -87,7 +87,7 @@ class EvalView:
 
 
 def denormalize(images: Tensor, *, config: CropsConfig) -> Tensor:
-    """Undo the normalisation of images (…, C, H, W): values in 0 to 1."""
+    """Undo the normalization of images (…, C, H, W): values in 0 to 1."""
     mean = torch.tensor(config.mean, device=images.device).view(-1, 1, 1)
     std = torch.tensor(config.std, device=images.device).view(-1, 1, 1)
     return (images * std + mean).clamp(0, 1)

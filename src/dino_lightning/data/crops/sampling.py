@@ -1,6 +1,6 @@
 """Random parameters of the multi-crop augmentation: the one place where they are drawn, whatever applies them.
 
-A crop is: cut and resize (bicubic), flip, colour jitter, grayscale, blur, solarise, normalise. `draw_crops` makes the
+A crop is: cut and resize (bicubic), flip, color jitter, grayscale, blur, solarise, normalize. `draw_crops` makes the
 `Crop`s of one image from its size and a `Dice`. With `OriginalDice` the numbers come from the generators of PyTorch and
 Python in the order in which the original's transforms consume them: after the same seeds, the same crops to the bit.
 """
@@ -17,7 +17,7 @@ from dino_lightning.config import CropsConfig
 GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2
 """Positions of a kind of view in `crops.blur_p` and `crops.solarize_p`."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-"""The four parts of the colour jitter, as numbered by torchvision."""
+"""The four parts of the color jitter, as numbered by torchvision."""
 TRIES = 10
 """Boxes drawn before the fallback of `random_box`."""
 
@@ -32,7 +32,7 @@ class Crop:
     """Side after resizing (pixels)."""
     flip: bool
     jitter: tuple[tuple[int, float], ...]
-    """Parts of the colour jitter in their order, each with its factor (hue: turns); empty for none."""
+    """Parts of the color jitter in their order, each with its factor (hue: turns); empty for none."""
     gray: bool
     blur: float
     """Standard deviation of the blur (pixels); 0 for none."""

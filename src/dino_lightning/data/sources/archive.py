@@ -1,6 +1,6 @@
 """Images inside zip and tar files, read in place: nothing is unpacked.
 
-The layout is recognised as that of a folder is (`sources.folder`), from the folders inside the archive; a single folder
+The layout is recognized as that of a folder is (`sources.folder`), from the folders inside the archive; a single folder
 around everything does not count, and a tar inside an archive counts as a folder of its name (ImageNet's training
 images come as a tar of one tar per class). A folder of two or more archives is read as if each were a folder: they are
 the splits where one is named like `train.zip` or `ILSVRC2012_img_train.tar`, classes otherwise (ImageNet-22k).
@@ -137,7 +137,7 @@ def _unpack(content: bytes, *, length: int) -> bytes:
 
 
 def open_archive(config: ArchiveData) -> Splits:
-    """Training images, validation images where there are labelled ones, and what the user should know."""
+    """Training images, validation images where there are labeled ones, and what the user should know."""
     root = existing_path(config.path, files=True)
     files = archive_files(root)
     members = read_members(files, of=root, cache_dir=config.cache_dir)
@@ -213,7 +213,7 @@ def _below(tree: Tree, top: str) -> Tree:
 
 
 def _classes(tree: Tree, *, where: str) -> tuple[list[str] | None, str | None]:
-    """Sorted class names, or None and the reason why the images count as unlabelled."""
+    """Sorted class names, or None and the reason why the images count as unlabeled."""
     tops = {_top(path) for path in tree.values()}
     if "" in tops and len(tops) > 1:
         return None, f"no labels: images lie beside the folders in '{where}'"

@@ -167,7 +167,7 @@ def content_digest(*parts: bytes) -> str:
 
 
 def hold_out(opened: Splits, *, share: float, seed: int) -> Splits:
-    """Move `share` of the labelled training images to `val`; the notice says so."""
+    """Move `share` of the labeled training images to `val`; the notice says so."""
     source = opened.train
     assert isinstance(source, ImageSource)
     assert source.labels is not None
@@ -183,7 +183,7 @@ def hold_out(opened: Splits, *, share: float, seed: int) -> Splits:
 def held_out(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:
     """Mask (n,) of a stratified draw: `share` of each class, of two images or more at least one held and one left.
 
-    Images labelled -1 stay. The draw depends on `labels`, `share` and `seed` only, so every process agrees.
+    Images labeled -1 stay. The draw depends on `labels`, `share` and `seed` only, so every process agrees.
     """
     generator = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)

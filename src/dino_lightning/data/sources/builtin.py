@@ -4,12 +4,12 @@ A picture is one animal or plant, turned, mirrored, bent, shaded and placed anew
 so that DINO has something to find and nothing else does:
 
 - A species is palette, markings and silhouette together. Two crops of a picture share these, and the augmentation
-  spares them; of two species with the same main colour, one has light markings and one has dark ones.
-- Little else is common to a whole picture. Each cell of the mosaic has a colour of its own, and light and shade change
+  spares them; of two species with the same main color, one has light markings and one has dark ones.
+- Little else is common to a whole picture. Each cell of the mosaic has a color of its own, and light and shade change
   across the picture. One background palette, exposure or tint per picture would be shared by its crops just as well,
   and the network would learn to tell pictures apart by it instead.
 - The object lies anywhere, in any direction, and covers a quarter of a picture on average. Comparing pictures pixel
-  by pixel, or by their mean colour, names about half of them.
+  by pixel, or by their mean color, names about half of them.
 
 All drawing is in relative coordinates: a picture has the same content at every size.
 """
@@ -29,7 +29,7 @@ Field: TypeAlias = NDArray[np.floating]
 """One number per pixel (n, H, W), or of a shape that broadcasts to it. A shape is a field that is positive inside and
 negative outside: about the distance to its edge, in half-lengths of the object."""
 Parts: TypeAlias = list[tuple[Field, int]]
-"""What to paint, back to front: a shape and the place of its colour in the species' palette."""
+"""What to paint, back to front: a shape and the place of its color in the species' palette."""
 
 SPLITS = ("train", "val")
 DRAWS = 176
@@ -40,7 +40,7 @@ CELLS = 6
 """The mosaic repeats after this many cells; fewer are in sight."""
 OUTLINE = 0.1
 """Width of the dark line around an object (half-lengths), which is not part of its mask."""
-OUTLINE_COLOUR = np.array([0.08, 0.07, 0.1], np.float32)
+OUTLINE_COLOR = np.array([0.08, 0.07, 0.1], np.float32)
 
 
 class BuiltinImages:
@@ -111,8 +111,8 @@ class Dice:
         """One number per picture (n, 1, 1)."""
         return (low + (high - low) * next(self.columns))[:, None, None]
 
-    def colour(self, *, saturation: tuple[float, float], value: tuple[float, float]) -> Field:
-        """One colour of any hue per picture (n, 3)."""
+    def color(self, *, saturation: tuple[float, float], value: tuple[float, float]) -> Field:
+        """One color of any hue per picture (n, 3)."""
         hue, s, v = (self.uniform(*span)[:, 0] for span in ((0, 6), saturation, value))
         wheel = np.abs((hue + np.array([0, 4, 2], np.float32)) % 6 - 3) - 1
         return v * (1 - s * (1 - wheel.clip(0, 1)))
@@ -126,7 +126,7 @@ class Species:
     shape: Callable[[Field, Field], Parts]
     """Coordinates (u to the right, v upwards, the object from -1 to 1) -> parts."""
     palette: list[tuple[int, int, int]]
-    """Colours (RGB, 0 to 255)."""
+    """Colors (RGB, 0 to 255)."""
 
 
 def draw(species: Species, dice: Dice, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
@@ -139,18 +139,18 @@ def draw(species: Species, dice: Dice, size: int) -> tuple[NDArray[np.uint8], ND
     silhouette = union(*(part for part, _ in parts))
     light = dice.uniform(0.7, 1.2) * (1 + 0.2 * v)
     pixels = scale * size / 2
-    paint(canvas, (silhouette + OUTLINE) * pixels, OUTLINE_COLOUR)
+    paint(canvas, (silhouette + OUTLINE) * pixels, OUTLINE_COLOR)
     for part, place in parts:
         noise = np.stack([dice.uniform(-0.08, 0.08) for _ in "rgb"], axis=-1)
-        colour = np.array(species.palette[place], np.float32) / 255 + noise
-        paint(canvas, part * pixels, colour * light[..., None])
+        color = np.array(species.palette[place], np.float32) / 255 + noise
+        paint(canvas, part * pixels, color * light[..., None])
     canvas *= shade(dice, x, y)[..., None]
     return (canvas.clip(0, 1) * 255).astype(np.uint8), silhouette > 0
 
 
-def paint(canvas: Field, shape: Field, colour: Field) -> None:
-    """Lay a colour over the canvas (n, H, W, 3) inside a shape in pixels, with a soft edge of one pixel."""
-    canvas += (shape + 0.5).clip(0, 1)[..., None] * (colour - canvas)
+def paint(canvas: Field, shape: Field, color: Field) -> None:
+    """Lay a color over the canvas (n, H, W, 3) inside a shape in pixels, with a soft edge of one pixel."""
+    canvas += (shape + 0.5).clip(0, 1)[..., None] * (color - canvas)
 
 
 def object_frame(dice: Dice, x: Field, y: Field) -> tuple[Field, Field, Field]:
@@ -165,8 +165,8 @@ def object_frame(dice: Dice, x: Field, y: Field) -> tuple[Field, Field, Field]:
 
 
 def mosaic(dice: Dice, x: Field, y: Field) -> Field:
-    """Wavy cells, each of a colour of its own, with a weave over them (n, H, W, 3)."""
-    cells = [dice.colour(saturation=(0.1, 0.9), value=(0.1, 1.0)) for _ in range(CELLS**2)]
+    """Wavy cells, each of a color of its own, with a weave over them (n, H, W, 3)."""
+    cells = [dice.color(saturation=(0.1, 0.9), value=(0.1, 1.0)) for _ in range(CELLS**2)]
     turn, pace = dice.uniform(0, 2 * np.pi), dice.uniform(2.0, 2.6)
     along = pace * (np.cos(turn) * x + np.sin(turn) * y) + 0.35 * wave(dice, x, y, (1, 2)) + dice.uniform(0, CELLS)
     across = pace * (np.cos(turn) * y - np.sin(turn) * x) + 0.35 * wave(dice, x, y, (1, 2)) + dice.uniform(0, CELLS)
@@ -176,7 +176,7 @@ def mosaic(dice: Dice, x: Field, y: Field) -> Field:
 
 
 def shade(dice: Dice, x: Field, y: Field) -> Field:
-    """Light and shade as under a tree, a factor for the colours."""
+    """Light and shade as under a tree, a factor for the colors."""
     return 0.85 + 0.25 * (wave(dice, x, y, (0.7, 1.6)) + wave(dice, x, y, (0.7, 1.6)))
 
 
@@ -186,9 +186,9 @@ def wave(dice: Dice, x: Field, y: Field, periods: tuple[float, float]) -> Field:
     return np.sin(pace * (np.cos(turn) * x + np.sin(turn) * y) + dice.uniform(0, 2 * np.pi))
 
 
-def ellipse(u: Field, v: Field, centre: tuple[float, float], radii: tuple[float, float]) -> Field:
+def ellipse(u: Field, v: Field, center: tuple[float, float], radii: tuple[float, float]) -> Field:
     """An upright ellipse."""
-    (a, b), (p, q) = radii, centre
+    (a, b), (p, q) = radii, center
     return min(a, b) * (1 - np.hypot((u - p) / a, (v - q) / b))
 
 

@@ -1,6 +1,6 @@
 """Image files on disk: `train/` and `val/`, or class folders, or a flat folder without labels.
 
-The layout is recognised from the folder names alone, before any file is listed:
+The layout is recognized from the folder names alone, before any file is listed:
 
     path/train[/class]/…   and path/val, path/validation or path/test   the splits
     path/class/…                                                        class folders, no validation split
@@ -31,7 +31,7 @@ MOST_NAMES = 1000
 
 
 class FolderImages:
-    """The images below `root`, labelled by their first-level folder; `classes=None` takes all of them without labels.
+    """The images below `root`, labeled by their first-level folder; `classes=None` takes all of them without labels.
 
     The list of a large folder is kept in `cache_dir`, see `index`.
     """
@@ -78,7 +78,7 @@ class FolderImages:
 
 
 def open_folder(config: FolderData) -> Splits:
-    """Training images, validation images where there are labelled ones, and what the user should know."""
+    """Training images, validation images where there are labeled ones, and what the user should know."""
     root = existing_path(config.path)
     if not root.is_dir():
         raise UserError(f"data.path={config.path} is a file; give the folder of the images")
@@ -112,7 +112,7 @@ def _open_splits(root: Path, *, val_name: str | None, others: list[str], cache_d
 
 
 def class_folders(root: Path, *, folders: list[str], has_image: bool) -> tuple[list[str] | None, str | None]:
-    """Class names of what lies in `root`, or None and the reason why the images count as unlabelled."""
+    """Class names of what lies in `root`, or None and the reason why the images count as unlabeled."""
     if len(folders) < 2:
         return None, f"no labels: '{root}' has {'one folder only' if folders else 'no class folders'}"
     if has_image:
@@ -161,7 +161,7 @@ def existing_path(path: str, *, key: str = "data.path", files: bool = False) -> 
 
 
 def extensions() -> str:
-    """The recognised file name endings, for messages."""
+    """The recognized file name endings, for messages."""
     return ", ".join(IMG_EXTENSIONS)
 
 

@@ -83,7 +83,7 @@ class ParquetImages:
 
 
 def open_parquet(config: ParquetData) -> Splits:
-    """Training images, validation images where there are labelled ones, and what the user should know."""
+    """Training images, validation images where there are labeled ones, and what the user should know."""
     root = existing_path(config.path)
     saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
     with _silent():

@@ -49,7 +49,7 @@ KNOWN = {
 class Named:
     """One split, `train` or `val`, of a data set of torchvision.
 
-    `stl10` trains on its 5,000 labelled images followed by its 100,000 unlabelled ones, whose label is -1. Whoever
+    `stl10` trains on its 5,000 labeled images followed by its 100,000 unlabeled ones, whose label is -1. Whoever
     compares labels (a k-NN bank, a probe) takes the images with `labels >= 0` only.
     """
 
@@ -111,9 +111,9 @@ def open_torchvision(config: TorchvisionData) -> Splits:
     train, val = (_open(config, split=split) for split in ("train", "val"))
     if train.classes != val.classes:
         raise UserError(f"data.path={config.path}: the splits of {config.name} have different classes; unpack it anew")
-    unlabelled = int((train.labels < 0).sum())
-    notice = f"{unlabelled} of the {len(train)} training images have no label: k-NN compares with the others"
-    return Splits(train, val, notice if unlabelled else None)
+    unlabeled = int((train.labels < 0).sum())
+    notice = f"{unlabeled} of the {len(train)} training images have no label: k-NN compares with the others"
+    return Splits(train, val, notice if unlabeled else None)
 
 
 def _open(config: TorchvisionData, *, split: str) -> PixelImages | FileImages:

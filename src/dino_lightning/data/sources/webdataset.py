@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files, local or at URLs, whose neighbouring members of one name are a sample.
+"""WebDataset shards: tar files, local or at URLs, whose neighboring members of one name are a sample.
 
 The `webdataset` library expands patterns, opens everything but http(s), walks through the tar files and groups their
 members. For http(s) it starts `curl`; here Python reads the URL, so that no other program is needed and a connection
@@ -62,7 +62,7 @@ class WebDatasetImages:
         name, trouble = shard_name(self.urls[shard]), []
         files = _files(self.urls[shard], note=trouble.append)
         count = 0
-        # Of two neighbours of one name, the library would stop at the second; here the first one counts.
+        # Of two neighbors of one name, the library would stop at the second; here the first one counts.
         for members in group_by_keys(files, suffixes={*self.image_keys, "cls"}, handler=ignore_and_continue):
             if count >= start:
                 yield self._sample(members, shard=name)

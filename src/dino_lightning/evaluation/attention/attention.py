@@ -5,7 +5,7 @@ images, and clips, are drawn alone.
 
 The Jaccard index follows the snippet that the authors published (issue 54 of their repository): for each object the
 head that fits best, averaged over the objects of an image, then over images. It is taken at the resolution that the
-network sees, the mask resized by nearest neighbour and cut like the image. An object of VOC is a class of an image.
+network sees, the mask resized by nearest neighbor and cut like the image. An object of VOC is a class of an image.
 """
 
 from collections.abc import Iterator, Sequence

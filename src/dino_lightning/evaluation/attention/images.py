@@ -46,7 +46,7 @@ class Sample:
 
     index: int
     image: Tensor | None
-    """(C, H, W), normalised."""
+    """(C, H, W), normalized."""
     labels: Tensor | None
     """uint8 (H, W), where the source has masks."""
 
@@ -59,7 +59,7 @@ class WholeView:
         self.finish = Normalized(CropsConfig(mean=network.mean, std=network.std))
 
     def image(self, image: Image.Image | Tensor) -> Tensor:
-        """(C, H, W), normalised."""
+        """(C, H, W), normalized."""
         resized = F.resize(image, [self.size], InterpolationMode.BICUBIC)
         width, height = resized.size if isinstance(resized, Image.Image) else resized.shape[:0:-1]
         return self.finish(F.crop(resized, 0, 0, height - height % self.patch, width - width % self.patch))
@@ -110,7 +110,7 @@ class Seen:
 
     index: int
     image: Tensor
-    """(C, H, W), normalised."""
+    """(C, H, W), normalized."""
     attention: Tensor
     """(heads, h, w) float32."""
     labels: Tensor | None = None

@@ -43,7 +43,7 @@ def image_jaccards(attention_Hhw: Tensor, labels_HW: Tensor, *, masses: Sequence
     """How the masks of one image fit its objects; None where the image has none.
 
     `labels_HW` (h p, w p) has 0 for background, a number for each object, and `VOID`. Masks count at the resolution of
-    the labels, as if they were upsampled to it by nearest neighbour. For single objects a void pixel is background,
+    the labels, as if they were upsampled to it by nearest neighbor. For single objects a void pixel is background,
     as in the snippet that the authors published.
     """
     numbers = [number for number in labels_HW.unique().tolist() if number not in (0, VOID)]

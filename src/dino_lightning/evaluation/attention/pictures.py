@@ -21,7 +21,7 @@ from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import GAP, MOST_HEADS
 from dino_lightning.report.pictures.tokens import (
     Shown,
-    TokenColours,
+    TokenColors,
     attention_rows,
     clip_frame,
     heads_rows,
@@ -58,14 +58,14 @@ def save_sheets(config: AttentionEval, task: Task, every: Sequence[Seen]) -> Non
     task.picture(attention_rows(shown, cell=round(128 * scale)), "attention")
     task.picture(heads_rows(shown, masses=config.masses, cell=round(224 * scale)), "heads")
     if config.pca:
-        task.picture(token_rows(shown, _colours(shown), cell=round(176 * scale)), "pca")
+        task.picture(token_rows(shown, _colors(shown), cell=round(176 * scale)), "pca")
 
 
 def save_picture(config: AttentionEval, task: Task, seen: Seen, *, name: str) -> None:
     """All about one image, whichever rank has seen it."""
     shown = as_shown(seen, task.network, masses=config.masses)
-    colours = _colours([shown]) if config.pca else None
-    rows = heads_rows([shown], masses=config.masses, colours=colours)
+    colors = _colors([shown]) if config.pca else None
+    rows = heads_rows([shown], masses=config.masses, colors=colors)
     maps = 2 + min(MOST_HEADS, len(shown.attention))
     page = stacked([attention_rows([shown], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
     task.picture(page, name, every_rank=True)
@@ -98,12 +98,12 @@ def save_clip(
     some = _spread(total, config.pictures)
     chosen = [seen for seen in look_at_clip(looker, clip, view, on_bad=on_bad, only=set(some))] if some else []
     shown = [as_shown(seen, task.network, masses=config.masses) for seen in chosen]
-    colours = _colours(shown) if config.pca and shown else None
+    colors = _colors(shown) if config.pca and shown else None
     if task.runtime.is_main:
         save_sheets(config, task, chosen)
     path = task.picture_path(f"{clip.name}{ending()}")
     areas: list[Tensor] = []
-    looker = Looker(task, config.batch_size_per_device, tokens=colours is not None)
+    looker = Looker(task, config.batch_size_per_device, tokens=colors is not None)
     with (
         clip_writer(path, frames_per_second=config.frames_per_second) as writer,
         task.runtime.progress("frames", total=total) as advance,
@@ -111,7 +111,7 @@ def save_clip(
         for seen in look_at_clip(looker, clip, view, on_bad=on_bad):
             areas.append(attended_area(seen.attention, masses=config.masses))
             if task.runtime.is_main:
-                _add(writer, as_shown(seen, task.network, masses=config.masses), colours)
+                _add(writer, as_shown(seen, task.network, masses=config.masses), colors)
             advance(1)
     return (torch.stack(areas).mean(0).tolist() if areas else []), path
 
@@ -145,8 +145,8 @@ def _look_together(looker: Looker, samples: list[Sample]) -> list[Seen]:
     ]
 
 
-def _add(writer: ClipWriter, shown: Shown, colours: TokenColours | None) -> None:
-    writer.add(clip_frame(shown, colours, width=min(CLIP_CELL[writer.path.suffix], shown.image.shape[-1])))
+def _add(writer: ClipWriter, shown: Shown, colors: TokenColors | None) -> None:
+    writer.add(clip_frame(shown, colors, width=min(CLIP_CELL[writer.path.suffix], shown.image.shape[-1])))
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -156,5 +156,5 @@ def _spread(total: int, count: int) -> list[int]:
     return sorted(set(np.linspace(0, total - 1, count).round().astype(int).tolist()))
 
 
-def _colours(shown: Sequence[Shown]) -> TokenColours:
-    return TokenColours.of([cast(Tensor, each.tokens) for each in shown])
+def _colors(shown: Sequence[Shown]) -> TokenColors:
+    return TokenColors.of([cast(Tensor, each.tokens) for each in shown])

@@ -36,7 +36,7 @@ from dino_lightning.evaluation.classification.finetune_recipe import (
     set_rate,
     with_classifier,
 )
-from dino_lightning.evaluation.classification.splits import Labelled, labelled_sources
+from dino_lightning.evaluation.classification.splits import Labeled, labeled_sources
 from dino_lightning.evaluation.classification.training_images import TrainingImages, TrainingLoader
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import features_of_batches
@@ -49,7 +49,7 @@ CHOSEN = "the test images: too good by the choice"
 
 def evaluate(config: FinetuneEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` after the last epoch, `top1_ema` and `top5_ema` with a moving average, `top1_best_epoch`."""
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     training = Finetuning(config, task, images)
     history = training.run()
     files = training.export()
@@ -70,7 +70,7 @@ def evaluate(config: FinetuneEval, task: Task) -> Iterator[Result]:
 class Finetuning:
     """Network, optimizer, schedule, images, and the file that holds them between epochs."""
 
-    def __init__(self, config: FinetuneEval, task: Task, images: Labelled) -> None:
+    def __init__(self, config: FinetuneEval, task: Task, images: Labeled) -> None:
         self.config, self.task, self.images = config, task, images
         self.device, network = task.runtime.device, task.network
         self.side = config.image_size or network.size

@@ -12,7 +12,7 @@ from torch import nn
 from dino_lightning.config import FinetuneEval
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.splits import Labelled
+from dino_lightning.evaluation.classification.splits import Labeled
 from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.runtime.collectives import world_size
 from dino_lightning.runtime.files import atomic_file
@@ -22,7 +22,7 @@ FREE = ("val_every_n_epochs",)
 """Settings that may change on the way: no weight depends on them."""
 
 
-def settings_of(config: FinetuneEval, task: Task, images: Labelled) -> dict[str, Any]:
+def settings_of(config: FinetuneEval, task: Task, images: Labeled) -> dict[str, Any]:
     """By their keys on the command line, all that the weights depend on: the same on every rank."""
     fabric = task.runtime.fabric
     names = json.dumps(images.classes).encode()
@@ -74,7 +74,7 @@ def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], clas
     """Weights by timm's names, and in the metadata what belongs to them.
 
     `classifier` is the name of the top layer. As JSON: `classes`, the names of its rows; `mean` and `std` of the
-    images; `eval`, their shorter side and centre (pixels); `network`, the architecture, by which `checkpoint=` takes
+    images; `eval`, their shorter side and center (pixels); `network`, the architecture, by which `checkpoint=` takes
     the file, too.
     """
     resize, side = size

@@ -63,7 +63,7 @@ def _classifiers(model: Any) -> list[nn.Module]:
 
 
 class Augmentation:
-    """Image -> a random crop (bicubic), perhaps mirrored, by the policy, normalised, partly erased: (C, size, size)."""
+    """Image -> a random crop (bicubic), perhaps mirrored, by the policy, normalized, partly erased: (C, size, size)."""
 
     def __init__(self, config: FinetuneEval, network: FrozenNetwork, *, size: int) -> None:
         self.config = config
@@ -206,6 +206,6 @@ def check_whole_batch(images: int, *, batch_size: int, ranks: int) -> None:
     if own < batch_size:
         each = f" for each of {ranks} processes" if ranks > 1 else ""
         raise UserError(
-            f"eval.batch_size_per_device={batch_size}: {images} labelled training images make no whole "
+            f"eval.batch_size_per_device={batch_size}: {images} labeled training images make no whole "
             f"batch{each}; give at most {own}."
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from dino_lightning.config import KNNEval
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.splits import Labelled, class_features, labelled_sources
+from dino_lightning.evaluation.classification.splits import Labeled, class_features, labeled_sources
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import subset_indices
 from dino_lightning.evaluation.features.knn import nearest_neighbors, vote_accuracy
@@ -22,9 +22,9 @@ HEADLINE_K = 20
 def evaluate(config: KNNEval, task: Task) -> Iterator[Result]:
     """`top1_k20`, `top5_k20`, …, and with several temperatures `top1_k20_t0.07`, …, in percent.
 
-    Every rank holds the whole bank, 4 N D bytes, and looks for the neighbours of its share of the queries.
+    Every rank holds the whole bank, 4 N D bytes, and looks for the neighbors of its share of the queries.
     """
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     bank = bank_indices(config, images, seed=task.seed)
     known = images.known("val")
     queries = [known[i] for i in subset_indices(len(known), limit=config.queries, seed=task.seed)]
@@ -33,14 +33,14 @@ def evaluate(config: KNNEval, task: Task) -> Iterator[Result]:
     (bank_ND, bank_labels_N), (queries_MD, query_labels_M) = found["train"], found["val"]
     _check_k(config, bank=len(bank_ND))  # again, without the broken images
     own = slice(rank(), None, world_size())
-    similarity_MK, neighbours_MK = nearest_neighbors(
+    similarity_MK, neighbors_MK = nearest_neighbors(
         bank_ND, queries_MD[own], k=max(config.k), device=task.runtime.search_device
     )
     headline = HEADLINE_K if HEADLINE_K in config.k else config.k[0]
     for temperature in config.temperatures:
         accuracy = vote_accuracy(
             similarity_MK,
-            neighbours_MK,
+            neighbors_MK,
             bank_labels_N,
             query_labels_M[own],
             k=config.k,
@@ -57,12 +57,12 @@ def evaluate(config: KNNEval, task: Task) -> Iterator[Result]:
 def _check_k(config: KNNEval, *, bank: int) -> None:
     if max(config.k) > bank:
         raise UserError(
-            f"eval.k={max(config.k)}: there are {bank} training images to choose neighbours from; "
+            f"eval.k={max(config.k)}: there are {bank} training images to choose neighbors from; "
             f"set eval.k to at most {bank}."
         )
 
 
-def bank_indices(config: KNNEval, images: Labelled, *, seed: int) -> list[int]:
+def bank_indices(config: KNNEval, images: Labeled, *, seed: int) -> list[int]:
     """Positions of the training images in the bank, rising; the same on every rank."""
     known = np.array(images.known("train"))
     if config.n_per_class is not None:
@@ -70,7 +70,7 @@ def bank_indices(config: KNNEval, images: Labelled, *, seed: int) -> list[int]:
     return [int(known[i]) for i in subset_indices(len(known), limit=config.bank, seed=seed)]
 
 
-def few_of_each(known: np.ndarray, images: Labelled, *, n: int, seed: int) -> np.ndarray:
+def few_of_each(known: np.ndarray, images: Labeled, *, n: int, seed: int) -> np.ndarray:
     """`n` positions out of `known` (m,) for each class, drawn by seed, rising."""
     assert images.train.labels is not None
     sizes = np.bincount(images.train.labels[known], minlength=len(images.classes))

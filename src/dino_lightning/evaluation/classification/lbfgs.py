@@ -1,8 +1,8 @@
 """Multinomial logistic regression with an L2 penalty, on the device.
 
-    minimise over W (D, K), b (K):   c * sum_i cross_entropy(W' x_i + b, y_i) + ||W||^2 / 2
+    minimize over W (D, K), b (K):   c * sum_i cross_entropy(W' x_i + b, y_i) + ||W||^2 / 2
 
-which is scikit-learn's objective: the intercept b is not penalised. N images, D width, K classes.
+which is scikit-learn's objective: the intercept b is not penalized. N images, D width, K classes.
 """
 
 import warnings
@@ -38,7 +38,7 @@ class Classifier:
 
 
 def objective(classifier: Classifier, features_ND: Tensor, labels_N: Tensor, *, c: float) -> Tensor:
-    """The value that is minimised."""
+    """The value that is minimized."""
     entropy = F.cross_entropy(classifier.logits(features_ND), labels_N.to(classifier.biases.device), reduction="sum")
     return c * entropy + 0.5 * classifier.weights.square().sum()
 

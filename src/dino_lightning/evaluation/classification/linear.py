@@ -30,7 +30,7 @@ from dino_lightning.evaluation.classification.classifiers import (
     read_classifier,
     write_classifier,
 )
-from dino_lightning.evaluation.classification.splits import Labelled, labelled_sources, viewed
+from dino_lightning.evaluation.classification.splits import Labeled, labeled_sources, viewed
 from dino_lightning.evaluation.classification.training_images import TrainingImages, TrainingLoader
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
@@ -44,7 +44,7 @@ Test = Callable[[Callable[[Tensor], Tensor]], list[float]]
 
 def evaluate(config: LinearEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` after the last epoch, and `top1_best_epoch`; or those of `config.classifier`."""
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     choice = FeatureChoice(config.n_last_blocks, config.avgpool)
     choice.check(task.network)
     given = None
@@ -79,7 +79,7 @@ def _results(top: list[float], details: dict[str, Any]) -> Iterator[Result]:
         yield Result("top5", top[1], main=True)
 
 
-def validation(config: LinearEval, task: Task, images: Labelled, choice: FeatureChoice) -> tuple[Test, int]:
+def validation(config: LinearEval, task: Task, images: Labeled, choice: FeatureChoice) -> tuple[Test, int]:
     """What tests a classifier, and on how many images."""
     features_MD, labels_M, _ = cached_features(
         task,
@@ -101,7 +101,7 @@ def validation(config: LinearEval, task: Task, images: Labelled, choice: Feature
 
 
 class Augmentation:
-    """PIL image -> a random crop of `size` (bilinear), perhaps mirrored, normalised: (C, size, size)."""
+    """PIL image -> a random crop of `size` (bilinear), perhaps mirrored, normalized: (C, size, size)."""
 
     def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.cut = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
@@ -115,7 +115,7 @@ class Augmentation:
 class Training:
     """The classifier, its optimizer and schedule, and the file that holds them."""
 
-    def __init__(self, config: LinearEval, task: Task, images: Labelled, choice: FeatureChoice) -> None:
+    def __init__(self, config: LinearEval, task: Task, images: Labeled, choice: FeatureChoice) -> None:
         self.config, self.task, fabric = config, task, task.runtime.fabric
         network, side = task.network, config.image_size or task.network.size
         augmented = TrainingImages(
@@ -178,7 +178,7 @@ class Training:
         weight_CD, bias_C = (parameter.detach().float() for parameter in self.head.parameters())
         return test(lambda features_BD: F.linear(features_BD, weight_CD, bias_C))
 
-    def _key(self, images: Labelled) -> str:
+    def _key(self, images: Labeled) -> str:
         """Of all that the weights depend on."""
         config = self.config
         settings = {

@@ -1,6 +1,6 @@
 """`eval=linear_grid`: linear classifiers for a grid of learning rates and features, on one pass of the backbone.
 
-Images are seen once, from the centre, without augmentation. All classifiers are trained at once on a part of the
+Images are seen once, from the center, without augmentation. All classifiers are trained at once on a part of the
 training images; the rest, held out by class and seed, decides among them. The chosen setting is trained once more on
 all training images, one more pass over the features, and only that classifier is tested: the validation images choose
 nothing.
@@ -21,7 +21,7 @@ from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import accuracy, guesses, write_classifier
 from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
-from dino_lightning.evaluation.classification.splits import Labelled, labelled_sources, viewed
+from dino_lightning.evaluation.classification.splits import Labeled, labeled_sources, viewed
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
 from dino_lightning.evaluation.features.choice import FeatureChoice
@@ -30,7 +30,7 @@ from dino_lightning.runtime.collectives import all_reduce_sum, rank, world_size
 
 def evaluate(config: LinearGridEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` of the chosen setting, and `top1_heldout`, the accuracy by which it was chosen."""
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     choices = possible_choices(config, task)
     _check_holdout(config, images, seed=task.seed)
     layout = Tokens(
@@ -97,7 +97,7 @@ def _shown(values: list[Any]) -> str:
     return f"[{','.join(str(value).lower() for value in values)}]"
 
 
-def _check_holdout(config: LinearGridEval, images: Labelled, *, seed: int) -> None:
+def _check_holdout(config: LinearGridEval, images: Labeled, *, seed: int) -> None:
     labels = images.train.labels
     assert labels is not None
     if not held_out(labels, share=config.holdout, seed=seed).any():
@@ -107,7 +107,7 @@ def _check_holdout(config: LinearGridEval, images: Labelled, *, seed: int) -> No
 
 
 def _tokens(
-    config: LinearGridEval, task: Task, images: Labelled, layout: Tokens, *, split: str
+    config: LinearGridEval, task: Task, images: Labeled, layout: Tokens, *, split: str
 ) -> tuple[Tensor, Tensor]:
     """Tokens (N, T) and labels (N,) of the readable images of a split."""
     widest = FeatureChoice(layout.n, layout.mean_patch)

@@ -1,6 +1,6 @@
 """Logistic regression on frozen features with a share of the labels (the paper's low-shot table: 1 % and 10 %).
 
-Features are L2-normalised and not standardised. The penalty is chosen by cross-validation among the drawn training
+Features are L2-normalized and not standardized. The penalty is chosen by cross-validation among the drawn training
 images; the validation images are looked at once, at the end.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_lightning.config import LogisticEval
 from dino_lightning.evaluation.classification.lbfgs import Classifier, fit, fit_sklearn, stratified_folds
-from dino_lightning.evaluation.classification.splits import class_features, labelled_sources
+from dino_lightning.evaluation.classification.splits import class_features, labeled_sources
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.runtime.collectives import all_reduce_sum, rank, world_size
 
@@ -31,7 +31,7 @@ def evaluate(config: LogisticEval, task: Task) -> Iterator[Result]:
     """
     if config.solver == "sklearn":
         import_sklearn()
-    images = labelled_sources(task)
+    images = labeled_sources(task)
     found = class_features(task, config, images)
     train, val = ((F.normalize(features, dim=1), labels) for features, labels in (found["train"], found["val"]))
     jobs = [(share, seed) for share in config.shares for seed in range(task.seed, task.seed + config.splits)]

@@ -1,4 +1,4 @@
-"""The nearest neighbours of some images as a picture: the first thing people check on their own data."""
+"""The nearest neighbors of some images as a picture: the first thing people check on their own data."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,21 +14,21 @@ from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
 from dino_lightning.evaluation.features.knn import nearest_neighbors
-from dino_lightning.report.pictures.sheets import neighbour_sheet, to_picture
+from dino_lightning.report.pictures.sheets import neighbor_sheet, to_picture
 
-Neighbours = Sequence[Sequence[tuple[int, float]]]
+Neighbors = Sequence[Sequence[tuple[int, float]]]
 """Of each query, position and similarity of the images found, nearest first."""
 
 
 def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
-    """`same_class_share` of the neighbours in percent where there are labels, `mean_similarity` in any case.
+    """`same_class_share` of the neighbors in percent where there are labels, `mean_similarity` in any case.
 
     Queries are validation images, looked for among the training images; without validation images they are training
     images, each looked for among the others.
     """
     train = task.sources.train
     if not isinstance(train, ImageSource):
-        raise UserError("data: neighbours are looked up by index, which a stream cannot; download the data.")
+        raise UserError("data: neighbors are looked up by index, which a stream cannot; download the data.")
     val = task.sources.val
     source = train if val is None else val
     queries = query_positions(config, source, seed=task.seed)
@@ -54,26 +54,26 @@ def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
     similarity_MK, rows_MK = nearest_neighbors(
         bank_ND, queries_MD, k=config.neighbors + (val is None), device=task.runtime.search_device
     )
-    neighbours = [
+    neighbors = [
         [(int(positions_N[row]), float(value)) for row, value in zip(rows, values, strict=True)]
         for rows, values in zip(rows_MK, similarity_MK, strict=True)
     ]
     if val is None:
-        neighbours = [
+        neighbors = [
             [pair for pair in row if pair[0] != int(query)][: config.neighbors]
-            for query, row in zip(found_M, neighbours, strict=True)
+            for query, row in zip(found_M, neighbors, strict=True)
         ]
-    task.picture(_sheet(task, query_images, bank_images, found_M.tolist(), neighbours), "neighbors")
-    details = {"queries": found_M.tolist(), "neighbors": [[position for position, _ in row] for row in neighbours]}
-    same = _same_class(source, train, found_M.tolist(), neighbours)
+    task.picture(_sheet(task, query_images, bank_images, found_M.tolist(), neighbors), "neighbors")
+    details = {"queries": found_M.tolist(), "neighbors": [[position for position, _ in row] for row in neighbors]}
+    same = _same_class(source, train, found_M.tolist(), neighbors)
     if same:
         yield Result("same_class_share", 100 * float(np.mean(same)), main=True, details=details)
-    mean = float(np.mean([value for row in neighbours for _, value in row]))
+    mean = float(np.mean([value for row in neighbors for _, value in row]))
     yield Result("mean_similarity", mean, unit="", main=not same, details=details)
 
 
 def query_positions(config: NeighborsEval, source: ImageSource, *, seed: int) -> list[int]:
-    """The chosen positions, or some drawn by seed: of labelled images one of each class before a second of any."""
+    """The chosen positions, or some drawn by seed: of labeled images one of each class before a second of any."""
     if config.queries is not None:
         wrong = [position for position in config.queries if not 0 <= position < len(source)]
         if wrong or not config.queries:
@@ -91,11 +91,11 @@ def query_positions(config: NeighborsEval, source: ImageSource, *, seed: int) ->
     return sorted(order[: config.random_queries].tolist())
 
 
-def _same_class(source: ImageSource, train: ImageSource, queries: list[int], neighbours: Neighbours) -> list[bool]:
+def _same_class(source: ImageSource, train: ImageSource, queries: list[int], neighbors: Neighbors) -> list[bool]:
     """For each pair whose classes are known whether they are the same."""
     pairs = [
         (_class_name(source, query), _class_name(train, position))
-        for query, row in zip(queries, neighbours, strict=True)
+        for query, row in zip(queries, neighbors, strict=True)
         for position, _ in row
     ]
     return [own == other for own, other in pairs if own is not None and other is not None]
@@ -111,7 +111,7 @@ def _sheet(
     queries: ViewedImages,
     bank: ViewedImages,
     positions: list[int],
-    neighbours: Neighbours,
+    neighbors: Neighbors,
 ) -> Image.Image:
     config = CropsConfig(mean=task.network.mean, std=task.network.std)
 
@@ -121,10 +121,10 @@ def _sheet(
         return to_picture(denormalize(image, config=config))
 
     own = [_class_name(queries.source, position) for position in positions]
-    others = [[_class_name(bank.source, position) for position, _ in row] for row in neighbours]
-    return neighbour_sheet(
+    others = [[_class_name(bank.source, position) for position, _ in row] for row in neighbors]
+    return neighbor_sheet(
         [shown(queries, position) for position in positions],
-        [[shown(bank, position) for position, _ in row] for row in neighbours],
+        [[shown(bank, position) for position, _ in row] for row in neighbors],
         query_labels=own if any(own) else None,
-        neighbour_labels=others if any(map(any, others)) else None,
+        neighbor_labels=others if any(map(any, others)) else None,
     )

@@ -1,4 +1,4 @@
-"""What an evaluation by classes needs of its data: labelled training and validation images of the same classes."""
+"""What an evaluation by classes needs of its data: labeled training and validation images of the same classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dino_lightning.evaluation.features.images import ViewedImages, center_view
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Images of both splits; single ones may have the label -1, none known."""
 
     train: ImageSource
@@ -29,7 +29,7 @@ class Labelled:
         return np.flatnonzero(labels >= 0).tolist()
 
 
-def labelled_sources(task: Task) -> Labelled:
+def labeled_sources(task: Task) -> Labeled:
     """The images of a task. Raises `UserError` where labels, images or a split are missing, or the classes differ."""
     train, val = task.sources.train, task.sources.val
     if not isinstance(train, ImageSource):
@@ -48,7 +48,7 @@ def labelled_sources(task: Task) -> Labelled:
     if val.labels is None or val.classes is None:
         raise UserError("data: the validation images have no labels; this evaluation needs their classes.")
     _check_same_classes(train.classes, val.classes)
-    found = Labelled(train, val, train.classes)
+    found = Labeled(train, val, train.classes)
     for split, words in (("train", "training"), ("val", "validation")):
         if not found.known(split):
             raise UserError(f"data: none of the {words} images has a label; this evaluation needs some.")
@@ -69,7 +69,7 @@ def _check_same_classes(train: list[str], val: list[str]) -> None:
 
 
 def viewed(task: Task, source: ImageSource, config: ClassificationEval, *, split: str) -> ViewedImages:
-    """The centre of each image of a split, as the checkpoint or `config` says."""
+    """The center of each image of a split, as the checkpoint or `config` says."""
     network = task.network
     view = center_view(network, resize=config.image_resize, size=config.image_size)
     size = config.image_size or network.size
@@ -83,9 +83,9 @@ def viewed(task: Task, source: ImageSource, config: ClassificationEval, *, split
 
 
 def class_features(
-    task: Task, config: ClassificationEval, images: Labelled, *, chosen: Mapping[str, Sequence[int]] | None = None
+    task: Task, config: ClassificationEval, images: Labeled, *, chosen: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features (n, D) and labels (n,) of the labelled images of `train` and `val`, on every rank.
+    """Features (n, D) and labels (n,) of the labeled images of `train` and `val`, on every rank.
 
     `chosen` has positions for each split instead. Raises `UserError` where no image of a split can be read.
     """

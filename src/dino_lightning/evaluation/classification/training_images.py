@@ -1,4 +1,4 @@
-"""Labelled training images of an evaluation that trains: augmented anew in each epoch.
+"""Labeled training images of an evaluation that trains: augmented anew in each epoch.
 
 The order of an epoch depends on the seed and the epoch, the augmentation of an image on the seed, the epoch and the
 image alone. So a training that goes on after an interruption sees what it would have seen, and the number of loader

@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         return self.network.size
 
     def prepare(self, image: ImageInput) -> Tensor:
-        """A path, a PIL image or pixels (H, W, C) uint8 as (C, size, size): resized, centre, normalised; on the CPU.
+        """A path, a PIL image or pixels (H, W, C) uint8 as (C, size, size): resized, center, normalized; on the CPU.
 
         Raises `UserError` for an image that cannot be read.
         """

@@ -41,7 +41,7 @@ def check_embedding(config: EmbedConfig, *, overrides: Sequence[str] = ()) -> No
             raise UserError(f"{word}: {key} is for training, dino-embed does not use it{instead}.")
     if config.image_resize is not None and config.image_resize < (config.image_size or config.image_resize + 1):
         wrong = "needs image_size" if config.image_size is None else f"is smaller than image_size={config.image_size}"
-        raise UserError(f"image_resize={config.image_resize} {wrong}, the centre taken from it.")
+        raise UserError(f"image_resize={config.image_resize} {wrong}, the center taken from it.")
     if type(config.trainer) is not DevicesConfig:
         raise UserError("trainer: dino-embed has no training loop; leave trainer=devices and set its keys.")
     check_devices(config.trainer, DEVICES)

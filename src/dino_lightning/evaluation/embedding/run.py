@@ -155,7 +155,7 @@ class Part:
 
 
 def viewed(config: EmbedConfig, task: Task, source: ImageSource, *, bad_images: Path) -> ViewedImages:
-    """The centre of each image. The file of broken ones begins anew: kept blocks name theirs once more."""
+    """The center of each image. The file of broken ones begins anew: kept blocks name theirs once more."""
     if task.runtime.is_main:
         bad_images.unlink(missing_ok=True)
     task.runtime.fabric.barrier()

@@ -188,7 +188,7 @@ def _note_broken(images: ViewedImages, block: Sequence[int], labels_N: Tensor) -
     """Name the broken images of a cached block, which nobody tries to read again."""
     for place in (labels_N == BROKEN).nonzero().flatten().tolist():
         name = images.source.describe(block[place])
-        images.bad.note(name, "it could not be read when the features of its neighbours were kept")
+        images.bad.note(name, "it could not be read when the features of its neighbors were kept")
 
 
 def _described(view: Any) -> str:

@@ -101,7 +101,7 @@ class ImageFiles:
 
 
 def center_view(network: FrozenNetwork, *, resize: int | None = None, size: int | None = None) -> EvalView:
-    """Shorter side to `resize` (bicubic), centre of `size`, normalised; by default as the checkpoint says.
+    """Shorter side to `resize` (bicubic), center of `size`, normalized; by default as the checkpoint says.
 
     With `size` alone, the ratio of the two stays the checkpoint's.
     """

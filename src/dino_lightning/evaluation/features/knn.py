@@ -2,7 +2,7 @@
 
 A query's class is voted for by the k bank images whose features have the largest cosine similarity to its own:
 
-    votes(c) = sum over neighbours i of class c of exp(similarity_i / temperature)
+    votes(c) = sum over neighbors i of class c of exp(similarity_i / temperature)
 
 Two rules make the result a function of the features alone. Among equal similarities the lower bank index is nearer;
 among equal votes the lower class wins. A query whose similarities are not numbers, from a network that has diverged, is
@@ -41,14 +41,14 @@ def knn_accuracy(
 
     Every rank holds the whole bank and its own shard of the queries (perhaps none); the counts are summed over ranks.
     A k above N is cut to N. Of j guesses (top-j) at most min(k, C) are made, as in the original. `device` finds the
-    neighbours (see `nearest` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
+    neighbors (see `nearest` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
     """
-    similarity_MK, neighbours_MK = nearest_neighbors(
+    similarity_MK, neighbors_MK = nearest_neighbors(
         bank_ND, queries_MD, k=max(k), device=device, bank_chunk=bank_chunk, query_chunk=query_chunk
     )
     return vote_accuracy(
         similarity_MK,
-        neighbours_MK,
+        neighbors_MK,
         bank_labels_N,
         query_labels_M,
         k=k,
@@ -61,7 +61,7 @@ def knn_accuracy(
 
 def vote_accuracy(
     similarity_MK: Tensor,
-    neighbours_MK: Tensor,
+    neighbors_MK: Tensor,
     bank_labels_N: Tensor,
     query_labels_M: Tensor,
     *,
@@ -71,7 +71,7 @@ def vote_accuracy(
     topk: Sequence[int] = (1, 5),
     query_chunk: int = 1024,
 ) -> dict[int, dict[str, float]]:
-    """What `knn_accuracy` returns, from neighbours that `nearest` has found: for several temperatures at one search."""
+    """What `knn_accuracy` returns, from neighbors that `nearest` has found: for several temperatures at one search."""
     for labels in (bank_labels_N, query_labels_M):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"labels {labels.min()} ... {labels.max()} are not within 0 ... {num_classes - 1}")
@@ -81,7 +81,7 @@ def vote_accuracy(
     for rows in torch.arange(len(targets_M)).split(query_chunk):
         ranks = _target_ranks(
             similarity_MK[rows],
-            classes_N[neighbours_MK[rows]],
+            classes_N[neighbors_MK[rows]],
             targets_M[rows],
             k=sorted(set(cut)),
             temperature=temperature,
@@ -131,7 +131,7 @@ def nearest_neighbors(
     return _unpack(best_MK.cpu())
 
 
-# A neighbour is one integer: the similarity in the upper 32 bits, the bank index, counted downwards, in the lower. No
+# A neighbor is one integer: the similarity in the upper 32 bits, the bank index, counted downwards, in the lower. No
 # two are equal, so `topk` has no ties to break as it likes, and the result does not hang on device or chunk.
 _LOW = 0xFFFFFFFF
 

@@ -67,7 +67,7 @@ def evaluate(config: CopyDetectionEval, task: Task) -> Iterator[Result]:
         ap_Q = average_precision_at_top(found_QR[rows], positives=[benchmark.positives(query) for query in queries])
         yield from _results(task, block, paths, dict(zip(queries, ap_Q.tolist(), strict=True)), facts)
         if block == "strong" and task.runtime.is_main:
-            task.picture(_picture(benchmark, queries, found_QR[rows], ap_Q), "neighbours")
+            task.picture(_picture(benchmark, queries, found_QR[rows], ap_Q), "neighbors")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ FIXED = "JPEG", "PNG"
 
 
 class Shrunk:
-    """PIL image -> normalised tensor (C, H, W), the longer side at most `size`; a smaller image keeps its size."""
+    """PIL image -> normalized tensor (C, H, W), the longer side at most `size`; a smaller image keeps its size."""
 
     def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.config = ("shrunk", size, network.mean, network.std)
@@ -49,7 +49,7 @@ class Shrunk:
 
 
 class Squared:
-    """PIL image -> normalised tensor (C, size, size), resized (bicubic) without regard to its shape."""
+    """PIL image -> normalized tensor (C, size, size), resized (bicubic) without regard to its shape."""
 
     def __init__(self, network: FrozenNetwork, *, size: int) -> None:
         self.config = ("squared", size, network.mean, network.std)
@@ -111,7 +111,7 @@ def multi_scale(backbone: nn.Module, images_BCHW: Tensor, *, scales: Sequence[fl
 
 
 def cls_and_gem(backbone: nn.Module, images_BCHW: Tensor, *, power: float) -> Tensor:
-    """Class token and generalised mean of the patch tokens, side by side: (B, 2 D).
+    """Class token and generalized mean of the patch tokens, side by side: (B, 2 D).
 
     GeM = (mean of x^power)^(1 / power) over patches, values below 1e-6 raised to it.
     """
@@ -131,7 +131,7 @@ def _in_patches(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
 
 
 def _at_least(images_BCHW: Tensor, *, side: int) -> Tensor:
-    """Filled up with the mean colour below and to the right."""
+    """Filled up with the mean color below and to the right."""
     H, W = images_BCHW.shape[-2:]
     return F.pad(images_BCHW, (0, max(0, side - W), 0, max(0, side - H)))
 

@@ -70,14 +70,14 @@ def average_precision(hits_QR: Tensor, ranks_QR: Tensor, *, totals: Sequence[int
     return areas_Q / torch.tensor(totals, dtype=torch.float64, device=areas_Q.device)
 
 
-def average_precision_at_top(neighbours_QR: Tensor, *, positives: Sequence[Sequence[int]]) -> Tensor:
+def average_precision_at_top(neighbors_QR: Tensor, *, positives: Sequence[Sequence[int]]) -> Tensor:
     """AP (Q,) of Holidays and Copydays for the retrieved database indices, best first: what is not among them counts
     as never found. NaN for a query without positives."""
-    wanted = [torch.tensor(list(own), dtype=torch.int64, device=neighbours_QR.device) for own in positives]
-    hits_QR = torch.zeros_like(neighbours_QR, dtype=torch.bool)
+    wanted = [torch.tensor(list(own), dtype=torch.int64, device=neighbors_QR.device) for own in positives]
+    hits_QR = torch.zeros_like(neighbors_QR, dtype=torch.bool)
     for query, own in enumerate(wanted):
-        hits_QR[query] = torch.isin(neighbours_QR[query], own)
-    ranks_QR = torch.arange(neighbours_QR.shape[1], device=neighbours_QR.device).expand_as(neighbours_QR)
+        hits_QR[query] = torch.isin(neighbors_QR[query], own)
+    ranks_QR = torch.arange(neighbors_QR.shape[1], device=neighbors_QR.device).expand_as(neighbors_QR)
     return average_precision(hits_QR, ranks_QR, totals=[len(own) for own in positives])
 
 

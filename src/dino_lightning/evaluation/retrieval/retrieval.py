@@ -63,7 +63,7 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
         yield from _results(ranking, setup, asked, facts)
         if setup == "medium" and ranking.queries and task.runtime.is_main:
             picture = _picture(queries, kept, benchmark, similarity_QN[kept], ranking)
-            task.picture(picture, "neighbours")
+            task.picture(picture, "neighbors")
 
 
 def relevance(queries: Sequence[Query], setup: str) -> dict[str, list[list[int]]]:

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from dino_lightning.config import DataConfig
 from dino_lightning.data.decode import Decoder
 from dino_lightning.evaluation.features.images import ImageFiles
-from dino_lightning.report.pictures.sheets import PAPER, neighbour_sheet
+from dino_lightning.report.pictures.sheets import PAPER, neighbor_sheet
 
 CELL = 128
 """Side of a picture (pixels)."""
@@ -29,7 +29,7 @@ class Row:
 
 def found_sheet(rows: Sequence[Row], *, queries: ImageFiles, database: ImageFiles) -> Image.Image:
     """One row for each query, its findings framed green (right), orange (wrong) or gray (neither). All are readable."""
-    return neighbour_sheet(
+    return neighbor_sheet(
         [_cell(queries, row.query) for row in rows],
         [[_cell(database, i) for i in row.found] for row in rows],
         query_labels=[row.caption for row in rows],

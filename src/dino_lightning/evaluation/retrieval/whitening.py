@@ -1,4 +1,4 @@
-"""PCA whitening of features, learnt on images that are neither queries nor database.
+"""PCA whitening of features, learned on images that are neither queries nor database.
 
     C = covariance = V diag(d) V'    d floored at 1e-5 of the largest
     whitened x = diag(d)^-1/2 V' (x - mean)

@@ -45,7 +45,7 @@ class VideoWriter(ClipWriter):
         self.stream: Any = None
 
     def add(self, frame: Image.Image) -> None:
-        """A column or row is cut off where the size is odd: H.264 has colours for pairs of pixels."""
+        """A column or row is cut off where the size is odd: H.264 has colors for pairs of pixels."""
         import av  # pyright: ignore[reportMissingImports]
 
         pixels = np.asarray(frame.convert("RGB"))

@@ -91,7 +91,7 @@ def boundary_accuracy(predicted_NHW: Tensor, true_NHW: Tensor, *, tolerance: flo
 
 
 def boundary(masks_NHW: Tensor) -> Tensor:
-    """Pixels that differ from their right, lower or lower right neighbour; there is nothing beyond the border."""
+    """Pixels that differ from their right, lower or lower right neighbor; there is nothing beyond the border."""
     inside = F.pad(masks_NHW.unsqueeze(1).float(), (0, 1, 0, 1), mode="replicate").squeeze(1).bool()
     here = inside[:, :-1, :-1]
     return (here ^ inside[:, :-1, 1:]) | (here ^ inside[:, 1:, :-1]) | (here ^ inside[:, 1:, 1:])

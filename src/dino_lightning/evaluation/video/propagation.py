@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 10
-"""Patches along the side of a tile, at most: larger tiles compute more similarities that the neighbourhood excludes,
+"""Patches along the side of a tile, at most: larger tiles compute more similarities that the neighborhood excludes,
 smaller ones make smaller matrices. The quickest of 4 to 26 on a CPU, for patches of 8 and of 16 pixels."""
 SPARE = 8
 """Sources fetched beyond `top`, for entries that equal the last of them."""
@@ -83,9 +83,9 @@ class Propagation:
     @torch.no_grad()
     def step(self, features_hwD: Tensor) -> Tensor:
         """The labels (h, w, C) of the next frame: for each patch, weights that sum to 1."""
-        normalised_hwD = F.normalize(features_hwD, dim=-1)
+        normalized_hwD = F.normalize(features_hwD, dim=-1)
         context = min(self._frames, 1 + self.last_frames)
-        scores_GQS = self._scores(normalised_hwD, context=context)
+        scores_GQS = self._scores(normalized_hwD, context=context)
         values_GQK, sources_GQK = self._best(scores_GQS)
         weights_GQK = (values_GQK - values_GQK[..., :1]).exp()
         last = min(self.top, values_GQK.shape[-1])
@@ -97,13 +97,13 @@ class Propagation:
         taken_GQKC = labels_GSC.gather(1, places).unflatten(1, (Q, K))
         labels_hwC = self._untile((weights_GQK.unsqueeze(-1) * taken_GQKC).sum(dim=2))
         if self.last_frames:
-            self._keep(normalised_hwD, labels_hwC, slot=1 + (self._frames - 1) % self.last_frames)
+            self._keep(normalized_hwD, labels_hwC, slot=1 + (self._frames - 1) % self.last_frames)
         self._frames += 1
         return labels_hwC
 
-    def _scores(self, normalised_hwD: Tensor, *, context: int) -> Tensor:
-        """Similarities over temperature (G, Q, context frames x S), -inf outside the neighbourhood."""
-        queries_GQD = self._tile(normalised_hwD / self.temperature)
+    def _scores(self, normalized_hwD: Tensor, *, context: int) -> Tensor:
+        """Similarities over temperature (G, Q, context frames x S), -inf outside the neighborhood."""
+        queries_GQD = self._tile(normalized_hwD / self.temperature)
         sources_GSD = self._features_GFSD[:, :context].flatten(1, 2)
         scores_GQS = torch.bmm(queries_GQD, sources_GSD.transpose(1, 2))
         scores_GQS.unflatten(2, (context, -1)).masked_fill_(self.excluded_GQS.unsqueeze(2), -torch.inf)
@@ -118,13 +118,13 @@ class Propagation:
                 return values_GQK, sources_GQK
             edge_GQ = values_GQK[..., -1]
             ties = (edge_GQ == values_GQK[..., self.top - 1]) & (edge_GQ > -torch.inf)
-            # Frames that repeat, or patches of one colour, can have any number of ties.
+            # Frames that repeat, or patches of one color, can have any number of ties.
             if not ties.any():
                 return values_GQK, sources_GQK
             count = min(4 * count, scores_GQS.shape[-1])
 
-    def _keep(self, normalised_hwD: Tensor, labels_hwC: Tensor, *, slot: int) -> None:
-        for kept_GFSX, new_hwX in ((self._features_GFSD, normalised_hwD), (self._labels_GFSC, labels_hwC)):
+    def _keep(self, normalized_hwD: Tensor, labels_hwC: Tensor, *, slot: int) -> None:
+        for kept_GFSX, new_hwX in ((self._features_GFSD, normalized_hwD), (self._labels_GFSC, labels_hwC)):
             padded = F.pad(new_hwX, (0, 0, *self.columns.padding, *self.rows.padding))
             rows, columns = self.rows, self.columns
             windows = padded.unfold(0, rows.window, rows.tile).unfold(1, columns.window, columns.tile)

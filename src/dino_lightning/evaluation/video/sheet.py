@@ -1,4 +1,4 @@
-"""A picture of videos with their masks in colour."""
+"""A picture of videos with their masks in color."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino_lightning.report.pictures.sheets import GAP, INK, PAPER, outline
 
-COLOURS = [
+COLORS = [
     (213, 94, 0),
     (0, 114, 178),
     (0, 158, 115),
@@ -16,7 +16,7 @@ COLOURS = [
     (86, 180, 233),
     (230, 159, 0),
 ]
-"""Of objects 1, 2, ..., then again from the first; Okabe and Ito's, told apart under colour blindness."""
+"""Of objects 1, 2, ..., then again from the first; Okabe and Ito's, told apart under color blindness."""
 LINE = 24
 """Height of a line of text (pixels)."""
 
@@ -40,17 +40,17 @@ def video_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *
     return sheet
 
 
-def coloured(frame: Image.Image, labels_HW: np.ndarray) -> Image.Image:
+def colored(frame: Image.Image, labels_HW: np.ndarray) -> Image.Image:
     """A frame with its objects tinted and outlined."""
     pixels = np.asarray(frame.convert("RGB")).copy()
     for number in range(1, int(labels_HW.max()) + 1):
-        mask, colour = labels_HW == number, np.array(COLOURS[(number - 1) % len(COLOURS)])
-        pixels[mask] = (pixels[mask] * 0.45 + colour * 0.55).round().astype(np.uint8)
+        mask, color = labels_HW == number, np.array(COLORS[(number - 1) % len(COLORS)])
+        pixels[mask] = (pixels[mask] * 0.45 + color * 0.55).round().astype(np.uint8)
         pixels[outline(mask)] = PAPER
     return Image.fromarray(pixels)
 
 
 def plain_palette() -> list[int]:
-    """Colours for 256 numbers, r, g, b of each: black, then `COLOURS` again and again."""
-    repeated = [COLOURS[i % len(COLOURS)] for i in range(255)]
-    return [0, 0, 0, *(value for colour in repeated for value in colour)]
+    """Colors for 256 numbers, r, g, b of each: black, then `COLORS` again and again."""
+    repeated = [COLORS[i % len(COLORS)] for i in range(255)]
+    return [0, 0, 0, *(value for color in repeated for value in color)]

@@ -134,7 +134,7 @@ class Track:
 
 
 def frames_std(std: list[float], config: VideoEval) -> list[float]:
-    """The standard deviation of each channel by which frames are normalised."""
+    """The standard deviation of each channel by which frames are normalized."""
     return [RED_STD_TYPO, *std[1:]] if config.std_typo and std[0] == RED_STD else std
 
 

@@ -16,7 +16,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scores
 from dino_lightning.evaluation.video.frames import STEP, Frames, frame_size
-from dino_lightning.evaluation.video.sheet import coloured, plain_palette, video_sheet
+from dino_lightning.evaluation.video.sheet import colored, plain_palette, video_sheet
 from dino_lightning.evaluation.video.tracking import Segmented, segmented
 from dino_lightning.models.tokens import is_vit, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
@@ -137,7 +137,7 @@ def results(scores: Scores, davis: Davis, *, left_out: list[str]) -> Iterator[Re
 
 
 def write_masks(masks_THW: np.ndarray, sequence: Sequence, folder: Path) -> None:
-    """Indexed PNGs, named and coloured as the benchmark's."""
+    """Indexed PNGs, named and colored as the benchmark's."""
     folder.mkdir(parents=True, exist_ok=True)
     palette = sequence.palette or plain_palette()
     for path, mask_HW in zip(sequence.masks, masks_THW, strict=True):
@@ -154,5 +154,5 @@ def picture_row(sequence: Sequence, done: Segmented) -> tuple[str, list[tuple[st
     for index in shown:
         with Image.open(sequence.frames[index]) as frame:
             caption = f"{sequence.frames[index].stem}{', given' if index == 0 else ''}"
-            cells.append((caption, coloured(frame, done.masks[index])))
+            cells.append((caption, colored(frame, done.masks[index])))
     return f"{sequence.name}, J&F {figure:.1f} %", cells

@@ -22,7 +22,7 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 def pack(tokens: list[Tensor]) -> tuple[Tensor, Shapes]:
-    """Tokens (B, N, D) of several views in one matrix (M, D); neighbours of one resolution count as one."""
+    """Tokens (B, N, D) of several views in one matrix (M, D); neighbors of one resolution count as one."""
     shapes: list[tuple[int, int]] = []
     for B, N, _ in (view.shape for view in tokens):
         if shapes and shapes[-1][1] == N:

@@ -47,7 +47,7 @@ def loss_and_gradient_(
 ) -> Tensor:
     """Equation 3 of the paper per student row, (V, r) in float32; the student's logits become their gradient.
 
-    Both arguments are raw logits, neither divided nor centred. With s = student / student_temperature,
+    Both arguments are raw logits, neither divided nor centerd. With s = student / student_temperature,
     p_t = softmax((teacher_t - center) / teacher_temperature), q_v the sum of the p_t of the crops other than v and w_v
     their number (T - 1 for v < T, else T), which is the sum of q_v:
 
@@ -73,7 +73,7 @@ def loss_and_gradient_(
 
     Bytes moved: each student logit is read twice and written once, 3 V r K times the size of the dtype. Each teacher
     logit is read once for the statistics and once by every view of another crop, V times in all. Repeated reads are
-    meant for the L2 cache, as are those of the centre.
+    meant for the L2 cache, as are those of the center.
 
     Raises:
         ValueError: shapes, dtype or layout that the kernels cannot take.
@@ -126,6 +126,6 @@ def _check(student_VrK: Tensor, teacher_TrK: Tensor, center_K: Tensor) -> None:
     if student_VrK.dtype not in DTYPES:
         raise ValueError(f"expected student logits in float32, bfloat16 or float16, not {student_VrK.dtype}")
     if any(x.stride(-1) != 1 for x in (student_VrK, teacher_TrK, center_K) if x.shape[-1] > 1):
-        raise ValueError("expected logits and centre contiguous along K")
+        raise ValueError("expected logits and center contiguous along K")
     if len({x.device for x in (student_VrK, teacher_TrK, center_K)}) > 1:
-        raise ValueError("expected student, teacher and centre on one device")
+        raise ValueError("expected student, teacher and center on one device")

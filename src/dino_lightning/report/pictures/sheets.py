@@ -1,4 +1,4 @@
-"""Contact sheets of attention maps, nearest neighbours and crops, drawn with PIL alone.
+"""Contact sheets of attention maps, nearest neighbors and crops, drawn with PIL alone.
 
 Shapes: B images, C channels, H and W pixels, h and w patches.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """(H, W, 3)."""
-Colour: TypeAlias = tuple[int, int, int]
+Color: TypeAlias = tuple[int, int, int]
 
 MOST_HEADS = 6
 """Attention heads shown one by one; the mean is over all."""
 GAP = 6
 """Pixels between the cells of a sheet."""
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (32, 34, 40)
-FAINT: Colour = (200, 202, 208)
-AGREES: Colour = (0, 145, 110)
-DIFFERS: Colour = (213, 94, 0)
-"""Bluish green and vermilion stay apart under every common colour blindness; a tick and a cross say the same."""
-UNJUDGED: Colour = (150, 152, 158)
-COLOURS: dict[bool | None, Colour] = {True: AGREES, False: DIFFERS, None: UNJUDGED}
+PAPER: Color = (255, 255, 255)
+INK: Color = (32, 34, 40)
+FAINT: Color = (200, 202, 208)
+AGREES: Color = (0, 145, 110)
+DIFFERS: Color = (213, 94, 0)
+"""Bluish green and vermilion stay apart under every common color blindness; a tick and a cross say the same."""
+UNJUDGED: Color = (150, 152, 158)
+COLORS: dict[bool | None, Color] = {True: AGREES, False: DIFFERS, None: UNJUDGED}
 
 ANCHORS = np.array(
     [(7, 6, 32), (52, 18, 105), (117, 29, 127), (185, 50, 108), (232, 98, 68), (249, 166, 50), (252, 245, 170)]
 )
-"""Equally spaced colours from dark to bright. Lightness grows all the way, so the map also reads in grey."""
+"""Equally spaced colors from dark to bright. Lightness grows all the way, so the map also reads in gray."""
 
 
 def attention_sheet(
@@ -51,7 +51,7 @@ def attention_sheet(
     for image, heads, mask in zip(images_BCHW, attention_BHhw, masks or [None] * len(images_BCHW), strict=True):
         picture = to_picture(image).resize(size, Image.Resampling.LANCZOS)
         maps = [stretched(map_hw, size) for map_hw in (heads.mean(0), *heads[:MOST_HEADS])]
-        panels = [overlay(np.asarray(picture), maps[0]), *(colour_map(values) for values in maps[1:])]
+        panels = [overlay(np.asarray(picture), maps[0]), *(color_map(values) for values in maps[1:])]
         if mask is not None:
             panels = [outlined(panel, mask) for panel in panels]
         rows.append([picture, *map(Image.fromarray, panels)])
@@ -59,34 +59,34 @@ def attention_sheet(
     return sheet_of(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
 
 
-def neighbour_sheet(
+def neighbor_sheet(
     queries: Sequence[Image.Image],
-    neighbours: Sequence[Sequence[Image.Image]],
+    neighbors: Sequence[Sequence[Image.Image]],
     *,
     query_labels: Sequence[str | None] | None = None,
-    neighbour_labels: Sequence[Sequence[str | None]] | None = None,
+    neighbor_labels: Sequence[Sequence[str | None]] | None = None,
     verdicts: Sequence[Sequence[bool | None]] | None = None,
     cell: int = 96,
 ) -> Image.Image:
-    """One row per query: the picture and its nearest neighbours, nearest first.
+    """One row per query: the picture and its nearest neighbors, nearest first.
 
-    With labels, each stands below its picture, and a neighbour has a green frame and a tick where its label is the
+    With labels, each stands below its picture, and a neighbor has a green frame and a tick where its label is the
     query's, an orange frame and a cross where not; None is a label that nobody knows. `verdicts` say so in the labels'
     place: right, wrong, or None for neither, framed gray. `cell` is the side of a picture in pixels.
     """
-    caption = _font_size(cell) + 6 if query_labels or neighbour_labels else 0
+    caption = _font_size(cell) + 6 if query_labels or neighbor_labels else 0
     own = query_labels or [None] * len(queries)
-    others = neighbour_labels or [[None] * len(found) for found in neighbours]
+    others = neighbor_labels or [[None] * len(found) for found in neighbors]
     rows = []
-    for i, (query, label, found, labels) in enumerate(zip(queries, own, neighbours, others, strict=True)):
-        row = [_labelled(query, label, cell=cell, caption=caption)]
-        for j, (neighbour, other) in enumerate(zip(found, labels, strict=True)):
+    for i, (query, label, found, labels) in enumerate(zip(queries, own, neighbors, others, strict=True)):
+        row = [_labeled(query, label, cell=cell, caption=caption)]
+        for j, (neighbor, other) in enumerate(zip(found, labels, strict=True)):
             agrees = None if label is None or other is None else label == other
-            frame = None if agrees is None else COLOURS[agrees]
+            frame = None if agrees is None else COLORS[agrees]
             if verdicts is not None:
                 agrees = verdicts[i][j]
-                frame = COLOURS[agrees]
-            row.append(_labelled(neighbour, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
+                frame = COLORS[agrees]
+            row.append(_labeled(neighbor, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
         rows.append(row)
     most = max((len(row) for row in rows), default=1) - 1
     return sheet_of(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
@@ -95,7 +95,7 @@ def neighbour_sheet(
 def crop_sheet(
     crops: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], *, per_row: int, cell: int = 112
 ) -> Image.Image:
-    """Crops (C, H, W), normalised by `mean` and `std`, `per_row` in a row.
+    """Crops (C, H, W), normalized by `mean` and `std`, `per_row` in a row.
 
     All are shown at one scale, the largest at `cell` pixels, so that local crops look as small as they are.
     """
@@ -127,15 +127,15 @@ def to_picture(image_CHW: Tensor) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def colour_map(values_HW: np.ndarray) -> Pixels:
-    """Values in 0 to 1 as colours (H, W, 3), from near black over purple and orange to pale yellow."""
+def color_map(values_HW: np.ndarray) -> Pixels:
+    """Values in 0 to 1 as colors (H, W, 3), from near black over purple and orange to pale yellow."""
     places = np.linspace(0, 1, len(ANCHORS))
     channels = [np.interp(values_HW, places, ANCHORS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def outline(mask_HW: np.ndarray) -> NDArray[np.bool_]:
-    """The pixels of a mask that have a neighbour outside it, the picture's border not counting as outside."""
+    """The pixels of a mask that have a neighbor outside it, the picture's border not counting as outside."""
     padded = np.pad(mask_HW.astype(bool), 1, mode="edge")
     inner = padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
     return padded[1:-1, 1:-1] & ~inner
@@ -150,14 +150,14 @@ def stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(picture: Pixels, values_HW: np.ndarray) -> Pixels:
-    """A map from 0 to 1 in colours, laid over a picture."""
-    # In grey, because the picture's own colours would read as attention.
-    grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
-    return (grey * 0.45 + colour_map(values_HW) * 0.55).round().astype(np.uint8)
+    """A map from 0 to 1 in colors, laid over a picture."""
+    # In gray, because the picture's own colors would read as attention.
+    gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
+    return (gray * 0.45 + color_map(values_HW) * 0.55).round().astype(np.uint8)
 
 
 def outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
-    """White on a dark rim, to be seen on every colour."""
+    """White on a dark rim, to be seen on every color."""
     height, width = panel.shape[:2]
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     inside = np.asarray(resized) >= 128
@@ -167,14 +167,14 @@ def outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
     return drawn
 
 
-def _labelled(
+def _labeled(
     picture: Image.Image,
     label: str | None,
     *,
     cell: int,
     caption: int,
     agrees: bool | None = None,
-    frame: Colour | None = None,
+    frame: Color | None = None,
 ) -> Image.Image:
     panel = Image.new("RGB", (cell, cell + caption), PAPER)
     panel.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (0, 0))
@@ -184,7 +184,7 @@ def _labelled(
     if agrees is not None:
         _badge(draw, agrees=agrees, side=cell // 5, corner=cell)
     if label is not None:
-        _centred(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
+        _centerd(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
     return panel
 
 
@@ -210,7 +210,7 @@ def sheet_of(
     draw = ImageDraw.Draw(sheet)
     lefts = [GAP + column * (width + GAP) + (split if column else 0) for column in range(columns)]
     for left, title in zip(lefts, titles, strict=False):
-        _centred(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
+        _centerd(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
     for i, row in enumerate(rows):
         for left, panel in zip(lefts, row, strict=False):
             sheet.paste(panel, (left, top + i * (height + GAP)))
@@ -220,7 +220,7 @@ def sheet_of(
     return sheet
 
 
-def _centred(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
+def _centerd(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
     font = ImageFont.load_default(size=size)
     left, top, right, bottom = box
     shown = _shortened(draw, " ".join(text.split()), font=font, width=right - left)

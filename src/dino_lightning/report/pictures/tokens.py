@@ -1,4 +1,4 @@
-"""Pictures of what a network's last tokens know: each head's attention in a colour of its own, and patch tokens.
+"""Pictures of what a network's last tokens know: each head's attention in a color of its own, and patch tokens.
 
 Images of one sheet may differ in shape. H, W pixels, h, w patches, M masses, D width of a token.
 """
@@ -17,7 +17,7 @@ from dino_lightning.report.pictures.sheets import (
     GAP,
     INK,
     PAPER,
-    Colour,
+    Color,
     attention_sheet,
     outlined,
     overlay,
@@ -26,7 +26,7 @@ from dino_lightning.report.pictures.sheets import (
     to_picture,
 )
 
-HEAD_COLOURS: list[Colour] = [
+HEAD_COLORS: list[Color] = [
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -35,12 +35,12 @@ HEAD_COLOURS: list[Colour] = [
     (213, 94, 0),
     (204, 121, 167),
 ]
-"""Okabe and Ito's, told apart under colour blindness; more heads than these take hues at equal distances."""
+"""Okabe and Ito's, told apart under color blindness; more heads than these take hues at equal distances."""
 COMPONENTS = 3
 OUTLIERS = 0.01
 """Share of the tokens at either end of a component that do not stretch its scale."""
 KEY, KEY_WIDTH = 24, 76
-"""Height of a line that names the heads' colours, and width of a head in it (pixels)."""
+"""Height of a line that names the heads' colors, and width of a head in it (pixels)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class TokenColours:
+class TokenColors:
     """A red, a green and a blue for tokens: their first three principal components, each from 0 to 1."""
 
     mean: Tensor
@@ -72,7 +72,7 @@ class TokenColours:
     """(3,): what becomes 0 and 1."""
 
     @classmethod
-    def of(cls, tokens: Sequence[Tensor]) -> "TokenColours":
+    def of(cls, tokens: Sequence[Tensor]) -> "TokenColors":
         """Of the tokens (h, w, D) of images that are shown together."""
         tokens_ND = torch.cat([each.detach().double().cpu().flatten(0, 1) for each in tokens])
         mean_D = tokens_ND.mean(0)
@@ -86,7 +86,7 @@ class TokenColours:
         return cls(mean_D, axes_D3, low_3, high_3)
 
     def __call__(self, tokens_hwD: Tensor) -> Tensor:
-        """Colours (3, h, w) in 0 to 1, values beyond the scale cut off; 0.5 where a component is constant."""
+        """Colors (3, h, w) in 0 to 1, values beyond the scale cut off; 0.5 where a component is constant."""
         values_hw3 = (tokens_hwD.detach().double().cpu() - self.mean) @ self.axes
         width_3 = self.high - self.low
         scaled = torch.where(width_3 > 1e-9, (values_hw3 - self.low) / width_3.clamp(min=1e-9), 0.5)
@@ -103,28 +103,28 @@ def attention_rows(shown: Sequence[Shown], *, cell: int = 128) -> Image.Image:
 
 
 def heads_rows(
-    shown: Sequence[Shown], *, masses: Sequence[float], colours: TokenColours | None = None, cell: int = 256
+    shown: Sequence[Shown], *, masses: Sequence[float], colors: TokenColors | None = None, cell: int = 256
 ) -> Image.Image:
-    """One row per image: the picture, and for each mass the heads' masks in their colours over it.
+    """One row per image: the picture, and for each mass the heads' masks in their colors over it.
 
-    Below stands which colour is whose. With `colours`, the patch tokens follow at the right.
+    Below stands which color is whose. With `colors`, the patch tokens follow at the right.
     """
     sheets = []
     for each in shown:
         size = (cell, _height(each, cell))
         picture = to_picture(each.image).resize(size, Image.Resampling.LANCZOS)
-        row = [picture, *(coloured_heads(each, mass=m, size=size) for m in range(len(masses)))]
+        row = [picture, *(colored_heads(each, mass=m, size=size) for m in range(len(masses)))]
         titles = ["image", *(f"{mass:.0%} of the attention" for mass in masses)]
-        if colours is not None:
-            row.append(_tokens(each, colours, size=size))
+        if colors is not None:
+            row.append(_tokens(each, colors, size=size))
             titles.append("patch tokens")
         sheets.append(sheet_of([row], titles=titles, size=size))
     sheet = _below(sheets, heights=[_height(each, cell) for each in shown])
     return stacked([sheet, _key(shown[0].attention.shape[0], width=sheet.width)])
 
 
-def token_rows(shown: Sequence[Shown], colours: TokenColours, *, per_row: int = 2, cell: int = 192) -> Image.Image:
-    """Each image beside its patch tokens in colour, `per_row` such pairs beside each other."""
+def token_rows(shown: Sequence[Shown], colors: TokenColors, *, per_row: int = 2, cell: int = 192) -> Image.Image:
+    """Each image beside its patch tokens in color, `per_row` such pairs beside each other."""
     rows = []
     for start in range(0, len(shown), per_row):
         some = shown[start : start + per_row]
@@ -132,7 +132,7 @@ def token_rows(shown: Sequence[Shown], colours: TokenColours, *, per_row: int = 
         row = []
         for each in some:
             own = (cell, _height(each, cell))
-            row += [to_picture(each.image).resize(own, Image.Resampling.LANCZOS), _tokens(each, colours, size=own)]
+            row += [to_picture(each.image).resize(own, Image.Resampling.LANCZOS), _tokens(each, colors, size=own)]
         rows.append((row, size))
     pairs = min(per_row, len(shown))
     sheets = [sheet_of([row], titles=["image", "patch tokens"] * pairs, size=size) for row, size in rows]
@@ -140,58 +140,58 @@ def token_rows(shown: Sequence[Shown], colours: TokenColours, *, per_row: int = 
 
 
 def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, cell: int = 128) -> Image.Image:
-    """Images of one shape, RGB in 0 to 1, each beside its patch tokens in colour; `per_row` such pairs in a row."""
+    """Images of one shape, RGB in 0 to 1, each beside its patch tokens in color; `per_row` such pairs in a row."""
     size = (cell, max(1, round(cell * images_BCHW.shape[-2] / images_BCHW.shape[-1])))
-    colours = TokenColours.of(list(tokens_BhwD))
+    colors = TokenColors.of(list(tokens_BhwD))
     pairs = []
     for image, tokens in zip(images_BCHW, tokens_BhwD, strict=True):
         pairs.append(to_picture(image).resize(size, Image.Resampling.LANCZOS))
-        pairs.append(to_picture(colours(tokens)).resize(size, Image.Resampling.NEAREST))
+        pairs.append(to_picture(colors(tokens)).resize(size, Image.Resampling.NEAREST))
     columns = 2 * min(per_row, len(images_BCHW))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     return sheet_of(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
 
 
-def clip_frame(shown: Shown, colours: TokenColours | None, *, width: int) -> Image.Image:
-    """Side by side: the frame, the mean attention, the heads' first mass in colour, and with `colours` the tokens.
+def clip_frame(shown: Shown, colors: TokenColors | None, *, width: int) -> Image.Image:
+    """Side by side: the frame, the mean attention, the heads' first mass in color, and with `colors` the tokens.
 
     Each is `width` pixels wide.
     """
     size = (width, _height(shown, width))
     picture = to_picture(shown.image).resize(size, Image.Resampling.LANCZOS)
     mean = overlay(np.asarray(picture), stretched(shown.attention.mean(0), size))
-    panels = [picture, Image.fromarray(mean), coloured_heads(shown, mass=0, size=size)]
-    if colours is not None:
-        panels.append(_tokens(shown, colours, size=size))
+    panels = [picture, Image.fromarray(mean), colored_heads(shown, mass=0, size=size)]
+    if colors is not None:
+        panels.append(_tokens(shown, colors, size=size))
     frame = Image.new("RGB", (len(panels) * width, size[1]))
     for i, panel in enumerate(panels):
         frame.paste(panel, (i * width, 0))
     return frame
 
 
-def coloured_heads(shown: Shown, *, mass: int, size: tuple[int, int]) -> Image.Image:
-    """The masks of one mass, each head's in its colour over the picture in gray, at `size` = (width, height).
+def colored_heads(shown: Shown, *, mass: int, size: tuple[int, int]) -> Image.Image:
+    """The masks of one mass, each head's in its color over the picture in gray, at `size` = (width, height).
 
-    The more attention a patch has in its head the stronger is the colour. Where heads meet, the patch belongs to the
-    one that thinks most of it, measured by the head's own strongest patch: mixed colours would be nobody's. The object,
+    The more attention a patch has in its head the stronger is the color. Where heads meet, the patch belongs to the
+    one that thinks most of it, measured by the head's own strongest patch: mixed colors would be nobody's. The object,
     where there is one, is outlined.
     """
     attention, kept = shown.attention.detach().float().cpu(), shown.kept[mass].cpu()
     strongest = attention.amax((-2, -1), keepdim=True).clamp(min=1e-12)
     # From the weakest kept patch on: a mask's rim should be seen, too.
     strength_hw, head_hw = (kept * (0.4 + 0.6 * attention / strongest)).max(0)
-    colour_hw3 = np.array(head_colours(len(attention)))[head_hw.numpy()]
+    color_hw3 = np.array(head_colors(len(attention)))[head_hw.numpy()]
     alpha_hw = 0.8 * strength_hw.numpy()
-    tint, alpha = (_enlarged(values, size) for values in (colour_hw3, alpha_hw))
+    tint, alpha = (_enlarged(values, size) for values in (color_hw3, alpha_hw))
     gray = np.asarray(to_picture(shown.image).resize(size, Image.Resampling.LANCZOS).convert("L"))[..., None]
     pixels = (gray * (1 - alpha[..., None]) + tint * alpha[..., None]).round().astype(np.uint8)
     return Image.fromarray(pixels if shown.mask is None else outlined(pixels, shown.mask))
 
 
-def head_colours(heads: int) -> list[Colour]:
-    """A colour for each head."""
-    if heads <= len(HEAD_COLOURS):
-        return HEAD_COLOURS[:heads]
+def head_colors(heads: int) -> list[Color]:
+    """A color for each head."""
+    if heads <= len(HEAD_COLORS):
+        return HEAD_COLORS[:heads]
     hues = [colorsys.hls_to_rgb(i / heads, 0.45 + 0.2 * (i % 2), 0.9) for i in range(heads)]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues]
 
@@ -219,16 +219,16 @@ def _key(heads: int, *, width: int) -> Image.Image:
     per_line = max(1, (width - GAP) // KEY_WIDTH)
     key = Image.new("RGB", (width, KEY * math.ceil(heads / per_line)), PAPER)
     draw, font = ImageDraw.Draw(key), ImageFont.load_default(size=13)
-    for i, colour in enumerate(head_colours(heads)):
+    for i, color in enumerate(head_colors(heads)):
         left, top = GAP + i % per_line * KEY_WIDTH, i // per_line * KEY
-        draw.rectangle((left, top + 5, left + 13, top + 18), fill=colour)
+        draw.rectangle((left, top + 5, left + 13, top + 18), fill=color)
         draw.text((left + 18, top + KEY / 2), f"head {i + 1}", fill=INK, font=font, anchor="lm")
     return key
 
 
-def _tokens(shown: Shown, colours: TokenColours, *, size: tuple[int, int]) -> Image.Image:
-    assert shown.tokens is not None, "nothing to colour"
-    return to_picture(colours(shown.tokens)).resize(size, Image.Resampling.NEAREST)
+def _tokens(shown: Shown, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
+    assert shown.tokens is not None, "nothing to color"
+    return to_picture(colors(shown.tokens)).resize(size, Image.Resampling.NEAREST)
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

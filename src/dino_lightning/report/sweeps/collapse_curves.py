@@ -12,11 +12,11 @@ from dino_lightning.report.sweeps.table import prototypes
 
 ENTROPY, DIVERGENCE = "collapse/teacher_entropy", "collapse/teacher_student_kl"
 
-COLOURS = ("#2a7fd4", "#d9541e", "#2f9048", "#a855c8", "#a87b00", "#d6336c", "#0b8f9c", "#7a7f87", "#6a6ce0", "#7d8a2e")
+COLORS = ("#2a7fd4", "#d9541e", "#2f9048", "#a855c8", "#a87b00", "#d6336c", "#0b8f9c", "#7a7f87", "#6a6ce0", "#7d8a2e")
 """Of experiments, in order: each stands out from white and from near-black alike, and so does `INK`."""
 INK = "#767676"
 DASHES = ("", "6 3", "2 2", "8 2 2 2")
-"""For experiments beyond the colours."""
+"""For experiments beyond the colors."""
 
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP = 380, 260, 60, 34, 90
 """Pixels: a panel, the margins left and above, and the gap between the two."""
@@ -42,7 +42,7 @@ class Panel:
 
 
 def curves_svg(rows: list[Row]) -> str:
-    """Two panels, one colour for each row, a thin line for each seed; `ln K` is where all prototypes are alike.
+    """Two panels, one color for each row, a thin line for each seed; `ln K` is where all prototypes are alike.
 
     Raises `UserError` where no run has these curves.
     """
@@ -122,8 +122,8 @@ def _legend(row: Row, index: int, *, columns: int) -> str:
 
 
 def _stroke(index: int) -> str:
-    dash = DASHES[index // len(COLOURS) % len(DASHES)]
-    return f'stroke="{COLOURS[index % len(COLOURS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    dash = DASHES[index // len(COLORS) % len(DASHES)]
+    return f'stroke="{COLORS[index % len(COLORS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _pair(panel: Panel, step: float, value: float) -> str:

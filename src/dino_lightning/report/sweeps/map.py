@@ -1,4 +1,4 @@
-"""Two keys of a sweep as a map: few values of each make cells, others points; the colour is the k-NN figure."""
+"""Two keys of a sweep as a map: few values of each make cells, others points; the color is the k-NN figure."""
 
 from statistics import mean
 
@@ -11,7 +11,7 @@ WIDTH, SIDE_MOST, SIDE_LEAST = 520, 64, 30
 LEFT, TOP, PLOT = 110, 24, 300
 """Pixels: margins, and height of a map of points."""
 LOW, HIGH = (219, 233, 248), (8, 62, 132)
-"""Colours of the least and the greatest figure."""
+"""Colors of the least and the greatest figure."""
 
 
 def map_svg(sweep: Sweep) -> tuple[str, int]:
@@ -27,7 +27,7 @@ def map_svg(sweep: Sweep) -> tuple[str, int]:
     return "\n".join(parts), TOP + height + room
 
 
-def colour(value: float, *, low: float, high: float) -> tuple[str, str]:
+def color(value: float, *, low: float, high: float) -> tuple[str, str]:
     """Of a figure between the least and the greatest, and of words on it."""
     share = (value - low) / (high - low) if high > low else 1.0
     channels = [round(a + (b - a) * share) for a, b in zip(LOW, HIGH, strict=True)]
@@ -65,9 +65,9 @@ def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
         state, drawn = finished[0].state, ""
         if known and state != "failed":
             value = mean(known)
-            fill, ink = colour(value, **_bounds(sweep.points))
+            fill, ink = color(value, **_bounds(sweep.points))
             drawn = f'<rect class="cell" x="{x - wide / 2 + 1:.1f}" y="{y - high / 2 + 1:.1f}" width="{wide - 2:.1f}" '
-            drawn += f'height="{high - 2:.1f}" fill="{fill}"/>' + text(x, y + 4, f"{value:.1f}", colour=ink)
+            drawn += f'height="{high - 2:.1f}" fill="{fill}"/>' + text(x, y + 4, f"{value:.1f}", color=ink)
         if state != "finished":
             drawn += mark(state, x + min(30, wide / 2 - 8), y)
         if sweep.best in points:
@@ -83,7 +83,7 @@ def _points(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
         y = TOP + (1 - up.place(point.values[sweep.keys[1]])) * height
         drawn = mark(point.state, x, y)
         if point.knn is not None and point.state != "failed":
-            fill, _ = colour(point.knn, **_bounds(sweep.points))
+            fill, _ = color(point.knn, **_bounds(sweep.points))
             look = f'fill="{fill}" stroke="{INK}"'
             if point.state != "finished":
                 dashes = ' stroke-dasharray="4 3"' if point.state == "under way" else ""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from dino_lightning.report.sweeps.collapse_curves import COLOURS, INK
+from dino_lightning.report.sweeps.collapse_curves import COLORS, INK
 from dino_lightning.report.sweeps.points import STATES, Axis, Point
 
 CHARACTER = 6.5
@@ -12,13 +12,13 @@ LONGEST = 22
 """Characters of a name below an axis; of a longer one the beginning."""
 LEVEL, TURNED = 56, 56 + 110
 """Pixels below an axis with level names, and with turned ones."""
-BEST = COLOURS[1]
+BEST = COLORS[1]
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "middle", colour: str = INK, turn: float = 0) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "middle", color: str = INK, turn: float = 0) -> str:
     """Words in the picture."""
     turned = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{turned}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}"{turned}>{escape(words)}</text>'
 
 
 def room_below(axes: Sequence[Axis], *, width: float) -> int:
@@ -48,8 +48,8 @@ def mark(state: str, x: float, y: float) -> str:
         d = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
         return f'<path class="failed" d="{d}" stroke="{BEST}" stroke-width="2"/>'
     look = {
-        "finished": f'fill="{COLOURS[0]}" fill-opacity="0.85"',
-        "pruned": f'fill="none" stroke="{COLOURS[0]}" stroke-width="1.5"',
+        "finished": f'fill="{COLORS[0]}" fill-opacity="0.85"',
+        "pruned": f'fill="none" stroke="{COLORS[0]}" stroke-width="1.5"',
         "under way": f'fill="none" stroke="{INK}" stroke-width="1.5" stroke-dasharray="2 2"',
     }[state]
     return f'<circle class="{state.replace(" ", "-")}" cx="{x:.1f}" cy="{y:.1f}" r="4.5" {look}/>'

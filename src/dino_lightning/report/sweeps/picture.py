@@ -6,7 +6,7 @@ from html import escape
 from statistics import mean
 
 from dino_lightning.report.svg import ticks
-from dino_lightning.report.sweeps.collapse_curves import COLOURS, INK
+from dino_lightning.report.sweeps.collapse_curves import COLORS, INK
 from dino_lightning.report.sweeps.jobs import shown
 from dino_lightning.report.sweeps.map import WIDTH as MAP_WIDTH
 from dino_lightning.report.sweeps.map import map_svg
@@ -125,7 +125,7 @@ def _means(panel: Panel, sweep: Sweep) -> str:
         if point.knn is not None and point.state == "finished":
             by_place.setdefault(panel.x(point), []).append(point.knn)
     corners = " ".join(f"{x:.1f},{panel.y(mean(figures)):.1f}" for x, figures in sorted(by_place.items()))
-    return f'<polyline fill="none" stroke="{COLOURS[0]}" stroke-width="1.5" points="{corners}"/>'
+    return f'<polyline fill="none" stroke="{COLORS[0]}" stroke-width="1.5" points="{corners}"/>'
 
 
 def _point(panel: Panel, point: Point, *, best: bool) -> str:

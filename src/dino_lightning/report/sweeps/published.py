@@ -37,8 +37,8 @@ TABLES: dict[str, dict[str, Published]] = {
         "moco_multicrop": Published("MoCo v2, multi-crop", None, 73.4),
         "swav": Published("SwAV", 64.7, 71.8),
     },
-    "Figure 7: centring and sharpening": {
-        "no_centering": Published("no centring"),
+    "Figure 7: centering and sharpening": {
+        "no_centering": Published("no centering"),
         "no_sharpening": Published("no sharpening"),
     },
     "Prototypes: 100 epochs": {
@@ -48,11 +48,11 @@ TABLES: dict[str, dict[str, Published]] = {
         "prototypes_65536": Published("K = 65,536", 69.7),
         "prototypes_262144": Published("K = 262,144", 69.1),
     },
-    "Momentum of the centre: 100 epochs": {
-        "center_momentum_0": Published("centre's momentum 0", 69.1),
-        "center_momentum_0.9": Published("centre's momentum 0.9", 69.7),
-        "center_momentum_0.99": Published("centre's momentum 0.99", 69.4),
-        "center_momentum_0.999": Published("centre's momentum 0.999", 0.1),
+    "Momentum of the center: 100 epochs": {
+        "center_momentum_0": Published("center's momentum 0", 69.1),
+        "center_momentum_0.9": Published("center's momentum 0.9", 69.7),
+        "center_momentum_0.99": Published("center's momentum 0.99", 69.4),
+        "center_momentum_0.999": Published("center's momentum 0.999", 0.1),
     },
     "Temperature of the teacher: 100 epochs": {
         "teacher_temperature_0.02": Published("teacher's temperature 0.02", 66.7),

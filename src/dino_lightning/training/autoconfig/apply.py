@@ -117,7 +117,7 @@ def inspect_images(config: TrainConfig) -> DatasetStats:
     if not sides:
         key = "auto.data" if config.auto.data else "auto.machine"
         raise UserError(f"{key}=true: none of the images that were tried can be used ({reason})")
-    return DatasetStats(module.num_images, float(np.median(sides)), labelled=module.labelled, turned=turned)
+    return DatasetStats(module.num_images, float(np.median(sides)), labeled=module.labeled, turned=turned)
 
 
 def for_machine(

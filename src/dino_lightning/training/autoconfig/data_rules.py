@@ -121,7 +121,7 @@ def _crops(rows: Suggestions, *, side: float, method: MethodConfig, backbone: Ba
         rows.add("crops.local_size", local, "the paper's 96 to 224, in whole patches")
     size = rows.add("crops.eval_size", room, "as the global crops")
     resize = max(PAPER_RESIZE * size // PAPER_GLOBAL, size) if side >= PAPER_RESIZE else size
-    rows.add("crops.eval_resize", resize, "the paper's centre crop" if resize > size else "the whole image")
+    rows.add("crops.eval_resize", resize, "the paper's center crop" if resize > size else "the whole image")
     return bool(count)
 
 

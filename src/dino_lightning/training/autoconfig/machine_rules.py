@@ -63,7 +63,7 @@ class DatasetStats:
     images: int
     side: float
     """Median shorter side (pixels)."""
-    labelled: bool = True
+    labeled: bool = True
     """Whether a k-NN evaluation is possible."""
     turned: int = 0
     """Images of the sample whose EXIF tag asks for a rotation."""
@@ -141,7 +141,7 @@ def _loading(rows: Suggestions, machine: Machine, seen: DatasetStats, *, devices
     else:
         each = min(max(1, machine.cores // devices - 1), MOST_WORKERS)
         rows.add("data.num_workers", each, f"of {machine.cores} cores")
-        rows.add("crops.backend", "device", "colours and blur on the GPU")
+        rows.add("crops.backend", "device", "colors and blur on the GPU")
     if seen.turned:
         rows.add("data.apply_exif_rotation", True, "photographs upright, as their cameras say")
     kept = max(SMALLEST_KEPT, SIDES_KEPT * crop)
@@ -152,7 +152,7 @@ def _loading(rows: Suggestions, machine: Machine, seen: DatasetStats, *, devices
 
 
 def _evaluation(rows: Suggestions, seen: DatasetStats) -> None:
-    if not seen.labelled:
+    if not seen.labeled:
         rows.add("callbacks.knn.enabled", False, "no class folders; judge by the pictures")
         return
     epochs = next(row.value for row in rows.rows if row.key == "trainer.max_epochs")

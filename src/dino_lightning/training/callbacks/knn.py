@@ -1,6 +1,6 @@
 """Weighted k-NN of the network while training, and of an untrained backbone and raw pixels before it.
 
-The data module offers `labelled`, `num_classes`, `train_labels` and `eval_dataset(split)`; the module offers
+The data module offers `labeled`, `num_classes`, `train_labels` and `eval_dataset(split)`; the module offers
 `evaluated.backbone`. An evaluation leaves weights, buffers, random states and train / eval flags as they were.
 """
 
@@ -34,16 +34,16 @@ class _BrokenOffError(Exception):
     """An evaluation was broken off."""
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """What the callback asks of `trainer.datamodule`. A label of -1 means: none known."""
 
     config: Any
-    labelled: bool
+    labeled: bool
     num_classes: int
     train_labels: np.ndarray
 
     def eval_dataset(self, split: str) -> Dataset:
-        """Images (3, H, W), normalised and without augmentation, with their labels."""
+        """Images (3, H, W), normalized and without augmentation, with their labels."""
         ...
 
 
@@ -88,7 +88,7 @@ class KNNCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The baselines, once per run: a resumed run has its weights trained already."""
-        if self.config.enabled and not _images(trainer).labelled:
+        if self.config.enabled and not _images(trainer).labeled:
             rank_zero_warn("The training images have no labels: k-NN is not evaluated.")
         if not self._on(trainer):
             return
@@ -124,7 +124,7 @@ class KNNCallback(Callback):
             logger.log_metrics({f"knn/{name}": value for name, value in self.last.items()}, trainer.global_step - 1)
 
     def _on(self, trainer: Trainer) -> bool:
-        return self.config.enabled and _images(trainer).labelled
+        return self.config.enabled and _images(trainer).labeled
 
     def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule, *, may_break_off: bool = False) -> None:
         try:
@@ -153,8 +153,8 @@ class KNNCallback(Callback):
         with evaluating(backbone):
             bank = extract_features(forward, train, indices=chosen, **options)
             queries = extract_features(forward, val, indices=asked, **options)
-        bank_ND, bank_labels_N, _ = gather_by_index(*_labelled(*bank))
-        queries_MD, query_labels_M, _ = _labelled(*queries)
+        bank_ND, bank_labels_N, _ = gather_by_index(*_labeled(*bank))
+        queries_MD, query_labels_M, _ = _labeled(*queries)
         D = bank_ND.shape[1]
         pixels = PIXEL_SIDE**2 * train[0][0].shape[0] if with_pixels else 0
         widths = [D - pixels, pixels] if with_pixels else [D]
@@ -193,7 +193,7 @@ class KNNCallback(Callback):
 
         return count
 
-    def _bank(self, images: LabelledImages) -> list[int]:
+    def _bank(self, images: LabeledImages) -> list[int]:
         known = np.flatnonzero(images.train_labels >= 0)
         return [int(known[i]) for i in subset_indices(len(known), limit=self.config.bank, seed=self.seed)]
 
@@ -233,12 +233,12 @@ def _forward(backbone: nn.Module, trainer: Trainer, *, with_pixels: bool) -> Cal
     return forward
 
 
-def _labelled(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _labeled(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     known_N = labels_N >= 0
     if known_N.all():  # almost always, and it saves a copy of the bank
         return features_ND, labels_N, indices_N
     return features_ND[known_N], labels_N[known_N], indices_N[known_N]
 
 
-def _images(trainer: Trainer) -> LabelledImages:
-    return cast(LabelledImages, cast(Any, trainer).datamodule)
+def _images(trainer: Trainer) -> LabeledImages:
+    return cast(LabeledImages, cast(Any, trainer).datamodule)

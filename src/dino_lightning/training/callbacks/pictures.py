@@ -1,4 +1,4 @@
-"""Pictures of what the network sees: crops at the start; attention, patch tokens and neighbours while training."""
+"""Pictures of what the network sees: crops at the start; attention, patch tokens and neighbors while training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +17,19 @@ from dino_lightning.data.module import EvalImages, MultiCropDataModule
 from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
 from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.models.tokens import cls_attention, has_attention, patch_tokens
-from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, neighbour_sheet, to_picture
+from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, neighbor_sheet, to_picture
 from dino_lightning.report.pictures.tokens import patch_sheet
 from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import atomic_file
 from dino_lightning.training.callbacks.knn import evaluating
 
 BANK = 2000
-"""Most images among which neighbours are looked for: enough for a picture."""
-NEIGHBOURS = 6
+"""Most images among which neighbors are looked for: enough for a picture."""
+NEIGHBORS = 6
 
 
 class Pictures(L.Callback):
-    """Writes `pictures/{crops,attention,pca,neighbours}.png`, and numbered ones every N epochs."""
+    """Writes `pictures/{crops,attention,pca,neighbors}.png`, and numbered ones every N epochs."""
 
     def __init__(self, config: PicturesConfig, *, folder: Path, seed: int) -> None:
         self.config, self.folder, self.seed = config, folder, seed
@@ -63,9 +63,9 @@ class Pictures(L.Callback):
         with evaluating(backbone):
             if trainer.is_global_zero and has_attention(backbone):
                 self._tokens(trainer, data, backbone, images, chosen, epoch=epoch)
-            sheet = self._neighbours(data, backbone, images, shown, chosen, device=pl_module.device)
+            sheet = self._neighbors(data, backbone, images, shown, chosen, device=pl_module.device)
             if trainer.is_global_zero:
-                self._save(trainer, sheet, "neighbours", epoch=epoch)
+                self._save(trainer, sheet, "neighbors", epoch=epoch)
 
     def _tokens(
         self,
@@ -85,7 +85,7 @@ class Pictures(L.Callback):
         self._save(trainer, attention, "attention", epoch=epoch)
         self._save(trainer, patch_sheet(plain, patch_tokens(backbone, images_B3HW).cpu()), "pca", epoch=epoch)
 
-    def _neighbours(
+    def _neighbors(
         self,
         data: MultiCropDataModule,
         backbone: Callable[[Tensor], Tensor],
@@ -97,7 +97,7 @@ class Pictures(L.Callback):
     ) -> Image.Image:
         """All ranks call this: the bank's features are computed together."""
         bank = data.eval_dataset("train")
-        own = data.sources.val is None  # the queries stand in the bank, too, each as its own nearest neighbour
+        own = data.sources.val is None  # the queries stand in the bank, too, each as its own nearest neighbor
         drawn = subset_indices(len(bank), limit=BANK, seed=self.seed)
         indices = sorted(set(drawn + chosen)) if own else drawn
         shard = extract_features(
@@ -106,17 +106,17 @@ class Pictures(L.Callback):
         features, labels, positions = gather_by_index(*shard)
         with torch.no_grad():
             queries = backbone(images_B3HW).float().cpu()
-        _, found = nearest_neighbors(features, queries, k=NEIGHBOURS + own, device=torch.device("cpu"))
+        _, found = nearest_neighbors(features, queries, k=NEIGHBORS + own, device=torch.device("cpu"))
         found = found[:, int(own) :]
 
         def named(label: int) -> str:
             return data.classes[label] if label >= 0 else "?"
 
-        return neighbour_sheet(
+        return neighbor_sheet(
             [self._plain(data, image) for image in images_B3HW.cpu()],
             [[self._plain(data, bank[int(positions[i])][0]) for i in row] for row in found],
-            query_labels=[named(shown[index][1]) for index in chosen] if data.labelled else None,
-            neighbour_labels=[[named(int(labels[i])) for i in row] for row in found] if data.labelled else None,
+            query_labels=[named(shown[index][1]) for index in chosen] if data.labeled else None,
+            neighbor_labels=[[named(int(labels[i])) for i in row] for row in found] if data.labeled else None,
         )
 
     def _chosen(self, labels: np.ndarray | None, n: int) -> list[int]:
