@@ -171,7 +171,7 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from unit.browser import launched
+    from browser import launched
 
     with launched() as found:
         yield found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from selection import first
+from slow_params import first
 
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.config import ViTConfig

@@ -18,10 +18,10 @@ __version__ = "0.1.0"
 __all__ = ["DinoFeatures", "compose", "embed", "load_backbone"]
 
 _MODULES = {
-    "DinoFeatures": "use.transformer",
-    "compose": "use.compose",
-    "embed": "use.embed",
-    "load_backbone": "use.backbone",
+    "DinoFeatures": "evaluation.embedding.sklearn",
+    "compose": "cli.compose",
+    "embed": "evaluation.embedding.embed",
+    "load_backbone": "evaluation.embedding.backbone",
 }
 
 

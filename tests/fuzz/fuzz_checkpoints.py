@@ -23,7 +23,7 @@ from typing import Any
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

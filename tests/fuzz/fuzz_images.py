@@ -13,7 +13,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "unit"), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 sys.setrecursionlimit(1000)
 
 with atheris.instrument_imports(include=["PIL", "tifffile", "dino_lightning.data"], enable_loader_override=False):

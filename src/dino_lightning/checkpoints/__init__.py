@@ -1,4 +1,4 @@
-"""Weights out of a run, and weights of any origin in again."""
+"""Weights of any origin in and out, and the checkpoints of a run on disk."""
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.export import export_backbone

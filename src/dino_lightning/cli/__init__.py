@@ -1,1 +1,1 @@
-"""The charts of a run at Weights & Biases, in sections: `dino-wandb`."""
+"""The `dino` commands, one file each, with overrides, completion, error messages and sweeps."""

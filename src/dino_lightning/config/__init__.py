@@ -1,4 +1,4 @@
-"""Every configuration key, its default and its unit: the one place where options are described.
+"""Every configuration key with its type, unit, default and allowed values, and the checks across keys.
 
 Dataclasses say what exists; the YAML files under `conf/` say only what differs. The text below a field is its
 documentation: `docs/configuration.md` is made from it. Defaults are those of the original DINO script (ViT-S/16, 100

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are cropped, and the data module."""
+"""From image files to batches of crops: sources, decoding, cache, augmentation, loaders, the data module."""

@@ -1,1 +1,1 @@
-"""Evaluations: features of whole data sets and what is measured on them."""
+"""Features of frozen networks and what they are worth: classification, retrieval, video, attention, embedding."""

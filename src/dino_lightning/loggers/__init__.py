@@ -1,1 +1,1 @@
-"""TODO."""
+"""Metrics to `metrics.csv` and to Weights & Biases."""

@@ -1,1 +1,1 @@
-"""Methods: what a student learns from a teacher."""
+"""DINO, BYOL, MoCo, SwAV and supervised training as LightningModules that share one optimizer step."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Optimizers, parameter groups, gradient clipping, schedules and the exponential moving average."""

@@ -1,4 +1,4 @@
-"""`report.html`, one self-contained page about a run or several, and the table of a run's results for the terminal."""
+"""What a person looks at: `report.html`, picture sheets, tables and plots of sweeps, the W&B workspace."""
 
 from dino_lightning.report.page import results_table, write_report
 

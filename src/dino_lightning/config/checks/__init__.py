@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checks between configuration keys."""

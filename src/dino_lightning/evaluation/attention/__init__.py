@@ -1,1 +1,1 @@
-"""TODO."""
+"""Attention maps as segmentations: `eval=attention`."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Classification: k-NN, linear, logistic, fine-tuning and nearest neighbors."""

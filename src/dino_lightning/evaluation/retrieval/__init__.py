@@ -1,1 +1,1 @@
-"""TODO."""
+"""Landmark retrieval and copy detection: `eval=retrieval`, `eval=copy_detection`."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""DAVIS video object segmentation: `eval=video`."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Picture sheets: crops, attention maps, patch features and nearest neighbors."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The runs of a sweep as a table, a plot and curves."""

@@ -1,1 +1,1 @@
-"""Lightning callbacks: what happens around the training step."""
+"""Lightning callbacks of a training run."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Finding the origin of a value that is not finite."""

@@ -1,0 +1,255 @@
+"""Sweeps by Optuna and side by side by joblib: real runs, failures among them, and what is refused before any run."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+from composing import SMALL, composed
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from sweep_cases import arguments, group_at_wandb, make_run
+
+from dino_lightning.cli import errors as explain
+from dino_lightning.cli import table as compare
+from dino_lightning.cli import train as cli
+from dino_lightning.cli.plugins import import_one
+from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
+from dino_lightning.config import TrainConfig, register
+from dino_lightning.errors import UserError
+from dino_lightning.runtime.files import FAILED
+from dino_lightning.training.resources import threads_beside
+from dino_lightning.training.run import train
+
+ROOT = Path(__file__).parents[2]
+SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false"]
+OPTUNA = pytest.mark.skipif(explain.find_spec("optuna") is None, reason='pip install "dino-lightning[optuna]"')
+JOBLIB = pytest.mark.skipif(
+    explain.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason='pip install "dino-lightning[joblib]"'
+)
+
+
+def with_hydra(*words: str) -> DictConfig:
+    """The configuration of `--multirun WORDS`, Hydra's own part included."""
+    register()
+    OmegaConf.register_new_resolver("run_name", cli.run_name, replace=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.CONF)):
+        return compose("config", overrides=list(words), return_hydra_config=True)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A search with two better runs before it, one trial of which is refused, and its exit status."""
+    folder = tmp_path_factory.mktemp("search") / "optuna"
+    for name, lr in (("7", 0.02), ("8", 0.03)):
+        make_run(folder / name, {"optim.lr": lr}, [100.0] * 3)
+    words = ["sweep=optuna", *SHORT, "trainer.max_epochs=3", "hydra.sweeper.n_trials=3", f"output_dir={folder}"]
+    words += ["callbacks.pruning.after_jobs=2", "callbacks.pruning.warmup=1ep", "hydra.sweeper.sampler.seed=1"]
+    words += ["optim.lr=choice(-1,0.01)"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words])
+        patch.setattr(cli, "JOBS", Jobs())
+        with pytest.raises(SystemExit) as left:
+            cli.train()
+    return folder, cast(int, left.value.code)
+
+
+@OPTUNA
+def test_optuna_searches_on_after_failures(searched: tuple[Path, int]) -> None:
+    folder, status = searched
+    assert status == 1
+    failed = [name for name in "012" if (folder / name / FAILED).exists()]
+    ended = {name: json.loads((folder / name / "summary.json").read_text()) for name in "012" if name not in failed}
+    assert failed
+    assert ended
+    assert all("optim.lr=-1\n" in (folder / name / "overrides.yaml").read_text() for name in failed)
+    best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == max(summary["knn_top1"] for summary in ended.values())
+    assert best["best_params"]["optim.lr"] == 0.01
+
+
+@OPTUNA
+def test_bad_trials_end_early_and_count_as_what_they_are(searched: tuple[Path, int]) -> None:
+    folder, _ = searched
+    for name in "012":
+        if not (folder / name / FAILED).exists():
+            summary = json.loads((folder / name / "summary.json").read_text())
+            assert summary["pruned"].startswith("after epoch 2 of 3")
+            assert summary["epochs"] == 2
+
+
+@OPTUNA
+def test_a_search_as_table_and_picture(searched: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = searched
+    assert compare.main([str(folder), "--markdown", "--plot"]) == 0
+    states = Counter(line.split(" | ")[-1].split()[0].strip(":") for line in capsys.readouterr().out.splitlines()[2:7])
+    failed = sum((folder / name / FAILED).exists() for name in "012")
+    assert (states["failed"], states["pruned"], states["finished"]) == (failed, 3 - failed, 2)
+    assert "method.teacher_temperature" in (folder / "sweep.svg").read_text()
+
+
+@OPTUNA
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["callbacks.knn.enabled=false"], "callbacks.knn.enabled=false"),
+        (["hydra/sweeper=optuna"], "hydra.sweeper.direction=minimize"),
+        (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
+        (["hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs=-1"),
+    ],
+)
+def test_a_search_for_nothing_is_refused(words: list[str], said: str) -> None:
+    check_sweeper(with_hydra("hydra/sweeper=optuna_knn"))
+    check_sweeper(with_hydra("callbacks.knn.enabled=false"))  # a grid
+    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+        check_sweeper(with_hydra("hydra/sweeper=optuna_knn", *words))
+
+
+@OPTUNA
+@JOBLIB
+def test_as_many_trials_are_drawn_as_run_at_once() -> None:
+    assert with_hydra("sweep=optuna").hydra.sweeper.n_jobs == 1
+    words = ("sweep=optuna", "hydra/launcher=joblib_side_by_side", "hydra.launcher.n_jobs=3")
+    assert with_hydra(*words).hydra.sweeper.n_jobs == 3
+    assert runs_at_once(with_hydra(*words).hydra.launcher) == 3
+    assert runs_at_once(with_hydra().hydra.launcher) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "extra"),
+    [("sweeper/optuna", "optuna"), ("launcher/joblib", "joblib"), ("launcher/submitit_slurm", "submitit")],
+)
+def test_what_is_not_installed_is_named(option: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "find_spec", lambda name: None)
+    said = explain._unknown_option("hydra", option, cli.CONF)
+    assert said == f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
+
+
+@OPTUNA
+def test_an_unknown_option_of_hydra_gets_the_nearest() -> None:
+    with_hydra()  # Hydra has read its plugins
+    assert "did you mean 'optuna_knn'?" in explain._unknown_option("hydra", "sweeper/optuna_kn", cli.CONF)
+    assert "did you mean 'tpe'?" in explain._unknown_option("hydra", "sweeper/sampler/tp", cli.CONF)
+
+
+def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But not those of an attempt before this one."""
+    for name in ("0", "1", "10", "9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FAILED).write_text("before\n")
+    jobs = Jobs()
+    jobs.begin(tmp_path)
+    assert jobs.failures() == []
+    jobs.finish()
+    for name in ("10", "9"):
+        os.utime(tmp_path / name / FAILED, ns=(1, 1))  # written again, with the same words
+    assert jobs.failures() == [f"{tmp_path}/9: before", f"{tmp_path}/10: before"]
+    with pytest.raises(SystemExit):
+        jobs.finish()
+    assert f"2 runs failed:\n  {tmp_path}/9: before" in capsys.readouterr().err
+
+
+@JOBLIB
+def test_a_process_that_is_killed_is_a_run_that_failed() -> None:
+    number, argv = cast(Any, in_own_process(arguments, OmegaConf.create({"killed": False}), given=["a=1"]))
+    assert number != os.getpid()
+    assert argv == ["train.py", "a=1"]
+    with pytest.raises(UserError, match=r"was killed.*hydra\.launcher\.n_jobs"):
+        in_own_process(arguments, OmegaConf.create({"killed": True}), given=[])
+
+
+@JOBLIB
+def test_a_process_of_its_own_knows_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it W&B has the runs of a sweep in one group."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(with_hydra("hydra.mode=MULTIRUN", f"output_dir='{tmp_path / 'two words'}'"))
+    assert in_own_process(group_at_wandb, OmegaConf.create({}), given=[]) == "two words"
+
+
+def test_runs_side_by_side_share_the_cores() -> None:
+    config = cast(TrainConfig, OmegaConf.to_object(composed(*SHORT)))
+    cores = threads_beside(config, devices=1)
+    assert threads_beside(config, devices=2) == max(1, cores // 2)
+
+
+def test_runs_side_by_side_have_one_device_each(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.devices=2: .* have one device each"):
+        train(composed(*SHORT, "trainer.devices=2", output_dir=tmp_path / "0"), concurrent_runs=2)
+
+
+def test_another_process_knows_classes_of_ones_own_files(tmp_path: Path) -> None:
+    (tmp_path / "own-kind.py").write_text("class Kind:\n    def __init__(self, value):\n        self.value = value\n")
+    import_one(str(tmp_path / "own-kind.py"))
+    import_one(str(tmp_path / "own-kind.py"))
+    kind = sys.modules["dino_lightning.cli.plugins.own_kind"].Kind
+    read = "import pickle, sys; print(pickle.load(sys.stdin.buffer).value)"
+    command = [sys.executable, "-c", read]
+    done = subprocess.run(command, input=pickle.dumps(kind(41)), capture_output=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == b"41"
+
+
+@JOBLIB
+def test_joblib_runs_side_by_side(tmp_path: Path) -> None:
+    """One that fails leaves the other alone, and the command says which."""
+    folder = tmp_path / "out"
+    words = ["--multirun", "hydra/launcher=joblib_side_by_side", "optim.lr=-1,0.01", "trainer.max_epochs=1", *SHORT]
+    command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 1, done.stderr
+    assert f"1 run failed:\n  {folder}/0: optim.lr=-1.0: expected at least 0." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((folder / "1" / "summary.json").read_text())["knn_top1"] > 0
+    assert "- optim.lr=0.01\n" in (folder / "1" / "overrides.yaml").read_text()
+
+
+OWN = """
+import os, signal
+from dataclasses import dataclass
+from dino_lightning.training.build import register_method
+from dino_lightning.config import DINOConfig
+from dino_lightning.methods.dino import DINO
+
+@dataclass
+class OwnConfig(DINOConfig):
+    fatal: bool = False
+
+def make(config, **options):
+    if config.fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return DINO(config, **options)
+
+register_method("own", OwnConfig, make)
+"""
+
+
+@pytest.mark.slow
+@JOBLIB
+def test_a_killed_run_of_a_method_of_ones_own_leaves_the_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    folder = tmp_path / "out"
+    words = ["--multirun", f"imports={tmp_path}/own.py", "hydra/launcher=joblib_side_by_side", "method=own", *SHORT]
+    words += ["scale=quick", "recipe=quick_dino", "method.fatal=true,false", "trainer.max_epochs=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 1, done.stderr
+    assert f"1 run failed:\n  {folder}/0: the process of this run was killed" in done.stderr
+    assert (folder / "1" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_submitit_runs_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason='pip install "dino-lightning[submitit]"')
+    folder = tmp_path / "out"
+    words = ["--multirun", "hydra/launcher=submitit_local_test", "optim.lr=-1,0.01", "trainer.max_epochs=1", *SHORT]
+    command = [sys.executable, str(ROOT / "train.py"), *words, "trainer.devices=1", f"output_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 1, done.stderr
+    assert f"1 run failed:\n  {folder}/0: optim.lr=-1.0: expected at least 0." in done.stderr
+    assert (folder / "1" / "summary.json").exists()

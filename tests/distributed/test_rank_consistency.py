@@ -1,0 +1,70 @@
+"""Ranks that do not see the same are refused before their first step, all by the same sentence."""
+
+from typing import Any
+
+import pytest
+import rank_consistency_worker
+import torch
+from rank_consistency_worker import CASES, IMAGES
+
+from dino_lightning.errors import RanksDifferError
+from dino_lightning.training.callbacks.rank_consistency import compare, settings, weights
+
+Seen = list[dict[str, dict[str, Any]]]
+
+EXPECTED = {
+    "a key": "rank 1 has method.student_temperature=0.2, but rank 0 has method.student_temperature=0.1: ",
+    "a nested list": "rank 1 has crops.local_scale=[0.1, 0.4], but rank 0 has crops.local_scale=",
+    "the seed": "rank 1 has seed=1, but rank 0 has seed=0: ",
+    "fewer images": f"rank 1 has number of training images={IMAGES - 7}, but rank 0 has number of training images=18",
+    "another name": "rank 1 has digest of names and labels of the ",
+    "another class": "rank 1 has digest of names and labels of the ",
+    "weights": "rank 1 has checksum of weights=",
+    "the code": "rank 1 has code=",
+    "a version": "rank 1 has version of timm=0.0.1, but rank 0 has version of timm=",
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return rank_consistency_worker.launch(tmp_path_factory.mktemp("agreement"))
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(EXPECTED)))
+def test_what_may_differ_trains(name: str, ranks: Seen) -> None:
+    assert [rank[name] for rank in ranks] == [{"said": "", "steps": 1, "rank": number} for number in (0, 1)]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_rank_is_named_before_the_first_step(name: str, ranks: Seen) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert first["said"] == second["said"]
+    assert first["said"].startswith(EXPECTED[name])
+    assert first["steps"] == second["steps"] == 0
+
+
+def test_the_odd_one_of_many_is_named() -> None:
+    """With its machine, also where it is the first; ranks that are one machine are not told apart by it."""
+    ranks = [("a", {"seed": "1"}), ("a", {"seed": "0"}), ("b", {"seed": "0"}), ("b", {"seed": "0"})]
+    with pytest.raises(RanksDifferError, match=r"^rank 0 on a has seed=1, but rank 1 on a has seed=0: "):
+        compare(ranks)
+    with pytest.raises(RanksDifferError, match=r"^rank 1 has seed=1 \(and so 1 more\), but rank 0 has seed=0"):
+        compare([("a", {"seed": seed}) for seed in "01011"[:2] + "0100"])
+    with pytest.raises(RanksDifferError, match=r"rank 1 has data\.path=nothing, but rank 0 has data\.path=x"):
+        compare([("a", {"data.path": "x"}), ("a", {})])
+    compare([("a", {"seed": "1"})] * 5)
+
+
+def test_a_checksum_sees_another_draw_but_not_rounding() -> None:
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    rounded = torch.nn.Linear(64, 64)
+    rounded.load_state_dict({name: value * (1 + 1e-7) for name, value in first.state_dict().items()})
+    compare([("a", weights(first)), ("a", weights(rounded))])
+    with pytest.raises(RanksDifferError, match="checksum"):
+        compare([("a", weights(first)), ("a", weights(second))])
+
+
+def test_settings_are_compared_by_dotted_key() -> None:
+    config = {"data": {"path": "/here", "channels": 3}, "output_dir": "out", "crops": {"mean": [0.1, 0.2]}}
+    assert settings(config) == {"data.channels": "3", "crops.mean": "[0.1, 0.2]"}

@@ -1,0 +1,354 @@
+"""A step that is not finite moves nothing, and what follows is what the policy says."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import tiny
+import tiny_methods
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from nonfinite_cases import (
+    BAD,
+    STEPS,
+    BadGradient,
+    assert_equal,
+    broken,
+    by_hand,
+    callback,
+    data,
+    dino,
+    files,
+    fit,
+    rows,
+)
+from slow_params import first
+from torch import Tensor
+
+from dino_lightning.config import AdamWConfig, CollapseConfig, LARSConfig, OptimConfig, SGDConfig
+from dino_lightning.methods import base
+from dino_lightning.methods.metrics_buffer import StepMetrics
+from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
+from dino_lightning.training.debug.step_dump import read_step
+
+OPTIMS: dict[str, OptimConfig] = {
+    "adamw": AdamWConfig(lr=0.032, lr_warmup="0ep"),
+    "sgd": SGDConfig(lr=3.2, lr_warmup="0ep"),
+    "lars": LARSConfig(lr=3.2, lr_warmup="0ep"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ left out
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", first(OPTIMS))
+def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, accumulated: int) -> None:
+    """To the last bit, against a loop that passes over it."""
+    options: dict[str, Any] = {"optim": OPTIMS[name], "batch_size": 8 // accumulated}
+    batches = data(parts=accumulated)
+    at = accumulated * BAD  # the first micro-batch of its step
+    ours = fit(
+        dino(**options),
+        broken(batches, at),
+        callback(tmp_path, "skip"),
+        folder=tmp_path,
+        accumulate_grad_batches=accumulated,
+    )
+    expected = by_hand(dino(**options), batches, left_out={BAD}, accumulated=accumulated)
+    for step, wanted in enumerate(expected):
+        assert_equal(ours.states[(step + 1) * accumulated - 1], wanted, f"after step {step}")
+    assert ours.steps[accumulated - 1 :: accumulated] == [1, 2, 3, 4, 5]
+    assert any(not torch.equal(ours.states[-1][key], value) for key, value in ours.states[at - 1].items())
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+def test_so_is_one_whose_gradient_is_not_finite(tmp_path: Path, name: str) -> None:
+    batches = data()
+    ours = fit(dino(optim=OPTIMS[name]), batches, callback(tmp_path, "skip"), BadGradient(BAD), folder=tmp_path)
+    expected = by_hand(dino(optim=OPTIMS[name]), batches, left_out={BAD})
+    for step, wanted in enumerate(expected):
+        assert_equal(ours.states[step], wanted, f"after step {step}")
+    assert files(tmp_path) == [f"step{BAD:06d}-rank0.pt"]
+    assert read_step(tmp_path / "nonfinite" / files(tmp_path)[0])["what"] == f"a gradient is not finite at step {BAD}"
+
+
+METHODS: dict[str, Any] = {
+    "batch norms": lambda: dino(head_batch_norm=True),
+    "sinkhorn": lambda: dino(centering="sinkhorn"),
+    "patches": lambda: dino(patch_loss_weight=1.0, mask_p=1.0),
+    "previous step": lambda: dino(teacher_update="previous_step"),
+    "no clip": lambda: dino(optim=AdamWConfig(lr=0.032, lr_warmup="0ep", clip_grad=0.0)),
+    **{name: lambda name=name: tiny_methods.build(name) for name in ("byol", "moco2", "moco3", "swav", "supervised")},
+}
+
+
+@pytest.mark.parametrize("cause", first(["gradient", "loss"]))
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> None:
+    """Queues, centers, statistics of batch norms, moments and step counts included."""
+    torch.manual_seed(4)
+    module = METHODS[name]()
+    batches: Any = broken(data(), BAD) if cause == "loss" else data()
+    batches = tiny_methods.labeled(batches) if name == "supervised" else batches
+    hooks = [BadGradient(BAD)] if cause == "gradient" else []
+    ours = fit(module, batches, callback(tmp_path, "skip"), *hooks, folder=tmp_path)
+    assert_equal(ours.states[BAD], ours.states[BAD - 1], "moved in the step that is left out")
+    assert_equal(ours.optimizers[BAD], ours.optimizers[BAD - 1])
+    assert all(tensor.isfinite().all() for tensor in ours.states[-1].values())
+    assert any(not torch.equal(ours.states[-1][key], value) for key, value in ours.states[BAD].items())
+    assert len(ours.states) == STEPS
+
+
+def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_path: Path) -> None:
+    watched: list[StepMetrics] = []
+    module = dino()
+    module.watchers.append(watched.append)
+    alarm = CollapseAlarm(CollapseConfig(after="0it", patience=1))
+    fit(module, broken(data(), BAD), callback(tmp_path, "skip"), alarm, folder=tmp_path)
+    found = rows(tmp_path)
+    losses = {int(row["step"]): float(row["train/loss"]) for row in found if row["train/loss"]}
+    assert list(losses) == [0, 1, 3, 4] == [reading.step for reading in watched]
+    means = [float(row["train/loss_epoch"]) for row in found if row["train/loss_epoch"]]
+    assert means == [pytest.approx(sum(losses.values()) / 4, rel=1e-6)]
+    counts = {int(row["step"]): float(row["nonfinite/steps"]) for row in found if row["nonfinite/steps"]}
+    assert counts == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1}
+    assert all(math.isfinite(float(value)) for row in found for value in row.values() if value)
+    ranks = [float(row["collapse/effective_rank"]) for row in found if row.get("collapse/effective_rank")]
+    assert ranks
+    assert all(map(math.isfinite, ranks))
+
+
+def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits: dict[str, Any] = {"most": 2, "save": 1}
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 4 after callbacks\.nonfinite\.most=2 such steps"
+    ):
+        fit(dino(), broken(data(count=6), 0, 2, 4), callback(tmp_path, "skip", **limits), folder=tmp_path)
+    assert files(tmp_path) == ["step000000-rank0.pt"], "callbacks.nonfinite.max_saved=1"
+    said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert [line.split(":")[1].strip() for line in said] == [f"the loss is nan at step {step}" for step in (0, 2)]
+    assert "1 of at most 2" in said[0]
+    assert "2 of at most 2" in said[1]
+
+
+def test_the_count_outlives_a_process(tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(FloatingPointError, match="at step 3 after"):
+        fit(
+            dino(),
+            broken(data(), 1, 3),
+            callback(tmp_path, "skip", most=1),
+            kept,
+            folder=tmp_path,
+            enable_checkpointing=True,
+        )
+    again = callback(tmp_path, "skip", most=1)
+    module = dino().double()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=1,
+        logger=False,
+        callbacks=[again],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    # This loader does not know its place: its first batch is that of step 3.
+    loader = torch.utils.data.DataLoader(broken(data(), 0), batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(FloatingPointError, match="at step 3 after"):
+        trainer.fit(module, loader, ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+    assert again.count == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- stop
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_a_stop_leaves_weights_as_they_were(tmp_path: Path, cause: str) -> None:
+    module, hooks = dino(), [BadGradient(BAD)] if cause == "gradient" else []
+    batches = broken(data(), BAD) if cause == "loss" else data()
+    saved = rf"dino-train replay {tmp_path}/nonfinite/step{BAD:06d}-rank0\.pt"
+    with pytest.raises(FloatingPointError, match=rf"at step {BAD}: lower optim\.lr.*{saved}"):
+        fit(module, batches, callback(tmp_path, "stop"), *hooks, folder=tmp_path)
+    expected = by_hand(dino(), data(), left_out=set())[BAD - 1]
+    assert_equal(tiny.copy(module), expected)
+
+
+@pytest.mark.parametrize("name", first(OPTIMS))
+@pytest.mark.parametrize("last", [False, True])
+def test_where_nothing_waits_the_device_keeps_a_bad_gradient_from_the_weights(
+    tmp_path: Path, name: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the program learns of it with the loss of the step after, or at the end of the epoch."""
+    monkeypatch.setattr(base, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(base, "read_now", _must_not_be_called)
+    at = STEPS - 1 if last else BAD
+    module = dino(optim=OPTIMS[name])
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.raises(FloatingPointError, match=f"a gradient is not finite at step {at}: lower optim.lr"):
+        fit(
+            module,
+            data(),
+            callback(tmp_path, "stop"),
+            BadGradient(at),
+            kept,
+            folder=tmp_path,
+            enable_checkpointing=True,
+        )
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"step={i}.ckpt" for i in range(1, at + 1)]
+    if name != "lars":
+        expected = by_hand(dino(optim=OPTIMS[name]), data(), left_out={at})[at]
+        ours = {key: value for key, value in tiny.copy(module).items() if key.startswith("student")}
+        assert_equal(ours, {key: value for key, value in expected.items() if key in ours})
+
+
+def _must_not_be_called(flag: Tensor) -> bool:
+    raise AssertionError("the program would wait for the device")
+
+
+# --------------------------------------------------------------------------------------------------------- rollback
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, moments and center of the checkpoint; images and schedules of the steps that follow."""
+    every_second = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=2)
+    module, batches = dino(), data(count=6)
+    ours = fit(
+        module,
+        broken(batches, 3),
+        callback(tmp_path, "rollback"),
+        every_second,
+        folder=tmp_path,
+        enable_checkpointing=True,
+    )
+    at_checkpoint = by_hand(dino(), batches, left_out=set())[1]
+    assert_equal(ours.states[3], at_checkpoint)
+    # The same steps, as if those since the checkpoint and the bad one had never been.
+    expected = by_hand(dino(), batches, left_out={2, 3})
+    assert_equal(ours.states[4], expected[4])
+    assert_equal(ours.states[5], expected[5])
+    assert "weights and optimizer are those of" in capsys.readouterr().err
+
+
+def test_a_rollback_without_a_checkpoint_leaves_the_step_out(tmp_path: Path) -> None:
+    ours = fit(dino(), broken(data(), 1), callback(tmp_path, "rollback"), folder=tmp_path)
+    expected = by_hand(dino(), data(), left_out={1})
+    assert_equal(ours.states[-1], expected[-1])
+
+
+def test_a_queue_that_was_full_is_looked_at_again(tmp_path: Path) -> None:
+    """Its rows that are empty again must not join an assignment."""
+    torch.manual_seed(4)
+    module = tiny_methods.build("swav", queue_length=16)
+    full: list[bool] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            full.append(pl_module.queues[0].is_full)
+
+    first = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=1, save_top_k=1)
+    first.on_train_batch_end = _once(first.on_train_batch_end)  # type: ignore[method-assign]
+    ours = fit(
+        module,
+        broken(data(), 3),
+        callback(tmp_path, "rollback"),
+        first,
+        Look(),
+        folder=tmp_path,
+        enable_checkpointing=True,
+    )
+    assert [int(state["queues.0.filled"]) for state in ours.states] == [8, 16, 16, 8, 16]
+    assert full == [False, True, True, False, True]
+
+
+def _once(function: Any) -> Any:
+    calls: list[Any] = []
+
+    def call(*args: Any) -> None:
+        if not calls:
+            calls.append(function(*args))
+
+    return call
+
+
+# ----------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_the_file_has_the_micro_batch_as_the_step_got_it(tmp_path: Path) -> None:
+    """Of an accumulated step, the one whose loss is not finite; with the weights before the step."""
+    torch.manual_seed(4)
+    module = dino(batch_size=4, head_batch_norm=True)
+    batches = broken(data(parts=2), 2 * BAD)
+    ours = fit(module, batches, callback(tmp_path, "skip"), folder=tmp_path, accumulate_grad_batches=2)
+    (name,) = files(tmp_path)
+    saved = read_step(tmp_path / "nonfinite" / name)
+    assert (saved["step"], saved["batch_index"], saved["rank"], saved["world_size"]) == (BAD, 2 * BAD, 0, 1)
+    for crop, given in zip(saved["crops"], batches[2 * BAD], strict=True):
+        torch.testing.assert_close(crop, given, rtol=0, atol=0, equal_nan=True)
+    assert_equal(saved["state"], ours.states[2 * BAD - 1])
+    assert saved["ranges"]["crops"]["bad"] == 1
+    assert saved["ranges"]["student.backbone.patch_embed"]["bad"] > 0
+    assert math.isnan(saved["loss"])
+    assert saved["schedules"]["teacher_momentum"] == module.schedules["teacher_momentum"](BAD)
+
+
+def test_only_the_micro_batch_at_hand_is_kept(tmp_path: Path) -> None:
+    """And those known to be not finite, until the step is over: no memory for all of a step."""
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(len(keeper._kept))
+
+    keeper = callback(tmp_path, "skip")
+    fit(
+        dino(batch_size=2),
+        broken(data(parts=4, count=2), 5),
+        keeper,
+        Look(),
+        folder=tmp_path,
+        accumulate_grad_batches=4,
+    )
+    assert seen == [1, 1, 1, 0, 1, 1, 2, 0]
+
+
+def test_random_numbers_go_on_as_they_would(tmp_path: Path) -> None:
+    """The forward pass that is repeated for its ranges draws the same, and takes none from those that follow."""
+    draws: list[Any] = []
+
+    class Draw(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            draws.append(torch.rand(1).item())
+
+    for save in (0, 1):
+        module = dino(batch_size=4)
+        module.student.head.mlp.append(torch.nn.Dropout(0.5))
+        batches = broken(data(parts=2), 2 * BAD)
+        torch.manual_seed(1)
+        keeper = callback(tmp_path / str(save), "skip", save=save)
+        fit(module, batches, keeper, Draw(), folder=tmp_path, accumulate_grad_batches=2)
+    assert len(set(draws[: 2 * STEPS])) == 2 * STEPS
+    assert draws[: 2 * STEPS] == draws[2 * STEPS :]
+
+
+def test_a_disk_that_is_full_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nonfinite").write_text("a file where the folder would be")
+    ours = fit(dino(), broken(data(), BAD), callback(tmp_path, "skip"), folder=tmp_path)
+    assert len(ours.states) == STEPS
+    assert "could not be saved" in capsys.readouterr().err
+
+
+def test_another_fit_has_its_own_policy(tmp_path: Path) -> None:
+    module = dino()
+    fit(module, data(), callback(tmp_path, "skip"), folder=tmp_path / "a")
+    with pytest.raises(FloatingPointError, match=f"at step {BAD}"):
+        fit(module, broken(data(), BAD), folder=tmp_path / "b")

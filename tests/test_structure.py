@@ -1,0 +1,106 @@
+"""The package is thirteen rooms in order: a file imports only rooms before its own. Files stay readable in length."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
+ROOMS = [
+    "runtime",
+    "config",
+    "models",
+    "losses",
+    "optim",
+    "data",
+    "methods",
+    "checkpoints",
+    "loggers",
+    "report",
+    "evaluation",
+    "training",
+    "cli",
+]
+ORDER = ["errors", *ROOMS]
+ROOT_FILES = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
+LONGEST_FILE_LINES = 350
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+INSIDE_ROOMS = [path for path in MODULES if path.parent != PACKAGE]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "dino_lightning" else {module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("dino_lightning.")}
+
+
+def test_the_root_has_rooms_only() -> None:
+    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert {name for name in entries if not (PACKAGE / name).is_dir()} <= ROOT_FILES
+    assert {name for name in entries if (PACKAGE / name).is_dir()} == set(ROOMS)
+
+
+def purpose_of(room: str) -> str:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ")
+
+
+def test_the_architecture_page_lists_the_rooms() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    block = page.split("<!-- rooms:begin -->")[1].split("<!-- rooms:end -->")[0]
+    assert block.strip().splitlines() == [f"- `{room}/`: {purpose_of(room)}" for room in ROOMS]
+
+
+def test_the_architecture_page_names_existing_paths() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    paths = re.findall(rf"\b(?:{'|'.join(ROOMS)})/[\w/]+(?:\.py)?", page)
+    assert len(paths) > 20
+    missing = {path for path in paths if not any((PACKAGE / f"{path}{end}").exists() for end in ("", ".py"))}
+    assert not missing
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_says_what_it_is_for(room: str) -> None:
+    assert len(purpose_of(room)) > 20
+
+
+@pytest.mark.parametrize("path", INSIDE_ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_rooms_before_its_own(path: Path) -> None:
+    allowed = ORDER[: ORDER.index(room_of(path)) + 1]
+    assert imported_rooms(path) <= set(allowed)
+
+
+def test_the_test_sees_an_upward_import(tmp_path: Path) -> None:
+    module = tmp_path / "cross_view.py"
+    module.write_text("from dino_lightning.methods.dino import DINO\nfrom dino_lightning import training\n")
+    assert imported_rooms(module) == {"methods", "training"}
+    assert ORDER.index("methods") > ORDER.index("losses")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE_LINES
+
+
+def test_final_methods_are_short() -> None:
+    """A reader takes in a method at once: what all methods share is in their base class."""
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for path in (PACKAGE / "methods").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(d) == "final" for d in node.decorator_list)
+    }
+    assert {"DINO", "BYOL", "MoCo", "SwAV", "Supervised"} <= set(lengths)
+    assert max(lengths.values()) < 150, lengths

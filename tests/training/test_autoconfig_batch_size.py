@@ -1,0 +1,77 @@
+"""The batch that fits: a process with little memory finds it by real steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import composing
+import pytest
+from composing import composed
+from omegaconf import OmegaConf
+
+from dino_lightning.config import TrainConfig
+from dino_lightning.training.autoconfig.batch_size import FITS, fits_in_memory, largest_batch, named_device
+
+WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
+
+LITTLE_MEMORY = """
+import os, resource, sys
+import torch
+from composing import composed
+from omegaconf import OmegaConf
+from dino_lightning.training.autoconfig.batch_size import FITS, fits, largest_batch
+torch.set_num_threads(1)
+torch.backends.mkldnn.enabled = False  # which has an error of its own for memory
+small, large = (OmegaConf.to_object(composed(*sys.argv[2:], f"data.batch_size_per_device={n}")) for n in (4, 512))
+fits(small, batch=2)  # libraries are loaded now
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[1]), resource.RLIM_INFINITY))
+print("fits", largest_batch(small), os.environ.pop(FITS), largest_batch(large), os.environ[FITS])
+"""
+
+
+def config(*words: str) -> TrainConfig:
+    return cast(TrainConfig, OmegaConf.to_object(composed(*WORDS, *words)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_halves_until_it_fits() -> None:
+    """With room for a hundred megabytes, a batch that takes some hundred is divided, and one of a few stays."""
+    words = [sys.executable, "-c", LITTLE_MEMORY, str(100 << 20), *WORDS]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(composing.__file__).parent)
+    found = done.stdout.split("fits ")[1].split()
+    small, told, large, told_of_large = (int(word.rpartition(":")[2]) for word in found)
+    assert (small, large) == (told, told_of_large), "the processes of other devices learn it"
+    assert small == 4
+    assert large in (32, 64, 128, 256)
+
+
+@pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
+def test_every_method_takes_its_steps(method: str) -> None:
+    assert fits_in_memory(config(f"method={method}"), batch=3)
+
+
+def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        fits_in_memory(config("backbone=vovnet_micro", "crops.global_size=2", "crops.local_count=0"), batch=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
+
+
+def test_what_was_found_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `--multirun` in one process, and those of a notebook, each have a batch of their own."""
+    monkeypatch.setenv(FITS, "")
+    assert largest_batch(config("data.batch_size_per_device=4")) == 4
+    training = os.environ[FITS].partition(":")[0]
+    monkeypatch.setenv(FITS, f"{training}:2")
+    assert largest_batch(config("data.batch_size_per_device=4", "optim.lr=0.0001")) == 4
+    monkeypatch.setenv(FITS, f"{training}:2")
+    assert largest_batch(config("data.batch_size_per_device=4")) == 2, "the processes of other devices learn it"
+    assert largest_batch(config("data.batch_size_per_device=3")) == 3
+
+
+def test_the_trial_is_on_a_device_of_the_training() -> None:
+    assert [named_device(devices) for devices in ("auto", 2, "-1")] == [None] * 3
+    assert [named_device(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]

@@ -1,0 +1,174 @@
+"""Rows: runs that cannot go on as they are asked to."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from wrong_checkpoints import Hostile, weights
+from wrong_files import HTML, cut, touch
+from wrong_inputs import Wrong, train
+
+Make = Callable[[Path], list[str]]
+LAST = "run/checkpoints/last.ckpt"
+WHOLE = "resume: no checkpoint in DIR/run/checkpoints is whole"
+NONE_WHOLE = f"{WHOLE}: last.ckpt is damaged ({{}}); start anew in another output_dir."
+CHANGED = "which would train something else"
+BACK = "set it back, or write the new value into DIR/run/config.yaml as well if that is meant."
+
+
+@cache
+def finished() -> Path:
+    """The folder of a short run, made once."""
+    folder = Path(mkdtemp())
+    train(["trainer.max_steps=2"], output=folder / "run", to_the_end=True)
+    return folder / "run"
+
+
+def resumed(*words: str, spoil: Callable[[Path], object] = str) -> Make:
+    """A copy of the run, `spoil` called with its last checkpoint, and these words."""
+
+    def make(path: Path) -> list[str]:
+        shutil.copytree(finished(), path / "run")
+        for other in (path / "run" / "checkpoints").glob("*.ckpt"):
+            if other.name != "last.ckpt":
+                other.unlink()
+        spoil(path / LAST)
+        return ["resume=true", "trainer.max_steps=2", *words]
+
+    return make
+
+
+def with_content(content: Callable[[], object]) -> Callable[[Path], object]:
+    """The checkpoint holds something else."""
+    return lambda file: torch.save(content(), file)
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from dino_lightning.runtime.run_lock import run_lock
+with run_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def a_run_in_the_folder(path: Path) -> Iterator[None]:
+    """Another process has it."""
+    source = Path(__file__).parents[2] / "src"
+    command = [sys.executable, "-c", HOLDER, str(path / "run"), str(source)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy()) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            other.kill()
+
+
+ROWS = [
+    Wrong(
+        "a run in a folder that holds one",
+        lambda path: resumed()(path)[1:],
+        "output_dir=DIR/run already holds a run; add resume=true to go on with it, or choose another folder.",
+    ),
+    Wrong(
+        "two runs in one folder at the same time",
+        lambda _: [],
+        "output_dir=DIR/run is in use by a run that has not ended (process … on …); wait for its end, or choose "
+        "another folder.",
+        around=a_run_in_the_folder,
+    ),
+    Wrong(
+        "resume=true in a folder without a run",
+        lambda _: ["resume=true"],
+        "resume=true: output_dir=DIR/run has no checkpoints/last.ckpt to go on from.",
+    ),
+    Wrong("a last.ckpt of zero bytes", resumed(spoil=touch), NONE_WHOLE.format("it is empty")),
+    Wrong(
+        "a last.ckpt that is cut off",
+        resumed(spoil=cut),
+        NONE_WHOLE.format("it is cut off, or no checkpoint"),
+    ),
+    Wrong(
+        "a web page for last.ckpt",
+        resumed(spoil=lambda file: touch(file, HTML)),
+        NONE_WHOLE.format("it is cut off, or no checkpoint"),
+    ),
+    Wrong(
+        "a last.ckpt of which a byte has changed",
+        resumed(spoil=lambda file: touch(file, file.read_bytes().replace(b"state_dict", b"state_dirt", 1))),
+        NONE_WHOLE.format("its content does not belong to its hash"),
+    ),
+    Wrong(
+        "weights of another origin for last.ckpt",
+        resumed(spoil=with_content(weights)),
+        "DIR/run/checkpoints/last.ckpt is no checkpoint of a run: it has weights alone, and a run cannot go on from "
+        "them.",
+    ),
+    Wrong(
+        "a last.ckpt that runs a command when it is unpickled",
+        resumed(spoil=with_content(lambda: {"state_dict": Hostile()})),
+        "DIR/run/checkpoints/last.ckpt is refused: besides weights it holds posix.system, and reading that could run "
+        "code; save it anew as a state dict of tensors.",
+    ),
+    Wrong(
+        "another network",
+        resumed("backbone.depth=3"),
+        f"resume: backbone.depth was 2 and is now 3, {CHANGED}; start anew in another output_dir.",
+    ),
+    Wrong(
+        "a network of timm for a ViT of this package",
+        resumed("backbone=resnet50", "crops.local_size=32"),
+        f"resume: DIR/run holds a run with backbone=vit, and backbone=timm {CHANGED[6:]}; set it back, or start anew "
+        "in another output_dir.",
+    ),
+    Wrong(
+        "another number of prototypes",
+        resumed("method.out_dim=512"),
+        f"resume: method.out_dim was … and is now 512, {CHANGED}; start anew in another output_dir.",
+    ),
+    Wrong(
+        "another method",
+        resumed("method=byol"),
+        f"resume: DIR/run holds a run with method=dino, and method=byol {CHANGED[6:]}; set it back, or start anew in "
+        "another output_dir.",
+    ),
+    Wrong(
+        "another optimizer",
+        resumed("optim=sgd"),
+        f"resume: DIR/run holds a run with optim=adamw, and optim=sgd {CHANGED[6:]}; set it back, or start anew in "
+        "another output_dir.",
+    ),
+    Wrong(
+        "another learning rate",
+        resumed("optim.lr=0.1"),
+        f"resume: optim.lr was … and is now 0.1, {CHANGED}; {BACK}",
+    ),
+    Wrong("another seed", resumed("seed=7"), f"resume: seed was 0 and is now 7, {CHANGED}; {BACK}"),
+    Wrong(
+        "another augmentation",
+        resumed("crops.flip_p=0"),
+        f"resume: crops.flip_p was … and is now 0.0, {CHANGED}; {BACK}",
+    ),
+    Wrong(
+        "another total batch",
+        resumed("data.batch_size_per_device=8"),
+        "resume: the total batch was 4 images (1 ranks of 4) and is 8 (1 of 8), which would train something else; set "
+        "data.batch_size_per_device and trainer.accumulate_grad_batches so that it stays.",
+    ),
+    Wrong(
+        "a config.yaml that is none",
+        resumed(spoil=lambda file: touch(file.parents[1] / "config.yaml", b"[1, 2")),
+        "resume: DIR/run/config.yaml is not the configuration of a run (…); restore it, or remove it to go on without "
+        "this check.",
+    ),
+]
