@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.core.config_store import ConfigStore
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,7 +21,6 @@ from dino_lightning.checkpoints.init_weights import start_from
 from dino_lightning.checkpoints.original import KEYS
 from dino_lightning.checkpoints.run_checkpoint import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
-    SCHEMAS,
     BYOLConfig,
     CSVLoggerConfig,
     DINOConfig,
@@ -35,6 +33,7 @@ from dino_lightning.config import (
     TrainConfig,
     WandbLoggerConfig,
 )
+from dino_lightning.config.registry import register_schema
 from dino_lightning.config.serialization import to_dict
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
@@ -188,8 +187,7 @@ def register_method(name: str, config: type[MethodConfig], method: Callable[...,
     `method` gets what `build_method` gives to all: `student_backbone`, `feature_dim`, `optim`, `batch_size_per_device`,
     `step` and, where it is a `StudentTeacher`, `teacher_backbone`.
     """
-    SCHEMAS["method"][name] = config
-    ConfigStore.instance().store(group="method", name=name, node=config)
+    register_schema("method", name, config)
     METHODS[config] = method
 
 
