@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "dino_lightning"
+PROJECT = Path(__file__).parents[1]
+PACKAGE = PROJECT / "src" / "dino_lightning"
 ROOMS = [
     "runtime",
     "config",
@@ -58,17 +59,34 @@ def purpose_of(room: str) -> str:
 
 
 def test_the_architecture_page_lists_the_rooms() -> None:
-    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    page = (PROJECT / "docs" / "architecture.md").read_text()
     block = page.split("<!-- rooms:begin -->")[1].split("<!-- rooms:end -->")[0]
     assert block.strip().splitlines() == [f"- `{room}/`: {purpose_of(room)}" for room in ROOMS]
 
 
-def test_the_architecture_page_names_existing_paths() -> None:
-    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
-    paths = re.findall(rf"\b(?:{'|'.join(ROOMS)})/[\w/]+(?:\.py)?", page)
+PAGES = [
+    path
+    for path in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md")))
+    if path.name != "log.md"
+]  # it names files as they were
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_pages_name_files_that_exist(page: Path) -> None:
+    text = page.read_text()
+    ours = re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[a-z_/]+\.py", text)
+    others = re.findall(
+        r"(?<![\w/.])(?:src|conf|tests|benchmarks|examples|notebooks)/[a-z0-9_/]+\.(?:py|yaml|ipynb)", text
+    )
+    missing = {path for path in ours if not (PACKAGE / path).exists() and not (PROJECT / path).exists()}
+    assert not missing | {path for path in others if not (PROJECT / path).exists()}
+
+
+def test_the_architecture_page_names_modules_that_exist() -> None:
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    paths = re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[a-z_/]+", page)
     assert len(paths) > 20
-    missing = {path for path in paths if not any((PACKAGE / f"{path}{end}").exists() for end in ("", ".py"))}
-    assert not missing
+    assert not {path for path in paths if not any((PACKAGE / f"{path}{end}").exists() for end in ("", ".py"))}
 
 
 @pytest.mark.parametrize("room", ROOMS)
