@@ -70,7 +70,7 @@ class CollapseAlarm(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log whether there is a collapse."""
-        pl_module.note(PREFIX + "alarm", float(self.kind is not None))
+        pl_module.log_metric(PREFIX + "alarm", float(self.kind is not None))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what takes more than one batch to know."""

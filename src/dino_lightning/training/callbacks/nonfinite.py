@@ -55,7 +55,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
     ) -> None:
         self.config, self.folder, self.checkpoints = config, folder, checkpoints
         self.configuration, self.seed, self.precision = configuration, seed, precision
-        self.leaves_out = config.policy != "stop"
+        self.continues = config.policy != "stop"
         self.count = 0
         """Steps that were not finite."""
         self.saved = 0
@@ -121,20 +121,20 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
 
     # ------------------------------------------------------------------------------------- a step that is not finite
 
-    def found(self, trouble: NonFiniteStep) -> None:
+    def on_nonfinite(self, trouble: NonFiniteStep) -> None:
         """Save the step; raise where the run ends by it."""
         if self._end:
             raise FloatingPointError(self._end)
         self.count += 1
         self._restore_statistics()
         who, self._where = self._save(trouble)
-        if self.leaves_out and self.count <= self.config.max_steps:
+        if self.continues and self.count <= self.config.max_steps:
             return
-        before = f" after callbacks.nonfinite.max_steps={self.config.max_steps} such steps" if self.leaves_out else ""
+        before = f" after callbacks.nonfinite.max_steps={self.config.max_steps} such steps" if self.continues else ""
         self._end = f"{trouble}{who}{before}: {ADVICE}. {self._where}".strip()
         raise FloatingPointError(self._end)
 
-    def left_out(self, trouble: NonFiniteStep) -> None:
+    def on_skipped(self, trouble: NonFiniteStep) -> None:
         """Take the run back, where that is the policy; say what was done."""
         self._restore_statistics()
         done = self._roll_back() if self.config.policy == "rollback" else "the step is left out"

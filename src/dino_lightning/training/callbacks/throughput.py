@@ -78,13 +78,13 @@ class Throughput(L.Callback):
 
     def _note(self, method: Any, *, waits_known: bool) -> None:
         rate = self._window_images / self._window_seconds
-        method.note("speed/images_per_second", rate)
+        method.log_metric("speed/images_per_second", rate)
         if waits_known:
-            method.note("speed/data_wait_share", self._window_waited / self._window_seconds)
+            method.log_metric("speed/data_wait_share", self._window_waited / self._window_seconds)
         if self._utilisation is not None:
-            method.note("speed/mfu", rate * self._utilisation)
+            method.log_metric("speed/mfu", rate * self._utilisation)
         if method.device.type == "cuda":  # the allocator's own books: the device is not asked
-            method.note("speed/gpu_memory_gib", torch.cuda.max_memory_allocated(method.device) / GIB)
+            method.log_metric("speed/gpu_memory_gib", torch.cuda.max_memory_allocated(method.device) / GIB)
             torch.cuda.reset_peak_memory_stats(method.device)
         self._window_images, self._window_seconds, self._window_waited = 0, 0.0, 0.0
 
