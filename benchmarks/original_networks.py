@@ -4,7 +4,7 @@
     python benchmarks/original_networks.py --original DIR --networks vits16 resnet50 --sizes 224 96
 
 DIR are checkouts of facebookresearch/dino and, for XCiT, of facebookresearch/xcit. Each network of theirs gets random
-weights and is saved in the layout of the published files; `load_network` reads that, and `dino-export format=original`
+weights and is saved in the layout of the published files; `load_network` reads that, and `dino export format=original`
 writes it again, which the original loads with `strict=True`.
 """
 

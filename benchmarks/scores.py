@@ -3,7 +3,7 @@
     python benchmarks/scores.py --revisitop DIR --truth DIR            average precision on the real ground truth
     python benchmarks/scores.py --original DIR                         Copydays' average precision, whitening
     python benchmarks/scores.py --davis2017 DIR --data DAVIS           J and F (needs OpenCV and scikit-image)
-    python benchmarks/scores.py --davis2017 DIR --data DAVIS --masks OUTPUT/masks     of masks that dino-eval wrote
+    python benchmarks/scores.py --davis2017 DIR --data DAVIS --masks OUTPUT/masks     of masks that dino eval wrote
 
 Each DIR is a checkout: filipradenovic/revisitop, facebookresearch/dino, davisvideochallenge/davis2017-evaluation.
 `--truth` is the folder of `roxford5k/` and `rparis6k/` with their `gnd_*.pkl`. Rankings are random, every other one

@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
     parser.add_argument("--data", required=True, help="DAVIS as it unpacks")
-    parser.add_argument("--checkpoint", default="untrained:vit_small", help="as of dino-eval; a ViT")
+    parser.add_argument("--checkpoint", default="untrained:vit_small", help="as of dino eval; a ViT")
     parser.add_argument("--sequences", type=int, default=1, help="the first of the list")
     parser.add_argument("--frames", type=int, default=25, help="most frames of each")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float32", help="of the propagation")

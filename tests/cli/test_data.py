@@ -1,4 +1,4 @@
-"""`dino-data` on folders of small images: what it prints, writes and returns."""
+"""`dino data` on folders of small images: what it prints, writes and returns."""
 
 import zipfile
 from pathlib import Path
@@ -196,7 +196,7 @@ def test_wrong_settings(
     draw(tmp_path / "some" / "a.png", seed=0)
     status, text, error = run(*(word.replace("some", "some") for word in words), capsys=capsys)
     assert status == 2
-    assert error.startswith("dino-data: ")
+    assert error.startswith("dino data: ")
     assert sentence in error
     assert error.count("\n") == 1
     assert text == ""

@@ -1,4 +1,4 @@
-"""`dino-embed`: what is wrong is one sentence, what is right is a file, also after a kill and from two processes."""
+"""`dino embed`: what is wrong is one sentence, what is right is a file, also after a kill and from two processes."""
 
 import os
 import re
@@ -39,8 +39,8 @@ WRONG = [
     ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; its groups stand in --help."),
     ("checkpoint=x data=builtin feature=class", "feature is not a key of the configuration; did you mean 'features'?"),
     ("checkpoint=x data=builtin +foo=1", "foo is not a key"),
-    ("checkpoint=x data=builtin output_dir=x", "output_dir is a key of training (train.py) and evaluation (dino-eval)"),
-    ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino-embed does"),
+    ("checkpoint=x data=builtin output_dir=x", "output_dir is a key of training (train.py) and evaluation (dino eval)"),
+    ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino embed does"),
     ("checkpoint=x data=builtin data.batch_size_per_device=2", "not use it; set batch_size_per_device."),
     ("checkpoint=x data=builtin trainer=default", "trainer=lightning does not belong to this program"),
     ("checkpoint=x data=builtin image_resize=40", "image_resize=40 needs image_size"),
@@ -70,7 +70,7 @@ def test_every_kind_of_images_composes(option: str) -> None:
 def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
     text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
-    commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino-embed")]
+    commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino embed")]
     assert len(commands) >= 3
     for command in commands:
         words = [word for word in with_home_folders(shlex.split(command)[1:]) if "trainer." not in word]
@@ -121,7 +121,7 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=a,b", "data=builtin", "output=x.npy"]
     done = subprocess.run(command(*words), capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "dino-embed: --multirun: dino-embed writes one file; run it once for each.\n"
+    assert done.stderr == "dino embed: --multirun: dino embed writes one file; run it once for each.\n"
     assert not list(tmp_path.iterdir())
 
 

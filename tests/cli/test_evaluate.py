@@ -1,4 +1,4 @@
-"""`dino-eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
+"""`dino eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
 
 import json
 from dataclasses import replace
@@ -135,7 +135,7 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     words = ["checkpoint=x", "eval=video", "data=builtin", f"output_dir={output}"]
     done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("dino-eval: eval=video does not go with data=builtin")
+    assert done.stderr.startswith("dino eval: eval=video does not go with data=builtin")
     assert not output.exists()
 
 
@@ -163,7 +163,7 @@ def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: P
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
     done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "dino-eval: 1 run failed:\n" in done.stderr
+    assert "dino eval: 1 run failed:\n" in done.stderr
     assert (tmp_path / "both" / "0" / "failed.txt").read_text().startswith("checkpoint=nowhere.pth: there is no such")
     assert (tmp_path / "both" / "1" / "results.jsonl").exists()
     assert not (tmp_path / "both" / "1" / "failed.txt").exists()

@@ -1,4 +1,4 @@
-"""`dino-export`: each format read again by the library that it is for."""
+"""`dino export`: each format read again by the library that it is for."""
 
 import json
 import logging
@@ -336,7 +336,7 @@ def test_refusals(
     checkpoint = exported(tmp_path, config)
     assert main([f"checkpoint={checkpoint}", *words.split()]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("dino-export: ")
+    assert told.startswith("dino export: ")
     assert sentence in told
     assert told.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "weights.safetensors"]

@@ -155,7 +155,7 @@ begin("training")
 sys.argv = ["train.py", *todo["training"]]
 train.train()
 begin("evaluation")
-sys.argv = ["dino-eval", *todo["evaluation"]]
+sys.argv = ["dino eval", *todo["evaluation"]]
 evaluate.main()
 os.environ.pop("DINO_LIGHTNING_RUN", None)
 begin("with keys", **todo["keys"])

@@ -1,4 +1,4 @@
-"""`dino-report`: which runs a word means, and what the page of several says, parsed as a browser would."""
+"""`dino report`: which runs a word means, and what the page of several says, parsed as a browser would."""
 
 import json
 import time
@@ -85,7 +85,7 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["alone", "--output", "x.pdf"], "--output x.pdf: the page is an HTML file; name it x.html"),
         (["alone", "--output", "."], "--output .: the page is an HTML file; name it report.html"),
         (["alone", "--output", "no/x.html"], "--output no/x.html: there is no folder no; name a file in a folder"),
-        (["alone", "--results", "alone"], "--results alone: expected a results.jsonl of dino-eval"),
+        (["alone", "--results", "alone"], "results=alone: expected a results.jsonl of dino eval"),
         (["alone", "--results", "eval-1"], "none of its results is of these runs; they are of /runs/other"),
     ],
 )
@@ -263,7 +263,7 @@ def test_results_of_a_folder_that_moved_are_known_by_the_weights(pair: Path, tmp
 
 
 def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Path):
-    """`dino-eval checkpoint=0`, in the folder of one sweep or of another."""
+    """`dino eval checkpoint=0`, in the folder of one sweep or of another."""
     for number, sweep in enumerate("ab"):
         weights = {"w": torch.full((2,), float(number))}
         save_file(weights, made(tmp_path / sweep / "0") / "teacher.safetensors")

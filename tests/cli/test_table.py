@@ -1,4 +1,4 @@
-"""`dino-table`: rows over seeds, runs in every state, Markdown, the picture of the curves."""
+"""`dino table`: rows over seeds, runs in every state, Markdown, the picture of the curves."""
 
 import json
 import math

@@ -218,7 +218,7 @@ def test_every_key_is_documented() -> None:
 
 
 def test_configuration_page_is_up_to_date() -> None:
-    assert reference.TARGET.read_text() == reference.render(), "run dino-docs"
+    assert reference.TARGET.read_text() == reference.render(), "run dino docs"
 
 
 def test_every_key_is_read_somewhere() -> None:

@@ -83,7 +83,7 @@ def mended(content: bytes) -> bytes:
 
 
 def decode_all(data: bytes) -> None:
-    """Both decodings and the stored values, as the loader and `dino-data` ask for them."""
+    """Both decodings and the stored values, as the loader and `dino data` ask for them."""
     settings, content = data[0], data[1:]
     if settings & MEND and content.startswith(PNG):
         content = mended(content)

@@ -41,14 +41,14 @@ def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictC
 
 
 def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:
-    """The configuration of `dino-eval OVERRIDES`, on one CPU and without the user's feature cache."""
+    """The configuration of `dino eval OVERRIDES`, on one CPU and without the user's feature cache."""
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     return composition("evaluate", *overrides, *_here(overrides), f"output_dir={output_dir}")
 
 
 def composed_embedding(*overrides: str, output: Path | str = "never-written.parquet") -> DictConfig:
-    """The configuration of `dino-embed OVERRIDES`, on one CPU and without the user's feature cache."""
+    """The configuration of `dino embed OVERRIDES`, on one CPU and without the user's feature cache."""
     register()
     return composition("embed", f"output={output}", *_here(overrides), *overrides)
 

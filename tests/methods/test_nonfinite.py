@@ -171,7 +171,7 @@ def test_the_count_outlives_a_process(tmp_path: Path) -> None:
 def test_a_stop_leaves_weights_as_they_were(tmp_path: Path, cause: str) -> None:
     module, hooks = dino(), [BadGradient(BAD)] if cause == "gradient" else []
     batches = broken(data(), BAD) if cause == "loss" else data()
-    saved = rf"dino-train replay {tmp_path}/nonfinite/step{BAD:06d}-rank0\.pt"
+    saved = rf"dino replay {tmp_path}/nonfinite/step{BAD:06d}-rank0\.pt"
     with pytest.raises(FloatingPointError, match=rf"at step {BAD}: lower optim\.lr.*{saved}"):
         fit(module, batches, callback(tmp_path, "stop"), *hooks, folder=tmp_path)
     expected = by_hand(dino(), data(), left_out=set())[BAD - 1]

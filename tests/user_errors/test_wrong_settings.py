@@ -214,7 +214,7 @@ def test_a_number_of_hundreds_of_digits() -> None:
     assert done.stdout.split() == ["2"] * 3, done.stderr
     said = "the value is too large for a number; it is: "
     keys = [line.split(said)[0] for line in done.stderr.splitlines()]
-    assert keys == ["dino-lightning: optim.lr: ", "dino-eval: data.holdout: ", "dino-data: data.holdout: "]
+    assert keys == ["dino-lightning: optim.lr: ", "dino eval: data.holdout: ", "dino data: data.holdout: "]
 
 
 def test_home_is_meant_by_tilde(tmp_path: Path) -> None:

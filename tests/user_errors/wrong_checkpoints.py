@@ -1,4 +1,4 @@
-"""Rows: what `dino-eval` is given as a checkpoint."""
+"""Rows: what `dino eval` is given as a checkpoint."""
 
 import json
 import os

@@ -23,7 +23,7 @@ from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.training.run import train as train_in_process
 
 PAGE = Path(__file__).parents[2] / "docs" / "wrong_inputs.md"
-TRAIN, EVALUATE = "dino-train", "dino-eval"
+TRAIN, EVALUATE = "dino train", "dino eval"
 SMALL = [
     "data.num_workers=0",
     "data.batch_size_per_device=4",
@@ -100,7 +100,7 @@ def in_a_fork(say: Callable[[], str]) -> str:
 
 
 def train(words: list[str], *, output: Path, to_the_end: bool = False) -> None:
-    """`dino-train WORDS`."""
+    """`dino train WORDS`."""
     given = {word.split("=")[0] for word in words}
     small = [word for word in [*SMALL, *([] if "data" in given else BUILTIN)] if word.split("=")[0] not in given]
     cfg = composed(*small, *words, output_dir=output)
@@ -115,7 +115,7 @@ def _first_step(*_: object, **__: object) -> None:
 
 
 def evaluate(words: list[str], *, output: Path, to_the_end: bool = False) -> None:
-    """`dino-eval WORDS`."""
+    """`dino eval WORDS`."""
     cfg = composed_evaluation("data.num_workers=0", *words, output_dir=output)
     given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
     cfg.output_dir = given[0] if given else cfg.output_dir
@@ -145,7 +145,7 @@ def page(tables: dict[str, list[Wrong]]) -> str:
         lines += ["", f"## {title}", "", "| input | sentence |", "|---|---|"]
         for row in rows:
             star = " *" if row.while_training else ""
-            program = " (`dino-eval`)" if row.program == EVALUATE else ""
+            program = " (`dino eval`)" if row.program == EVALUATE else ""
             lines.append(f"| {_cell(row.name)}{program}{star} | {_cell(row.sentence)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Tab completion: `eval "$(dino-train -sc install=bash)"`, or `zsh`, `fish`.
+"""Tab completion: `eval "$(dino train -sc install=bash)"`, or `zsh`, `fish`.
 
 Hydra answers the shell, which sends the line typed so far in `COMP_LINE`. It composes that line to know the keys, so
 the line has to be made what the command itself would make of it.

@@ -1,7 +1,7 @@
-"""`dino-data`: look at a data set before training on it.
+"""`dino data`: look at a data set before training on it.
 
-    dino-data check PATH    what the images are, which are broken or double, and a sheet of sample crops
-    dino-data stats PATH    mean and standard deviation of each channel, for crops.mean and crops.std
+    dino data check PATH    what the images are, which are broken or double, and a sheet of sample crops
+    dino data stats PATH    mean and standard deviation of each channel, for crops.mean and crops.std
 
 Exit status: 0, 1 where `check` found broken images, 2 for wrong settings.
 """
@@ -27,10 +27,10 @@ from dino_lightning.data.sources.detect import kind_of
 from dino_lightning.errors import UserError
 
 EXAMPLES = """examples:
-  dino-data check /data/photos                          a folder, a list (.csv, .tsv, .txt), .zip, .tar or parquet
-  dino-data check /data/photos experiment=vits16_100ep  sample crops as that experiment makes them
-  dino-data check /data/scans data.value_range=[0,65535]
-  dino-data stats data=cifar10
+  dino data check /data/photos                          a folder, a list (.csv, .tsv, .txt), .zip, .tar or parquet
+  dino data check /data/photos experiment=vits16_100ep  sample crops as that experiment makes them
+  dino data check /data/scans data.value_range=[0,65535]
+  dino data stats data=cifar10
 
 exit status: 0, 1 where check found broken images, 2 for wrong settings"""
 
@@ -57,16 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         chosen = compose_config(options.words, kind=options.data)
         return stats(chosen, options) if options.command == "stats" else check(chosen, options)
     except EXPLAINED as error:
-        print(f"dino-data: {message_for(error, conf=CONF)}", file=sys.stderr)
+        print(f"dino data: {message_for(error, conf=CONF)}", file=sys.stderr)
         return 2
     except OverflowError as error:
-        refuse_number(error, program="dino-data")
+        refuse_number(error, program="dino data")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options; `words` holds the path and the overrides."""
     parser = argparse.ArgumentParser(
-        prog="dino-data",
+        prog="dino data",
         description="Look at a data set before training on it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "command", choices=("check", "stats"), help="what is in it, or mean and deviation of its values"
     )
     parser.add_argument(
-        "words", nargs="*", metavar="PATH key=value", help="the images, and overrides as for dino-train"
+        "words", nargs="*", metavar="PATH key=value", help="the images, and overrides as for dino train"
     )
     parser.add_argument(
         "--data", metavar="KIND", help="how to read PATH: an option of `data`; default: by its contents"
@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def compose_config(words: list[str], *, kind: str | None) -> Chosen:
-    """The configuration of `dino-train data=KIND data.path=PATH OVERRIDES`."""
+    """The configuration of `dino train data=KIND data.path=PATH OVERRIDES`."""
     paths = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in paths]
     named = any(word.startswith("data=") for word in overrides)
@@ -121,7 +121,7 @@ def open_indexed(chosen: Chosen) -> Any:
     Decoder(chosen.data)  # refuses wrong settings before the work
     sources = open_sources(chosen.data, seed=chosen.seed)
     if not isinstance(sources.train, ImageSource):
-        raise UserError("dino-data reads images by number, and this is a stream; local tar files are data=archive")
+        raise UserError("dino data reads images by number, and this is a stream; local tar files are data=archive")
     return sources
 
 
@@ -134,7 +134,7 @@ def stats(chosen: Chosen, options: argparse.Namespace) -> int:
     drawn = np.random.default_rng(chosen.seed).choice(len(source), count, replace=False)
     found = moments(source, np.sort(drawn), config=chosen.data, workers=options.workers)
     if found is None:
-        raise UserError(f"data: none of {count} images can be read; see dino-data check")
+        raise UserError(f"data: none of {count} images can be read; see dino data check")
     skipped = f", {found.unreadable:,} more cannot be read" if found.unreadable else ""
     print(f"# {found.images:,} of {len(source):,} training images, values from 0 to 1{skipped}")
     print(f"crops.mean={listed(found.mean)}")

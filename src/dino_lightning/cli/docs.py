@@ -1,4 +1,4 @@
-"""`dino-docs`: write `docs/configuration.md` from the dataclasses; `--check` fails where the file is out of date."""
+"""`dino docs`: write `docs/configuration.md` from the dataclasses; `--check` fails where the file is out of date."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ TARGET = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 HEADER = """# Configuration
 
-Made by `dino-docs` from the dataclasses in `src/dino_lightning/config/`; do not edit. A group is chosen as
+Made by `dino docs` from the dataclasses in `src/dino_lightning/config/`; do not edit. A group is chosen as
 `group=option`, a key set as `group.key=value`. The options of each group are the files under `conf/GROUP/`.
 
 A *duration* is a string with a unit: `10ep` (epochs), `500it` (optimizer steps) or `10%` (of the run).
@@ -21,12 +21,12 @@ A *duration* is a string with a unit: `10ep` (epochs), `500it` (optimizer steps)
 def main() -> None:
     """Write or check the page."""
     if not TARGET.parent.is_dir():
-        sys.exit("dino-docs writes docs/configuration.md of a checkout, and this is an installed package")
+        sys.exit("dino docs writes docs/configuration.md of a checkout, and this is an installed package")
     page = render()
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(page)
     elif not TARGET.exists() or TARGET.read_text() != page:
-        sys.exit("docs/configuration.md is out of date: run dino-docs")
+        sys.exit("docs/configuration.md is out of date: run dino docs")
 
 
 def render() -> str:

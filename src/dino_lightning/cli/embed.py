@@ -1,7 +1,7 @@
-"""`dino-embed`, `python -m dino_lightning.cli.embed`: features of many images, in a file.
+"""`dino embed`, `python -m dino_lightning.cli.embed`: features of many images, in a file.
 
-    dino-embed checkpoint=outputs/RUN data.path=~/photos output=photos.parquet
-    dino-embed checkpoint=timm:NAME data=archive data.path=photos.zip output=photos.npy
+    dino embed checkpoint=outputs/RUN data.path=~/photos output=photos.parquet
+    dino embed checkpoint=timm:NAME data=archive data.path=photos.zip output=photos.npy
 
 Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one sentence.
 """
@@ -23,7 +23,7 @@ from dino_lightning.config import EmbedConfig, register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 
-PROGRAM = "dino-embed"
+PROGRAM = "dino embed"
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):  # here already: Hydra would write a file of its own
-            raise UserError("--multirun: dino-embed writes one file; run it once for each.")
+            raise UserError("--multirun: dino embed writes one file; run it once for each.")
         _embed()
     except EXPLAINED as error:
         exit_with_error(error, program=PROGRAM)

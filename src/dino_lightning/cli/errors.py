@@ -21,9 +21,9 @@ from dino_lightning.errors import RanksDifferError, UserError, cannot_be_written
 
 PROGRAMS = {
     "TrainConfig": "training (train.py)",
-    "EvaluateConfig": "evaluation (dino-eval)",
-    "EmbedConfig": "embedding (dino-embed)",
-    "ExportConfig": "export (dino-export)",
+    "EvaluateConfig": "evaluation (dino eval)",
+    "EmbedConfig": "embedding (dino embed)",
+    "ExportConfig": "export (dino export)",
 }
 
 PLUGINS = {

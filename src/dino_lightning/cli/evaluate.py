@@ -1,7 +1,7 @@
-"""`dino-eval`, `python -m dino_lightning.cli.evaluate`: one evaluation of one network.
+"""`dino eval`, `python -m dino_lightning.cli.evaluate`: one evaluation of one network.
 
-    dino-eval checkpoint=outputs/quick-20261124-154205                   k-NN on the built-in images
-    dino-eval eval=linear checkpoint=… data=imagenet data.path=DIR       the paper's linear evaluation
+    dino eval checkpoint=outputs/quick-20261124-154205                   k-NN on the built-in images
+    dino eval eval=linear checkpoint=… data=imagenet data.path=DIR       the paper's linear evaluation
 
 Exit status: 0; 2 where a setting, a file or the combination is wrong, in one sentence; 1 where some evaluations of a
 sweep (`--multirun`) failed, which leaves the others alone.
@@ -30,7 +30,7 @@ from dino_lightning.config import register
 from dino_lightning.config.paths import usable_path
 from dino_lightning.runtime.files import FAILED
 
-PROGRAM = "dino-eval"
+PROGRAM = "dino eval"
 
 JOBS = Jobs(PROGRAM)
 """The evaluations of `--multirun`."""

@@ -1,6 +1,6 @@
-"""`dino-export`: one network in another program's format.
+"""`dino export`: one network in another program's format.
 
-    dino-export checkpoint=outputs/RUN format=huggingface output=FOLDER
+    dino export checkpoint=outputs/RUN format=huggingface output=FOLDER
 
 Exit status: 0, or 2 where a setting, a file or the combination is wrong, in one sentence.
 """
@@ -25,13 +25,13 @@ from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError, did_you_mean
 
 EXAMPLES = """examples:
-  dino-export checkpoint=outputs/RUN format=timm output=FOLDER              timm.create_model("local-dir:FOLDER")
-  dino-export checkpoint=outputs/RUN format=huggingface output=FOLDER       transformers.AutoModel.from_pretrained
-  dino-export checkpoint=outputs/RUN format=onnx output=backbone.onnx       images of any number and size
-  dino-export checkpoint=outputs/RUN format=torch output=backbone.pt2       torch.export.load
-  dino-export checkpoint=outputs/RUN format=original output=backbone.pth    facebookresearch/dino
+  dino export checkpoint=outputs/RUN format=timm output=FOLDER              timm.create_model("local-dir:FOLDER")
+  dino export checkpoint=outputs/RUN format=huggingface output=FOLDER       transformers.AutoModel.from_pretrained
+  dino export checkpoint=outputs/RUN format=onnx output=backbone.onnx       images of any number and size
+  dino export checkpoint=outputs/RUN format=torch output=backbone.pt2       torch.export.load
+  dino export checkpoint=outputs/RUN format=original output=backbone.pth    facebookresearch/dino
 
-checkpoint= takes what dino-eval takes, checkpoint_key= as well; docs/weights.md says more."""
+checkpoint= takes what dino eval takes, checkpoint_key= as well; docs/weights.md says more."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,17 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         export(compose_config(words))
     except EXPLAINED as error:
-        print(f"dino-export: {message_for(error, conf=CONF)}", file=sys.stderr)
+        print(f"dino export: {message_for(error, conf=CONF)}", file=sys.stderr)
         return 2
     except OverflowError as error:
-        refuse_number(error, program="dino-export")
+        refuse_number(error, program="dino export")
     return 0
 
 
 def parse(argv: list[str]) -> list[str]:
     """The words `key=value`."""
     parser = argparse.ArgumentParser(
-        prog="dino-export",
+        prog="dino export",
         description="One network in another program's format.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""`dino-train data.path=~/photos`: what reads the path, and which experiment fits the machine.
+"""`dino train data.path=~/photos`: what reads the path, and which experiment fits the machine.
 
 The words that are put in are overrides like any other: Hydra shows them, and `config.yaml` keeps what they mean.
 """

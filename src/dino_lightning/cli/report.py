@@ -1,9 +1,9 @@
-"""`dino-report`, `python -m dino_lightning.cli.report`: a page about a run, or about several next to each other.
+"""`dino report`, `python -m dino_lightning.cli.report`: a page about a run, or about several next to each other.
 
-    dino-report outputs/quick-20261124-154205                 its report.html anew, with the evaluations done since
-    dino-report outputs/a outputs/b                           both in one page, outputs/report.html; also while they run
-    dino-report outputs/table7-20261124-154205                the runs of a sweep
-    dino-report 'outputs/quick-*' --output compare.html       a pattern
+    dino report outputs/quick-20261124-154205                 its report.html anew, with the evaluations done since
+    dino report outputs/a outputs/b                           both in one page, outputs/report.html; also while they run
+    dino report outputs/table7-20261124-154205                the runs of a sweep
+    dino report 'outputs/quick-*' --output compare.html       a pattern
 
 Exit status: 0, or 2 where something is not a run or the page cannot be written.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         written = write(options.runs, output=options.output, results=options.results)
     except UserError as error:
-        print(f"dino-report: {error}", file=sys.stderr)
+        print(f"dino report: {error}", file=sys.stderr)
         return 2
     Console().print(f"Report: {written}", soft_wrap=True, markup=False)  # a path in one piece can be copied
     return 0
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="dino-report", description="A page about a run, or about several next to each other."
+        prog="dino report", description="A page about a run, or about several next to each other."
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or a pattern of such")
     add("--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder, or beside several")
-    add("--results", nargs="+", type=Path, default=[], metavar="FOLDER", help="of dino-eval, if not beside a run")
+    add("--results", nargs="+", type=Path, default=[], metavar="FOLDER", help="of dino eval, if not beside a run")
     return parser.parse_args(argv)
 
 
@@ -53,7 +53,7 @@ def write(words: Sequence[str], *, output: Path | None = None, results: Sequence
     """The page of the runs that are named, and where it is. Raises `UserError`."""
     folders = find_runs(words)
     if len(folders) > MOST_RUNS:
-        raise UserError(f"dino-report: these are {len(folders)} runs and a page takes {MOST_RUNS}; name fewer.")
+        raise UserError(f"dino report: these are {len(folders)} runs and a page takes {MOST_RUNS}; name fewer.")
     path = checked(output, default=(folders[0] if len(folders) == 1 else common_folder(folders)) / "report.html")
     several = track(folders, "Reading", console=Console(stderr=True), transient=True)
     runs = [read_run(folder, half_written=True) for folder in (several if len(folders) > 1 else folders)]

@@ -70,7 +70,7 @@ class Jobs:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
-            # By it `dino-table` knows which experiment this was.
+            # By it `dino table` knows which experiment this was.
             write_atomically(folder / "config.yaml", _yaml(cfg))
         trace = "" if reason else "\n" + "".join(traceback.format_exception(error))
         write_atomically(folder / FAILED, f"{words}\n{trace}")

@@ -1,9 +1,9 @@
-"""`dino-table`, `python -m dino_lightning.cli.table`: the runs of a sweep in one table, next to the paper's figures.
+"""`dino table`, `python -m dino_lightning.cli.table`: the runs of a sweep in one table, next to the paper's figures.
 
-    dino-table outputs/table7-20261124-154205                      also while it runs, or where runs failed
-    dino-table outputs/optuna-20261124-154205 --plot               k-NN over what was swept: FOLDER/sweep.svg
-    dino-table FOLDER FOLDER --markdown                            for a document
-    dino-table outputs/collapse-… --curves collapse.svg            entropy and KL over the steps, as in figure 7
+    dino table outputs/table7-20261124-154205                      also while it runs, or where runs failed
+    dino table outputs/optuna-20261124-154205 --plot               k-NN over what was swept: FOLDER/sweep.svg
+    dino table FOLDER FOLDER --markdown                            for a document
+    dino table outputs/collapse-… --curves collapse.svg            entropy and KL over the steps, as in figure 7
 
 Exit status: 0, or 2 where a folder holds no runs.
 """
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.plot is not None:
             write_picture("--plot", plot_path(options), sweep_svg(sweep_of(read_jobs(options.folders))))
     except UserError as error:
-        print(f"dino-table: {error}", file=sys.stderr)
+        print(f"dino table: {error}", file=sys.stderr)
         return 2
     if options.markdown:
         print(markdown_table(rows))
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="dino-table", description="The runs of a sweep in one table, next to the paper's figures."
+        prog="dino table", description="The runs of a sweep in one table, next to the paper's figures."
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep (--multirun) or a run")
     parser.add_argument("--markdown", action="store_true", help="print the table for a document")

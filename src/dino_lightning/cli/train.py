@@ -1,4 +1,4 @@
-"""The command line: `python train.py` and `dino-train`.
+"""The command line: `python train.py` and `dino train`.
 
 Hydra composes the configuration; here it becomes dataclasses, and every error that a user can cause becomes one
 sentence and exit status 2.

@@ -198,7 +198,7 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """One evaluation of one network: `dino-eval`."""
+    """One evaluation of one network: `dino eval`."""
 
     eval: EvaluationConfig = MISSING
     """What is measured."""

@@ -1,4 +1,4 @@
-"""Features of images, written to a file: `dino-embed`."""
+"""Features of images, written to a file: `dino embed`."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ from dino_lightning.config.trainer import DevicesConfig
 
 @dataclass
 class EmbedConfig:
-    """Features of many images, in one file: `dino-embed`."""
+    """Features of many images, in one file: `dino embed`."""
 
     checkpoint: str = MISSING
-    """The network: whatever `checkpoint=` of `dino-eval` takes (docs/evaluation.md)."""
+    """The network: whatever `checkpoint=` of `dino eval` takes (docs/evaluation.md)."""
     checkpoint_key: str | None = None
     """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
     evaluated, and for the teacher of files of another origin."""
@@ -46,4 +46,4 @@ class EmbedConfig:
     """Threads of PyTorch on a CPU; null for one for each core, shared by the devices."""
     feature_cache: str | None = "~/.cache/dino-lightning/features"
     """Folder in which finished blocks of 1024 images are kept, so that a command that was killed goes on where it was;
-    shared with `dino-eval`. null keeps nothing."""
+    shared with `dino eval`. null keeps nothing."""

@@ -1,4 +1,4 @@
-"""Weights in the formats of other programs: the keys of `dino-export`."""
+"""Weights in the formats of other programs: the keys of `dino export`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ FORMATS = {"timm": "", "huggingface": "", "onnx": ".onnx", "torch": ".pt2", "ori
 
 @dataclass
 class ExportConfig:
-    """One network in another program's format: `dino-export`."""
+    """One network in another program's format: `dino export`."""
 
     checkpoint: str = MISSING
     """The network: whatever `checkpoint` of an evaluation takes."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides `metrics.csv` (`dino-eval`: besides `results.jsonl`); one of the children below."""
+    """Where metrics go besides `metrics.csv` (`dino eval`: besides `results.jsonl`); one of the children below."""
 
 
 @dataclass
 class CSVLoggerConfig(LoggerConfig):
-    """`metrics.csv` (`dino-eval`: `results.jsonl`) alone."""
+    """`metrics.csv` (`dino eval`: `results.jsonl`) alone."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class WandbLoggerConfig(LoggerConfig):
     """`offline` (no account needed; `wandb sync` uploads later), `online` or `disabled`. Where W&B cannot be reached,
     an online run goes on offline."""
     artifacts: bool = True
-    """Keep the exported weights as an artifact of type `model`; `dino-eval` names the artifact it has evaluated."""
+    """Keep the exported weights as an artifact of type `model`; `dino eval` names the artifact it has evaluated."""
     start_timeout_s: float = 60.0
     """Seconds that the start of a run waits for W&B."""
     end_timeout_s: float = 300.0

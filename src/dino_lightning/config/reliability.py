@@ -16,7 +16,7 @@ class NonfiniteConfig:
     max_steps: int = 10
     """Steps of a run that may be skipped or rolled back; one more ends it."""
     max_saved: int = 3
-    """Most steps of a run that are saved to `nonfinite/`, to be seen again with `dino-train replay FILE`."""
+    """Most steps of a run that are saved to `nonfinite/`, to be seen again with `dino replay FILE`."""
 
 
 @dataclass

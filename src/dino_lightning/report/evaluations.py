@@ -1,4 +1,4 @@
-"""Results of `dino-eval` that belong to runs: where they lie, and the table of them."""
+"""Results of `dino eval` that belong to runs: where they lie, and the table of them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -109,7 +109,7 @@ def _read_given(path: Path) -> list[Evaluated]:
     files = [path] if path.is_file() else [path / RESULTS, *sorted(path.glob(f"*/{RESULTS}"))]
     found = [result for file in files for result in read_results(file)]
     if not found:
-        raise UserError(f"--results {path}: expected a {RESULTS} of dino-eval, or a folder with one in it.")
+        raise UserError(f"results={path}: expected a {RESULTS} of dino eval, or a folder with one in it.")
     return found
 
 
@@ -152,8 +152,8 @@ def results_html(results: Sequence[Sequence[Evaluated]], names: Sequence[str]) -
     rows = list(dict.fromkeys(result.row for some in results for result in some))
     if not rows:
         return (
-            '<p class="soft">There are no evaluations yet: <code>dino-eval checkpoint=RUN</code> writes one, and '
-            "<code>dino-report RUN</code> then adds it here.</p>"
+            '<p class="soft">There are no evaluations yet: <code>dino eval RUN</code> writes one, and '
+            "<code>dino report RUN</code> then adds it here.</p>"
         )
     columns = []
     for trained in (True, False):

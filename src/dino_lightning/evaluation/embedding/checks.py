@@ -1,4 +1,4 @@
-"""What a configuration of `dino-embed` and the arguments of `embed` must satisfy, before anything is read."""
+"""What a configuration of `dino embed` and the arguments of `embed` must satisfy, before anything is read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +38,12 @@ def check_embedding(config: EmbedConfig, *, overrides: Sequence[str] = ()) -> No
         key = word.lstrip("+~").split("=")[0]
         if key.startswith("data.") and key[5:] in (*TRAINING_KEYS, "holdout"):
             instead = "; set batch_size_per_device" if key == "data.batch_size_per_device" else ""
-            raise UserError(f"{word}: {key} is for training, dino-embed does not use it{instead}.")
+            raise UserError(f"{word}: {key} is for training, dino embed does not use it{instead}.")
     if config.image_resize is not None and config.image_resize < (config.image_size or config.image_resize + 1):
         wrong = "needs image_size" if config.image_size is None else f"is smaller than image_size={config.image_size}"
         raise UserError(f"image_resize={config.image_resize} {wrong}, the center taken from it.")
     if type(config.trainer) is not DevicesConfig:
-        raise UserError("trainer: dino-embed has no training loop; leave trainer=devices and set its keys.")
+        raise UserError("trainer: dino embed has no training loop; leave trainer=devices and set its keys.")
     check_devices(config.trainer, DEVICES)
 
 

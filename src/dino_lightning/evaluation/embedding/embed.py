@@ -46,7 +46,7 @@ def embed(
     `ParquetData(path=DIR, label_column="class")`. `output` is a `.parquet`, or a `.npy` with a `.csv` beside it.
     Finished blocks of 1024 images stand in `feature_cache`: the same call goes on where one was killed, to the same
     bits; None keeps nothing. `devices`, `accelerator` and `precision` are those of `lightning.Fabric`, the other
-    arguments the keys of `dino-embed` (docs/configuration.md). Raises `UserError` for what is wrong with any of them.
+    arguments the keys of `dino embed` (docs/configuration.md). Raises `UserError` for what is wrong with any of them.
     """
     data, given = _data(images)
     workers: dict[str, Any] = {} if num_workers is None else {"num_workers": num_workers}
@@ -87,7 +87,7 @@ def _data(images: str | Path | Sequence[ImageInput] | DataConfig) -> tuple[DataC
 
 
 def _by_path(path: str) -> DataConfig:
-    """Whatever reads the path, as `dino-data` tells it."""
+    """Whatever reads the path, as `dino data` tells it."""
     found = existing_path(path, key="images", files=True)
     kind = cast(type[DataConfig], SCHEMAS["data"][kind_of(path)])
     if kind is FolderData and found.is_file():

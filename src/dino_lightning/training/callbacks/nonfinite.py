@@ -212,7 +212,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
                 f"Its weights are in {names[0]}, without images: on a GPU callbacks.nonfinite.policy=skip "
                 "or rollback keeps those, too."
             )
-        return who, f"See where it begins: dino-train replay {names[0]}"
+        return who, f"See where it begins: dino replay {names[0]}"
 
     def _watch(self, kept: MicroBatch) -> ActivationRanges:
         """The ranges of activations, by the same forward pass once more; nothing else changes by it."""

@@ -1,4 +1,4 @@
-"""`dino-train replay FILE`: a step that was not finite, once more on one CPU in float32."""
+"""`dino replay FILE`: a step that was not finite, once more on one CPU in float32."""
 
 import argparse
 import os
@@ -51,11 +51,11 @@ class Replayed:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command line behind `dino-train replay`; returns the exit status, 0 where it is seen again and 3 where not.
+    """The command line behind `dino replay`; returns the exit status, 0 where it is seen again and 3 where not.
 
     Raises `UserError` for a file that is none of a run's `nonfinite/`.
     """
-    parser = argparse.ArgumentParser(prog="dino-train replay", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="dino replay", description=main.__doc__)
     parser.add_argument("file", type=Path, help="nonfinite/stepNNNNNN-rankR.pt of a run's folder")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--layers", action="store_true", help="call each layer by itself: more modules are seen")
