@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dino_lightning.config.dotted import format_value, get_dotted
 from dino_lightning.config.paths import PATHS, usable_path
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.devices import trains_on_cpu
 
 LARGEST = 2**53
-LONGEST = 200
-"""Characters of a value in a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +163,3 @@ def check_keys(composed: DictConfig, *, prefix: str = "") -> None:
         node = composed._get_node(name)
         if isinstance(node, DictConfig):
             check_keys(node, prefix=f"{prefix}{name}.")
-
-
-def get_dotted(config: Any, key: str) -> Any:
-    """The value at a dotted key, or None where this configuration has no such key."""
-    for part in key.split("."):
-        config = getattr(config, part, None)
-    return config
-
-
-def format_value(value: Any) -> str:
-    """A value as it is typed on the command line; of a long one the beginning."""
-    text = str(value).replace(" ", "")
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

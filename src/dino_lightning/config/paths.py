@@ -4,6 +4,7 @@ import errno
 import os
 from pathlib import Path
 
+from dino_lightning.config.dotted import format_value
 from dino_lightning.errors import UserError
 
 PATHS = (
@@ -21,8 +22,6 @@ PATHS = (
     "eval.classifier",
 )
 """Keys whose values are paths, or names in a folder."""
-SHOWN = 200
-"""Characters of a path in a sentence."""
 
 
 def usable_path(key: str, text: str) -> Path:
@@ -33,17 +32,16 @@ def usable_path(key: str, text: str) -> Path:
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}={_shown(text)}: there is no home folder for '~'; write the path in full.") from error
+        raise UserError(
+            f"{key}={format_value(text)}: there is no home folder for '~'; write the path in full."
+        ) from error
     try:
         os.stat(path)
     except ValueError as error:
-        raise UserError(f"{key}={_shown(text)}: it has a character that no path can have; expected a path.") from error
+        raise UserError(
+            f"{key}={format_value(text)}: it has a character that no path can have; expected a path."
+        ) from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"{key}={_shown(text)}: no file can have so long a name; expected a path.") from error
+            raise UserError(f"{key}={format_value(text)} is longer than file names can be.") from error
     return path
-
-
-def _shown(text: str) -> str:
-    text = text.replace("\0", "\\0")
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -1,10 +1,9 @@
-"""What a run writes down about itself, and how it writes.
-
-Floor 0: needs the standard library and, for what GPU there is, PyTorch.
-"""
+"""Files and folders that are written completely or not at all."""
 
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +12,17 @@ from typing import IO
 from dino_lightning.errors import cannot_be_written
 
 FAILED = "failed.txt"
-"""In the folder of a run that failed: the reason in its first line, and the traceback of an unforeseen error."""
+"""File in the folder of a failed run: its first line is the reason; the traceback of an unforeseen error follows."""
 
 OVERRIDES = "overrides.yaml"
-"""In the folder of a run of a sweep: the words `KEY=VALUE` of the command, with the values of this run."""
+"""File in the folder of a sweep's run: the `KEY=VALUE` overrides of the command, with the values of this run."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file open for writing that takes the place of `path` when the block ends, whole and on the disk.
+    """Open a temporary file that replaces `path` when the block ends, complete and synced to disk.
 
-    Until then, and for good where the block ends with an error, `path` is what it was. What a killed process leaves is
-    `PATH.tmp`, and the next one writes over it.
+    If the block raises, `path` keeps its content. A killed process leaves `PATH.tmp`, which the next one overwrites.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -39,27 +37,44 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Create a hidden folder next to `path` that is renamed to `path` when the block ends, and deleted if it raises.
+
+    `path` must not exist by then, or be an empty folder; otherwise OSError is raised. A killed process leaves the
+    hidden folder, whose name `.NAME.<hex>.part` is never used again.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: a file that was renamed is found again after a loss of power."""
+    """Sync a folder's entries to disk, so that a renamed file keeps its name after a power loss."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems do not know it
+    except OSError:  # some network file systems do not support it
         pass
     finally:
         os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text so that nobody ever sees half of it."""
+    """Write a text file completely or not at all."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder, the value of `key`, that cannot be made or in which no file can be written."""
+    """Raise `UserError` if no file can be written to `folder`, the value of `key`. Nothing new remains on the disk."""
     path = folder.expanduser().absolute()
     missing = [parent for parent in (path, *path.parents) if not _exists(parent)]
     try:
@@ -69,9 +84,9 @@ def check_writable(key: str, folder: Path) -> None:
     except OSError as error:
         raise cannot_be_written(key, folder, error) from error
     finally:
-        for made in missing:
+        for created in missing:
             try:
-                made.rmdir()
+                created.rmdir()
             except OSError:
                 break
 

@@ -7,9 +7,7 @@ from dino_lightning.config import (
     TrainConfig,
 )
 from dino_lightning.config.checks.training import DURATIONS
-from dino_lightning.config.constraints import (
-    get_dotted,
-)
+from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.duration import Duration
 from dino_lightning.data.cache import cache_root
 from dino_lightning.data.module import MultiCropDataModule

@@ -16,9 +16,7 @@ import yaml
 
 from dino_lightning.checkpoints.run_checkpoint import list_checkpoints
 from dino_lightning.config import SCHEMAS, TrainConfig
-from dino_lightning.config.constraints import (
-    format_value,
-)
+from dino_lightning.config.dotted import flatten, format_value
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.scheduler import starts_again
 
@@ -142,15 +140,6 @@ def _option(group: str, settings: Any) -> str | None:
     }
     best = max(shared, key=lambda name: shared[name])
     return best if keys else None
-
-
-def flatten(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        found |= flatten(value, prefix=f"{key}.") if isinstance(value, Mapping) else {key: value}
-    return found
 
 
 def resume_mode(config: TrainConfig) -> Any:

@@ -4,7 +4,6 @@ import os
 import shutil
 
 from dino_lightning.config import TrainConfig, ViTConfig
-from dino_lightning.config.constraints import format_value
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
 
@@ -37,4 +36,4 @@ def check_step(config: TrainConfig) -> None:
 
 def _need(holds: bool, setting: str, other: str) -> None:
     if not holds:
-        raise UserError(f"{format_value(setting)} needs {other}.")
+        raise UserError(f"{setting} needs {other}.")

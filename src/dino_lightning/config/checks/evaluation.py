@@ -37,8 +37,8 @@ from dino_lightning.config.constraints import (
     at_least,
     check_devices,
     check_values,
-    format_value,
 )
+from dino_lightning.config.dotted import format_value
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 

@@ -11,7 +11,7 @@ from dino_lightning.config import (
     TrainConfig,
     ViTConfig,
 )
-from dino_lightning.config.constraints import format_value, get_dotted
+from dino_lightning.config.dotted import format_value, get_dotted
 from dino_lightning.errors import UserError
 
 IDLE_UNLESS: dict[str, tuple[str, Callable[[Any], bool], str]] = {

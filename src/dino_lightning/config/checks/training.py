@@ -26,9 +26,8 @@ from dino_lightning.config.constraints import (
     at_least,
     check_devices,
     check_values,
-    format_value,
-    get_dotted,
 )
+from dino_lightning.config.dotted import format_value, get_dotted
 from dino_lightning.config.duration import Duration
 from dino_lightning.config.timm_names import check_timm_name
 from dino_lightning.errors import UserError, did_you_mean

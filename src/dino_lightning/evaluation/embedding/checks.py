@@ -7,7 +7,8 @@ from dino_lightning.config import DevicesConfig, EmbedConfig
 from dino_lightning.config.checks.evaluation import CHOICES as OF_EVALUATION
 from dino_lightning.config.checks.evaluation import DEVICES, TRAINING_KEYS
 from dino_lightning.config.checks.evaluation import RULES as EVALUATION_RULES
-from dino_lightning.config.constraints import at_least, check_devices, check_values, get_dotted
+from dino_lightning.config.constraints import at_least, check_devices, check_values
+from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.output import SUFFIXES, files_of

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from dino_lightning.config import TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.checks.training import CHOICES, RULES, check_config
-from dino_lightning.config.constraints import check_values, format_value
+from dino_lightning.config.constraints import check_values
+from dino_lightning.config.dotted import format_value
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import ORIENTATION, Decoder
 from dino_lightning.data.module import MultiCropDataModule
