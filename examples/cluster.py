@@ -11,7 +11,7 @@ from common import directions, features_of, parser, save, square
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from dino_lightning.report.pictures.sheets import sheet_of
+from dino_lightning.report.pictures.sheets import grid_sheet
 
 SHOWN = 10
 """Images per cluster in the picture."""
@@ -35,7 +35,7 @@ def main() -> None:
     if found.labels and all(found.labels):
         agreement = adjusted_mutual_info_score(found.labels, model.labels_)
         print(f"Agreement with the labels: {agreement:.2f} (adjusted mutual information: 0 by chance, 1 if equal)")
-    save(sheet_of(rows, titles=["typical", *[""] * (SHOWN - 1)], size=(96, 96)), options.output)
+    save(grid_sheet(rows, titles=["typical", *[""] * (SHOWN - 1)], size=(96, 96)), options.output)
 
 
 if __name__ == "__main__":

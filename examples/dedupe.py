@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from dino_lightning.report.pictures.sheets import sheet_of
+from dino_lightning.report.pictures.sheets import grid_sheet
 
 SHOWN = 12
 """Maximum number of groups in the picture, and of images per group."""
@@ -39,7 +39,7 @@ def main() -> None:
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     most = max(map(len, largest), default=1)
     rows = [[square(found.image(row)) for row in group[:SHOWN]] for group in largest]
-    save(sheet_of(rows, titles=["first", *["same?"] * (min(most, SHOWN) - 1)], size=(96, 96)), options.output)
+    save(grid_sheet(rows, titles=["first", *["same?"] * (min(most, SHOWN) - 1)], size=(96, 96)), options.output)
 
 
 def with_copies(images: list[Image.Image]) -> list[Image.Image]:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dino_lightning.checkpoints import Description, export_backbone, load_network, untrained
-from dino_lightning.checkpoints.timm_weights import described, trained
+from dino_lightning.checkpoints import Description, export_backbone, load_network, with_fresh_weights
+from dino_lightning.checkpoints.timm_weights import load_pretrained, timm_description
 from dino_lightning.config import ViTConfig
 from dino_lightning.config.conf_dir import backbone_config
 from dino_lightning.errors import UserError
@@ -141,7 +141,7 @@ def test_a_convolutional_network_with_arguments(told: bool, tmp_path: Path) -> N
     if not told:
         forget(path, path)
     state = {f"teacher.backbone.{name}": tensor for name, tensor in ours.state_dict().items()}
-    network = {"network": Description(config, 32, resize=36, size=32, **seen).plain()}  # type: ignore[arg-type]
+    network = {"network": Description(config, 32, resize=36, size=32, **seen).to_dict()}  # type: ignore[arg-type]
     torch.save({"state_dict": state, **network}, tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 40, 40)
     for file in (path, tmp_path / "last.ckpt"):
@@ -183,7 +183,7 @@ def test_a_network_without_stochastic_depth_says_so() -> None:
 
 def test_the_baseline(run: Path) -> None:
     network, before = load_network(str(run)), torch.random.get_rng_state()
-    first, again, other = (untrained(network, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (with_fresh_weights(network, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first.digest == again.digest
     assert len({network.digest, first.digest, other.digest}) == 3
@@ -209,7 +209,7 @@ def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
     assert not network.trained
     assert network.size == size
     assert network.backbone(torch.randn(1, 3, 64, 64)).shape == (1, network.width)
-    assert network.digest == untrained(network, seed=3).digest != untrained(network, seed=4).digest
+    assert network.digest == with_fresh_weights(network, seed=3).digest != with_fresh_weights(network, seed=4).digest
     if kind is not None:
         assert type(network.backbone) is kind
 
@@ -219,7 +219,7 @@ def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
 
 def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: Path) -> None:
     name = "vit_small_patch16_224.dino"
-    settings = described(name, source="here")
+    settings = timm_description(name, source="here")
     assert settings.backbone == ViTConfig(width=384, depth=12, heads=6, patch_size=16, drop_path_rate=0.1)
     assert (settings.resize, settings.size, settings.image_size) == (256, 224, 224)
     with torch.device("meta"):  # no weights are drawn that are not used
@@ -231,7 +231,7 @@ def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: 
     torch.save(weights, tmp_path / "weights.pth")
     for network in (ours, theirs):
         network.load_state_dict(weights, assign=True)
-    network = trained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
+    network = load_pretrained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
     images = torch.randn(1, 3, 96, 96)
     assert torch.equal(network(images), ours(images))
     assert (theirs(images) - ours(images)).abs().max() > 1e-2
@@ -241,11 +241,11 @@ def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: 
 def test_other_published_weights_stay_in_timm_s_network(name: str, tmp_path: Path) -> None:
     theirs = timm.create_model(name).eval()
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    settings = described(name, source="here")
+    settings = timm_description(name, source="here")
     expected = timm.data.resolve_model_data_config(theirs)  # type: ignore[attr-defined]
     assert (settings.mean, settings.std) == (list(expected["mean"]), list(expected["std"]))
     assert (settings.size, settings.resize) == (160, int(160 / expected["crop_pct"]))
-    network = trained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
+    network = load_pretrained(name, settings, source="here", file=tmp_path / "weights.pth").eval()
     images = torch.randn(2, 3, 160, 160)
     features = theirs.forward_head(theirs.forward_features(images), pre_logits=True)  # type: ignore[operator]
     torch.testing.assert_close(network(images), features)
@@ -255,8 +255,8 @@ def test_other_published_weights_stay_in_timm_s_network(name: str, tmp_path: Pat
 
 def test_descriptions_survive_plain_types() -> None:
     for name in ("test_resnet", "vit_small_patch16_224.dino"):
-        description = described(name, source="here")
-        assert Description.from_plain(json.loads(json.dumps(description.plain()))) == description
+        description = timm_description(name, source="here")
+        assert Description.from_dict(json.loads(json.dumps(description.to_dict()))) == description
 
 
 # ------------------------------------------------------------------------------------------------------ what fails
@@ -286,11 +286,11 @@ def test_wrong_names(run: Path, checkpoint: str, sentence: str) -> None:
 
 
 def test_weights_that_do_not_come(tmp_path: Path) -> None:
-    settings = described("test_vit", source="checkpoint=timm:test_vit")
+    settings = timm_description("test_vit", source="checkpoint=timm:test_vit")
     with pytest.raises(
         UserError, match=r"checkpoint=timm:test_vit: its weights could not be loaded \(FileNotFoundError\)"
     ):
-        trained("test_vit", settings, source="checkpoint=timm:test_vit", file=tmp_path / "nowhere.pth")
+        load_pretrained("test_vit", settings, source="checkpoint=timm:test_vit", file=tmp_path / "nowhere.pth")
 
 
 def test_wrong_keys(run: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dino_lightning.checkpoints import load_network, untrained
+from dino_lightning.checkpoints import load_network, with_fresh_weights
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
 from dino_lightning.models.vit import OriginalViT
@@ -74,7 +74,7 @@ def test_a_published_backbone(patch: int, size: int, tmp_path: Path) -> None:
     assert (network.resize, network.size, network.mean) == (256, 224, [0.485, 0.456, 0.406])
     assert not network.backbone.training
     assert network.rebuild().state_dict().keys() == weights.keys()
-    assert untrained(network, seed=0).digest != network.digest
+    assert with_fresh_weights(network, seed=0).digest != network.digest
 
 
 def test_a_full_checkpoint(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from slow_params import first
 from torch import Tensor, nn
 
 from dino_lightning.checkpoints import load_network
-from dino_lightning.checkpoints.model_card import run_folder
+from dino_lightning.checkpoints.model_card import find_run_folder
 from dino_lightning.cli.export import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.evaluation.features.images import center_view
@@ -250,11 +250,11 @@ def test_a_card_tells_of_our_runs_alone(tmp_path: Path, monkeypatch: pytest.Monk
     weights.touch()
     for text in ("method: dino\nstudent: {arch: vit_small}", "- 1", "a: [", "method: {}\nbackbone: 1"):
         (tmp_path / "config.yaml").write_text(text)
-        assert run_folder(str(weights)) is None
+        assert find_run_folder(str(weights)) is None
     (tmp_path / "config.yaml").write_text("method: {}\nbackbone: {}")
-    assert run_folder(str(weights)) == tmp_path
+    assert find_run_folder(str(weights)) == tmp_path
     monkeypatch.chdir(tmp_path)
-    assert run_folder("timm:vit_small_patch16_224.dino") is None
+    assert find_run_folder("timm:vit_small_patch16_224.dino") is None
 
 
 # ---------------------------------------------------------------------------------------------------- the original's

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.cli.report import main, write
 from dino_lightning.errors import UserError
-from dino_lightning.report.comparison import MOST_RUNS
-from dino_lightning.report.curves import LEAST_POINTS, MOST_POINTS, PAGE_POINTS, drawn_together, room_of_a_curve
+from dino_lightning.report.comparison import MAX_RUNS
+from dino_lightning.report.curves import MAX_PAGE_POINTS, MAX_POINTS, MIN_POINTS, max_points, plot_runs
 from dino_lightning.report.evaluations import find_results
-from dino_lightning.report.gallery import MOST_SHEETS, chosen_epochs
+from dino_lightning.report.gallery import MAX_SHEETS, choose_epochs
 from dino_lightning.report.run_folder import read_run
-from dino_lightning.report.runs import differences, find_runs, names_of, state
+from dino_lightning.report.runs import differing_settings, find_runs, run_labels, run_status
 
 Rows = list[dict[str, Any]]
 
@@ -103,10 +103,10 @@ def test_what_is_wrong_is_said_in_a_sentence(
 
 
 def test_too_many_runs_are_refused_before_they_are_read(tmp_path: Path):
-    for number in range(MOST_RUNS + 1):
+    for number in range(MAX_RUNS + 1):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "summary.json").write_text("half")
-    with pytest.raises(UserError, match=f"these are {MOST_RUNS + 1} runs and a page takes {MOST_RUNS}"):
+    with pytest.raises(UserError, match=f"these are {MAX_RUNS + 1} runs and a page takes {MAX_RUNS}"):
         write([str(tmp_path)])
 
 
@@ -139,7 +139,7 @@ def test_the_state_of_a_run(tmp_path: Path, summary: dict[str, Any], failure: st
     folder = made(tmp_path / "a", summary=summary)
     if failure:
         (folder / "failed.txt").write_text(failure)
-    assert state(read_run(folder)) == expected
+    assert run_status(read_run(folder)) == expected
 
 
 def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
@@ -147,18 +147,18 @@ def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
     one = made(tmp_path / "1", config={**nested, "seed": 0, "output_dir": "x", "resume": None})
     two = made(tmp_path / "2", config={**nested, "optim": {"lr": 1e-3}, "seed": 1, "output_dir": "y", "resume": True})
     runs = [read_run(one), read_run(two)]
-    assert differences(runs) == {"optim.betas": ["[0.9, 0.999]", ""], "seed": ["0", "1"]}
+    assert differing_settings(runs) == {"optim.betas": ["[0.9, 0.999]", ""], "seed": ["0", "1"]}
     three = made(tmp_path / "3", config={**nested, "seed": 0}, summary={"commit": "f" * 40})
-    assert differences([runs[0], read_run(three)]) == {"commit": ["3f2a9c1e8b7", "f" * 11]}
+    assert differing_settings([runs[0], read_run(three)]) == {"commit": ["3f2a9c1e8b7", "f" * 11]}
 
 
 def test_names_say_what_differs_where_that_is_short(tmp_path: Path):
     runs = [read_run(made(tmp_path / "s" / str(n), config={"optim": {"lr": 0.1 * n}})) for n in (1, 2)]
-    assert names_of(runs) == ["1 (lr=0.1)", "2 (lr=0.2)"]
+    assert run_labels(runs) == ["1 (lr=0.1)", "2 (lr=0.2)"]
     drawn = [read_run(made(tmp_path / "o" / str(n), config={"optim": {"lr": n / 3}})) for n in (1, 2)]
-    assert names_of(drawn) == ["1 (lr=0.3333)", "2 (lr=0.6667)"]
+    assert run_labels(drawn) == ["1 (lr=0.3333)", "2 (lr=0.6667)"]
     other = read_run(made(tmp_path / "t" / "1", config={"optim": {"lr": 0.3}, "why": "for a reason of many words"}))
-    assert names_of([*runs, other]) == ["s/1", "s/2", "t/1"]
+    assert run_labels([*runs, other]) == ["s/1", "s/2", "t/1"]
 
 
 def test_the_page_of_two_has_both_in_each_chart(pair: Path):
@@ -208,9 +208,9 @@ def test_a_slider_moves_all_runs_over_the_epochs_of_any(pair: Path):
 
 def test_pictures_of_many_runs_are_few_each():
     every = [(epoch, Path()) for epoch in (*range(1, 100), None)]
-    assert chosen_epochs([every] * 3, most=MOST_SHEETS // 3)[0] == 1
-    assert chosen_epochs([every, every[:50]], most=1) == [None]
-    assert chosen_epochs([every[4:7]], most=12) == [5, 6, 7]
+    assert choose_epochs([every] * 3, most=MAX_SHEETS // 3)[0] == 1
+    assert choose_epochs([every, every[:50]], most=1) == [None]
+    assert choose_epochs([every[4:7]], most=12) == [5, 6, 7]
 
 
 def test_curves_of_many_runs_share_the_room_of_the_page(tmp_path: Path):
@@ -218,11 +218,11 @@ def test_curves_of_many_runs_share_the_room_of_the_page(tmp_path: Path):
     folder.mkdir()
     write_metrics(folder, [{"step": step, **{f"x{n}": step % 7 for n in range(10)}} for step in range(3000)])
     run = read_run(folder)
-    for n, most in ((1, MOST_POINTS), (20, PAGE_POINTS // 200), (200, LEAST_POINTS)):
-        assert room_of_a_curve([run] * n) == most
-    charts = drawn_together([run] * 20, [""] * 20)
+    for n, most in ((1, MAX_POINTS), (20, MAX_PAGE_POINTS // 200), (200, MIN_POINTS)):
+        assert max_points([run] * n) == most
+    charts = plot_runs([run] * 20, [""] * 20)
     assert 0.9 * 1000 < max(len(series.curve) for drawn in charts for series in drawn.series) <= 1000
-    (means,) = {tuple(drawn.series[0].means or []) for drawn in drawn_together([run], [""])}
+    (means,) = {tuple(drawn.series[0].means or []) for drawn in plot_runs([run], [""])}
     # Three steps of a saw of seven teeth: their mean, at the middle of them.
     assert means[:2] == ((1, 1.0), (4, pytest.approx((3 + 4 + 5) / 3)))
 
@@ -275,11 +275,11 @@ def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Pa
 
 
 def test_forty_runs_stay_a_page_of_sane_size(tmp_path: Path):
-    for number in range(MOST_RUNS):
+    for number in range(MAX_RUNS):
         folder = made(tmp_path / f"{number:02}", config={"seed": number})
         draw(folder, *(f"attention_epoch{epoch:04d}" for epoch in range(1, 20)))
     started = time.monotonic()
     page = write([str(tmp_path)])
     assert page.stat().st_size < 4e6
     assert time.monotonic() - started < 30
-    assert Page(page).text.count("seed=") >= MOST_RUNS
+    assert Page(page).text.count("seed=") >= MAX_RUNS

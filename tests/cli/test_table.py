@@ -14,7 +14,7 @@ import yaml
 from dino_lightning.cli import table as compare
 from dino_lightning.report.sweeps.collapse_curves import COLORS, INK, ticks
 from dino_lightning.report.sweeps.jobs import read_rows
-from dino_lightning.report.sweeps.table import cells, markdown_table, notes, terminal_table
+from dino_lightning.report.sweeps.table import markdown_table, notes, row_cells, terminal_table
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -55,7 +55,7 @@ def plan(folder: Path, experiments: str, *words: str) -> None:
 
 
 def table(*folders: Path) -> dict[str, list[str]]:
-    return {row.name: cells(row)[1:] for row in read_rows(folders)}
+    return {row.name: row_cells(row)[1:] for row in read_rows(folders)}
 
 
 def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class Draws:
 
 draws = Draws()
 _items, _batches, _push_back = MultiCropDataset.__getitems__, MultiCropStream._batches, files.SafeCheckpointIO._rotate
-_write, _write_checkpoint, _save = files._Hashing.write, files.write_checkpoint, metrics_file._Writer.save
+_write, _write_checkpoint, _save = files._HashingFile.write, files.write_checkpoint, metrics_file._AtomicWriter.save
 _counter, _export, _callbacks = KNNCallback._counter, run.export_backbone, build.build_callbacks
 
 
@@ -167,7 +167,7 @@ def push_back(self: Any, path: Path) -> None:
 
 def save(writer: Any) -> None:
     if writer.metrics and here("row"):
-        row = metrics_file._table(writer.metrics_keys, writer.metrics, header=False)
+        row = metrics_file._to_csv(writer.metrics_keys, writer.metrics, header=False)
         with writer.path.open("a") as file:
             file.write(row[: len(row) // 2])
         end()
@@ -202,9 +202,9 @@ atexit.register(at_exit)
 
 MultiCropDataset.__getitems__ = items
 MultiCropStream._batches = stream_batches
-files._Hashing.write = write
+files._HashingFile.write = write
 files.SafeCheckpointIO._rotate = push_back
-metrics_file._Writer.save = save
+metrics_file._AtomicWriter.save = save
 KNNCallback._counter = counter
 run.export_backbone = export
 build.build_callbacks = lambda *given: [*_callbacks(*given), Watch()]

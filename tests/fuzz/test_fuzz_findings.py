@@ -132,7 +132,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 def described(tmp_path: Path, **changes: Any) -> str:
     """A file of weights that says of its network what `changes` say; those of `backbone` beside its own."""
-    plain = Description(SMALL, image_size=8).plain()
+    plain = Description(SMALL, image_size=8).to_dict()
     plain["backbone"] |= changes.pop("backbone", {})
     file = tmp_path / "weights.safetensors"
     save_file(weights(), file, metadata={"network": json.dumps({**plain, **changes})})
@@ -194,7 +194,7 @@ def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
 def test_views_of_a_few_numbers(tmp_path: Path) -> None:
     """A file of a kilobyte could claim terabytes."""
     state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in weights().items()}
-    network = Description(SMALL, image_size=8).plain()
+    network = Description(SMALL, image_size=8).to_dict()
     content = {"state_dict": {f"teacher.backbone.{name}": tensor for name, tensor in state.items()}, "network": network}
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="the numbers of .* are not in it"):

@@ -12,7 +12,7 @@ from composing import SMALL, composed
 
 from dino_lightning.data.bad_images import BadImages
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.csv import METRICS, MetricsFile, read_rows
+from dino_lightning.loggers.csv import METRICS_FILE, MetricsCSVLogger, read_rows
 from dino_lightning.training.run import train
 
 
@@ -27,26 +27,26 @@ def files_end_at(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def log(logger: MetricsFile, step: int, **values: float) -> None:
+def log(logger: MetricsCSVLogger, step: int, **values: float) -> None:
     logger.log_metrics(values, step=step)
     logger.save()
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(row["step"]) for row in read_rows(folder / METRICS)]
+    return [int(row["step"]) for row in read_rows(folder / METRICS_FILE)]
 
 
 def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = MetricsFile(tmp_path)
+    logger = MetricsCSVLogger(tmp_path)
     log(logger, 0, loss=1.0)
-    before = (tmp_path / METRICS).read_bytes()
+    before = (tmp_path / METRICS_FILE).read_bytes()
     with files_end_at(len(before) + 3):  # a part of the row fits
         log(logger, 1, loss=2.0)
         log(logger, 2, loss=3.0)
-        assert (tmp_path / METRICS).read_bytes() == before
+        assert (tmp_path / METRICS_FILE).read_bytes() == before
     assert capsys.readouterr().err.count("metrics.csv could not be written") == 1
     log(logger, 3, loss=4.0)
-    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / METRICS)] == [
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / METRICS_FILE)] == [
         ("0", "1.0"),
         ("1", "2.0"),
         ("2", "3.0"),
@@ -58,16 +58,16 @@ def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pyte
 
 
 def test_a_new_column_for_which_there_is_no_room(tmp_path: Path) -> None:
-    logger = MetricsFile(tmp_path)
+    logger = MetricsCSVLogger(tmp_path)
     log(logger, 0, loss=1.0)
-    before = (tmp_path / METRICS).read_bytes()
+    before = (tmp_path / METRICS_FILE).read_bytes()
     with files_end_at(len(before) + 3):
         log(logger, 1, loss=2.0, knn=50.0)
-        assert (tmp_path / METRICS).read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+        assert (tmp_path / METRICS_FILE).read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
     log(logger, 2, loss=3.0)
     assert steps(tmp_path) == [0, 1, 2]
-    assert read_rows(tmp_path / METRICS)[1] == {"step": "1", "loss": "2.0", "knn": "50.0"}
+    assert read_rows(tmp_path / METRICS_FILE)[1] == {"step": "1", "loss": "2.0", "knn": "50.0"}
 
 
 def test_a_bad_image_whose_name_finds_no_room_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

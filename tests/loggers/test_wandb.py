@@ -22,7 +22,7 @@ from wandb_server import ENTITY, KEY, Run, WandbServer, md5, serving
 from dino_lightning.cli.wandb import main as dino_wandb
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.evaluation.run import run_evaluation
-from dino_lightning.loggers.wandb import STEP, LastingWandbLogger, closed_wandb, wandb_logger
+from dino_lightning.loggers.wandb import STEP_METRIC, FaultTolerantWandbLogger, wandb_logger, wandb_session
 from dino_lightning.report.wandb_workspace import SECTIONS
 from dino_lightning.training.run import train
 
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_is_one_curve(online: tuple[WandbServer, Path]) -> No
     run = run_of(server, "train")
     assert run.name == (folder / "run" / "wandb_run_id.txt").read_text().strip()
     assert run.starts == 1
-    losses = [(row[STEP], row["train/loss"]) for row in run.rows if "train/loss" in row]
+    losses = [(row[STEP_METRIC], row["train/loss"]) for row in run.rows if "train/loss" in row]
     with (folder / "run" / "metrics.csv").open() as file:
         names = file.readline().strip().split(",")
         rows = [dict(zip(names, line.strip().split(","), strict=True)) for line in file]
@@ -107,7 +107,7 @@ def test_what_a_run_says_about_itself(online: tuple[WandbServer, Path]) -> None:
 def test_pictures_stand_at_their_steps(online: tuple[WandbServer, Path]) -> None:
     server, folder = online
     rows = [row for row in run_of(server, "train").rows if "pictures/attention" in row]
-    assert [row[STEP] for row in rows] == [5, 11]
+    assert [row[STEP_METRIC] for row in rows] == [5, 11]
     assert rows[-1]["pictures/attention"]["captions"] == ["after 12 steps"]
     (name,) = rows[-1]["pictures/attention"]["filenames"]
     sent = server.files[f"{run_of(server, 'train').name}/{name}"]
@@ -159,7 +159,7 @@ def test_the_view_has_what_a_run_logs(online: tuple[WandbServer, Path], capsys: 
     assert shown == {name for section in SECTIONS for chart in section.charts for name in chart.names}
     missing = {name for name in shown if not name.startswith("system/")} - {name for row in run.rows for name in row}
     assert missing == ONLY_ON_GPUS
-    assert {panel["xAxis"] for panel in panels if "metrics" in panel} == {STEP, "_step"}
+    assert {panel["xAxis"] for panel in panels if "metrics" in panel} == {STEP_METRIC, "_step"}
     assert f"View: {server.url}/{ENTITY}/photos?nw=" in capsys.readouterr().out
     assert all(title in report["spec"] for title in titles)
 
@@ -167,10 +167,10 @@ def test_the_view_has_what_a_run_logs(online: tuple[WandbServer, Path], capsys: 
 # ------------------------------------------------------------------------------------------------------- out of reach
 
 
-def started(folder: Path, **config: Any) -> LastingWandbLogger:
+def started(folder: Path, **config: Any) -> FaultTolerantWandbLogger:
     settings = WandbLoggerConfig(**{"mode": "online", "start_timeout_s": 20.0, "end_timeout_s": 20.0, **config})
     logger = wandb_logger(settings, folder=folder, run_id="abc", name="n", group=None, job_type="train")
-    with closed_wandb():
+    with wandb_session():
         logger.start()
         logger.log_metrics({"loss": 1.0}, 0)
         logger.conclude({"knn_top1": 1.0}, weights=None)

@@ -142,7 +142,7 @@ def test_no_file_of_weights_has_a_mask_token(tmp_path: Path) -> None:
         std=[0.2] * 3,
     )
     state = {f"teacher.backbone.{name}": weight for name, weight in network.state_dict().items()}
-    torch.save({"state_dict": state, "network": Description(config, 32).plain()}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, "network": Description(config, 32).to_dict()}, tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 32, 32)
     for name in ("teacher.safetensors", "last.ckpt"):
         loaded = load_network(str(tmp_path / name)).backbone

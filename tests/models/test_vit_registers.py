@@ -161,7 +161,7 @@ def test_the_exported_file_is_timms(tmp_path: Path, width: int, depth: int, head
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     config = replace(CONFIG, width=128)
     network = exported(tmp_path / "teacher.safetensors", config, image_size=48)
-    described = Description.from_plain(Description(config, 48).plain())
+    described = Description.from_dict(Description(config, 48).to_dict())
     assert described.backbone == config
     assert "3 registers" in str(described)
     torch.save(network.state_dict(), tmp_path / "bare.pth")  # nothing said: recognized by names and shapes

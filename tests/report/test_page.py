@@ -16,8 +16,8 @@ from rich.console import Console
 
 from dino_lightning.errors import UserError
 from dino_lightning.report import results_table, write_report
-from dino_lightning.report.curves import MOST_POINTS, thinned
-from dino_lightning.report.gallery import MOST_EPOCHS
+from dino_lightning.report.curves import MAX_POINTS, downsample
+from dino_lightning.report.gallery import MAX_EPOCHS
 
 LOADING = {"src", "srcset", "href", "action", "poster", "data", "xlink:href"}
 
@@ -55,7 +55,7 @@ def test_is_accessible(run: Path):
     assert all(plot["aria-label"] for plot in page.all("div") if plot.get("class") == "plot")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert {section["aria-labeledby"] for section in page.all("section")} <= set(ids)
+    assert {section["aria-labelledby"] for section in page.all("section")} <= set(ids)
 
 
 def test_pictures_are_those_of_the_folder(run: Path):
@@ -97,7 +97,7 @@ def test_of_many_epochs_the_first_the_last_and_some_between_are_shown(run: Path)
     page = Page(write_report(run))
     slider = next(box for box in page.all("input") if "alike" in str(box.get("aria-label")))
     epochs = str(slider["data-stops"]).split(" ")
-    assert len(epochs) == MOST_EPOCHS
+    assert len(epochs) == MAX_EPOCHS
     assert (epochs[0], epochs[-1]) == ("10", "")
 
 
@@ -212,12 +212,12 @@ def test_thinning_keeps_ends_and_spikes():
     rng = np.random.default_rng(0)
     curve = [(step, float(value)) for step, value in enumerate(rng.normal(size=50_000))]
     curve[12_345], curve[40_000] = (12_345, 99.0), (40_000, -99.0)
-    kept = thinned(curve)
-    assert len(kept) <= MOST_POINTS
+    kept = downsample(curve)
+    assert len(kept) <= MAX_POINTS
     assert set(kept) <= set(curve)
     assert {curve[0], curve[-1], curve[12_345], curve[40_000]} <= set(kept)
     assert [step for step, _ in kept] == sorted({step for step, _ in kept})
-    assert thinned(curve[:MOST_POINTS]) == curve[:MOST_POINTS]
+    assert downsample(curve[:MAX_POINTS]) == curve[:MAX_POINTS]
 
 
 HOSTILE = "</script></pre></details><img src=x onerror=alert(1)>{{data}}\"'&amp;\u2028"

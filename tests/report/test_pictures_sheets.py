@@ -13,8 +13,8 @@ from dino_lightning.report.pictures.sheets import (
     attention_sheet,
     color_map,
     crop_sheet,
+    mask_border,
     neighbor_sheet,
-    outline,
 )
 
 
@@ -86,7 +86,7 @@ def test_mask_is_outlined_on_the_maps_but_not_on_the_image():
     )
     image, head = (panel(outlined, row=0, column=c, cell=(32, 32), rows=1) for c in (0, 2))
     assert (image == panel(plain, row=0, column=0, cell=(32, 32), rows=1)).all()
-    assert ((head == PAPER).all(-1) == outline(mask)).all()
+    assert ((head == PAPER).all(-1) == mask_border(mask)).all()
 
 
 def test_outline_by_a_loop():
@@ -95,7 +95,7 @@ def test_outline_by_a_loop():
     for y, x in np.argwhere(mask):
         around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
         expected[y, x] = any(not mask[j, i] for j, i in around if 0 <= j < 9 and 0 <= i < 7)
-    assert (outline(mask) == expected).all()
+    assert (mask_border(mask) == expected).all()
 
 
 def test_masks_must_be_one_per_image():

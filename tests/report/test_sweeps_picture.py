@@ -128,8 +128,8 @@ def test_more_keys_get_a_panel_each(tmp_path: Path) -> None:
 )
 def test_axes(values: list[Any], places: list[float]) -> None:
     axis = axis_of(values)
-    assert [axis.place(value) for value in values] == pytest.approx(places, abs=0.001)
-    assert all(0 <= place <= 1 for place, _ in axis.marks())
+    assert [axis.position(value) for value in values] == pytest.approx(places, abs=0.001)
+    assert all(0 <= place <= 1 for place, _ in axis.ticks())
 
 
 def test_keys_are_those_that_the_sweep_sets(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_pruned_run_is_not_averaged_with_finished_ones(tmp_path: Path) -> None
     make_run(tmp_path / "0", {"seed": 0}, [50.0, 70.0])
     make_run(tmp_path / "1", {"seed": 1}, [10.0], state="pruned")
     (row,) = read_rows([tmp_path])
-    assert [job.run.name for job in row.counted] == ["0"]
+    assert [job.run.name for job in row.evaluated_jobs] == ["0"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,6 @@
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.export import export_backbone
-from dino_lightning.checkpoints.load import load_network, untrained
+from dino_lightning.checkpoints.load import load_network, with_fresh_weights
 
-__all__ = ["Description", "export_backbone", "load_network", "untrained"]
+__all__ = ["Description", "export_backbone", "load_network", "with_fresh_weights"]

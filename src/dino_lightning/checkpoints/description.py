@@ -11,14 +11,14 @@ from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConf
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
 
-PAPER = CropsConfig()
+PAPER_CROPS = CropsConfig()
 """Preparation of images where a file says nothing of it: that of the original."""
 
 LARGEST = 65_536
 """Numbers above it are damage: they would be loops of hours, or all memory."""
-UNSOUND = (KeyError, TypeError, AttributeError, ValueError)
+INVALID_DESCRIPTION = (KeyError, TypeError, AttributeError, ValueError)
 """What plain types raise that describe no network."""
-OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+WEIGHT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 """Arguments of timm that name weights: none of the architecture, and a file must not make us read another one."""
 
 
@@ -27,22 +27,22 @@ class Description:
     """A network without its weights. In plain types it stands in our checkpoints."""
 
     backbone: BackboneConfig
-    image_size: int = PAPER.global_size
+    image_size: int = PAPER_CROPS.global_size
     """Side for which a learned position embedding is made (pixels)."""
-    mean: list[float] = field(default_factory=lambda: PAPER.mean)
-    std: list[float] = field(default_factory=lambda: PAPER.std)
+    mean: list[float] = field(default_factory=lambda: PAPER_CROPS.mean)
+    std: list[float] = field(default_factory=lambda: PAPER_CROPS.std)
     """Of each channel, of values in 0 to 1."""
-    resize: int = PAPER.eval_resize
+    resize: int = PAPER_CROPS.eval_resize
     """Shorter side of an evaluated image before the center crop (pixels)."""
-    size: int = PAPER.eval_size
+    size: int = PAPER_CROPS.eval_size
     """Side of the center crop (pixels)."""
 
     @classmethod
     def of_run(cls, config: dict[str, Any]) -> Self:
         """From a run's configuration as plain types. Raises one of `UNSOUND` for anything else."""
-        crops = asdict(PAPER) | config["crops"]
-        return cls._sound(
-            backbone=backbone_of(config["backbone"]),
+        crops = asdict(PAPER_CROPS) | config["crops"]
+        return cls._validated(
+            backbone=parse_backbone(config["backbone"]),
             image_size=crops["global_size"],
             mean=crops["mean"],
             std=crops["std"],
@@ -51,18 +51,18 @@ class Description:
         )
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `plain`. Raises one of `UNSOUND` for what is none."""
-        return cls._sound(**{**values, "backbone": backbone_of(values["backbone"])})
+        return cls._validated(**{**values, "backbone": parse_backbone(values["backbone"])})
 
     @classmethod
-    def _sound(cls, **values: Any) -> Self:
+    def _validated(cls, **values: Any) -> Self:
         """Refuse what is no preparation of images; whether the architecture can be built, building will show."""
         described = cls(**values)
         for side in (described.image_size, described.resize, described.size):
             if type(side) is not int or side < 1:
                 raise ValueError(f"{side!r} is no side of an image")
-        if large := _too_large(described.plain()):
+        if large := _too_large(described.to_dict()):
             raise ValueError(f"{large} is larger than anything in a network")
         for value in (*described.mean, *described.std):
             if type(value) not in (int, float) or not math.isfinite(value):
@@ -71,7 +71,7 @@ class Description:
             raise ValueError(f"mean {described.mean} and std {described.std} normalize no image")
         return described
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The same in plain types."""
         return asdict(self)
 
@@ -79,7 +79,7 @@ class Description:
         """The network with fresh weights, all of them trainable."""
         config = replace(self.backbone, drop_path_rate=drop_path_rate)
         if isinstance(config, TimmConfig):
-            arguments = {name: value for name, value in config.arguments.items() if name not in OF_WEIGHTS}
+            arguments = {name: value for name, value in config.arguments.items() if name not in WEIGHT_ARGUMENTS}
             config = replace(config, pretrained=False, arguments=arguments)
         try:
             return build_backbone(config, image_size=self.image_size, channels=len(self.mean), drop_path=True)
@@ -112,7 +112,7 @@ def _too_large(plain: Any) -> int | None:
     return plain if isinstance(plain, int) and abs(plain) > LARGEST else None
 
 
-def backbone_of(values: dict[str, Any]) -> BackboneConfig:
+def parse_backbone(values: dict[str, Any]) -> BackboneConfig:
     """The section `backbone` of a configuration; a run's file does not name the schema."""
     for schema in SCHEMAS["backbone"].values():
         if values.keys() <= {known.name for known in fields(schema)}:
@@ -120,7 +120,7 @@ def backbone_of(values: dict[str, Any]) -> BackboneConfig:
     raise KeyError(f"no network has the keys {', '.join(values)}")
 
 
-def built_by_seed(build: Any, *, seed: int) -> nn.Module:
+def build_seeded(build: Any, *, seed: int) -> nn.Module:
     """A frozen network in eval mode, its weights drawn by seed; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         # The CPU's generator alone: `torch.manual_seed` would seed the accelerators, too.

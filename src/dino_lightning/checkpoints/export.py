@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dino_lightning.checkpoints.description import PAPER, Description
+from dino_lightning.checkpoints.description import PAPER_CROPS, Description
 from dino_lightning.checkpoints.original import without_mask_token
 from dino_lightning.config import BackboneConfig
 from dino_lightning.models.backbones import timm_recipes
@@ -25,8 +25,8 @@ def export_backbone(
     mean: list[float],
     std: list[float],
     channels: int = 3,
-    eval_resize: int = PAPER.eval_resize,
-    eval_size: int = PAPER.eval_size,
+    eval_resize: int = PAPER_CROPS.eval_resize,
+    eval_size: int = PAPER_CROPS.eval_size,
 ) -> dict[str, Any]:
     """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
 
@@ -42,7 +42,7 @@ def export_backbone(
         "mean": mean,
         "std": std,
         "eval": {"resize": eval_resize, "size": eval_size},
-        "network": described.plain(),
+        "network": described.to_dict(),
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
     with atomic_file(path) as file:

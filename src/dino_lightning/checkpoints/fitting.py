@@ -11,34 +11,34 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dino_lightning.checkpoints.description import Description, built_by_seed
-from dino_lightning.checkpoints.original import Weights, check_names_and_shapes, few
+from dino_lightning.checkpoints.description import Description, build_seeded
+from dino_lightning.checkpoints.original import Weights, check_names_and_shapes, shorten
 from dino_lightning.errors import UserError
 
 SPARE = 10, 1000
 """Parameters that a network may register for each weight of the file, and beyond: some are registered and replaced."""
 
 
-def network_for(weights: Weights, description: Description, *, file_bytes: int, source: str) -> nn.Module:
+def build_verified(weights: Weights, description: Description, *, file_bytes: int, source: str) -> nn.Module:
     """The described network with these weights, frozen and in eval mode, on the CPU.
 
     `file_bytes` is the size of the file that the weights come from, `source` names it in errors. Raises `UserError`
     where they do not fit each other.
     """
     _check_values(weights, file_bytes=file_bytes, source=source)
-    with says_why(source, f"describes a network, {description}, that cannot be built"):
+    with naming_source(source, f"describes a network, {description}, that cannot be built"):
         with torch.device("meta"), _at_most(SPARE[0] * len(weights) + SPARE[1]):
             outline = description.build()
         expected = outline.state_dict()
     check_names_and_shapes(expected, weights, source=source, taken_for=description)
-    backbone = built_by_seed(description.build, seed=0)
-    with says_why(source, f"holds weights that cannot be copied into {description}"):
+    backbone = build_seeded(description.build, seed=0)
+    with naming_source(source, f"holds weights that cannot be copied into {description}"):
         backbone.load_state_dict(weights, strict=False)
     return backbone
 
 
 @contextmanager
-def says_why(source: str, what: str) -> Iterator[None]:
+def naming_source(source: str, what: str) -> Iterator[None]:
     """Whatever libraries raise at a file, which may hold anything, becomes a `UserError` that names the file."""
     try:
         yield
@@ -57,7 +57,7 @@ def _check_values(weights: Weights, *, file_bytes: int, source: str) -> None:
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or not tensor.nbytes <= tensor.untyped_storage().nbytes() <= file_bytes:
             raise UserError(
-                f"{source} is damaged or no file of weights: the numbers of {few([str(name)])} are not in it."
+                f"{source} is damaged or no file of weights: the numbers of {shorten([str(name)])} are not in it."
             )
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.export import export_backbone
 from dino_lightning.checkpoints.graphs import TOLERANCE, write_onnx, write_program
-from dino_lightning.checkpoints.huggingface import to_theirs
+from dino_lightning.checkpoints.huggingface import to_transformers
 from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
-from dino_lightning.checkpoints.original import as_original
+from dino_lightning.checkpoints.original import to_original
 from dino_lightning.errors import UserError, cannot_be_written
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.files import sync_folder
 
-NEEDS = {
+REQUIRED_PACKAGES = {
     "huggingface": ("transformers",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
@@ -33,7 +33,7 @@ NEEDS = {
 
 def check_format(format: str) -> None:
     """Refuse a format whose packages are not installed."""
-    missing = [package for package in NEEDS.get(format, ()) if find_spec(package) is None]
+    missing = [package for package in REQUIRED_PACKAGES.get(format, ()) if find_spec(package) is None]
     if missing:
         raise UserError(
             f"format={format} needs {', '.join(missing)}, which is not installed: pip install "
@@ -50,7 +50,7 @@ def export_network(
     written; `output` is then as it was.
     """
     try:
-        with _placed(output) as path:
+        with _atomic_output(output) as path:
             match format:
                 case "onnx":
                     return "takes " + write_onnx(network, path, image_size=image_size)
@@ -69,7 +69,7 @@ def export_network(
 
 
 @contextmanager
-def _placed(output: Path) -> Iterator[Path]:
+def _atomic_output(output: Path) -> Iterator[Path]:
     """A path beside `output` with its ending, which takes its place when the block ends well, and else is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.stem}.part{output.suffix}")
@@ -90,8 +90,8 @@ def _remove(path: Path) -> None:
 
 
 def _write_original(network: FrozenNetwork, path: Path) -> str:
-    with _other_formats("original"):
-        weights = as_original(_weights(network), _description(network), source="format=original")
+    with _suggest_other_formats("original"):
+        weights = to_original(_weights(network), _description(network), source="format=original")
     torch.save(weights, path)
     if network.mean == Description(_description(network).backbone).mean:
         return "state dict of tensors"
@@ -145,8 +145,8 @@ def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _other_formats("huggingface"):
-        settings, weights = to_theirs(_weights(network), _description(network), source="format=huggingface")
+    with _suggest_other_formats("huggingface"):
+        settings, weights = to_transformers(_weights(network), _description(network), source="format=huggingface")
     described, is_vit = _description(network), "patch_size" in settings
     settings |= {"num_channels": network.channels, "architectures": ["ViTModel" if is_vit else "ResNetModel"]}
     path.mkdir()
@@ -185,11 +185,11 @@ def _weights(network: FrozenNetwork) -> dict[str, Tensor]:
 
 def _description(network: FrozenNetwork) -> Description:
     assert network.description is not None
-    return Description.from_plain(network.description)
+    return Description.from_dict(network.description)
 
 
 @contextmanager
-def _other_formats(format: str) -> Iterator[None]:
+def _suggest_other_formats(format: str) -> Iterator[None]:
     """End the sentence about a network that the format does not know with the formats that do."""
     try:
         yield

@@ -26,16 +26,16 @@ TOLERANCE = 1e-4
 """Largest difference from the network's own features, relative to the largest of them where that is above 1.
 
 In float32 other orders of summation differ by some 1e-6; a resampling or a kernel of another kind by 1e-2 and more."""
-LARGEST_SIDE = 8192
+MAX_SIDE = 8192
 """Largest side of an image for which a graph with free sizes is made (pixels)."""
-SMALLEST_SIDE = 64
+MIN_SIDE = 64
 """Smallest one for networks without patches (pixels): below it, their last maps have one pixel and other code runs."""
-SPEAKERS = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
+EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
 """Loggers of the exporters, which speak of their own passes."""
-ENTRY = "dino_lightning.json"
+METADATA_FILE = "dino_lightning.json"
 """Name of the notes in a file of `torch.export`."""
 
-Check = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 """Images -> features, computed by the file."""
 
 
@@ -45,7 +45,7 @@ def write_onnx(network: FrozenNetwork, path: Path, *, image_size: int | None) ->
     Input `images` (B, C, H, W), normalized; output `features` (B, D). The metadata say how images are prepared.
     """
 
-    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Check:
+    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Forward:
         import onnxruntime
 
         program = torch.onnx.export(
@@ -58,26 +58,26 @@ def write_onnx(network: FrozenNetwork, path: Path, *, image_size: int | None) ->
             verbose=False,
         )
         assert program is not None
-        program.model.metadata_props.update({name: json.dumps(value) for name, value in notes(network).items()})
+        program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata(network).items()})
         program.save(path, external_data=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    return _written(network, write, format="onnx", image_size=image_size)
+    return _export(network, write, format="onnx", image_size=image_size)
 
 
 def write_program(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
     """Write a program for `torch.export.load` and return in words which images it takes; as `write_onnx`."""
 
-    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Check:
+    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Forward:
         program = torch.export.export(module, (example,), dynamic_shapes=(shapes,))
-        torch.export.save(program, path, extra_files={ENTRY: json.dumps(notes(network))})
-        return cast(Check, torch.export.load(io.BytesIO(path.read_bytes())).module())
+        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata(network))})
+        return cast(Forward, torch.export.load(io.BytesIO(path.read_bytes())).module())
 
-    return _written(network, write, format="torch", image_size=image_size)
+    return _export(network, write, format="torch", image_size=image_size)
 
 
-def notes(network: FrozenNetwork) -> dict[str, Any]:
+def metadata(network: FrozenNetwork) -> dict[str, Any]:
     """What a file says of its images, in plain types."""
     return {
         "mean": network.mean,
@@ -88,31 +88,31 @@ def notes(network: FrozenNetwork) -> dict[str, Any]:
     }
 
 
-Write = Callable[[nn.Module, Tensor, dict[int, Any]], Check]
+Exporter = Callable[[nn.Module, Tensor, dict[int, Any]], Forward]
 """(network, example of images, their free dimensions) -> the file's own way to compute."""
 
 
-def _written(network: FrozenNetwork, write: Write, *, format: str, image_size: int | None) -> str:
+def _export(network: FrozenNetwork, write: Exporter, *, format: str, image_size: int | None) -> str:
     """Write with free height and width, or fixed ones where the network cannot; compare."""
     module = _GraphViT(network.backbone).eval() if isinstance(network.backbone, OriginalViT) else network.backbone
     if image_size is None:
         patch = getattr(getattr(network.backbone, "patch_embed", None), "patch_size", 1)
         step = patch if isinstance(patch, int) else patch[0]
-        for least in (1,) if step > 1 else sorted({min(network.size, SMALLEST_SIDE), SMALLEST_SIDE}):
-            if _written_for_any_size(network, module, write, step=step, least=least):
+        for least in (1,) if step > 1 else sorted({min(network.size, MIN_SIDE), MIN_SIDE}):
+            if _export_any_size(network, module, write, step=step, least=least):
                 sides = f"in multiples of {step} pixels" if step > 1 else f"of {least} pixels or more"
                 return f"images of any number and size, sides {sides}"
         image_size = network.size
-    example = _images(network, 2, image_size, image_size)
+    example = _random_images(network, 2, image_size, image_size)
     try:
-        with _quiet():
+        with _silenced_exporters():
             check = write(module, example, {0: Dim("batch", min=1)})
     except OSError:
         raise
     except Exception as error:  # each exporter has errors of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"format={format}: {network.name} cannot be written ({reason}).") from error
-    apart = _difference(network, check, sizes=[(image_size, image_size)])
+    apart = _max_difference(network, check, sizes=[(image_size, image_size)])
     if not apart <= TOLERANCE:
         raise UserError(
             f"format={format}: what was written does not compute what {network.name} does (features differ "
@@ -121,21 +121,21 @@ def _written(network: FrozenNetwork, write: Write, *, format: str, image_size: i
     return f"any number of images of {image_size} x {image_size} pixels only"
 
 
-def _written_for_any_size(network: FrozenNetwork, module: nn.Module, write: Write, *, step: int, least: int) -> bool:
+def _export_any_size(network: FrozenNetwork, module: nn.Module, write: Exporter, *, step: int, least: int) -> bool:
     """Write with free height and width, `least` steps of pixels or more; False where the network cannot: with a table
     of positions for one size, or where a smaller map is another case to it."""
-    sides: list[Any] = [Dim(name, min=least, max=LARGEST_SIDE // step) for name in ("height", "width")]
+    sides: list[Any] = [Dim(name, min=least, max=MAX_SIDE // step) for name in ("height", "width")]
     height, width = [step * side for side in sides] if step > 1 else sides
     # Neither square nor the size of the position embedding, lest the graph be one for such images only.
     near = max(-(-network.size // step), least)
-    example = _images(network, 2, step * (near + 2), step * (near + 1))
+    example = _random_images(network, 2, step * (near + 2), step * (near + 1))
     try:
-        with _quiet():
+        with _silenced_exporters():
             with torch.no_grad():
                 module(example)  # a network of one size refuses it at once, its graph only after minutes
             check = write(module, example, {0: Dim("batch", min=1), 2: height, 3: width})
         sizes = [(step * near, step * near), (step * (near + 3), step * near), (step * near, step * (near + 4))]
-        return _difference(network, check, sizes=sizes) <= TOLERANCE
+        return _max_difference(network, check, sizes=sizes) <= TOLERANCE
     except OSError:
         raise
     except Exception:  # sizes that decide what is computed, operators that need fixed ones
@@ -143,26 +143,26 @@ def _written_for_any_size(network: FrozenNetwork, module: nn.Module, write: Writ
 
 
 @torch.no_grad()
-def _difference(network: FrozenNetwork, check: Check, *, sizes: list[tuple[int, int]]) -> float:
+def _max_difference(network: FrozenNetwork, check: Forward, *, sizes: list[tuple[int, int]]) -> float:
     """The largest relative difference from the network's features, for one and for three images of each size."""
     found = []
     for size in sizes:
         for count in (1, 3):
-            images = _images(network, count, *size)
+            images = _random_images(network, count, *size)
             ours, theirs = network.backbone(images), check(images)
             found.append(((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).item())
     return max(found)
 
 
-def _images(network: FrozenNetwork, count: int, height: int, width: int) -> Tensor:
+def _random_images(network: FrozenNetwork, count: int, height: int, width: int) -> Tensor:
     """Noise of a fixed seed as images (count, C, height, width)."""
     return torch.randn(count, network.channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silenced_exporters() -> Iterator[None]:
     """Leave the screen, and whoever collects logs, to what matters."""
-    loggers = [logging.getLogger(name) for name in SPEAKERS]
+    loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,10 +5,10 @@ from pathlib import Path
 from dino_lightning.checkpoints.huggingface import CONFIG, PREPARATION, WEIGHTS
 from dino_lightning.errors import UserError
 
-HUB = "hf:"
+HUB_PREFIX = "hf:"
 
 
-def downloaded(name: str, *, source: str) -> Path:
+def download(name: str, *, source: str) -> Path:
     """The file of weights of `OWNER/NAME` or `OWNER/NAME@REVISION`, its settings beside it.
 
     Kept where huggingface_hub keeps files, and not asked for again with `HF_HUB_OFFLINE=1`. Raises `UserError` where

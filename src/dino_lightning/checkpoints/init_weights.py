@@ -20,7 +20,7 @@ def initial_weights(network: FrozenNetwork, backbone: nn.Module, *, source: str)
     begins with `source`, where the two are of different architectures.
     """
     weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
-    heads = [_heads(each) for each in (network.backbone, backbone)]
+    heads = [_num_heads(each) for each in (network.backbone, backbone)]
     if None not in heads and heads[0] != heads[1]:  # their number is not in the shapes
         raise UserError(
             f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
@@ -32,14 +32,14 @@ def initial_weights(network: FrozenNetwork, backbone: nn.Module, *, source: str)
     return weights
 
 
-def start_from(network: FrozenNetwork, *backbones: nn.Module, source: str) -> None:
+def initialize_from(network: FrozenNetwork, *backbones: nn.Module, source: str) -> None:
     """Give each backbone the weights of `network`; see `initial_weights`."""
     for backbone in backbones:
         # Not strict: batch norms of older files have no counters.
         backbone.load_state_dict(initial_weights(network, backbone, source=source), strict=False)
 
 
-def _heads(backbone: nn.Module) -> int | None:
+def _num_heads(backbone: nn.Module) -> int | None:
     blocks = getattr(backbone, "blocks", None) or [None]
     return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
 

@@ -14,9 +14,9 @@ from dino_lightning.config.paths import PATHS
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
-LEFT_OUT = (*PATHS, "imports", "init_from", "logger", "output_dir")
+PRIVATE_KEYS = (*PATHS, "imports", "init_from", "logger", "output_dir")
 """Keys that a card does not repeat: they name folders and accounts."""
-MOST = 60
+MAX_FIGURES = 60
 """Figures of evaluations in a card."""
 SUMMARY = {
     "knn_top1": "k-NN top-1 (%)",
@@ -27,7 +27,7 @@ SUMMARY = {
     "commit": "commit of dino-lightning",
 }
 """What a card takes from `summary.json`, and in which words."""
-OF_ALL = ("seed", "commit")
+CHECKPOINT_INDEPENDENT = ("seed", "commit")
 """What of it is as true of the student, and of weights before the end."""
 
 LOADING = {
@@ -76,7 +76,7 @@ def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading
 
     `library` is its name on the Hub, `loading` the Python that loads and uses the files, `remark` what to know of them.
     """
-    run = run_folder(checkpoint)
+    run = find_run_folder(checkpoint)
     summary = _json(run / "summary.json") if run else {}
     method = _method(run)
     head = [
@@ -105,7 +105,7 @@ def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading
     return "\n".join(text)
 
 
-def run_folder(checkpoint: str) -> Path | None:
+def find_run_folder(checkpoint: str) -> Path | None:
     """The folder of the run that a checkpoint belongs to, None for weights of another origin."""
     path = Path(checkpoint).expanduser().absolute()
     if not path.exists():  # `timm:NAME` and the like, which have nothing to do with the folder that we are in
@@ -132,12 +132,12 @@ def _method(run: Path | None) -> str | None:
 def _figures(network: FrozenNetwork, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
     known = [key for key in SUMMARY if summary.get(key) is not None]
     if run and not _is_result(network, run):
-        known = [key for key in known if key in OF_ALL]
+        known = [key for key in known if key in CHECKPOINT_INDEPENDENT]
     rows, found = [(SUMMARY[key], f"{summary[key]}") for key in known], {}
     for line in _results(run):
         if line.get("checkpoint_digest") == network.digest and isinstance(line.get("value"), int | float):
             found[f"{line.get('eval')}: {line.get('metric')}"] = f"{line['value']:.4g} {line.get('unit', '')}".strip()
-    return rows + list(found.items())[:MOST]
+    return rows + list(found.items())[:MAX_FIGURES]
 
 
 def _is_result(network: FrozenNetwork, run: Path) -> bool:
@@ -163,7 +163,7 @@ def _results(run: Path | None) -> Iterator[dict[str, Any]]:
 def _settings(path: Path) -> str:
     """The run's configuration without places and accounts."""
     settings = yaml.safe_load(path.read_text())
-    for key in LEFT_OUT:
+    for key in PRIVATE_KEYS:
         *groups, name = key.split(".")
         inside = settings
         for group in groups:

@@ -44,9 +44,9 @@ def backbone_weights(content: dict[str, Any], *, key: str, source: str) -> Weigh
     if not networks and key != "teacher":
         raise UserError(f"checkpoint_key={key}: {source} holds one network; leave checkpoint_key=teacher.")
     nested = [content[name] for name in ("state_dict", "model") if isinstance(content.get(name), dict)]
-    weights = tensors(content[key] if networks else [*nested, content][0])
+    weights = only_tensors(content[key] if networks else [*nested, content][0])
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
-    inside = with_prefix(weights, "backbone.")
+    inside = strip_prefix(weights, "backbone.")
     # A classifier or DINO head on top is no part of the features.
     weights = {name: tensor for name, tensor in (inside or weights).items() if not name.startswith(("head.", "fc."))}
     if not weights:
@@ -54,12 +54,12 @@ def backbone_weights(content: dict[str, Any], *, key: str, source: str) -> Weigh
     return weights
 
 
-def tensors(values: dict[str, Any]) -> Weights:
+def only_tensors(values: dict[str, Any]) -> Weights:
     """The entries that are tensors, by name."""
     return {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def with_prefix(weights: Weights, prefix: str) -> Weights:
+def strip_prefix(weights: Weights, prefix: str) -> Weights:
     """The weights whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
@@ -69,14 +69,16 @@ def without_mask_token(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name != "mask_token"}
 
 
-def heads_in(content: dict[str, Any]) -> int | None:
+def num_heads_in_args(content: dict[str, Any]) -> int | None:
     """Attention heads that the arguments of the script name; those of the original do not, its forks' may."""
     arguments = content.get("args")
     found = getattr(arguments, "num_heads", None) if isinstance(arguments, argparse.Namespace) else None
     return found if isinstance(found, int) else None
 
 
-def recognized(weights: Weights, *, source: str, heads: int | None = None, **seen: Any) -> tuple[Weights, Description]:
+def identify_network(
+    weights: Weights, *, source: str, heads: int | None = None, **seen: Any
+) -> tuple[Weights, Description]:
     """The network that these names and shapes belong to, and the weights under its own names.
 
     `seen` is what is known of the images: `mean`, `std`, `resize`, `size`; by default they are the paper's.
@@ -93,7 +95,7 @@ def recognized(weights: Weights, *, source: str, heads: int | None = None, **see
     else:
         raise UserError(
             f"{source} belongs to no network that is known by its names (ViT, ResNet, XCiT): the first "
-            f"are {few(weights)}. Networks of timm load by checkpoint=timm:NAME."
+            f"are {shorten(weights)}. Networks of timm load by checkpoint=timm:NAME."
         )
     channels = weights[first].shape[1] if first in weights else 3
     if channels != len(description.mean):
@@ -104,7 +106,7 @@ def recognized(weights: Weights, *, source: str, heads: int | None = None, **see
     return weights, description
 
 
-def as_original(weights: Weights, description: Description, *, source: str) -> Weights:
+def to_original(weights: Weights, description: Description, *, source: str) -> Weights:
     """The weights of a network of ours under the names of the original's files; the inverse of `recognized`.
 
     Raises `UserError` where the original has no such network, or its files do not tell which one it is.
@@ -120,12 +122,12 @@ def as_original(weights: Weights, description: Description, *, source: str) -> W
         case TimmConfig(name=name) if name in RESNETS.values():
             return dict(weights)
         case TimmConfig(name=name) if re.fullmatch(rf"xcit_({'|'.join(XCITS.values())})_\d+_p\d+_\d+", name):
-            return _xcit_as_original(weights)
+            return _xcit_to_original(weights)
         case _:
             raise UserError(f"{source}: the original has no network like {description}")
 
 
-def _xcit_as_original(weights: Weights) -> Weights:
+def _xcit_to_original(weights: Weights) -> Weights:
     theirs: Weights = {}
     for name, tensor in weights.items():
         attention = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn)\.([qkv])\.(\w+)", name)
@@ -146,13 +148,13 @@ def _vit(weights: Weights, *, heads: int | None, source: str, **seen: Any) -> De
         )
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     side = math.isqrt(weights["pos_embed"].shape[1] - (0 if registers else 1))  # with registers for patches alone
-    depth, heads = _count(weights, "blocks"), heads or width // 64
+    depth, heads = _num_modules(weights, "blocks"), heads or width // 64
     config = ViTConfig(width=width, depth=depth, heads=heads, patch_size=patch, registers=registers)
     return Description(config, image_size=side * patch, **seen)
 
 
 def _resnet(weights: Weights, *, source: str, **seen: Any) -> Description:
-    stages = tuple(_count(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
+    stages = tuple(_num_modules(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in weights
     name = RESNETS.get((bottleneck, stages))
     if name is None:
@@ -165,7 +167,7 @@ def _resnet(weights: Weights, *, source: str, **seen: Any) -> Description:
 
 
 def _xcit(weights: Weights, *, source: str, **seen: Any) -> Description:
-    width, depth = weights["cls_token"].shape[-1], _count(weights, "blocks")
+    width, depth = weights["cls_token"].shape[-1], _num_modules(weights, "blocks")
     patch = 16 if any(name.startswith("patch_embed.proj.6.") for name in weights) else 8
     name = f"xcit_{XCITS.get(width)}_{depth}_p{patch}_224"
     if not timm.is_model(name):
@@ -176,13 +178,13 @@ def _xcit(weights: Weights, *, source: str, **seen: Any) -> Description:
     return Description(TimmConfig(name=name), **seen)
 
 
-def _count(weights: Weights, name: str) -> int:
+def _num_modules(weights: Weights, name: str) -> int:
     """How many modules there are in a numbered list; of one with gaps, those that are there."""
     pattern = re.compile(rf"{name}\.(\d+)\.")
     return len({found[1] for found in map(pattern.match, weights) if found})
 
 
-def few(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     """The first few of many names, each in one line and not too long: they come from files."""
     listed = [" ".join(name.split())[:200] for name in names]
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
@@ -205,6 +207,6 @@ def check_names_and_shapes(expected: Weights, weights: Weights, *, source: str, 
         if name in weights and weights[name].shape != tensor.shape
     ]
     lists = {"missing": missing, "unexpected": unknown, "other": shapes}
-    wrong = [f"{what} {few(names)}" for what, names in lists.items() if names]
+    wrong = [f"{what} {shorten(names)}" for what, names in lists.items() if names]
     if wrong:
         raise UserError(f"{source} does not fit the architecture it was taken for, {taken_for}: {'; '.join(wrong)}.")

@@ -27,7 +27,7 @@ FORMAT = 2
 LAST = "last.ckpt"
 HASH_LINE = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 HASH_LINE_START, HASH_LINE_BYTES = b"\nsha256:", 73
-CHUNK = 1 << 24
+CHUNK_BYTES = 1 << 24
 FORK_RESULT = ".temp.ckpt"
 """What Lightning calls the file in which a forked process gives its last weights to the one that forked it."""
 
@@ -36,7 +36,7 @@ class CorruptCheckpointError(Exception):
     """A file that is not what was written."""
 
 
-class _Hashing:
+class _HashingFile:
     """A file for `torch.save` that hashes what passes through and keeps the error of a write.
 
     PyTorch's writer turns every error into one of its own that says neither what nor why.
@@ -62,7 +62,7 @@ class _Hashing:
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its hash. Raises `OSError`, and then `path` is what it was."""
     with atomic_file(path) as file:
-        hashing = _Hashing(file)
+        hashing = _HashingFile(file)
         try:
             torch.save(content, hashing)  # pyright: ignore[reportArgumentType]  (it needs these two methods only)
         except Exception as error:
@@ -87,7 +87,7 @@ def verify(path: Path) -> bool:
             return False
         file.seek(0)
         digest, left = hashlib.sha256(), size - HASH_LINE_BYTES
-        while left and (chunk := file.read(min(CHUNK, left))):
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
             digest.update(chunk)
             left -= len(chunk)
     if digest.hexdigest().encode() != found[1]:
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints from which a run can go on: `last.ckpt`, those before it, then all others by their time."""
-    latest = [folder / name for name in _names(LAST) if (folder / name).exists()]
+    latest = [folder / name for name in _rotation_names(LAST) if (folder / name).exists()]
     others = sorted(set(folder.glob("*.ckpt")) - set(latest), key=lambda path: path.stat().st_mtime, reverse=True)
     return latest + others
 
@@ -150,7 +150,7 @@ def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _names(name: str) -> Iterator[str]:
+def _rotation_names(name: str) -> Iterator[str]:
     """`last.ckpt`, `last-1.ckpt`, ... without end for who looks, and so bounded by what a folder can hold."""
     stem, suffix = os.path.splitext(name)
     yield name
@@ -201,7 +201,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def _rotate(self, path: Path) -> None:
         """`last.ckpt` becomes `last-1.ckpt`, ..., and those above `keep_last` go."""
-        names = [path.with_name(name) for name in _names(path.name)]
+        names = [path.with_name(name) for name in _rotation_names(path.name)]
         for old in names[self.keep_last :]:
             if not old.exists():
                 break
@@ -247,7 +247,7 @@ class AsyncCheckpointIO(SafeCheckpointIO):
 
         self.wait()
         names, self.names = self.names, []
-        content = tree_map_only(torch.Tensor, _on_host, {**checkpoint, "format": FORMAT})
+        content = tree_map_only(torch.Tensor, _copy_to_host, {**checkpoint, "format": FORMAT})
         # Not a daemon: a program that ends waits for its last checkpoint.
         thread = Thread(target=self.write, args=(content, Path(path), names), name="checkpoint")
         thread.start()
@@ -264,5 +264,5 @@ class AsyncCheckpointIO(SafeCheckpointIO):
         self.wait()
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)

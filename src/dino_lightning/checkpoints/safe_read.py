@@ -18,7 +18,7 @@ try:
 except ImportError:  # NumPy 1
     from numpy.core.multiarray import scalar  # type: ignore[no-redef]
 
-SAFE: list[Any] = [
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     # The original writes learning rates as scalars of NumPy, whose modules have two names.
     (scalar, "numpy.core.multiarray.scalar"),
@@ -34,7 +34,7 @@ SAFE: list[Any] = [
 def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
     """The content of a `.pth`, `.pt` or `.ckpt` on the CPU; `source` names it in errors."""
     try:
-        with torch.serialization.safe_globals(SAFE):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror or error}.") from error
@@ -44,13 +44,13 @@ def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
                 f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
                 "code; save it anew as a state dict of tensors."
             ) from error
-        raise UserError(f"{source} is not a checkpoint, or not a whole one: {_beginning(path)}.") from error
+        raise UserError(f"{source} is not a checkpoint, or not a whole one: {_diagnose(path)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds a {type(content).__name__}; expected a state dict or a checkpoint.")
     return content
 
 
-def _beginning(path: Path) -> str:
+def _diagnose(path: Path) -> str:
     """What is wrong with a file that PyTorch cannot read, as far as its first bytes tell."""
     try:
         with path.open("rb") as file:

@@ -10,21 +10,21 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dino_lightning.checkpoints.description import PAPER, Description
-from dino_lightning.checkpoints.original import load_strictly, recognized
+from dino_lightning.checkpoints.description import PAPER_CROPS, Description
+from dino_lightning.checkpoints.original import identify_network, load_strictly
 from dino_lightning.config import TimmConfig
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.models.backbones import build_backbone
 
 
-def described(name: str, *, source: str) -> Description:
+def timm_description(name: str, *, source: str) -> Description:
     """Architecture and preparation of images of a network of timm; `source` names it in errors.
 
     The weights of DINO (`vit_small_patch16_224.dino` and its kind) become an `OriginalViT`, which resamples the
     position embedding as they were trained, and their images are resized to 256, as for the published figures. Other
     ViTs resample as timm does.
     """
-    settings = _settings(name, source=source)
+    settings = _pretrained_cfg(name, source=source)
     channels, size = settings.input_size[0], settings.input_size[-1]
     described = Description(
         TimmConfig(name=name, drop_path_rate=0.0),
@@ -38,11 +38,11 @@ def described(name: str, *, source: str) -> Description:
         return described
     with torch.device("meta"):
         weights = described.build().state_dict()
-    _, as_original = recognized(weights, source=source)
-    return replace(described, backbone=as_original.backbone, resize=PAPER.eval_resize, size=PAPER.eval_size)
+    _, as_original = identify_network(weights, source=source)
+    return replace(described, backbone=as_original.backbone, resize=PAPER_CROPS.eval_resize, size=PAPER_CROPS.eval_size)
 
 
-def trained(name: str, description: Description, *, source: str, file: Path | None = None) -> nn.Module:
+def load_pretrained(name: str, description: Description, *, source: str, file: Path | None = None) -> nn.Module:
     """The network with published weights, downloaded unless they are kept by timm or given as a file."""
     overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     config = TimmConfig(name=name, pretrained=True, drop_path_rate=0.0, arguments=overlay)
@@ -67,7 +67,7 @@ def per_channel(values: tuple[float, ...] | float, channels: int) -> list[float]
     return listed * channels if len(listed) == 1 else listed
 
 
-def _settings(name: str, *, source: str) -> Any:
+def _pretrained_cfg(name: str, *, source: str) -> Any:
     """timm's settings of the weights. Raises `UserError` for a name or tag that timm lacks."""
     try:
         settings = get_pretrained_cfg(name) if timm.is_model(name) else None

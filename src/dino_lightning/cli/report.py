@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dino_lightning.errors import UserError, cannot_be_written
-from dino_lightning.report.comparison import MOST_RUNS, comparison_page
+from dino_lightning.report.comparison import MAX_RUNS, comparison_page
 from dino_lightning.report.evaluations import find_results
 from dino_lightning.report.page import run_page
 from dino_lightning.report.run_folder import read_run
@@ -52,8 +52,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def write(words: Sequence[str], *, output: Path | None = None, results: Sequence[Path] = ()) -> Path:
     """The page of the runs that are named, and where it is. Raises `UserError`."""
     folders = find_runs(words)
-    if len(folders) > MOST_RUNS:
-        raise UserError(f"dino report: these are {len(folders)} runs and a page takes {MOST_RUNS}; name fewer.")
+    if len(folders) > MAX_RUNS:
+        raise UserError(f"dino report: these are {len(folders)} runs and a page takes {MAX_RUNS}; name fewer.")
     path = checked(output, default=(folders[0] if len(folders) == 1 else common_folder(folders)) / "report.html")
     several = track(folders, "Reading", console=Console(stderr=True), transient=True)
     runs = [read_run(folder, half_written=True) for folder in (several if len(folders) > 1 else folders)]

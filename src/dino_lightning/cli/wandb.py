@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import missing_key
+from dino_lightning.loggers.wandb import missing_key_message
 from dino_lightning.report.wandb_workspace import EXTRA, default_entity, save_report, save_view
 
 
@@ -50,7 +50,7 @@ def check() -> None:
     """Refuse to start without the package or a key: W&B would ask for one and wait."""
     if find_spec("wandb_workspaces") is None:
         raise UserError(f"dino wandb needs the package wandb-workspaces; install it ({EXTRA}).")
-    problem = missing_key()
+    problem = missing_key_message()
     if problem is not None:
         raise UserError(f"{problem}; a view is saved online.")
     os.environ.setdefault("WANDB_SILENT", "true")  # it prints addresses of its own

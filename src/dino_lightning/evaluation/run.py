@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from dino_lightning.checkpoints import load_network, untrained
+from dino_lightning.checkpoints import load_network, with_fresh_weights
 from dino_lightning.config import (
     SCHEMAS,
     AttentionEval,
@@ -39,7 +39,7 @@ from dino_lightning.evaluation.retrieval import copy_detection, retrieval
 from dino_lightning.evaluation.video import video
 from dino_lightning.evaluation.wandb import log_results, start_evaluation
 from dino_lightning.loggers.checks import check_logger
-from dino_lightning.loggers.wandb import closed_wandb
+from dino_lightning.loggers.wandb import wandb_session
 from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.environment import check_gpus, check_variables
@@ -60,7 +60,9 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     runtime = start(config)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
     check_network(config, network)
-    networks = [network, untrained(network, seed=config.seed)] if config.baseline and network.trained else [network]
+    networks = (
+        [network, with_fresh_weights(network, seed=config.seed)] if config.baseline and network.trained else [network]
+    )
     name = next(name for name, schema in SCHEMAS["eval"].items() if type(config.eval) is schema)
     resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
     output, made_with = Path(config.output_dir), environment()
@@ -68,7 +70,7 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
         output / "results.jsonl", eval=name, checkpoint=config.checkpoint, config=resolved, environment=made_with
     )
     introduce(config, network, runtime)
-    with closed_wandb():
+    with wandb_session():
         logger = None
         if isinstance(config.logger, WandbLoggerConfig) and runtime.is_main:
             logger = start_evaluation(

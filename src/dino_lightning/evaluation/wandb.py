@@ -11,7 +11,7 @@ import yaml
 
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.evaluation.context import Result
-from dino_lightning.loggers.wandb import RUN_ID, LastingWandbLogger, sweep_name, wandb_logger, weights_name
+from dino_lightning.loggers.wandb import RUN_ID_FILE, FaultTolerantWandbLogger, sweep_name, wandb_logger, weights_name
 from dino_lightning.runtime.console import warn
 
 COLUMNS = ["network", "metric", "value", "unit", "main", "details"]
@@ -39,7 +39,7 @@ def training_run(checkpoint: str) -> TrainingRun | None:
         return None
     for folder in (path, *path.parents[:2]):
         try:
-            run_id = (folder / RUN_ID).read_text().strip()
+            run_id = (folder / RUN_ID_FILE).read_text().strip()
             logger = yaml.safe_load((folder / "config.yaml").read_text())["logger"]
             return TrainingRun(run_id, logger["project"], logger.get("entity"))
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
@@ -55,7 +55,7 @@ def start_evaluation(
     digest: str,
     hyperparameters: dict[str, Any],
     given: Sequence[str],
-) -> LastingWandbLogger:
+) -> FaultTolerantWandbLogger:
     """A run of job type `evaluation`, that names the run and the artifact of the weights where `checkpoint` has them.
 
     It stands in the project of that run, unless `given`, the words of the command line, name another.
@@ -74,7 +74,7 @@ def start_evaluation(
     return logger
 
 
-def _use_weights(logger: LastingWandbLogger, trained: TrainingRun) -> None:
+def _use_weights(logger: FaultTolerantWandbLogger, trained: TrainingRun) -> None:
     run = logger.experiment
     if run.disabled:
         return
@@ -89,7 +89,7 @@ def _use_weights(logger: LastingWandbLogger, trained: TrainingRun) -> None:
         warn(f"W&B has no artifact {trained.weights} ({reason}); {instead}.")
 
 
-def log_results(logger: LastingWandbLogger, name: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
+def log_results(logger: FaultTolerantWandbLogger, name: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
     """All results of evaluation `name` in a table, and the first network's as numbers, which W&B can chart."""
     rows = [
         [network, result.metric, result.value, result.unit, result.main, json.dumps(result.details)]

@@ -15,10 +15,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import write_atomically
 
-METRICS = "metrics.csv"
+METRICS_FILE = "metrics.csv"
 
 
-class MetricsFile(CSVLogger):
+class MetricsCSVLogger(CSVLogger):
     """Lightning's CSV logger, but it keeps the rows of the run that goes on, and changes the header in one stroke."""
 
     def __init__(self, output: Path, *, before_step: int | None = None) -> None:
@@ -30,21 +30,21 @@ class MetricsFile(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """What writes."""
-        if not isinstance(self._experiment, _Writer):
-            self._experiment = _Writer(Path(self.log_dir), before_step=self.before_step)
+        if not isinstance(self._experiment, _AtomicWriter):
+            self._experiment = _AtomicWriter(Path(self.log_dir), before_step=self.before_step)
         return self._experiment
 
 
-class _Writer(ExperimentWriter):
+class _AtomicWriter(ExperimentWriter):
     def __init__(self, folder: Path, *, before_step: int | None) -> None:
         super().__init__(log_dir=str(folder))
-        self.path = folder / METRICS
+        self.path = folder / METRICS_FILE
         self.rows_wait = False
         """Whether the latest rows could not be written."""
         rows = [] if before_step is None else [row for row in read_rows(self.path) if int(row["step"]) < before_step]
         self.metrics_keys = sorted(set().union(*rows))
         if rows:
-            write_atomically(self.path, _table(self.metrics_keys, rows))
+            write_atomically(self.path, _to_csv(self.metrics_keys, rows))
         else:
             self.path.unlink(missing_ok=True)
 
@@ -59,9 +59,9 @@ class _Writer(ExperimentWriter):
         try:
             if keys != self.metrics_keys or not self.path.exists():
                 rows = [*read_rows(self.path), *self.metrics]
-                write_atomically(self.path, _table(keys, rows))
+                write_atomically(self.path, _to_csv(keys, rows))
             else:
-                _append(self.path, _table(keys, self.metrics, header=False).encode())
+                _append(self.path, _to_csv(keys, self.metrics, header=False).encode())
         except OSError as error:
             if not self.rows_wait:
                 warn(
@@ -100,7 +100,7 @@ def has_row(path: Path, *, step: int, keys: Iterable[str]) -> bool:
     return any(int(row["step"]) == step and wanted <= row.keys() for row in read_rows(path))
 
 
-def _table(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
+def _to_csv(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=keys, lineterminator=os.linesep)
     if header:

@@ -17,14 +17,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.runtime.console import warn
 
-HOST = "https://api.wandb.ai"
-STEP = "trainer/global_step"
+DEFAULT_HOST = "https://api.wandb.ai"
+STEP_METRIC = "trainer/global_step"
 """Lightning's name for the optimizer step, the x axis of all charts."""
-RUN_ID = "wandb_run_id.txt"
+RUN_ID_FILE = "wandb_run_id.txt"
 """In the folder of a run: its id at W&B."""
 
 
-class LastingWandbLogger(WandbLogger):
+class FaultTolerantWandbLogger(WandbLogger):
     """Lightning's logger, but a run starts where W&B cannot be reached, and goes on when W&B's own process is gone.
 
     That process dies of the signals that a scheduler sends to all processes of a job, when the run itself has yet to
@@ -33,7 +33,7 @@ class LastingWandbLogger(WandbLogger):
 
     lost = False
     """Whether something could not be sent; nothing is, from then on."""
-    started: ClassVar["LastingWandbLogger | None"] = None
+    started: ClassVar["FaultTolerantWandbLogger | None"] = None
     """The one that `closed_wandb` will close."""
 
     @rank_zero_only
@@ -41,7 +41,7 @@ class LastingWandbLogger(WandbLogger):
         """Start W&B's run; offline, where it is to be online and cannot. `best` are metrics whose maximum counts."""
         problem = None
         if self._wandb_init.get("mode") == "online":
-            problem = missing_key()  # W&B would ask for one, and wait for an answer
+            problem = missing_key_message()  # W&B would ask for one, and wait for an answer
             if problem is None:
                 try:
                     _ = self.experiment
@@ -49,9 +49,9 @@ class LastingWandbLogger(WandbLogger):
                     problem = _reason(error)
         if problem is not None:
             self._go_offline(problem)
-        LastingWandbLogger.started = self
+        FaultTolerantWandbLogger.started = self
         for name in best:
-            self.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary="max")
+            self.experiment.define_metric(name, step_metric=STEP_METRIC, step_sync=True, summary="max")
 
     def _go_offline(self, problem: str) -> None:
         wandb.teardown(exit_code=1)  # its process holds the id of the run that did not start
@@ -104,27 +104,27 @@ class LastingWandbLogger(WandbLogger):
 
 
 @contextmanager
-def closed_wandb() -> Iterator[None]:
+def wandb_session() -> Iterator[None]:
     """Close the run that is started within, however the block ends: the next job of a sweep is another one at W&B."""
     failed = True
     try:
         yield
         failed = False
     finally:
-        logger, LastingWandbLogger.started = LastingWandbLogger.started, None
+        logger, FaultTolerantWandbLogger.started = FaultTolerantWandbLogger.started, None
         if logger is not None:
             logger.finish(failed=failed)
 
 
 def wandb_logger(
     config: WandbLoggerConfig, *, folder: Path, run_id: str | None, name: str, group: str | None, job_type: str
-) -> LastingWandbLogger:
+) -> FaultTolerantWandbLogger:
     """The logger of a run that writes to `folder`; `start` starts it. `name` and `group` are used where none is set."""
     if config.mode != "online":  # W&B sends statistics of its own use also then, unless told not to
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     timeouts: dict[str, Any] = {"init_timeout": config.start_timeout_s, "finish_timeout": config.end_timeout_s}
     known = {key: value for key, value in timeouts.items() if key in wandb.Settings.model_fields}
-    logger = LastingWandbLogger(
+    logger = FaultTolerantWandbLogger(
         entity=config.entity,
         project=config.project,
         name=config.name or name,
@@ -158,9 +158,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def missing_key() -> str | None:
+def missing_key_message() -> str | None:
     """What to do about a key that is missing; None where there is one."""
-    host = os.environ.get("WANDB_BASE_URL", HOST)
+    host = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host):
         return None
     return f"no key for {host} is known (`wandb login` or WANDB_API_KEY)"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dino_lightning.methods.collapse import LEAST_RANK, LEAST_SPREAD
-from dino_lightning.report.run_folder import Run, finite
+from dino_lightning.report.run_folder import Run, to_finite
 
-WIDE_RANGE = 1000
+LOG_FACTOR = 1000
 """An unknown quantity whose largest value is this many times its smallest starts on a logarithmic axis."""
 
 
@@ -26,7 +26,7 @@ class Chart:
 
 
 LEARNING, SCHEDULES, COLLAPSE = "Learning", "Schedules", "Signs of collapse"
-OTHERS = "Everything else"
+OTHER = "Everything else"
 
 CHARTS = [
     Chart(
@@ -127,18 +127,18 @@ CHARTS = [
         zero=True,
     ),
 ]
-SECTIONS = [*dict.fromkeys(chart.section for chart in CHARTS), OTHERS]
+SECTIONS = [*dict.fromkeys(chart.section for chart in CHARTS), OTHER]
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLine:
     """A horizontal line that a chart is read against."""
 
     value: float
     label: str
 
 
-def charts_of(runs: Sequence[Run]) -> list[Chart]:
+def charts_for(runs: Sequence[Run]) -> list[Chart]:
     """The charts that any of the runs has curves for; columns that no chart knows get one each, at the end."""
     present = dict.fromkeys(column for run in runs for column in run.curves)
     by_k = sorted((c for c in present if c.startswith("knn/top1_k")), key=lambda c: (len(c), c))
@@ -147,7 +147,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     several = [Chart(LEARNING, "k-NN by neighbors", text, ks)] if len(ks) > 1 else []
     known = {column for chart in CHARTS for column in chart.columns}
     others = [
-        Chart(OTHERS, column, "", {column: column}, log=_starts_on_log(runs, column))
+        Chart(OTHER, column, "", {column: column}, log=_starts_on_log(runs, column))
         for column in present
         if column not in known and not column.startswith("knn/top")
     ]
@@ -155,10 +155,10 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in charts if any(column in present for column in chart.columns)]
 
 
-def by_column(runs: Sequence[Run]) -> list[Chart]:
+def one_chart_per_column(runs: Sequence[Run]) -> list[Chart]:
     """The charts for runs on top of each other: one for each column, since a color there is a run."""
     found = []
-    for chart in charts_of(runs):
+    for chart in charts_for(runs):
         columns = {c: name for c, name in chart.columns.items() if any(c in run.curves for run in runs)}
         for column, name in columns.items():
             title = f"{chart.title}: {name}" if len(chart.columns) > 1 else chart.title
@@ -167,17 +167,17 @@ def by_column(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _starts_on_log(runs: Sequence[Run], column: str) -> bool:
-    return spans([value for run in runs for _, value in run.curves.get(column, [])], times=WIDE_RANGE)
+    return spans_factor([value for run in runs for _, value in run.curves.get(column, [])], times=LOG_FACTOR)
 
 
-def spans(values: Sequence[float], *, times: float) -> bool:
+def spans_factor(values: Sequence[float], *, times: float) -> bool:
     """Whether all are positive and the largest is `times` the smallest."""
     return min(values) > 0 and max(values) >= times * min(values)
 
 
-def references(run: Run, chart: Chart) -> list[Reference]:
+def reference_lines(run: Run, chart: Chart) -> list[ReferenceLine]:
     """Horizontal lines that a chart is read against."""
-    K, D = finite(run.setting("method.out_dim")), run.number("feature_dim")
+    K, D = to_finite(run.setting("method.out_dim")), run.number("feature_dim")
     ln_K = math.log(K) if K and K > 0 else None
     even = 1 / math.sqrt(D) if D and D > 0 else None
     lines: list[tuple[float | None, str]] = []
@@ -193,10 +193,10 @@ def references(run: Run, chart: Chart) -> list[Reference]:
     elif "knn/top1" in chart.columns:
         untrained, pixels = run.number("knn_top1_untrained"), run.number("knn_top1_pixels")
         lines = [(untrained, "untrained, top-1"), (pixels, "raw pixels, top-1")]
-    return [Reference(value, label) for value, label in lines if value is not None]
+    return [ReferenceLine(value, label) for value, label in lines if value is not None]
 
 
-def shared_references(runs: Sequence[Run], chart: Chart) -> list[Reference]:
+def shared_reference_lines(runs: Sequence[Run], chart: Chart) -> list[ReferenceLine]:
     """Those that are the same for all of the runs."""
-    first, *others = (references(run, chart) for run in runs)
+    first, *others = (reference_lines(run, chart) for run in runs)
     return [line for line in first if all(line in lines for lines in others)]

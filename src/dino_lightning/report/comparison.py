@@ -3,24 +3,24 @@
 from collections.abc import Sequence
 from html import escape
 
-from dino_lightning.report.curves import COLORS, curves_html, curves_json, drawn_together, room_of_a_curve
-from dino_lightning.report.evaluations import Evaluated, results_html
-from dino_lightning.report.gallery import gallery_together
+from dino_lightning.report.curves import COLORS, curves_html, curves_json, max_points, plot_runs
+from dino_lightning.report.evaluations import EvalResult, results_html
+from dino_lightning.report.gallery import compare_galleries
 from dino_lightning.report.markup import Cell, bar, note, page, section, table
 from dino_lightning.report.run_folder import Run
-from dino_lightning.report.runs import differences, folders_of, names_of, state
+from dino_lightning.report.runs import differing_settings, relative_folders, run_labels, run_status
 
-MOST_RUNS = 4 * COLORS
+MAX_RUNS = 4 * COLORS
 """Colors and dashes that can be told apart."""
-SHOWN = 60
+MAX_SETTING_CHARS = 60
 """Characters of a setting in the table of differences."""
 
 
-def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]]) -> str:
+def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[EvalResult]]) -> str:
     """The page, as HTML; `results` are each run's own. There may be `MOST_RUNS` of them."""
-    assert len(runs) <= MOST_RUNS
-    names = names_of(runs)
-    charts = drawn_together(runs, names)
+    assert len(runs) <= MAX_RUNS
+    names = run_labels(runs)
+    charts = plot_runs(runs, names)
     titles = list(dict.fromkeys(run.title for run in runs))
     return page(
         kind=f"{len(runs)} dino-lightning runs",
@@ -28,13 +28,13 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]])
         lead=f'<p class="lead">{escape(_verdict(runs, names))}</p>',
         parts=[
             section("What was learned", _knn(runs, names)),
-            section("What differs", _differences(runs, folders_of(runs))),
+            section("What differs", _differences(runs, relative_folders(runs))),
             section("Evaluations", results_html(results, names)),
-            section("Pictures", gallery_together(runs, names)),
+            section("Pictures", compare_galleries(runs, names)),
             curves_html(charts, runs=names),
         ],
         footer="Made from the files in " + ", ".join(f"<code>{escape(run.name)}</code>" for run in runs) + ". "
-        f"Of a curve of more than {room_of_a_curve(runs):,} points, the least and the greatest value of each of equal "
+        f"Of a curve of more than {max_points(runs):,} points, the least and the greatest value of each of equal "
         "parts are shown; every number stands in <code>metrics.csv</code>.",
         data=curves_json(charts, epochs=[]),
     )
@@ -43,7 +43,7 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[Evaluated]])
 def _accuracy(run: Run) -> float | None:
     """k-NN top-1 in percent: the run's or, before its end, the latest."""
     known = run.number("knn_top1")
-    return run.last("knn/top1") if known is None else known
+    return run.last_value("knn/top1") if known is None else known
 
 
 def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -73,7 +73,10 @@ def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
         value = _accuracy(run)
         swatch = f'<i class="swatch d{number // COLORS}" style="border-top-color:var(--s{number % COLORS})"></i>'
         shown = "" if value is None else f'{bar(value)}<data value="{value!r}">{value:.1f} %</data>'
-        loss, speed = (run.last("train/loss_epoch"), run.last("train/loss")), run.last("speed/images_per_second")
+        loss, speed = (
+            (run.last_value("train/loss_epoch"), run.last_value("train/loss")),
+            run.last_value("speed/images_per_second"),
+        )
         figures = [
             _number(max((v for _, v in run.curves.get("knn/top1", [])), default=None), ".1f", " %"),
             *(_number(values[number], ".1f", " %") for key, values in baselines.items() if key not in shared),
@@ -81,7 +84,7 @@ def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
             _number(run.number("images_per_second") or speed, ",.0f"),
         ]
         first = [Cell(f"{swatch}{escape(name)}"), Cell(shown, figure=True, main=bool(known) and value == max(known))]
-        rows.append([*first, *(Cell(each, figure=True) for each in figures), Cell(escape(state(run)), words=True)])
+        rows.append([*first, *(Cell(each, figure=True) for each in figures), Cell(escape(run_status(run)), words=True)])
     columns = [name for key, name in BASELINES.items() if key not in shared]
     header = ["Run", "k-NN top-1", "highest", *columns, "loss", "images/s", "state"]
     said = [f"{BASELINES[key]} {value:.1f} %" for key, value in shared.items() if value is not None]
@@ -97,7 +100,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
-    found = differences(runs)
+    found = differing_settings(runs)
     unknown = [name for run, name in zip(runs, names, strict=True) if not run.config]
     said = note(f"config.yaml is missing or broken: {', '.join(unknown)}.") if unknown else ""
     if not found:
@@ -112,5 +115,5 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _setting(value: str) -> Cell:
-    short = value if len(value) <= SHOWN else value[: SHOWN - 1] + "…"
+    short = value if len(value) <= MAX_SETTING_CHARS else value[: MAX_SETTING_CHARS - 1] + "…"
     return Cell(f"<code>{escape(short)}</code>" if short else '<span class="soft">not there</span>')

@@ -7,17 +7,25 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from dino_lightning.report.charts import COLLAPSE, Chart, Reference, by_column, charts_of, references, spans
-from dino_lightning.report.charts import shared_references as shared
+from dino_lightning.report.charts import (
+    COLLAPSE,
+    Chart,
+    ReferenceLine,
+    charts_for,
+    one_chart_per_column,
+    reference_lines,
+    spans_factor,
+)
+from dino_lightning.report.charts import shared_reference_lines as shared
 from dino_lightning.report.run_folder import Curve, Run
 from dino_lightning.report.svg import COLORS, Line, chart_svg
 
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 """Points of one curve in the page; of a longer one the extremes of equal parts are kept."""
-LEAST_POINTS = 200
-PAGE_POINTS = 200_000
+MIN_POINTS = 200
+MAX_PAGE_POINTS = 200_000
 """Points of all curves in the page, some 4 MB: with many runs, each curve gets fewer, `LEAST_POINTS` at the least."""
-LOG_RANGE = 5
+LOG_SWITCH_FACTOR = 5
 """A positive quantity whose largest value is this many times its smallest can be put on a logarithmic axis."""
 HINT = (
     "Point at a chart, or use its arrow keys, to read all charts at that step; drag across it, or press + and −, to "
@@ -46,12 +54,12 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PlottedChart:
     """A chart with its curves and the lines that it is read against."""
 
     chart: Chart
     series: list[Series]
-    references: list[Reference]
+    references: list[ReferenceLine]
 
     def plain(self) -> dict[str, Any]:
         """For the page's script."""
@@ -59,43 +67,43 @@ class Drawn:
         return {"series": [one.plain() for one in self.series], "references": lines, "zero": self.chart.zero}
 
 
-def drawn_run(run: Run) -> list[Drawn]:
+def plot_run(run: Run) -> list[PlottedChart]:
     """The charts of one run."""
     found = []
-    for chart in charts_of([run]):
+    for chart in charts_for([run]):
         present = [(column, name) for column, name in chart.columns.items() if column in run.curves]
         # Single steps are noise behind the mean of an epoch, where there is one.
         thin = {"train/loss"} if len(present) > 1 else set()
         series = [
-            _series(name, run.curves[column], number, most=MOST_POINTS, thin=column in thin)
+            _series(name, run.curves[column], number, most=MAX_POINTS, thin=column in thin)
             for number, (column, name) in enumerate(present)
         ]
-        found.append(Drawn(chart, series, references(run, chart)))
+        found.append(PlottedChart(chart, series, reference_lines(run, chart)))
     return found
 
 
-def drawn_together(runs: Sequence[Run], names: Sequence[str]) -> list[Drawn]:
+def plot_runs(runs: Sequence[Run], names: Sequence[str]) -> list[PlottedChart]:
     """The charts of several runs on top of each other, each run in a color of its own."""
-    most = room_of_a_curve(runs)
+    most = max_points(runs)
     found = []
-    for chart in by_column(runs):
+    for chart in one_chart_per_column(runs):
         (column,) = chart.columns
         series = [
             _series(name, run.curves[column], number, most=most)
             for number, (run, name) in enumerate(zip(runs, names, strict=True))
             if column in run.curves
         ]
-        found.append(Drawn(chart, series, shared(runs, chart)))
+        found.append(PlottedChart(chart, series, shared(runs, chart)))
     return found
 
 
-def room_of_a_curve(runs: Sequence[Run]) -> int:
+def max_points(runs: Sequence[Run]) -> int:
     """Points that each curve of these runs may have in one page."""
     curves = sum(len(run.curves) for run in runs)
-    return max(LEAST_POINTS, min(MOST_POINTS, PAGE_POINTS // max(1, curves)))
+    return max(MIN_POINTS, min(MAX_POINTS, MAX_PAGE_POINTS // max(1, curves)))
 
 
-def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:
+def downsample(curve: Curve, most: int = MAX_POINTS) -> Curve:
     """At most `most` of a curve's own points, its first, last, peaks and troughs among them."""
     if len(curve) <= most:
         return curve
@@ -114,21 +122,21 @@ def _series(name: str, curve: Curve, number: int, *, most: int, thin: bool = Fal
     if len(curve) > most:
         parts = _parts(curve, most // 2)
         means = [(part[len(part) // 2][0], sum(value for _, value in part) / len(part)) for part in parts]
-    return Series(name, thinned(curve, most), means, curve[-1], number, thin)
+    return Series(name, downsample(curve, most), means, curve[-1], number, thin)
 
 
-def curves_json(charts: Sequence[Drawn], *, epochs: list[tuple[int, int]]) -> str:
+def curves_json(charts: Sequence[PlottedChart], *, epochs: list[tuple[int, int]]) -> str:
     """The charts in the order of `curves_html`, for a script element."""
     data = {"epochs": epochs, "charts": [drawn.plain() for drawn in charts]}
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")  # so that no value can close the element
 
 
-def curves_html(charts: Sequence[Drawn], *, collapse: str | None = None, runs: Sequence[str] = ()) -> str:
+def curves_html(charts: Sequence[PlottedChart], *, collapse: str | None = None, runs: Sequence[str] = ()) -> str:
     """All charts by section, below the controls that they share; with `runs`, a button for each run among them."""
     if not charts:
         note = '<p class="soft">There are no curves: metrics.csv is missing or empty.</p>'
-        return f'<section aria-labeledby="curves"><h2 id="curves">Curves</h2>{note}</section>'
+        return f'<section aria-labelledby="curves"><h2 id="curves">Curves</h2>{note}</section>'
     sections = []
     for title, group in groupby(charts, key=lambda drawn: drawn.chart.section):
         name = title.lower().replace(" ", "-")
@@ -136,11 +144,11 @@ def curves_html(charts: Sequence[Drawn], *, collapse: str | None = None, runs: S
         figures = "".join(_figure(drawn) for drawn in group)
         lead = said if title == COLLAPSE else ""
         sections.append(
-            f'<section aria-labeledby="{name}"><h3 id="{name}">{title}</h3>{lead}'
+            f'<section aria-labelledby="{name}"><h3 id="{name}">{title}</h3>{lead}'
             f'<div class="charts">{figures}</div></section>'
         )
     return (
-        f'<section aria-labeledby="curves" class="curves"><h2 id="curves">Curves</h2><p class="soft script">{HINT}</p>'
+        f'<section aria-labelledby="curves" class="curves"><h2 id="curves">Curves</h2><p class="soft script">{HINT}</p>'
         f"{_tools(runs)}{''.join(sections)}</section>"
     )
 
@@ -169,16 +177,16 @@ def key_button(name: str, number: int, *, value: str | None = None) -> str:
     )
 
 
-def _figure(drawn: Drawn) -> str:
+def _figure(drawn: PlottedChart) -> str:
     chart, series = drawn.chart, drawn.series
     values = [value for one in series for _, value in one.curve]
     checked = " checked" if chart.log else ""
-    can_log = spans(values, times=LOG_RANGE)
+    can_log = spans_factor(values, times=LOG_SWITCH_FACTOR)
     log = f'<label class="script"><input type="checkbox"{checked}>log</label>' if can_log else ""
     keys = "".join(key_button(one.name, one.number, value=f"{one.last[1]:.5g}") for one in series)
     last = max(one.last[0] for one in series)
     text = f"<p>{escape(chart.text)}</p>" if chart.text else ""
-    lines = [Line(thinned(one.curve, 400), one.number, thin=one.thin) for one in series]
+    lines = [Line(downsample(one.curve, 400), one.number, thin=one.thin) for one in series]
     picture = chart_svg(lines, drawn.references, zero=chart.zero, log=chart.log and can_log)
     return (
         f'<figure class="card chart"><figcaption><div class="head"><h4>{escape(chart.title)}</h4>{log}</div>{text}'
@@ -188,7 +196,7 @@ def _figure(drawn: Drawn) -> str:
     )
 
 
-def _spoken(drawn: Drawn) -> str:
+def _spoken(drawn: PlottedChart) -> str:
     parts = []
     for one in drawn.series:
         (first, start), (last, end) = one.curve[0], one.curve[-1]

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.errors import UserError
 from dino_lightning.report.markup import Cell, table
-from dino_lightning.report.run_folder import Run, finite
+from dino_lightning.report.run_folder import Run, to_finite
 
 RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvalResult:
     """One figure of one evaluation."""
 
     eval: str
@@ -36,32 +36,32 @@ class Evaluated:
     time: str
 
     @property
-    def shown(self) -> str:
+    def formatted(self) -> str:
         """The value with its unit, as in a table."""
         return f"{self.value:.1f} %" if self.unit == "%" else f"{self.value:.4g} {self.unit}".rstrip()
 
     @property
-    def row(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, str, str]:
         """What makes figures of several networks comparable."""
         return self.eval, self.metric, self.data
 
 
 @dataclass(frozen=True)
-class Owner:
+class ResultOwner:
     """A run, asked whether an evaluation is of its network."""
 
     run: Run
 
-    def owns(self, result: Evaluated) -> bool:
+    def owns(self, result: EvalResult) -> bool:
         """By the path that was evaluated or, where the folder has moved since, by the weights themselves."""
         return self._is_named(result) or (result.trained and result.digest in self.digests)
 
-    def lacks(self, result: Evaluated, owners: Iterable["Owner"]) -> bool:
+    def lacks(self, result: EvalResult, owners: Iterable["ResultOwner"]) -> bool:
         """Whether another has these weights: a relative path such as `0` may lead to either of them."""
         rivals = [other for other in owners if other is not self and other._is_named(result)]
         return any(result.digest in other.digests for other in rivals) and result.digest not in self.digests
 
-    def _is_named(self, result: Evaluated) -> bool:
+    def _is_named(self, result: EvalResult) -> bool:
         folder, path = self.run.folder.resolve(), result.checkpoint
         if path.is_absolute():
             return path.resolve().is_relative_to(folder)
@@ -79,7 +79,7 @@ class Owner:
         return found
 
 
-def find_results(runs: Sequence[Run], given: Iterable[Path] = ()) -> list[list[Evaluated]]:
+def find_results(runs: Sequence[Run], given: Iterable[Path] = ()) -> list[list[EvalResult]]:
     """For each run its results: of `results.jsonl` in it, in folders beside it and in the given ones.
 
     Of an evaluation that was done twice, the later counts. Raises `UserError` where a given folder has no results, or
@@ -88,11 +88,11 @@ def find_results(runs: Sequence[Run], given: Iterable[Path] = ()) -> list[list[E
     asked = [(folder, _read_given(folder)) for folder in given]
     beside = dict.fromkeys(path for run in runs for path in _files_beside(run.folder.resolve()))
     known = [result for path in beside for result in read_results(path)]
-    found, owners = [], [Owner(run) for run in runs]
+    found, owners = [], [ResultOwner(run) for run in runs]
     for owner in owners:
         own = [result for result in known + [r for _, some in asked for r in some] if owner.owns(result)]
         own = [result for result in own if not owner.lacks(result, owners)]
-        latest = {(result.row, result.trained): result for result in sorted(own, key=lambda result: result.time)}
+        latest = {(result.key, result.trained): result for result in sorted(own, key=lambda result: result.time)}
         found.append(list(latest.values()))
     for folder, some in asked:
         if not any(result in own for own in found for result in some):
@@ -105,7 +105,7 @@ def _files_beside(folder: Path) -> list[Path]:
     return [folder / RESULTS, *sorted(folder.glob(f"*/{RESULTS}")), *sorted(folder.parent.glob(f"*/{RESULTS}"))]
 
 
-def _read_given(path: Path) -> list[Evaluated]:
+def _read_given(path: Path) -> list[EvalResult]:
     files = [path] if path.is_file() else [path / RESULTS, *sorted(path.glob(f"*/{RESULTS}"))]
     found = [result for file in files for result in read_results(file)]
     if not found:
@@ -113,7 +113,7 @@ def _read_given(path: Path) -> list[Evaluated]:
     return found
 
 
-def read_results(path: Path) -> list[Evaluated]:
+def read_results(path: Path) -> list[EvalResult]:
     """The figures of a file; lines that are no results, such as one half written, are left out."""
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -128,13 +128,13 @@ def read_results(path: Path) -> list[Evaluated]:
     return found
 
 
-def _result(line: dict[str, Any]) -> Evaluated:
-    value = finite(line["value"])
+def _result(line: dict[str, Any]) -> EvalResult:
+    value = to_finite(line["value"])
     if value is None:
         raise ValueError("not a number")
     data = line["config"].get("data") or {}
     named = data.get("path") or data.get("name") or ("built in" if "draw_seed" in data else "")
-    return Evaluated(
+    return EvalResult(
         eval=str(line["eval"]),
         metric=str(line["metric"]),
         value=value,
@@ -147,9 +147,9 @@ def _result(line: dict[str, Any]) -> Evaluated:
     )
 
 
-def results_html(results: Sequence[Sequence[Evaluated]], names: Sequence[str]) -> str:
+def results_html(results: Sequence[Sequence[EvalResult]], names: Sequence[str]) -> str:
     """A table with a row for each figure and a column for each run that has any; then the untrained networks."""
-    rows = list(dict.fromkeys(result.row for some in results for result in some))
+    rows = list(dict.fromkeys(result.key for some in results for result in some))
     if not rows:
         return (
             '<p class="soft">There are no evaluations yet: <code>dino eval RUN</code> writes one, and '
@@ -158,7 +158,7 @@ def results_html(results: Sequence[Sequence[Evaluated]], names: Sequence[str]) -
     columns = []
     for trained in (True, False):
         for name, some in zip(names, results, strict=True):
-            own = {result.row: result for result in some if result.trained is trained}
+            own = {result.key: result for result in some if result.trained is trained}
             called = name if trained else "untrained" if len(names) == 1 else f"{name}, untrained"
             columns += [(called, own)] if own else []
     header = ["Evaluation", "Figure", "Images", *(name for name, _ in columns)]
@@ -169,5 +169,7 @@ def results_html(results: Sequence[Sequence[Evaluated]], names: Sequence[str]) -
     return table("Evaluations", header, body)
 
 
-def _cell(result: Evaluated | None) -> Cell:
-    return Cell("" if result is None else f'<data value="{result.value!r}">{escape(result.shown)}</data>', figure=True)
+def _cell(result: EvalResult | None) -> Cell:
+    return Cell(
+        "" if result is None else f'<data value="{result.value!r}">{escape(result.formatted)}</data>', figure=True
+    )

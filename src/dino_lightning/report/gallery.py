@@ -14,13 +14,13 @@ from dino_lightning.report.markup import note
 from dino_lightning.report.run_folder import Run, Sheets
 from dino_lightning.runtime.console import warn
 
-MOST_EPOCHS = 12
+MAX_EPOCHS = 12
 """Epochs of one picture in the page, the last included."""
-MOST_SHEETS = 60
+MAX_SHEETS = 60
 """Sheets of one picture over all runs; with many runs each shows fewer epochs, one at the least."""
 WIDEST, WIDEST_BESIDE = 1400, 1000
 """Pixels of a sheet's width: alone, and beside those of other runs."""
-TALLEST = 16_383
+MAX_SIDE = 16_383
 """Pixels of the longest side that WebP takes: a sheet of some hundred images is longer."""
 QUALITY = 82
 """Of WebP or JPEG: a fifth to a tenth of the PNG's bytes."""
@@ -95,7 +95,7 @@ def gallery(run: Run) -> str:
     return missing + "".join(_figure(name, [run], [""]) for name in _order([run]))
 
 
-def gallery_together(runs: Sequence[Run], names: Sequence[str]) -> str:
+def compare_galleries(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Every picture of the runs beside each other, with one slider over the epochs of all."""
     figures = [_figure(name, runs, names) for name in _order(runs)]
     return "".join(figures) or note("There are no pictures: the runs have drawn none.")
@@ -109,8 +109,8 @@ def _order(runs: Sequence[Run]) -> list[str]:
 def _figure(name: str, runs: Sequence[Run], names: Sequence[str]) -> str:
     caption = CAPTIONS.get(name, Caption(name, "", f"Picture {name}"))
     shown = [(run, called) for run, called in zip(runs, names, strict=True) if name in run.sheets]
-    most = max(1, min(MOST_EPOCHS, MOST_SHEETS // len(shown)))
-    epochs = chosen_epochs([run.sheets[name] for run, _ in shown], most=most)
+    most = max(1, min(MAX_EPOCHS, MAX_SHEETS // len(shown)))
+    epochs = choose_epochs([run.sheets[name] for run, _ in shown], most=most)
     widest = WIDEST if len(runs) == 1 else WIDEST_BESIDE
     columns = []
     for run, called in shown:
@@ -132,7 +132,7 @@ def _figure(name: str, runs: Sequence[Run], names: Sequence[str]) -> str:
     )
 
 
-def chosen_epochs(sheets: Sequence[Sheets], *, most: int) -> list[int | None]:
+def choose_epochs(sheets: Sequence[Sheets], *, most: int) -> list[int | None]:
     """Of all the runs' epochs the last, and the first and evenly spaced ones between as far as there is room."""
     every = sorted({epoch for some in sheets for epoch, _ in some}, key=_place)
     if len(every) <= most:
@@ -152,10 +152,10 @@ def _frames(sheets: Sheets, epochs: Sequence[int | None], *, widest: int) -> lis
     # A run that has not come to its end shows its latest in the end's place.
     if wanted[-1] != sheets[-1]:
         wanted.append(sheets[-1])
-    return [Frame(epoch, *encoded(path, widest=widest)) for epoch, path in wanted]
+    return [Frame(epoch, *encode_picture(path, widest=widest)) for epoch, path in wanted]
 
 
-def encoded(path: Path, *, widest: int) -> tuple[str, int, int]:
+def encode_picture(path: Path, *, widest: int) -> tuple[str, int, int]:
     """A picture's data address, width and height (pixels); a blank one where the file cannot be read."""
     kind = "WEBP" if features.check("webp") else "JPEG"
     try:
@@ -164,7 +164,7 @@ def encoded(path: Path, *, widest: int) -> tuple[str, int, int]:
     except (OSError, SyntaxError) as error:
         warn(f"{path} cannot be read ({error}); the report shows a blank picture in its place.")
         picture = Image.new("RGB", (64, 64), (128, 128, 128))
-    scale = min(widest / picture.width, TALLEST / picture.height)
+    scale = min(widest / picture.width, MAX_SIDE / picture.height)
     if scale < 1:
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         picture = picture.resize(size, Image.Resampling.LANCZOS)

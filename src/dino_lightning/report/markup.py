@@ -57,7 +57,7 @@ def bar(percent: float) -> str:
 def section(title: str, content: str) -> str:
     """A part of the page, with its heading."""
     name = title.lower().replace(" ", "-")
-    return f'<section aria-labeledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>'
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>'
 
 
 def page(*, kind: str, title: str, lead: str, parts: Sequence[str], footer: str, data: str) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
-from dino_lightning.report.curves import MOST_POINTS, curves_html, curves_json, drawn_run
-from dino_lightning.report.evaluations import Evaluated, find_results, results_html
+from dino_lightning.report.curves import MAX_POINTS, curves_html, curves_json, plot_run
+from dino_lightning.report.evaluations import EvalResult, find_results, results_html
 from dino_lightning.report.gallery import gallery
 from dino_lightning.report.markup import bar, note, page, section
-from dino_lightning.report.run_folder import Run, finite, read_run
-from dino_lightning.report.runs import state
+from dino_lightning.report.run_folder import Run, read_run, to_finite
+from dino_lightning.report.runs import run_status
 from dino_lightning.runtime.files import write_atomically
 
 KNN_ROWS = [
@@ -39,9 +39,9 @@ def write_report(run_dir: Path) -> Path:
     return report
 
 
-def run_page(run: Run, results: Iterable[Evaluated]) -> str:
+def run_page(run: Run, results: Iterable[EvalResult]) -> str:
     """The page, as HTML."""
-    charts = drawn_run(run)
+    charts = plot_run(run)
     collapse = run.summary.get("collapse")
     return page(
         kind="dino-lightning run",
@@ -54,7 +54,7 @@ def run_page(run: Run, results: Iterable[Evaluated]) -> str:
             curves_html(charts, collapse=str(collapse) if collapse else None),
             section("Configuration", _config(run)),
         ],
-        footer=f"Made from the files in <code>{escape(run.name)}</code>. Of a curve of more than {MOST_POINTS:,} "
+        footer=f"Made from the files in <code>{escape(run.name)}</code>. Of a curve of more than {MAX_POINTS:,} "
         "points, the least and the greatest value of each of equal parts are shown; every number stands in "
         "<code>metrics.csv</code>, every picture in <code>pictures</code>.",
         data=curves_json(charts, epochs=run.epochs),
@@ -66,7 +66,7 @@ def results_table(summary: dict[str, Any]) -> Table:
     table = Table("Features", title="k-NN top-1", min_width=36)
     table.add_column("Correct", justify="right")
     for key, name, _ in KNN_ROWS:
-        value = finite(summary.get(key))
+        value = to_finite(summary.get(key))
         shown = "not evaluated" if value is None else f"{value:.1f} %"
         table.add_row(name, shown, style="bold" if key == "knn_top1" else None)
     return table
@@ -94,7 +94,7 @@ def _facts(run: Run) -> str:
 
     commit, batch = run.summary.get("commit"), run.setting("data.batch_size_per_device")
     facts = {
-        "State": None if run.summary else state(run),
+        "State": None if run.summary else run_status(run),
         "Network": _network(run),
         "Images": run.setting("data.path") or run.setting("data.name") or _builtin(run),
         "Length": ", ".join(part for part in (count("epochs", "epochs"), count("steps", "steps")) if part),

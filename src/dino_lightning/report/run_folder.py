@@ -38,14 +38,14 @@ class Run:
 
     def number(self, key: str) -> float | None:
         """A finite number of the summary, or None."""
-        return finite(self.summary.get(key))
+        return to_finite(self.summary.get(key))
 
     @property
     def title(self) -> str:
         """The experiment; where no file tells it, the folder."""
         return str(self.summary.get("experiment") or self.setting("experiment") or self.name)
 
-    def last(self, column: str) -> float | None:
+    def last_value(self, column: str) -> float | None:
         """The latest value of a curve, or None."""
         return self.curves[column][-1][1] if self.curves.get(column) else None
 
@@ -57,7 +57,7 @@ class Run:
         return value
 
 
-def finite(value: Any) -> float | None:
+def to_finite(value: Any) -> float | None:
     """A number, or the text of one, as a float; None for anything else, infinities and NaN included."""
     try:
         number = float(value)
@@ -115,16 +115,16 @@ def _parse_config(text: str) -> dict[str, Any]:
 def _read_curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
     columns: dict[str, dict[int, float]] = {}
     for row in rows:
-        step = finite(row.get("step"))
+        step = to_finite(row.get("step"))
         for name, cell in row.items():
-            value = finite(cell)
+            value = to_finite(cell)
             if step is not None and value is not None and name not in ("step", "epoch"):
                 columns.setdefault(name, {})[int(step)] = value  # a resumed run repeats steps: the later row counts
     return {name: sorted(points.items()) for name, points in columns.items()}
 
 
 def _read_epochs(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    pairs = [(finite(row.get("step")), finite(row.get("epoch"))) for row in rows]
+    pairs = [(to_finite(row.get("step")), to_finite(row.get("epoch"))) for row in rows]
     known = sorted((int(step), int(epoch) + 1) for step, epoch in pairs if step is not None and epoch is not None)
     return known[:1] + [after for before, after in pairwise(known) if after[1] != before[1]]
 

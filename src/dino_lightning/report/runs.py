@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from dino_lightning.errors import UserError, did_you_mean
-from dino_lightning.report.run_folder import Run, finite
+from dino_lightning.report.run_folder import Run, to_finite
 from dino_lightning.runtime.files import FAILED
 
-FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
+RUN_FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 """What makes a folder that of a run."""
-OWN = ("output_dir", "resume")
+LOCATION_KEYS = ("output_dir", "resume")
 """Settings that say where a run is, not what it is."""
-LONGEST = 24
+MAX_SETTING_CHARS = 24
 """Characters of a setting in the name of a run."""
-DIGITS = 8
+MAX_NUMBER_CHARS = 8
 
 
 def find_runs(words: Iterable[str]) -> list[Path]:
@@ -31,7 +31,7 @@ def find_runs(words: Iterable[str]) -> list[Path]:
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         runs = [run for match in matches for run in _runs_in(match)]
         if not runs:
-            raise UserError(_nothing(word, path, matches))
+            raise UserError(_not_found(word, path, matches))
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
@@ -39,7 +39,7 @@ def find_runs(words: Iterable[str]) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has written anything there; an evaluation's folder, which has results alone, is none."""
-    return any((folder / name).exists() for name in FILES)
+    return any((folder / name).exists() for name in RUN_FILES)
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -52,7 +52,7 @@ def _by_number(path: Path) -> tuple[bool, int, str]:
     return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
 
 
-def _nothing(word: str, path: Path, matches: Sequence[Path]) -> str:
+def _not_found(word: str, path: Path, matches: Sequence[Path]) -> str:
     if matches:
         return f"{word}: expected the folder of a run or of a sweep, and there is no run in it."
     if glob.has_magic(word):
@@ -61,7 +61,7 @@ def _nothing(word: str, path: Path, matches: Sequence[Path]) -> str:
     return f"{word}: there is no such folder; {did_you_mean(path.name, beside) if beside else 'name that of a run'}"
 
 
-def state(run: Run) -> str:
+def run_status(run: Run) -> str:
     """How far a run has come, whether it was pruned, and whether it has collapsed, in words."""
     failed, pruned, collapse = run.folder / FAILED, run.summary.get("pruned"), run.summary.get("collapse")
     epoch, epochs = max((epoch for _, epoch in run.epochs), default=0), run.setting("trainer.max_epochs")
@@ -79,7 +79,7 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
-def settings(run: Run) -> dict[str, Any]:
+def flat_settings(run: Run) -> dict[str, Any]:
     """The configuration by dotted keys, without what says only where the run is."""
     found: dict[str, Any] = {}
 
@@ -90,16 +90,16 @@ def settings(run: Run) -> dict[str, Any]:
             else:
                 found[f"{prefix}{key}"] = value
 
-    walk({key: value for key, value in run.config.items() if key not in OWN}, "")
+    walk({key: value for key, value in run.config.items() if key not in LOCATION_KEYS}, "")
     return found
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Key -> its value in each run, as text, of the keys that are not the same in all; empty where a run lacks one.
 
     The commit of the code counts as one.
     """
-    known = [{**settings(run), "commit": str(run.summary.get("commit") or "")[:11]} for run in runs]
+    known = [{**flat_settings(run), "commit": str(run.summary.get("commit") or "")[:11]} for run in runs]
     # A run that has not ended has not said its commit: that is no difference.
     if any(not each["commit"] for each in known):
         known = [{key: value for key, value in each.items() if key != "commit"} for each in known]
@@ -115,22 +115,22 @@ def plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def folders_of(runs: Sequence[Run]) -> list[str]:
+def relative_folders(runs: Sequence[Run]) -> list[str]:
     """Each run's folder, from the innermost one that all lie in."""
     folders = [run.folder.resolve() for run in runs]
     above = common_folder(folders)
     return [str(folder.relative_to(above)) for folder in folders]
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
+def run_labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run: its folder, and the settings that differ where these are few and short."""
-    names, found = folders_of(runs), differences(runs)
+    names, found = relative_folders(runs), differing_settings(runs)
     ends = [key.rpartition(".")[2] for key in found]
     told = {
         end if ends.count(end) == 1 else key: [_brief(value) for value in values]
         for (key, values), end in zip(found.items(), ends, strict=True)
     }
-    short = all(len(f"{key}={value}") <= LONGEST for key, values in told.items() for value in values)
+    short = all(len(f"{key}={value}") <= MAX_SETTING_CHARS for key, values in told.items() for value in values)
     if not (short and 0 < len(told) <= 2):
         return names
     said = [
@@ -142,5 +142,5 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 def _brief(value: str) -> str:
     """Four digits of a number with more characters than a hand would type."""
-    number = finite(value)
-    return f"{number:.4g}" if number is not None and len(value) > DIGITS else value
+    number = to_finite(value)
+    return f"{number:.4g}" if number is not None and len(value) > MAX_NUMBER_CHARS else value

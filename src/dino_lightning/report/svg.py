@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dino_lightning.report.charts import Reference
+from dino_lightning.report.charts import ReferenceLine
 from dino_lightning.report.run_folder import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 200, 56, 8, 10, 24
@@ -44,7 +44,7 @@ class Axes:
         return TOP + (high - scale(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def chart_svg(lines: Sequence[Line], references: Sequence[Reference], *, zero: bool, log: bool) -> str:
+def chart_svg(lines: Sequence[Line], references: Sequence[ReferenceLine], *, zero: bool, log: bool) -> str:
     """Axes, lines that it is read against, and the curves, in the colors of the page."""
     values = [value for line in lines for _, value in line.curve] + [line.value for line in references]
     usable = [value for value in [*values, *([0.0] if zero else [])] if not log or value > 0]
@@ -101,7 +101,7 @@ def _polyline(axes: Axes, line: Line) -> str:
     return f'<path class="line {kind}" style="{look}" d="M{path}"/>' if points else ""
 
 
-def _reference(axes: Axes, line: Reference) -> str:
+def _reference(axes: Axes, line: ReferenceLine) -> str:
     y = axes.y(line.value)
     label = f'<text class="label" x="{WIDTH - RIGHT}" y="{y + 14 if y < TOP + 6 else y - 5:.1f}" text-anchor="end">'
     return f'<path class="reference" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>{label}{escape(line.label)}</text>'

@@ -7,7 +7,7 @@ from typing import Any
 import wandb
 
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import STEP
+from dino_lightning.loggers.wandb import STEP_METRIC
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def panel(chart: Chart) -> Any:
 
     if chart.pictures:
         return wr.MediaBrowser(title=chart.title, media_keys=list(chart.names), num_columns=1)
-    x = "Step" if chart.names[0].startswith("system/") else STEP
+    x = "Step" if chart.names[0].startswith("system/") else STEP_METRIC
     return wr.LinePlot(title=chart.title, x=x, y=list(chart.names), log_y=chart.log)
 
 

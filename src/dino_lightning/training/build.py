@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dino_lightning.checkpoints import Description
-from dino_lightning.checkpoints.init_weights import start_from
+from dino_lightning.checkpoints.init_weights import initialize_from
 from dino_lightning.checkpoints.original import KEYS
 from dino_lightning.checkpoints.run_checkpoint import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
@@ -37,8 +37,8 @@ from dino_lightning.config.registry import register_schema
 from dino_lightning.config.serialization import to_dict
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.csv import MetricsFile
-from dino_lightning.loggers.wandb import RUN_ID, sweep_name, wandb_logger
+from dino_lightning.loggers.csv import MetricsCSVLogger
+from dino_lightning.loggers.wandb import RUN_ID_FILE, sweep_name, wandb_logger
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.dino import DINO
@@ -140,7 +140,7 @@ def build_loggers(
 ) -> list[Logger]:
     """`metrics.csv`, and the configured logger beside it; `hyperparameters` is logged as it is."""
     output = Path(config.output_dir)
-    loggers: list[Logger] = [MetricsFile(output, before_step=before_step)]
+    loggers: list[Logger] = [MetricsCSVLogger(output, before_step=before_step)]
     match config.logger:
         case CSVLoggerConfig():
             return loggers
@@ -164,7 +164,7 @@ def _top_k(numbers: list[int]) -> list[str]:
 
 def wandb_run_id(output: Path, *, resume: bool) -> str:
     """The run's id at W&B, kept in the output folder: a run that goes on is the same one there."""
-    file = output / RUN_ID
+    file = output / RUN_ID_FILE
     if resume and file.exists():
         return file.read_text().strip()
     # Of the folder: all ranks agree on it without a word, and the first that comes here writes it.
@@ -210,7 +210,7 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNe
         common["teacher_backbone"] = backbone(drop_path=False)
     if initial is not None:
         backbones = [common[f"{key}_backbone"] for key in KEYS if f"{key}_backbone" in common]
-        start_from(initial, *backbones, source=f"init_from={config.init_from}")
+        initialize_from(initial, *backbones, source=f"init_from={config.init_from}")
     match config.method:
         case own if type(own) in METHODS:  # before those that it may be a kind of
             method: Method = METHODS[type(own)](own, **common)
@@ -233,5 +233,5 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNe
         std=config.crops.std,
         resize=config.crops.eval_resize,
         size=config.crops.eval_size,
-    ).plain()
+    ).to_dict()
     return method

@@ -17,7 +17,7 @@ from dino_lightning.config import TrainConfig, WandbLoggerConfig
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import LastingWandbLogger, closed_wandb
+from dino_lightning.loggers.wandb import FaultTolerantWandbLogger, wandb_session
 from dino_lightning.runtime.collectives import leave_group
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.environment import check_port
@@ -44,7 +44,7 @@ def train(
     `given` are the words of the command line, whose keys `auto.data=true` leaves as they are. `at_once` runs, which
     a launcher has started side by side, share the cores of this machine.
     """
-    with run_lock(composed.output_dir), closed_wandb():
+    with run_lock(composed.output_dir), wandb_session():
         return _train(composed, cli_overrides=cli_overrides, concurrent_runs=concurrent_runs)
 
 
@@ -132,13 +132,13 @@ def exit_after_preemption(leave: Preempted, trainer: L.Trainer) -> int:
 def finish_loggers(trainer: L.Trainer) -> None:
     """Close W&B's run, before a scheduler is asked to start this one again."""
     for logger in trainer.loggers:
-        if isinstance(logger, LastingWandbLogger):
+        if isinstance(logger, FaultTolerantWandbLogger):
             logger.finish()
 
 
 def conclude_loggers(config: TrainConfig, trainer: L.Trainer, exported: Path) -> None:
     """Give W&B what has been written: `summary.json` and the weights."""
     for logger in trainer.loggers:
-        if isinstance(logger, LastingWandbLogger) and isinstance(config.logger, WandbLoggerConfig):
+        if isinstance(logger, FaultTolerantWandbLogger) and isinstance(config.logger, WandbLoggerConfig):
             summary = json.loads((exported.parent / "summary.json").read_text())
             logger.conclude(summary, weights=exported if config.logger.artifacts else None)

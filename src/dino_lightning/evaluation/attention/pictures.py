@@ -18,15 +18,15 @@ from dino_lightning.evaluation.attention.masks import VOID, attended_area, mass_
 from dino_lightning.evaluation.context import Task
 from dino_lightning.evaluation.video.clips import ClipWriter, clip_writer, ending
 from dino_lightning.models.frozen import FrozenNetwork
-from dino_lightning.report.pictures.sheets import GAP, MOST_HEADS
+from dino_lightning.report.pictures.sheets import GAP, MAX_HEADS
 from dino_lightning.report.pictures.tokens import (
-    Shown,
+    AttentionFigure,
     TokenColors,
-    attention_rows,
+    attention_figure_sheet,
     clip_frame,
-    heads_rows,
-    stacked,
-    token_rows,
+    heads_sheet,
+    stack,
+    token_sheet,
 )
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
@@ -37,10 +37,10 @@ CLIP_CELL = {".mp4": 480, ".webp": 320, ".gif": 240}
 large, in memory too."""
 
 
-def as_shown(seen: Seen, network: FrozenNetwork, *, masses: Sequence[float]) -> Shown:
+def as_shown(seen: Seen, network: FrozenNetwork, *, masses: Sequence[float]) -> AttentionFigure:
     """What the drawing functions want."""
     objects = None if seen.labels is None else (seen.labels != 0) & (seen.labels != VOID)
-    return Shown(
+    return AttentionFigure(
         denormalize(seen.image, config=CropsConfig(mean=network.mean, std=network.std)),
         seen.attention,
         mass_masks(seen.attention[None], masses=masses)[:, 0],
@@ -55,19 +55,19 @@ def save_sheets(config: AttentionEval, task: Task, every: Sequence[Seen]) -> Non
         return
     shown = [as_shown(seen, task.network, masses=config.masses) for seen in every]
     scale = 1 if max(each.image.shape[-1] for each in shown) <= SMALL else 1.5
-    task.picture(attention_rows(shown, cell=round(128 * scale)), "attention")
-    task.picture(heads_rows(shown, masses=config.masses, cell=round(224 * scale)), "heads")
+    task.picture(attention_figure_sheet(shown, cell=round(128 * scale)), "attention")
+    task.picture(heads_sheet(shown, masses=config.masses, cell=round(224 * scale)), "heads")
     if config.pca:
-        task.picture(token_rows(shown, _colors(shown), cell=round(176 * scale)), "pca")
+        task.picture(token_sheet(shown, _colors(shown), cell=round(176 * scale)), "pca")
 
 
 def save_picture(config: AttentionEval, task: Task, seen: Seen, *, name: str) -> None:
     """All about one image, whichever rank has seen it."""
     shown = as_shown(seen, task.network, masses=config.masses)
     colors = _colors([shown]) if config.pca else None
-    rows = heads_rows([shown], masses=config.masses, colors=colors)
-    maps = 2 + min(MOST_HEADS, len(shown.attention))
-    page = stacked([attention_rows([shown], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
+    rows = heads_sheet([shown], masses=config.masses, colors=colors)
+    maps = 2 + min(MAX_HEADS, len(shown.attention))
+    page = stack([attention_figure_sheet([shown], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
     task.picture(page, name, every_rank=True)
 
 
@@ -145,7 +145,7 @@ def _look_together(looker: Looker, samples: list[Sample]) -> list[Seen]:
     ]
 
 
-def _add(writer: ClipWriter, shown: Shown, colors: TokenColors | None) -> None:
+def _add(writer: ClipWriter, shown: AttentionFigure, colors: TokenColors | None) -> None:
     writer.add(clip_frame(shown, colors, width=min(CLIP_CELL[writer.path.suffix], shown.image.shape[-1])))
 
 
@@ -156,5 +156,5 @@ def _spread(total: int, count: int) -> list[int]:
     return sorted(set(np.linspace(0, total - 1, count).round().astype(int).tolist()))
 
 
-def _colors(shown: Sequence[Shown]) -> TokenColors:
-    return TokenColors.of([cast(Tensor, each.tokens) for each in shown])
+def _colors(shown: Sequence[AttentionFigure]) -> TokenColors:
+    return TokenColors.fit([cast(Tensor, each.tokens) for each in shown])

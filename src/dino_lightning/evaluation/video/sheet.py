@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dino_lightning.report.pictures.sheets import GAP, INK, PAPER, outline
+from dino_lightning.report.pictures.sheets import GAP, INK, PAPER, mask_border
 
 COLORS = [
     (213, 94, 0),
@@ -46,7 +46,7 @@ def colored(frame: Image.Image, labels_HW: np.ndarray) -> Image.Image:
     for number in range(1, int(labels_HW.max()) + 1):
         mask, color = labels_HW == number, np.array(COLORS[(number - 1) % len(COLORS)])
         pixels[mask] = (pixels[mask] * 0.45 + color * 0.55).round().astype(np.uint8)
-        pixels[outline(mask)] = PAPER
+        pixels[mask_border(mask)] = PAPER
     return Image.fromarray(pixels)
 
 

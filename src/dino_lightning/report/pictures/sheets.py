@@ -17,7 +17,7 @@ Pixels: TypeAlias = NDArray[np.uint8]
 """(H, W, 3)."""
 Color: TypeAlias = tuple[int, int, int]
 
-MOST_HEADS = 6
+MAX_HEADS = 6
 """Attention heads shown one by one; the mean is over all."""
 GAP = 6
 """Pixels between the cells of a sheet."""
@@ -30,7 +30,7 @@ DIFFERS: Color = (213, 94, 0)
 UNJUDGED: Color = (150, 152, 158)
 COLORS: dict[bool | None, Color] = {True: AGREES, False: DIFFERS, None: UNJUDGED}
 
-ANCHORS = np.array(
+COLOR_MAP_ANCHORS = np.array(
     [(7, 6, 32), (52, 18, 105), (117, 29, 127), (185, 50, 108), (232, 98, 68), (249, 166, 50), (252, 245, 170)]
 )
 """Equally spaced colors from dark to bright. Lightness grows all the way, so the map also reads in gray."""
@@ -50,13 +50,13 @@ def attention_sheet(
     rows = []
     for image, heads, mask in zip(images_BCHW, attention_BHhw, masks or [None] * len(images_BCHW), strict=True):
         picture = to_picture(image).resize(size, Image.Resampling.LANCZOS)
-        maps = [stretched(map_hw, size) for map_hw in (heads.mean(0), *heads[:MOST_HEADS])]
-        panels = [overlay(np.asarray(picture), maps[0]), *(color_map(values) for values in maps[1:])]
+        maps = [rescale_map(map_hw, size) for map_hw in (heads.mean(0), *heads[:MAX_HEADS])]
+        panels = [blend_map(np.asarray(picture), maps[0]), *(color_map(values) for values in maps[1:])]
         if mask is not None:
-            panels = [outlined(panel, mask) for panel in panels]
+            panels = [draw_outline(panel, mask) for panel in panels]
         rows.append([picture, *map(Image.fromarray, panels)])
-    heads_shown = min(attention_BHhw.shape[1], MOST_HEADS)
-    return sheet_of(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
+    heads_shown = min(attention_BHhw.shape[1], MAX_HEADS)
+    return grid_sheet(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
 
 
 def neighbor_sheet(
@@ -79,17 +79,17 @@ def neighbor_sheet(
     others = neighbor_labels or [[None] * len(found) for found in neighbors]
     rows = []
     for i, (query, label, found, labels) in enumerate(zip(queries, own, neighbors, others, strict=True)):
-        row = [_labeled(query, label, cell=cell, caption=caption)]
+        row = [_captioned(query, label, cell=cell, caption=caption)]
         for j, (neighbor, other) in enumerate(zip(found, labels, strict=True)):
             agrees = None if label is None or other is None else label == other
             frame = None if agrees is None else COLORS[agrees]
             if verdicts is not None:
                 agrees = verdicts[i][j]
                 frame = COLORS[agrees]
-            row.append(_labeled(neighbor, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
+            row.append(_captioned(neighbor, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
         rows.append(row)
     most = max((len(row) for row in rows), default=1) - 1
-    return sheet_of(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
+    return grid_sheet(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
 
 
 def crop_sheet(
@@ -113,7 +113,7 @@ def crop_sheet(
             row.append(panel)
         rows.append(row)
     titles = [f"{max(crop.shape[-2:])} px" for crop in crops[:per_row]]
-    return sheet_of(rows, titles=titles, size=(cell, cell))
+    return grid_sheet(rows, titles=titles, size=(cell, cell))
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:
@@ -129,19 +129,19 @@ def to_picture(image_CHW: Tensor) -> Image.Image:
 
 def color_map(values_HW: np.ndarray) -> Pixels:
     """Values in 0 to 1 as colors (H, W, 3), from near black over purple and orange to pale yellow."""
-    places = np.linspace(0, 1, len(ANCHORS))
-    channels = [np.interp(values_HW, places, ANCHORS[:, channel]) for channel in range(3)]
+    places = np.linspace(0, 1, len(COLOR_MAP_ANCHORS))
+    channels = [np.interp(values_HW, places, COLOR_MAP_ANCHORS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def outline(mask_HW: np.ndarray) -> NDArray[np.bool_]:
+def mask_border(mask_HW: np.ndarray) -> NDArray[np.bool_]:
     """The pixels of a mask that have a neighbor outside it, the picture's border not counting as outside."""
     padded = np.pad(mask_HW.astype(bool), 1, mode="edge")
     inner = padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
     return padded[1:-1, 1:-1] & ~inner
 
 
-def stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
+def rescale_map(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
     """A map from 0 (its minimum) to 1 (its maximum) at `size` = (width, height) pixels; 0 where it is constant."""
     values = map_hw.detach().float().cpu().numpy()
     low, high = float(values.min()), float(values.max())
@@ -149,25 +149,25 @@ def stretched(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
 
 
-def overlay(picture: Pixels, values_HW: np.ndarray) -> Pixels:
+def blend_map(picture: Pixels, values_HW: np.ndarray) -> Pixels:
     """A map from 0 to 1 in colors, laid over a picture."""
     # In gray, because the picture's own colors would read as attention.
     gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
     return (gray * 0.45 + color_map(values_HW) * 0.55).round().astype(np.uint8)
 
 
-def outlined(panel: Pixels, mask: np.ndarray) -> Pixels:
+def draw_outline(panel: Pixels, mask: np.ndarray) -> Pixels:
     """White on a dark rim, to be seen on every color."""
     height, width = panel.shape[:2]
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     inside = np.asarray(resized) >= 128
     drawn = panel.copy()
-    drawn[outline(~inside)] = INK
-    drawn[outline(inside)] = PAPER
+    drawn[mask_border(~inside)] = INK
+    drawn[mask_border(inside)] = PAPER
     return drawn
 
 
-def _labeled(
+def _captioned(
     picture: Image.Image,
     label: str | None,
     *,
@@ -184,7 +184,7 @@ def _labeled(
     if agrees is not None:
         _badge(draw, agrees=agrees, side=cell // 5, corner=cell)
     if label is not None:
-        _centerd(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
+        _draw_centered(draw, label, box=(0, cell + 1, cell, cell + caption), size=_font_size(cell))
     return panel
 
 
@@ -199,7 +199,7 @@ def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -
         draw.line([(left + side * x, top + side * y) for x, y in stroke], fill=PAPER, width=max(2, side // 8))
 
 
-def sheet_of(
+def grid_sheet(
     rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], size: tuple[int, int], split: int = 0
 ) -> Image.Image:
     """Panels of one size in rows under column titles; `split` pixels and a line set the first column apart."""
@@ -210,7 +210,7 @@ def sheet_of(
     draw = ImageDraw.Draw(sheet)
     lefts = [GAP + column * (width + GAP) + (split if column else 0) for column in range(columns)]
     for left, title in zip(lefts, titles, strict=False):
-        _centerd(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
+        _draw_centered(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
     for i, row in enumerate(rows):
         for left, panel in zip(lefts, row, strict=False):
             sheet.paste(panel, (left, top + i * (height + GAP)))
@@ -220,7 +220,7 @@ def sheet_of(
     return sheet
 
 
-def _centerd(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
+def _draw_centered(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
     font = ImageFont.load_default(size=size)
     left, top, right, bottom = box
     shown = _shortened(draw, " ".join(text.split()), font=font, width=right - left)

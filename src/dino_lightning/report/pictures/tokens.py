@@ -19,10 +19,10 @@ from dino_lightning.report.pictures.sheets import (
     PAPER,
     Color,
     attention_sheet,
-    outlined,
-    overlay,
-    sheet_of,
-    stretched,
+    blend_map,
+    draw_outline,
+    grid_sheet,
+    rescale_map,
     to_picture,
 )
 
@@ -44,14 +44,14 @@ KEY, KEY_WIDTH = 24, 76
 
 
 @dataclass(frozen=True)
-class Shown:
+class AttentionFigure:
     """One image and what is drawn of it."""
 
     image: Tensor
     """(C, H, W) in 0 to 1."""
     attention: Tensor
     """(heads, h, w)."""
-    kept: Tensor
+    top_patches: Tensor
     """Which patches make up each mass: bool (M, heads, h, w)."""
     mask: np.ndarray | None = None
     """The object's pixels, bool (H, W)."""
@@ -72,7 +72,7 @@ class TokenColors:
     """(3,): what becomes 0 and 1."""
 
     @classmethod
-    def of(cls, tokens: Sequence[Tensor]) -> "TokenColors":
+    def fit(cls, tokens: Sequence[Tensor]) -> "TokenColors":
         """Of the tokens (h, w, D) of images that are shown together."""
         tokens_ND = torch.cat([each.detach().double().cpu().flatten(0, 1) for each in tokens])
         mean_D = tokens_ND.mean(0)
@@ -93,17 +93,17 @@ class TokenColors:
         return scaled.clamp(0, 1).permute(2, 0, 1).float()
 
 
-def attention_rows(shown: Sequence[Shown], *, cell: int = 128) -> Image.Image:
+def attention_figure_sheet(shown: Sequence[AttentionFigure], *, cell: int = 128) -> Image.Image:
     """`attention_sheet` of images that may differ in shape."""
     sheets = []
     for each in shown:
         masks = None if each.mask is None else [each.mask]
         sheets.append(attention_sheet(each.image[None], each.attention[None], masks, cell=cell))
-    return _below(sheets, heights=[_height(each, cell) for each in shown])
+    return _stack_rows(sheets, heights=[_height(each, cell) for each in shown])
 
 
-def heads_rows(
-    shown: Sequence[Shown], *, masses: Sequence[float], colors: TokenColors | None = None, cell: int = 256
+def heads_sheet(
+    shown: Sequence[AttentionFigure], *, masses: Sequence[float], colors: TokenColors | None = None, cell: int = 256
 ) -> Image.Image:
     """One row per image: the picture, and for each mass the heads' masks in their colors over it.
 
@@ -113,17 +113,19 @@ def heads_rows(
     for each in shown:
         size = (cell, _height(each, cell))
         picture = to_picture(each.image).resize(size, Image.Resampling.LANCZOS)
-        row = [picture, *(colored_heads(each, mass=m, size=size) for m in range(len(masses)))]
+        row = [picture, *(color_heads(each, mass=m, size=size) for m in range(len(masses)))]
         titles = ["image", *(f"{mass:.0%} of the attention" for mass in masses)]
         if colors is not None:
-            row.append(_tokens(each, colors, size=size))
+            row.append(_token_picture(each, colors, size=size))
             titles.append("patch tokens")
-        sheets.append(sheet_of([row], titles=titles, size=size))
-    sheet = _below(sheets, heights=[_height(each, cell) for each in shown])
-    return stacked([sheet, _key(shown[0].attention.shape[0], width=sheet.width)])
+        sheets.append(grid_sheet([row], titles=titles, size=size))
+    sheet = _stack_rows(sheets, heights=[_height(each, cell) for each in shown])
+    return stack([sheet, _head_legend(shown[0].attention.shape[0], width=sheet.width)])
 
 
-def token_rows(shown: Sequence[Shown], colors: TokenColors, *, per_row: int = 2, cell: int = 192) -> Image.Image:
+def token_sheet(
+    shown: Sequence[AttentionFigure], colors: TokenColors, *, per_row: int = 2, cell: int = 192
+) -> Image.Image:
     """Each image beside its patch tokens in color, `per_row` such pairs beside each other."""
     rows = []
     for start in range(0, len(shown), per_row):
@@ -132,51 +134,54 @@ def token_rows(shown: Sequence[Shown], colors: TokenColors, *, per_row: int = 2,
         row = []
         for each in some:
             own = (cell, _height(each, cell))
-            row += [to_picture(each.image).resize(own, Image.Resampling.LANCZOS), _tokens(each, colors, size=own)]
+            row += [
+                to_picture(each.image).resize(own, Image.Resampling.LANCZOS),
+                _token_picture(each, colors, size=own),
+            ]
         rows.append((row, size))
     pairs = min(per_row, len(shown))
-    sheets = [sheet_of([row], titles=["image", "patch tokens"] * pairs, size=size) for row, size in rows]
-    return _below(sheets, heights=[size[1] for _, size in rows])
+    sheets = [grid_sheet([row], titles=["image", "patch tokens"] * pairs, size=size) for row, size in rows]
+    return _stack_rows(sheets, heights=[size[1] for _, size in rows])
 
 
 def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, cell: int = 128) -> Image.Image:
     """Images of one shape, RGB in 0 to 1, each beside its patch tokens in color; `per_row` such pairs in a row."""
     size = (cell, max(1, round(cell * images_BCHW.shape[-2] / images_BCHW.shape[-1])))
-    colors = TokenColors.of(list(tokens_BhwD))
+    colors = TokenColors.fit(list(tokens_BhwD))
     pairs = []
     for image, tokens in zip(images_BCHW, tokens_BhwD, strict=True):
         pairs.append(to_picture(image).resize(size, Image.Resampling.LANCZOS))
         pairs.append(to_picture(colors(tokens)).resize(size, Image.Resampling.NEAREST))
     columns = 2 * min(per_row, len(images_BCHW))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    return sheet_of(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
+    return grid_sheet(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
 
 
-def clip_frame(shown: Shown, colors: TokenColors | None, *, width: int) -> Image.Image:
+def clip_frame(shown: AttentionFigure, colors: TokenColors | None, *, width: int) -> Image.Image:
     """Side by side: the frame, the mean attention, the heads' first mass in color, and with `colors` the tokens.
 
     Each is `width` pixels wide.
     """
     size = (width, _height(shown, width))
     picture = to_picture(shown.image).resize(size, Image.Resampling.LANCZOS)
-    mean = overlay(np.asarray(picture), stretched(shown.attention.mean(0), size))
-    panels = [picture, Image.fromarray(mean), colored_heads(shown, mass=0, size=size)]
+    mean = blend_map(np.asarray(picture), rescale_map(shown.attention.mean(0), size))
+    panels = [picture, Image.fromarray(mean), color_heads(shown, mass=0, size=size)]
     if colors is not None:
-        panels.append(_tokens(shown, colors, size=size))
+        panels.append(_token_picture(shown, colors, size=size))
     frame = Image.new("RGB", (len(panels) * width, size[1]))
     for i, panel in enumerate(panels):
         frame.paste(panel, (i * width, 0))
     return frame
 
 
-def colored_heads(shown: Shown, *, mass: int, size: tuple[int, int]) -> Image.Image:
+def color_heads(shown: AttentionFigure, *, mass: int, size: tuple[int, int]) -> Image.Image:
     """The masks of one mass, each head's in its color over the picture in gray, at `size` = (width, height).
 
     The more attention a patch has in its head the stronger is the color. Where heads meet, the patch belongs to the
     one that thinks most of it, measured by the head's own strongest patch: mixed colors would be nobody's. The object,
     where there is one, is outlined.
     """
-    attention, kept = shown.attention.detach().float().cpu(), shown.kept[mass].cpu()
+    attention, kept = shown.attention.detach().float().cpu(), shown.top_patches[mass].cpu()
     strongest = attention.amax((-2, -1), keepdim=True).clamp(min=1e-12)
     # From the weakest kept patch on: a mask's rim should be seen, too.
     strength_hw, head_hw = (kept * (0.4 + 0.6 * attention / strongest)).max(0)
@@ -185,7 +190,7 @@ def colored_heads(shown: Shown, *, mass: int, size: tuple[int, int]) -> Image.Im
     tint, alpha = (_enlarged(values, size) for values in (color_hw3, alpha_hw))
     gray = np.asarray(to_picture(shown.image).resize(size, Image.Resampling.LANCZOS).convert("L"))[..., None]
     pixels = (gray * (1 - alpha[..., None]) + tint * alpha[..., None]).round().astype(np.uint8)
-    return Image.fromarray(pixels if shown.mask is None else outlined(pixels, shown.mask))
+    return Image.fromarray(pixels if shown.mask is None else draw_outline(pixels, shown.mask))
 
 
 def head_colors(heads: int) -> list[Color]:
@@ -196,7 +201,7 @@ def head_colors(heads: int) -> list[Color]:
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues]
 
 
-def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     """Sheets below each other."""
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     page, top = Image.new("RGB", (width, height), PAPER), 0
@@ -206,16 +211,16 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def _below(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Image:
+def _stack_rows(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Image:
     """Sheets of one row each, panels of `heights`, as one: only the first keeps its titles."""
     cut = [
         sheet.crop((0, sheet.height - height - GAP, sheet.width, sheet.height))
         for sheet, height in zip(sheets[1:], heights[1:], strict=True)
     ]
-    return stacked([sheets[0], *cut])
+    return stack([sheets[0], *cut])
 
 
-def _key(heads: int, *, width: int) -> Image.Image:
+def _head_legend(heads: int, *, width: int) -> Image.Image:
     per_line = max(1, (width - GAP) // KEY_WIDTH)
     key = Image.new("RGB", (width, KEY * math.ceil(heads / per_line)), PAPER)
     draw, font = ImageDraw.Draw(key), ImageFont.load_default(size=13)
@@ -226,7 +231,7 @@ def _key(heads: int, *, width: int) -> Image.Image:
     return key
 
 
-def _tokens(shown: Shown, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
+def _token_picture(shown: AttentionFigure, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
     assert shown.tokens is not None, "nothing to color"
     return to_picture(colors(shown.tokens)).resize(size, Image.Resampling.NEAREST)
 
@@ -237,6 +242,6 @@ def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[rows][:, columns]
 
 
-def _height(shown: Shown, width: int) -> int:
+def _height(shown: AttentionFigure, width: int) -> int:
     """The rows of a picture that is `width` pixels wide."""
     return max(1, round(width * shown.image.shape[-2] / shown.image.shape[-1]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dino_lightning.errors import UserError
-from dino_lightning.report.curves import thinned
+from dino_lightning.report.curves import downsample
 from dino_lightning.report.run_folder import Curve
 from dino_lightning.report.sweeps.jobs import Row
 from dino_lightning.report.sweeps.table import prototypes
@@ -74,7 +74,7 @@ def _panel(rows: list[Row], column: str, title: str, *, left: float, levels: dic
     panel = Panel(left, right=right, top=highest * 1.05)
     lines = [
         f'<polyline fill="none" {_stroke(index)} stroke-width="1.2" stroke-linejoin="round" '
-        f'points="{" ".join(_pair(panel, *point) for point in thinned(curve))}"/>'
+        f'points="{" ".join(_pair(panel, *point) for point in downsample(curve))}"/>'
         for index, curve in curves
     ]
     return "\n".join([_axes(panel, title), *(_level(panel, *level) for level in levels.items()), *lines])

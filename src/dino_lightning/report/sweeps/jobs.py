@@ -18,9 +18,9 @@ from dino_lightning.runtime.files import FAILED, OVERRIDES
 FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
 """What makes a folder that of a run."""
 
-OF_A_RUN = {"seed", "output_dir", "experiment", "resume", "cpu_threads"}
+IGNORED_KEYS = {"seed", "output_dir", "experiment", "resume", "cpu_threads"}
 """Settings in which runs that are averaged may differ."""
-LONG = 8
+MAX_NUMBER_CHARS = 8
 """Characters of a number from which it is shown with four digits: Optuna draws them with all there are."""
 
 
@@ -32,7 +32,7 @@ class Job:
     seed: int | None
     failure: str | None
     """The sentence of `failed.txt`, where there is one."""
-    words: dict[str, str]
+    overrides: dict[str, str]
     """Key -> value of the words that the sweep was started with; empty where the run's folder does not keep them."""
 
     @property
@@ -67,19 +67,19 @@ class Job:
             return "finished"
         return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
 
-    def last(self, *columns: str) -> float | None:
+    def last_value(self, *columns: str) -> float | None:
         """The last value of the first of these columns that has any."""
         return next((self.run.curves[name][-1][1] for name in columns if self.run.curves.get(name)), None)
 
     @property
     def knn(self) -> float | None:
         """k-NN top-1, in percent: the run's, or the latest so far."""
-        return self.run.number("knn_top1") if self.ended else self.last("knn/top1")
+        return self.run.number("knn_top1") if self.ended else self.last_value("knn/top1")
 
     def value(self, key: str) -> Any:
         """What a key is set to: a number or word of the configuration, else the word of the command."""
         value = self.run.setting(key)
-        return self.words.get(key, "") if value is None or isinstance(value, dict) else value
+        return self.overrides.get(key, "") if value is None or isinstance(value, dict) else value
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Row:
     """Key -> value of what tells it from the other rows of its experiment."""
 
     @property
-    def counted(self) -> list[Job]:
+    def evaluated_jobs(self) -> list[Job]:
         """Runs that figures are of: the finished ones or, where none is, those that have logged anything."""
         return [job for job in self.jobs if job.finished] or [job for job in self.jobs if job.run.curves]
 
@@ -124,15 +124,15 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 
     Where the words are not kept, all settings that differ.
     """
-    kept = [job.words or {key: str(value) for key, value in _settings(job).items()} for job in jobs]
-    keys = dict.fromkeys(key for words in kept for key in words if key not in OF_A_RUN)
+    kept = [job.overrides or {key: str(value) for key, value in _settings(job).items()} for job in jobs]
+    keys = dict.fromkeys(key for words in kept for key in words if key not in IGNORED_KEYS)
     return [key for key in keys if len({words.get(key) for words in kept}) > 1]
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value as it stands in a name."""
     text = value if isinstance(value, str) else str(value).replace(" ", "")
-    return f"{value:.4g}" if isinstance(value, float) and len(text) > LONG else text
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > MAX_NUMBER_CHARS else text
 
 
 def read_rows(folders: Iterable[Path]) -> list[Row]:
@@ -144,13 +144,13 @@ def read_rows(folders: Iterable[Path]) -> list[Row]:
     planned: dict[tuple[str, int | None], None] = {}
     rows = _grouped(read_jobs(folders))
     for folder in folders:
-        planned |= dict.fromkeys(_planned(folder / "multirun.yaml"))
+        planned |= dict.fromkeys(_planned_runs(folder / "multirun.yaml"))
     for experiment, seed in planned:
         those = [row for row in rows if row.experiment == experiment]
         if any(seed in (None, job.seed) for row in those for job in row.jobs):
             continue
         if not those:
-            those = [Row(experiment, _name(experiment))]
+            those = [Row(experiment, _display_name(experiment))]
             rows += those
         those[0].missing.append(seed)
     order = list(PUBLISHED)
@@ -184,10 +184,10 @@ def _read_job(run_dir: Path) -> Job:
     lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
     failure = None if lines is None else (lines or ["without a reason"])[0].strip()
     seed = run.setting("seed")
-    return Job(run, seed if isinstance(seed, int) else None, failure, words=_read_words(run_dir / OVERRIDES))
+    return Job(run, seed if isinstance(seed, int) else None, failure, overrides=_read_overrides(run_dir / OVERRIDES))
 
 
-def _read_words(path: Path) -> dict[str, str]:
+def _read_overrides(path: Path) -> dict[str, str]:
     """What stands in `overrides.yaml`; empty where there is none, or half of one."""
     try:
         words = yaml.safe_load(path.read_text("utf-8"))
@@ -197,7 +197,7 @@ def _read_words(path: Path) -> dict[str, str]:
     return {key: value for key, value in pairs}
 
 
-def _planned(multirun: Path) -> list[tuple[str, int | None]]:
+def _planned_runs(multirun: Path) -> list[tuple[str, int | None]]:
     """Experiment and seed of each run of a sweep, from what Hydra writes down of it."""
     try:
         hydra = yaml.safe_load(multirun.read_text("utf-8"))["hydra"]
@@ -230,7 +230,7 @@ def _grouped(jobs: list[Job]) -> list[Row]:
     rows = []
     for experiment, groups in by_experiment.items():
         for group, values in zip(groups.values(), _differences([group[0] for group in groups.values()]), strict=True):
-            name = ", ".join([_name(experiment), *(f"{key}={value}" for key, value in values.items())])
+            name = ", ".join([_display_name(experiment), *(f"{key}={value}" for key, value in values.items())])
             rows.append(Row(experiment, name, group, settings=values))
     return rows
 
@@ -238,13 +238,13 @@ def _grouped(jobs: list[Job]) -> list[Row]:
 def _differences(jobs: list[Job]) -> list[dict[str, str]]:
     """What tells runs of one experiment apart: what the sweep has set or, where that is not enough, all settings."""
     keys = swept_keys(jobs)
-    swept = [{key: shown(job.value(key)) for key in keys} for job in jobs]
+    swept = [{key: format_setting(job.value(key)) for key in keys} for job in jobs]
     if len({tuple(values.values()) for values in swept}) == len(jobs):
         return swept
     settings = [_settings(job) for job in jobs]
     keys = sorted(set().union(*settings))
     differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    return [{key: shown(one.get(key)) for key in differing} for one in settings]
+    return [{key: format_setting(one.get(key)) for key in differing} for one in settings]
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -255,12 +255,12 @@ def _settings(job: Job) -> dict[str, Any]:
         for key, value in node.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in OF_A_RUN:
+            elif f"{prefix}{key}" not in IGNORED_KEYS:
                 found[f"{prefix}{key}"] = value
 
     walk(job.run.config, "")
     return found
 
 
-def _name(experiment: str) -> str:
+def _display_name(experiment: str) -> str:
     return PUBLISHED[experiment].name if experiment in PUBLISHED else experiment

@@ -3,7 +3,14 @@
 from statistics import mean
 
 from dino_lightning.report.sweeps.collapse_curves import INK
-from dino_lightning.report.sweeps.marks import described, mark, names_below, ring, room_below, text
+from dino_lightning.report.sweeps.marks import (
+    axis_label_height,
+    axis_labels,
+    best_marker,
+    state_marker,
+    svg_text,
+    with_tooltip,
+)
 from dino_lightning.report.sweeps.points import Axis, Point, Sweep, axis_of
 
 WIDTH, SIDE_MOST, SIDE_LEAST = 520, 64, 30
@@ -19,7 +26,7 @@ def map_svg(sweep: Sweep) -> tuple[str, int]:
     across, up = (axis_of([point.values[key] for point in sweep.points], few_as_names=True) for key in sweep.keys)
     height = max(SIDE_LEAST, min(SIDE_MOST, PLOT // len(up.names))) * len(up.names) if up.names else PLOT
     cells = bool(across.names and up.names)
-    room = room_below([across], width=WIDTH - LEFT)
+    room = axis_label_height([across], width=WIDTH - LEFT)
     parts = [
         _frame(across, up, sweep.keys, height, room),
         _cells(sweep, across, up, height) if cells else _points(sweep, across, up, height),
@@ -37,11 +44,11 @@ def color(value: float, *, low: float, high: float) -> tuple[str, str]:
 def _frame(across: Axis, up: Axis, keys: list[str], height: int, room: int) -> str:
     width = WIDTH - LEFT
     parts = [f'<path d="M{LEFT} {TOP}V{TOP + height}H{WIDTH}" fill="none" stroke="{INK}"/>']
-    parts.append(names_below(across, keys[0], left=LEFT, width=width, y=TOP + height, room=room))
-    for place, name in up.marks():
+    parts.append(axis_labels(across, keys[0], left=LEFT, width=width, y=TOP + height, room=room))
+    for place, name in up.ticks():
         shown = name if len(name) <= 15 else f"{name[:14]}…"
-        parts.append(text(LEFT - 6, TOP + (1 - place) * height + 4, shown, anchor="end"))
-    return "\n".join([*parts, text(12, TOP - 10, keys[1], anchor="start")])
+        parts.append(svg_text(LEFT - 6, TOP + (1 - place) * height + 4, shown, anchor="end"))
+    return "\n".join([*parts, svg_text(12, TOP - 10, keys[1], anchor="start")])
 
 
 def _bounds(points: list[Point]) -> dict[str, float]:
@@ -54,8 +61,8 @@ def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
     wide, high = (WIDTH - LEFT) / len(across.names), height / len(up.names)
     by_place: dict[tuple[float, float], list[Point]] = {}
     for point in sweep.points:
-        x = LEFT + across.place(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
-        y = TOP + (1 - up.place(point.values[sweep.keys[1]])) * height
+        x = LEFT + across.position(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
+        y = TOP + (1 - up.position(point.values[sweep.keys[1]])) * height
         by_place.setdefault((x, y), []).append(point)
     parts = []
     for (x, y), points in by_place.items():
@@ -67,21 +74,21 @@ def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
             value = mean(known)
             fill, ink = color(value, **_bounds(sweep.points))
             drawn = f'<rect class="cell" x="{x - wide / 2 + 1:.1f}" y="{y - high / 2 + 1:.1f}" width="{wide - 2:.1f}" '
-            drawn += f'height="{high - 2:.1f}" fill="{fill}"/>' + text(x, y + 4, f"{value:.1f}", color=ink)
+            drawn += f'height="{high - 2:.1f}" fill="{fill}"/>' + svg_text(x, y + 4, f"{value:.1f}", color=ink)
         if state != "finished":
-            drawn += mark(state, x + min(30, wide / 2 - 8), y)
+            drawn += state_marker(state, x + min(30, wide / 2 - 8), y)
         if sweep.best in points:
-            drawn += ring(x - min(30, wide / 2 - 8), y)
-        parts.append(described(finished[0], drawn))
+            drawn += best_marker(x - min(30, wide / 2 - 8), y)
+        parts.append(with_tooltip(finished[0], drawn))
     return "\n".join(parts)
 
 
 def _points(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
     parts = []
     for point in sweep.points:
-        x = LEFT + across.place(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
-        y = TOP + (1 - up.place(point.values[sweep.keys[1]])) * height
-        drawn = mark(point.state, x, y)
+        x = LEFT + across.position(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
+        y = TOP + (1 - up.position(point.values[sweep.keys[1]])) * height
+        drawn = state_marker(point.state, x, y)
         if point.knn is not None and point.state != "failed":
             fill, _ = color(point.knn, **_bounds(sweep.points))
             look = f'fill="{fill}" stroke="{INK}"'
@@ -89,8 +96,8 @@ def _points(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
                 dashes = ' stroke-dasharray="4 3"' if point.state == "under way" else ""
                 look = f'fill="none" stroke="{fill}" stroke-width="4"{dashes}'
             drawn = f'<circle class="{point.state.replace(" ", "-")}" cx="{x:.1f}" cy="{y:.1f}" r="7" {look}/>'
-            drawn += text(x, y - 13, f"{point.knn:.1f}")
+            drawn += svg_text(x, y - 13, f"{point.knn:.1f}")
         if point is sweep.best:
             drawn += f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="12" fill="none" stroke="#d9541e"/>'
-        parts.append(described(point, drawn))
+        parts.append(with_tooltip(point, drawn))
     return "\n".join(parts)

@@ -7,10 +7,18 @@ from statistics import mean
 
 from dino_lightning.report.svg import ticks
 from dino_lightning.report.sweeps.collapse_curves import COLORS, INK
-from dino_lightning.report.sweeps.jobs import shown
+from dino_lightning.report.sweeps.jobs import format_setting
 from dino_lightning.report.sweeps.map import WIDTH as MAP_WIDTH
 from dino_lightning.report.sweeps.map import map_svg
-from dino_lightning.report.sweeps.marks import described, legend, mark, names_below, ring, room_below, text
+from dino_lightning.report.sweeps.marks import (
+    axis_label_height,
+    axis_labels,
+    best_marker,
+    legend,
+    state_marker,
+    svg_text,
+    with_tooltip,
+)
 from dino_lightning.report.sweeps.points import STATES, Axis, Point, Sweep, axis_of
 
 WIDTH, PLOT, LEFT, TOP, RIGHT = 400, 230, 60, 24, 16
@@ -33,7 +41,7 @@ class Panel:
 
     def x(self, point: Point) -> float:
         """From the left."""
-        return LEFT + self.axis.place(point.values[self.key]) * (WIDTH - LEFT - RIGHT)
+        return LEFT + self.axis.position(point.values[self.key]) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         """From the top; `value` in percent."""
@@ -50,7 +58,7 @@ def sweep_svg(sweep: Sweep) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
             'font-family="system-ui, sans-serif" font-size="12" role="img">',
             f"<title>{escape(' '.join(said))}</title>",
-            *(text(12, 20 + LINE * row, words, anchor="start") for row, words in enumerate(said)),
+            *(svg_text(12, 20 + LINE * row, words, anchor="start") for row, words in enumerate(said)),
             f'<g transform="translate(0 {HEAD})">{body}</g>',
             f'<g transform="translate(0 {HEAD + height})">{legend()}</g>',
             "</svg>",
@@ -65,7 +73,7 @@ def _said(sweep: Sweep) -> list[str]:
     runs = "1 run" if len(sweep.points) == 1 else f"{len(sweep.points)} runs"
     lines = [f"{runs}: {', '.join(f'{number} {state}' for state, number in counts.items() if number)}."]
     if (best := sweep.best) is not None:
-        values = ", ".join(f"{key}={shown(value)}" for key, value in best.values.items())
+        values = ", ".join(f"{key}={format_setting(value)}" for key, value in best.values.items())
         lines.append(f"Best: k-NN {best.knn:.1f} % in folder {best.name}, {values}.")
     if sweep.untrained is not None:
         lines.append(f"Untrained network: k-NN {sweep.untrained:.1f} %.")
@@ -80,7 +88,7 @@ def _panels(sweep: Sweep) -> tuple[str, int, int]:
     figures = [point.knn for point in sweep.points if point.knn is not None]
     low, high = _range([*figures, *([] if sweep.untrained is None else [sweep.untrained])])
     panels = [Panel(key, axis_of([one.values[key] for one in sweep.points]), low, high) for key in sweep.keys]
-    room = room_below([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
+    room = axis_label_height([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
     columns, height = min(COLUMNS, len(panels)), TOP + PLOT + room
     parts = [
         f'<g transform="translate({WIDTH * (place % columns)} {height * (place // columns)})">'
@@ -101,7 +109,7 @@ def _panel(panel: Panel, sweep: Sweep, *, room: int) -> str:
     if sweep.untrained is not None:
         y = panel.y(sweep.untrained)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-dasharray="4 4"/>')
-        parts.append(text(WIDTH - RIGHT, y - 4, "untrained", anchor="end"))
+        parts.append(svg_text(WIDTH - RIGHT, y - 4, "untrained", anchor="end"))
     if len(sweep.keys) == 1 and panel.axis.numbers:
         parts.append(_means(panel, sweep))
     return "\n".join([*parts, *(_point(panel, point, best=point is sweep.best) for point in sweep.points)])
@@ -112,10 +120,10 @@ def _axes(panel: Panel, *, room: int) -> str:
     parts = [f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" fill="none" stroke="{INK}"/>']
     for value in ticks(panel.low, panel.high):
         y = panel.y(value)
-        parts.append(text(LEFT - 6, y + 4, f"{value:.5g}", anchor="end"))
+        parts.append(svg_text(LEFT - 6, y + 4, f"{value:.5g}", anchor="end"))
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-opacity="0.2"/>')
-    parts.append(names_below(panel.axis, panel.key, left=LEFT, width=WIDTH - LEFT - RIGHT, y=bottom, room=room))
-    return "\n".join([*parts, text(12, TOP - 10, "k-NN, %", anchor="start")])
+    parts.append(axis_labels(panel.axis, panel.key, left=LEFT, width=WIDTH - LEFT - RIGHT, y=bottom, room=room))
+    return "\n".join([*parts, svg_text(12, TOP - 10, "k-NN, %", anchor="start")])
 
 
 def _means(panel: Panel, sweep: Sweep) -> str:
@@ -134,4 +142,4 @@ def _point(panel: Panel, point: Point, *, best: bool) -> str:
         return ""
     x = panel.x(point)
     y = TOP + PLOT - 6 if point.knn is None or point.state == "failed" else panel.y(point.knn)
-    return described(point, mark(point.state, x, y) + (ring(x, y) if best else ""))
+    return with_tooltip(point, state_marker(point.state, x, y) + (best_marker(x, y) if best else ""))

@@ -8,13 +8,13 @@ from typing import Any
 
 from dino_lightning.errors import UserError
 from dino_lightning.report.svg import log_ticks, ticks
-from dino_lightning.report.sweeps.jobs import Job, shown, swept_keys
+from dino_lightning.report.sweeps.jobs import Job, format_setting, swept_keys
 from dino_lightning.report.sweeps.published import PUBLISHED
 
 STATES = ("finished", "pruned", "under way", "failed")
-LOG_RANGE = 8
+LOG_FACTOR = 8
 """A positive quantity whose largest value is this many times its smallest gets a logarithmic axis."""
-FEW = 8
+MAX_CATEGORIES = 8
 """Most values of a key that stand beside each other as names, in a map of two keys."""
 
 
@@ -64,19 +64,19 @@ class Axis:
         """Whether there is a way from one value to the next."""
         return all(isinstance(value, int | float) for value in self.names)
 
-    def place(self, value: Any) -> float:
+    def position(self, value: Any) -> float:
         """Share of the axis."""
         if self.names:
             return self.names[value]
         low, high, here = (math.log(x) if self.log else x for x in (self.low, self.high, float(value)))
         return (here - low) / (high - low)
 
-    def marks(self) -> list[tuple[float, str]]:
+    def ticks(self) -> list[tuple[float, str]]:
         """Places and what is written there."""
         if self.names:
-            return [(place, shown(value)) for value, place in self.names.items()]
+            return [(place, format_setting(value)) for value, place in self.names.items()]
         numbers = log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, count=4)
-        return [(self.place(number), f"{number:.4g}") for number in numbers]
+        return [(self.position(number), f"{number:.4g}") for number in numbers]
 
 
 def sweep_of(jobs: Sequence[Job]) -> Sweep:
@@ -84,7 +84,7 @@ def sweep_of(jobs: Sequence[Job]) -> Sweep:
     jobs = list(jobs)
     keys = swept_keys(jobs)
     if len({job.experiment for job in jobs}) > 1:
-        keys = ["experiment", *keys] if all(job.words for job in jobs) else ["experiment"]
+        keys = ["experiment", *keys] if all(job.overrides for job in jobs) else ["experiment"]
     if not keys and len({job.seed for job in jobs}) > 1:
         keys = ["seed"]
     if not keys:
@@ -99,10 +99,10 @@ def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
     different = _in_order(values)
     numbers = [value for value in different if isinstance(value, int | float) and not isinstance(value, bool)]
     usable = len(numbers) == len(different) and all(map(math.isfinite, numbers))
-    if not usable or len(different) <= (FEW if few_as_names else 2):
+    if not usable or len(different) <= (MAX_CATEGORIES if few_as_names else 2):
         return Axis({value: (place + 0.5) / len(different) for place, value in enumerate(different)})
     low, high = min(numbers), max(numbers)
-    if low > 0 and high >= LOG_RANGE * low:
+    if low > 0 and high >= LOG_FACTOR * low:
         pad = (high / low) ** 0.06
         return Axis({}, low / pad, high * pad, log=True)
     pad = (high - low) * 0.06

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Published:
+class PaperResult:
     """A row of one of the paper's tables; top-1 in percent, None where the paper has none."""
 
     name: str
@@ -19,61 +19,61 @@ class Published:
         return " / ".join("–" if value is None else f"{value:.1f}" for value in (self.knn, self.linear))
 
 
-TABLES: dict[str, dict[str, Published]] = {
+TABLES: dict[str, dict[str, PaperResult]] = {
     "Tables 7, 14, 15 and the teacher: 300 epochs": {
-        "dino": Published("DINO", 72.8, 76.1),
-        "no_momentum": Published("no momentum (teacher: the student)", 0.1, 0.1),
-        "teacher_previous_step": Published("teacher: the student one step before", 0.1),
-        "teacher_previous_epoch": Published("teacher: the student one epoch before", 66.6),
-        "sinkhorn": Published("Sinkhorn-Knopp", 72.2, 76.0),
-        "softmax_batch": Published("softmax over the batch", None, 75.8),
-        "no_multicrop": Published("no multi-crop", 67.9, 72.5),
-        "mse": Published("MSE", 52.6, 62.4),
-        "predictor": Published("with predictor", 71.8, 75.6),
-        "byol": Published("BYOL", 66.6, 71.4),
-        "byol_no_predictor": Published("BYOL, no predictor", None, 0.1),
-        "byol_multicrop": Published("BYOL, multi-crop", None, 64.8),
-        "moco_v2": Published("MoCo v2", 62.0, 71.6),
-        "moco_multicrop": Published("MoCo v2, multi-crop", None, 73.4),
-        "swav": Published("SwAV", 64.7, 71.8),
+        "dino": PaperResult("DINO", 72.8, 76.1),
+        "no_momentum": PaperResult("no momentum (teacher: the student)", 0.1, 0.1),
+        "teacher_previous_step": PaperResult("teacher: the student one step before", 0.1),
+        "teacher_previous_epoch": PaperResult("teacher: the student one epoch before", 66.6),
+        "sinkhorn": PaperResult("Sinkhorn-Knopp", 72.2, 76.0),
+        "softmax_batch": PaperResult("softmax over the batch", None, 75.8),
+        "no_multicrop": PaperResult("no multi-crop", 67.9, 72.5),
+        "mse": PaperResult("MSE", 52.6, 62.4),
+        "predictor": PaperResult("with predictor", 71.8, 75.6),
+        "byol": PaperResult("BYOL", 66.6, 71.4),
+        "byol_no_predictor": PaperResult("BYOL, no predictor", None, 0.1),
+        "byol_multicrop": PaperResult("BYOL, multi-crop", None, 64.8),
+        "moco_v2": PaperResult("MoCo v2", 62.0, 71.6),
+        "moco_multicrop": PaperResult("MoCo v2, multi-crop", None, 73.4),
+        "swav": PaperResult("SwAV", 64.7, 71.8),
     },
     "Figure 7: centering and sharpening": {
-        "no_centering": Published("no centering"),
-        "no_sharpening": Published("no sharpening"),
+        "no_centering": PaperResult("no centering"),
+        "no_sharpening": PaperResult("no sharpening"),
     },
     "Prototypes: 100 epochs": {
-        "prototypes_1024": Published("K = 1,024", 67.8),
-        "prototypes_4096": Published("K = 4,096", 69.3),
-        "prototypes_16384": Published("K = 16,384", 69.2),
-        "prototypes_65536": Published("K = 65,536", 69.7),
-        "prototypes_262144": Published("K = 262,144", 69.1),
+        "prototypes_1024": PaperResult("K = 1,024", 67.8),
+        "prototypes_4096": PaperResult("K = 4,096", 69.3),
+        "prototypes_16384": PaperResult("K = 16,384", 69.2),
+        "prototypes_65536": PaperResult("K = 65,536", 69.7),
+        "prototypes_262144": PaperResult("K = 262,144", 69.1),
     },
     "Momentum of the center: 100 epochs": {
-        "center_momentum_0": Published("center's momentum 0", 69.1),
-        "center_momentum_0.9": Published("center's momentum 0.9", 69.7),
-        "center_momentum_0.99": Published("center's momentum 0.99", 69.4),
-        "center_momentum_0.999": Published("center's momentum 0.999", 0.1),
+        "center_momentum_0": PaperResult("center's momentum 0", 69.1),
+        "center_momentum_0.9": PaperResult("center's momentum 0.9", 69.7),
+        "center_momentum_0.99": PaperResult("center's momentum 0.99", 69.4),
+        "center_momentum_0.999": PaperResult("center's momentum 0.999", 0.1),
     },
     "Temperature of the teacher: 100 epochs": {
-        "teacher_temperature_0.02": Published("teacher's temperature 0.02", 66.7),
-        "teacher_temperature_0.04": Published("teacher's temperature 0.04", 69.6),
-        "teacher_temperature_0.06": Published("teacher's temperature 0.06", 68.7),
-        "teacher_temperature_0.08": Published("teacher's temperature 0.08", 0.1),
-        "teacher_temperature_warmup": Published("teacher's temperature 0.04 to 0.07", 69.7),
+        "teacher_temperature_0.02": PaperResult("teacher's temperature 0.02", 66.7),
+        "teacher_temperature_0.04": PaperResult("teacher's temperature 0.04", 69.6),
+        "teacher_temperature_0.06": PaperResult("teacher's temperature 0.06", 68.7),
+        "teacher_temperature_0.08": PaperResult("teacher's temperature 0.08", 0.1),
+        "teacher_temperature_warmup": PaperResult("teacher's temperature 0.04 to 0.07", 69.7),
     },
     "Table 9, batch without multi-crop: 100 epochs": {
-        "batch_size_128": Published("batch 8 × 16", 57.9),
-        "batch_size_256": Published("batch 8 × 32", 59.1),
-        "batch_size_512": Published("batch 8 × 64", 59.6),
-        "batch_size_1024": Published("batch 8 × 128", 59.9),
+        "batch_size_128": PaperResult("batch 8 × 16", 57.9),
+        "batch_size_256": PaperResult("batch 8 × 32", 59.1),
+        "batch_size_512": PaperResult("batch 8 × 64", 59.6),
+        "batch_size_1024": PaperResult("batch 8 × 128", 59.9),
     },
     "Head: 100 epochs": {
-        "head_2_layers": Published("head of 2 layers", 62.2),
-        "head_3_layers": Published("head of 3 layers", 68.0),
-        "head_4_layers": Published("head of 4 layers", 69.3),
-        "head_no_l2": Published("head without L2 bottleneck", 0.1),
-        "head_batch_norm": Published("head with batch norm", 68.6),
-        "head_relu": Published("head with ReLU", 68.9),
+        "head_2_layers": PaperResult("head of 2 layers", 62.2),
+        "head_3_layers": PaperResult("head of 3 layers", 68.0),
+        "head_4_layers": PaperResult("head of 4 layers", 69.3),
+        "head_no_l2": PaperResult("head without L2 bottleneck", 0.1),
+        "head_batch_norm": PaperResult("head with batch norm", 68.6),
+        "head_relu": PaperResult("head with ReLU", 68.9),
     },
 }
 """Title -> name under `conf/experiment/ablation/` -> what the paper reports. k-NN and linear, where both are known."""

@@ -17,18 +17,18 @@ COLUMNS = ("", "n", "k-NN, %", "paper's\nk-NN / linear", "loss", "entropy", "KL"
 divergence from the student, in nats."""
 
 
-def cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
     """The row's text for each of `COLUMNS`; empty where a figure is missing."""
-    jobs = row.counted
+    jobs = row.evaluated_jobs
     published = PUBLISHED.get(row.experiment)
     return [
         row.name,
         str(len(jobs)),
-        spread([job.knn for job in jobs]),
+        mean_and_deviation([job.knn for job in jobs]),
         published.figures if published else "",
-        _mean([job.last("train/loss_epoch", "train/loss") for job in jobs]),
-        _mean([job.last("collapse/teacher_entropy") for job in jobs]),
-        _mean([job.last("collapse/teacher_student_kl") for job in jobs]),
+        _mean([job.last_value("train/loss_epoch", "train/loss") for job in jobs]),
+        _mean([job.last_value("collapse/teacher_entropy") for job in jobs]),
+        _mean([job.last_value("collapse/teacher_student_kl") for job in jobs]),
         row.status,
     ]
 
@@ -41,9 +41,13 @@ def notes(rows: list[Row]) -> list[str]:
         value = job.run.number("knn_top1_untrained")
         if value is not None:
             untrained.setdefault(_network_and_images(job), {}).setdefault(job.seed, value)
-    figures = [f"k-NN {spread(list(values.values()))} % (n = {len(values)})" for values in untrained.values()]
+    figures = [
+        f"k-NN {mean_and_deviation(list(values.values()))} % (n = {len(values)})" for values in untrained.values()
+    ]
     lines = [f"untrained network: {' or '.join(dict.fromkeys(figures))}"] if figures else []
-    widths = sorted({K for job in jobs if job.last("collapse/teacher_entropy") is not None and (K := prototypes(job))})
+    widths = sorted(
+        {K for job in jobs if job.last_value("collapse/teacher_entropy") is not None and (K := prototypes(job))}
+    )
     if len(widths) == 1:
         lines.append(f"uniform output: entropy ln {widths[0]} = {math.log(widths[0]):.2f}")
     return lines + _best(rows)
@@ -52,12 +56,14 @@ def notes(rows: list[Row]) -> list[str]:
 def _best(rows: list[Row]) -> list[str]:
     """The best of rows that differ in settings, not in the experiment alone."""
     several = [row for row in rows if sum(other.experiment == row.experiment for other in rows) > 1]
-    figures = [([knn for job in row.counted if (knn := job.knn) is not None], row) for row in several]
+    figures = [([knn for job in row.evaluated_jobs if (knn := job.knn) is not None], row) for row in several]
     known = [(mean(values), row) for values, row in figures if values]
     if not known:
         return []
     value, best = max(known, key=lambda one: one[0])
-    return [f"best: k-NN {value:.1f} % of {best.name} (folder {', '.join(job.run.name for job in best.counted)})"]
+    return [
+        f"best: k-NN {value:.1f} % of {best.name} (folder {', '.join(job.run.name for job in best.evaluated_jobs)})"
+    ]
 
 
 def prototypes(job: Job) -> int | None:
@@ -66,7 +72,7 @@ def prototypes(job: Job) -> int | None:
     return K if isinstance(K, int) and K > 1 else None
 
 
-def spread(values: list[float | None]) -> str:
+def mean_and_deviation(values: list[float | None]) -> str:
     """Mean and, from two values on, standard deviation of the sample."""
     known = [value for value in values if value is not None]
     if not known:
@@ -78,7 +84,7 @@ def terminal_table(rows: list[Row]) -> Table:
     """For `rich`."""
     # Without lines between the columns, a row of figures fits into 80 characters; names and states may wrap.
     table = Table(caption=escape("\n".join(notes(rows))) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    titles, lines = laid_out(rows)
+    titles, lines = table_cells(rows)
     for index, title in enumerate(titles):
         figure = 0 < index < len(titles) - 1
         broken = re.sub(r"([._])(?=\w)", r"\1\n", title) if title in rows[0].settings else title
@@ -91,15 +97,15 @@ def terminal_table(rows: list[Row]) -> Table:
     return table
 
 
-def laid_out(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Titles and lines: those of `COLUMNS` or, where one experiment is searched, a column for each key."""
     keys = dict.fromkeys(key for row in rows for key in row.settings)
     if not keys or len({row.experiment for row in rows}) > 1 or any(row.experiment in PUBLISHED for row in rows):
-        return list(COLUMNS), [cells(row) for row in rows]
+        return list(COLUMNS), [row_cells(row) for row in rows]
     several = any(len(row.jobs) > 1 for row in rows)
     lines = []
     for row in rows:
-        _, n, knn, *_, status = cells(row)
+        _, n, knn, *_, status = row_cells(row)
         folders = ", ".join(job.run.name for job in row.jobs)
         values = [row.settings.get(key, "") for key in keys]
         lines.append([folders, *values, *([n] if several else []), knn, status])
@@ -108,7 +114,7 @@ def laid_out(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def markdown_table(rows: list[Row]) -> str:
     """For documents; the notes stand below."""
-    titles, figures = laid_out(rows)
+    titles, figures = table_cells(rows)
     lines = [
         _markdown_line([title.replace("\n", " ") for title in titles]),
         "|---|" + "---:|" * (len(titles) - 2) + "---|",

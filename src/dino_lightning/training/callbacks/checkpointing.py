@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dino_lightning.checkpoints.run_checkpoint import LAST, AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import CheckpointConfig
-from dino_lightning.loggers.csv import METRICS, has_row
+from dino_lightning.loggers.csv import METRICS_FILE, has_row
 from dino_lightning.methods.base import Method
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.preemption import Preempted, PreemptionHandler
@@ -67,7 +67,7 @@ class Checkpointing(Checkpoint):
             values |= {f"knn/{name}": float(np.float32(value)) for name, value in self.knn.last.items()}
             if trainer.is_global_zero and self._is_best():
                 self.io.copy(self.folder / LAST, BEST)
-        if not trainer.is_global_zero or has_row(self.folder.parent / METRICS, step=self._step - 1, keys=values):
+        if not trainer.is_global_zero or has_row(self.folder.parent / METRICS_FILE, step=self._step - 1, keys=values):
             return
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._step - 1)

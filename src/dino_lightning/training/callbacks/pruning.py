@@ -12,7 +12,7 @@ from typing import Any, cast
 import lightning as L
 
 from dino_lightning.config import PruningConfig
-from dino_lightning.loggers.csv import METRICS, read_rows
+from dino_lightning.loggers.csv import METRICS_FILE, read_rows
 from dino_lightning.methods.base import Method
 from dino_lightning.runtime.collectives import any_rank
 from dino_lightning.runtime.files import FAILED
@@ -87,7 +87,7 @@ def finished_beside(folder: Path) -> list[dict[int, float]]:
 
 def knn_by_epoch(folder: Path) -> dict[int, float]:
     """k-NN top-1 in percent by epoch, counted from 0, as far as `metrics.csv` has it."""
-    rows = [row for row in read_rows(folder / METRICS) if KNN in row and row.get("epoch", "").isdigit()]
+    rows = [row for row in read_rows(folder / METRICS_FILE) if KNN in row and row.get("epoch", "").isdigit()]
     return {int(row["epoch"]): float(row[KNN]) for row in rows}
 
 
