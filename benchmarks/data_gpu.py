@@ -21,6 +21,7 @@ from dino_lightning.data.crops.device_plan import make_plan
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.sampling import Crop, FastRNG, draw_crops
 from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.parts import MethodParts
 from dino_lightning.models.backbones import build_backbone
 
 BATCH = 64
@@ -53,11 +54,13 @@ def training_step(views: list[torch.Tensor], device: torch.device) -> Callable[[
     networks = [build_backbone(ViTConfig(), image_size=224, drop_path=flag).to(device) for flag in (True, False)]
     module = DINO(
         DINOConfig(),
-        student_backbone=networks[0],
-        teacher_backbone=networks[1],
-        feature_dim=384,
-        optim=AdamWConfig(),
-        batch_size_per_device=BATCH,
+        MethodParts(
+            networks[0],
+            teacher_backbone=networks[1],
+            feature_dim=384,
+            optim=AdamWConfig(),
+            batch_size_per_device=BATCH,
+        ),
     ).to(device)
     optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-5)
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from dino_lightning.config import AdamWConfig, ComputeConfig, DINOConfig, OptimConfig, SGDConfig, TimmConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.parts import MethodParts
 from dino_lightning.models.backbones import build_backbone
 
 EPOCHS, STEPS, LOCAL_CROPS, PROTOTYPES = 2, 5, 2, 1024
@@ -191,12 +192,14 @@ def run_ours(
             teacher_temperature_warmup="2ep",
             teacher_momentum=MOMENTUM,
         ),
-        student_backbone=networks[0],
-        teacher_backbone=networks[1],
-        feature_dim=networks[0].num_features,  # type: ignore[arg-type]
-        optim=optim,
-        batch_size_per_device=len(batches[0][0]),
-        compute=step,
+        MethodParts(
+            networks[0],
+            teacher_backbone=networks[1],
+            feature_dim=networks[0].num_features,  # type: ignore[arg-type]
+            optim=optim,
+            batch_size_per_device=len(batches[0][0]),
+            compute=step,
+        ),
     )
     method.student.load_state_dict(initial)
     method.teacher.load_state_dict(initial)

@@ -17,7 +17,7 @@ from dino_lightning.cli.plugins import import_one, with_imports
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS
 from dino_lightning.errors import UserError
-from dino_lightning.training.build import METHODS
+from dino_lightning.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "new_method.md").read_text()
@@ -57,7 +57,8 @@ def imported(folder: Path) -> Iterator[None]:
     import_one(str(folder / "simsiam.py"))
     yield
     del METHODS[SCHEMAS["method"].pop("simsiam")]
-    del ConfigStore.instance().repo["method"]["simsiam.yaml"]
+    for option in ("simsiam", "schema_simsiam"):
+        del ConfigStore.instance().repo["method"][f"{option}.yaml"]
     del sys.modules["dino_lightning.cli.plugins.simsiam"]
 
 

@@ -212,20 +212,24 @@ def test_joblib_runs_side_by_side(tmp_path: Path) -> None:
 OWN = """
 import os, signal
 from dataclasses import dataclass
-from dino_lightning.training.build import register_method
 from dino_lightning.config import DINOConfig
-from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.registry import register_method
+from dino_lightning.methods.student_teacher import StudentTeacher
+from torch import nn
 
 @dataclass
 class OwnConfig(DINOConfig):
     fatal: bool = False
 
-def make(config, **options):
-    if config.fatal:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return DINO(config, **options)
+@register_method("own", OwnConfig)
+class Own(StudentTeacher):
+    def __init__(self, config, parts):
+        if config.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(config, parts, heads=(nn.Linear(parts.feature_dim, 4), nn.Linear(parts.feature_dim, 4)))
 
-register_method("own", OwnConfig, make)
+    def loss(self, batch):
+        return self.student(batch).square().mean()
 """
 
 

@@ -18,7 +18,7 @@ from dino_lightning.methods.base import Method
 from dino_lightning.methods.byol import BYOL
 from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.feature_buffer import FeatureBuffer
-from dino_lightning.models.backbones import build_backbone
+from dino_lightning.methods.parts import MethodParts
 
 BATCH, SIZE, WIDTH = 16, 32, tiny.BACKBONE.width
 
@@ -34,16 +34,8 @@ def images(count: int, *, seed: int = 0) -> list[list[Tensor]]:
     return made
 
 
-def common() -> dict[str, Any]:
-    return {
-        **{
-            f"{role}_backbone": build_backbone(tiny.BACKBONE, image_size=SIZE, drop_path=False)
-            for role in ("student", "teacher")
-        },
-        "feature_dim": WIDTH,
-        "optim": AdamWConfig(lr=0.016, lr_warmup="10it"),
-        "batch_size_per_device": BATCH,
-    }
+def parts() -> MethodParts:
+    return tiny.parts(optim=AdamWConfig(lr=0.016, lr_warmup="10it"), batch_size=BATCH)
 
 
 def dino(**method: Any) -> DINO:
@@ -54,13 +46,13 @@ def dino(**method: Any) -> DINO:
         "freeze_last_layer": "0ep",
     }
     torch.manual_seed(0)
-    return DINO(DINOConfig(**{**small, "teacher_momentum": 0.98, **method}), **common())
+    return DINO(DINOConfig(**{**small, "teacher_momentum": 0.98, **method}), parts())
 
 
 def byol(**method: Any) -> BYOL:
     small: dict[str, Any] = {"out_dim": 16, "head_hidden_dim": 32, "teacher_momentum": 0.98}
     torch.manual_seed(0)
-    return BYOL(BYOLConfig(**{**small, **method}), **common())
+    return BYOL(BYOLConfig(**{**small, **method}), parts())
 
 
 def fit(

@@ -2,7 +2,6 @@
 
 import csv
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import NonfiniteConfig
+from dino_lightning.methods.clock import StepClock
 from dino_lightning.optim.ema import ema_update
 from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups
 from dino_lightning.runtime.sharding import is_sharded, local
@@ -92,20 +92,13 @@ def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated:
     """DINO's steps one after the other, but for those that are left out; the state after each step."""
     module.double()
     steps = len(data) // accumulated
-    moment: Any = SimpleNamespace(
-        global_step=0,
-        world_size=1,
-        accumulate_grad_batches=accumulated,
-        num_training_batches=len(data),
-        estimated_stepping_batches=steps,
-        log_every_n_steps=0,
-    )
-    module._trainer = moment
-    module.schedules = module._make_schedules()
+    batch_size = module.batch_size_per_device * accumulated
+    module.clock = StepClock(steps_per_epoch=steps, total_steps=steps, total_batch_size=batch_size)
+    module.schedules = module.make_schedules()
     optimizer = build_optimizer(module.optim, parameter_groups(module))
     states = []
     for step in range(steps):
-        moment.global_step = step
+        module.clock.step = step
         if step not in left_out:
             optimizer.zero_grad()
             for crops in data[step * accumulated : (step + 1) * accumulated]:
@@ -116,7 +109,7 @@ def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated:
             optimizer.param_groups[0]["weight_decay"] = module.value("weight_decay")
             optimizer.step()
             ema_update(module.teacher, module.student, momentum=module.value("teacher_momentum"))
-            module.center.commit()
+            module.center.update()
         states.append(tiny.copy(module))
     return states
 

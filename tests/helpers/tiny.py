@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from dino_lightning.config import AdamWConfig, ComputeConfig, DINOConfig, OptimConfig, ViTConfig
 from dino_lightning.methods.dino import DINO
+from dino_lightning.methods.parts import MethodParts
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.optim.ema import follow
 
@@ -19,11 +20,32 @@ BACKBONE = ViTConfig(width=32, depth=1, heads=HEADS, patch_size=PATCH, drop_path
 Batches = list[list[Tensor]]
 
 
+def parts(
+    backbone: ViTConfig = BACKBONE,
+    *,
+    teacher: bool = True,
+    optim: OptimConfig | None = None,
+    batch_size: int = 8,
+    compute: ComputeConfig | None = None,
+    num_classes: int = 0,
+) -> MethodParts:
+    """What a tiny method is built from; the student's backbone is drawn before the teacher's."""
+    return MethodParts(
+        build_backbone(backbone, image_size=32, drop_path=True),
+        teacher_backbone=build_backbone(backbone, image_size=32, drop_path=False) if teacher else None,
+        feature_dim=backbone.width,
+        optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
+        batch_size_per_device=batch_size,
+        compute=compute or ComputeConfig(),
+        num_classes=num_classes,
+    )
+
+
 def dino(
     *,
     optim: OptimConfig | None = None,
     batch_size: int = 8,
-    step: ComputeConfig | None = None,
+    compute: ComputeConfig | None = None,
     depth: int = BACKBONE.depth,
     **method: Any,
 ) -> DINO:
@@ -32,12 +54,7 @@ def dino(
     backbone = replace(BACKBONE, depth=depth)
     module = DINO(
         DINOConfig(**{**small, **method}),
-        student_backbone=build_backbone(backbone, image_size=32, drop_path=True),
-        teacher_backbone=build_backbone(backbone, image_size=32, drop_path=False),
-        feature_dim=BACKBONE.width,
-        optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
-        batch_size_per_device=batch_size,
-        compute=step,
+        parts(backbone, optim=optim, batch_size=batch_size, compute=compute),
     )
     with torch.no_grad():
         for parameter in module.student.parameters():

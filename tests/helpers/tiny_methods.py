@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from dino_lightning.config import (
     MOCO_VERSIONS,
-    AdamWConfig,
     BYOLConfig,
     ComputeConfig,
     MoCoConfig,
@@ -23,12 +22,8 @@ from dino_lightning.config import (
 )
 from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.methods.base import Method
-from dino_lightning.methods.byol import BYOL
-from dino_lightning.methods.moco import MoCo
+from dino_lightning.methods.registry import create_method
 from dino_lightning.methods.student_teacher import StudentTeacher
-from dino_lightning.methods.supervised import Supervised
-from dino_lightning.methods.swav import SwAV
-from dino_lightning.models.backbones import build_backbone
 from dino_lightning.optim.ema import follow
 
 CLASSES = 3
@@ -40,7 +35,6 @@ CONFIGS: dict[str, Any] = {
     "swav": SwAVConfig(**SMALL, head_bottleneck_dim=6, queue_start="0it", freeze_prototypes="0it"),
     "supervised": SupervisedConfig(),
 }
-METHODS: dict[type, Any] = {BYOLConfig: BYOL, MoCoConfig: MoCo, SwAVConfig: SwAV, SupervisedConfig: Supervised}
 
 
 def build(
@@ -48,25 +42,20 @@ def build(
     *,
     optim: OptimConfig | None = None,
     batch_size: int = 8,
-    step: ComputeConfig | None = None,
+    compute: ComputeConfig | None = None,
     **changed: Any,
 ) -> Any:
     """With weights far enough from their start that every term counts, the same on each call after the same seed."""
     given = CONFIGS[name]
     config = type(given)(**{**vars(given), **changed})
-    networks = {"student_backbone": build_backbone(tiny.BACKBONE, image_size=32, drop_path=True)}
-    if isinstance(config, TeacherConfig):
-        networks["teacher_backbone"] = build_backbone(tiny.BACKBONE, image_size=32, drop_path=False)
-    if isinstance(config, SupervisedConfig):
-        networks["num_classes"] = CLASSES  # type: ignore[assignment]
-    module: Method = METHODS[type(config)](
-        config,
-        **networks,
-        feature_dim=tiny.BACKBONE.width,
-        optim=optim or AdamWConfig(lr=0.032, lr_warmup="0ep"),
-        batch_size_per_device=batch_size,
-        step=step,
+    parts = tiny.parts(
+        teacher=isinstance(config, TeacherConfig),
+        optim=optim,
+        batch_size=batch_size,
+        compute=compute,
+        num_classes=CLASSES if config.uses_labels else 0,
     )
+    module = create_method(config, parts)
     with torch.no_grad():
         for parameter in module.student.parameters():
             if parameter.requires_grad:

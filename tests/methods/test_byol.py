@@ -44,7 +44,7 @@ def test_the_student_is_evaluated_and_the_teacher_may_be() -> None:
 
 def test_logged_figures() -> None:
     module, rows = tiny_methods.build("byol"), []
-    module.watchers.append(lambda reading: rows.append(reading.values))
+    module.metric_listeners.append(lambda reading: rows.append(reading.values))
     tiny_methods.fit(module, [crops[:2] for crops in tiny.batches(2)], log_every_n_steps=1)
     assert len(rows) == 2
     assert {"schedule/teacher_momentum", "schedule/lr", "collapse/feature_std"} <= rows[0].keys()

@@ -69,7 +69,7 @@ def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_views_of_each_resolution_go_through_the_backbone_once(fused: bool) -> None:
-    module, seen = tiny.dino(step=ComputeConfig(fused=fused)).double(), []
+    module, seen = tiny.dino(compute=ComputeConfig(fused=fused)).double(), []
     module.student.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     (crops,) = tiny.batches(1)
     together = module.student(crops)
@@ -103,7 +103,7 @@ def test_a_short_last_window_of_accumulation_is_a_step_too() -> None:
     micro = tiny.split(tiny.batches(2), parts=4)[:6]
     record = tiny.fit(module, micro, max_epochs=2, accumulate_grad_batches=4)
     assert record.steps == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4]
-    assert (module.steps_per_epoch, module.total_steps) == (2, 4)
+    assert (module.clock.steps_per_epoch, module.clock.total_steps) == (2, 4)
     rates = oracles.cosine_schedule(0.064 * 8 / 256, 1e-4, 4, 2)
     assert record.rates[3::6] + record.rates[5::6] == pytest.approx([rates[0], rates[2], rates[1], rates[3]])
     moved = [not torch.equal(a, b) for a, b in zip(record.centers[:-1], record.centers[1:], strict=True)]

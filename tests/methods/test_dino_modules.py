@@ -78,7 +78,7 @@ def expected_loss(state: Weights, crops: list[Tensor], config: Any, center_K: Te
 
 def at_work(step: ComputeConfig | None = None, **method: Any) -> Any:
     """A DINO as in the middle of a run, without a trainer."""
-    module = tiny.dino(step=step, **method).double()
+    module = tiny.dino(compute=step, **method).double()
     module.schedules = {"teacher_temperature": lambda step: TAU_T}
     if module.config.centering == "center":
         module.center.center += 0.2 * torch.randn_like(module.center.center)

@@ -139,14 +139,14 @@ class PatchLosses(Callback):
         self.values: list[float] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pl_module.watchers.append(lambda reading: self.values.append(reading.values["train/patch_loss"]))
+        pl_module.metric_listeners.append(lambda reading: self.values.append(reading.values["train/patch_loss"]))
 
 
 @pytest.mark.parametrize("fused", first([True, False]))
 def test_a_fit_is_the_slow_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are those of seed, step, micro-batch and rank; loss, centers and all weights follow."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
-    module = tiny.dino(optim=OPTIM, step=ComputeConfig(fused=fused), **METHOD)
+    module = tiny.dino(optim=OPTIM, compute=ComputeConfig(fused=fused), **METHOD)
     drawn = [
         draw_masks(np.random.default_rng([11, step, step % PER_EPOCH, 0]), 16, GRID, probability=0.5, share=[0.1, 0.5])
         for step in range(TOTAL)
@@ -214,7 +214,7 @@ def test_with_the_other_parts_of_dino(options: dict[str, Any]) -> None:
     """In pieces and all at once."""
     batches, losses = tiny.batches(3), []
     for fused in (True, False):
-        module = by_content(step=ComputeConfig(fused=fused, loss_rows=7), **options)
+        module = by_content(compute=ComputeConfig(fused=fused, loss_rows=7), **options)
         losses.append(tiny.fit(module, batches).losses)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
 

@@ -165,7 +165,7 @@ def test_what_has_arrived_can_still_be_noted_and_nothing_else_is_handed_over() -
     readings.record("speed", 3.0)
     send(readings, 2.5)
     readings.drain(seen.append)
-    assert [(r.loss, r.own_loss, r.values) for r in seen] == [(1.5, 1.5, {"speed": 3.0})]
+    assert [(r.loss, r.local_loss, r.values) for r in seen] == [(1.5, 1.5, {"speed": 3.0})]
     assert readings.latest == 1.5
 
 

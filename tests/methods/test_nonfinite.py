@@ -105,7 +105,7 @@ def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> N
 def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_path: Path) -> None:
     watched: list[StepMetrics] = []
     module = dino()
-    module.watchers.append(watched.append)
+    module.metric_listeners.append(watched.append)
     alarm = CollapseAlarm(CollapseConfig(after="0it", patience=1))
     fit(module, broken(data(), BAD), callback(tmp_path, "skip"), alarm, folder=tmp_path)
     found = rows(tmp_path)

@@ -139,7 +139,7 @@ def test_images_without_a_label_count_for_nothing() -> None:
 
 def test_a_fit_learns() -> None:
     method, rows = tiny_methods.build("supervised", label_smoothing=0.0), []
-    method.watchers.append(lambda reading: rows.append(reading.values["train/top1"]))
+    method.metric_listeners.append(lambda reading: rows.append(reading.values["train/top1"]))
     seen = tiny_methods.fit(method, tiny_methods.labeled(tiny.batches(4)), max_epochs=30, log_every_n_steps=1)
     assert sum(seen.losses[-4:]) < 0.6 * sum(seen.losses[:4])
     assert len(rows) == 120

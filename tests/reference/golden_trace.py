@@ -23,11 +23,11 @@ FILE = Path(__file__).with_suffix(".json")
 PER_EPOCH, EPOCHS = 10, 2
 
 
-def trace(step: ComputeConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
+def trace(compute: ComputeConfig | None = None, *, precision: str = "64-true") -> dict[str, list[float]]:
     """Loss of each step, norms of center and teacher after it."""
     numbers = np.random.default_rng(0)
     module = tiny.dino(
-        step=step,
+        compute=compute,
         optim=AdamWConfig(lr=0.032, lr_warmup="5it", clip_grad=0.1),
         norm_last_layer=False,
         freeze_last_layer="1ep",

@@ -1,11 +1,15 @@
 """What is learned from the crops: `method`."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass
 class MethodConfig:
     """What is learned from the crops; one of the children below."""
+
+    uses_labels: ClassVar[bool] = False
+    """Whether batches have labels."""
 
 
 @dataclass
@@ -190,6 +194,8 @@ class SwAVConfig(MethodConfig):
 @dataclass
 class SupervisedConfig(MethodConfig):
     """Classification with labels, on the same crops: the baseline of the paper's tables."""
+
+    uses_labels: ClassVar[bool] = True
 
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""

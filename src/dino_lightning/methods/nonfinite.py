@@ -82,8 +82,8 @@ class OverflowCounter:
         """Count a step, without waiting for its flag."""
         self.count = self.count + failed.float()
 
-    def figures(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor | float]:
-        """What is logged."""
+    def metrics(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor | float]:
+        """The metrics to log."""
         # `get_scale` would wait for the device, but for the first step.
         scale = scaler.get_scale() if scaler._scale is None else scaler._scale
         return {"amp/overflows": self.count, "amp/scale": scale}

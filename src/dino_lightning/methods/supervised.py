@@ -5,42 +5,30 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.config import ComputeConfig, OptimConfig, SupervisedConfig
+from dino_lightning.config import SupervisedConfig
 from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.methods.collapse_signals import log_feature_statistics
-from dino_lightning.models.multi_crop import MultiCropNetwork
+from dino_lightning.methods.parts import MethodParts
+from dino_lightning.methods.registry import register_method
 
 NO_LABEL = -1
 
 
 @final
+@register_method("supervised", SupervisedConfig)
 class Supervised(Method):
     """A linear classifier on the features of every crop, trained with its backbone."""
 
-    def __init__(
-        self,
-        config: SupervisedConfig,
-        *,
-        student_backbone: nn.Module,
-        num_classes: int,
-        feature_dim: int,
-        optim: OptimConfig,
-        batch_size_per_device: int,
-        compute: ComputeConfig | None = None,
-    ) -> None:
-        classifier = nn.Linear(feature_dim, num_classes)
+    def __init__(self, config: SupervisedConfig, parts: MethodParts) -> None:
+        classifier = nn.Linear(parts.feature_dim, parts.num_classes)
         nn.init.trunc_normal_(classifier.weight, std=0.02)
         nn.init.zeros_(classifier.bias)
-        super().__init__(
-            MultiCropNetwork(student_backbone, classifier, compute=compute),
-            optim=optim,
-            batch_size_per_device=batch_size_per_device,
-        )
+        super().__init__(parts, classifier)
         self.config = config
 
     def loss(self, batch: LabeledCrops) -> Tensor:
-        """Cross-entropy of the label, mean over crops and images. Images without a label count for nothing."""
+        """Cross-entropy of the label, mean over crops and images. Images without a label are ignored."""
         crops, labels_B = batch
         features_SD = self.student.features(crops)
         logits_SC = self.student.head(features_SD)

@@ -2,12 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -18,34 +17,23 @@ from torch import nn
 
 from dino_lightning.checkpoints import Description
 from dino_lightning.checkpoints.init_weights import initialize_from
-from dino_lightning.checkpoints.original import KEYS
 from dino_lightning.checkpoints.run_checkpoint import AsyncCheckpointIO, SafeCheckpointIO
 from dino_lightning.config import (
-    BYOLConfig,
     CSVLoggerConfig,
-    DINOConfig,
-    MethodConfig,
-    MoCoConfig,
-    SupervisedConfig,
-    SwAVConfig,
     TeacherConfig,
     TensorBoardLoggerConfig,
     TrainConfig,
     WandbLoggerConfig,
 )
-from dino_lightning.config.registry import register_schema
 from dino_lightning.config.serialization import to_dict
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.csv import MetricsCSVLogger
 from dino_lightning.loggers.wandb import RUN_ID_FILE, sweep_name, wandb_logger
 from dino_lightning.methods.base import Method
-from dino_lightning.methods.byol import BYOL
-from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.flops import step_flops
-from dino_lightning.methods.moco import MoCo
-from dino_lightning.methods.supervised import Supervised
-from dino_lightning.methods.swav import SwAV
+from dino_lightning.methods.parts import MethodParts
+from dino_lightning.methods.registry import create_method
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.devices import trains_on_cpu
@@ -68,7 +56,7 @@ from dino_lightning.training.strategy import SharedStatistics, build_strategy, c
 def build_data(config: TrainConfig) -> MultiCropDataModule:
     """The data module; images are opened at first use."""
     bad_images = Path(config.output_dir) / "bad_images.txt"
-    labels = isinstance(config.method, SupervisedConfig)
+    labels = config.method.uses_labels
     return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images, labels=labels)
 
 
@@ -177,20 +165,6 @@ def wandb_run_id(output: Path, *, resume: bool) -> str:
     return run_id
 
 
-METHODS: dict[type[MethodConfig], Callable[..., Method]] = {}
-"""Methods of one's own, by their configuration: `register_method`."""
-
-
-def register_method(name: str, config: type[MethodConfig], method: Callable[..., Method]) -> None:
-    """Make `method=NAME` known: its dataclass, and what is called with an instance of it.
-
-    `method` gets what `build_method` gives to all: `student_backbone`, `feature_dim`, `optim`, `batch_size_per_device`,
-    `step` and, where it is a `StudentTeacher`, `teacher_backbone`.
-    """
-    register_schema("method", name, config)
-    METHODS[config] = method
-
-
 def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNetwork | None = None) -> Method:
     """The LightningModule: what is trained, and how; its backbones start from the weights of `initial`, if given."""
     size, channels = config.crops.global_size, config.data.channels
@@ -199,33 +173,19 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNe
         return build_backbone(config.backbone, image_size=size, channels=channels, drop_path=drop_path)
 
     student = backbone(drop_path=True)
-    common: dict[str, Any] = {
-        "student_backbone": student,
-        "feature_dim": student.num_features,
-        "optim": config.optim,
-        "batch_size_per_device": config.data.batch_size_per_device,
-        "compute": config.compute,
-    }
-    if isinstance(config.method, TeacherConfig):
-        common["teacher_backbone"] = backbone(drop_path=False)
+    parts = MethodParts(
+        student,
+        feature_dim=cast(int, student.num_features),
+        optim=config.optim,
+        batch_size_per_device=config.data.batch_size_per_device,
+        compute=config.compute,
+        teacher_backbone=backbone(drop_path=False) if isinstance(config.method, TeacherConfig) else None,
+        num_classes=num_classes,
+    )
     if initial is not None:
-        backbones = [common[f"{key}_backbone"] for key in KEYS if f"{key}_backbone" in common]
+        backbones = [student] if parts.teacher_backbone is None else [student, parts.teacher_backbone]
         initialize_from(initial, *backbones, source=f"init_from={config.init_from}")
-    match config.method:
-        case own if type(own) in METHODS:  # before those that it may be a kind of
-            method: Method = METHODS[type(own)](own, **common)
-        case DINOConfig() as dino:
-            method = DINO(dino, **common)
-        case BYOLConfig() as byol:
-            method = BYOL(byol, **common)
-        case MoCoConfig() as moco:
-            method = MoCo(moco, **common)
-        case SwAVConfig() as swav:
-            method = SwAV(swav, **common)
-        case SupervisedConfig() as supervised:
-            method = Supervised(supervised, num_classes=num_classes, **common)
-        case other:
-            raise TypeError(f"no method for {type(other).__name__}")
+    method = create_method(config.method, parts)
     method.description = Description(
         config.backbone,
         image_size=size,

@@ -3,7 +3,6 @@
 import os
 
 from dino_lightning.config import (
-    SupervisedConfig,
     TrainConfig,
 )
 from dino_lightning.config.checks.training import DURATIONS
@@ -66,7 +65,7 @@ def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps
 
 def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
     """Refuse to learn from labels that are not there."""
-    if not isinstance(config.method, SupervisedConfig):
+    if not config.method.uses_labels:
         return
     if isinstance(data.sources.train, ImageStream):
         raise UserError(

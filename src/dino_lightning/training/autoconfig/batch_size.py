@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.config import CropsConfig, SupervisedConfig, TrainConfig
+from dino_lightning.config import CropsConfig, TrainConfig
 from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import GLOBAL_CROPS
@@ -90,9 +90,10 @@ def named_device(devices: Any) -> list[int] | None:
 def take_steps(config: TrainConfig, *, batch: int) -> None:
     """Train the configured method for `STEPS` steps with the configured precision."""
     quieten_libraries()
-    supervised = isinstance(config.method, SupervisedConfig)
     data = random_crops(config.crops, batch=batch, channels=config.data.channels)
-    batches: list[Any] = [LabeledCrops(data, torch.zeros(batch, dtype=torch.long)) if supervised else data] * STEPS
+    batches: list[Any] = [
+        LabeledCrops(data, torch.zeros(batch, dtype=torch.long)) if config.method.uses_labels else data
+    ] * STEPS
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=named_device(config.trainer.devices) or 1,

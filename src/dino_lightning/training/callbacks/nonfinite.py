@@ -256,7 +256,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
             "lengths": {
                 "num_training_batches": int(trainer.num_training_batches),
                 "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "total_steps": method.total_steps,
+                "total_steps": method.clock.total_steps,
             },
         }
 

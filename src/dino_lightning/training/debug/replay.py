@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dino_lightning.config.serialization import from_plain
 from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import Method
+from dino_lightning.methods.clock import StepClock
 from dino_lightning.training.build import build_method
 from dino_lightning.training.debug.activation_ranges import (
     ActivationRanges,
@@ -119,18 +119,13 @@ def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Metho
     method.float()
     method.schedules = {name: lambda step, value=value: value for name, value in saved["schedules"].items()}
     lengths = saved["lengths"]
-    moment: Any = SimpleNamespace(
-        global_step=saved["step"],
-        current_epoch=saved["epoch"],
-        global_rank=saved["rank"],  # of masks; what other ranks had is not here
-        world_size=1,
-        log_every_n_steps=0,
-        num_training_batches=lengths["num_training_batches"],
-        accumulate_grad_batches=lengths["accumulate_grad_batches"],
-        estimated_stepping_batches=lengths["total_steps"],
-        fit_loop=SimpleNamespace(batch_idx=saved["batch_index"]),
+    method.clock = StepClock(
+        step=saved["step"],
+        steps_per_epoch=-(-lengths["num_training_batches"] // lengths["accumulate_grad_batches"]),
+        total_steps=lengths["total_steps"],
+        micro_batch=saved["batch_index"],
+        rank=saved["rank"],
     )
-    method._trainer = moment
     return method.train()
 
 
