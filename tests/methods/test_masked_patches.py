@@ -189,7 +189,7 @@ def test_micro_batches_are_one_batch() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_without_masks_it_is_dino(fused: bool, centering: str) -> None:
     """`mask_p=0`: the same losses and weights, the mask token and the second center as they began."""
-    options = {"centering": centering, "step": ComputeConfig(fused=fused)}
+    options = {"centering": centering, "compute": ComputeConfig(fused=fused)}
     torch.manual_seed(5)
     module = tiny.dino(optim=OPTIM, **{**METHOD, **options, "mask_p": 0.0})
     module.student.backbone.mask_token.data.zero_()  # type: ignore[union-attr]

@@ -117,8 +117,9 @@ def test_layers_of_both_versions() -> None:
 
 
 def test_negatives_are_those_before_this_step() -> None:
-    """The keys of a batch are no negatives of its own queries."""
+    """The keys of a batch are not negatives for its own queries."""
     module, (crops,) = tiny_methods.build("moco2").double(), tiny.batches(1)
+    module.schedules = module.make_schedules()
     first, again = module.loss(crops[:2]), module.loss(crops[:2])
     assert torch.equal(first, again), "observing alone changes nothing"
     module.after_step(0)

@@ -122,9 +122,9 @@ def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_pat
 
 
 def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    limits: dict[str, Any] = {"most": 2, "save": 1}
+    limits: dict[str, Any] = {"max_steps": 2, "max_saved": 1}
     with pytest.raises(
-        FloatingPointError, match=r"loss is nan at step 4 after callbacks\.nonfinite\.most=2 such steps"
+        FloatingPointError, match=r"loss is nan at step 4 after callbacks\.nonfinite\.max_steps=2 such steps"
     ):
         fit(dino(), broken(data(count=6), 0, 2, 4), callback(tmp_path, "skip", **limits), folder=tmp_path)
     assert files(tmp_path) == ["step000000-rank0.pt"], "callbacks.nonfinite.max_saved=1"
@@ -140,12 +140,12 @@ def test_the_count_outlives_a_process(tmp_path: Path) -> None:
         fit(
             dino(),
             broken(data(), 1, 3),
-            callback(tmp_path, "skip", most=1),
+            callback(tmp_path, "skip", max_steps=1),
             kept,
             folder=tmp_path,
             enable_checkpointing=True,
         )
-    again = callback(tmp_path, "skip", most=1)
+    again = callback(tmp_path, "skip", max_steps=1)
     module = dino().double()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -184,7 +184,7 @@ def test_where_nothing_waits_the_device_keeps_a_bad_gradient_from_the_weights(
     tmp_path: Path, name: str, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the program learns of it with the loss of the step after, or at the end of the epoch."""
-    monkeypatch.setattr(base, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(base, "is_asynchronous", lambda device: True)
     monkeypatch.setattr(base, "read_now", _must_not_be_called)
     at = STEPS - 1 if last else BAD
     module = dino(optim=OPTIMS[name])
@@ -332,7 +332,7 @@ def test_random_numbers_go_on_as_they_would(tmp_path: Path) -> None:
         module.student.head.mlp.append(torch.nn.Dropout(0.5))
         batches = broken(data(parts=2), 2 * BAD)
         torch.manual_seed(1)
-        keeper = callback(tmp_path / str(save), "skip", save=save)
+        keeper = callback(tmp_path / str(save), "skip", max_saved=save)
         fit(module, batches, keeper, Draw(), folder=tmp_path, accumulate_grad_batches=2)
     assert len(set(draws[: 2 * STEPS])) == 2 * STEPS
     assert draws[: 2 * STEPS] == draws[2 * STEPS :]
