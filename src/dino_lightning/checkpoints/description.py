@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,9 @@ class Description:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `plain`. Raises one of `UNSOUND` for what is none."""
-        return cls._validated(**{**values, "backbone": parse_backbone(values["backbone"])})
+        options = dict(values)
+        backbone = parse_backbone(options.pop("backbone"), schema=options.pop("schema", None))
+        return cls._validated(**options, backbone=backbone)
 
     @classmethod
     def _validated(cls, **values: Any) -> Self:
@@ -73,7 +75,8 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """The same in plain types."""
-        return asdict(self)
+        schema = next((name for name, known in SCHEMAS["backbone"].items() if known is type(self.backbone)), None)
+        return {**asdict(self), "schema": schema}
 
     def build(self, drop_path_rate: float = 0.0) -> nn.Module:
         """The network with fresh weights, all of them trainable."""
@@ -112,11 +115,18 @@ def _too_large(plain: Any) -> int | None:
     return plain if isinstance(plain, int) and abs(plain) > LARGEST else None
 
 
-def parse_backbone(values: dict[str, Any]) -> BackboneConfig:
-    """The section `backbone` of a configuration; a run's file does not name the schema."""
-    for schema in SCHEMAS["backbone"].values():
-        if values.keys() <= {known.name for known in fields(schema)}:
-            return schema(**values)
+def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> BackboneConfig:
+    """The section `backbone` of a configuration. Without the name of its schema, the keys decide."""
+    if schema is not None:
+        if schema not in SCHEMAS["backbone"]:
+            raise UserError(
+                f"backbone={schema}: the checkpoint has a backbone that is not part of this package; add "
+                "imports=FILE with the file that registers it."
+            )
+        return cast(BackboneConfig, SCHEMAS["backbone"][schema](**values))
+    for known in SCHEMAS["backbone"].values():
+        if values.keys() <= {key.name for key in fields(known)}:
+            return known(**values)
     raise KeyError(f"no network has the keys {', '.join(values)}")
 
 

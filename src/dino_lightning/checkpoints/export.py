@@ -28,7 +28,9 @@ def export_backbone(
     eval_resize: int = PAPER_CROPS.eval_resize,
     eval_size: int = PAPER_CROPS.eval_size,
 ) -> dict[str, Any]:
-    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that they were seen to fit.
+    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them.
+
+    A user's own backbone has none.
 
     The file's metadata holds the same arguments as JSON (`timm`), the normalization of the images, their sizes in
     evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
@@ -38,7 +40,7 @@ def export_backbone(
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
     described = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
     values = {
-        "timm": recipe,
+        **({"timm": recipe} if recipe else {}),
         "mean": mean,
         "std": std,
         "eval": {"resize": eval_resize, "size": eval_size},
@@ -51,6 +53,8 @@ def export_backbone(
 
 
 def _fitting_recipe(weights: dict[str, Tensor], recipes: list[dict[str, Any]]) -> dict[str, Any]:
+    if not recipes:  # a user's own backbone
+        return {}
     for recipe in recipes:
         try:
             with torch.device("meta"):

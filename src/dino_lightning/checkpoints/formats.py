@@ -112,6 +112,8 @@ def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
         eval_resize=network.resize,
         eval_size=network.size,
     )
+    if not recipe:
+        raise UserError("format=timm: timm does not have this backbone; use format=onnx or torch.")
     arguments = {key: value for key, value in recipe.items() if key not in ("model_name", "num_classes")}
     # timm's own sizes: a position table has one, and its images are resized for that.
     side = arguments.get("img_size", described.image_size)

@@ -11,30 +11,30 @@ from torch import nn
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.config.timm_names import check_timm_name
 from dino_lightning.errors import UserError
+from dino_lightning.models.registry import BACKBONES, register_backbone
 from dino_lightning.models.vit import OriginalViT
 
 
 def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool, channels: int = 3) -> nn.Module:
     """The configured network; `image_size` (pixels) sets the grid of a learned position embedding."""
-    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate if drop_path else 0.0, "channels": channels}
-    match config:
-        case ViTConfig():
-            return OriginalViT(config, image_size=image_size, **options)
-        case TimmConfig():
-            return _timm_network(config, image_size=image_size, **options)
-        case _:
-            raise TypeError(f"no backbone for {type(config).__name__}")
+    rate = config.drop_path_rate if drop_path else 0.0
+    return BACKBONES[type(config)](config, image_size=image_size, channels=channels, drop_path_rate=rate)
 
 
-def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float, channels: int) -> nn.Module:
+register_backbone("vit", ViTConfig)(OriginalViT)
+
+
+@register_backbone("timm", TimmConfig)
+def timm_network(config: TimmConfig, *, image_size: int, channels: int, drop_path_rate: float) -> nn.Module:
+    """A network of timm by its name."""
     check_timm_name(config.name)
-    arguments: dict[str, Any] = {"num_classes": 0, **_unusual(channels), **config.arguments}
+    arguments: dict[str, Any] = {"num_classes": 0, **_channels_argument(channels), **config.arguments}
     if drop_path_rate:
         arguments["drop_path_rate"] = drop_path_rate
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
-    # Networks with a position table want the image size; those that can vary it must be told to. timm has no list of
-    # which take what, and a constructor refuses what it does not know before it loads any weights.
+    # Networks with a position table need the image size, and an option to vary it. timm does not list which network
+    # takes which argument, but a constructor raises for unknown ones before it loads any weights.
     refusal: TypeError | None = None
     for extra in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
         try:
@@ -47,13 +47,16 @@ def _timm_network(config: TimmConfig, *, image_size: int, drop_path_rate: float,
     )
 
 
-def _unusual(channels: int) -> dict[str, Any]:
+def _channels_argument(channels: int) -> dict[str, Any]:
     """timm's argument for images that are not RGB."""
     return {} if channels == 3 else {"in_chans": channels}
 
 
 def timm_recipes(config: BackboneConfig, *, image_size: int, channels: int = 3) -> list[dict[str, Any]]:
-    """Keyword arguments of `timm.create_model`, likeliest first, one of which builds the network of this config."""
+    """Keyword arguments of `timm.create_model`, most likely first, one of which builds the network of this config.
+
+    None for a user's own backbone.
+    """
     match config:
         case ViTConfig():
             registers = {"reg_tokens": config.registers, "no_embed_class": True} if config.registers else {}
@@ -61,13 +64,19 @@ def timm_recipes(config: BackboneConfig, *, image_size: int, channels: int = 3) 
             size = sizes.get((config.width, config.depth, config.heads))
             name = f"vit_{size}_patch{config.patch_size}_{image_size}"
             if size and timm.is_model(name):
-                return [{"model_name": name, "num_classes": 0, **registers, **_unusual(channels)}]
+                return [{"model_name": name, "num_classes": 0, **registers, **_channels_argument(channels)}]
             shape = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
             shape |= {"img_size": image_size, "patch_size": config.patch_size, **registers}
-            return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape, **_unusual(channels)}]
+            return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape, **_channels_argument(channels)}]
         case TimmConfig():
             patch = {} if config.patch_size is None else {"patch_size": config.patch_size}
-            named = {"model_name": config.name, "num_classes": 0, **patch, **_unusual(channels), **config.arguments}
+            named = {
+                "model_name": config.name,
+                "num_classes": 0,
+                **patch,
+                **_channels_argument(channels),
+                **config.arguments,
+            }
             return [{**named, "img_size": image_size}, named]
         case _:
-            raise TypeError(f"no recipe for {type(config).__name__}")
+            return []
