@@ -88,7 +88,7 @@ class Maker:
 
     def factors(self, features_SD: Tensor) -> FactoredLogits:
         """Bottlenecks and prototypes."""
-        return self.network.head(features_SD, factors=True)
+        return self.network.head(features_SD, factored=True)
 
 
 def step_parts(method: DINO, crops: list[Tensor], setting: Setting) -> list[Part]:
@@ -117,18 +117,18 @@ def step_parts(method: DINO, crops: list[Tensor], setting: Setting) -> list[Part
 
 def loss_part(method: DINO, student: Maker, teacher: Maker) -> Part:
     """From the bottlenecks to the loss."""
-    points_SD, prototypes_KD = student.values(lambda: student.factors(student.features()))
+    embeddings_SD, prototypes_KD = student.values(lambda: student.factors(student.features()))
     target = FactoredLogits(*teacher.values(lambda: teacher.factors(teacher.features())))
-    B, sharpness = student.setting.batch, method._sharpness(target)
+    B, params = student.setting.batch, method._softmax_params(target)
 
-    def loss(points_SD: Tensor, prototypes_KD: Tensor) -> Tensor:
-        own = FactoredLogits(points_SD, prototypes_KD)
+    def loss(embeddings_SD: Tensor, prototypes_KD: Tensor) -> Tensor:
+        own = FactoredLogits(embeddings_SD, prototypes_KD)
         if method.compute.fused:
-            return chunked_cross_view_entropy(own, target, sharpness, images=B, rows=method.compute.loss_rows)
+            return chunked_cross_view_entropy(own, target, params, images=B, rows=method.compute.loss_rows)
         of_student, of_teacher = (logits.unflatten(0, (-1, B)) for logits in (own.logits(), target.logits()))
-        return cross_view_entropy(of_student, of_teacher, sharpness)
+        return cross_view_entropy(of_student, of_teacher, params)
 
-    return student.part("prototypes", loss, points_SD, prototypes_KD)
+    return student.part("prototypes", loss, embeddings_SD, prototypes_KD)
 
 
 def backbone_parts(maker: Maker) -> list[Part]:

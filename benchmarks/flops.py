@@ -18,7 +18,7 @@ import torch
 from dino_lightning.config import BackboneConfig, CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.config.conf_dir import backbone_config, backbone_names
 from dino_lightning.methods.base import GLOBAL_CROPS
-from dino_lightning.methods.flops import Counts, backbone_flops, network_on_paper
+from dino_lightning.methods.flops import Counts, backbone_flops, meta_network
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def head_flops(method: DINOConfig, *, features: int) -> Counts:
 
 def feature_width(backbone: BackboneConfig) -> int:
     """Width of the head's input."""
-    return backbone.width if isinstance(backbone, ViTConfig) else network_on_paper(backbone).num_features  # type: ignore[return-value]
+    return backbone.width if isinstance(backbone, ViTConfig) else meta_network(backbone).num_features  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------- the machine

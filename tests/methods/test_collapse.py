@@ -121,7 +121,7 @@ def test_dead_prototypes_get_less_than_a_hundredth_of_their_share() -> None:
 
 
 def test_a_window_keeps_the_latest_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window, "MOST_ROWS", 10)
+    monkeypatch.setattr(window, "MAX_FEATURES", 10)
     seen = FeatureBuffer()
     assert seen.take_effective_rank() is None
     batches = [torch.randn(4, 6, dtype=torch.float64) for _ in range(5)]

@@ -96,7 +96,7 @@ def test_a_scalar_after_the_loss_is_a_mistake() -> None:
     readings = MetricsBuffer()
     readings.begin(step=0, epoch=0, images=1, logged=True)
     readings.start_reduce(torch.tensor(1.0))
-    with pytest.raises(AssertionError, match="late: device scalars are noted before"):
+    with pytest.raises(AssertionError, match="late: record device scalars before"):
         readings.record("late", torch.tensor(1.0))
 
 

@@ -1,19 +1,19 @@
-"""Prototypes and loss in pieces: the cross-entropy between views without ever holding its logits.
+"""The cross-entropy between views, computed in chunks so that the logits of a batch are never all in memory.
 
-K prototypes make the logits of a batch, (V + T) B x K, the largest tensor of a step, and the loss reads them several
-times. Here a few images at a time pass through prototypes, loss and gradient, and their logits are forgotten.
+With K prototypes the logits of a batch, (V + T) B x K, are the largest tensor of a step, and the loss reads them
+several times. Here a few images at a time pass through prototypes, loss and gradient, and their logits are freed.
 
-    for the images of a piece:
-        t = teacher points W_t'                     (T, r, K)     p = softmax((t - c) / tau_t)
-        s = student points W_s'                     (V, r, K)
+    for each chunk of r images:
+        t = teacher embeddings W_t'                 (T, r, K)     p = softmax((t - c) / tau_t)
+        s = student embeddings W_s'                 (V, r, K)
         loss += w_v logsumexp(s_v / tau_s) - <q_v, s_v> / tau_s   q_v: sum of p over the teacher's other views
         s <- w_v softmax(s_v / tau_s) - q_v                       the gradient, in place
-        d points = s W_s;  d W_s += s' points
+        d embeddings = s W_s;  d W_s += s' embeddings
 
-The gradient is finished with the forward pass: the logits of a piece are still at hand, and the backward pass has
-nothing left but a multiplication. Equation 3 of the paper; `losses.cross_view_entropy` is the plain form.
+The forward pass computes the gradients, too, while the logits of a chunk are in memory; the backward pass only
+multiplies them. Equation 3 of the paper; `losses.cross_view.cross_view_entropy` is the reference implementation.
 
-V student views, T teacher views, B images, r images of a piece, K prototypes, D width of the bottleneck.
+V student views, T teacher views, B images, r images of a chunk, K prototypes, D width of the bottleneck.
 """
 
 from typing import Any
@@ -30,38 +30,37 @@ from dino_lightning.models.kernels.dense import input_gradient, product
 from dino_lightning.runtime.precision import at_least_float32, autocast_dtype, without_autocast
 
 HALF_SCALE = 16.0
-"""Factor of gradients in float16, whose smallest normal number is above 1 / K; sums over 2,000 rows stay below its
-largest one."""
+"""Factor of gradients in float16: its smallest normal number is above 1 / K. Sums over 2,000 rows do not overflow."""
 
 
 def chunked_cross_view_entropy(
-    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, *, images: int, rows: int
+    student: FactoredLogits, teacher: FactoredLogits, params: SoftmaxParams, *, images: int, rows: int
 ) -> Tensor:
-    """The loss of `losses.cross_view_entropy` between V B crops of the student and T B of the teacher, view by view.
+    """`cross_view_entropy` between V B crops of the student and T B crops of the teacher, B = `images` per view.
 
-    The student's points and prototypes take gradient. Of B = `images`, so many are taken at once that the student's
-    logits have at most `rows` rows, but at least one.
+    The student's embeddings and prototypes receive gradients. A chunk has as many images as fit into `rows` rows of the
+    student's logits, but at least one.
     """
     factors = student.embeddings, student.prototypes, teacher.embeddings, teacher.prototypes
-    return _ChunkedLoss.apply(*factors, sharpness, images, rows, None)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(*factors, params, images, rows, None)  # type: ignore[return-value]
 
 
 def chunked_row_entropy(
-    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, weights_P: Tensor, *, rows: int
+    student: FactoredLogits, teacher: FactoredLogits, params: SoftmaxParams, weights_P: Tensor, *, rows: int
 ) -> Tensor:
     """The weighted sum of the cross-entropies between row p of the teacher and row p of the student.
 
-    The rows are dealt out to two views, and the teacher's are swapped: each view is then compared with the other's
-    crops, which are its own rows.
+    The rows are split into two views, and the teacher's views are swapped: the loss compares each student view with the
+    other teacher view, which after the swap holds the same rows.
     """
     P, half = len(student), -(-len(student) // 2)
     if not P:
         return student.embeddings.new_zeros((), dtype=weights_P.dtype)
     student_SD, teacher_SD = (F.pad(each.embeddings, (0, 0, 0, 2 * half - P)) for each in (student, teacher))
     swapped_SD = torch.cat([teacher_SD[half:], teacher_SD[:half]])
-    relative_S = F.pad(weights_P * (2 * half), (0, 2 * half - P))  # about 1, which half precision holds best
+    relative_S = F.pad(weights_P * (2 * half), (0, 2 * half - P))  # about 1, where half precision is most accurate
     factors = student_SD, student.prototypes, swapped_SD, teacher.prototypes
-    return _ChunkedLoss.apply(*factors, sharpness, half, rows, relative_S)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(*factors, params, half, rows, relative_S)  # type: ignore[return-value]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -72,22 +71,24 @@ class _ChunkedLoss(torch.autograd.Function):
         student_KD: Tensor,
         teacher_SD: Tensor,
         teacher_KD: Tensor,
-        sharpness: SoftmaxParams,
+        params: SoftmaxParams,
         images: int,
         rows: int,
         weights_S: Tensor | None,
     ) -> Tensor:
         half = autocast_dtype(student_SD)
         with without_autocast(student_SD):
-            points_VBD, teacher_TBD = (x.unflatten(0, (-1, images)) for x in (student_SD.to(half), teacher_SD.to(half)))
-            weights_VB = None if weights_S is None else weights_S.view(-1, images)
-            pieces = _ChunkAccumulator(
-                points_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), sharpness, weights_VB
+            embeddings_VBD, teacher_TBD = (
+                x.unflatten(0, (-1, images)) for x in (student_SD.to(half), teacher_SD.to(half))
             )
-            each = max(1, rows // len(points_VBD))
-            for start in range(0, images, each):
-                pieces.add(slice(start, min(start + each, images)))
-            loss, *ctx.gradients = pieces.finished()
+            weights_VB = None if weights_S is None else weights_S.view(-1, images)
+            accumulator = _ChunkAccumulator(
+                embeddings_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), params, weights_VB
+            )
+            chunk_size = max(1, rows // len(embeddings_VBD))
+            for start in range(0, images, chunk_size):
+                accumulator.add(slice(start, min(start + chunk_size, images)))
+            loss, *ctx.gradients = accumulator.result()
         ctx.types = student_SD.dtype, student_KD.dtype
         return loss
 
@@ -95,68 +96,68 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
-            raise RuntimeError("the loss in pieces has no second backward pass: its gradients are scaled in place")
-        (dpoints, dweight), ctx.gradients = ctx.gradients, None
-        points_type, weight_type = ctx.types
-        return dpoints.mul_(dloss).to(points_type), dweight.mul_(dloss).to(weight_type), *[None] * 6
+            raise RuntimeError("the chunked loss allows one backward pass only: its gradients are scaled in place")
+        (dembeddings, dweight), ctx.gradients = ctx.gradients, None
+        embeddings_type, weight_type = ctx.types
+        return dembeddings.mul_(dloss).to(embeddings_type), dweight.mul_(dloss).to(weight_type), *[None] * 6
 
 
 class _ChunkAccumulator:
-    """Loss and gradients of the pieces so far."""
+    """Sums the loss and the gradients over chunks."""
 
     def __init__(
         self,
-        points_VBD: Tensor,
+        embeddings_VBD: Tensor,
         weight_KD: Tensor,
         teacher_TBD: Tensor,
         teacher_KD: Tensor,
-        sharpness: SoftmaxParams,
+        params: SoftmaxParams,
         row_weights_VB: Tensor | None = None,
     ) -> None:
-        self.points_VBD, self.weight_KD, self.row_weights_VB = points_VBD, weight_KD, row_weights_VB
-        self.teacher_TBD, self.teacher_KD, self.sharpness = teacher_TBD, teacher_KD, sharpness
-        full = torch.promote_types(points_VBD.dtype, torch.float32)
-        self.loss = torch.zeros((), dtype=full, device=points_VBD.device)
-        self.dpoints_VBD = torch.empty_like(points_VBD, dtype=full)
+        self.embeddings_VBD, self.weight_KD, self.row_weights_VB = embeddings_VBD, weight_KD, row_weights_VB
+        self.teacher_TBD, self.teacher_KD, self.params = teacher_TBD, teacher_KD, params
+        full = torch.promote_types(embeddings_VBD.dtype, torch.float32)
+        self.loss = torch.zeros((), dtype=full, device=embeddings_VBD.device)
+        self.dembeddings_VBD = torch.empty_like(embeddings_VBD, dtype=full)
         self.dweight_KD = torch.zeros_like(weight_KD, dtype=full)
-        self.scale = HALF_SCALE if points_VBD.dtype == torch.float16 else 1.0
+        self.scale = HALF_SCALE if embeddings_VBD.dtype == torch.float16 else 1.0
 
-    def add(self, piece: slice) -> None:
-        """The images of `piece`."""
-        points_VrD = self.points_VBD[:, piece]
-        V, r, _ = points_VrD.shape
-        points_RD = points_VrD.flatten(0, 1)
-        logits_VrK = product(points_RD, self.weight_KD).unflatten(0, (V, r))
-        teacher_TrD = self.teacher_TBD[:, piece]
+    def add(self, chunk: slice) -> None:
+        """Add the images of a chunk."""
+        embeddings_VrD = self.embeddings_VBD[:, chunk]
+        V, r, _ = embeddings_VrD.shape
+        embeddings_RD = embeddings_VrD.flatten(0, 1)
+        logits_VrK = product(embeddings_RD, self.weight_KD).unflatten(0, (V, r))
+        teacher_TrD = self.teacher_TBD[:, chunk]
         teacher_TrK = product(teacher_TrD.flatten(0, 1), self.teacher_KD).unflatten(0, teacher_TrD.shape[:2])
         step = softmax_triton.loss_and_gradient_ if softmax_triton.available(logits_VrK) else loss_and_gradient_
         losses_Vr = step(
             logits_VrK,
             teacher_TrK,
-            self.sharpness.center.flatten(),
-            student_temperature=self.sharpness.student_temperature,
-            teacher_temperature=self.sharpness.teacher_temperature,
+            self.params.center.flatten(),
+            student_temperature=self.params.student_temperature,
+            teacher_temperature=self.params.teacher_temperature,
             gradient_scale=self.scale,
         )
         gradient_RK = logits_VrK.flatten(0, 1)
-        dpoints_VrD = input_gradient(gradient_RK, points_RD, self.weight_KD).unflatten(0, (V, r))
-        if self.row_weights_VB is not None:  # on what has few numbers, not on logits
-            weights_Vr = self.row_weights_VB[:, piece]
-            losses_Vr, dpoints_VrD = losses_Vr * weights_Vr, dpoints_VrD * weights_Vr[..., None]
-            points_RD = (points_RD * weights_Vr.reshape(-1, 1)).to(points_RD.dtype)
+        dembeddings_VrD = input_gradient(gradient_RK, embeddings_RD, self.weight_KD).unflatten(0, (V, r))
+        if self.row_weights_VB is not None:  # applied to small tensors, not to the logits
+            weights_Vr = self.row_weights_VB[:, chunk]
+            losses_Vr, dembeddings_VrD = losses_Vr * weights_Vr, dembeddings_VrD * weights_Vr[..., None]
+            embeddings_RD = (embeddings_RD * weights_Vr.reshape(-1, 1)).to(embeddings_RD.dtype)
         self.loss += losses_Vr.sum()
-        self.dpoints_VBD[:, piece] = dpoints_VrD
+        self.dembeddings_VBD[:, chunk] = dembeddings_VrD
         if gradient_RK.dtype == self.dweight_KD.dtype:
-            self.dweight_KD.addmm_(gradient_RK.T, points_RD)
+            self.dweight_KD.addmm_(gradient_RK.T, embeddings_RD)
         else:
-            self.dweight_KD += gradient_RK.T @ points_RD
+            self.dweight_KD += gradient_RK.T @ embeddings_RD
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean over images and pairs of views, and its gradients of points (V B, D) and prototypes (K, D)."""
-        V, B, _ = self.points_VBD.shape
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean over images and pairs of views, and its gradients by embeddings (V B, D) and prototypes (K, D)."""
+        V, B, _ = self.embeddings_VBD.shape
         terms = B * len(self.teacher_TBD) * (V - 1)
-        factor = 1 / (terms * self.sharpness.student_temperature * self.scale)
-        return self.loss / terms, self.dpoints_VBD.flatten(0, 1).mul_(factor), self.dweight_KD.mul_(factor)
+        factor = 1 / (terms * self.params.student_temperature * self.scale)
+        return self.loss / terms, self.dembeddings_VBD.flatten(0, 1).mul_(factor), self.dweight_KD.mul_(factor)
 
 
 def loss_and_gradient_(
@@ -168,10 +169,10 @@ def loss_and_gradient_(
     teacher_temperature: float,
     gradient_scale: float,
 ) -> Tensor:
-    """The losses (V, r) of a piece, summed over the teacher's views; `student_VrK` becomes the gradient times a scale.
+    """The losses (V, r) of a chunk, summed over the teacher's views; overwrites `student_VrK` with the scaled gradient.
 
-    The gradient is that of the logits divided by their temperature: w_v softmax(s_v) - q_v. Logits are overwritten, in
-    their own type. `ops/softmax_triton.py` does the same on a GPU.
+    The gradient is that of the logits divided by their temperature: w_v softmax(s_v) - q_v, in the dtype of the logits.
+    `models/kernels/softmax_triton.py` does the same on a GPU.
     """
     T = len(teacher_TrK)
     target_TrK = ((at_least_float32(teacher_TrK) - center_K) / teacher_temperature).softmax(dim=-1)

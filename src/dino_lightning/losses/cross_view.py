@@ -1,4 +1,4 @@
-"""Losses: pure functions of logits.
+"""Losses between the views of an image, as pure functions of logits.
 
 Shapes: V student views, T teacher views, B images, K prototypes. Teacher view t and student view t are the same crop
 for t < T.
@@ -15,31 +15,31 @@ from dino_lightning.runtime.precision import at_least_float32, without_autocast
 
 @dataclass(frozen=True)
 class SoftmaxParams:
-    """What turns raw logits into distributions."""
+    """Temperatures and center that turn logits into probabilities."""
 
     student_temperature: float
     teacher_temperature: float
     center: Tensor
-    """Of the teacher's logits (1, K)."""
+    """Center of the teacher's logits (1, K)."""
 
 
-def cross_view_entropy(student_VBK: Tensor, teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
+def cross_view_entropy(student_VBK: Tensor, teacher_TBK: Tensor, params: SoftmaxParams) -> Tensor:
     """Cross-entropy between the views of an image (equation 3 of the paper), averaged over pairs of views and images.
 
-    Both arguments are raw logits. The teacher is centerd and sharpened here, without gradient; a student view is never
+    Both arguments are raw logits. The teacher is centered and sharpened here, without gradient. A student view is never
     compared with the same crop of the teacher, which leaves T (V - 1) terms.
 
     The sum over pairs needs no log-softmax per pair: with q_v the sum of the teacher's distributions that view v is
-    held against and w_v their number,
+    compared with and w_v their number,
         sum_t H(p_t, softmax(s_v)) = w_v * logsumexp(s_v) - <q_v, s_v>,
-    so each student logit is read once. `prototype_loss.py` computes the same without holding the logits.
+    so each student logit is read once. `chunked.py` computes the same without holding the logits.
     """
-    target_TBK = sharpen(teacher_TBK, sharpness)
-    return view_entropy(student_VBK, target_TBK, temperature=sharpness.student_temperature)
+    target_TBK = sharpen(teacher_TBK, params)
+    return view_entropy(student_VBK, target_TBK, temperature=params.student_temperature)
 
 
 def view_entropy(student_VBK: Tensor, target_TBK: Tensor, *, temperature: float) -> Tensor:
-    """`cross_view_entropy` with the distributions given."""
+    """`cross_view_entropy` for given target distributions."""
     V, T = len(student_VBK), len(target_TBK)
     total_BK = target_TBK.sum(dim=0)
     loss = torch.zeros((), device=student_VBK.device)
@@ -55,8 +55,8 @@ def view_entropy(student_VBK: Tensor, target_TBK: Tensor, *, temperature: float)
 def cross_view_distance(predicted_VBD: Tensor, target_TBD: Tensor) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos, averaged over pairs of different views and images.
 
-    The loss of BYOL (its equation 2) between each student view and each teacher view of another crop. The mean over
-    views of the teacher stands before the mean over images; a sum over t, as in BYOL, is T times as much.
+    The loss of BYOL (its equation 2) between each student view and each teacher view of another crop. This is the
+    mean over teacher views; a sum over t, as in BYOL, is T times as large.
     """
     predicted_VBD, target_TBD = (F.normalize(at_least_float32(x), dim=-1) for x in (predicted_VBD, target_TBD))
     V, T = len(predicted_VBD), len(target_TBD)
@@ -67,6 +67,6 @@ def cross_view_distance(predicted_VBD: Tensor, target_TBD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpen(teacher_TBK: Tensor, sharpness: SoftmaxParams) -> Tensor:
+def sharpen(teacher_TBK: Tensor, params: SoftmaxParams) -> Tensor:
     """The teacher's distributions (T, B, K), in full precision: softmax of (logits - center) / temperature."""
-    return ((at_least_float32(teacher_TBK) - sharpness.center) / sharpness.teacher_temperature).softmax(dim=-1)
+    return ((at_least_float32(teacher_TBK) - params.center) / params.teacher_temperature).softmax(dim=-1)

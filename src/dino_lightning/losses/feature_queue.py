@@ -1,4 +1,4 @@
-"""Embeddings of former batches: the negatives of MoCo, and what joins a small batch in SwAV's assignment."""
+"""Embeddings of previous batches: MoCo's negatives, and additional rows for SwAV's assignment of small batches."""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +8,21 @@ from dino_lightning.runtime.collectives import all_gather_concat
 
 
 class FeatureQueue(nn.Module):
-    """The latest `length` rows of width D, over all ranks alike; the oldest make room.
+    """The latest `length` rows of width D, identical on all ranks; new rows replace the oldest.
 
-    Rows are observed with each micro-batch and enter with `commit`, once per optimizer step: a loss between two commits
-    sees the old queue. The rows of all ranks enter in the order of ranks, so every rank holds the same queue.
+    `observe` collects the rows of each micro-batch, `update` appends them once per optimizer step: losses before
+    `update` use the previous queue. The rows of all ranks are appended in the order of ranks.
     """
 
     features: Tensor
     """(length, D) in no particular order."""
     position: Tensor
-    """Where the next row goes, int64 ()."""
+    """Index of the next row to write, int64 ()."""
     filled: Tensor
-    """Rows that have entered so far, at most `length`, int64 ()."""
+    """Rows written so far, at most `length`, int64 ()."""
 
     def __init__(self, length: int, width: int, *, start_random: bool) -> None:
-        """With `start_random`, unit vectors stand in the place of rows that have not entered yet, as in MoCo."""
+        """With `start_random`, the queue starts with random unit vectors, as in MoCo; otherwise with zeros."""
         super().__init__()
         start = F.normalize(torch.randn(length, width), dim=-1) if start_random else torch.zeros(length, width)
         self.register_buffer("features", start)
@@ -33,30 +33,30 @@ class FeatureQueue(nn.Module):
 
     @property
     def is_full(self) -> bool:
-        """Whether every row has been written. A full queue stays full, so only one that is not waits for the device."""
+        """Whether every row has been written. Waits for the device until it is; a full queue stays full."""
         self._full = self._full or int(self.filled) == len(self.features)
         return self._full
 
     @torch.no_grad()
     def observe(self, rows_BD: Tensor) -> None:
-        """Note the rows (B, D) of one micro-batch of this rank; all ranks call it together."""
+        """Collect the rows (B, D) of one micro-batch of this rank; a collective call."""
         self._observed.append(all_gather_concat(rows_BD.detach()).to(self.features.dtype))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let what was observed since the last commit enter."""
+        """Append what was observed since the last update."""
         if not self._observed:
             return
         length = len(self.features)
         rows_ND = torch.cat(self._observed)[-length:]
-        # Positions on the device, so that nothing waits for the pointer.
-        places_N = (self.position + torch.arange(len(rows_ND), device=rows_ND.device)) % length
-        self.features[places_N] = rows_ND
+        # Computed on the device, so that the host does not wait for the position.
+        indices_N = (self.position + torch.arange(len(rows_ND), device=rows_ND.device)) % length
+        self.features[indices_N] = rows_ND
         self.position.copy_((self.position + len(rows_ND)) % length)
         self.filled.copy_((self.filled + len(rows_ND)).clamp(max=length))
         self._observed.clear()
 
     def discard(self) -> None:
-        """Drop what was observed since the last commit: its step is not taken, or the queue was read from a file."""
+        """Drop what was observed since the last update: the step is skipped, or a checkpoint replaced the queue."""
         self._observed.clear()
         self._full = False

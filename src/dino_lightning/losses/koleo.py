@@ -1,4 +1,4 @@
-"""TODO."""
+"""KoLeo, a regularizer that spreads features over the sphere."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from dino_lightning.runtime.precision import at_least_float32, without_autocast
 def koleo(features_BD: Tensor) -> Tensor:
     """The Kozachenko-Leonenko estimate of (negative) entropy: -mean log distance to the nearest other feature.
 
-    Of features at length 1, so that they spread over the sphere (Sablayrolles et al. 2019, DINOv2). Which is nearest
-    is found without gradient.
+    Features are normalized, so that they spread over the sphere (Sablayrolles et al. 2019, DINOv2). The search for the
+    nearest feature takes no gradient.
     """
     x_BD = F.normalize(at_least_float32(features_BD), dim=-1, eps=1e-8)
     with torch.no_grad(), without_autocast(x_BD):

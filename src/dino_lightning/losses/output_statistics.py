@@ -1,4 +1,4 @@
-"""TODO."""
+"""Entropy and divergence of the outputs, the figures that show a collapse."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from dino_lightning.runtime.precision import at_least_float32
 
 
 class OutputStatistics(NamedTuple):
-    """What distributions over prototypes have in common, in nats."""
+    """Statistics of distributions over prototypes, in nats."""
 
     entropy: Tensor
-    """Mean over images of the entropy of the target, h(p_t)."""
+    """Mean over images of the target's entropy h(p_t)."""
     divergence: Tensor
     """Mean over images of D_KL(p_t || p_s)."""
     mean_output: Tensor
@@ -23,27 +23,27 @@ class OutputStatistics(NamedTuple):
 
 @torch.no_grad()
 def entropy_and_divergence(
-    student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams, *, rows: int
+    student: FactoredLogits, teacher: FactoredLogits, params: SoftmaxParams, *, rows: int
 ) -> OutputStatistics:
     """Mean entropy h(p_t) and divergence D_KL(p_t || p_s), the two curves of the paper's figure 7, and the mean p_t.
 
-    Row i of the student is the same crop as row i of the teacher; the student may have more. Entropy and divergence add
-    up to the cross-entropy. Entropy ln K is collapse to uniform, entropy 0 is collapse to one prototype; in both the
-    divergence goes to 0. So many `rows` of logits are held at once.
+    Row i of the student is the same crop as row i of the teacher; the student may have more rows. The two add up to the
+    cross-entropy. Entropy ln K is a collapse to uniform, entropy 0 a collapse to one prototype; in both
+    the divergence goes to 0. At most `rows` rows of logits are in memory at a time.
     """
-    pieces = []
+    chunks = []
     for start in range(0, len(teacher), rows):
-        piece = slice(start, min(start + rows, len(teacher)))
-        target_rK = sharpen(teacher.logits(piece), sharpness)
-        log_p_rK = (at_least_float32(student.logits(piece)) / sharpness.student_temperature).log_softmax(dim=-1)
+        chunk = slice(start, min(start + rows, len(teacher)))
+        target_rK = sharpen(teacher.logits(chunk), params)
+        log_p_rK = (at_least_float32(student.logits(chunk)) / params.student_temperature).log_softmax(dim=-1)
         share = len(target_rK) / len(teacher)
-        pieces.append([share * figure for figure in output_statistics(target_rK, log_p_rK)])
-    return OutputStatistics(*(torch.stack(parts).sum(dim=0) for parts in zip(*pieces, strict=True)))
+        chunks.append([share * value for value in output_statistics(target_rK, log_p_rK)])
+    return OutputStatistics(*(torch.stack(parts).sum(dim=0) for parts in zip(*chunks, strict=True)))
 
 
 @torch.no_grad()
 def output_statistics(target_NK: Tensor, log_p_NK: Tensor) -> OutputStatistics:
-    """The figures of targets and of logarithms of predictions."""
+    """The statistics of targets and log-predictions."""
     entropy = torch.special.entr(target_NK).sum(dim=-1).mean()
     cross_entropy = -(target_NK * log_p_NK).sum(dim=-1).mean()
     return OutputStatistics(entropy, cross_entropy - entropy, target_NK.mean(dim=0))

@@ -1,10 +1,10 @@
-"""Collapse: all images come to look the same to the network. Which kind it is, and what to change.
+"""Collapse: the network's outputs become the same for all images. Which kind of collapse it is, and what to change.
 
-Signals are in nats, of one batch of global crops over all ranks. With p the teacher's output for a crop and m the mean
-of p over crops,
+Statistics are in nats, over one batch of global crops on all ranks. With p the teacher's output for a crop and m the
+mean of p over crops,
     information = h(m) - mean h(p)
-is what an output tells about its image (their mutual information), from 0 to the logarithm of the number of crops. At 0
-there is one output for all images, and its entropy says which.
+is the mutual information of an output and its image, from 0 to the logarithm of the number of crops. At 0 all images
+have one output, and its entropy tells the kind of collapse.
 """
 
 import math
@@ -17,30 +17,30 @@ from torch import Tensor
 
 from dino_lightning.runtime.precision import at_least_float32
 
-LEAST_INFORMATION = 0.05
-"""Nats, below which outputs do not depend on their image. Healthy short runs keep above 0.2, collapsed ones reach 0.03
-and less, far below (docs/collapse.md)."""
+MIN_INFORMATION = 0.05
+"""Nats, below which outputs do not depend on their image. Healthy short runs stay above 0.2, collapsed ones fall to
+0.03 and below (docs/collapse.md)."""
 CONCENTRATED, SPREAD_OUT = 0.1, 0.95
-"""Entropies as shares of ln K, below and above which an output is called that."""
-LEAST_SPREAD = 1 / 8
-"""Spread of the features as a share of 1/sqrt(D), below which they are alike: two have a mean cosine of 0.98."""
-LEAST_SPREAD_KEPT = 1 / 2
-"""Share of the spread at the start that must also be lost: features of similar images are similar from the start."""
-LEAST_RANK = 2.0
-"""Effective rank below which one direction has nearly all that is in the features."""
+"""Entropies as shares of ln K, below and above which an output counts as concentrated or spread out."""
+MIN_SPREAD = 1 / 8
+"""Spread of the features as a share of 1/sqrt(D), below which they are alike: their mean cosine is then 0.98."""
+MIN_SPREAD_RATIO = 1 / 2
+"""The spread must also fall below this share of its initial value: similar images have similar features at first."""
+MIN_RANK = 2.0
+"""Effective rank below which the features vary in nearly one direction only."""
 DEAD_SHARE = 0.01
-"""A prototype is dead that gets less than this share of an even share of the probability."""
+"""A prototype is dead if it gets less than this fraction of 1/K of the probability."""
 
 
 class SettingChange(NamedTuple):
-    """A setting that bears on a collapse."""
+    """A change of a setting that may help against a collapse."""
 
     key: str
     to: str
     wanted: Callable[[Any], bool] = lambda value: True
-    """Whether its value may be at fault."""
+    """Whether the current value may be the cause."""
     method: str | None = None
-    """The one method for which it helps; None for all that have the key."""
+    """The only method for which it helps; None for all methods with this key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,9 @@ class CollapseKind:
 
     name: str
     what: str
-    """Completes a sentence."""
+    """Description of the symptom, as a clause."""
     changes: tuple[SettingChange, ...]
-    """What helps, the likeliest first."""
+    """What helps, most likely first."""
 
 
 _CENTER = SettingChange("method.centering", "set {key}=center", lambda value: value == "none")
@@ -132,25 +132,25 @@ KINDS = {kind.name: kind for kind in (ONE_PROTOTYPE, UNIFORM, CONSTANT, ALIKE, L
 def diagnose(
     statistics: Mapping[str, float], *, width: int = 0, spread_at_start: float = math.inf
 ) -> CollapseKind | None:
-    """The collapse that these signals show, or None. Those of outputs come first, since they say more.
+    """The kind of collapse that these statistics show, or None. Output statistics are checked first, being specific.
 
-    `signals` has the names of `metrics.csv` without `collapse/`; any may be missing. `width` is that of the features.
+    The names are those of `metrics.csv` without `collapse/`; any may be missing. `width` is the width of the features.
     """
     if "mean_output_entropy" in statistics:
         kind = _of_outputs(statistics)
         if kind is not None:
             return kind
     spread = statistics.get("feature_std", math.inf)
-    if spread * math.sqrt(width) < LEAST_SPREAD and spread < LEAST_SPREAD_KEPT * spread_at_start:
+    if spread * math.sqrt(width) < MIN_SPREAD and spread < MIN_SPREAD_RATIO * spread_at_start:
         return ALIKE
-    return LOW_RANK if statistics.get("effective_rank", math.inf) < LEAST_RANK else None
+    return LOW_RANK if statistics.get("effective_rank", math.inf) < MIN_RANK else None
 
 
 def _of_outputs(statistics: Mapping[str, float]) -> CollapseKind | None:
-    of_the_mean, entropy = statistics["mean_output_entropy"], statistics["teacher_entropy"]
-    if not of_the_mean - entropy < LEAST_INFORMATION:
+    entropy_of_mean, entropy = statistics["mean_output_entropy"], statistics["teacher_entropy"]
+    if not entropy_of_mean - entropy < MIN_INFORMATION:
         return None
-    most = of_the_mean + statistics["kl_to_uniform"]  # ln K
+    most = entropy_of_mean + statistics["kl_to_uniform"]  # ln K
     share = entropy / most if most > 0 else 0.0
     if share < CONCENTRATED:
         return ONE_PROTOTYPE
@@ -158,7 +158,7 @@ def _of_outputs(statistics: Mapping[str, float]) -> CollapseKind | None:
 
 
 def changes(kind: CollapseKind, settings: Mapping[str, Any], *, method: str) -> list[str]:
-    """What to change of these settings (by dotted name), the likeliest first."""
+    """Which of these settings (by dotted name) to change, most likely first."""
     return [
         f"{change.to.format(key=change.key)} (now {_written(settings[change.key])})"
         for change in kind.changes
@@ -174,8 +174,8 @@ def _written(value: Any) -> str:
 def effective_rank(features_ND: Tensor) -> Tensor:
     """RankMe (Garrido et al., ICML 2023): exp of the entropy of the singular values, normalized to a sum of 1.
 
-    From 1, where all features are multiples of one, to min(N, D). A scalar on the CPU, as not
-    every accelerator has an SVD.
+    From 1, if all features are multiples of one vector, to min(N, D). Computed on the CPU, since not every accelerator
+    has an SVD.
     """
     values = torch.linalg.svdvals(at_least_float32(features_ND).cpu())
     return torch.special.entr(values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)).sum().exp()
@@ -183,5 +183,5 @@ def effective_rank(features_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dead_prototypes(total_K: Tensor) -> Tensor:
-    """Share of prototypes with less than `DEAD_SHARE` of an even share of the probability. Scalar."""
+    """Share of prototypes with less than `DEAD_SHARE` of the mean probability (scalar)."""
     return (total_K < DEAD_SHARE * total_K.mean()).double().mean()

@@ -1,6 +1,6 @@
-"""Figures that show a collapse, noted in logging steps.
+"""Statistics that show a collapse, logged in logging steps.
 
-All are means over ranks, and all ranks have the same to the last bit, so that they agree on what to do about them.
+All are means over ranks and bit-identical on all ranks, so that every rank takes the same decision.
 """
 
 import math
@@ -19,49 +19,44 @@ from dino_lightning.runtime.precision import at_least_float32
 
 @torch.no_grad()
 def log_feature_statistics(method: Any, features_SD: Tensor) -> None:
-    """Of the features of the global crops."""
-    # Of normalized features: 1/sqrt(D) when they fill the sphere, 0 when all images look the same.
+    """Log the spread of the features of the global crops, and add them to the feature buffer."""
+    # Of normalized features: 1/sqrt(D) if they fill the sphere, 0 if all images have the same features.
     spread = F.normalize(features_SD, dim=-1).std(dim=0).mean()
-    _note(method, {"feature_std": spread})
+    _log_means(method, {"feature_std": spread})
     if method.feature_buffer is not None:
         method.feature_buffer.add_features(features_SD)
 
 
 @torch.no_grad()
-def log_output_statistics(
-    method: Any, student: FactoredLogits, teacher: FactoredLogits, sharpness: SoftmaxParams
-) -> None:
-    """Of the teacher's distributions over prototypes, and of the student's beside them."""
-    figures = entropy_and_divergence(student, teacher, sharpness, rows=method.compute.loss_rows)
-    _note_outputs(method, figures, crops=len(teacher), center_norm=sharpness.center.norm())
+def log_output_statistics(method: Any, student: FactoredLogits, teacher: FactoredLogits, params: SoftmaxParams) -> None:
+    """Log statistics of the teacher's distributions over prototypes, compared with the student's."""
+    statistics = entropy_and_divergence(student, teacher, params, rows=method.compute.loss_rows)
+    _log_outputs(method, statistics, crops=len(teacher), center_norm=params.center.norm())
 
 
 @torch.no_grad()
 def log_assignment_statistics(method: Any, target_NK: Tensor, scores_NK: Tensor, *, temperature: float) -> None:
-    """Of given distributions, and of those that the scores of the same crops make."""
+    """Log statistics of the target distributions, compared with the predictions from scores of the same crops."""
     log_p_NK = (at_least_float32(scores_NK) / temperature).log_softmax(dim=-1)
-    _note_outputs(method, output_statistics(target_NK, log_p_NK), crops=len(target_NK))
+    _log_outputs(method, output_statistics(target_NK, log_p_NK), crops=len(target_NK))
 
 
-def _note_outputs(method: Any, figures: OutputStatistics, *, crops: int, **others: Tensor) -> None:
-    mean_K = all_reduce_mean(figures.mean_output)
-    of_the_mean = torch.special.entr(mean_K).sum()
-    _note(
-        method,
-        {
-            "teacher_entropy": figures.entropy,
-            "teacher_student_kl": figures.divergence,
-            "mean_output_entropy": of_the_mean,
-            "kl_to_uniform": math.log(len(mean_K)) - of_the_mean,
-            **others,
-        },
-    )
+def _log_outputs(method: Any, statistics: OutputStatistics, *, crops: int, **others: Tensor) -> None:
+    mean_K = all_reduce_mean(statistics.mean_output)
+    entropy_of_mean = torch.special.entr(mean_K).sum()
+    values = {
+        "teacher_entropy": statistics.entropy,
+        "teacher_student_kl": statistics.divergence,
+        "mean_output_entropy": entropy_of_mean,
+        "kl_to_uniform": math.log(len(mean_K)) - entropy_of_mean,
+    }
+    _log_means(method, {**values, **others})
     if method.feature_buffer is not None:
         method.feature_buffer.add_output(mean_K, crops=crops * world_size())
 
 
-def _note(method: Any, signals: dict[str, Tensor]) -> None:
-    """Their means over ranks, in one exchange."""
-    values = all_reduce_mean(torch.stack([at_least_float32(value) for value in signals.values()]))
-    for name, value in zip(signals, values, strict=True):
+def _log_means(method: Any, statistics: dict[str, Tensor]) -> None:
+    """Log the means over ranks, in one exchange."""
+    means = all_reduce_mean(torch.stack([at_least_float32(value) for value in statistics.values()]))
+    for name, value in zip(statistics, means, strict=True):
         method.log_metric(f"collapse/{name}", value)

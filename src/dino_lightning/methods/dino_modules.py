@@ -1,4 +1,4 @@
-"""The parts of DINO that its configuration chooses."""
+"""The head, the predictor and the centering that DINO's configuration selects."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from dino_lightning.models.heads import ACTIVATIONS, DINOHead, initialize
 
 
 def dino_head(config: DINOConfig, feature_dim: int, *, train_norm: bool) -> DINOHead:
-    """The head of student or teacher."""
+    """The head of the student or the teacher."""
     return DINOHead(
         feature_dim,
         out_dim=config.out_dim,
@@ -23,10 +23,10 @@ def dino_head(config: DINOConfig, feature_dim: int, *, train_norm: bool) -> DINO
 
 
 def dino_predictor(config: DINOConfig) -> nn.Module | None:
-    """`method.predictor`: two layers like those of the head's MLP, or none.
+    """`method.predictor`: two layers like those of the head's MLP, or None.
 
-    The paper names a predictor (table 7) without its place. At the bottleneck it has the width of an embedding, as in
-    BYOL; behind the prototypes it would have K.
+    The paper mentions a predictor (table 7) but not where it is. At the bottleneck it has the width of an embedding, as
+    in BYOL; after the prototypes its width would be K.
     """
     if not config.predictor:
         return None
@@ -35,14 +35,14 @@ def dino_predictor(config: DINOConfig) -> nn.Module | None:
     predictor = nn.Sequential(
         nn.Linear(width, hidden), *norm, ACTIVATIONS[config.head_activation](), nn.Linear(hidden, width)
     )
-    # As the head's own layers. PyTorch's start has biases many times larger than what the fresh bottleneck gives: all
-    # images would begin at one point, and the run would collapse to the uniform output in its first epoch.
+    # Initialized like the head. PyTorch's default biases are much larger than the outputs of a new bottleneck: all
+    # images would start with the same output, and the run would collapse to the uniform output in its first epoch.
     initialize(predictor)
     return predictor
 
 
 def dino_centering(config: DINOConfig) -> Centering:
-    """`method.centering`."""
+    """The centering that `method.centering` names."""
     match config.centering:
         case "center":
             return Center(config.out_dim, momentum=config.center_momentum)
@@ -50,7 +50,5 @@ def dino_centering(config: DINOConfig) -> Centering:
             return SinkhornCenter(config.out_dim, iterations=config.sinkhorn_iterations)
         case "softmax":
             return SinkhornCenter(config.out_dim, iterations=1)
-        case "none":
+        case _:
             return NoCenter(config.out_dim)
-        case other:
-            raise ValueError(f"no centering {other}")

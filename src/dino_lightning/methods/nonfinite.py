@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite on any rank moves nothing: how that is known, and what follows."""
+"""Steps whose loss or gradient is not finite on any rank: how they are detected, and what follows."""
 
 import math
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ ADVICE = "lower optim.lr or optim.clip_grad, lengthen optim.lr_warmup, or train 
 
 @dataclass(frozen=True)
 class NonFiniteStep:
-    """A step whose loss or gradient is not finite; all ranks have the same."""
+    """A step whose loss or gradient is not finite, identical on all ranks."""
 
     step: int
     loss: float | None = None
-    """Mean over ranks of the first micro-batch where it is not finite; None where gradients alone are not."""
+    """The first loss (mean over ranks) that is not finite; None if only a gradient is not."""
     late: bool = False
-    """Whether the step is over: its weights did not move, and its images are gone."""
+    """Whether the step is already over: the weights did not change, and its images are no longer in memory."""
 
     def __str__(self) -> str:
         what = "a gradient is not finite" if self.loss is None else f"the loss is {self.loss}"
@@ -30,30 +30,29 @@ class NonFiniteStep:
 
 
 class NonFinitePolicy:
-    """What follows: here, the end of the run. `callbacks/nonfinite.py` has others."""
+    """What happens after such a step: here, the run ends. `training/callbacks/nonfinite.py` has other policies."""
 
     continues = False
-    """Whether the run goes on."""
+    """Whether the run continues."""
 
     def on_nonfinite(self, trouble: NonFiniteStep) -> None:
-        """Called on all ranks before weights move; raises `FloatingPointError` to end the run."""
+        """Called on all ranks before the weights change; raises `FloatingPointError` to end the run."""
         raise FloatingPointError(f"{trouble}: {ADVICE}.")
 
     def on_skipped(self, trouble: NonFiniteStep) -> None:
-        """Called on all ranks when the step is over and has moved nothing."""
+        """Called on all ranks after the step was skipped."""
 
 
-def first_nonfinite(readings: Iterable[StepMetrics]) -> NonFiniteStep | None:
-    """The first loss that is not finite."""
-    bad = (NonFiniteStep(reading.step, reading.loss) for reading in readings if not math.isfinite(reading.loss))
-    return next(bad, None)
+def first_nonfinite(metrics: Iterable[StepMetrics]) -> NonFiniteStep | None:
+    """The step of the first loss that is not finite; None if all are."""
+    return next((NonFiniteStep(each.step, each.loss) for each in metrics if not math.isfinite(each.loss)), None)
 
 
 def zero_gradients_if(optimizer: Any, failed: Tensor) -> None:
-    """Let `failed`, a flag on the device, keep this step's gradients from the weights; the program does not wait.
+    """Discard this step's gradients if `failed`, a flag on the device, is set; the host does not wait for it.
 
-    PyTorch's fused optimizers leave out a step by themselves, as under fp16. Others take gradients of 0, and the
-    weights move by what the optimizer has left from before.
+    PyTorch's fused optimizers skip the step themselves, as under fp16. For others the gradients become 0, and the
+    weights change only by the optimizer's momentum.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.found_inf = optimizer.grad_scale = None
@@ -66,24 +65,24 @@ def zero_gradients_if(optimizer: Any, failed: Tensor) -> None:
 
 
 def drop_gradients(module: nn.Module) -> None:
-    """Without a gradient no weight, moment or step count moves, whatever the optimizer."""
+    """Remove all gradients: no optimizer then changes a weight, a moment or a step count."""
     for parameter in module.parameters():
         parameter.grad = None
 
 
 class OverflowCounter:
-    """Steps of `16-mixed` whose gradients left the range of fp16; the loss scale leaves them out by itself."""
+    """Counts the steps of `16-mixed` whose gradients overflowed fp16; the loss scaler skips them itself."""
 
     def __init__(self) -> None:
         self.count: Tensor | float = 0.0
-        """So far; on the device after the first step."""
+        """Number so far; on the device after the first step."""
 
     def add(self, failed: Tensor) -> None:
-        """Count a step, without waiting for its flag."""
+        """Add a step's flag, without waiting for it."""
         self.count = self.count + failed.float()
 
     def metrics(self, scaler: torch.amp.GradScaler) -> dict[str, Tensor | float]:
         """The metrics to log."""
-        # `get_scale` would wait for the device, but for the first step.
+        # `get_scale` would wait for the device, except in the first step.
         scale = scaler.get_scale() if scaler._scale is None else scaler._scale
         return {"amp/overflows": self.count, "amp/scale": scale}

@@ -1,4 +1,4 @@
-"""Logits that are not multiplied out."""
+"""Logits kept as the product embeddings x prototypes, multiplied only when needed."""
 
 from dataclasses import dataclass
 
@@ -11,27 +11,27 @@ from dino_lightning.runtime.precision import at_least_float32, without_autocast
 
 @dataclass(frozen=True)
 class FactoredLogits:
-    """Logits (S, K) of S crops over K prototypes as what they are products of."""
+    """Logits (S, K) of S crops over K prototypes, as their two factors."""
 
     embeddings: Tensor
-    """Of the crops (S, D), on the unit sphere of the bottleneck."""
+    """Bottleneck outputs of the crops (S, D), usually of length 1."""
     prototypes: Tensor
-    """Their weight (K, D)."""
+    """Weight of the prototypes (K, D)."""
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def logits(self, rows: slice = slice(None)) -> Tensor:
-        """Some rows of the logits, multiplied out."""
+        """The logits of some rows."""
         return F.linear(self.embeddings[rows], self.prototypes)
 
     def summed(self) -> Tensor:
-        """The sum (1, K) of the logits of all crops, for the price of one crop's and in full precision."""
+        """The sum (1, K) of the logits of all crops, at the cost of one crop and in full precision."""
         with without_autocast(self.embeddings):
             return F.linear(
                 at_least_float32(self.embeddings).sum(dim=0, keepdim=True), at_least_float32(self.prototypes)
             )
 
 
-# What a network gives back is searched for tensors by FSDP; up to PyTorch 2.12 it looks into registered classes only.
+# FSDP searches the outputs of a network for tensors; up to PyTorch 2.12 it searches registered classes only.
 register_dataclass(FactoredLogits)

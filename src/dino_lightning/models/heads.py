@@ -16,8 +16,8 @@ from dino_lightning.models.kernels.dense import dense, gelu_dense
 class Prototypes(nn.Module):
     """Weight-normalized linear layer without bias: row k of the weight is `weight_g[k] * weight_v[k] / |weight_v[k]|`.
 
-    The two factors are parameters of their own under the names of the original's checkpoints. They are trained,
-    decayed and averaged into the teacher separately, so the composed weight is never averaged.
+    The two factors are separate parameters with the names of the original's checkpoints. They are trained, decayed and
+    averaged into the teacher separately; the composed weight is never averaged.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, train_norm: bool) -> None:
@@ -38,7 +38,7 @@ class Prototypes(nn.Module):
 
 
 class _WeightNorm(torch.autograd.Function):
-    """w = v g / |v|, row by row; for K x D numbers each pass counts, and autograd would make twice as many.
+    """w = v g / |v|, row by row, with half as many passes over the K x D numbers as autograd would make.
 
     dg = <dw, v> / |v|;  dv = (g / |v|) (dw - v <dw, v> / |v|^2)
     """
@@ -63,7 +63,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def initialize(layers: nn.Module) -> None:
-    """The original's start of linear layers: weights of standard deviation 0.02, biases 0."""
+    """Initialize linear layers as the original: weights of standard deviation 0.02, biases 0."""
     for module in layers.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -100,20 +100,20 @@ class DINOHead(nn.Module):
         initialize(self.mlp)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_norm=train_norm)
 
-    def forward(self, x_BD: Tensor, *, factors: bool = False, predictor: nn.Module | None = None) -> Any:
-        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm; or their `Factors`.
+    def forward(self, x_BD: Tensor, *, factored: bool = False, predictor: nn.Module | None = None) -> Any:
+        """Logits (B, K): cosine similarity to each prototype, times the prototype's norm.
 
-        The predictor stands before the bottleneck is normalized.
+        With `factored` they are returned as `FactoredLogits`. The predictor is applied before the normalization.
         """
-        points_BD = self._bottleneck(x_BD) if factors else self.mlp(x_BD)
+        embeddings_BD = self._bottleneck(x_BD) if factored else self.mlp(x_BD)
         if predictor is not None:
-            points_BD = predictor(points_BD)
+            embeddings_BD = predictor(embeddings_BD)
         if self.normalize:
-            points_BD = F.normalize(points_BD, dim=-1)
-        return FactoredLogits(points_BD, self.last_layer.weight) if factors else self.last_layer(points_BD)
+            embeddings_BD = F.normalize(embeddings_BD, dim=-1)
+        return FactoredLogits(embeddings_BD, self.last_layer.weight) if factored else self.last_layer(embeddings_BD)
 
     def _bottleneck(self, x_BD: Tensor) -> Tensor:
-        """`self.mlp(x_BD)`, with less kept for the gradient."""
+        """`self.mlp(x_BD)`, but it saves less for the backward pass."""
         modules = [self.mlp] if isinstance(self.mlp, nn.Linear) else list(cast(nn.Sequential, self.mlp))
         for i, module in enumerate(modules):
             if isinstance(module, nn.Linear):
@@ -124,12 +124,12 @@ class DINOHead(nn.Module):
 
 
 class MLPHead(nn.Sequential):
-    """Linear layers with batch norm and ReLU between them: projector and predictor of BYOL, MoCo and SwAV."""
+    """Linear layers with batch norm and ReLU between them: the projectors and predictors of BYOL, MoCo and SwAV."""
 
     def __init__(
         self, in_dim: int, out_dim: int, *, layers: int, hidden_dim: int, batch_norm: bool, last_norm: bool = False
     ) -> None:
-        """With `last_norm`, the output goes through a batch norm without scale and shift (MoCo v3)."""
+        """`last_norm` adds a batch norm without scale and shift at the end (MoCo v3)."""
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
         modules: list[nn.Module] = []
         for index, (fan_in, fan_out) in enumerate(pairwise(widths)):

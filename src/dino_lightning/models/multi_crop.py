@@ -60,11 +60,11 @@ class MultiCropNetwork(nn.Module):
         """Features (S, D), their logits (S, K) as factors, and those of the masked patches (P, K), P = 0 for none."""
         if masks is None:
             features_SD = self.features(crops)
-            factors: FactoredLogits = self.head(features_SD, factors=True, predictor=predictor)
-            return features_SD, factors, FactoredLogits(factors.embeddings[:0], factors.prototypes)
+            logits: FactoredLogits = self.head(features_SD, factored=True, predictor=predictor)
+            return features_SD, logits, FactoredLogits(logits.embeddings[:0], logits.prototypes)
         features_SD, patches_PD = self.features_and_patches(crops, masks, replace=replace)
         # In one pass of the head: prototypes are composed once, and a batch norm has rows also without any mask.
-        both: FactoredLogits = self.head(torch.cat([features_SD, patches_PD]), factors=True, predictor=predictor)
+        both: FactoredLogits = self.head(torch.cat([features_SD, patches_PD]), factored=True, predictor=predictor)
         S = len(features_SD)
         return (
             features_SD,

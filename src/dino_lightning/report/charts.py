@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dino_lightning.methods.collapse import LEAST_RANK, LEAST_SPREAD
+from dino_lightning.methods.collapse import MIN_RANK, MIN_SPREAD
 from dino_lightning.report.run_folder import Run, to_finite
 
 LOG_FACTOR = 1000
@@ -186,10 +186,10 @@ def reference_lines(run: Run, chart: Chart) -> list[ReferenceLine]:
     elif "collapse/kl_to_uniform" in chart.columns:
         lines = [(ln_K, f"ln {K:.0f}: one prototype" if K else ""), (0.0, "0: all prototypes alike")]
     elif "collapse/feature_std" in chart.columns:
-        alarm = LEAST_SPREAD * even if even else None
+        alarm = MIN_SPREAD * even if even else None
         lines = [(even, "1/√D: evenly spread"), (alarm, "alarm"), (0.0, "0: collapsed")]
     elif "collapse/effective_rank" in chart.columns:
-        lines = [(LEAST_RANK, "alarm")]
+        lines = [(MIN_RANK, "alarm")]
     elif "knn/top1" in chart.columns:
         untrained, pixels = run.number("knn_top1_untrained"), run.number("knn_top1_pixels")
         lines = [(untrained, "untrained, top-1"), (pixels, "raw pixels, top-1")]
