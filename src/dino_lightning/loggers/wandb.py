@@ -1,7 +1,9 @@
 """Weights & Biases as a logger whose trouble is not that of the run: at its start, on the way or at its end."""
 
+import hashlib
 import netrc
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.runtime.console import warn
+from dino_lightning.runtime.files import write_atomically
 
 DEFAULT_HOST = "https://api.wandb.ai"
 STEP_METRIC = "trainer/global_step"
@@ -139,6 +142,20 @@ def wandb_logger(
     )
     logger._wandb_init.pop("anonymous")  # W&B says of each run that it has no such setting any more
     return logger
+
+
+def wandb_run_id(output: Path, *, resume: bool) -> str:
+    """The W&B id of the run in this output folder; a resumed run keeps its id."""
+    file = output / RUN_ID_FILE
+    if resume and file.exists():
+        return file.read_text().strip()
+    is_first = rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]
+    started = str(time.time_ns()) if is_first else ""
+    run_id = hashlib.sha256(f"{output.absolute()} {started}".encode()).hexdigest()[:12]
+    if is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, run_id + "\n")
+    return run_id
 
 
 def sweep_name() -> str | None:

@@ -35,6 +35,7 @@ from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.optimizers import build_optimizer, clip_each_gradient, parameter_groups, unscaling
 from dino_lightning.optim.schedules import Cosine
 from dino_lightning.runtime.devices import is_asynchronous
+from dino_lightning.runtime.lightning_internals import layer_sync, skip_sigterm_broadcast
 from dino_lightning.runtime.sharding import shard
 
 GLOBAL_CROPS = 2
@@ -163,9 +164,8 @@ class Method(L.LightningModule, ABC):
         if self.device_mesh is None or self._sharded:
             return
         self._sharded = True
-        synchronized = self.trainer.strategy._layer_sync  # pyright: ignore[reportAttributeAccessIssue]
-        if synchronized is not None:  # `trainer.sync_batchnorm`, which Lightning does not apply under this strategy
-            synchronized.apply(self)
+        if (batch_norm_sync := layer_sync(self.trainer)) is not None:
+            batch_norm_sync.apply(self)
         # Backbone and head separately: methods and evaluation call them, not the network that contains them.
         mesh = self.device_mesh["data_parallel"]
         for network in self.networks:
@@ -180,11 +180,8 @@ class Method(L.LightningModule, ABC):
         return build_optimizer(self.optim, parameter_groups(self))
 
     def on_train_start(self) -> None:
-        """Stop Lightning from asking rank 0 before every micro-batch whether it received SIGTERM.
-
-        The device would wait for the answer each time. Each rank still checks its own signal after every step.
-        """
-        self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        """Avoid a wait for the device before every micro-batch."""
+        skip_sigterm_broadcast(self.trainer)
 
     # ------------------------------------------------------------------------------------------------------- one step
 

@@ -1,7 +1,5 @@
-"""From configuration to objects: a `match` per group, in the order of a run."""
+"""Builds the objects of a run from its configuration: data, trainer with callbacks and loggers, method."""
 
-import hashlib
-import time
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -9,10 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dino_lightning.checkpoints import Description
@@ -29,7 +28,7 @@ from dino_lightning.config.serialization import to_dict
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.csv import MetricsCSVLogger
-from dino_lightning.loggers.wandb import RUN_ID_FILE, sweep_name, wandb_logger
+from dino_lightning.loggers.wandb import sweep_name, wandb_logger, wandb_run_id
 from dino_lightning.methods.base import Method
 from dino_lightning.methods.flops import step_flops
 from dino_lightning.methods.parts import MethodParts
@@ -37,7 +36,7 @@ from dino_lightning.methods.registry import create_method
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.devices import trains_on_cpu
-from dino_lightning.runtime.files import write_atomically
+from dino_lightning.runtime.provenance import environment
 from dino_lightning.training.callbacks.checkpointing import Checkpointing
 from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.knn import KNNCallback
@@ -50,7 +49,24 @@ from dino_lightning.training.callbacks.pruning import Pruning
 from dino_lightning.training.callbacks.rank_consistency import RankConsistencyCheck
 from dino_lightning.training.callbacks.rank_states import RankStates
 from dino_lightning.training.callbacks.throughput import Throughput
+from dino_lightning.training.resume import ResumeCheckpoint
 from dino_lightning.training.strategy import SharedStatistics, build_strategy, cluster_plugins
+
+
+def build(
+    config: TrainConfig,
+    composed: DictConfig,
+    *,
+    checkpoint: ResumeCheckpoint | None = None,
+    init_network: FrozenNetwork | None = None,
+) -> tuple[MultiCropDataModule, L.Trainer, Method]:
+    """Everything that a run needs; `composed`, the same configuration, is logged as its hyperparameters."""
+    torch.set_float32_matmul_precision(config.compute.matmul_precision)
+    data = build_data(config)
+    settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+    step = None if checkpoint is None else checkpoint.step
+    trainer = build_trainer(config, hyperparameters={**settings, "environment": environment()}, resume_step=step)
+    return data, trainer, build_method(config, num_classes=data.num_classes, init_network=init_network)
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
@@ -60,25 +76,25 @@ def build_data(config: TrainConfig) -> MultiCropDataModule:
     return MultiCropDataModule(config.data, config.crops, seed=config.seed, bad_images=bad_images, labels=labels)
 
 
-def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], before_step: int | None = None) -> L.Trainer:
+def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], resume_step: int | None = None) -> L.Trainer:
     """Lightning's trainer with this run's callbacks and loggers.
 
-    `before_step` is the step of the checkpoint that the run goes on from; None where it starts.
+    `resume_step` is the step of the checkpoint that the run resumes from, None for a new run.
     """
     arguments = {key: value for key, value in asdict(config.trainer).items() if value is not None}
-    given = arguments.get("plugins", [])
-    plugins = list(given) if isinstance(given, list) else [given]
-    # PyTorch shares the statistics of batch norms on GPUs only; `run` says so.
+    plugins = arguments.get("plugins", [])
+    plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+    # PyTorch synchronizes batch norms on GPUs only; `summary.announce` says so.
     if arguments.pop("sync_batchnorm") and not trains_on_cpu(config.trainer.accelerator):
         plugins.append(SharedStatistics())
-    kind = AsyncCheckpointIO if config.callbacks.checkpoint.asynchronous else SafeCheckpointIO
-    io = kind(keep_last=config.callbacks.checkpoint.keep_last)
+    checkpoint = config.callbacks.checkpoint
+    io = (AsyncCheckpointIO if checkpoint.asynchronous else SafeCheckpointIO)(keep_last=checkpoint.keep_last)
     arguments["plugins"] = [*plugins, io, *cluster_plugins()]
     callbacks: list[Callback] = [RankConsistencyCheck(config)]
     loggers: list[Logger] = []
     if not config.trainer.barebones:
         callbacks += build_callbacks(config, io)
-        loggers = build_loggers(config, hyperparameters=hyperparameters, before_step=before_step)
+        loggers = build_loggers(config, hyperparameters=hyperparameters, resume_step=resume_step)
     try:
         timeout = timedelta(seconds=config.collective_timeout_s)
         arguments["strategy"] = build_strategy(config.trainer, timeout=timeout)
@@ -88,11 +104,11 @@ def build_trainer(config: TrainConfig, *, hyperparameters: dict[str, Any], befor
 
 
 def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]:
-    """Callbacks in the order in which they run: k-NN before those that show or keep its result; `io` writes files."""
-    output, trainer, signals = Path(config.output_dir), config.trainer, PreemptionHandler()
-    count = partial(step_flops, backbone=config.backbone, crops=config.crops, channels=config.data.channels)
-    speed = Throughput(flops_per_image=count)
-    callbacks: list[Callback] = [signals, speed, Norms()]
+    """Callbacks in the order in which they run: k-NN before those that use its result; `io` writes checkpoints."""
+    output, trainer, preemption = Path(config.output_dir), config.trainer, PreemptionHandler()
+    flops = partial(step_flops, backbone=config.backbone, crops=config.crops, channels=config.data.channels)
+    throughput = Throughput(flops_per_image=flops)
+    callbacks: list[Callback] = [preemption, throughput, Norms()]
     knn = KNNCallback(config.callbacks.knn, seed=config.seed) if config.callbacks.knn.enabled else None
     if knn is not None:
         callbacks.append(knn)
@@ -111,62 +127,45 @@ def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]
         )
     )
     if trainer.enable_progress_bar:
-        callbacks.append(RunProgress(speed))
+        callbacks.append(RunProgress(throughput))
     if config.callbacks.pictures.enabled:
         callbacks.append(Pictures(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
     if trainer.enable_checkpointing:
-        folder = output / "checkpoints"
-        saving = Checkpointing(config.callbacks.checkpoint, folder=folder, io=io, signals=signals, knn=knn)
-        callbacks += [RankStates(), saving]
+        checkpointing = Checkpointing(
+            config.callbacks.checkpoint, folder=output / "checkpoints", io=io, preemption=preemption, knn=knn
+        )
+        callbacks += [RankStates(), checkpointing]
         if knn is not None:
-            knn.break_off = signals.asked_anywhere
+            knn.should_interrupt = preemption.stop_requested_anywhere
     return callbacks
 
 
 def build_loggers(
-    config: TrainConfig, *, hyperparameters: dict[str, Any], before_step: int | None = None
+    config: TrainConfig, *, hyperparameters: dict[str, Any], resume_step: int | None = None
 ) -> list[Logger]:
-    """`metrics.csv`, and the configured logger beside it; `hyperparameters` is logged as it is."""
+    """`metrics.csv` and the configured logger, which also logs `hyperparameters`."""
     output = Path(config.output_dir)
-    loggers: list[Logger] = [MetricsCSVLogger(output, before_step=before_step)]
+    loggers: list[Logger] = [MetricsCSVLogger(output, before_step=resume_step)]
     match config.logger:
         case CSVLoggerConfig():
             return loggers
         case WandbLoggerConfig() as wandb:
             sweep = sweep_name()
             name = output.name if sweep is None else f"{sweep}/{output.name}"
-            run_id = wandb_run_id(output, resume=before_step is not None)
-            other: Logger = wandb_logger(wandb, folder=output, run_id=run_id, name=name, group=sweep, job_type="train")
-            other.start(best=[f"knn/{each}" for each in ("top1", "top5", *_top_k(config.callbacks.knn.k))])
+            run_id = wandb_run_id(output, resume=resume_step is not None)
+            logger: Logger = wandb_logger(wandb, folder=output, run_id=run_id, name=name, group=sweep, job_type="train")
+            by_k = [f"{top}_k{k}" for k in config.callbacks.knn.k for top in ("top1", "top5")]
+            logger.start(best=[f"knn/{metric}" for metric in ("top1", "top5", *by_k)])
         case TensorBoardLoggerConfig():
-            other = TensorBoardLogger(save_dir=output, name="", version="tensorboard")
+            logger = TensorBoardLogger(save_dir=output, name="", version="tensorboard")
         case _:
             raise TypeError(f"no logger for {type(config.logger).__name__}")
-    other.log_hyperparams(hyperparameters)
-    return [*loggers, other]
+    logger.log_hyperparams(hyperparameters)
+    return [*loggers, logger]
 
 
-def _top_k(numbers: list[int]) -> list[str]:
-    return [f"{top}_k{k}" for k in numbers for top in ("top1", "top5")]
-
-
-def wandb_run_id(output: Path, *, resume: bool) -> str:
-    """The run's id at W&B, kept in the output folder: a run that goes on is the same one there."""
-    file = output / RUN_ID_FILE
-    if resume and file.exists():
-        return file.read_text().strip()
-    # Of the folder: all ranks agree on it without a word, and the first that comes here writes it.
-    first = rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]
-    started = str(time.time_ns()) if first else ""
-    run_id = hashlib.sha256(f"{output.absolute()} {started}".encode()).hexdigest()[:12]
-    if first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, run_id + "\n")
-    return run_id
-
-
-def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNetwork | None = None) -> Method:
-    """The LightningModule: what is trained, and how; its backbones start from the weights of `initial`, if given."""
+def build_method(config: TrainConfig, *, num_classes: int = 0, init_network: FrozenNetwork | None = None) -> Method:
+    """The LightningModule; its backbones start from the weights of `init_network` if there is one."""
     size, channels = config.crops.global_size, config.data.channels
 
     def backbone(*, drop_path: bool) -> nn.Module:
@@ -182,9 +181,9 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, initial: FrozenNe
         teacher_backbone=backbone(drop_path=False) if isinstance(config.method, TeacherConfig) else None,
         num_classes=num_classes,
     )
-    if initial is not None:
+    if init_network is not None:
         backbones = [student] if parts.teacher_backbone is None else [student, parts.teacher_backbone]
-        initialize_from(initial, *backbones, source=f"init_from={config.init_from}")
+        initialize_from(init_network, *backbones, source=f"init_from={config.init_from}")
     method = create_method(config.method, parts)
     method.description = Description(
         config.backbone,

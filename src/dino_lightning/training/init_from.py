@@ -1,7 +1,5 @@
 """`init_from`: the network whose weights a training starts from, loaded and compared before anything is built."""
 
-import os
-
 import torch
 
 from dino_lightning.checkpoints import load_network
@@ -11,31 +9,33 @@ from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.console import warn
+from dino_lightning.runtime.ranks import is_first_process
 
 
-def check_initial(config: TrainConfig) -> FrozenNetwork | None:
-    """The network of `init_from`, None without one. Raises `UserError` where it is not the configured backbone."""
+def load_init_network(config: TrainConfig) -> FrozenNetwork | None:
+    """The network of `init_from`, or None without one. Raises `UserError` if it is not the configured backbone."""
     if config.init_from is None:
         if config.init_key is not None:
-            raise UserError(f"init_key={config.init_key} says which network of init_from, and init_from is not set.")
+            raise UserError(f"init_key={config.init_key} selects a network of init_from, but init_from is not set.")
         return None
     if isinstance(config.backbone, TimmConfig) and config.backbone.pretrained:
         raise UserError(
-            f"init_from={config.init_from} and backbone.pretrained=true both give the first weights; set one of them."
+            f"init_from={config.init_from} and backbone.pretrained=true both set the initial weights; use one of them."
         )
     try:
         network = load_network(config.init_from, key=config.init_key, seed=config.seed)
     except UserError as error:
-        words = str(error).replace("checkpoint_key=", "init_key=").replace("checkpoint=", "init_from=")
-        raise UserError(words) from error
-    size, channels = config.crops.global_size, config.data.channels
+        message = str(error).replace("checkpoint_key=", "init_key=").replace("checkpoint=", "init_from=")
+        raise UserError(message) from error
+    crops = config.crops
     with torch.device("meta"):
-        outline = build_backbone(config.backbone, image_size=size, channels=channels, drop_path=False)
-    initial_weights(network, outline, source=f"init_from={config.init_from}")
-    seen, given = (network.mean, network.std), (config.crops.mean, config.crops.std)
-    if seen != given and os.environ.get("LOCAL_RANK", "0") == "0":
+        backbone = build_backbone(
+            config.backbone, image_size=crops.global_size, channels=config.data.channels, drop_path=False
+        )
+    initial_weights(network, backbone, source=f"init_from={config.init_from}")
+    if (network.mean, network.std) != (crops.mean, crops.std) and is_first_process():
         warn(
             f"init_from={config.init_from} was trained on images normalized by crops.mean={network.mean} and "
-            f"crops.std={network.std}; here they are {given[0]} and {given[1]}."
+            f"crops.std={network.std}, but this run uses {crops.mean} and {crops.std}."
         )
     return network

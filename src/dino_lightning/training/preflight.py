@@ -1,11 +1,24 @@
-"""TODO."""
+"""All checks of a run, in the order in which they happen. Each raises `UserError` about one key, variable or file.
+
+| when | function | what |
+|---|---|---|
+| first | `typed_config` | keys that exist, values in their range |
+| then | `check_combinations` | settings that do not fit each other; an output folder with, or without, a run |
+| before any image is opened | `check_settings` | both, environment, checkpoint to resume from, `init_from` |
+| before the first step | `check_built` | devices, total batch, port, images and labels, disk, memory, open files |
+"""
 
 import os
+from math import ceil
+from pathlib import Path
+from typing import Any, cast
 
-from dino_lightning.config import (
-    TrainConfig,
-)
-from dino_lightning.config.checks.training import DURATIONS
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+
+from dino_lightning.config import TrainConfig
+from dino_lightning.config.checks.training import CHOICES, DURATIONS, RULES, check_config
+from dino_lightning.config.constraints import check_keys, check_values
 from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.duration import Duration
 from dino_lightning.data.cache import cache_root
@@ -13,18 +26,79 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources.base import ImageStream
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.checks import check_logger
-from dino_lightning.runtime.environment import LAUNCHERS, check_gpus, check_variables
+from dino_lightning.methods.base import Method
+from dino_lightning.models.frozen import FrozenNetwork
+from dino_lightning.runtime.environment import LAUNCHERS, check_gpus, check_port, check_variables
 from dino_lightning.runtime.files import check_writable
+from dino_lightning.training.init_from import load_init_network
+from dino_lightning.training.resources import check_disk, check_open_files, check_shared_memory
+from dino_lightning.training.resume import (
+    ResumeCheckpoint,
+    check_output_dir,
+    check_same_run,
+    check_total_batch,
+    find_checkpoint,
+)
+
+
+def typed_config(composed: DictConfig) -> TrainConfig:
+    """The composed configuration as dataclasses, with known keys only and each value in its range."""
+    check_keys(composed)
+    config = cast(TrainConfig, OmegaConf.to_object(composed))
+    check_values(config, RULES, CHOICES)
+    return config
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """What the configuration and the output folder alone can tell."""
+    check_config(config)
+    check_output_dir(config)
+
+
+def check_settings(config: TrainConfig, composed: DictConfig) -> tuple[ResumeCheckpoint | None, FrozenNetwork | None]:
+    """All checks before any image is opened; returns the checkpoint to resume from, else the network of `init_from`."""
+    check_combinations(config)
+    check_environment(config)
+    checkpoint = find_checkpoint(config)
+    if checkpoint is None:
+        return None, load_init_network(config)
+    settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+    check_same_run(settings, Path(config.output_dir))
+    return checkpoint, None
+
+
+def check_built(
+    config: TrainConfig,
+    data: MultiCropDataModule,
+    trainer: L.Trainer,
+    method: Method,
+    *,
+    checkpoint: ResumeCheckpoint | None = None,
+    concurrent_runs: int | None = None,
+) -> None:
+    """All checks that need the data, the trainer or the network; opens the data."""
+    # Lightning starts the processes of a run with its own command line, which joblib's workers do not have.
+    if concurrent_runs is not None and trainer.num_devices > 1:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}: joblib starts runs with one device each; set "
+            "trainer.devices=1, or choose another launcher."
+        )
+    if checkpoint is not None:
+        check_total_batch(config, ranks_before=checkpoint.ranks, ranks=trainer.world_size)
+    check_port(trainer.strategy, world_size=trainer.world_size)
+    check_data(config, data, world_size=trainer.world_size)
+    if trainer.is_global_zero:
+        check_resources(config, method, processes=trainer.num_devices * (concurrent_runs or 1))
 
 
 def check_environment(config: TrainConfig) -> None:
-    """Everything about machine and environment that a training run can know before it opens its images."""
+    """The machine and its environment variables."""
     check_variables()
     check_gpus(config.trainer.accelerator)
     if config.trainer.num_nodes > 1 and not any(os.environ.get(name) for name in LAUNCHERS):
         raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: nothing has started processes on other machines, and this "
-            "one would wait for them; start it with srun or torchrun, or set trainer.num_nodes=1."
+            f"trainer.num_nodes={config.trainer.num_nodes}: no process was started on the other machines, so this one "
+            "would wait for them; start it with srun or torchrun, or set trainer.num_nodes=1."
         )
     check_logger(config.logger)
     if config.data.cache == "disk":
@@ -32,7 +106,7 @@ def check_environment(config: TrainConfig) -> None:
 
 
 def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: int) -> None:
-    """Everything that the images and the number of devices decide; opens the data."""
+    """Number of images, labels, a sample of the images, and durations that the number of steps decides."""
     if config.callbacks.knn.enabled and not data.labeled:
         raise UserError(
             "callbacks.knn.enabled=true: k-NN evaluation needs labeled training and validation images, and this data "
@@ -46,35 +120,43 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
             f"images; set it to at most {max(1, images // world_size)}."
         )
     data.check_some_images()
-    if config.trainer.max_epochs in (None, -1):
-        return
-    per_epoch = -(-(-(-images // world_size) // batch) // config.trainer.accumulate_grad_batches)
-    total = per_epoch * (config.trainer.max_epochs or 1)
-    for key in DURATIONS:
-        _check_fits(config, key, per_epoch, total)
-
-
-def _check_fits(config: TrainConfig, key: str, steps_per_epoch: int, total_steps: int) -> None:
-    text = get_dotted(config, key)
-    if text is None:
-        return
-    steps = Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    if steps > total_steps:
-        raise UserError(f"{key}={text} is longer than the run of {total_steps} steps ({steps_per_epoch} per epoch).")
+    if config.trainer.max_epochs not in (None, -1):
+        micro_batches = ceil(ceil(images / world_size) / batch)
+        check_durations(config, steps_per_epoch=ceil(micro_batches / config.trainer.accumulate_grad_batches))
 
 
 def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
-    """Refuse to learn from labels that are not there."""
+    """Supervised learning needs labels of at least two classes."""
     if not config.method.uses_labels:
         return
     if isinstance(data.sources.train, ImageStream):
         raise UserError(
-            "method=supervised reads labels by index, which a stream of shards does not have; choose another method "
-            "or data=folder, parquet, listing or archive."
+            "method=supervised reads labels by index, which streams do not support; choose another method, or "
+            "data=folder, parquet, listing or archive."
         )
     if data.num_classes < 2:
-        why = f" ({data.sources.remark})" if data.sources.remark and not data.num_classes else ""
+        reason = f" ({data.sources.remark})" if data.sources.remark and not data.num_classes else ""
         raise UserError(
-            f"method=supervised needs labels of two classes or more, and this data has {data.num_classes}{why}; choose "
-            "method=dino."
+            f"method=supervised needs labels of at least two classes, but this data has {data.num_classes}{reason}; "
+            "choose method=dino."
         )
+
+
+def check_durations(config: TrainConfig, *, steps_per_epoch: int) -> None:
+    """Warm-ups and the like must not be longer than the run."""
+    total = steps_per_epoch * (config.trainer.max_epochs or 1)
+    for key in DURATIONS:
+        text = get_dotted(config, key)
+        if text is None:
+            continue
+        if Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total) > total:
+            raise UserError(f"{key}={text} is longer than the run of {total} steps ({steps_per_epoch} per epoch).")
+
+
+def check_resources(config: TrainConfig, method: Method, *, processes: int) -> None:
+    """Disk, shared memory and open files of this machine, which runs so many training processes."""
+    if config.trainer.enable_checkpointing and not config.trainer.barebones:
+        check_disk(config, method)
+    if config.data.num_workers:
+        check_shared_memory(config, processes=processes)
+        check_open_files(config)

@@ -1,23 +1,23 @@
-"""A run that goes on keeps what decides its numbers: its settings against those in the folder's `config.yaml`.
+"""Which checkpoint a run resumes from, and whether its settings still train the same thing.
 
-Free are loggers, callbacks, devices, loader processes, places of files and the settings of speed. The length of the run
-may change, as users of Lightning expect, but it is said: the schedules span the run, so they change with it. All else
-is refused in one sentence. Whoever means it writes the new value into `config.yaml` as well: that file says what the
-folder holds.
+A resumed run must keep all settings that decide its numbers; they are compared with `config.yaml` in the output folder.
+Loggers, callbacks, devices, loader processes, file paths and performance settings may change. The length of the run may
+change too, as users of Lightning expect, with a warning: the schedules span the run, so they change with it. Any other
+change raises an error. To change such a setting on purpose, write the new value into `config.yaml` as well.
 """
 
-import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dino_lightning.checkpoints.run_checkpoint import list_checkpoints
+from dino_lightning.checkpoints.run_checkpoint import latest_valid, list_checkpoints
 from dino_lightning.config import SCHEMAS, TrainConfig
 from dino_lightning.config.dotted import flatten, format_value
 from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.scheduler import starts_again
 
 DECISIVE = (
@@ -32,7 +32,7 @@ DECISIVE = (
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
 )
-"""Keys, or beginnings of keys, that decide what is trained."""
+"""Keys, or prefixes of keys, that decide what is trained."""
 FREE = (
     "data.batch_size_per_device",  # with devices and accumulation: `check_total_batch`
     "data.cache",
@@ -49,101 +49,27 @@ FREE = (
     "data.shards",
     "method.evaluate",
 )
-"""Keys below those that do not, or that are judged elsewhere."""
+"""Keys with these prefixes that may change nevertheless, or that another check compares."""
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 NETWORK = ("backbone", "method.out_dim", "method.head_")
-"""Beginnings of keys that decide which weights there are."""
-CHOSEN = ("backbone", "method", "data", "optim")
-"""Groups in which another option has other keys."""
+"""Prefixes of keys that decide which weights there are."""
+GROUPS = ("backbone", "method", "data", "optim")
+"""Configuration groups whose options have different keys."""
 
 
-def check_same_run(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on in `folder` with a `config` (nested dictionaries) that would train something else."""
-    file = folder / "config.yaml"
-    if not file.exists():
-        return  # somebody has moved the checkpoints alone; what does not fit the network fails when it is loaded
-    try:
-        before = yaml.safe_load(file.read_text())
-        if not isinstance(before, dict):
-            raise ValueError("it holds no keys")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"resume: {file} is not the configuration of a run ({' '.join(str(error).split())}); restore "
-            "it, or remove it to go on without this check."
-        ) from error
-    _check_groups(before, config, folder)
-    then, now = flatten(before), flatten(config)
-    for key in LENGTH:
-        if key in then and format_value(then[key]) != format_value(now.get(key)):
-            print(
-                f"WARNING: {key} was {format_value(then[key])} and is {format_value(now.get(key))}: from this step, "
-                "the schedules are those of a run of the new length.",
-                file=sys.stderr,
-            )
-    for key in sorted(then.keys() & now.keys()):  # a key of another version is no change of the user's
-        if key.startswith(DECISIVE) and key not in FREE and format_value(then[key]) != format_value(now[key]):
-            way = (
-                "start anew in another output_dir"
-                if key.startswith(NETWORK)
-                else f"set it back, or write the new value into {file} as well if that is meant"
-            )
-            raise UserError(
-                f"resume: {key} was {format_value(then[key])} and is now {format_value(now[key])}, which would train "
-                f"something else; {way}."
-            )
+@dataclass(frozen=True)
+class ResumeCheckpoint:
+    """The checkpoint that a run resumes from."""
 
-
-def check_total_batch(config: Mapping[str, Any], folder: Path, *, ranks_before: int, ranks: int) -> None:
-    """Refuse another total batch than that of the checkpoint, which other devices alone may change, and say."""
-    file = folder / "config.yaml"
-    before = yaml.safe_load(file.read_text()) if file.exists() else config
-
-    def per_rank(of: Mapping[str, Any]) -> int:
-        return of["data"]["batch_size_per_device"] * (of["trainer"].get("accumulate_grad_batches") or 1)
-
-    then, now = per_rank(before) * ranks_before, per_rank(config) * ranks
-    if then == now:
-        return
-    text = (
-        f"the total batch was {then} images ({ranks_before} ranks of {per_rank(before)}) and is {now} ({ranks} of "
-        f"{per_rank(config)})"
-    )
-    if per_rank(before) == per_rank(config):
-        print(
-            f"WARNING: {text}; data.batch_size_per_device and trainer.accumulate_grad_batches can keep it.",
-            file=sys.stderr,
-        )
-        return
-    raise UserError(
-        f"resume: {text}, which would train something else; set data.batch_size_per_device and "
-        "trainer.accumulate_grad_batches so that it stays."
-    )
-
-
-def _check_groups(before: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
-    for group in CHOSEN:
-        then, now = (_option(group, of.get(group)) for of in (before, config))
-        if then and now and then != now:
-            raise UserError(
-                f"resume: {folder} holds a run with {group}={then}, and {group}={now} would train something else; set "
-                "it back, or start anew in another output_dir."
-            )
-
-
-def _option(group: str, settings: Any) -> str | None:
-    """The schema of a group's settings, by the keys that it shares most of; None for one that is not known."""
-    keys = set(settings or {})
-    shared = {
-        name: len(keys & own) - len(keys ^ own)
-        for name, schema in SCHEMAS[group].items()
-        if (own := {field.name for field in fields(schema)})
-    }
-    best = max(shared, key=lambda name: shared[name])
-    return best if keys else None
+    path: Path
+    step: int
+    """Optimizer steps taken."""
+    ranks: int
+    """Training processes of the run that wrote it."""
 
 
 def resume_mode(config: TrainConfig) -> Any:
-    """What the key `resume` means here: `"auto"` in place of False where a scheduler starts the command again."""
+    """The value of `resume`, but `"auto"` instead of False if a scheduler restarts the command."""
     return "auto" if config.resume is False and starts_again() else config.resume
 
 
@@ -151,12 +77,93 @@ def check_output_dir(config: TrainConfig) -> None:
     """Refuse an output folder that already contains a run, or that has nothing to resume."""
     if config.resume not in (True, False, "auto"):
         raise UserError(f"resume={config.resume}: {did_you_mean(config.resume, ('true', 'false', 'auto'))}")
-    found = list_checkpoints(Path(config.output_dir) / "checkpoints")
-    mode = resume_mode(config)
-    if mode is True and not found:
-        raise UserError(f"resume=true: output_dir={config.output_dir} has no checkpoints/last.ckpt to go on from.")
-    if not mode and found:
+    checkpoints, mode = list_checkpoints(Path(config.output_dir) / "checkpoints"), resume_mode(config)
+    if mode is True and not checkpoints:
         raise UserError(
-            f"output_dir={config.output_dir} already holds a run; add resume=true to go on with it, or "
-            "choose another folder."
+            f"resume=true: output_dir={config.output_dir} contains no checkpoints/last.ckpt to resume from."
         )
+    if not mode and checkpoints:
+        raise UserError(
+            f"output_dir={config.output_dir} already contains a run. Set resume=true to continue it, or choose another "
+            "folder."
+        )
+
+
+def find_checkpoint(config: TrainConfig) -> ResumeCheckpoint | None:
+    """The newest valid checkpoint in the output folder; None for a new run."""
+    latest = latest_valid(Path(config.output_dir) / "checkpoints") if resume_mode(config) else None
+    if latest is None:
+        return None
+    path, content = latest
+    return ResumeCheckpoint(path, step=content["global_step"], ranks=len(content.get("ranks", [0])))
+
+
+def check_same_run(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume the run in `folder` with a `config` (nested dictionaries) that would train something else."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return  # only the checkpoints were moved here; loading fails if they do not fit the network
+    try:
+        saved = yaml.safe_load(file.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("it contains no keys")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"resume: {file} is not the configuration of a run ({' '.join(str(error).split())}); restore it, or delete "
+            "it to resume without this check."
+        ) from error
+    for group in GROUPS:
+        before, now = (_option(group, settings.get(group)) for settings in (saved, config))
+        if before and now and before != now:
+            raise UserError(
+                f"resume: {folder} contains a run with {group}={before}, and {group}={now} would change the training; "
+                "restore it, or start a new run in another output_dir."
+            )
+    old, new = ({key: format_value(value) for key, value in flatten(each).items()} for each in (saved, config))
+    # Keys in one of them only come from another version of this package, not from the user.
+    changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+    for key in changed:
+        if key in LENGTH:
+            warn(f"{key} was {old[key]} and is now {new[key]}: from this step on, the schedules span the new length.")
+        elif key.startswith(DECISIVE) and key not in FREE:
+            advice = (
+                "start a new run in another output_dir"
+                if key.startswith(NETWORK)
+                else f"restore the value, or write the new value into {file} if you want the change"
+            )
+            raise UserError(
+                f"resume: {key} was {old[key]} and is now {new[key]}, which would change the training; {advice}."
+            )
+
+
+def check_total_batch(config: TrainConfig, *, ranks_before: int, ranks: int) -> None:
+    """Refuse another total batch than the checkpoint's; if only the number of ranks changed it, warn."""
+    file = Path(config.output_dir) / "config.yaml"
+    now = config.data.batch_size_per_device * config.trainer.accumulate_grad_batches
+    before = now
+    if file.exists():
+        saved = yaml.safe_load(file.read_text())
+        before = saved["data"]["batch_size_per_device"] * (saved["trainer"].get("accumulate_grad_batches") or 1)
+    if before * ranks_before == now * ranks:
+        return
+    message = (
+        f"the total batch was {before * ranks_before} images ({_ranks(ranks_before)} with {before}) and is now "
+        f"{now * ranks} ({_ranks(ranks)} with {now})"
+    )
+    if before != now:
+        raise UserError(
+            f"resume: {message}, which would change the training; set data.batch_size_per_device and "
+            "trainer.accumulate_grad_batches so that the total batch stays the same."
+        )
+    warn(f"{message}; data.batch_size_per_device and trainer.accumulate_grad_batches can keep it the same.")
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count != 1)}"
+
+
+def _option(group: str, settings: Any) -> str | None:
+    """The option of a configuration group whose schema has most keys in common with these settings."""
+    keys = set(settings or {})
+    schemas = {name: {field.name for field in fields(schema)} for name, schema in SCHEMAS[group].items()}
+    return max(schemas, key=lambda name: len(keys & schemas[name]) - len(keys ^ schemas[name])) if keys else None

@@ -1,144 +1,103 @@
-"""One training run from configuration to summary, in its order."""
+"""One training run, from the configuration to the summary."""
 
 import atexit
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
-from dino_lightning.checkpoints.run_checkpoint import latest_valid
-from dino_lightning.config import TrainConfig, WandbLoggerConfig
-from dino_lightning.config.checks.training import check_config
-from dino_lightning.config.constraints import check_keys
+from dino_lightning.config import TrainConfig
+from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import FaultTolerantWandbLogger, wandb_session
+from dino_lightning.loggers.wandb import wandb_session
+from dino_lightning.methods.base import Method
 from dino_lightning.runtime.collectives import leave_group
 from dino_lightning.runtime.console import quieten_libraries
-from dino_lightning.runtime.environment import check_port
-from dino_lightning.runtime.files import FAILED, write_atomically
 from dino_lightning.runtime.memory import keep_freed_memory
-from dino_lightning.runtime.provenance import environment
 from dino_lightning.runtime.run_lock import run_lock
 from dino_lightning.runtime.sharding import full_state
-from dino_lightning.training.autoconfig.apply import autoconfigure, print_suggestions
-from dino_lightning.training.build import build_data, build_method, build_trainer
+from dino_lightning.training import preflight
+from dino_lightning.training.autoconfig.apply import autoconfigure
+from dino_lightning.training.build import build
 from dino_lightning.training.callbacks.preemption import Preempted
-from dino_lightning.training.init_from import check_initial
-from dino_lightning.training.preflight import check_data, check_environment
-from dino_lightning.training.resources import check_resources, threads_beside, trains_in_tiles
-from dino_lightning.training.resume import check_output_dir, check_same_run, check_total_batch, resume_mode
-from dino_lightning.training.summary import announce, summarize, write_results
+from dino_lightning.training.resources import cpu_threads, trains_in_tiles
+from dino_lightning.training.resume import ResumeCheckpoint
+from dino_lightning.training.summary import announce, finish_loggers, summarize, upload_results, write_results
 
 
 def train(
     composed: DictConfig, *, cli_overrides: Sequence[str] = (), concurrent_runs: int | None = None
 ) -> float | None:
-    """Train as configured; returns k-NN top-1 in percent (for sweeps), or None where it was not evaluated.
+    """Train as configured; returns the k-NN top-1 accuracy in percent (for sweeps), or None if it was not evaluated.
 
-    `given` are the words of the command line, whose keys `auto.data=true` leaves as they are. `at_once` runs, which
-    a launcher has started side by side, share the cores of this machine.
+    `cli_overrides`: keys set on the command line; automatic configuration never changes them. `concurrent_runs`: the
+    number of runs that a launcher has started side by side, which share the cores of this machine.
     """
-    with run_lock(composed.output_dir), wandb_session():
-        return _train(composed, cli_overrides=cli_overrides, concurrent_runs=concurrent_runs)
-
-
-def _train(composed: DictConfig, *, cli_overrides: Sequence[str], concurrent_runs: int | None) -> float | None:
-    check_keys(composed)
-    suggested = autoconfigure(composed, cli_overrides=cli_overrides)
-    config = cast(TrainConfig, OmegaConf.to_object(composed))
-    check_config(config)
-    check_output_dir(config)
-    check_environment(config)
     quieten_libraries()
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+    with run_lock(composed.output_dir), wandb_session():
+        suggestions = autoconfigure(composed, cli_overrides=cli_overrides)
+        config = preflight.typed_config(composed)
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        checkpoint, init_network = preflight.check_settings(config, composed)
+        data, trainer, method = build(config, composed, checkpoint=checkpoint, init_network=init_network)
+        del init_network  # frees its memory
+        preflight.check_built(config, data, trainer, method, checkpoint=checkpoint, concurrent_runs=concurrent_runs)
+        limit_threads(config, trainer, method, concurrent_runs=concurrent_runs)
+        if trainer.is_global_zero:
+            announce(config, composed, data, trainer, method, suggestions)
+        try:
+            fit(trainer, method, data, checkpoint)
+        except Preempted as preempted:
+            sys.exit(exit_after_preemption(preempted, trainer))
+        return None if trainer.interrupted else finish(config, trainer, method)
 
-    output = Path(config.output_dir)
-    found = latest_valid(output / "checkpoints") if resume_mode(config) else None
-    if found is not None:
-        check_same_run(resolved, output)
-    initial = check_initial(config) if found is None else None
-    data = build_data(config)
-    step = None if found is None else found[1]["global_step"]
-    trainer = build_trainer(config, hyperparameters={**resolved, "environment": environment()}, before_step=step)
+
+def limit_threads(
+    config: TrainConfig, trainer: L.Trainer, method: Method, *, concurrent_runs: int | None = None
+) -> None:
+    """Share the cores of this machine among its training processes and their loader processes, if it trains on them."""
+    if trainer.strategy.root_device.type != "cpu":
+        return
     processes = trainer.num_devices * (concurrent_runs or 1)
-    if (
-        concurrent_runs is not None and trainer.num_devices > 1
-    ):  # processes of a run are started by its own command line
-        raise UserError(
-            f"trainer.devices={config.trainer.devices}: runs that joblib starts side by side have one "
-            "device each; set trainer.devices=1, or take another launcher."
-        )
-    if found is not None:
-        check_total_batch(resolved, output, ranks_before=len(found[1].get("ranks", [0])), ranks=trainer.world_size)
-    check_port(trainer.strategy, world_size=trainer.world_size)
-    check_data(config, data, world_size=trainer.world_size)
-    if trainer.strategy.root_device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or threads_beside(config, devices=processes))
-    torch.set_float32_matmul_precision(config.compute.matmul_precision)
-    method = build_method(config, num_classes=data.num_classes, initial=initial)
-    del initial
-    check_resources(config, method, processes=processes, first=trainer.is_global_zero)
-    if trainer.strategy.root_device.type == "cpu" and trains_in_tiles(config, method):
+    torch.set_num_threads(config.cpu_threads or cpu_threads(config, processes=processes))
+    if trains_in_tiles(config, method):
         keep_freed_memory()
-    if trainer.is_global_zero:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
-        (output / FAILED).unlink(missing_ok=True)  # of an attempt before this one
-        if suggested is not None:
-            print_suggestions(suggested)
-        announce(config, data, trainer, method)
 
-    checkpoint = None if found is None else str(found[0])
-    del found
+
+def fit(trainer: L.Trainer, method: Method, data: MultiCropDataModule, checkpoint: ResumeCheckpoint | None) -> None:
+    """Train; the process group is left only when the interpreter exits, after everything that needs it."""
     atexit.register(leave_group)
-    try:
-        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except Preempted as leave:
-        finish_loggers(trainer)
-        sys.exit(exit_after_preemption(leave, trainer))
-    if trainer.interrupted:
-        return None
+    path = None if checkpoint is None else str(checkpoint.path)
+    trainer.fit(method, datamodule=data, ckpt_path=path, weights_only=True)
+
+
+def exit_after_preemption(preempted: Preempted, trainer: L.Trainer) -> int:
+    """Close what a preempted run has open, and ask its scheduler for a restart; returns the exit status."""
+    finish_loggers(trainer)
+    leave_group()
+    if preempted.restart is not None and trainer.is_global_zero:
+        preempted.restart()
+    # A launcher kills the first process when another one exits with an error, and the first may still talk to SLURM.
+    return preempted.status if trainer.is_global_zero else 0
+
+
+def finish(config: TrainConfig, trainer: L.Trainer, method: Method) -> float | None:
+    """Write the summary, the exported weights and the report of a finished run; returns its k-NN top-1 accuracy."""
     summary = summarize(config, trainer, method)
     weights = full_state(cast(nn.Module, method.evaluated.backbone))  # on all ranks: each may hold a part
     if trainer.is_global_zero:
-        exported = output / f"{method.evaluated_key}.safetensors"
+        weights_file = Path(config.output_dir) / f"{method.evaluated_key}.safetensors"
         try:
-            write_results(config, summary, weights, exported)
+            write_results(config, summary, weights, weights_file)
         except OSError as error:
             raise UserError(
-                f"output_dir={output}: the run is at its end, but its results could not be written "
-                f"({error.strerror or error}); make room, then resume=true writes them."
+                f"output_dir={config.output_dir}: the run has finished, but its results could not be written "
+                f"({error.strerror or error}); free disk space, then resume=true writes them."
             ) from error
-        conclude_loggers(config, trainer, exported)
+        upload_results(config, trainer, weights_file)
     return summary["knn_top1"]
-
-
-def exit_after_preemption(leave: Preempted, trainer: L.Trainer) -> int:
-    """The exit status of a run that has saved and was told to end."""
-    leave_group()
-    if leave.then is not None and trainer.is_global_zero:
-        leave.then()
-    # A launcher that sees another process end with a status kills the first one, which may still ask SLURM.
-    return leave.status if trainer.is_global_zero else 0
-
-
-def finish_loggers(trainer: L.Trainer) -> None:
-    """Close W&B's run, before a scheduler is asked to start this one again."""
-    for logger in trainer.loggers:
-        if isinstance(logger, FaultTolerantWandbLogger):
-            logger.finish()
-
-
-def conclude_loggers(config: TrainConfig, trainer: L.Trainer, exported: Path) -> None:
-    """Give W&B what has been written: `summary.json` and the weights."""
-    for logger in trainer.loggers:
-        if isinstance(logger, FaultTolerantWandbLogger) and isinstance(config.logger, WandbLoggerConfig):
-            summary = json.loads((exported.parent / "summary.json").read_text())
-            logger.conclude(summary, weights=exported if config.logger.artifacts else None)

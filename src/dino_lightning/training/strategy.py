@@ -1,7 +1,6 @@
-"""How a run is spread over devices: whole networks on each (DDP), or slices of them (FSDP2).
+"""Distribution over devices: data parallel with complete networks (DDP) or with sharded ones (FSDP2).
 
-Both are Lightning's strategies with settings of their own; `build_strategy` turns the names of `trainer.strategy` into
-them.
+Both are Lightning's strategies with our settings; `build_strategy` maps the names of `trainer.strategy` to them.
 """
 
 import inspect
@@ -33,26 +32,26 @@ START_METHODS = {
     "ddp_notebook": "fork",
     "ddp_find_unused_parameters_true": "popen",
 }
-"""How each of Lightning's names for DDP starts its processes. Not `ddp_spawn`: a run's callbacks cannot be pickled."""
+"""Lightning's names for DDP, and how each starts its processes. `ddp_spawn` would have to pickle the callbacks."""
 
 TIMEOUT = timedelta(minutes=30)
-"""As PyTorch has it."""
+"""PyTorch's default."""
 
 SYNC_BUFFERS = "forward_sync_buffers"
 if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    SYNC_BUFFERS = "broadcast_buffers"  # its name up to PyTorch 2.12, deprecated since
+    SYNC_BUFFERS = "broadcast_buffers"  # its name up to PyTorch 2.12
 
 
 def build_strategy(config: TrainerConfig, *, timeout: timedelta = TIMEOUT) -> Strategy | str:
-    """What `trainer.strategy` means, for `lightning.Trainer`; a rank waits no longer than `timeout` for the others."""
+    """The strategy for `lightning.Trainer`; a rank waits at most `timeout` for the others."""
     name = _chosen_by_lightning(config) if config.strategy == "auto" else config.strategy
     if name == "fsdp":
         return FullySharded(timeout=timeout)  # Lightning's own "fsdp" is FSDP1
     if name not in START_METHODS:
         return config.strategy
     unused = "find_unused_parameters" in name
-    # PyTorch's static graph fails at the first backward pass where that is not reduced, as the first micro-batch of an
-    # accumulated step is not ("expect_autograd_hooks_ INTERNAL ASSERT FAILED", pytorch/pytorch issue 143580).
+    # PyTorch's static graph fails if gradients are not reduced after the first backward pass, as with accumulation
+    # ("expect_autograd_hooks_ INTERNAL ASSERT FAILED", pytorch/pytorch issue 143580).
     static = config.accumulate_grad_batches == 1 and not unused
     return DataParallel(
         start_method=START_METHODS[name], static_graph=static, find_unused_parameters=unused, timeout=timeout
@@ -60,10 +59,10 @@ def build_strategy(config: TrainerConfig, *, timeout: timedelta = TIMEOUT) -> St
 
 
 def cluster_plugins() -> list[SLURMEnvironment]:
-    """SLURM's environment where Lightning would choose it, without its handler of the signal that ends a job.
+    """SLURM's environment if Lightning would choose it, but without its handler of the signal that ends a job.
 
-    That one saves at once, within the signal, wherever the step is: with a student that has moved and a teacher that
-    has not. `callbacks.leaving` waits for the end of the step.
+    That handler saves immediately, even if the student is already updated and the teacher is not.
+    `callbacks/preemption.py` waits for the end of the step.
     """
     if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():
         return []
@@ -71,14 +70,14 @@ def cluster_plugins() -> list[SLURMEnvironment]:
         return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(
-            "the SLURM job has --ntasks without --ntasks-per-node: give --nodes and --ntasks-per-node, the "
-            "number of trainer.devices (docs/clusters.md)."
+            "the SLURM job has --ntasks without --ntasks-per-node: set --nodes, and --ntasks-per-node to the number of "
+            "trainer.devices (docs/clusters.md)."
         ) from error
 
 
 def _chosen_by_lightning(config: TrainerConfig) -> str:
-    """The name of the strategy that `auto` means with these devices."""
-    quieten_libraries()  # this trainer has much to say about itself, and is gone in a moment
+    """The strategy that Lightning chooses for `auto` on these devices."""
+    quieten_libraries()  # hides the messages of this temporary trainer
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -93,10 +92,9 @@ def _chosen_by_lightning(config: TrainerConfig) -> str:
 
 
 class DataParallel(DDPStrategy):
-    """DDP whose gradients lie in its buckets, over a graph that is the same in every step.
+    """DDP whose gradients are views of its buckets, with a static graph unless gradients are accumulated.
 
-    Prototypes that are frozen at the start of a run are no exception: they are in the graph, and lose their gradients
-    after it has been reduced.
+    Prototypes that are frozen at the start of a run do not change the graph: they lose their gradients after reduction.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -115,9 +113,9 @@ class DataParallel(DDPStrategy):
         super().setup_environment()
 
     def configure_ddp(self) -> None:
-        """Wrap the module; its buffers are copied from rank 0 at each forward pass only where ranks differ in them.
+        """Wrap the module; buffers are broadcast from rank 0 before each forward pass only if ranks differ in them.
 
-        The center is moved alike on all ranks, and synchronized batch norms see the same images on each.
+        The center and the statistics of synchronized batch norms are the same on all ranks.
         """
         assert self.model is not None
         self._ddp_kwargs[SYNC_BUFFERS] = has_separate_statistics(self.model)
@@ -125,20 +123,19 @@ class DataParallel(DDPStrategy):
 
 
 class SharedStatistics(LayerSync):
-    """Batch norms that share their statistics over devices; Lightning's converter drops the activation that timm keeps
-    inside some of its batch norms."""
+    """Synchronizes batch norms over devices. Lightning's own converter drops the activations inside timm's batch norms."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert all batch norms."""
+        """Convert all batch norms to synchronized ones."""
         return convert_sync_batchnorm(model)
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Leave them: in evaluation they are ordinary ones."""
+        """Keep them: in eval mode they behave like ordinary batch norms."""
         return model
 
 
 def has_separate_statistics(module: nn.Module) -> bool:
-    """Whether there are batch norms that see the images of their own rank only."""
+    """Whether the module has batch norms that are not synchronized."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     return any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
@@ -146,9 +143,9 @@ def has_separate_statistics(module: nn.Module) -> bool:
 class FullySharded(ModelParallelStrategy):
     """FSDP2 over all devices; the module shards itself in `configure_model`.
 
-    Its checkpoints are read by every other strategy, and it reads every other's. Lightning numbers the optimizer's
-    state by the position in the module instead of in the optimizer, and refuses to resume while a parameter has no
-    state yet, as frozen prototypes have none. Here the file is what one process would have written.
+    A checkpoint is what a single process would have written, so every strategy can resume from every other's. Lightning
+    would index the optimizer's state by position in the module instead of the optimizer, and could not resume while a
+    parameter has no state yet, such as frozen prototypes.
     """
 
     def __init__(self, *, timeout: timedelta = TIMEOUT) -> None:
@@ -160,39 +157,38 @@ class FullySharded(ModelParallelStrategy):
             self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
-        """Start the process group, now that the number of devices is known."""
+        """Start the process group; the number of devices is known only now."""
         end_with_first_process()
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state, on rank 0: the others take part in the gathering only."""
-        keep = self.is_global_zero
+        """The full state on rank 0; the other ranks only take part in gathering it."""
 
-        def on_rank_zero(tensor: Tensor) -> Tensor | None:
+        def gather_on_rank_zero(tensor: Tensor) -> Tensor | None:
             full = full_tensor(tensor)
-            return full.cpu() if keep else None
+            return full.cpu() if self.is_global_zero else None
 
-        return tree_map_only(Tensor, on_rank_zero, optimizer.state_dict())
+        return tree_map_only(Tensor, gather_on_rank_zero, optimizer.state_dict())
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning calls `load_optimizer_state_dict`."""
+        """Whether Lightning calls `load_optimizer_state_dict`."""
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The file as it is, on every rank."""
-        # Past the parent, which would load weights and optimizer here.
+        """Read the complete file on every rank."""
+        # Not the parent's method, which would load weights and optimizer here.
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its slices."""
+        """Load this rank's shards."""
         assert self.lightning_module is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its slices."""
+        """Load this rank's shards."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {

@@ -1,1 +1,1 @@
-"""Settings chosen from the images and the machine: `auto.data` and `auto.machine`."""
+"""Chooses settings from the images (`auto.data`) and the machine (`auto.machine`): `apply` uses the other files."""

@@ -1,4 +1,4 @@
-"""How many images of a step fit into the memory of the device: by doing it, with crops of noise."""
+"""Batch-size finder: trains a few steps on random crops and halves the batch until it fits into the device's memory."""
 
 import gc
 import hashlib
@@ -18,85 +18,75 @@ from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.training.build import build_method
 
-FITS = "DINO_LIGHTNING_BATCH"
-"""Variable by which the processes of other devices learn what the first one has found, and for which training: a
-process may do several, one after another."""
+RESULT_VARIABLE = "DINO_LIGHTNING_BATCH"
+"""Passes the first process's result, with a digest of its configuration, to the processes of the other devices."""
 STEPS = 2
-"""Steps of a trial: the first one makes the optimizer's moments, the second has them beside it."""
+"""The first step allocates the optimizer's moments, the second needs memory next to them."""
 MEMORY_SHARE = 0.9
-"""Of the device's memory; the rest is for the k-NN evaluation and for what fragments."""
-WORDS = ("out of memory", "can't allocate memory", "not enough memory")
-"""PyTorch's, in errors of memory that are not an `OutOfMemoryError`."""
+"""Share of the device's memory; the rest is for the k-NN evaluation and fragmentation."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""In PyTorch's messages of memory errors that are not an `OutOfMemoryError`."""
 
 
 def largest_batch(config: TrainConfig) -> int:
-    """The batch per device that is configured, or the half, quarter, … of it that fits.
+    """The configured batch per device, or the half, quarter, ... of it that fits.
 
-    Processes that Lightning starts take what the first has found; those of another launcher, where each might find
-    something else, what is configured. Raises `UserError` where a single image does not fit.
+    Processes that Lightning starts take over the first one's result. Those of another launcher could each get another
+    result, so they keep the configured batch. Raises `UserError` if a single image does not fit.
     """
-    wanted = config.data.batch_size_per_device
-    training, _, found = os.environ.get(FITS, "").partition(":")
-    if training == _digest(config):
-        return int(found)
+    batch = config.data.batch_size_per_device
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    known_digest, _, known_batch = os.environ.get(RESULT_VARIABLE, "").partition(":")
+    if known_digest == digest:
+        return int(known_batch)
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        return wanted
-    batch = wanted
+        return batch
     while not fits_in_memory(config, batch=batch):
         if batch == 1:
             raise UserError(
-                f"crops.global_size={config.crops.global_size}: a step of a single image does not fit into the memory "
-                "of the device; take smaller crops, a smaller backbone, or compute=checkpointed."
+                f"crops.global_size={config.crops.global_size}: a step with a single image does not fit into the "
+                "memory of the device; choose smaller crops, a smaller backbone, or compute=checkpointed."
             )
         batch //= 2
-    os.environ[FITS] = f"{_digest(config)}:{batch}"
+    os.environ[RESULT_VARIABLE] = f"{digest}:{batch}"
     return batch
 
 
-def _digest(config: TrainConfig) -> str:
-    """Of all that a trial depends on."""
-    parts = (config.method, config.backbone, config.crops, config.optim, config.compute, config.trainer)
-    sizes = (config.data.batch_size_per_device, config.data.channels)
-    return hashlib.sha256(repr((*parts, *sizes)).encode()).hexdigest()[:16]
-
-
 def fits_in_memory(config: TrainConfig, *, batch: int) -> bool:
-    """Whether some steps with `batch` images go through on one device."""
+    """Whether steps with `batch` images succeed on one device."""
+    device = (device_index(config.trainer.devices) or [0])[0]
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    place = (named_device(config.trainer.devices) or [0])[0]
     if on_gpu:
-        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, place)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
     try:
-        take_steps(config, batch=batch)
+        train_steps(config, batch=batch)
         return True
-    except (MemoryError, RuntimeError) as error:  # `torch.OutOfMemoryError` is one
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in WORDS):
+    except (MemoryError, RuntimeError) as error:  # includes `torch.OutOfMemoryError`
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         return False
     finally:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, place)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def named_device(devices: Any) -> list[int] | None:
-    """The first of the devices that `trainer.devices` names by index, None where it says how many: on others somebody
-    else may be at work."""
-    names = str(devices).strip("[] ")
-    return [int(names.split(",")[0])] if isinstance(devices, list) or "," in names else None
+def device_index(devices: Any) -> list[int] | None:
+    """The first GPU of a list in `trainer.devices`, as the other GPUs may be in use; None for a number of devices."""
+    indices = str(devices).strip("[] ")
+    return [int(indices.split(",")[0])] if isinstance(devices, list) or "," in indices else None
 
 
-def take_steps(config: TrainConfig, *, batch: int) -> None:
-    """Train the configured method for `STEPS` steps with the configured precision."""
+def train_steps(config: TrainConfig, *, batch: int) -> None:
+    """Train the configured method for `STEPS` steps in the configured precision."""
     quieten_libraries()
-    data = random_crops(config.crops, batch=batch, channels=config.data.channels)
-    batches: list[Any] = [
-        LabeledCrops(data, torch.zeros(batch, dtype=torch.long)) if config.method.uses_labels else data
-    ] * STEPS
+    crops: Any = random_crops(config.crops, batch=batch, channels=config.data.channels)
+    if config.method.uses_labels:
+        crops = LabeledCrops(crops, torch.zeros(batch, dtype=torch.long))
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
-        devices=named_device(config.trainer.devices) or 1,
+        devices=device_index(config.trainer.devices) or 1,
         precision=config.trainer.precision,
         max_epochs=1,
         logger=False,
@@ -105,7 +95,7 @@ def take_steps(config: TrainConfig, *, batch: int) -> None:
         enable_model_summary=False,
     )
     method = build_method(replace(config, init_from=None), num_classes=2)
-    trainer.fit(method, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(method, DataLoader([crops] * STEPS, batch_size=None))  # type: ignore[arg-type]
 
 
 def random_crops(crops: CropsConfig, *, batch: int, channels: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""When a run is saved: at ends of epochs, by the clock, and when it is told to end.
+"""Saves the run at the end of epochs, every few minutes, and when the run is preempted.
 
-A checkpoint stands for the moment after a whole optimizer step. A run that goes on from it repeats, bit for bit, what
-the one before it did afterwards.
+A checkpoint is always taken after a complete optimizer step. On a CPU, a run resumed from it is bit-identical to one
+that was never interrupted.
 """
 
 import time
@@ -16,16 +16,17 @@ from dino_lightning.checkpoints.run_checkpoint import LAST, AsyncCheckpointIO, S
 from dino_lightning.config import CheckpointConfig
 from dino_lightning.loggers.csv import METRICS_FILE, has_row
 from dino_lightning.methods.base import Method
+from dino_lightning.runtime.lightning_internals import epoch_metrics
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.preemption import Preempted, PreemptionHandler
 
 BEST = "best_knn.ckpt"
-RETRY_SECONDS = 60.0
-"""Wait after a file that could not be written."""
+RETRY_S = 60.0
+"""Time until the next attempt after a file could not be written."""
 
 
 class Checkpointing(Checkpoint):
-    """Writes `last.ckpt`, and under further names those to keep. Lightning calls it after all other callbacks."""
+    """Writes `last.ckpt`, and keeps some under further names. Lightning calls it after all other callbacks."""
 
     def __init__(
         self,
@@ -33,39 +34,38 @@ class Checkpointing(Checkpoint):
         *,
         folder: Path,
         io: SafeCheckpointIO,
-        signals: PreemptionHandler,
+        preemption: PreemptionHandler,
         knn: KNNCallback | None = None,
     ) -> None:
-        self.config, self.folder, self.io, self.signals, self.knn = config, folder, io, signals, knn
+        self.config, self.folder, self.io, self.preemption, self.knn = config, folder, io, preemption, knn
         self.best: float | None = None
         """The best k-NN accuracy so far, in percent."""
         self.epoch_row: dict[str, Any] = {}
-        """The row of the latest end of an epoch, which Lightning logs after it was saved."""
+        """The metrics of the latest epoch's end, which Lightning logs only after the checkpoint was saved."""
         self._next_save = float("inf")
         self._step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
         return {"best": self.best, "epoch_row": self.epoch_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the best accuracy and the latest epoch's row."""
         self.best, self.epoch_row = state_dict["best"], state_dict["epoch_row"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and make up for what the run before was ended in."""
+        """Start the clock, and log the row of an epoch that the resumed run has saved but not logged."""
         self._step = trainer.global_step
-        self._wait(self.config.every_n_minutes * 60)
+        self._schedule_save(self.config.every_n_minutes * 60)
         if self.epoch_row and self.epoch_row["step"] == trainer.global_step - 1:
-            self._make_up(trainer)
+            self._log_epoch_row(trainer)
 
-    def _make_up(self, trainer: L.Trainer) -> None:
-        """Log the row of the epoch that the run before saved and did not come to log, its k-NN included."""
+    def _log_epoch_row(self, trainer: L.Trainer) -> None:
         values = dict(self.epoch_row["values"])
-        if self.knn is not None and self.knn.made_up:
-            # In float32, as Lightning has them.
+        if self.knn is not None and self.knn.completed_on_resume:
+            # Rounded to float32, as Lightning logs them.
             values |= {f"knn/{name}": float(np.float32(value)) for name, value in self.knn.last.items()}
-            if trainer.is_global_zero and self._is_best():
+            if trainer.is_global_zero and self._update_best():
                 self.io.copy(self.folder / LAST, BEST)
         if not trainer.is_global_zero or has_row(self.folder.parent / METRICS_FILE, step=self._step - 1, keys=values):
             return
@@ -74,42 +74,35 @@ class Checkpointing(Checkpoint):
             logger.save()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where it was asked for and a step is complete."""
-        readings = cast(Method, pl_module).metrics
+        """Save after a complete step if a save or a stop was requested."""
+        metrics = cast(Method, pl_module).metrics
         if trainer.is_global_zero and time.monotonic() >= self._next_save:
-            readings.request_save = True  # with the next loss, so that all ranks save after the same step
+            metrics.request_save = True  # travels with the next loss, so that all ranks save after the same step
         complete, self._step = trainer.global_step != self._step, trainer.global_step
-        if not complete or self._epoch_ends(trainer):
+        epoch_ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if not complete or epoch_ends:
             return  # at the end of an epoch `on_train_epoch_end` follows
-        if readings.stop_requested:
+        if metrics.stop_requested or metrics.save_requested:
             self._save(trainer, [])
-            raise self._leave()
-        if readings.save_requested:
-            self._save(trainer, [])
-
-    def _epoch_ends(self, trainer: L.Trainer) -> bool:
-        return trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if metrics.stop_requested:
+            raise self._preempted()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, and leave if that was asked for."""
+        """Save, and end the run if a stop was requested."""
         names, epochs, every = [], trainer.current_epoch + 1, self.config.every_n_epochs
-        if self._is_best():
+        if self._update_best():
             names.append(BEST)
         if every and epochs % every == 0:
             names.append(f"epoch{trainer.current_epoch:04d}.ckpt")
-        loops = trainer.fit_loop.epoch_loop
-        # Lightning logs these when all callbacks are done.
-        logged = trainer._logger_connector.metrics["log"]
-        values = {name: float(value) for name, value in logged.items()} | {"epoch": trainer.current_epoch}
-        self.epoch_row = {"step": loops._batches_that_stepped - 1, "values": values}
+        step, metrics = epoch_metrics(trainer)
+        self.epoch_row = {"step": step, "values": metrics | {"epoch": trainer.current_epoch}}
         self._save(trainer, names)
-        # At the end of the run there is nothing to go on with.
         run_ends = trainer.should_stop or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if not run_ends and self.signals.asked_anywhere():
-            raise self._leave()
+        if not run_ends and self.preemption.stop_requested_anywhere():
+            raise self._preempted()
 
-    def _is_best(self) -> bool:
-        """Whether the k-NN accuracy of just now is better than all before; takes note of it."""
+    def _update_best(self) -> bool:
+        """Whether the k-NN accuracy of this step is better than all before; it is the best then."""
         if self.knn is None or self.knn.last_step != self._step or "top1" not in self.knn.last:
             return False
         if self.best is not None and self.knn.last["top1"] <= self.best:
@@ -119,21 +112,21 @@ class Checkpointing(Checkpoint):
 
     def _save(self, trainer: L.Trainer, names: list[str]) -> None:
         method = cast(Method, trainer.lightning_module)
-        # Lightning asks callbacks for their states before it asks the method, which would collect too late for them.
+        # Lightning collects the states of callbacks before it calls the method, whose own flush is too late for them.
         method.flush_metrics()
         method.metrics.request_save = method.metrics.save_requested = False
         self.io.names = names
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         period = self.config.every_n_minutes * 60
-        self._wait(min(period, RETRY_SECONDS) if self.io.failure else period)
+        self._schedule_save(min(period, RETRY_S) if self.io.failure else period)
 
-    def _wait(self, seconds: float) -> None:
+    def _schedule_save(self, seconds: float) -> None:
         self._next_save = time.monotonic() + seconds if seconds else float("inf")
 
-    def _leave(self) -> Preempted:
+    def _preempted(self) -> Preempted:
         if isinstance(self.io, AsyncCheckpointIO):
             self.io.wait()
-        leave = self.signals.leaving()
+        preempted = self.preemption.preempted()
         if self.io.failure is not None:
-            leave.status = 1
-        return leave
+            preempted.status = 1
+        return preempted

@@ -1,4 +1,4 @@
-"""Collapse alarms: names the kind, says what to change and, if asked to, ends the run."""
+"""Collapse alarm: detects and names a collapse, proposes what to change and, with `stop`, ends the run."""
 
 import sys
 from collections import deque
@@ -15,121 +15,121 @@ from dino_lightning.methods.collapse import KINDS, CollapseKind, changes, diagno
 from dino_lightning.methods.feature_buffer import FeatureBuffer
 from dino_lightning.methods.metrics_buffer import StepMetrics
 
-MOST_CHANGES = 3
+MAX_CHANGES = 3
 """Proposals in a warning."""
 PREFIX = "collapse/"
 
 
 class CollapseAlarm(L.Callback):
-    """Judges the mean of the last `patience` rows of the log, and logs `collapse/alarm` (0 or 1) in the next row.
+    """Diagnoses the mean of the last `patience` logged rows, and logs `collapse/alarm` (0 or 1) in the next row.
 
     At the end of an epoch it logs `collapse/effective_rank` and `collapse/dead_prototypes`. All ranks have the same
-    signals, so they come to the same verdict without an exchange.
+    metrics, so they reach the same diagnosis without communication.
     """
 
     def __init__(self, config: CollapseConfig) -> None:
         self.config = config
         self.kind: CollapseKind | None = None
-        """The collapse at the moment."""
-        self.found: dict[str, int] = {}
-        """Names of all kinds that were found, and the steps."""
+        """The current collapse."""
+        self.first_steps: dict[str, int] = {}
+        """The kinds of collapse so far, and the step at which each was first detected."""
         self._rows: deque[dict[str, float]] = deque(maxlen=config.patience)
-        self._rank: float | None = None
+        self._effective_rank: float | None = None
         self._spread_at_start: float | None = None
-        self._said: set[CollapseKind] = set()
-        self._watch: Callable[[StepMetrics], None] | None = None
+        self._warned: set[CollapseKind] = set()
+        self._listener: Callable[[StepMetrics], None] | None = None
 
     @property
     def verdict(self) -> str | None:
-        """What was found and when, for `summary.json`."""
-        return ", ".join(f"{name} at step {step}" for name, step in self.found.items()) or None
+        """All collapses so far with their steps, for `summary.json`."""
+        return ", ".join(f"{name} at step {step}" for name, step in self.first_steps.items()) or None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
         return {
             "kind": self.kind.name if self.kind else None,
-            "found": dict(self.found),
+            "first_steps": dict(self.first_steps),
             "rows": [dict(row) for row in self._rows],
-            "rank": self._rank,
+            "effective_rank": self._effective_rank,
             "spread_at_start": self._spread_at_start,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that is resumed was."""
+        """Continue with the rows of the resumed run."""
         self.kind = KINDS.get(state_dict["kind"])
-        self.found = dict(state_dict["found"])
+        self.first_steps = dict(state_dict["first_steps"])
         self._rows = deque(state_dict["rows"], maxlen=self.config.patience)
-        self._rank, self._spread_at_start = state_dict["rank"], state_dict["spread_at_start"]
+        self._effective_rank, self._spread_at_start = state_dict["effective_rank"], state_dict["spread_at_start"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start to listen."""
+        """Subscribe to the metrics of each logged step, and make the method collect features."""
         method = cast(Method, pl_module)
         method.feature_buffer = FeatureBuffer()
-        self._watch = partial(self._see, trainer, method)
-        method.metric_listeners.append(self._watch)
+        self._listener = partial(self._on_metrics, trainer, method)
+        method.metric_listeners.append(self._listener)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log whether there is a collapse."""
         pl_module.log_metric(PREFIX + "alarm", float(self.kind is not None))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what takes more than one batch to know."""
-        window = cast(Method, pl_module).feature_buffer
-        assert window is not None
-        rank, dead = window.take_effective_rank(), window.take_dead_prototypes()
-        self._rank = self._rank if rank is None else rank
+        """Log the statistics that need more than one batch."""
+        buffer = cast(Method, pl_module).feature_buffer
+        assert buffer is not None
+        rank, dead = buffer.take_effective_rank(), buffer.take_dead_prototypes()
+        self._effective_rank = self._effective_rank if rank is None else rank
         for name, value in (("effective_rank", rank), ("dead_prototypes", dead)):
             if value is not None:
-                # All ranks have the same; "max" keeps it to the last bit.
+                # All ranks have the same value, and "max" keeps it exactly.
                 pl_module.log(PREFIX + name, value, reduce_fx="max", sync_dist=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop to listen."""
-        self._leave(cast(Method, pl_module))
+        """Unsubscribe."""
+        self._unsubscribe(cast(Method, pl_module))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stop to listen."""
-        self._leave(cast(Method, pl_module))
+        """Unsubscribe."""
+        self._unsubscribe(cast(Method, pl_module))
 
-    def _leave(self, method: Method) -> None:
-        if self._watch is not None:
-            method.metric_listeners.remove(self._watch)
-        self._watch = method.feature_buffer = None
+    def _unsubscribe(self, method: Method) -> None:
+        if self._listener is not None:
+            method.metric_listeners.remove(self._listener)
+        self._listener = method.feature_buffer = None
 
-    def _see(self, trainer: L.Trainer, method: Method, reading: StepMetrics) -> None:
-        """Judge a row."""
-        row = {name.removeprefix(PREFIX): value for name, value in reading.values.items() if name.startswith(PREFIX)}
+    def _on_metrics(self, trainer: L.Trainer, method: Method, metrics: StepMetrics) -> None:
+        row = {name.removeprefix(PREFIX): value for name, value in metrics.values.items() if name.startswith(PREFIX)}
         row.pop("alarm", None)
-        if not row:  # the last row before a stop has the loss alone
+        if not row:  # the last row before a stop has only the loss
             return
         if self._spread_at_start is None:
             self._spread_at_start = row.get("feature_std")
-        if reading.step < method.duration(self.config.after, key="callbacks.collapse.after"):
+        if metrics.step < method.duration(self.config.after, key="callbacks.collapse.after"):
             return
-        self._rows.append(row if self._rank is None else {**row, "effective_rank": self._rank})
+        self._rows.append(row if self._effective_rank is None else {**row, "effective_rank": self._effective_rank})
         if len(self._rows) == self.config.patience:
-            self._judge(trainer, method, step=reading.step)
+            self._diagnose(trainer, method, step=metrics.step)
 
-    def _judge(self, trainer: L.Trainer, method: Method, *, step: int) -> None:
-        known = set.intersection(*(set(row) for row in self._rows))
-        mean = {name: fmean(row[name] for row in self._rows) for name in known}
+    def _diagnose(self, trainer: L.Trainer, method: Method, *, step: int) -> None:
+        names = set.intersection(*(set(row) for row in self._rows))
+        mean = {name: fmean(row[name] for row in self._rows) for name in names}
         width = method.feature_buffer.width if method.feature_buffer else 0
         start = {} if self._spread_at_start is None else {"spread_at_start": self._spread_at_start}
         self.kind = diagnose(mean, width=width, **start)
         if self.kind is None:
             return
-        self.found.setdefault(self.kind.name, step)
-        if self.kind not in self._said:
-            self._said.add(self.kind)
+        self.first_steps.setdefault(self.kind.name, step)
+        if self.kind not in self._warned:
+            self._warned.add(self.kind)
             if trainer.is_global_zero:
-                # Not by a console of rich: the bar passes on what goes to stderr, and only that stands above it.
-                print(_sentence(self.kind, method, step=step, stop=self.config.stop), file=sys.stderr, flush=True)
+                # Not through a rich console: only output to stderr appears above the progress bar.
+                print(warning(self.kind, method, step=step, stop=self.config.stop), file=sys.stderr, flush=True)
         if self.config.stop:
             trainer.should_stop = True
 
 
-def _sentence(kind: CollapseKind, method: Method, *, step: int, stop: bool) -> str:
-    proposals = changes(kind, _settings(method), method=type(method).__name__)[:MOST_CHANGES]
+def warning(kind: CollapseKind, method: Method, *, step: int, stop: bool) -> str:
+    """What the user is told about a collapse."""
+    proposals = changes(kind, method_settings(method), method=type(method).__name__)[:MAX_CHANGES]
     end = (
         "The run ends here (callbacks.collapse.stop=true)" if stop else "callbacks.collapse.stop=true would end the run"
     )
@@ -139,8 +139,8 @@ def _sentence(kind: CollapseKind, method: Method, *, step: int, stop: bool) -> s
     )
 
 
-def _settings(method: Method) -> dict[str, Any]:
-    """What a method knows of its configuration, by dotted names."""
+def method_settings(method: Method) -> dict[str, Any]:
+    """The part of the configuration that a method knows, by dotted key."""
     config = getattr(method, "config", None)
     settings = {f"method.{key}": value for key, value in vars(config).items()} if hasattr(config, "__dict__") else {}
     settings |= {f"optim.{key}": value for key, value in vars(method.optim).items()}

@@ -1,7 +1,7 @@
-"""Weighted k-NN of the network while training, and of an untrained backbone and raw pixels before it.
+"""Weighted k-NN accuracy of the network during training, and of an untrained backbone and raw pixels as baselines.
 
-The data module offers `labeled`, `num_classes`, `train_labels` and `eval_dataset(split)`; the module offers
-`evaluated.backbone`. An evaluation leaves weights, buffers, random states and train / eval flags as they were.
+The data module must have the attributes of `LabeledImages`, the module `evaluated.backbone`. An evaluation changes
+neither weights, buffers, random states nor train / eval modes.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,19 +23,17 @@ from dino_lightning.evaluation.features.knn import knn_accuracy
 from dino_lightning.runtime.sharding import gathered
 
 PIXEL_SIDE = 32
-"""Raw pixels are compared at this many pixels per side."""
+"""Raw pixels are compared at this side length."""
+INTERRUPT_CHECKS = 50
+"""How often per evaluation the callback checks whether to interrupt it."""
 
 
-QUESTIONS = 50
-"""Times in an evaluation that it is asked whether to break it off."""
-
-
-class _BrokenOffError(Exception):
-    """An evaluation was broken off."""
+class EvaluationInterrupted(Exception):  # noqa: N818
+    """The run was asked to stop during an evaluation."""
 
 
 class LabeledImages(Protocol):
-    """What the callback asks of `trainer.datamodule`. A label of -1 means: none known."""
+    """What the callback needs of `trainer.datamodule`. A label of -1 means unlabeled."""
 
     config: Any
     labeled: bool
@@ -43,15 +41,15 @@ class LabeledImages(Protocol):
     train_labels: np.ndarray
 
     def eval_dataset(self, split: str) -> Dataset:
-        """Images (3, H, W), normalized and without augmentation, with their labels."""
+        """Images (C, H, W), normalized and without augmentation, with their labels."""
         ...
 
 
 class KNNCallback(Callback):
     """Logs `knn/top1`, `knn/top5` (at the headline k) and `knn/top1_k10`, ... in percent.
 
-    `last`, `untrained` and `pixels` hold the same names without `knn/`; they are empty where nothing was evaluated. A
-    checkpoint carries all three. The bank stands in the memory of every rank: 4 N D bytes, D + 3072 with the baselines.
+    `last`, `untrained` and `pixels` have the same names without `knn/`; they are empty until evaluated, and are saved
+    in checkpoints. Every rank keeps the features of the bank in memory: 4 N D bytes, with D + 3072 for the baselines.
     """
 
     def __init__(self, config: KNNConfig, *, seed: int = 0) -> None:
@@ -61,14 +59,14 @@ class KNNCallback(Callback):
         self.pixels: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.last_step = -1
-        self.on_images: Callable[[int, int], None] | None = None
-        """Told how many images of how many this rank has seen, during an evaluation."""
-        self.break_off: Callable[[], bool] | None = None
-        """Asked now and then during an evaluation, on all ranks together, whether to break it off."""
-        self.pending = False
-        """Whether the latest evaluation was broken off. The run that goes on makes up for it when it starts."""
-        self.made_up = False
-        """Whether this run has done so."""
+        self.on_progress: Callable[[int, int], None] | None = None
+        """Called during an evaluation with this rank's finished images and their total."""
+        self.should_interrupt: Callable[[], bool] | None = None
+        """Called repeatedly during an evaluation, on all ranks together."""
+        self.interrupted = False
+        """Whether the latest evaluation was interrupted. A resumed run repeats it at its start."""
+        self.completed_on_resume = False
+        """Whether this run has repeated it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
@@ -77,17 +75,17 @@ class KNNCallback(Callback):
             "pixels": dict(self.pixels),
             "last": dict(self.last),
             "last_step": self.last_step,
-            "pending": self.pending,
+            "interrupted": self.interrupted,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the results of the run that is resumed."""
+        """Restore the results."""
         self.untrained, self.pixels = dict(state_dict["untrained"]), dict(state_dict["pixels"])
         self.last, self.last_step = dict(state_dict["last"]), int(state_dict["last_step"])
-        self.pending = bool(state_dict.get("pending", False))  # checkpoints of format 1 lack it
+        self.interrupted = bool(state_dict["interrupted"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The baselines, once per run: a resumed run has its weights trained already."""
+        """Evaluate the baselines of a new run, or repeat the interrupted evaluation of a resumed one."""
         if self.config.enabled and not _images(trainer).labeled:
             rank_zero_warn("The training images have no labels: k-NN is not evaluated.")
         if not self._on(trainer):
@@ -96,70 +94,75 @@ class KNNCallback(Callback):
             raise UserError("callbacks.knn.enabled=true needs validation images, and there are none; set it to false.")
         if self.config.baselines and trainer.global_step == 0 and not self.untrained:
             self.untrained, self.pixels = self._evaluate(trainer, pl_module, with_pixels=True)
-        if self.pending:
+        if self.interrupted:
             self._evaluate_network(trainer, pl_module)
-            self.pending, self.made_up = False, True
+            self.interrupted, self.completed_on_resume = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate and log. Lightning calls checkpoint callbacks after this one, wherever they stand."""
+        """Evaluate and log. Lightning calls checkpoint callbacks after this one, whatever their position."""
         epochs = trainer.current_epoch + 1
         ends = trainer.should_stop or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if not self._on(trainer) or not (ends or epochs % self.config.every_n_epochs == 0):
             return
-        self._evaluate_network(trainer, pl_module, may_break_off=not ends)
-        if self.pending:
+        self._evaluate_network(trainer, pl_module, interruptible=not ends)
+        if self.interrupted:
             return
         for name, value in self.last.items():
-            # Every rank has the value of all. "max" keeps it to the last bit, and unlike `sync_dist=False` does not
-            # make Lightning warn about it.
+            # All ranks have the same value. "max" keeps it exactly, and avoids Lightning's warning about
+            # `sync_dist=False`.
             pl_module.log(f"knn/{name}", value, prog_bar=name == "top1", reduce_fx="max", sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate what no end of an epoch has: another callback stopped the run after this one had its turn."""
+        """Evaluate if the last epoch's end did not, because another callback stopped the run after this one ran."""
         if not self._on(trainer) or self.last_step == trainer.global_step:
             return
         self._evaluate_network(trainer, pl_module)
         for logger in trainer.loggers:
-            # Lightning, too, counts the row of an epoch's end as the last step taken.
+            # Lightning also logs an epoch's end at the last step taken.
             logger.log_metrics({f"knn/{name}": value for name, value in self.last.items()}, trainer.global_step - 1)
 
     def _on(self, trainer: Trainer) -> bool:
         return self.config.enabled and _images(trainer).labeled
 
-    def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule, *, may_break_off: bool = False) -> None:
+    def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule, *, interruptible: bool = False) -> None:
         try:
-            (self.last,) = self._evaluate(trainer, pl_module, may_break_off=may_break_off)
-        except _BrokenOffError:
-            self.pending = True
+            (self.last,) = self._evaluate(trainer, pl_module, interruptible=interruptible)
+        except EvaluationInterrupted:
+            self.interrupted = True
             return
         self.last_step = trainer.global_step
 
     def _evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False, may_break_off: bool = False
+        self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False, interruptible: bool = False
     ) -> list[dict[str, float]]:
-        """The result of the trained backbone and, from the same pass over the images, that of raw pixels."""
+        """The accuracies of the backbone and, from the same pass over the images, those of raw pixels."""
         images = _images(trainer)
         train, val = images.eval_dataset("train"), images.eval_dataset("val")
-        asked = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
+        bank_indices = self._bank_indices(images)
+        query_indices = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
         backbone = cast(nn.Module, cast(Any, pl_module).evaluated.backbone)
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
-        chosen = self._bank(images)
         options: dict[str, Any] = {
-            "on_batch": self._counter((len(chosen) + len(asked)) // trainer.world_size, may_break_off=may_break_off),
+            "on_batch": EvaluationProgress(
+                (len(bank_indices) + len(query_indices)) // trainer.world_size,
+                interval=self.config.batch_size_per_device,
+                report=self.on_progress,
+                should_interrupt=self.should_interrupt if interruptible else None,
+            ),
             "batch_size": self.config.batch_size_per_device,
             "num_workers": images.config.num_workers,
             "device": pl_module.device,
         }
         with evaluating(backbone):
-            bank = extract_features(forward, train, indices=chosen, **options)
-            queries = extract_features(forward, val, indices=asked, **options)
+            bank = extract_features(forward, train, indices=bank_indices, **options)
+            queries = extract_features(forward, val, indices=query_indices, **options)
         bank_ND, bank_labels_N, _ = gather_by_index(*_labeled(*bank))
         queries_MD, query_labels_M, _ = _labeled(*queries)
         D = bank_ND.shape[1]
         pixels = PIXEL_SIDE**2 * train[0][0].shape[0] if with_pixels else 0
         widths = [D - pixels, pixels] if with_pixels else [D]
         return [
-            self._named(
+            self._by_metric(
                 knn_accuracy(
                     bank_part,
                     bank_labels_N,
@@ -168,74 +171,84 @@ class KNNCallback(Callback):
                     k=self.config.k,
                     temperature=self.config.temperature,
                     num_classes=images.num_classes,
-                    # Not on other accelerators: `nearest` needs 64-bit keys in `topk`.
+                    # Not on other accelerators: `nearest_neighbors` needs 64-bit keys in `topk`.
                     device=pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu"),
                 )
             )
             for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True)
         ]
 
-    def _counter(self, total: int, *, may_break_off: bool) -> Callable[[int], None]:
-        done, asked = 0, 0
-        ask = self.break_off if may_break_off else None
-        every = max(self.config.batch_size_per_device, total // QUESTIONS)
-
-        def count(images: int) -> None:
-            nonlocal done, asked
-            done += images
-            if self.on_images is not None:
-                self.on_images(done, total)
-            # Ranks have the same number of images give or take one for each set: none asks near the end.
-            while ask is not None and (asked + 1) * every <= min(done, total - 2):
-                asked += 1
-                if ask():
-                    raise _BrokenOffError
-
-        return count
-
-    def _bank(self, images: LabeledImages) -> list[int]:
+    def _bank_indices(self, images: LabeledImages) -> list[int]:
         known = np.flatnonzero(images.train_labels >= 0)
         return [int(known[i]) for i in subset_indices(len(known), limit=self.config.bank, seed=self.seed)]
 
-    def _named(self, accuracy: dict[int, dict[str, float]]) -> dict[str, float]:
+    def _by_metric(self, accuracy: dict[int, dict[str, float]]) -> dict[str, float]:
         by_k = {f"{name}_k{k}": value for k, both in accuracy.items() for name, value in both.items()}
         return accuracy[self.config.headline_k] | by_k
 
 
+class EvaluationProgress:
+    """Counts the images of an evaluation on this rank, reports them, and interrupts the evaluation on request."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        interval: int,
+        report: Callable[[int, int], None] | None,
+        should_interrupt: Callable[[], bool] | None,
+    ) -> None:
+        self.total, self.report, self.should_interrupt = total, report, should_interrupt
+        self.interval = max(interval, total // INTERRUPT_CHECKS)
+        """Images between two checks."""
+        self.done = self.checks = 0
+
+    def __call__(self, images: int) -> None:
+        """Add finished images; raises `EvaluationInterrupted` if requested."""
+        self.done += images
+        if self.report is not None:
+            self.report(self.done, self.total)
+        # Ranks differ by at most one image per dataset, so all of them make the same checks if none is near the end.
+        while self.should_interrupt is not None and (self.checks + 1) * self.interval <= min(self.done, self.total - 2):
+            self.checks += 1
+            if self.should_interrupt():
+                raise EvaluationInterrupted
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode within; after it each submodule has its own flag back, frozen ones in eval mode theirs.
+    """Eval mode within; afterwards each submodule has its previous mode, as frozen ones may have been in eval mode.
 
     Sharded weights are gathered once for the whole evaluation: ranks may have different numbers of batches.
     """
-    flags = [(part, part.training) for part in module.modules()]
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with gathered(module):
             yield
     finally:
-        for part, training in flags:
+        for part, training in modes:
             part.training = training
 
 
 def _forward(backbone: nn.Module, trainer: Trainer, *, with_pixels: bool) -> Callable[[Tensor], Tensor]:
-    """Images (B, 3, H, W) -> features (B, D) in the run's precision, with their pixels behind them if asked."""
+    """Images (B, C, H, W) -> features (B, D) in the run's precision, followed by their pixels with `with_pixels`."""
     precision = trainer.precision_plugin
 
-    def forward(images_B3HW: Tensor) -> Tensor:
+    def forward(images_BCHW: Tensor) -> Tensor:
         with precision.forward_context():
-            features_BD = backbone(precision.convert_input(images_B3HW)).float()
+            features_BD = backbone(precision.convert_input(images_BCHW)).float()
         if not with_pixels:
             return features_BD
-        small_B3hw = F.interpolate(images_B3HW, size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
-        return torch.cat([features_BD, small_B3hw.flatten(1)], dim=1)
+        small_BChw = F.interpolate(images_BCHW, size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
+        return torch.cat([features_BD, small_BChw.flatten(1)], dim=1)
 
     return forward
 
 
 def _labeled(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     known_N = labels_N >= 0
-    if known_N.all():  # almost always, and it saves a copy of the bank
+    if known_N.all():  # the usual case, without a copy of the bank
         return features_ND, labels_N, indices_N
     return features_ND[known_N], labels_N[known_N], indices_N[known_N]
 

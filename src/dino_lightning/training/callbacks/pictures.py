@@ -1,4 +1,4 @@
-"""Pictures of what the network sees: crops at the start; attention, patch tokens and neighbors while training."""
+"""Pictures of the training: crops at the start; attention maps, patch tokens and nearest neighbors later."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +23,8 @@ from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import atomic_file
 from dino_lightning.training.callbacks.knn import evaluating
 
-BANK = 2000
-"""Most images among which neighbors are looked for: enough for a picture."""
+BANK_IMAGES = 2000
+"""Neighbors are searched among at most this many images, enough for a picture."""
 NEIGHBORS = 6
 
 
@@ -35,103 +35,104 @@ class Pictures(L.Callback):
         self.config, self.folder, self.seed = config, folder, seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show what the augmentation does."""
+        """Draw crops, to show the augmentation."""
         if not trainer.is_global_zero or trainer.global_step:
             return
         data = _data(trainer)
         labels = data.train_labels
-        samples = data.example_crops(self._chosen(labels, len(labels))[:4])
+        samples = data.example_crops(self._example_indices(labels, len(labels))[:4])
         crops = [crop for sample in samples for crop in sample]
         sheet = crop_sheet(crops, data.crops.mean, data.crops.std, per_row=len(samples[0]))
         self._save(trainer, sheet, "crops", epoch=None)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Numbered pictures, while training."""
+        """Draw the numbered pictures of this epoch."""
         epoch = trainer.current_epoch + 1
         if epoch % self.config.every_n_epochs == 0 and epoch != trainer.max_epochs:
             self._draw(trainer, pl_module, epoch=epoch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The pictures of the run."""
+        """Draw the final pictures."""
         self._draw(trainer, pl_module, epoch=None)
 
     def _draw(self, trainer: L.Trainer, pl_module: Any, *, epoch: int | None) -> None:
         data, backbone = _data(trainer), pl_module.evaluated.backbone
-        shown = data.eval_dataset("val" if data.sources.val is not None else "train")
-        chosen = self._chosen(shown.source.labels, len(shown))
-        images = torch.stack([shown[index][0] for index in chosen]).to(pl_module.device)
+        dataset = data.eval_dataset("val" if data.sources.val is not None else "train")
+        indices = self._example_indices(dataset.source.labels, len(dataset))
+        images = torch.stack([dataset[index][0] for index in indices]).to(pl_module.device)
         with evaluating(backbone):
             if trainer.is_global_zero and has_attention(backbone):
-                self._tokens(trainer, data, backbone, images, chosen, epoch=epoch)
-            sheet = self._neighbors(data, backbone, images, shown, chosen, device=pl_module.device)
+                self._draw_tokens(trainer, data, backbone, images, indices, epoch=epoch)
+            sheet = self._neighbor_sheet(data, backbone, images, dataset, indices, device=pl_module.device)
             if trainer.is_global_zero:
                 self._save(trainer, sheet, "neighbors", epoch=epoch)
 
-    def _tokens(
+    def _draw_tokens(
         self,
         trainer: L.Trainer,
         data: MultiCropDataModule,
         backbone: Any,
         images_B3HW: Tensor,
-        chosen: list[int],
+        indices: list[int],
         *,
         epoch: int | None,
     ) -> None:
-        """What the class token attends to, and what the patches' own tokens tell apart."""
-        plain = denormalize(images_B3HW, config=data.crops).cpu()
-        masks = [data.object_mask(index) for index in chosen]
+        """Draw the class token's attention, and the principal components of the patch tokens."""
+        pixels = denormalize(images_B3HW, config=data.crops).cpu()
+        masks = [data.object_mask(index) for index in indices]
         outlines = None if any(mask is None for mask in masks) else [mask for mask in masks if mask is not None]
-        attention = attention_sheet(plain, cls_attention(backbone, images_B3HW).cpu(), outlines)
+        attention = attention_sheet(pixels, cls_attention(backbone, images_B3HW).cpu(), outlines)
         self._save(trainer, attention, "attention", epoch=epoch)
-        self._save(trainer, patch_sheet(plain, patch_tokens(backbone, images_B3HW).cpu()), "pca", epoch=epoch)
+        self._save(trainer, patch_sheet(pixels, patch_tokens(backbone, images_B3HW).cpu()), "pca", epoch=epoch)
 
-    def _neighbors(
+    def _neighbor_sheet(
         self,
         data: MultiCropDataModule,
         backbone: Callable[[Tensor], Tensor],
         images_B3HW: Tensor,
-        shown: EvalImages,
-        chosen: list[int],
+        dataset: EvalImages,
+        indices: list[int],
         *,
         device: torch.device,
     ) -> Image.Image:
-        """All ranks call this: the bank's features are computed together."""
+        """The nearest neighbors of some images; all ranks call this, as they extract the bank's features together."""
         bank = data.eval_dataset("train")
-        own = data.sources.val is None  # the queries stand in the bank, too, each as its own nearest neighbor
-        drawn = subset_indices(len(bank), limit=BANK, seed=self.seed)
-        indices = sorted(set(drawn + chosen)) if own else drawn
+        in_bank = data.sources.val is None  # the queries are in the bank, each the nearest neighbor of itself
+        bank_indices = subset_indices(len(bank), limit=BANK_IMAGES, seed=self.seed)
+        if in_bank:
+            bank_indices = sorted(set(bank_indices + indices))
         shard = extract_features(
-            backbone, bank, batch_size=256, num_workers=data.config.num_workers, device=device, indices=indices
+            backbone, bank, batch_size=256, num_workers=data.config.num_workers, device=device, indices=bank_indices
         )
         features, labels, positions = gather_by_index(*shard)
         with torch.no_grad():
             queries = backbone(images_B3HW).float().cpu()
-        _, found = nearest_neighbors(features, queries, k=NEIGHBORS + own, device=torch.device("cpu"))
-        found = found[:, int(own) :]
+        _, neighbors = nearest_neighbors(features, queries, k=NEIGHBORS + in_bank, device=torch.device("cpu"))
+        neighbors = neighbors[:, int(in_bank) :]
 
-        def named(label: int) -> str:
+        def class_name(label: int) -> str:
             return data.classes[label] if label >= 0 else "?"
 
+        def picture(image_3HW: Tensor) -> Image.Image:
+            return to_picture(denormalize(image_3HW, config=data.crops))
+
         return neighbor_sheet(
-            [self._plain(data, image) for image in images_B3HW.cpu()],
-            [[self._plain(data, bank[int(positions[i])][0]) for i in row] for row in found],
-            query_labels=[named(shown[index][1]) for index in chosen] if data.labeled else None,
-            neighbor_labels=[[named(int(labels[i])) for i in row] for row in found] if data.labeled else None,
+            [picture(image) for image in images_B3HW.cpu()],
+            [[picture(bank[int(positions[i])][0]) for i in row] for row in neighbors],
+            query_labels=[class_name(dataset[index][1]) for index in indices] if data.labeled else None,
+            neighbor_labels=[[class_name(int(labels[i])) for i in row] for row in neighbors] if data.labeled else None,
         )
 
-    def _chosen(self, labels: np.ndarray | None, n: int) -> list[int]:
-        """Images drawn by seed, one of each class before a second of any; the same all through a run."""
+    def _example_indices(self, labels: np.ndarray | None, n: int) -> list[int]:
+        """Images drawn by seed, one of each class before a second of any; the same during the whole run."""
         order = np.random.default_rng(self.seed).permutation(n)
         if labels is not None:
-            turn, seen = np.empty(n, dtype=np.int64), dict.fromkeys(labels.tolist(), 0)
+            rank_in_class, counts = np.empty(n, dtype=np.int64), dict.fromkeys(labels.tolist(), 0)
             for position, index in enumerate(order):
-                turn[position] = seen[int(labels[index])]
-                seen[int(labels[index])] += 1
-            order = order[np.argsort(turn, kind="stable")]
+                rank_in_class[position] = counts[int(labels[index])]
+                counts[int(labels[index])] += 1
+            order = order[np.argsort(rank_in_class, kind="stable")]
         return order[: self.config.images].tolist()
-
-    def _plain(self, data: MultiCropDataModule, image_3HW: Tensor) -> Image.Image:
-        return to_picture(denormalize(image_3HW, config=data.crops))
 
     def _save(self, trainer: L.Trainer, sheet: Image.Image, name: str, *, epoch: int | None) -> None:
         path = self.folder / (f"{name}.png" if epoch is None else f"{name}_epoch{epoch:04d}.png")
@@ -140,10 +141,10 @@ class Pictures(L.Callback):
             with atomic_file(path) as file:
                 sheet.save(file, format="PNG")
         except OSError as error:
-            warn(f"{path} could not be written ({error.strerror or error}); training goes on without it.")
+            warn(f"{path} could not be written ({error.strerror or error}); training continues without it.")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # As of the last step taken, as the row of an epoch's end; without a step, as of the last row.
+                # At the last step taken, like the row of an epoch's end.
                 steps = trainer.global_step
                 caption = [f"after {steps} steps"]
                 logger.log_image(key=f"pictures/{name}", images=[sheet], step=max(0, steps - 1), caption=caption)

@@ -1,7 +1,7 @@
-"""Signals: a run that is told to end saves at the next optimizer step and leaves with a status that says so.
+"""Preemption: a run that receives a signal saves after the current optimizer step and exits with its own status.
 
-Schedulers send SIGTERM or SIGUSR1 before they take a machine away, submitit SIGUSR2, and a person presses Ctrl-C. What
-arrives on one rank is known to all in the same step: it travels with the loss (`readings`).
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away, submitit sends SIGUSR2, and a person presses Ctrl-C.
+A signal to one rank reaches all ranks in the same step: it travels with the loss (`methods/metrics_buffer.py`).
 """
 
 import os
@@ -19,103 +19,97 @@ from dino_lightning.runtime.collectives import any_rank
 from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED, requeue_slurm_job
 from dino_lightning.runtime.signals import exit_on_signal
 
-NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, name)]
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Preempted(BaseException):
-    """The run has saved and ends here. Not an `Exception`: nothing is wrong, and nobody should go on after it."""
+    """Raised after a checkpoint was saved on request. Derives from BaseException so that no handler swallows it."""
 
-    def __init__(self, status: int, *, then: Callable[[], Any] | None = None) -> None:
-        super().__init__(f"the run has saved and ends here, with status {status}; resume=true goes on with it")
+    def __init__(self, status: int, *, restart: Callable[[], Any] | None = None) -> None:
+        super().__init__(f"the run was saved and ends with status {status}; resume=true continues it")
         self.status = status
-        self.then = then
-        """What to call on rank 0 when all is closed, so that the run is started again."""
+        self.restart = restart
+        """Makes the scheduler restart the run; called on rank 0 after everything is closed."""
 
 
 class PreemptionHandler(L.Callback):
-    """Takes note of signals while training. Stands first, so that it listens before anything long begins."""
+    """Handles signals while training. It is the first callback, so that its handlers are installed before the others'
+    work."""
 
     def __init__(self) -> None:
-        self.before: dict[int, Any] = {}
-        """The handlers that were installed around the run, such as submitit's."""
+        self.earlier_handlers: dict[int, Any] = {}
+        """The handlers that were installed before the run, such as submitit's."""
         self.received: int | None = None
+        """The signal that this rank has received."""
         self._method: Method | None = None
 
-    @property
-    def asked(self) -> bool:
-        """Whether this rank was told to end."""
-        return self.received is not None
+    def stop_requested_anywhere(self) -> bool:
+        """Whether any rank has received a signal; all ranks call it together."""
+        known = self._method is not None and self._method.metrics.stop_requested
+        return any_rank(known or self.received is not None)
 
-    def asked_anywhere(self) -> bool:
-        """Whether any rank was told to end; all ranks ask together."""
-        return any_rank(self.asked or (self._method is not None and self._method.metrics.stop_requested))
-
-    def leaving(self) -> Preempted:
-        """What to raise when the run has saved."""
-        number, before = self.received, self._of_launcher(self.received)
+    def preempted(self) -> Preempted:
+        """The exception to raise once the run is saved."""
+        number, launcher_handler = self.received, self._launcher_handler(self.received)
         if number == signal.SIGINT:
             return Preempted(INTERRUPTED)
-        if number is not None and before is not None:  # submitit's handler, which submits the job again
-            return Preempted(PREEMPTED, then=lambda: before(number, None))
-        return Preempted(PREEMPTED, then=requeue_slurm_job if number == getattr(signal, "SIGUSR1", None) else None)
+        if number is not None and launcher_handler is not None:  # submitit's, which submits the job again
+            return Preempted(PREEMPTED, restart=lambda: launcher_handler(number, None))
+        return Preempted(PREEMPTED, restart=requeue_slurm_job if number == getattr(signal, "SIGUSR1", None) else None)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remember who listens already: Lightning puts its own handlers into their place before training starts."""
-        self.before = {number: signal.getsignal(number) for number in _numbers()}
+        """Remember the installed handlers: Lightning replaces them by its own before training starts."""
+        self.earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def _of_launcher(self, number: int | None) -> Handler | None:
-        """The handler that a launcher such as submitit has for a signal; not our own for the time outside training."""
-        before = self.before.get(number or 0)
-        return cast(Handler, before) if callable(before) and before is not exit_on_signal else None
+    def _launcher_handler(self, number: int | None) -> Handler | None:
+        """The handler that a launcher such as submitit has installed for a signal, not our own early one."""
+        handler = self.earlier_handlers.get(number or 0)
+        return cast(Handler, handler) if callable(handler) and handler is not exit_on_signal else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
+        """Install the handlers."""
         self._method = cast(Method, pl_module)
         if threading.current_thread() is not threading.main_thread():
-            return  # Python hands signals to the main thread alone
-        for number in _numbers():
-            # SIGUSR2 ends a process that does not expect it, and it is expected under submitit alone.
-            if number != getattr(signal, "SIGUSR2", None) or self._of_launcher(number):
-                signal.signal(number, self._note)
+            return  # Python allows signal handlers in the main thread only
+        for number in SIGNALS:
+            # By default SIGUSR2 ends a process; only submitit sends it to request a stop.
+            if number != getattr(signal, "SIGUSR2", None) or self._launcher_handler(number):
+                signal.signal(number, self._handle)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt  # the second Ctrl-C: at once
-        if number == signal.SIGTERM and (before := self._of_launcher(number)):
-            # Under submitit SIGTERM is a warning only; its own signal follows.
+            raise KeyboardInterrupt  # the second Ctrl-C stops immediately
+        if number == signal.SIGTERM and (launcher_handler := self._launcher_handler(number)):
+            # Under submitit SIGTERM is only a warning; submitit's own signal follows.
             if self._method is not None:
                 self._method.metrics.request_save = True
-            before(number, frame)
+            launcher_handler(number, frame)
             return
         self.received = number
         name = signal.Signals(number).name
-        again = " Ctrl-C again ends it at once." if number == signal.SIGINT else ""
+        hint = " Press Ctrl-C again to stop immediately." if number == signal.SIGINT else ""
         # Not `print`: a handler may interrupt one.
-        os.write(sys.stderr.fileno(), f"\n{name}: saving at the end of this step, then leaving.{again}\n".encode())
+        os.write(sys.stderr.fileno(), f"\n{name}: saving after this step, then exiting.{hint}\n".encode())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Tell the other ranks, with the loss of this batch."""
-        if self.asked:
+        """Send the request to the other ranks with the loss of this batch."""
+        if self.received is not None:
             cast(Method, pl_module).metrics.request_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the handlers back."""
-        self._give_back()
+        """Restore the earlier handlers."""
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the handlers back."""
-        self._give_back()
+        """Restore the earlier handlers."""
+        self._restore_handlers()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in self.before.items():
-                if handler is not None and signal.getsignal(number) == self._note:
+            for number, handler in self.earlier_handlers.items():
+                if handler is not None and signal.getsignal(number) == self._handle:
                     signal.signal(number, handler)
-
-
-def _numbers() -> list[int]:
-    return [getattr(signal, name) for name in NAMES if hasattr(signal, name)]

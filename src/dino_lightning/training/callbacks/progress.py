@@ -1,4 +1,4 @@
-"""The progress bar: one line for the whole run, with loss, k-NN, images/s and the time left."""
+"""The progress bar: one line for the whole run with loss, k-NN accuracy, images/s and remaining time."""
 
 import time
 from contextlib import suppress
@@ -13,16 +13,15 @@ from dino_lightning.methods.base import Method
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.throughput import Throughput
 
-REFRESH_SECONDS = 0.25
-"""Least time between two drawings of the bar."""
+REFRESH_INTERVAL_S = 0.25
 
 
 class RunProgress(ProgressBar):
-    """A bar over the optimizer steps of the run; where the output is no terminal, a line per epoch."""
+    """A bar over the optimizer steps of the run; if the output is not a terminal, one line per epoch."""
 
-    def __init__(self, speed: Throughput) -> None:
+    def __init__(self, throughput: Throughput) -> None:
         super().__init__()
-        self.speed = speed
+        self.throughput = throughput
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
@@ -31,7 +30,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Show nothing (Lightning calls it on all ranks but 0)."""
+        """Hide the bar (Lightning calls this on all ranks but 0)."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -39,12 +38,12 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen to the k-NN evaluations."""
+        """Subscribe to the progress of k-NN evaluations."""
         super().setup(trainer, pl_module, stage)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, KNNCallback):
                 self._knn = callback
-                callback.on_images = lambda done, total: self._evaluating(trainer, done, total)
+                callback.on_progress = lambda done, total: self._show_evaluation(trainer, done, total)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
@@ -53,17 +52,17 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar, a few times a second."""
+        """Update the bar a few times per second."""
         if self._bar is not None and time.monotonic() >= self._next_refresh:
-            self._next_refresh = time.monotonic() + REFRESH_SECONDS
-            self._show(trainer)
+            self._next_refresh = time.monotonic() + REFRESH_INTERVAL_S
+            self._update(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the epoch's figures."""
+        """Show the metrics of the epoch."""
         if self._bar is not None:
-            self._show(trainer)
+            self._update(trainer)
         elif self._enabled:
-            with suppress(OSError):  # a log may stand on a disk that is full
+            with suppress(OSError):  # the log may be on a full disk
                 self.console.print(self._describe(trainer), highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,7 +70,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the error stands below it."""
+        """Close the bar, so that the error appears below it."""
         self._close()
 
     def _open(self, trainer: L.Trainer) -> None:
@@ -88,12 +87,12 @@ class RunProgress(ProgressBar):
         self._task = self._bar.add_task("starting", total=total, completed=trainer.global_step)
         self._bar.start()
 
-    def _evaluating(self, trainer: L.Trainer, done: int, total: int) -> None:
+    def _show_evaluation(self, trainer: L.Trainer, done: int, total: int) -> None:
         self._open(trainer)
         if self._bar is not None:
             self._bar.update(self._task, description=f"epoch {trainer.current_epoch + 1}  k-NN: {done}/{total} images")
 
-    def _show(self, trainer: L.Trainer) -> None:
+    def _update(self, trainer: L.Trainer) -> None:
         assert self._bar is not None
         self._bar.update(self._task, description=self._describe(trainer), completed=trainer.global_step)
 
@@ -103,13 +102,13 @@ class RunProgress(ProgressBar):
             self._bar = None
 
     def _describe(self, trainer: L.Trainer) -> str:
-        """Of numbers that are here already: a metric of the trainer may be a tensor that has to be waited for."""
+        """Only of values that are on the host: reading a metric of the trainer may wait for the device."""
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
         loss = cast(Method, trainer.lightning_module).metrics.latest
         if loss is not None:
             parts.append(f"loss {loss:.3f}")
         if self._knn is not None and self._knn.last:
             parts.append(f"k-NN {self._knn.last['top1']:.1f} %")
-        if self.speed.seconds:
-            parts.append(f"{self.speed.images_per_second:.0f} images/s")
+        if self.throughput.seconds:
+            parts.append(f"{self.throughput.images_per_second:.0f} images/s")
         return "  ".join(parts)

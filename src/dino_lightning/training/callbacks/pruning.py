@@ -1,6 +1,6 @@
-"""Pruning: a run of a sweep that is worse than the others were at the same epoch ends early, and well.
+"""Pruning: a run of a sweep stops early if it is worse than the other runs were at the same epoch.
 
-It reads the files of the sweep's folder and nothing else, so it works under every launcher and sweeper, in grids too.
+It only reads files in the sweep's folder, so it works with every launcher and sweeper, including grid sweeps.
 """
 
 import json
@@ -22,18 +22,18 @@ KNN = "knn/top1"
 
 
 class Pruning(L.Callback):
-    """Judges each k-NN evaluation but the last one by Optuna's pruner; rank 0 reads the files, and all ranks follow."""
+    """Applies Optuna's percentile pruner to each k-NN evaluation but the last; rank 0 decides for all ranks."""
 
     def __init__(self, config: PruningConfig, *, folder: Path, knn: KNNCallback) -> None:
-        """`folder` is that of this run, beside those of the others."""
+        """`folder` belongs to this run; its siblings are the other runs of the sweep."""
         self.config = config
         self.folder = folder
         self.knn = knn
         self.verdict: str | None = None
-        """Why the run has ended early, for `summary.json`; on rank 0."""
+        """Why the run stopped early, for `summary.json`; set on rank 0 only."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Judge what the k-NN callback, which stands before this one, has just found."""
+        """Check the result of the k-NN callback, which runs before this one."""
         warmup = cast(Method, pl_module).duration(self.config.warmup, key="callbacks.pruning.warmup")
         last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if trainer.should_stop or last or trainer.global_step <= warmup or self.knn.last_step != trainer.global_step:
@@ -43,13 +43,13 @@ class Pruning(L.Callback):
         if any_rank(self.verdict is not None):
             trainer.should_stop = True
         if self.verdict is not None:
-            # As for collapse alarms: above a progress bar stands only what goes to stderr.
+            # Not through a rich console: only output to stderr appears above the progress bar.
             print(f"Pruned {self.verdict}. The run ends here (callbacks.pruning).", file=sys.stderr, flush=True)
 
     def _verdict(self, trainer: L.Trainer) -> str | None:
         epoch = trainer.current_epoch
         values = {**knn_by_epoch(self.folder), epoch: self.knn.last["top1"]}
-        others = finished_beside(self.folder)
+        others = finished_siblings(self.folder)
         if not is_worse(values, others, self.config):
             return None
         compared = sum(epoch in other for other in others)
@@ -60,7 +60,7 @@ class Pruning(L.Callback):
 
 
 def is_worse(values: dict[int, float], others: list[dict[int, float]], config: PruningConfig) -> bool:
-    """Whether Optuna's percentile pruner ends a run with these values, by epoch, given those of finished runs."""
+    """Whether Optuna's percentile pruner stops a run with these values, by epoch, given those of finished runs."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -68,7 +68,7 @@ def is_worse(values: dict[int, float], others: list[dict[int, float]], config: P
         config.keep_percent, n_startup_trials=config.after_jobs, n_min_trials=config.after_jobs
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna 2 calls trials that were not its own experimental
+        warnings.simplefilter("ignore")  # Optuna 2 warns that trials from elsewhere are experimental
         study = optuna.create_study(direction="maximize", pruner=pruner)
         for other in others:
             study.add_trial(optuna.trial.create_trial(value=other[max(other)], intermediate_values=other))
@@ -78,15 +78,15 @@ def is_worse(values: dict[int, float], others: list[dict[int, float]], config: P
         return trial.should_prune()
 
 
-def finished_beside(folder: Path) -> list[dict[int, float]]:
-    """k-NN accuracy in percent by epoch, of each run in the numbered folders beside this one that came to its end."""
-    beside = [path for path in folder.absolute().parent.iterdir() if path.name.isdigit() and path.name != folder.name]
-    found = (knn_by_epoch(path) for path in sorted(beside) if _finished(path))
-    return [values for values in found if values]
+def finished_siblings(folder: Path) -> list[dict[int, float]]:
+    """k-NN accuracy in percent by epoch, for each finished run in the sweep's other numbered folders."""
+    siblings = [path for path in folder.absolute().parent.iterdir() if path.name.isdigit() and path.name != folder.name]
+    histories = (knn_by_epoch(path) for path in sorted(siblings) if _finished(path))
+    return [history for history in histories if history]
 
 
 def knn_by_epoch(folder: Path) -> dict[int, float]:
-    """k-NN top-1 in percent by epoch, counted from 0, as far as `metrics.csv` has it."""
+    """k-NN top-1 accuracy in percent by epoch, counted from 0, from the rows of `metrics.csv`."""
     rows = [row for row in read_rows(folder / METRICS_FILE) if KNN in row and row.get("epoch", "").isdigit()]
     return {int(row["epoch"]): float(row[KNN]) for row in rows}
 

@@ -1,4 +1,4 @@
-"""What each rank has to itself, in a checkpoint: random states, sums of the epoch, the window of the collapse alarm."""
+"""Saves per-rank state in the checkpoint: random generators, sums of the epoch, the feature buffer."""
 
 import random
 from typing import Any
@@ -14,62 +14,62 @@ KEY = "ranks"
 
 
 class RankStates(L.Callback):
-    """Puts every rank's states into the checkpoint and, in a run that goes on, back before its first step.
+    """Saves every rank's state in the checkpoint, and restores it before the first step of a resumed run.
 
-    They fit a run with the same number of ranks. With another number a run goes on as one that is started there: the
-    seed's random states, and a mean of the epoch over what is left of it.
+    This needs the same number of ranks. With another number, random states start from the seed, and the epoch's mean
+    loss covers only the rest of the epoch.
     """
 
     def __init__(self) -> None:
-        self._found: list[dict[str, Any]] | None = None
+        self._loaded: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """All ranks' states; all ranks call it."""
-        checkpoint[KEY] = all_gather_objects(states_of(pl_module))
+        """Gather the states of all ranks, which all call this together."""
+        checkpoint[KEY] = all_gather_objects(rank_state(pl_module))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep them until everything stands."""
-        self._found = checkpoint.get(KEY)
+        """Keep the states until the first step."""
+        self._loaded = checkpoint.get(KEY)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Put them back before the first step: whatever starts a run may draw."""
-        found, self._found = self._found, None
-        if found is None:
+        """Restore this rank's state, after everything that may draw random numbers when a run starts."""
+        states, self._loaded = self._loaded, None
+        if states is None:
             return
-        if len(found) == world_size():
-            restore(pl_module, found[rank()])
+        if len(states) == world_size():
+            restore_rank_state(pl_module, states[rank()])
         elif trainer.is_global_zero:
             print(
-                f"The checkpoint is of {len(found)} ranks, and this run has {world_size()}: its random states and "
-                "the order of its images are not those of the run that it goes on with.",
+                f"The checkpoint was written by {len(states)} ranks, but this run has {world_size()}: random states "
+                "and the order of the images differ from the resumed run.",
                 flush=True,
             )
 
 
-def states_of(method: Method) -> dict[str, Any]:
-    """This rank's states, in plain types and tensors on the CPU."""
+def rank_state(method: Method) -> dict[str, Any]:
+    """This rank's state, in plain types and tensors on the CPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    window = method.feature_buffer
+    version, internal_state, gauss = random.getstate()
+    buffer = method.feature_buffer
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if method.device.type == "cuda" else None,
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(number) for number in rest)],
-        "python": [version, list(words), gauss],
-        "readings": method.metrics.state_dict(),
-        "window": None if window is None else window.state_dict(),
+        "python": [version, list(internal_state), gauss],
+        "metrics": method.metrics.state_dict(),
+        "feature_buffer": None if buffer is None else buffer.state_dict(),
     }
 
 
-def restore(method: Method, states: dict[str, Any]) -> None:
-    """Go on from these."""
+def restore_rank_state(method: Method, states: dict[str, Any]) -> None:
+    """Continue from a saved state."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and method.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    kind, keys, place, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(place), int(has_gauss), gauss))
-    version, words, next_gauss = states["python"]
-    random.setstate((version, tuple(words), next_gauss))
-    method.metrics.load_state_dict(states["readings"])
-    if method.feature_buffer is not None and states["window"] is not None:
-        method.feature_buffer.load_state_dict(states["window"], device=method.device)
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    version, internal_state, next_gauss = states["python"]
+    random.setstate((version, tuple(internal_state), next_gauss))
+    method.metrics.load_state_dict(states["metrics"])
+    if method.feature_buffer is not None and states["feature_buffer"] is not None:
+        method.feature_buffer.load_state_dict(states["feature_buffer"], device=method.device)

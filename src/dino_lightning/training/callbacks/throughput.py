@@ -1,4 +1,4 @@
-"""Images per second, waiting for data included, evaluation and checkpoints not; and what holds them back."""
+"""Training speed: images per second, share of time waiting for data, FLOPs utilization, GPU memory."""
 
 import time
 import warnings
@@ -13,17 +13,18 @@ from dino_lightning.data.batch import images_in
 from dino_lightning.runtime.console import warn
 
 DTYPES = {"16": torch.float16, "bf": torch.bfloat16, "64": torch.float64}
-"""First two characters of `trainer.precision` -> type of its matrix products; float32 otherwise."""
+"""First two characters of `trainer.precision` -> dtype of its matrix products; float32 otherwise."""
 GIB = 2**30
 
 
 class Throughput(L.Callback):
-    """Counts images (not crops) and logs of each logging window, the steps since the last row:
+    """Logs, over the steps since the last logged row:
 
-    `speed/images_per_second`   over all devices
+    `speed/images_per_second`   images (not crops) over all devices; the time includes waiting for data, but neither
+                                evaluation nor checkpoints
     `speed/data_wait_share`     share of that time (0 to 1) in which rank 0 waited for its next batch
-    `speed/mfu`                 the model's operations per second over the devices' peak (0 to 1), where that is known
-    `speed/gpu_memory_gib`      most memory that PyTorch had given out on the GPU of rank 0
+    `speed/mfu`                 model FLOPs utilization: the model's FLOP/s over the devices' peak (0 to 1), if known
+    `speed/gpu_memory_gib`      peak of the memory that PyTorch had allocated on the GPU of rank 0
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class Throughput(L.Callback):
         flops_per_image: Callable[[Any], float] | None = None,
         peak: Callable[[torch.device, str], float | None] | None = None,
     ) -> None:
-        """`flops_per_image` counts for a method, before its weights are spread over devices; None leaves MFU out."""
+        """`flops_per_image` counts a method's FLOPs before its weights are sharded; without it, MFU is not logged."""
         self.images, self.seconds = 0, 0.0
-        self._window_images, self._window_seconds, self._window_waited = 0, 0.0, 0.0
+        self._row_images, self._row_seconds, self._row_waited = 0, 0.0, 0.0
+        """Since the last logged row."""
         self._last, self._waited, self._step = 0.0, 0.0, 0
-        self._count, self._peak = flops_per_image, peak or peak_flops
-        self._utilisation: float | None = None
-        """MFU at one image a second."""
+        self._flops_per_image, self._peak = flops_per_image, peak or peak_flops
+        self._mfu_per_rate: float | None = None
+        """MFU at one image per second."""
 
     @property
     def images_per_second(self) -> float:
@@ -46,16 +48,16 @@ class Throughput(L.Callback):
         return self.images / self.seconds if self.seconds else 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Count the model's operations, where the peak of the device is known."""
-        if self._count is None:
+        """Count the model's FLOPs if the device's peak is known."""
+        if self._flops_per_image is None:
             return
         peak = self._peak(trainer.strategy.root_device, str(trainer.precision))
         if peak is None:
             return
         try:
-            self._utilisation = self._count(pl_module) / (peak * trainer.world_size)
-        except Exception as error:  # of a network of one's own, on a device without memory
-            warn(f"speed/mfu is left out: the operations of this network could not be counted ({error}).")
+            self._mfu_per_rate = self._flops_per_image(pl_module) / (peak * trainer.world_size)
+        except Exception as error:  # a user's network may fail on the meta device
+            warn(f"speed/mfu is not logged: the FLOPs of this network could not be counted ({error}).")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -68,42 +70,42 @@ class Throughput(L.Callback):
         images, seconds = images_in(batch) * trainer.world_size, now - self._last
         self._last = now
         self.images, self.seconds = self.images + images, self.seconds + seconds
-        self._window_images, self._window_seconds = self._window_images + images, self._window_seconds + seconds
+        self._row_images, self._row_seconds = self._row_images + images, self._row_seconds + seconds
         waited = _waited(trainer)
         if waited is not None:
-            self._window_waited, self._waited = self._window_waited + waited - self._waited, waited
+            self._row_waited, self._waited = self._row_waited + waited - self._waited, waited
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._note(pl_module, waits_known=waited is not None)
+            self._log(pl_module, wait_known=waited is not None)
 
-    def _note(self, method: Any, *, waits_known: bool) -> None:
-        rate = self._window_images / self._window_seconds
+    def _log(self, method: Any, *, wait_known: bool) -> None:
+        rate = self._row_images / self._row_seconds
         method.log_metric("speed/images_per_second", rate)
-        if waits_known:
-            method.log_metric("speed/data_wait_share", self._window_waited / self._window_seconds)
-        if self._utilisation is not None:
-            method.log_metric("speed/mfu", rate * self._utilisation)
-        if method.device.type == "cuda":  # the allocator's own books: the device is not asked
+        if wait_known:
+            method.log_metric("speed/data_wait_share", self._row_waited / self._row_seconds)
+        if self._mfu_per_rate is not None:
+            method.log_metric("speed/mfu", rate * self._mfu_per_rate)
+        if method.device.type == "cuda":  # counted by the allocator, so this does not wait for the device
             method.log_metric("speed/gpu_memory_gib", torch.cuda.max_memory_allocated(method.device) / GIB)
             torch.cuda.reset_peak_memory_stats(method.device)
-        self._window_images, self._window_seconds, self._window_waited = 0, 0.0, 0.0
+        self._row_images, self._row_seconds, self._row_waited = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals, so that a resumed run reports the whole."""
+        """The totals, so that a resumed run reports the mean over the whole run."""
         return {"images": self.images, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the totals."""
+        """Restore the totals."""
         self.images, self.seconds = state_dict["images"], state_dict["seconds"]
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations per second of the device's matrix units at Lightning's `precision`; None where it is not known."""
+    """Peak FLOP/s of the device at Lightning's `precision`; None if unknown."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says of each device that it does not know it
+        warnings.simplefilter("ignore")  # it warns about unknown devices
         return get_available_flops(device, DTYPES.get(precision[:2], torch.float32)) or None
 
 
 def _waited(trainer: L.Trainer) -> float | None:
-    """Seconds waited for batches so far; None where the loader does not count them."""
+    """Seconds spent waiting for batches so far; None if the loader does not count them."""
     return getattr(trainer.train_dataloader, "waited_s", None)

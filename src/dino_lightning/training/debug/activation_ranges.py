@@ -1,4 +1,4 @@
-"""Ranges of what flows through a network: where a value that is not finite comes from."""
+"""Ranges of a network's activations and gradients, to find where a value stops being finite."""
 
 import math
 from collections.abc import Iterator
@@ -14,23 +14,23 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Range:
-    """Of the values of one or more tensors."""
+    """The range of the values of one or more tensors."""
 
     low: float = math.inf
-    """The smallest finite value; inf where there is none."""
+    """The smallest finite value; inf if there is none."""
     high: float = -math.inf
-    """The largest finite value; -inf where there is none."""
+    """The largest finite value; -inf if there is none."""
     count: int = 0
     bad: int = 0
     """Values that are not finite."""
 
     @property
     def share(self) -> float:
-        """Of values that are not finite."""
+        """Share of values that are not finite (0 to 1)."""
         return self.bad / self.count if self.count else 0.0
 
     def add(self, tensor: Tensor) -> None:
-        """Widen the range; the program waits for the values."""
+        """Include the values of a tensor; this waits for the device."""
         values = tensor.detach().flatten()
         finite = values[values.isfinite()]
         self.count += len(values)
@@ -41,36 +41,37 @@ class Range:
 
 @dataclass
 class ActivationRanges:
-    """By name, in the order in which the values came to be; a module comes after its parts."""
+    """Ranges by name, in the order of computation; a module comes after its submodules."""
 
     by_name: dict[str, Range] = field(default_factory=dict)
     first: str | None = None
-    """Where a value was not finite before all others."""
+    """The first name with a value that is not finite."""
 
     def add(self, name: str, value: Any) -> None:
-        """Add all floating-point tensors in `value`, a tensor or a nest of tuples, lists and dictionaries."""
+        """Add all floating-point tensors in `value`, a tensor or nested tuples, lists and dictionaries of tensors."""
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for tensor in tensors:
-            known = self.by_name.setdefault(name, Range())
-            before = known.bad
-            known.add(tensor)
-            if known.bad > before and self.first is None:
+            values = self.by_name.setdefault(name, Range())
+            values.add(tensor)
+            if values.bad and self.first is None:
                 self.first = name
 
-    def plain(self) -> dict[str, dict[str, float]]:
-        """Plain types."""
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """As plain types."""
         return {name: asdict(values) for name, values in self.by_name.items()}
 
 
 @contextmanager
 def record_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
-    """Within, what each module below `module` returns is added, also what a compiled one does as a whole."""
+    """Within, the output of each submodule is added; for a compiled submodule, only that of the whole."""
 
-    def see(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+    def add_output(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
         into.add(name, output)
 
     handles = [
-        part.register_forward_hook(partial(see, name)) for name, part in module.named_modules() if part is not module
+        part.register_forward_hook(partial(add_output, name))
+        for name, part in module.named_modules()
+        if part is not module
     ]
     try:
         yield
@@ -80,14 +81,14 @@ def record_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None
 
 
 @contextmanager
-def watched_gradients(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
-    """Within, each gradient of a parameter is added when it is complete, in the order of the backward pass."""
+def record_gradient_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
+    """Within, the gradient of each parameter is added once complete, in the order of the backward pass."""
 
-    def see(name: str, parameter: Tensor) -> None:
+    def add_gradient(name: str, parameter: Tensor) -> None:
         into.add(name, parameter.grad)
 
     handles = [
-        parameter.register_post_accumulate_grad_hook(partial(see, name))
+        parameter.register_post_accumulate_grad_hook(partial(add_gradient, name))
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
@@ -98,7 +99,7 @@ def watched_gradients(module: nn.Module, *, into: ActivationRanges) -> Iterator[
             handle.remove()
 
 
-def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite."""
+def first_nonfinite_tensor(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite; None if all values are finite."""
     floats = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
     return next((name for name, tensor in floats if not torch.isfinite(tensor).all()), None)
