@@ -43,7 +43,7 @@ def test_settings_by_the_images_are_those_of_the_rule(tmp_path: Path) -> None:
         Image.new("RGB", (70, 64), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
     words = ["experiment=small_data", "data=folder", f"data.path={tmp_path}", "callbacks.knn.enabled=false"]
     config = compose(*words, "data.batch_size_per_device=4", "trainer.max_epochs=50", "optim.lr=0.003")
-    rows = suggest_from_data(36, side=64, total_batch=4, epochs=50, given={"optim.lr": 0.003})
+    rows = suggest_from_data(36, side=64, total_batch=4, epochs=50, user_values={"optim.lr": 0.003})
     expected = {row.key: row.value for row in rows}
     assert config.method.out_dim == expected["method.out_dim"] == 64
     assert config.method.teacher_momentum == expected["method.teacher_momentum"]

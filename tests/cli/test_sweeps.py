@@ -25,7 +25,7 @@ from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED
-from dino_lightning.training.resources import threads_beside
+from dino_lightning.training.resources import cpu_threads
 from dino_lightning.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -175,8 +175,8 @@ def test_a_process_of_its_own_knows_the_sweep(tmp_path: Path, monkeypatch: pytes
 
 def test_runs_side_by_side_share_the_cores() -> None:
     config = cast(TrainConfig, OmegaConf.to_object(composed(*SHORT)))
-    cores = threads_beside(config, devices=1)
-    assert threads_beside(config, devices=2) == max(1, cores // 2)
+    cores = cpu_threads(config, processes=1)
+    assert cpu_threads(config, processes=2) == max(1, cores // 2)
 
 
 def test_runs_side_by_side_have_one_device_each(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_run_whose_disk_is_full_all_the_while(
             fit(*arguments, **options)
 
         monkeypatch.setattr(L.Trainer, "fit", from_here_on)
-        with pytest.raises(UserError, match="at its end, but its results could not be written"):
+        with pytest.raises(UserError, match="the run has finished, but its results could not be written"):
             train(composed(*words, output_dir=tmp_path / "full"))
     said = capsys.readouterr().err
     assert "last.ckpt could not be written" in said

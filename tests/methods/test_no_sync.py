@@ -50,7 +50,7 @@ def train(module: Any, loader: Any, watch: Callback, *, folder: Path, **trainer:
 
 @pytest.fixture(autouse=True)
 def _drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "REFRESH_INTERVAL_S", 0.0)
 
 
 def list_loader(count: int, *, parts: int = 1, **options: Any) -> DataLoader:

@@ -234,7 +234,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
     expected = by_hand(dino(), batches, left_out={2, 3})
     assert_equal(ours.states[4], expected[4])
     assert_equal(ours.states[5], expected[5])
-    assert "weights and optimizer are those of" in capsys.readouterr().err
+    assert "weights and optimizer were restored from" in capsys.readouterr().err
 
 
 def test_a_rollback_without_a_checkpoint_leaves_the_step_out(tmp_path: Path) -> None:

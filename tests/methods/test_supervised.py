@@ -155,7 +155,7 @@ def test_a_stream_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "images-0.tar").touch()
     words = ["method=supervised", "data=webdataset", f"data.shards={tmp_path}/images-0.tar", "data.images=40"]
     sentence = sentence_for(*words, "callbacks.knn.enabled=false", output_dir=tmp_path / "run")
-    assert "method=supervised reads labels by index, which a stream of shards does not have" in sentence
+    assert "method=supervised reads labels by index, which streams do not support" in sentence
 
 
 def test_images_without_classes(tmp_path: Path) -> None:
@@ -165,5 +165,5 @@ def test_images_without_classes(tmp_path: Path) -> None:
     words = ["data=folder", f"data.path={tmp_path}/in", "data.batch_size_per_device=8"]
     off = "callbacks.knn.enabled=false"
     sentence = sentence_for("method=supervised", *words, off, output_dir=tmp_path / "run")
-    assert "method=supervised needs labels of two classes or more, and this data has 0" in sentence
+    assert "method=supervised needs labels of at least two classes, but this data has 0" in sentence
     assert sentence_for("method=byol", *words, off, output_dir=tmp_path / "run") == ""

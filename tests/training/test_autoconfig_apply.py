@@ -22,7 +22,7 @@ from dino_lightning.training.autoconfig.apply import (
     AutoconfigResult,
     autoconfigure,
     device_count,
-    keys,
+    overridden_keys,
     print_suggestions,
     run_length_epochs,
 )
@@ -44,33 +44,33 @@ def suggested(folder: Path, *words: str, output_dir: Path | str = "never-written
     """The configuration of `python train.py experiment=small_data data=folder WORDS`, and what was suggested."""
     usual = ["experiment=small_data", "data=folder", f"data.path={folder}", "trainer.accelerator=cpu"]
     cfg = composed(*usual, *words, output_dir=output_dir)
-    found = autoconfigure(cfg, cli_overrides=words)
-    assert found is not None
-    return cfg, found
+    result = autoconfigure(cfg, cli_overrides=words)
+    assert result is not None
+    return cfg, result
 
 
 def test_the_images_are_counted_and_measured(folder: Path) -> None:
-    cfg, found = suggested(folder, "data.holdout=0.2", "data.batch_size_per_device=4", "trainer.max_epochs=50")
-    assert found.images == 24, "those held out as queries do not train"
-    assert 55 < found.side < 70
-    assert (found.total_batch, found.epochs) == (4, 50)
+    cfg, result = suggested(folder, "data.holdout=0.2", "data.batch_size_per_device=4", "trainer.max_epochs=50")
+    assert result.stats.images == 24, "those held out as queries do not train"
+    assert 55 < result.stats.side < 70
+    assert (result.total_batch, result.epochs) == (4, 50)
     assert cfg.crops.global_size == 64
     assert cfg.backbone.patch_size == 8
     check_config(cast(TrainConfig, OmegaConf.to_object(cfg)))
 
 
 def test_every_row_is_in_the_configuration(folder: Path) -> None:
-    cfg, found = suggested(folder)
-    assert len(found.rows) >= 14
-    for row in found.rows:
+    cfg, result = suggested(folder)
+    assert len(result.suggestions) >= 14
+    for row in result.suggestions:
         assert OmegaConf.select(cfg, row.key) == row.value, row
 
 
 def test_the_command_line_wins_and_files_do_not(folder: Path) -> None:
     words = ["method.out_dim=100", "++optim.lr=0.03", "crops.local_scale=[0.1,0.2]", "trainer.max_epochs=7"]
-    cfg, found = suggested(folder, *words, "scale=quick")  # whose file has other crops and another lr
+    cfg, result = suggested(folder, *words, "scale=quick")  # whose file has other crops and another lr
     assert (cfg.method.out_dim, cfg.optim.lr, cfg.crops.local_scale) == (100, 0.03, [0.1, 0.2])
-    assert {row.key for row in found.rows if row.yours} == {"method.out_dim", "optim.lr", "crops.local_scale"}
+    assert {row.key for row in result.suggestions if row.by_user} == {"method.out_dim", "optim.lr", "crops.local_scale"}
     assert cfg.crops.global_scale == [0.4, 1.0]
     assert cfg.trainer.max_epochs == 7
 
@@ -86,9 +86,9 @@ def test_without_suggest_nothing_changes(folder: Path) -> None:
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
 @pytest.mark.parametrize("backbone", ["vit_tiny", "resnet18"])
 def test_any_method_and_network_pass_the_checks(folder: Path, method: str, backbone: str) -> None:
-    cfg, found = suggested(folder, f"method={method}", f"backbone={backbone}")
+    cfg, result = suggested(folder, f"method={method}", f"backbone={backbone}")
     check_config(cast(TrainConfig, OmegaConf.to_object(cfg)))
-    assert found.rows
+    assert result.suggestions
 
 
 @pytest.mark.parametrize("experiment", ["quick", "photos32", "vits16_100ep", "resnet50", "vitb8"])
@@ -103,11 +103,11 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(folder: Path, tmp_path: Pat
     cfg, _ = suggested(folder, "method.out_dim=77", output_dir=tmp_path)
     OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
     later = ["resume=true", "data.holdout=0.8", "data.batch_size_per_device=2"]  # fewer images, another batch
-    again, found = suggested(folder, *later, "optim.lr=0.5", output_dir=tmp_path)
+    again, result = suggested(folder, *later, "optim.lr=0.5", output_dir=tmp_path)
     assert again.method == cfg.method
     assert again.crops == cfg.crops
     assert again.optim.lr == 0.5, "the command line wins here, too"
-    assert {row.reason for row in found.rows} == {"as when the run began", "yours"}
+    assert {row.reason for row in result.suggestions} == {"as when the run began", "yours"}
 
 
 def test_broken_images_are_passed_over_and_nothing_but_them_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_broken_images_are_passed_over_and_nothing_but_them_is_refused(folder: P
     with pytest.raises(UserError, match="auto.data=true: none of the images"):
         suggested(tmp_path)
     Image.new("RGB", (40, 20)).save(tmp_path / "a" / "good.png")
-    assert suggested(tmp_path)[1].side == 20
+    assert suggested(tmp_path)[1].stats.side == 20
 
 
 def test_a_stream_is_measured_by_its_first_images(tmp_path: Path) -> None:
@@ -130,19 +130,19 @@ def test_a_stream_is_measured_by_its_first_images(tmp_path: Path) -> None:
             member.size = encoded.tell()
             tar.addfile(member, io.BytesIO(encoded.getvalue()))
     words = ["experiment=small_data", "data=webdataset", f"data.shards={tmp_path}", "data.images=4000"]
-    found = autoconfigure(composed(*words, "trainer.accelerator=cpu"), cli_overrides=words)
-    assert found is not None
-    assert (found.images, found.side) == (4000, 96)
+    result = autoconfigure(composed(*words, "trainer.accelerator=cpu"), cli_overrides=words)
+    assert result is not None
+    assert (result.stats.images, result.stats.side) == (4000, 96)
 
 
-@pytest.mark.parametrize("given", ["auto", 1, 2, "3", "2,", "0,1", [0], [0, 1]])
-def test_devices_are_counted_as_lightning_does(given: Any) -> None:
-    on_cpu = (isinstance(given, str) and "," not in given) or isinstance(given, int)  # elsewhere lists name GPUs
-    counted = device_count(TrainerConfig(accelerator="cpu", devices=given))
+@pytest.mark.parametrize("devices", ["auto", 1, 2, "3", "2,", "0,1", [0], [0, 1]])
+def test_devices_are_counted_as_lightning_does(devices: Any) -> None:
+    on_cpu = (isinstance(devices, str) and "," not in devices) or isinstance(devices, int)  # elsewhere lists name GPUs
+    counted = device_count(TrainerConfig(accelerator="cpu", devices=devices))
     if on_cpu:
-        assert counted == L.Trainer(accelerator="cpu", devices=given, logger=False, barebones=True).num_devices
+        assert counted == L.Trainer(accelerator="cpu", devices=devices, logger=False, barebones=True).num_devices
     else:
-        assert counted == len([part for part in str(given).strip("[]").split(",") if part.strip()])
+        assert counted == len([part for part in str(devices).strip("[]").split(",") if part.strip()])
 
 
 def test_length_is_the_shorter_of_epochs_and_steps() -> None:
@@ -155,17 +155,17 @@ def test_length_is_the_shorter_of_epochs_and_steps() -> None:
     assert epochs(max_epochs=3, max_steps=50) == 3
 
 
-def test_keys_of_words() -> None:
+def test_overridden_keys() -> None:
     words = ["optim.lr=1", "++crops.ratio=[1,2]", "experiment=quick", "-m", "data.shards='a=b'", "data@other=folder"]
-    assert keys(words) == ["optim.lr", "crops.ratio", "data.shards"]
+    assert overridden_keys(words) == ["optim.lr", "crops.ratio", "data.shards"]
 
 
 def test_the_table_has_every_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, found = suggested(folder, "method.out_dim=100")
-    print_suggestions(found)
+    _, result = suggested(folder, "method.out_dim=100")
+    print_suggestions(result)
     shown = capsys.readouterr().err
     assert "26 images of 64 px, total batch 128, 200 epochs" in shown
-    for row in found.rows:
+    for row in result.suggestions:
         assert row.key in shown
     assert "100" in next(line for line in shown.splitlines() if "method.out_dim" in line and "yours" in line)
 

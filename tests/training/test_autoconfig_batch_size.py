@@ -12,7 +12,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.training.autoconfig.batch_size import FITS, fits_in_memory, largest_batch, named_device
+from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, device_index, fits_in_memory, largest_batch
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -21,14 +21,14 @@ import os, resource, sys
 import torch
 from composing import composed
 from omegaconf import OmegaConf
-from dino_lightning.training.autoconfig.batch_size import FITS, fits, largest_batch
+from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, fits_in_memory, largest_batch
 torch.set_num_threads(1)
 torch.backends.mkldnn.enabled = False  # which has an error of its own for memory
 small, large = (OmegaConf.to_object(composed(*sys.argv[2:], f"data.batch_size_per_device={n}")) for n in (4, 512))
-fits(small, batch=2)  # libraries are loaded now
+fits_in_memory(small, batch=2)  # libraries are loaded now
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[1]), resource.RLIM_INFINITY))
-print("fits", largest_batch(small), os.environ.pop(FITS), largest_batch(large), os.environ[FITS])
+print("fits", largest_batch(small), os.environ.pop(RESULT_VARIABLE), largest_batch(large), os.environ[RESULT_VARIABLE])
 """
 
 
@@ -62,16 +62,16 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_was_found_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of `--multirun` in one process, and those of a notebook, each have a batch of their own."""
-    monkeypatch.setenv(FITS, "")
+    monkeypatch.setenv(RESULT_VARIABLE, "")
     assert largest_batch(config("data.batch_size_per_device=4")) == 4
-    training = os.environ[FITS].partition(":")[0]
-    monkeypatch.setenv(FITS, f"{training}:2")
+    training = os.environ[RESULT_VARIABLE].partition(":")[0]
+    monkeypatch.setenv(RESULT_VARIABLE, f"{training}:2")
     assert largest_batch(config("data.batch_size_per_device=4", "optim.lr=0.0001")) == 4
-    monkeypatch.setenv(FITS, f"{training}:2")
+    monkeypatch.setenv(RESULT_VARIABLE, f"{training}:2")
     assert largest_batch(config("data.batch_size_per_device=4")) == 2, "the processes of other devices learn it"
     assert largest_batch(config("data.batch_size_per_device=3")) == 3
 
 
 def test_the_trial_is_on_a_device_of_the_training() -> None:
-    assert [named_device(devices) for devices in ("auto", 2, "-1")] == [None] * 3
-    assert [named_device(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]
+    assert [device_index(devices) for devices in ("auto", 2, "-1")] == [None] * 3
+    assert [device_index(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]

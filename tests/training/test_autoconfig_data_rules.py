@@ -18,7 +18,12 @@ from dino_lightning.config import (
     TimmConfig,
     ViTConfig,
 )
-from dino_lightning.training.autoconfig.data_rules import WINDOW_SHARE, WINDOW_STEPS, Suggestion, suggest_from_data
+from dino_lightning.training.autoconfig.data_rules import (
+    MAX_HORIZON_SHARE,
+    MIN_HORIZON_STEPS,
+    Suggestion,
+    suggest_from_data,
+)
 
 IMAGES = (1, 40, 600, 2000, 9469, 50_000, 300_000, 1_281_167, 14_000_000)
 SIDES = (8, 28, 32, 48, 64, 96, 100, 150.5, 160, 224, 240, 256, 500, 3000)
@@ -70,7 +75,7 @@ def test_every_row_has_a_short_reason() -> None:
     for images, side in product(IMAGES, SIDES):
         for row in suggest_from_data(images, side=side, total_batch=64):
             assert 3 <= len(row.reason) <= 90, row
-            assert not row.yours
+            assert not row.by_user
 
 
 @pytest.mark.parametrize("method", [DINOConfig(), SwAVConfig()])
@@ -89,7 +94,7 @@ def test_the_teacher_never_averages_over_more_than_a_share_of_the_run() -> None:
         steps = max(1.0, epochs * images / batch)
         assert 0.98 <= momentum <= 0.9995, "a faster teacher collapsed"
         # Momentum is rounded to two digits of what is missing to 1.
-        assert 1 / (1 - momentum) <= max(WINDOW_SHARE * steps, WINDOW_STEPS) * 1.06, (images, batch, epochs)
+        assert 1 / (1 - momentum) <= max(MAX_HORIZON_SHARE * steps, MIN_HORIZON_STEPS) * 1.06, (images, batch, epochs)
 
 
 def test_momentum_grows_with_the_length_of_the_run() -> None:
@@ -135,15 +140,17 @@ def test_temperature_stays_below_what_collapses() -> None:
         assert found["method.teacher_temperature_start"] <= found["method.teacher_temperature"] <= 0.07
 
 
-@pytest.mark.parametrize("given", [{}, {"backbone.patch_size": 8}, {"crops.global_size": 64}, {"crops.local_size": 24}])
-def test_crops_are_whole_patches(given: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "user_values", [{}, {"backbone.patch_size": 8}, {"crops.global_size": 64}, {"crops.local_size": 24}]
+)
+def test_crops_are_whole_patches(user_values: dict[str, int]) -> None:
     for side in SIDES:
-        found = values(side=side, given=given)
+        found = values(side=side, user_values=user_values)
         patch = found["backbone.patch_size"]
         for key in ("crops.global_size", "crops.local_size", "crops.eval_size"):
             assert found[key] % patch == 0, (side, key)
             assert found[key] > 0
-        if "crops.local_size" not in given:
+        if "crops.local_size" not in user_values:
             assert found["crops.local_size"] <= found["crops.global_size"] <= 224
         assert found["crops.eval_resize"] >= found["crops.eval_size"]
 
@@ -171,21 +178,21 @@ def test_scales_are_ordered_shares() -> None:
 
 
 def test_what_the_user_set_stays_and_the_rest_fits_it() -> None:
-    given = {"backbone.patch_size": 8, "method.out_dim": 999, "optim.lr": 0.1, "crops.local_count": 0}
-    rows = {row.key: row for row in suggest_from_data(5000, side=50, total_batch=64, given=given)}
-    for key, value in given.items():
-        assert rows[key] == Suggestion(key, value, "yours", yours=True)
+    user_values = {"backbone.patch_size": 8, "method.out_dim": 999, "optim.lr": 0.1, "crops.local_count": 0}
+    rows = {row.key: row for row in suggest_from_data(5000, side=50, total_batch=64, user_values=user_values)}
+    for key, value in user_values.items():
+        assert rows[key] == Suggestion(key, value, "by_user", by_user=True)
     assert rows["crops.global_size"].value == 48
     assert rows["crops.global_scale"].value == [0.14, 1.0], "the paper's without local crops"
     assert "crops.local_size" not in rows
-    assert [row.key for row in rows.values() if row.yours] == [key for key in rows if key in given]
+    assert [row.key for row in rows.values() if row.by_user] == [key for key in rows if key in user_values]
 
 
 def test_a_warmer_teacher_is_warmed_up() -> None:
-    found = values(given={"method.teacher_temperature": 0.07})
+    found = values(user_values={"method.teacher_temperature": 0.07})
     assert found["method.teacher_temperature_start"] == 0.04
     assert found["method.teacher_temperature_warmup"] == "10%"
-    assert values(given={"method.teacher_temperature": 0.02})["method.teacher_temperature_start"] == 0.02
+    assert values(user_values={"method.teacher_temperature": 0.02})["method.teacher_temperature_start"] == 0.02
 
 
 METHODS = [DINOConfig(), BYOLConfig(), MoCoConfig(), SwAVConfig(), SupervisedConfig()]

@@ -6,22 +6,22 @@ from typing import Any
 import pytest
 
 from dino_lightning.training.autoconfig.machine_rules import (
+    CACHE_MEMORY_SHARE,
     CPU_IMAGES,
-    FEWEST_STEPS,
-    MEMORY_SHARE,
+    MIN_STEPS,
     DatasetStats,
     Machine,
-    suggest_for_machine,
+    suggest_from_machine,
     this_machine,
 )
 
-LAPTOP = Machine(on_cpu=True, devices=1, cores=8, memory=8 << 30, half="32")
-SERVER = Machine(on_cpu=False, devices=8, cores=96, memory=500 << 30, half="bf16-mixed")
+LAPTOP = Machine(on_cpu=True, devices=1, cores=8, memory=8 << 30, precision="32")
+SERVER = Machine(on_cpu=False, devices=8, cores=96, memory=500 << 30, precision="bf16-mixed")
 AMOUNTS = [1, 7, 40, 500, 5_000, 50_000, 99_999, 100_000, 1_281_167, 14_000_000]
 
 
 def values(machine: Machine, seen: DatasetStats, **more: Any) -> dict[str, Any]:
-    return {row.key: row.value for row in suggest_for_machine(machine, seen, **more)}
+    return {row.key: row.value for row in suggest_from_machine(machine, seen, **more)}
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, SERVER, replace(SERVER, devices=1, cores=2)])
@@ -47,7 +47,7 @@ def test_a_cpu_run_is_as_long_for_few_images_as_for_many() -> None:
 def test_a_gpu_run_has_steps_enough_to_learn() -> None:
     for images in (500, 2_000, 3_199):
         found = values(SERVER, DatasetStats(images, side=300))
-        assert found["trainer.max_epochs"] * images / found["data.batch_size_per_device"] >= FEWEST_STEPS * 0.99
+        assert found["trainer.max_epochs"] * images / found["data.batch_size_per_device"] >= MIN_STEPS * 0.99
     assert values(SERVER, DatasetStats(50_000, side=32))["trainer.max_epochs"] == 200
     assert values(SERVER, DatasetStats(1_281_167, side=400))["trainer.max_epochs"] == 100, "the paper's"
 
@@ -63,8 +63,11 @@ def test_many_images_take_all_devices_and_a_wider_network() -> None:
 
 
 def test_what_the_user_has_set_stays_and_the_rest_fits_it() -> None:
-    given = {"trainer.devices": [0, 1], "trainer.max_epochs": 30}
-    rows = {row.key: row for row in suggest_for_machine(SERVER, DatasetStats(5_000, side=300), devices=2, given=given)}
+    user_values = {"trainer.devices": [0, 1], "trainer.max_epochs": 30}
+    rows = {
+        row.key: row
+        for row in suggest_from_machine(SERVER, DatasetStats(5_000, side=300), devices=2, user_values=user_values)
+    }
     assert rows["trainer.devices"].yours
     assert rows["trainer.devices"].value == [0, 1]
     assert rows["data.batch_size_per_device"].value == 64
@@ -78,7 +81,7 @@ def test_images_are_kept_where_that_saves_work_and_fits() -> None:
     assert values(SERVER, DatasetStats(1_000, side=3000))["data.cache_resize"] == 448
     assert "data.cache" not in values(LAPTOP, DatasetStats(1_000, side=140), crop=32), "decoded as fast"
     assert "data.cache" not in values(replace(LAPTOP, memory=0), DatasetStats(1_000, side=3000), crop=32)
-    images = round(MEMORY_SHARE * LAPTOP.memory / (96 * 128 * 3))
+    images = round(CACHE_MEMORY_SHARE * LAPTOP.memory / (96 * 128 * 3))
     assert "data.cache" in values(LAPTOP, DatasetStats(images - 10, side=3000), crop=32)
     assert "data.cache" not in values(LAPTOP, DatasetStats(images + 10, side=3000), crop=32)
 
@@ -86,7 +89,7 @@ def test_images_are_kept_where_that_saves_work_and_fits() -> None:
 def test_labels_rotation_and_precision() -> None:
     assert values(LAPTOP, DatasetStats(100, side=40, labeled=False))["callbacks.knn.enabled"] is False
     assert "callbacks.knn.enabled" not in values(LAPTOP, DatasetStats(100, side=40))
-    assert values(LAPTOP, DatasetStats(100, side=40, turned=1))["data.apply_exif_rotation"] is True
+    assert values(LAPTOP, DatasetStats(100, side=40, rotated=1))["data.apply_exif_rotation"] is True
     assert "data.apply_exif_rotation" not in values(LAPTOP, DatasetStats(100, side=40))
     assert values(LAPTOP, DatasetStats(100, side=40))["trainer.precision"] == "32"
     assert values(SERVER, DatasetStats(100, side=40))["trainer.precision"] == "bf16-mixed"

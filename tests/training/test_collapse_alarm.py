@@ -63,13 +63,13 @@ def alarm(**config: Any) -> CollapseAlarm:
 def test_each_collapse_is_named(method: Any, names: list[str], change: str, capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm()
     fit(method(), watch, steps=80)
-    assert next(iter(watch.found)) in names
+    assert next(iter(watch.first_steps)) in names
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Collapse")]
-    assert len(lines) == len(watch.found), "once for each kind"
-    for line, (name, step) in zip(lines, watch.found.items(), strict=True):
+    assert len(lines) == len(watch.first_steps), "once for each kind"
+    for line, (name, step) in zip(lines, watch.first_steps.items(), strict=True):
         assert line.startswith(f"Collapse at step {step}, {name}: ")
     assert change in lines[0]
-    assert watch.verdict == ", ".join(f"{name} at step {step}" for name, step in watch.found.items())
+    assert watch.verdict == ", ".join(f"{name} at step {step}" for name, step in watch.first_steps.items())
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def column(folder: Path, name: str) -> list[float]:
 def test_the_log_has_the_alarm_and_what_an_epoch_shows(tmp_path: Path) -> None:
     watch = alarm(patience=4, after="20it")
     fit(dino(centering="none"), watch, folder=tmp_path, steps=48)
-    assert watch.found == {"one prototype": 23}
+    assert watch.first_steps == {"one prototype": 23}
     assert column(tmp_path, "collapse/alarm") == [0.0] * 24 + [1.0] * 24
     assert len(column(tmp_path, "collapse/effective_rank")) == 3
     # From one epoch's end to the next; the first has healthy steps in it.
     first, _, last = column(tmp_path, "collapse/dead_prototypes")
     assert first < last == pytest.approx(31 / 32)
-    assert watch._rank == pytest.approx(column(tmp_path, "collapse/effective_rank")[-1], rel=1e-6)
+    assert watch._effective_rank == pytest.approx(column(tmp_path, "collapse/effective_rank")[-1], rel=1e-6)
 
 
 def test_of_byol_only_features_are_known(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_of_byol_only_features_are_known(tmp_path: Path) -> None:
 def test_stop_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm(stop=True)
     trainer = fit(dino(centering="none"), watch)
-    assert watch.found == {"one prototype": AFTER + 9}
+    assert watch.first_steps == {"one prototype": AFTER + 9}
     # Known when the next step starts, which is the last.
     assert trainer.global_step == AFTER + 11
     assert "The run ends here (callbacks.collapse.stop=true)" in capsys.readouterr().err
@@ -146,9 +146,9 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     whole, resumed = (alarm(after="10it", stop=True) for _ in range(2))
     every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(dino(centering="none"), whole, every, steps=32, enable_checkpointing=True)
-    assert list(whole.found.values()) < [26], "else the rows from step 16 on were enough"
+    assert list(whole.first_steps.values()) < [26], "else the rows from step 16 on were enough"
     fit(dino(centering="none"), resumed, steps=32, resume=tmp_path / "step=16.ckpt")
-    assert resumed.found == whole.found
+    assert resumed.first_steps == whole.first_steps
     assert resumed._rows == whole._rows
     third = alarm()
     third.load_state_dict(resumed.state_dict())
@@ -164,7 +164,7 @@ def test_one_odd_row_neither_raises_nor_ends_an_alarm() -> None:
         for step, information in enumerate(rows):
             signals = {"mean_output_entropy": 2.0, "teacher_entropy": 2.0 - information, "kl_to_uniform": 2.0}
             values = {f"collapse/{name}": value for name, value in signals.items()}
-            watch._see(trainer, method, StepMetrics(step, 0, 8, True, values=values))
+            watch._on_metrics(trainer, method, StepMetrics(step, 0, 8, True, values=values))
             seen.append(watch.kind is CONSTANT)
         return seen
 
@@ -258,7 +258,7 @@ def test_accumulated_micro_batches_make_one_row(tmp_path: Path) -> None:
     watch = alarm()
     fit(dino(centering="none"), watch, data=halves, folder=tmp_path, steps=48, accumulate_grad_batches=2)
     assert len(column(tmp_path, "collapse/alarm")) == 48
-    assert list(watch.found) == ["one prototype"]
+    assert list(watch.first_steps) == ["one prototype"]
 
 
 def test_any_method_has_a_place_for_windows() -> None:

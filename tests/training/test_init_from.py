@@ -15,7 +15,7 @@ from dino_lightning.checkpoints import load_network
 from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.training.build import build_method
-from dino_lightning.training.init_from import check_initial
+from dino_lightning.training.init_from import load_init_network
 from dino_lightning.training.run import train
 
 BACKBONE = ["backbone=vit_micro", "backbone.width=64", "backbone.depth=1", "backbone.heads=1", "backbone.patch_size=8"]
@@ -33,7 +33,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def test_all_backbones_start_from_them(method: str, tmp_path: Path) -> None:
     path = exported(tmp_path)
     config = configured(f"init_from={path}", f"method={method}")
-    module: Any = build_method(config, num_classes=3, initial=check_initial(config))
+    module: Any = build_method(config, num_classes=3, init_network=load_init_network(config))
     for network in ("student", "teacher") if method == "dino" else ("student",):
         state = getattr(module, network).backbone.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in weights(path).items())
@@ -43,7 +43,7 @@ def test_another_image_size_computes_what_the_network_computes_there(tmp_path: P
     path = exported(tmp_path, image_size=64)
     config = configured(f"init_from={path}")
     assert config.crops.global_size == 32
-    module: Any = build_method(config, initial=check_initial(config))
+    module: Any = build_method(config, init_network=load_init_network(config))
     state = module.student.backbone.state_dict()
     assert state["pos_embed"].shape == (1, 1 + 16, 64)
     images = torch.randn(2, 3, 32, 32)
@@ -76,7 +76,7 @@ def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None
 
 def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path)
-    check_initial(configured(f"init_from={path}"))
+    load_init_network(configured(f"init_from={path}"))
     assert f"was trained on images normalized by crops.mean={SEEN['mean']}" in capsys.readouterr().err
 
 
@@ -89,10 +89,13 @@ def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.Captu
             ["backbone=resnet18"],
             "does not fit the architecture it was taken for, the configured backbone: missing conv1.weight",
         ),
-        (["init_from=null", "init_key=student"], "init_key=student says which network of init_from"),
+        (
+            ["init_from=null", "init_key=student"],
+            "init_key=student selects a network of init_from, but init_from is not set",
+        ),
         (["init_key=student"], "init_key=student: .* holds the teacher only"),
         (["init_from=nowhere"], "init_from=nowhere: there is no such file"),
-        (["backbone=timm", "backbone.name=resnet18", "backbone.pretrained=true"], "both give the first weights"),
+        (["backbone=timm", "backbone.name=resnet18", "backbone.pretrained=true"], "both set the initial weights"),
     ],
 )
 def test_refusals(words: list[str], sentence: str, tmp_path: Path) -> None:
@@ -100,4 +103,4 @@ def test_refusals(words: list[str], sentence: str, tmp_path: Path) -> None:
     keep = [] if any(word.startswith("backbone=") for word in words) else BACKBONE
     config = cast(TrainConfig, OmegaConf.to_object(composed(*SMALL, *keep, f"init_from={path}", *words)))
     with pytest.raises(UserError, match=sentence):
-        check_initial(config)
+        load_init_network(config)

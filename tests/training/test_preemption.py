@@ -107,7 +107,7 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any
         patch.setattr(knn, "extract_features", at_call(3, signal.SIGTERM, knn.extract_features))
         expect_left(tmp_path, PREEMPTED)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["callbacks"]["KNNCallback"]["pending"]
+    assert saved["callbacks"]["KNNCallback"]["interrupted"]
     assert not (tmp_path / "checkpoints" / "best_knn.ckpt").exists()
     run(tmp_path, "resume=auto")
     expect_same(tmp_path, whole)

@@ -15,7 +15,7 @@ from sweep_cases import make_run
 
 from dino_lightning.config import PruningConfig
 from dino_lightning.errors import UserError
-from dino_lightning.training.callbacks.pruning import Pruning, finished_beside, is_worse
+from dino_lightning.training.callbacks.pruning import Pruning, finished_siblings, is_worse
 from dino_lightning.training.run import train
 
 pytest.importorskip("optuna", reason='pip install "dino-lightning[optuna]"')
@@ -57,8 +57,8 @@ def test_whose_figures_count(tmp_path: Path) -> None:
     make_run(tmp_path / "of_another_kind", {}, [1.0])
     (tmp_path / "5").mkdir()
     (tmp_path / "multirun.yaml").write_text("")
-    assert finished_beside(tmp_path / "4") == [{0: 10.0, 1: 20.0}]
-    assert finished_beside(tmp_path / "2") == [{0: 10.0, 1: 20.0}, {0: 14.0, 1: 24.0}]
+    assert finished_siblings(tmp_path / "4") == [{0: 10.0, 1: 20.0}]
+    assert finished_siblings(tmp_path / "2") == [{0: 10.0, 1: 20.0}, {0: 14.0, 1: 24.0}]
 
 
 @pytest.mark.parametrize(("others", "warmup", "epochs"), [(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)])

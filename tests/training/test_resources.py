@@ -7,7 +7,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.training import run
+from dino_lightning.training import resources
 from dino_lightning.training.build import build_method
 
 
@@ -22,9 +22,9 @@ def config_of(*overrides: str) -> TrainConfig:
 def test_small_crops_leave_a_core_to_each_loader(
     cores: int, devices: int, workers: int, pixels: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     config = config_of(f"data.num_workers={workers}", f"crops.global_size={pixels}")
-    assert run.threads_beside(config, devices=devices) == threads
+    assert resources.cpu_threads(config, processes=devices) == threads
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_small_crops_leave_a_core_to_each_loader(
 )
 def test_memory_is_kept_where_tiles_bound_it(overrides: str, expected: bool) -> None:
     config = config_of(*overrides.split())
-    assert run.trains_in_tiles(config, build_method(config)) == expected
+    assert resources.trains_in_tiles(config, build_method(config)) == expected

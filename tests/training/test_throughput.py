@@ -70,7 +70,7 @@ def test_a_loader_without_a_clock_has_no_share(tmp_path: Path) -> None:
     assert "speed/gpu_memory_gib" not in row
 
 
-def test_utilisation_is_operations_over_the_peak(tmp_path: Path) -> None:
+def test_mfu_is_flops_over_the_peak(tmp_path: Path) -> None:
     speed = Throughput(flops_per_image=lambda method: 3e9, peak=lambda device, precision: 4e12)
     for row in rows_of(tmp_path, Slow(pause_s=0.0), speed):
         assert row["speed/mfu"] == pytest.approx(row["speed/images_per_second"] * 3e9 / 4e12)
@@ -82,7 +82,7 @@ def test_what_cannot_be_counted_is_said_and_left_out(tmp_path: Path, capsys: pyt
 
     rows = rows_of(tmp_path, Slow(pause_s=0.0), Throughput(flops_per_image=refuse, peak=lambda device, precision: 4e12))
     assert all("speed/mfu" not in row for row in rows)
-    assert "speed/mfu is left out: the operations of this network could not be counted (no kernel)." in (
+    assert "speed/mfu is not logged: the FLOPs of this network could not be counted (no kernel)." in (
         capsys.readouterr().err
     )
 

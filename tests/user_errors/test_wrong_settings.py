@@ -229,7 +229,7 @@ def test_home_is_meant_by_tilde(tmp_path: Path) -> None:
 def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert "already holds a run; add resume=true" in sentence_for(output_dir=tmp_path)
+    assert "already contains a run. Set resume=true" in sentence_for(output_dir=tmp_path)
 
 
 def test_gpu_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ ROWS = [
     Wrong(
         "method=supervised on a stream",
         shard(tarred, "method=supervised"),
-        "method=supervised reads labels by index, which a stream of shards does not have; choose another method or "
+        "method=supervised reads labels by index, which streams do not support; choose another method, or "
         "data=folder, parquet, listing or archive.",
     ),
     Wrong(

@@ -98,45 +98,45 @@ def port_in_use(path: Path) -> Iterator[None]:
 
 ROWS = [
     Wrong(
-        "a GPU where there is none",
+        "accelerator=gpu without a GPU",
         words("trainer.accelerator=gpu"),
         "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use; set trainer.accelerator=cpu.",
         around=with_variables(CUDA_VISIBLE_DEVICES=None),
     ),
     Wrong(
-        "a GPU where all are hidden",
+        "accelerator=gpu with all GPUs hidden",
         words("trainer.accelerator=gpu"),
         "trainer.accelerator=gpu: this machine has no GPU that PyTorch can use, with CUDA_VISIBLE_DEVICES=-1; set "
         "trainer.accelerator=cpu.",
         around=with_variables(CUDA_VISIBLE_DEVICES="-1"),
     ),
     Wrong(
-        "nonsense in CUDA_VISIBLE_DEVICES",
+        "an invalid CUDA_VISIBLE_DEVICES",
         words(),
         "CUDA_VISIBLE_DEVICES=first hides every GPU: expected their numbers, such as 0,1, or unset this environment "
         "variable.",
         around=with_variables(CUDA_VISIBLE_DEVICES="first"),
     ),
     Wrong(
-        "the number of a GPU that is not there in CUDA_VISIBLE_DEVICES",
+        "a GPU index in CUDA_VISIBLE_DEVICES that does not exist",
         words("trainer.accelerator=auto", "trainer.precision=32"),
         "CUDA_VISIBLE_DEVICES=7: this machine has 2 GPU(s), numbered from 0, and none of them is named; correct it, or "
         "set trainer.accelerator=cpu.",
         around=hidden_gpus,
     ),
     Wrong(
-        "a TPU where there is none",
+        "accelerator=tpu without a TPU",
         words("trainer.accelerator=tpu"),
         "trainer.accelerator=tpu: this machine has no device of the kind 'tpu' that PyTorch can use; set "
         "trainer.accelerator=cpu.",
     ),
     Wrong(
-        "no processes on a CPU",
+        "zero processes on a CPU",
         words("trainer.devices=0"),
         "trainer.devices=0: expected auto or a number of processes of at least 1 on a CPU.",
     ),
     Wrong(
-        "indices of devices on a CPU",
+        "device indices on a CPU",
         words("trainer.devices=[0,1]"),
         "trainer.devices=[0,1]: expected auto or a number of processes of at least 1 on a CPU.",
     ),
@@ -146,10 +146,10 @@ ROWS = [
         "data.batch_size_per_device=4 on 8 device(s) is larger than the 16 training images; set it to at most 2.",
     ),
     Wrong(
-        "machines that nobody has started",
+        "several machines without a launcher",
         words("trainer.num_nodes=2"),
-        "trainer.num_nodes=2: nothing has started processes on other machines, and this one would wait for them; start "
-        "it with srun or torchrun, or set trainer.num_nodes=1.",
+        "trainer.num_nodes=2: no process was started on the other machines, so this one would wait for them; "
+        "start it with srun or torchrun, or set trainer.num_nodes=1.",
         around=with_variables(**dict.fromkeys(checks_environment.LAUNCHERS)),
     ),
     Wrong(
@@ -160,22 +160,22 @@ ROWS = [
         around=port_in_use,
     ),
     Wrong(
-        "a port that is none",
+        "an invalid port",
         words("trainer.devices=2"),
         "MASTER_PORT=http: expected the number of a port from 1 to 65535, or unset this environment variable.",
         around=with_variables(MASTER_PORT="http"),
     ),
     Wrong(
-        "a machine to meet at that does not exist",
+        "a MASTER_ADDR that does not exist",
         words("trainer.devices=2"),
         "MASTER_ADDR=no-such-host.invalid: there is no machine of this name (…); set this environment variable to the "
         "name of the first one.",
         around=with_variables(MASTER_ADDR="no-such-host.invalid", MASTER_PORT="29517"),
     ),
-    Wrong("nonsense in RANK", words(), f"RANK=first: {NUMBERS}", around=with_variables(RANK="first")),
-    Wrong("nonsense in WORLD_SIZE", words(), f"WORLD_SIZE=all: {NUMBERS}", around=with_variables(WORLD_SIZE="all")),
+    Wrong("an invalid RANK", words(), f"RANK=first: {NUMBERS}", around=with_variables(RANK="first")),
+    Wrong("an invalid WORLD_SIZE", words(), f"WORLD_SIZE=all: {NUMBERS}", around=with_variables(WORLD_SIZE="all")),
     Wrong(
-        "nonsense in OMP_NUM_THREADS",
+        "an invalid OMP_NUM_THREADS",
         words(),
         "OMP_NUM_THREADS=many: expected a number of threads of at least 1; unset this environment variable, or set "
         "cpu_threads.",
@@ -187,7 +187,7 @@ ROWS = [
         "output_dir=DIR/o cannot be written ('DIR/o' is a file or lies in one); choose a folder of yours.",
     ),
     Wrong(
-        "output_dir lies in a file",
+        "output_dir is inside a file",
         lambda path: [f"output_dir={touch(path / 'o') / 'run'}"],
         "output_dir=DIR/o/run cannot be written ('DIR/o/run' is a file or lies in one); choose a folder of yours.",
     ),
@@ -199,35 +199,35 @@ ROWS = [
         needs_root=True,
     ),
     Wrong(
-        "output_dir where nothing can be made",
+        "output_dir where no folder can be created",
         words("output_dir=/proc/run"),
         "output_dir=/proc/run cannot be written (No such file or directory); choose a folder of yours.",
     ),
     Wrong(
-        "a name of 300 letters for output_dir",
+        "an output_dir with a name of 300 letters",
         words(f"output_dir=DIR/{'x' * 300}"),
         f"output_dir=DIR/{'x' * 300} cannot be written (File name too long); choose a folder of yours.",
     ),
     Wrong(
-        "too little disk for a checkpoint",
+        "too little disk space for a checkpoint",
         words("output_dir=DIR/disk/run"),
-        "output_dir=DIR/disk/run: a checkpoint of this run takes about …, and … are free there; make room, or choose a "
-        "folder on another disk.",
+        "output_dir=DIR/disk/run: a checkpoint of this run needs about …, but only … are free; free disk space, or "
+        "choose a folder on another disk.",
         around=small_disk,
         needs_root=True,
     ),
     Wrong(
-        "too little shared memory for a batch of each loader process",
+        "too little shared memory for one batch per loader process",
         words("data.num_workers=4", "data.batch_size_per_device=16"),
-        "data.num_workers=4: a batch takes …, one of each loader process goes through DIR/shm, and 1 MB are free "
-        "there; give the container more (docker run --shm-size=8g), or set data.num_workers to at most ….",
+        "data.num_workers=4: a batch needs …, each loader process keeps one in DIR/shm, but only 1 MB are free; "
+        "increase the container's shared memory (docker run --shm-size=8g), or set data.num_workers to at most ….",
         around=small_shared_memory,
         needs_root=True,
     ),
     Wrong(
-        "too few open files for the loader processes",
+        "too low a limit of open files for the loader processes",
         words("data.num_workers=32"),
-        "data.num_workers=32: this process may open 300 files, and its loader processes take about …; raise the limit "
+        "data.num_workers=32: this process may open 300 files, but its loader processes need about …; raise the limit "
         "(ulimit -n …), or set data.num_workers to at most ….",
         around=few_open_files,
         in_a_process=True,
@@ -247,28 +247,28 @@ ROWS = [
         while_training=True,
     ),
     Wrong(
-        "a key that W&B's logger does not have",
+        "an unknown key of the W&B logger",
         words("logger=wandb", "+logger.entitty=x"),
         "logger.entitty is not a key of the configuration; did you mean 'logger.entity'?",
     ),
     Wrong(
-        "a misspelt key of W&B's logger",
+        "a misspelled key of the W&B logger",
         words("logger=wandb", "logger.projct=x"),
         "logger.projct is not a key of the configuration; did you mean 'logger.project'?",
     ),
     Wrong(
-        "a project that W&B does not take",
+        "a project name that W&B does not accept",
         words("logger=wandb", "logger.project=a/b"),
         "logger.project=a/b has a '/'; W&B takes names of 1 to 128 characters without / \\ # ? % and :.",
     ),
     Wrong(
-        "nonsense in WANDB_MODE",
+        "an invalid WANDB_MODE",
         words("logger=wandb"),
         "WANDB_MODE=onlin: did you mean 'online'? Correct or unset this environment variable.",
         around=with_variables(WANDB_MODE="onlin"),
     ),
     Wrong(
-        "a timeout of W&B's that is none",
+        "an invalid W&B timeout",
         words("logger=wandb", "logger.start_timeout_s=0"),
         "logger.start_timeout_s=0.0: expected a positive number of seconds.",
     ),

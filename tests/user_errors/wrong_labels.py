@@ -11,7 +11,7 @@ from wrong_images import folder
 from wrong_inputs import Wrong
 
 Make = Callable[[Path], list[str]]
-TWO_CLASSES = "method=supervised needs labels of two classes or more, and this data has"
+TWO_CLASSES = "method=supervised needs labels of at least two classes, but this data has"
 LABELS = "data.label_column=label"
 
 

@@ -19,8 +19,9 @@ Make = Callable[[Path], list[str]]
 LAST = "run/checkpoints/last.ckpt"
 WHOLE = "resume: no checkpoint in DIR/run/checkpoints is whole"
 NONE_WHOLE = f"{WHOLE}: last.ckpt is damaged ({{}}); start anew in another output_dir."
-CHANGED = "which would train something else"
-BACK = "set it back, or write the new value into DIR/run/config.yaml as well if that is meant."
+CHANGED = "which would change the training"
+ANOTHER_GROUP = "would change the training; restore it, or start a new run in another output_dir."
+BACK = "restore the value, or write the new value into DIR/run/config.yaml if you want the change."
 
 
 @cache
@@ -76,12 +77,12 @@ def a_run_in_the_folder(path: Path) -> Iterator[None]:
 
 ROWS = [
     Wrong(
-        "a run in a folder that holds one",
+        "a new run in a folder that already contains a run",
         lambda path: resumed()(path)[1:],
-        "output_dir=DIR/run already holds a run; add resume=true to go on with it, or choose another folder.",
+        "output_dir=DIR/run already contains a run. Set resume=true to continue it, or choose another folder.",
     ),
     Wrong(
-        "two runs in one folder at the same time",
+        "a second run in a folder while the first is active",
         lambda _: [],
         "output_dir=DIR/run is in use by a run that has not ended (process … on …); wait for its end, or choose "
         "another folder.",
@@ -90,32 +91,32 @@ ROWS = [
     Wrong(
         "resume=true in a folder without a run",
         lambda _: ["resume=true"],
-        "resume=true: output_dir=DIR/run has no checkpoints/last.ckpt to go on from.",
+        "resume=true: output_dir=DIR/run contains no checkpoints/last.ckpt to resume from.",
     ),
-    Wrong("a last.ckpt of zero bytes", resumed(spoil=touch), NONE_WHOLE.format("it is empty")),
+    Wrong("an empty last.ckpt", resumed(spoil=touch), NONE_WHOLE.format("it is empty")),
     Wrong(
-        "a last.ckpt that is cut off",
+        "a truncated last.ckpt",
         resumed(spoil=cut),
         NONE_WHOLE.format("it is cut off, or no checkpoint"),
     ),
     Wrong(
-        "a web page for last.ckpt",
+        "a web page instead of last.ckpt",
         resumed(spoil=lambda file: touch(file, HTML)),
         NONE_WHOLE.format("it is cut off, or no checkpoint"),
     ),
     Wrong(
-        "a last.ckpt of which a byte has changed",
+        "a last.ckpt with one changed byte",
         resumed(spoil=lambda file: touch(file, file.read_bytes().replace(b"state_dict", b"state_dirt", 1))),
         NONE_WHOLE.format("its content does not belong to its hash"),
     ),
     Wrong(
-        "weights of another origin for last.ckpt",
+        "weights from elsewhere instead of last.ckpt",
         resumed(spoil=with_content(weights)),
         "DIR/run/checkpoints/last.ckpt is no checkpoint of a run: it has weights alone, and a run cannot go on from "
         "them.",
     ),
     Wrong(
-        "a last.ckpt that runs a command when it is unpickled",
+        "a last.ckpt that runs a command when unpickled",
         resumed(spoil=with_content(lambda: {"state_dict": Hostile()})),
         "DIR/run/checkpoints/last.ckpt is refused: besides weights it holds posix.system, and reading that could run "
         "code; save it anew as a state dict of tensors.",
@@ -123,30 +124,27 @@ ROWS = [
     Wrong(
         "another network",
         resumed("backbone.depth=3"),
-        f"resume: backbone.depth was 2 and is now 3, {CHANGED}; start anew in another output_dir.",
+        f"resume: backbone.depth was 2 and is now 3, {CHANGED}; start a new run in another output_dir.",
     ),
     Wrong(
-        "a network of timm for a ViT of this package",
+        "a timm network instead of a built-in ViT",
         resumed("backbone=resnet50", "crops.local_size=32"),
-        f"resume: DIR/run holds a run with backbone=vit, and backbone=timm {CHANGED[6:]}; set it back, or start anew "
-        "in another output_dir.",
+        f"resume: DIR/run contains a run with backbone=vit, and backbone=timm {ANOTHER_GROUP}",
     ),
     Wrong(
         "another number of prototypes",
         resumed("method.out_dim=512"),
-        f"resume: method.out_dim was … and is now 512, {CHANGED}; start anew in another output_dir.",
+        f"resume: method.out_dim was … and is now 512, {CHANGED}; start a new run in another output_dir.",
     ),
     Wrong(
         "another method",
         resumed("method=byol"),
-        f"resume: DIR/run holds a run with method=dino, and method=byol {CHANGED[6:]}; set it back, or start anew in "
-        "another output_dir.",
+        f"resume: DIR/run contains a run with method=dino, and method=byol {ANOTHER_GROUP}",
     ),
     Wrong(
         "another optimizer",
         resumed("optim=sgd"),
-        f"resume: DIR/run holds a run with optim=adamw, and optim=sgd {CHANGED[6:]}; set it back, or start anew in "
-        "another output_dir.",
+        f"resume: DIR/run contains a run with optim=adamw, and optim=sgd {ANOTHER_GROUP}",
     ),
     Wrong(
         "another learning rate",
@@ -162,13 +160,14 @@ ROWS = [
     Wrong(
         "another total batch",
         resumed("data.batch_size_per_device=8"),
-        "resume: the total batch was 4 images (1 ranks of 4) and is 8 (1 of 8), which would train something else; set "
-        "data.batch_size_per_device and trainer.accumulate_grad_batches so that it stays.",
+        "resume: the total batch was 4 images (1 rank with 4) and is now 8 (1 rank with 8), which would change the "
+        "training; set data.batch_size_per_device and trainer.accumulate_grad_batches so that the total batch stays "
+        "the same.",
     ),
     Wrong(
-        "a config.yaml that is none",
+        "a config.yaml that is not a configuration",
         resumed(spoil=lambda file: touch(file.parents[1] / "config.yaml", b"[1, 2")),
-        "resume: DIR/run/config.yaml is not the configuration of a run (…); restore it, or remove it to go on without "
-        "this check.",
+        "resume: DIR/run/config.yaml is not the configuration of a run (…); restore it, or delete it to resume "
+        "without this check.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""All private attributes of Lightning's trainer that this package uses: an upgrade of Lightning can break only these."""
+"""All private attributes of Lightning's trainer that this package uses; only here can an upgrade break them."""
 
 from typing import Any
 

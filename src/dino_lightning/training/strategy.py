@@ -123,7 +123,7 @@ class DataParallel(DDPStrategy):
 
 
 class SharedStatistics(LayerSync):
-    """Synchronizes batch norms over devices. Lightning's own converter drops the activations inside timm's batch norms."""
+    """Synchronizes batch norms over devices; Lightning's converter drops the activations inside timm's batch norms."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert all batch norms to synchronized ones."""

@@ -24,9 +24,9 @@ from dino_lightning.training.build import build_method
 from dino_lightning.training.debug.activation_ranges import (
     ActivationRanges,
     Range,
-    first_not_finite,
+    first_nonfinite_tensor,
+    record_gradient_ranges,
     record_ranges,
-    watched_gradients,
 )
 from dino_lightning.training.debug.step_dump import read_step
 
@@ -92,7 +92,7 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: 
     forward.add("crops", crops)
     _draw_as_then(saved, device)
     try:
-        with record_ranges(method, into=forward), watched_gradients(method, into=backward):
+        with record_ranges(method, into=forward), record_gradient_ranges(method, into=backward):
             loss = method.loss(batch)
             forward.add("loss", loss)
             loss.backward()
@@ -101,7 +101,7 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: 
     except (RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source} has images that do not fit its configuration ({reason}).") from error
-    return Replayed(loss.item(), forward, backward, first_not_finite(saved["state"]))
+    return Replayed(loss.item(), forward, backward, first_nonfinite_tensor(saved["state"]))
 
 
 def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Method:
