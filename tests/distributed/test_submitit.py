@@ -93,7 +93,7 @@ def test_a_job_that_is_interrupted_ends_as_undisturbed(tmp_path: Path) -> None:
     finally:
         end_all(process.pid)
     logs = "".join(path.read_text() for path in (tmp_path / "jobs" / ".submitit").rglob("*_log.*"))
-    assert "SIGUSR2: saving at the end of this step" in logs
+    assert "SIGUSR2: saving after this step" in logs
     assert "Requeued job" in logs
     assert_same(tmp_path / "jobs" / "0", tmp_path / "undisturbed", steps=24)
 

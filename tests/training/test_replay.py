@@ -20,7 +20,7 @@ EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
 
 def explode(folder: Path, *overrides: str) -> Path:
     """The file of a run whose weights leave float32 in the first step."""
-    with pytest.raises(FloatingPointError, match="dino-train replay"):
+    with pytest.raises(FloatingPointError, match="dino replay"):
         train(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
     (file,) = (folder / "nonfinite").iterdir()
     return file
@@ -69,11 +69,11 @@ def test_what_is_finite_here_is_laid_to_the_precision(
     fresh = changed(file, tmp_path / "a.pt", state=healthy(saved["state"]), precision="16-mixed")
     assert main([str(fresh)]) == 3
     said = capsys.readouterr().out
-    assert "All is finite here" in said
-    assert "the precision (16-mixed) is to blame." in said
+    assert "In the replay all values are finite" in said
+    assert "the cause is the precision (16-mixed)." in said
     shared = changed(fresh, tmp_path / "b.pt", world_size=2, what="a gradient is not finite at step 1")
     assert main([str(shared)]) == 3
-    assert "unless it is another rank's images" in capsys.readouterr().out
+    assert ", or the images of another rank" in capsys.readouterr().out
 
 
 def test_a_gradient_is_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_bad_images_and_bad_weights_are_named(file: Path, tmp_path: Path, capsys
 )
 def test_other_methods(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in TINY if "out_dim" not in word] if "supervised" in overrides[0] else TINY
-    with pytest.raises(FloatingPointError, match="dino-train replay"):
+    with pytest.raises(FloatingPointError, match="dino replay"):
         train(composed(*words, *EXPLODING, *overrides, output_dir=tmp_path))
     (file,) = (tmp_path / "nonfinite").iterdir()
     assert main([str(file)]) == 0
@@ -146,19 +146,13 @@ def damaged(file: Path, folder: Path, kind: str) -> Path:
         case "list":
             torch.save([1, 2], path)
         case "crops":
-            changed(file, path, crops=[torch.zeros(2, 3), torch.zeros(2, 3)])
-        case "batch":
-            changed(file, path, crops=[crop[: 2 + place] for place, crop in enumerate(saved["crops"])])
+            changed(file, path, crops="text")
         case "channels":
             changed(file, path, crops=[crop[:, :1] for crop in saved["crops"]])
         case "no images":
             changed(file, path, crops=None)
-        case "labels":
-            changed(file, path, labels=torch.zeros(1, dtype=torch.int64))
         case "weights":
             changed(file, path, state={"a": torch.zeros(2)})
-        case "state":
-            changed(file, path, state={**saved["state"], "student": "text"})
         case "shapes":
             changed(file, path, state={name: tensor.reshape(-1) for name, tensor in saved["state"].items()})
         case "configuration":
@@ -173,14 +167,6 @@ def damaged(file: Path, folder: Path, kind: str) -> Path:
             values = saved["configuration"]["values"]
             values = {**values, "backbone": {**values["backbone"], "depth": 0}}
             changed(file, path, configuration={**saved["configuration"], "values": values})
-        case "lengths":
-            changed(file, path, lengths={})
-        case "schedules":
-            changed(file, path, schedules={"lr": "text"})
-        case "no schedules":
-            changed(file, path, schedules={})
-        case "ranges":
-            changed(file, path, ranges={"crops": {"low": 0}})
     return path
 
 
@@ -193,24 +179,17 @@ def damaged(file: Path, folder: Path, kind: str) -> Path:
         "empty": "is not a checkpoint, or not a whole one",
         "pickle": "is refused|is not a checkpoint",
         "code": "is refused: besides weights it holds",
-        "checkpoint": "is no step that a run has saved",
+        "checkpoint": "is not a step that a run has saved",
         "list": "holds a list",
-        "crops": "crops are not images",
-        "batch": "crops are not images",
+        "crops": "is damaged: crops is str",
         "channels": "has images that do not fit its configuration",
         "no images": "has no images",
-        "labels": "labels are not one whole number for each image",
         "weights": "has weights that do not fit its configuration",
-        "state": "state holds something besides tensors",
         "shapes": "has weights that do not fit its configuration",
         "configuration": "holds no configuration that this version knows",
         "method": "is of method=dyno: .*dino",
         "value": "holds no configuration that this version knows",
         "range": "backbone.depth=0: expected at least 1",
-        "lengths": "lengths lacks one of",
-        "schedules": "schedules holds something besides numbers",
-        "no schedules": "has no schedule teacher_temperature",
-        "ranges": "ranges are not those of activations",
     }.items(),
 )
 def test_other_files_are_refused_in_a_sentence(

@@ -36,7 +36,7 @@ REPRODUCED, NOT_REPRODUCED = 0, 3
 
 @dataclass
 class Replayed:
-    """What the step gave here."""
+    """The result of a replayed step."""
 
     loss: float
     forward: ActivationRanges
@@ -46,7 +46,7 @@ class Replayed:
 
     @property
     def reproduced(self) -> bool:
-        """Whether something is not finite here, too."""
+        """Whether the replay has values that are not finite, too."""
         return any((self.weights, self.forward.first, self.backward.first))
 
 
@@ -75,38 +75,36 @@ def main(words: Sequence[str]) -> int:
 def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: bool = False) -> Replayed:
     """Forward and backward pass of the saved micro-batch from the saved weights, in float32.
 
-    With `layers`, as by `compute.fused=false`, so that the modules within a block are seen, too.
+    `layers` sets `compute.fused=false`, so that the modules within a block are recorded, too.
     """
     if saved["crops"] is None:
         raise UserError(
-            f"{source} has no images: on a GPU they were gone when it was known that the gradient was not "
-            "finite; run with callbacks.nonfinite.policy=skip or rollback to have them kept."
+            f"{source} has no images: on a GPU they were no longer available when the gradient turned out not to be "
+            "finite; train with callbacks.nonfinite.policy=skip or rollback to save them."
         )
     config = from_plain(saved["configuration"], source=source)
     check_values(config, RULES, CHOICES)
     config.compute.fused = config.compute.fused and not layers
-    method = _method(config, saved, source=source).to(device)
+    method = load_method(config, saved, source=source).to(device)
     crops = [crop.float().to(device) for crop in saved["crops"]]
     batch = crops if saved["labels"] is None else LabeledCrops(crops, saved["labels"].to(device))
     forward, backward = ActivationRanges(), ActivationRanges()
     forward.add("crops", crops)
-    _draw_as_then(saved, device)
+    restore_random_states(saved, device)
     try:
         with record_ranges(method, into=forward), record_gradient_ranges(method, into=backward):
             loss = method.loss(batch)
             forward.add("loss", loss)
             loss.backward()
-    except KeyError as error:
-        raise UserError(f"{source} has no schedule {error.args[0]}.") from error
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (LookupError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source} has images that do not fit its configuration ({reason}).") from error
     return Replayed(loss.item(), forward, backward, first_nonfinite_tensor(saved["state"]))
 
 
-def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Method:
-    """The method with the weights of the file, at the moment of the step."""
-    config.compute.compile = False  # takes longer than one step
+def load_method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Method:
+    """The method with the saved weights, schedules and step."""
+    config.compute.compile = False  # compiling takes longer than one step
     if hasattr(config.backbone, "pretrained"):
         config.backbone.pretrained = False  # type: ignore[attr-defined]  # the weights are in the file
     classifier = saved["state"].get("student.head.bias")
@@ -129,8 +127,9 @@ def _method(config: TrainConfig, saved: dict[str, Any], *, source: str) -> Metho
     return method.train()
 
 
-def _draw_as_then(saved: dict[str, Any], device: torch.device) -> None:
-    os.environ["PL_GLOBAL_SEED"] = str(saved["seed"])  # of masked patches
+def restore_random_states(saved: dict[str, Any], device: torch.device) -> None:
+    """Continue random numbers as before the step's forward pass."""
+    os.environ["PL_GLOBAL_SEED"] = str(saved["seed"])  # seeds the masks of patches
     for kind, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
         state = saved["random"].get(kind)
         if isinstance(state, Tensor) and (kind == "cpu" or device.type == "cuda"):
@@ -138,33 +137,33 @@ def _draw_as_then(saved: dict[str, Any], device: torch.device) -> None:
 
 
 def table(saved: dict[str, Any], replayed: Replayed) -> Table:
-    """Ranges of activations here beside those of the run."""
-    shown = Table(title=f"{saved['what']}, rank {saved['rank']} of {saved['world_size']}")
-    shown.add_column("in the order of the forward pass", overflow="fold")
-    for place in (f"the run ({saved['precision']})", "here (float32)"):
-        shown.add_column(place, justify="right")
-        shown.add_column("not finite", justify="right")
-    for name, here in replayed.forward.by_name.items():
-        there = saved["ranges"].get(name)
-        style = "red" if here.bad or (there and there["bad"]) else None
-        shown.add_row(name, *_cells(Range(**there) if there else None), *_cells(here), style=style)
-    return shown
+    """The ranges of activations in the run and in the replay."""
+    ranges = Table(title=f"{saved['what']}, rank {saved['rank']} of {saved['world_size']}")
+    ranges.add_column("in the order of the forward pass", overflow="fold")
+    for column in (f"the run ({saved['precision']})", "replay (float32)"):
+        ranges.add_column(column, justify="right")
+        ranges.add_column("not finite", justify="right")
+    for name, in_replay in replayed.forward.by_name.items():
+        in_run = Range(**saved["ranges"].get(name, {}))
+        style = "red" if in_replay.bad or in_run.bad else None
+        ranges.add_row(name, *_cells(in_run), *_cells(in_replay), style=style)
+    return ranges
 
 
-def _cells(values: Range | None) -> tuple[str, str]:
-    if values is None or not values.count:
+def _cells(values: Range) -> tuple[str, str]:
+    if not values.count:
         return "", ""
     span = f"{values.low:.3g} … {values.high:.3g}" if values.low <= values.high else "–"
     return span, f"{100 * values.share:.3g} %" if values.bad else ""
 
 
 def verdict(saved: dict[str, Any], replayed: Replayed) -> str:
-    """Where it begins, in a sentence."""
+    """Where values stop being finite, in a sentence."""
     if replayed.weights is not None:
-        return f"The weights were not finite before this step already: {replayed.weights} is the first."
+        return f"The weights were already not finite before this step: {replayed.weights} is the first."
     first = replayed.forward.first
     if first == "crops":
-        return "The images themselves have values that are not finite: look at the files, crops.mean and crops.std."
+        return "The images themselves have values that are not finite: check the files, crops.mean and crops.std."
     if first == "loss":
         return "It begins in the loss: all activations are finite."
     if first is not None:
@@ -174,10 +173,10 @@ def verdict(saved: dict[str, Any], replayed: Replayed) -> str:
         return f"The loss is {replayed.loss:.6g}; it begins in the backward pass, {where}."
     others = []
     if saved["world_size"] > 1:
-        others.append("another rank's images (replay its file, if there is one)")
+        others.append("the images of another rank (replay its file, if there is one)")
     if saved["lengths"]["accumulate_grad_batches"] > 1:
         others.append("another micro-batch of the step")
-    also = f", unless it is {' or '.join(others)}" if others else ""
-    same = saved["precision"].startswith("32")
-    cause = "the arithmetic of its device" if same else f"the precision ({saved['precision']})"
-    return f"All is finite here, the loss {replayed.loss:.6g}: {cause} is to blame{also}."
+    also = f", or {' or '.join(others)}" if others else ""
+    in_float32 = saved["precision"].startswith("32")
+    cause = "the arithmetic of its device" if in_float32 else f"the precision ({saved['precision']})"
+    return f"In the replay all values are finite, and the loss is {replayed.loss:.6g}: the cause is {cause}{also}."
