@@ -1,4 +1,4 @@
-"""What one rank alone suffers, as a file for `imports=`: `FAULT` says what, `FAULTY` is the rank.
+"""A fault of a single rank, as a file for `imports=`: `FAULT` is its kind, `FAULTY` the rank.
 
 It changes nothing that a test looks at: images that are not there, an exception in the middle of a step, a process that
 is stopped or killed are what they are on a real machine.

@@ -1,4 +1,4 @@
-"""Runs of `train.py` that are killed and go on, for `test_kills.py`."""
+"""Runs of `train.py` that are killed and resumed, for `test_kills.py`."""
 
 import io
 import json
@@ -45,18 +45,18 @@ SMALL = (
     "resume=auto",
 )
 LEAVES = {"SIGKILL": -9, "parent": -9, "SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130, "raise": 1}
-"""Exit status of the first process by what befell it."""
+"""Exit status of the first process by signal."""
 
 
 def words_of(*words: str, ranks: int = 1, workers: int = 0) -> list[str]:
-    """The command line of a run: `SMALL`, then what is different."""
+    """The command line of a run: `SMALL` and further overrides."""
     batch = IMAGES // PER_EPOCH // ranks
     devices = [f"trainer.devices={ranks}", "trainer.strategy=ddp"] if ranks > 1 else ["trainer.devices=1"]
     return [*SMALL, f"data.num_workers={workers}", f"data.batch_size_per_device={batch}", *devices, *words]
 
 
 def start(folder: Path, words: list[str], *, kill: str = "", copied: bool = False) -> int:
-    """One start of the run; its exit status when no process of it is left.
+    """Start the run once; returns its exit status when none of its processes is left.
 
     `copied`: as a copy of a process that has its libraries, else by a new Python.
     """
@@ -77,7 +77,7 @@ def start(folder: Path, words: list[str], *, kill: str = "", copied: bool = Fals
 
 
 def _start_python(words: list[str], log: Path, variables: dict[str, str]) -> tuple[int, Callable[[], list[int]]]:
-    """The exit status, and what tells the processes that are left: by their environment, whoever is their parent."""
+    """The exit status, and a filter that finds remaining processes by their environment, whatever their parent."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, TRAIN, *words],
@@ -101,7 +101,7 @@ def _start_copy(words: list[str], log: Path, variables: dict[str, str]) -> tuple
 
 
 def killed_and_resumed(folder: Path, words: list[str], kills: list[str], *, copied: bool = False) -> None:
-    """A run that each of `kills` hits in turn, and that comes to its end at last."""
+    """A run that is killed by each of `kills` in turn, and finally finishes."""
     notes = folder.with_name(f"{folder.name}-notes")
     for kill in kills:
         status = start(folder, words, kill=kill, copied=copied)
@@ -113,7 +113,7 @@ def killed_and_resumed(folder: Path, words: list[str], kills: list[str], *, copi
 
 
 def expected(kill: str) -> set[int]:
-    """Exit statuses of the first process that are right after a kill."""
+    """Exit statuses of the first process that are correct after a kill."""
     how, _, rank = kill.split("=")[1].partition(" on ")
     if kill.startswith("loader") and how == "SIGKILL":
         return {1}
@@ -125,7 +125,7 @@ def expected(kill: str) -> set[int]:
 
 
 def unlike(folder: Path, reference: Path) -> list[str]:
-    """What is different between a run that was killed and one that was not; empty where all is equal, to the bit.
+    """The differences between a killed run and an undisturbed one; empty if they are bit-identical.
 
     What each rank saw before each micro-batch is compared for every time that it was done.
     """
@@ -154,7 +154,7 @@ def unlike(folder: Path, reference: Path) -> list[str]:
 
 
 def drawn_kills(seed: str, *, accumulate: int = 1, ranks: int = 1, workers: int = 0, count: int = 3) -> list[str]:
-    """Kills at random micro-batches, moments and ways, far enough apart that each comes to pass."""
+    """Kills at random micro-batches, moments and by random signals, far enough apart that each one happens."""
     chance, kills = random.Random(seed), []
     stretch = EPOCHS * PER_EPOCH // count
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Read by runs of `test_kills.py` with `imports=[FILE]`: ends them at a named moment, and notes what each rank sees.
+"""Imported by runs of `test_kills.py` with `imports=[FILE]`: ends them at a named moment, and logs each rank's images.
 
 `KILL` is `MOMENT@NUMBER=HOW`, with ` on RANK` behind it where it is not rank 0.
 
@@ -42,19 +42,19 @@ FORM = re.compile(r"(\w+)@(\d+)=(\w+)(?: on (\d+))?")
 KILL = FORM.fullmatch(os.environ.get("KILL", ""))
 NOTES = Path(os.environ["NOTES"])
 MIDDLE = 20
-"""Piece of a checkpoint that counts as its middle."""
+"""The chunk of a checkpoint that counts as its middle."""
 seen: dict[str, int] = {}
 
 
 def here(moment: str, number: int | None = None) -> bool:
-    """Whether this moment is the one to end at; without a number it is counted."""
+    """Whether to end at this moment; without a number, occurrences are counted."""
     if number is None:
         number = seen[moment] = seen.get(moment, -1) + 1
     return KILL is not None and KILL[1] == moment and int(KILL[2]) == number and int(KILL[4] or 0) == rank()
 
 
 def end() -> None:
-    """End as `KILL` says; signals that are heeded later come back."""
+    """End as `KILL` says; returns after signals that are handled later."""
     assert KILL is not None
     note("kills", kill=KILL[0])
     match KILL[3]:
@@ -87,7 +87,7 @@ def random_states() -> dict[str, str]:
 
 
 class Watch(L.Callback):
-    """Stands last. Has no state."""
+    """The last callback, without state."""
 
     def number(self, trainer: Any) -> int:
         return trainer.current_epoch * int(trainer.num_training_batches) + trainer.fit_loop.batch_idx
@@ -113,7 +113,7 @@ class Watch(L.Callback):
 
 
 class Draws:
-    """Whether something in a loader process draws from the states that all of it share."""
+    """Whether a loader process draws random numbers from global generators."""
 
     start: dict[str, str] | None = None
 

@@ -1,4 +1,4 @@
-"""Whole runs of `train.py` on two processes, started by Lightning or by torchrun, that a test can disturb."""
+"""Complete runs of `train.py` on two processes, started by Lightning or torchrun, that a test can disturb."""
 
 import os
 import re
@@ -31,33 +31,33 @@ SMALL = [
     "callbacks.knn.enabled=false",
 ]
 BUILTIN = ["data.train_images=64", "data.val_images=16"]
-"""With these, two epochs of four steps on two ranks."""
+"""Two epochs with four steps on two ranks."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ONE_HOST = ["--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=test"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended."""
+    """A finished command."""
 
     status: int
     """Negative for a signal."""
     said: str
-    """What it wrote, to both streams."""
+    """Its output on stdout and stderr."""
     seconds: float
 
 
 def train(*words: str, launcher: Sequence[str] = (), data: Sequence[str] = BUILTIN) -> list[str]:
-    """The command: by itself, Lightning starts the second process."""
+    """The command; without torchrun, Lightning starts the second process."""
     return [*(launcher or [sys.executable]), str(PROJECT / "train.py"), *SMALL, *data, *words]
 
 
 MARKS: dict[int, str] = {}
-"""What the processes of a command that was started have in their environment, by the number of the first one."""
+"""A mark in the environment of a command's processes, by the id of its first process."""
 
 
 def start(command: Sequence[str], *, log: Path, **variables: str) -> subprocess.Popen[bytes]:
-    """With a session of its own, one thread for each process, and a mark by which all of them are found again."""
+    """Start in a new session, with one thread per process and a mark that identifies all of them."""
     mark = f"LAUNCHED={uuid.uuid4()}"
     variables = {**variables, "LAUNCHED": mark.removeprefix("LAUNCHED=")}
     with log.open("wb") as file:
@@ -74,14 +74,14 @@ def start(command: Sequence[str], *, log: Path, **variables: str) -> subprocess.
 
 
 def environment(variables: Mapping[str, str] = {}) -> dict[str, str]:
-    """Of a command, without what another launcher has left."""
+    """The environment of a command, without variables of other launchers."""
     of_launchers = r"SLURM_|SUBMITIT_|TORCHELASTIC_|MASTER_|DINO_L|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$"
     known = {key: value for key, value in os.environ.items() if not re.match(of_launchers, key)}
     return {**known, "PYTHONPATH": str(PROJECT / "src"), "OMP_NUM_THREADS": "1", **variables}
 
 
 def run(command: Sequence[str], *, log: Path, timeout: float = 120, **variables: str) -> Ended:
-    """Start and wait; what is left of it afterwards is killed, and at the end of `timeout` all of it."""
+    """Start and wait; remaining processes are killed afterwards, and all processes after `timeout`."""
     begun = time.monotonic()
     process = start(command, log=log, **variables)
     try:
@@ -93,7 +93,7 @@ def run(command: Sequence[str], *, log: Path, timeout: float = 120, **variables:
 
 
 def members(first: int) -> list[int]:
-    """The processes of a command that are still there, by its first one; torchrun gives its own a session each."""
+    """The remaining processes of a command, by its first one; torchrun starts its workers in new sessions."""
     mark, found = MARKS[first].encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -107,7 +107,7 @@ def members(first: int) -> list[int]:
 
 
 def end_all(first: int) -> None:
-    """Kill what is left of a command."""
+    """Kill the remaining processes of a command."""
     for number in members(first):
         try:
             os.kill(number, signal.SIGKILL)

@@ -16,11 +16,11 @@ from dino_lightning.runtime.collectives import leave_group, rank
 
 RANKS, TOTAL_BATCH = 2, 16
 DATA = BuiltinData(train_images=102, val_images=49, num_workers=0)
-"""Of the last batch, 6 images are left: 3 for each rank."""
+"""The last batch has 6 images: 3 per rank."""
 
 
 def evaluated(folder: Path, *, ranks: int) -> dict[str, Any]:
-    """Figures and weights of both evaluations, of this rank."""
+    """This rank's results and weights of both evaluations."""
     fabric = Fabric(accelerator="cpu", devices=ranks)
     fabric.launch()
     task = Task(tiny_network(), DATA, EvalContext(fabric, show_progress=False), folder / f"of{ranks}", seed=4)
@@ -38,7 +38,7 @@ def evaluated(folder: Path, *, ranks: int) -> dict[str, Any]:
 
 
 def launch(folder: Path) -> list[dict[str, Any]]:
-    """Run both ranks; what each has found."""
+    """Run both ranks; returns the results of each."""
     on_ranks(main, folder)
     return found_by_ranks(folder)
 

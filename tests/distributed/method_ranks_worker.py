@@ -20,13 +20,13 @@ from dino_lightning.training.strategy import build_strategy
 
 STEPS, RANKS, BATCH = 4, 2, 8
 OPTIM = AdamWConfig(lr=0.064, lr_warmup="0ep", clip_grad=0.05)
-# On CPUs a batch norm sees the images of its rank alone, so there are none where ranks are compared with one process.
+# On CPUs, batch norms use only the images of their rank, so cases that are compared with one process have none.
 PLAIN: dict[str, Any] = {"head_batch_norm": False}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method, how it is spread, and how many crops it gets."""
+    """A method, its strategy, and the number of its crops."""
 
     method: str
     changed: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Case:
     accumulate: int = 1
     views: int = 2
     batch_norm: bool = False
-    """One process then has two micro-batches."""
+    """A single process then has two micro-batches per step."""
 
 
 CASES = {
@@ -58,7 +58,7 @@ CASES = {
 
 
 def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
-    """The same on every rank and in the test itself."""
+    """The same on every rank and in the test process."""
     torch.manual_seed(3)
     batch_size = BATCH // ranks // case.accumulate
     if case.method == "dino":
@@ -71,13 +71,13 @@ def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
 
 
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """Run both ranks; what each has seen, by case."""
+    """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder, ranks=RANKS)
     return found_by_ranks(folder)
 
 
 def train(case: Case) -> dict[str, Any]:
-    """One training of this rank; what it has seen."""
+    """One training of this rank; returns its results."""
     module, parts = module_and_batches(case, ranks=RANKS)
     config = TrainerConfig(accelerator="cpu", devices=RANKS, strategy=case.strategy)
     config.accumulate_grad_batches = case.accumulate

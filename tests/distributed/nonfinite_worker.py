@@ -24,7 +24,7 @@ RANKS, BATCH, CULPRIT = 2, 8, 1
 
 @dataclass(frozen=True)
 class Case:
-    """What happens, and how it is trained."""
+    """A fault, and the settings of the training."""
 
     strategy: str
     policy: str
@@ -50,7 +50,7 @@ SLOW = tuple(name for name in CASES if name not in FAST)
 
 
 class After(L.Callback):
-    """Weights and the sums of the optimizer's state, whole, after each optimizer step."""
+    """Full weights, and sums of the optimizer's state, after each optimizer step."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
@@ -65,7 +65,7 @@ class After(L.Callback):
 
 
 def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
-    """The same on every rank and in the test itself; the whole batches of steps."""
+    """The same on every rank and in the test process; the total batch of each step."""
     torch.manual_seed(3)
     module = tiny.dino(
         optim=AdamWConfig(lr=0.032, lr_warmup="0ep"),
@@ -77,7 +77,7 @@ def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
-    """What this rank has seen."""
+    """The results of this rank."""
     module, batches = module_and_batches(case)
     config = TrainerConfig(
         accelerator="cpu", devices=RANKS, strategy=case.strategy, accumulate_grad_batches=case.accumulate
@@ -122,7 +122,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
 
 
 class SaveAfter(L.Callback):
-    """One checkpoint, after a step."""
+    """Saves one checkpoint after a step."""
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path, self.step = path, step
@@ -133,7 +133,7 @@ class SaveAfter(L.Callback):
 
 
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
-    """Run both ranks; what each has seen, by case."""
+    """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder, *cases)
     return found_by_ranks(folder)
 

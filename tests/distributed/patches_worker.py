@@ -1,4 +1,4 @@
-"""Two ranks that learn from masked patches, by `launch`: `ranks_worker` with another network and masks by content."""
+"""Two ranks that train with masked patches, by `launch`: `ranks_worker` with another network and masks from content."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ CASES = {
 
 
 UNMASKED = 7e-6
-"""A first pixel whose seed draws no mask."""
+"""A first pixel whose seed gives no mask."""
 
 
 def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
-    """The same on every rank and in the test itself; in one step of two, no image of the second rank has a mask."""
+    """The same on every rank and in the test process; in every second step, no image of the second rank has a mask."""
     torch.manual_seed(3)
     batch_size = BATCH // RANKS // case.accumulate
     module = tiny.dino(
@@ -36,7 +36,7 @@ def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
 
 
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """Run both ranks; what each has seen, by case."""
+    """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder)
     return found_by_ranks(folder)
 

@@ -30,7 +30,7 @@ RANKS, IMAGES = 2, 24
 
 
 class Steps(Callback):
-    """How many micro-batches were begun."""
+    """Number of micro-batches that were started."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -41,12 +41,12 @@ class Steps(Callback):
 
 @dataclass(frozen=True)
 class Case:
-    """What the second rank has instead of what the first has."""
+    """A difference between the second rank and the first."""
 
     second: list[str] = field(default_factory=list)
-    """Words of its command line."""
+    """Overrides of its command line."""
     folder: str = ""
-    """Its images, in place of `same`."""
+    """The folder of its images, instead of `same`."""
     patch: Callable[[Path], None] | None = None
 
 
@@ -86,7 +86,7 @@ CASES = {
 
 
 def prepare(folder: Path) -> None:
-    """The same images three times, once without the last, once with another name, once with one in another class."""
+    """Copies of the images: without the last one, with another name, and with one image in another class."""
     for kind in ("same", "copy", "fewer", "renamed", "moved"):
         for number in range(IMAGES - (kind == "fewer")):
             last = number == IMAGES - 1
@@ -98,7 +98,7 @@ def prepare(folder: Path) -> None:
 
 
 def attempt(case: Case, folder: Path) -> dict[str, Any]:
-    """What this rank has said, and the steps it began."""
+    """The error message of this rank, and the steps that it started."""
     second = os.environ["LOCAL_RANK"] == "1"
     images = (case.folder if second else "") or "same"
     path = folder / images / ("deep/er" if images == "copy" else "")
@@ -135,7 +135,7 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """Run both ranks; what each has seen, by case."""
+    """Run both ranks; returns the results of each by case."""
     prepare(folder)
     on_ranks(main, folder)
     return found_by_ranks(folder)

@@ -27,14 +27,14 @@ from dino_lightning.training.strategy import build_strategy
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
 LEAST_NUMBERS = tiles.LEAST_NUMBERS
 CLIP = 0.02
-"""Above the norms of some gradients, below those of others."""
+"""Larger than the norms of some gradients, smaller than others."""
 STEPS, EPOCHS, RANKS, BATCH = 5, 2, 2, 8
 SCHEDULE: dict[str, Any] = {"lr_warmup": "0ep", "clip_grad": CLIP}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train on two ranks."""
+    """A training on two ranks."""
 
     strategy: str
     optim: OptimConfig = field(default_factory=lambda: AdamWConfig(lr=0.032, **SCHEDULE))
@@ -64,22 +64,22 @@ CASES = {
 
 
 class Watch(L.Callback):
-    """The student's gradients at each optimizer step, averaged over ranks and not yet clipped, and who averages."""
+    """The student's averaged gradients before clipping at each optimizer step, and what averages them."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
         self.storages: list[int] = []
-        """In how many pieces of memory the gradients of each step lie."""
+        """Number of memory blocks that contain the gradients of each step."""
         self.graphs: list[int] = []
-        """Compiled so far, after each micro-batch."""
+        """Number of compiled graphs after each micro-batch."""
         self.settings: dict[str, bool] = {}
-        """Of DDP."""
+        """DDP's buckets."""
         self.sent: list[dict[str, int]] = []
-        """Bytes by kind in each micro-batch, of what is asked of `torch.distributed`; and DDP's gradients."""
+        """Bytes per micro-batch by collective of `torch.distributed`, and those of DDP's gradients."""
         self._seen: Counter[str] = Counter()
 
     def listen(self) -> None:
-        """Count what this rank sends from now on; of a gather or a sum over two ranks, as much as it brings."""
+        """Count the bytes that this rank sends from now on; for a gather or sum over two ranks, those received."""
         counted = {
             "all_gather_single": 1,
             "all_gather_into_tensor": 1,
@@ -120,7 +120,7 @@ class Watch(L.Callback):
 
 
 def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
-    """The same on every rank and in the test itself."""
+    """The same on every rank and in the test process."""
     torch.manual_seed(3)
     batch_size = BATCH // RANKS // case.accumulate
     module = tiny.dino(
@@ -134,13 +134,13 @@ def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
 
 
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
-    """Run both ranks; what each has seen, by case. They go on from `folder`/start.ckpt where there is one."""
+    """Run both ranks; returns the results of each by case. They resume from `folder`/start.ckpt if it exists."""
     on_ranks(main, folder, *cases)
     return found_by_ranks(folder)
 
 
 def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
-    """One training of this rank; what it has seen."""
+    """One training of this rank; returns its results."""
     module, batches = module_and_batches(case)
     trainer_config = TrainerConfig(
         accelerator="cpu", devices=RANKS, strategy=case.strategy, accumulate_grad_batches=case.accumulate
@@ -198,7 +198,7 @@ def all_tensors(module: Any, trainer: L.Trainer) -> dict[str, Tensor]:
 
 
 def sizes(tensor: Tensor) -> tuple[list[int], int]:
-    """The shape of the whole, and how many numbers are on this rank."""
+    """The full shape, and the number of values on this rank."""
     return list(tensor.shape), local(tensor).numel()
 
 

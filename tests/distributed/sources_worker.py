@@ -31,7 +31,7 @@ from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.runtime.collectives import leave_group
 
 RANKS, WORKERS, BATCH, IMAGES = 2, 2, 3, 24
-"""Each loader process makes two batches per epoch, and all together every image once."""
+"""Each loader process makes two batches per epoch; together they contain every image once."""
 STEP, SIDE = 10, 24
 CROPS = CropsConfig(
     backend="cpu",
@@ -48,7 +48,7 @@ CROPS = CropsConfig(
 
 
 def pixels(number: int, *, side: int = SIDE) -> np.ndarray:
-    """Red is the number; green and blue tell where a crop was cut."""
+    """Red is the image's index; green and blue encode the position of a crop."""
     rows, columns = np.mgrid[0:side, 0:side] * (250 // side)
     return np.stack([np.full((side, side), STEP * number), rows, columns], axis=-1).astype(np.uint8)
 
@@ -60,7 +60,7 @@ def png(number: int) -> bytes:
 
 
 def prepare(folder: Path) -> dict[str, DataConfig]:
-    """Write the images for every source; the configurations that read them."""
+    """Write the images for every source; returns their configurations."""
     common: dict[str, Any] = {"num_workers": WORKERS, "batch_size_per_device": BATCH, "holdout": 0.0}
     common |= {"cache_dir": str(folder / "cache")}
     files = {f"{'ab'[number % 2]}/{number:03}.png": png(number) for number in range(IMAGES)}
@@ -135,7 +135,7 @@ def write_landmarks(folder: Path, contents: list[bytes]) -> None:
 
 
 def write_food(folder: Path, files: dict[str, bytes]) -> Path:
-    """The layout of Food-101, which torchvision knows; it wants names that end in jpg."""
+    """The layout of torchvision's Food-101, which needs names that end in jpg."""
     base = folder / "food-101"
     names: dict[str, list[str]] = {"a": [], "b": []}
     for name, content in files.items():
@@ -150,14 +150,14 @@ def write_food(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def launch(folder: Path) -> list[dict[str, Any]]:
-    """Run both ranks: by source, what each has seen."""
+    """Run both ranks; returns the results of each by source."""
     torch.save(prepare(folder), folder / "configs.pt")
     on_ranks(main, folder, HF_DATASETS_CACHE=str(folder / "hf"), HF_HUB_OFFLINE="1")
     return found_by_ranks(folder)
 
 
 def read(config: DataConfig, *, seed: int, epochs: int) -> list[list[list[list[float]]]]:
-    """Epochs of batches of (number, what tells its crops apart …)."""
+    """Epochs of batches of (index, values that identify its crops ...)."""
     loader = MultiCropDataModule(config, CROPS, seed=seed).train_dataloader()
     seen = []
     for epoch in range(epochs):
@@ -167,7 +167,7 @@ def read(config: DataConfig, *, seed: int, epochs: int) -> list[list[list[list[f
 
 
 def left_and_found(config: DataConfig) -> list[list[list[list[float]]]]:
-    """Epoch 0, left after its first batch and gone on with by another loader."""
+    """Epoch 0, interrupted after its first batch and resumed by another loader."""
     first, second = (MultiCropDataModule(config, CROPS, seed=0).train_dataloader() for _ in range(2))
     before = [rows(next(iter(first)))]
     second.load_state_dict(first.state_dict())
@@ -175,7 +175,7 @@ def left_and_found(config: DataConfig) -> list[list[list[list[float]]]]:
 
 
 def rows(views: list[torch.Tensor]) -> list[list[float]]:
-    """Of each image: its number, and green and blue of its crops' corners."""
+    """For each image: its index, and green and blue of its crops' corners."""
     number = (views[0][:, 0].mean((1, 2)) * 255 / STEP).round()
     corners = [view[:, 1:, [0, -1], [0, -1]].flatten(1) for view in views]
     return torch.cat([number[:, None], *corners], dim=1).tolist()

@@ -1,4 +1,4 @@
-"""torchrun starts a run again after a process was killed or a host was too slow, and it ends as undisturbed.
+"""torchrun restarts a run after a process was killed or a host was too slow, and its result does not change.
 
 On two hosts, in network namespaces, as root.
 """
@@ -26,7 +26,7 @@ MEASURED = ("speed/", "images_per_second", "time")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run without any fault."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = run(train(f"output_dir={folder}/out", *LONG), log=folder / "log", timeout=240)
     assert ended.status == 0, ended.said
@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """`metrics.csv` without what is measured by the clock."""
+    """`metrics.csv` without the measured speed."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [
             {key: value for key, value in row.items() if value and not key.startswith(MEASURED)}
@@ -43,7 +43,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_same(folder: Path, undisturbed: Path, *, steps: int = 12) -> None:
-    """Weights bit for bit, and every row of the figures once."""
+    """Bit-identical weights, and every row of metrics exactly once."""
     weights, expected = load_file(folder / "teacher.safetensors"), load_file(undisturbed / "teacher.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -54,7 +54,7 @@ def assert_same(folder: Path, undisturbed: Path, *, steps: int = 12) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_of_one_host(undisturbed: Path, tmp_path: Path) -> None:
-    """Killed in the second epoch: both start again with the end of the first one."""
+    """Killed in the second epoch: both processes restart from the end of the first one."""
     command = train(
         f"imports=[{HERE}/faulty_rank.py]",
         f"output_dir={tmp_path}/out",
@@ -81,7 +81,7 @@ class Cluster:
     runs: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, *words: str, restarts: int = 3, **variables: str) -> list[subprocess.Popen[bytes]]:
-        """torchrun on both hosts; the first keeps the rendezvous."""
+        """Start torchrun on both hosts; the first hosts the rendezvous."""
         for number, host in enumerate(self.hosts):
             launcher = [
                 *TORCHRUN,
@@ -110,7 +110,7 @@ class Cluster:
         return self.runs
 
     def wait(self, seconds: float) -> tuple[list[int], float]:
-        """Exit statuses, and the seconds since the fault until the last process was gone."""
+        """Exit statuses, and the seconds from the fault until the last process ended."""
         until = time.monotonic() + seconds
         statuses = [process.wait(timeout=max(1, until - time.monotonic())) for process in self.runs]
         while any(members(process.pid) for process in self.runs):
@@ -145,7 +145,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_killed_process_of_two_hosts(rank: str, undisturbed: Path, cluster: Cluster) -> None:
-    """The host of the other process has failed at nothing: its torchrun counts no restart."""
+    """The host of the other process has not failed, so its torchrun counts no restart."""
     cluster.start(FAULT="killed", FAULTY=rank, FAULT_STEP="6")
     statuses, _ = cluster.wait(300)
     assert statuses == [0, 0], cluster.said()
@@ -154,7 +154,7 @@ def test_a_killed_process_of_two_hosts(rank: str, undisturbed: Path, cluster: Cl
 
 @pytest.mark.slow
 def test_a_host_that_is_slow_for_some_seconds(undisturbed: Path, cluster: Cluster) -> None:
-    """Stopped for a third of the timeout: the other waits."""
+    """Stopped for a third of the timeout: the other host waits."""
     cluster.start(FAULT="stopped", FAULTY="1", FAULT_STEP="6", restarts=0)
     resume_after(cluster, TIMEOUT_S / 3)
     statuses, _ = cluster.wait(300)
@@ -164,7 +164,7 @@ def test_a_host_that_is_slow_for_some_seconds(undisturbed: Path, cluster: Cluste
 
 @pytest.mark.slow
 def test_a_host_that_is_slow_for_too_long(undisturbed: Path, cluster: Cluster) -> None:
-    """Stopped for twice the timeout: the other ends, both start again and finish."""
+    """Stopped for twice the timeout: the other host ends, both restart and finish."""
     cluster.start(FAULT="stopped", FAULTY="1", FAULT_STEP="6")
     resume_after(cluster, 2 * TIMEOUT_S)
     statuses, _ = cluster.wait(300)
@@ -175,7 +175,7 @@ def test_a_host_that_is_slow_for_too_long(undisturbed: Path, cluster: Cluster) -
 
 @pytest.mark.slow
 def test_a_pulled_cable_that_is_plugged_in_again(undisturbed: Path, cluster: Cluster) -> None:
-    """TCP sends again what was lost: the run goes on."""
+    """TCP retransmits what was lost, and the run continues."""
     cluster.start(FAULT="noted", FAULT_STEP="6", FAULTY="1")
     cluster.wait_for((cluster.folder / "mark").exists)
     cluster.hosts[1].pull_cable()
@@ -188,7 +188,7 @@ def test_a_pulled_cable_that_is_plugged_in_again(undisturbed: Path, cluster: Clu
 
 @pytest.mark.slow
 def test_a_pulled_cable(cluster: Cluster) -> None:
-    """Nobody can start again without the other: both hosts end, each with a message, and nothing is left over."""
+    """Neither host can restart without the other: both end with a message, and no process remains."""
     cluster.start(FAULT="noted", FAULT_STEP="6", FAULTY="1")
     cluster.wait_for((cluster.folder / "mark").exists)
     cluster.hosts[1].pull_cable()
@@ -202,7 +202,7 @@ def test_a_pulled_cable(cluster: Cluster) -> None:
 
 
 def resume_after(cluster: Cluster, seconds: float) -> None:
-    """SIGCONT for the process that has stopped itself."""
+    """Send SIGCONT to the process that has stopped itself."""
     cluster.wait_for((cluster.folder / "mark").exists)
     time.sleep(seconds)
     for number in (number for process in cluster.runs for number in members(process.pid)):

@@ -1,4 +1,4 @@
-"""FSDP: checkpoints are those of one process, and a whole run works."""
+"""FSDP: checkpoints equal those of one process, and a complete run works."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_and_ends_as_it_would(tmp_path: Path) -> None:
+def test_a_run_of_one_process_is_resumed_by_two_ranks(tmp_path: Path) -> None:
     module, batches = ranks_worker.module_and_batches()
     module.batch_size_per_device = 8
     checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -60,7 +60,7 @@ def test_a_run_of_one_process_goes_on_and_ends_as_it_would(tmp_path: Path) -> No
 
 
 def train(output: Path, *overrides: str) -> dict[str, Any]:
-    """`python train.py` on two ranks; its summary."""
+    """Run `python train.py` on two ranks; returns its summary."""
     options = [*SMALL, *UNEVEN, "trainer.devices=2", "trainer.strategy=fsdp", "cpu_threads=1", *overrides]
     command = [sys.executable, str(PROJECT / "train.py"), *options, f"output_dir={output}"]
     subprocess.run(command, check=True, timeout=120, cwd=output.parent)
@@ -69,7 +69,7 @@ def train(output: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps that went on to twelve."""
+    """A run of six steps that was resumed to twelve."""
     folder = tmp_path_factory.mktemp("fsdp") / "run"
     assert train(folder, "trainer.max_steps=6", "callbacks.pictures.every_n_epochs=1")["steps"] == 6
     assert train(folder, "resume=true", "callbacks.pictures.every_n_epochs=1")["steps"] == 12
@@ -85,7 +85,7 @@ def test_output_folder(output: Path) -> None:
     assert names == expected | {f"pictures/{name}.png" for name in pictures}
 
 
-def test_export_holds_the_whole_teacher(output: Path) -> None:
+def test_export_contains_the_complete_teacher(output: Path) -> None:
     weights = load(output / "checkpoints" / "last.ckpt")["state_dict"]
     exported = load_file(output / "teacher.safetensors")
     assert {f"teacher.backbone.{name}" for name in exported} == {

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and goes on equals one that was not, to the last bit.
+"""A run that is killed at any moment and resumed is bit-identical to an undisturbed one.
 
 Compared are the exported weights; the checkpoint of the end, with weights, optimizer, teacher, center, queues, states
 of callbacks, loops and random generators of every rank; each row of `metrics.csv`, with losses, schedules and k-NN;
@@ -16,20 +16,20 @@ import pytest
 from kills_run import drawn_kills, killed_and_resumed, start, unlike, words_of, write_shards
 
 SEED = os.environ.get("KILLS_SEED", "0")
-"""Another one draws other places and ways."""
+"""Another seed gives other moments and signals."""
 
 
 @dataclass
 class Reference:
-    """A run with two loader processes and two micro-batches in a step, which nobody kills."""
+    """An undisturbed run with two loader processes and two micro-batches per step."""
 
     words: list[str]
     folder: Path
     status: Future[int]
-    """Of its one start, which goes on beside that of the killed runs."""
+    """Its only start, in parallel with the killed runs."""
 
     def check(self, folder: Path) -> None:
-        """The run in `folder` has the same end."""
+        """Assert that the run in `folder` has the same result."""
         assert self.status.result() == 0
         assert unlike(folder, self.folder) == []
 
@@ -43,7 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
 
 
 def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> None:
-    """In the middle of a window of accumulation and of a k-NN evaluation, the second time told to end."""
+    """Between accumulated micro-batches, and by a signal during a k-NN evaluation."""
     killed_and_resumed(tmp_path / "run", reference.words, ["backward@2=SIGKILL", "knn@1=SIGTERM"], copied=True)
     reference.check(tmp_path / "run")
 
@@ -65,16 +65,16 @@ def test_killed_in_files_and_processes(kills: list[str], reference: Reference, t
 
 
 @pytest.mark.slow
-def test_told_to_end_outside_of_training(reference: Reference, tmp_path: Path) -> None:
-    """Before, the status has it started again; behind, nothing is left to do."""
+def test_signals_before_and_after_training(reference: Reference, tmp_path: Path) -> None:
+    """Before training, the status requests a restart; after it, nothing is left to do."""
     killed_and_resumed(tmp_path / "run", reference.words, ["import@0=SIGTERM", "import@0=SIGUSR1", "export@0=SIGTERM"])
     reference.check(tmp_path / "run")
     assert start(tmp_path / "run", reference.words, kill="exit@0=SIGTERM") == 0
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_finds_no_room(reference: Reference, tmp_path: Path) -> None:
-    """The one before it is kept, the run goes on and ends as it would have."""
+def test_a_checkpoint_on_a_full_disk(reference: Reference, tmp_path: Path) -> None:
+    """The previous checkpoint is kept, and the run continues with the same result."""
     assert start(tmp_path / "run", reference.words, kill="write@1=full") == 0
     assert "could not be written (No space left on device)" in (tmp_path / "run-notes" / "log.txt").read_text()
     reference.check(tmp_path / "run")
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[list[str], int, int]] = {
     "fsdp": (["trainer.strategy=fsdp"], 2, 0),
     "written beside": (["callbacks.checkpoint.asynchronous=true"], 1, 1),
 }
-"""Name -> words, ranks, loader processes."""
+"""Overrides, ranks and loader processes by name."""
 RANDOM = [(case, part) for case in CASES for part in range(2 if case in ("no loaders", "two ranks") else 1)]
 
 
@@ -112,7 +112,7 @@ def test_killed_at_random(case: str, part: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stream_killed_at_random(tmp_path: Path) -> None:
-    """Shards that two loader processes read in turn, with a shuffle buffer."""
+    """Two loader processes read shards alternately, with a shuffle buffer."""
     shards = write_shards(tmp_path / "shards", count=4, images=24)
     words = words_of(
         "data=webdataset",
@@ -141,7 +141,7 @@ def test_the_runs_of_wandb_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_only_ends_of_epochs_are_saved(tmp_path: Path) -> None:
-    """Without a clock a killed run repeats the epoch."""
+    """Without time-based checkpoints, a killed run repeats the epoch."""
     words = [*words_of(workers=1), "callbacks.checkpoint.every_n_minutes=0"]
     assert start(tmp_path / "reference", words) == 0
     killed_and_resumed(tmp_path / "run", words, ["forward@5=SIGKILL", "backward@12=SIGKILL"])

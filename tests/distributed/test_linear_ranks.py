@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of both ranks, and of one process."""
+    """The results of both ranks, and of one process."""
     folder = tmp_path_factory.mktemp("linear")
     torch.set_num_threads(1)  # as in the ranks: an earlier test may have trained with more, which reorders sums
     ranks = linear_ranks_worker.launch(folder)
@@ -24,7 +24,7 @@ def test_figures(found: list[dict[str, Any]], name: str) -> None:
     assert first[f"{name}_details"] == second[f"{name}_details"] == alone[f"{name}_details"]
 
 
-def test_the_fast_classifier_is_the_same_to_the_last_bit(found: list[dict[str, Any]]) -> None:
+def test_the_grid_classifier_is_bit_identical(found: list[dict[str, Any]]) -> None:
     for key, weights in found[0]["fast_weights"].items():
         assert torch.equal(weights, found[2]["fast_weights"][key])
 

@@ -1,4 +1,4 @@
-"""One rank fails, stops or never comes: the others end soon, with words that say which rank to look at.
+"""A rank fails, stops or never starts: the others end soon, with a message that names the rank.
 
 Whole runs of `train.py` on two real processes, by Lightning's launcher and by torchrun; `faulty_rank.py` breaks one.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from programs import processes_of, start_program
 
 TIMEOUT_S = 45
-"""`collective_timeout_s`: more than two processes need to come to the start on a busy machine."""
+"""`collective_timeout_s`: more than two processes need to start on a busy machine."""
 LAUNCHERS = {"lightning": [], "torchrun": [*TORCHRUN, *ONE_HOST]}
 FOLDER = ["data=folder", "data.holdout=0.2", "data.path=${oc.env:IMAGES_OF_RANK}"]
 LOST = "ends because another rank has ended or has not answered within collective_timeout_s"
@@ -29,7 +29,7 @@ class Lost:
     status: int
     said: str
     seconds: float
-    """From what happened until no process was left."""
+    """Seconds from the fault until the last process ended."""
 
 
 def images(folder: Path, *, count: int = 40) -> Path:
@@ -50,7 +50,7 @@ def lose(
     data: Sequence[str] = BUILTIN,
     **variables: str,
 ) -> Lost:
-    """Run until no process is left."""
+    """Run until all processes have ended."""
     mark, log = folder / "mark", folder / "log"
     command = train(
         f"imports=[{HERE}/faulty_rank.py]",
@@ -71,7 +71,7 @@ def lose(
 
 
 def test_an_error_on_the_second_rank_ends_the_first(tmp_path: Path) -> None:
-    """The first process is a copy of one that has its libraries; Lightning starts the second one with a new Python."""
+    """The first process is forked with loaded libraries; Lightning starts the second one as a new Python process."""
     mark, log = tmp_path / "mark", tmp_path / "log"
     words = train(f"imports=[{HERE}/faulty_rank.py]", f"output_dir={tmp_path}/out", f"collective_timeout_s={TIMEOUT_S}")
     variables = environment({"FAULT": "error", "FAULTY": "1", "MARK": str(mark)})
@@ -114,8 +114,8 @@ def test_a_killed_rank_ends_the_other(rank: int, launcher: str, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_does_not_keep_the_other(rank: int, launcher: str, tmp_path: Path) -> None:
-    """It is killed when Python has just started; the other one is on its way to the group."""
+def test_a_rank_that_never_starts_ends_the_other(rank: int, launcher: str, tmp_path: Path) -> None:
+    """It is killed right after Python started, while the other one is joining the process group."""
     lost = lose(tmp_path, "killed at the start", launcher=launcher, rank=rank)
     assert lost.status not in (0, 2)
     assert lost.seconds < 60
@@ -123,7 +123,7 @@ def test_a_rank_that_never_comes_does_not_keep_the_other(rank: int, launcher: st
 
 @pytest.mark.slow
 def test_the_first_process_is_killed_while_the_other_is_on_its_way(tmp_path: Path) -> None:
-    """Nobody is left to watch the second one, which would wait for the first for the whole of its timeout."""
+    """The second process is not watched any more, and would wait for the first one for its full timeout."""
     lost = lose(tmp_path, "kills the first", "collective_timeout_s=600", launcher="lightning")
     assert lost.status == -9
     assert "the first process of this machine has ended" in lost.said
@@ -133,7 +133,7 @@ def test_the_first_process_is_killed_while_the_other_is_on_its_way(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_stops_ends_the_other_within_the_timeout(launcher: str, tmp_path: Path) -> None:
-    """A process that is stopped hears no SIGTERM: torchrun kills it after 30 seconds, `processes` after 10."""
+    """A stopped process does not handle SIGTERM: torchrun kills it after 30 seconds, our watchdog after 10."""
     lost = lose(tmp_path, "stopped", launcher=launcher)
     assert lost.status == 1
     assert f"rank 0 {LOST}" in lost.said
@@ -143,7 +143,7 @@ def test_a_rank_that_stops_ends_the_other_within_the_timeout(launcher: str, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_images_that_are_missing_on_one_host(launcher: str, tmp_path: Path) -> None:
-    """That rank says so; the other one does not wait for it."""
+    """That rank reports it, and the other one does not wait for it."""
     folders = {"IMAGES_OF_RANK": str(images(tmp_path / "images")), "OTHER_IMAGES": str(tmp_path / "nowhere")}
     lost = lose(tmp_path, "images", "collective_timeout_s=600", data=FOLDER, launcher=launcher, **folders)
     assert lost.status == (2 if launcher == "lightning" else 1)
@@ -169,7 +169,7 @@ def test_fewer_images_on_one_host(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("on_error", ["skip", "raise"])
 def test_a_bad_file_on_one_host(on_error: str, tmp_path: Path) -> None:
-    """Skipped, it is a matter of that rank alone; else that rank ends with its name, and the other one with it."""
+    """If it is skipped, only that rank is affected; otherwise that rank names the file, and both end."""
     other = images(tmp_path / "other")
     for path in sorted(other.rglob("*.png"))[4:6]:
         path.write_bytes(path.read_bytes()[:60])

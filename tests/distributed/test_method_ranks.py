@@ -40,7 +40,7 @@ def test_two_ranks_are_one_process(name: str, all_ranks: list[dict[str, dict[str
 
 
 def test_cases_show_what_they_should(all_ranks: list[dict[str, dict[str, Any]]]) -> None:
-    """The queues were full and used, the predictor spread, and every method among them."""
+    """The queues were full and used, the predictor was sharded, and every method is included."""
     assert {case.method for case in CASES.values()} == {"dino", *tiny_methods.CONFIGS}
     state = all_ranks[0]["swav, queue"]["state"]
     assert int(state["queues.0.filled"]) == 11 < STEPS * method_ranks_worker.BATCH

@@ -1,4 +1,4 @@
-"""Two ranks, one of which has a step that is not finite: both do the same about it, in the same step."""
+"""One of two ranks has a step that is not finite: both react identically, in the same step."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_both_ranks_agree(name: str, seen: tuple[Path, Ranks]) -> None:
     assert first["error"] == second["error"]
     assert bool(first["error"]) == (case.policy == "stop")
     assert first["steps"] == second["steps"] == (BAD if case.policy == "stop" else STEPS)
-    # Also the statistics of batch norms, of which DDP copies those of rank 0 at each forward pass.
+    # Including the statistics of batch norms, which DDP copies from rank 0 before each forward pass.
     trained = [key for key in first["end"] if not case.batch_norm or "running" not in key]
     assert_equal({key: first["end"][key] for key in trained}, {key: second["end"][key] for key in trained})
     assert all(tensor.isfinite().all() for rank in (first, second) for tensor in rank["end"].values())
@@ -67,7 +67,7 @@ def test_the_step_moves_nothing(name: str, seen: tuple[Path, Ranks]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "batch norms" not in str(name)])
 def test_the_others_are_those_of_one_process(name: str, seen: tuple[Path, Ranks]) -> None:
-    """Over whole batches, without the step; a rollback to the checkpoint after step 0 undoes the one between, too."""
+    """With total batches, without that step; a rollback to the checkpoint after step 0 also undoes step 1."""
     case, (_, ranks) = CASES[name], seen
     whole = Case(case.strategy, case.policy)
     module, batches = module_and_batches(whole)

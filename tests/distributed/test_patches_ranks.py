@@ -1,4 +1,4 @@
-"""Two ranks learn from masked patches as one process does with the same masks, also where one rank has none."""
+"""Two ranks train with masked patches as one process does with the same masks, even if one rank has none."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ranks that do not see the same are refused before their first step, all by the same sentence."""
+"""Ranks that differ end before their first step, all with the same message."""
 
 from typing import Any
 
@@ -43,8 +43,8 @@ def test_the_rank_is_named_before_the_first_step(name: str, ranks: Seen) -> None
     assert first["steps"] == second["steps"] == 0
 
 
-def test_the_odd_one_of_many_is_named() -> None:
-    """With its machine, also where it is the first; ranks that are one machine are not told apart by it."""
+def test_the_deviating_rank_is_named() -> None:
+    """With its host name, even if it is the first rank; host names are omitted if all ranks share one."""
     ranks = [("a", {"seed": "1"}), ("a", {"seed": "0"}), ("b", {"seed": "0"}), ("b", {"seed": "0"})]
     with pytest.raises(RanksDifferError, match=r"^rank 0 on a has seed=1, but rank 1 on a has seed=0: "):
         compare(ranks)
@@ -55,7 +55,7 @@ def test_the_odd_one_of_many_is_named() -> None:
     compare([("a", {"seed": "1"})] * 5)
 
 
-def test_a_checksum_sees_another_draw_but_not_rounding() -> None:
+def test_a_checksum_detects_other_weights_but_not_rounding() -> None:
     torch.manual_seed(0)
     first, second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
     rounded = torch.nn.Linear(64, 64)

@@ -1,4 +1,4 @@
-"""Two ranks over gloo train as one process with the same total batch, each with whole networks (DDP) or with slices."""
+"""Two ranks over gloo train as one process with the same total batch, with complete networks (DDP) or shards (FSDP)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from torch import Tensor
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 """Float64: only the order of sums differs."""
 AS_ONE: dict[str, Any] = {"accumulate": 1, "checkpointed": False, "tiled": False, "compiled": False}
-"""What one process need not do to train the same."""
+"""Settings that only matter for several processes."""
 SLOW = ("ddp, compiled", "fsdp, checkpointed", "fsdp, sgd")
 FAST = tuple(name for name in CASES if name not in SLOW)
 LAST = ("head.last_layer.weight_g", "head.last_layer.weight_v")
@@ -42,7 +42,7 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def trained_alone() -> dict[str, Alone]:
-    """By the case's settings: several cases are the same training."""
+    """By settings, as several cases are the same training."""
     return {}
 
 
@@ -58,7 +58,7 @@ def case(name: str) -> Case:
 
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
-    """What they have seen in one case."""
+    """The results of both ranks in one case."""
     return [rank[name] for rank in request.getfixturevalue("slow_ranks" if name in SLOW else "all_ranks")]
 
 
@@ -71,7 +71,7 @@ def alone(case: Case, trained_alone: dict[str, Alone]) -> Alone:
 
 
 def train_alone(case: Case) -> Alone:
-    # On CPUs a batch norm sees the images of its rank: those of one of two micro-batches.
+    # On CPUs, a batch norm uses the images of its rank, which are those of one of two micro-batches.
     parts = ranks_worker.RANKS if case.batch_norm else 1
     module, whole = ranks_worker.module_and_batches(replace(case, **AS_ONE))
     module.batch_size_per_device = ranks_worker.BATCH // parts
@@ -82,7 +82,7 @@ def train_alone(case: Case) -> Alone:
 
 
 def by_step(values: list[Any]) -> list[Any]:
-    """Of values after each micro-batch, those after a step."""
+    """From values after each micro-batch, those after a step."""
     window = len(values) // (ranks_worker.STEPS * ranks_worker.EPOCHS)
     return values[window - 1 :: window]
 
@@ -92,7 +92,7 @@ def step_means(losses: list[float]) -> Tensor:
 
 
 def parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the statistics of batch norms, of which each process has its own."""
+    """Without the statistics of batch norms, which each process has for itself."""
     return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
 
 
@@ -128,7 +128,7 @@ def test_some_gradients_are_clipped(alone: Alone) -> None:
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
-def test_weights_in_the_end(network: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
+def test_final_weights(network: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
     expected = parameters(tiny.copy(getattr(alone.module, network)))
     for rank in ranks:
         ours = parameters(rank[network])
@@ -139,7 +139,7 @@ def test_weights_in_the_end(network: str, ranks: list[dict[str, Any]], alone: Al
 
 
 def test_prototypes_were_frozen_and_then_were_not(alone: Alone) -> None:
-    """So that what is compared above goes through both."""
+    """So the comparisons above cover both."""
     states, frozen = alone.record.students, 6
     steps = by_step(states)
     for name in LAST:
@@ -147,7 +147,7 @@ def test_prototypes_were_frozen_and_then_were_not(alone: Alone) -> None:
         assert not torch.equal(steps[frozen - 1][name], steps[frozen][name])
 
 
-def test_who_averages_the_gradients(name: str, case: Case, ranks: list[dict[str, Any]]) -> None:
+def test_what_averages_the_gradients(name: str, case: Case, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         if case.strategy == "fsdp":
             assert not rank["settings"]
@@ -161,7 +161,7 @@ def test_who_averages_the_gradients(name: str, case: Case, ranks: list[dict[str,
 
 
 def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
-    """Weights, gradients and moments, of the teacher as of the student."""
+    """Weights, gradients and moments of student and teacher."""
     assert {*ranks[0]["sharded"], *ranks[1]["sharded"]} == {case.strategy == "fsdp"}
     first, second = (rank["sizes"] for rank in ranks)
     assert any(name.startswith("gradient of student.") for name in first)
@@ -169,7 +169,7 @@ def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
     for name, (shape, here) in first.items():
         there, whole = second[name][1], math.prod(shape)
         if case.strategy == "fsdp":
-            # Rows, of which the first rank has the one that is left over; or half of the only row.
+            # Rows, of which the first rank has one more if their number is odd; or half of a single row.
             left = whole // shape[0] if shape[0] % 2 and shape[0] > 1 else 0
             assert (here, there) == ((whole + left) // 2, (whole - left) // 2), name
         else:
@@ -180,8 +180,8 @@ def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_bytes_sent_are_those_on_paper(name: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
-    """`docs/scaling.md` reckons with them."""
+def test_bytes_sent(name: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
+    """`docs/scaling.md` uses them."""
     options: Any = {"gpus": ranks_worker.RANKS, "element": 8}
     small = sum(scaling_bytes.small_bytes(tiny.K, **options).values())
     if name == "ddp":
@@ -205,6 +205,6 @@ def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_are_compiled_in_the_first_step(slow_ranks: list[dict[str, dict[str, Any]]]) -> None:
-    """Blocks and last blocks of student and teacher, beside DDP."""
+    """Blocks and last blocks of student and teacher, under DDP."""
     for rank in slow_ranks:
         assert set(rank["ddp, compiled"]["graphs"]) == {4}

@@ -1,4 +1,4 @@
-"""A job of SLURM by hand: its signal, the request to start again, and the second start, with SLURM's variables.
+"""A simulated SLURM job: its signal, the requeue request, and the second start, with SLURM's variables.
 
 There is no SLURM here. Two processes get what `srun` gives to its tasks, and `scontrol` is a program that writes down
 what it was asked.
@@ -30,7 +30,7 @@ HERE_IS_SLURM = {
 
 
 def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
-    """Both tasks of the job; the folder of the run is named by SLURM."""
+    """Start both tasks of the job; the run's folder is named after the job."""
     command = train(f"imports=[{HERE}/faulty_rank.py]", "collective_timeout_s=60", "data.num_workers=1", *LONG)
     variables = {**HERE_IS_SLURM, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "MARK": str(folder / "mark")}
     variables |= {"FAULT": "noted", "FAULTY": "0", "FAULT_STEP": "6"}
@@ -45,8 +45,8 @@ def srun(folder: Path, *, restarts: int) -> list[subprocess.Popen[bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_job_whose_time_is_over_is_started_again(number: signal.Signals, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGTERM is of `scancel`, or of a preemption after which SLURM itself starts the job again.
+def test_a_job_at_its_time_limit_is_requeued(number: signal.Signals, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGTERM comes from `scancel`, or from a preemption after which SLURM itself restarts the job.
 
     As from SLURM, it reaches loader processes, too.
     """

@@ -41,16 +41,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def numbers(seen: Seen, *, epoch: int, what: str = "epochs") -> list[list[int]]:
-    """Of each rank, the images in their order."""
+    """The images of each rank in order."""
     return [[int(row[0]) for batch in rank[what][epoch] for row in batch] for rank in seen]
 
 
 def crops(seen: Seen, *, epoch: int, what: str = "epochs") -> list[tuple[float, ...]]:
-    """What tells apart the crops of each image on all ranks, without its number."""
+    """The values that identify the crops of each image on all ranks, without its index."""
     return [tuple(row[1:]) for rank in seen for batch in rank[what][epoch] for row in batch]
 
 
-def test_all_sources_are_there(ranks: Seen) -> None:
+def test_every_source_is_covered(ranks: Seen) -> None:
     assert list(ranks[0]) == list(ranks[1])
     assert sorted(ranks[0]) == sorted(SOURCES)
 
@@ -65,7 +65,7 @@ def test_every_image_once_per_epoch(name: str, ranks: Seen) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_order_changes_with_epoch_and_seed_and_comes_again(name: str, ranks: Seen) -> None:
+def test_the_order_depends_on_epoch_and_seed_only(name: str, ranks: Seen) -> None:
     seen = [rank[name] for rank in ranks]
     assert [rank["again"][0] for rank in seen] == [rank["epochs"][0] for rank in seen]
     if name != "builtin":
@@ -75,14 +75,14 @@ def test_the_order_changes_with_epoch_and_seed_and_comes_again(name: str, ranks:
 
 
 @pytest.mark.parametrize("name", ["folder", "webdataset"])
-def test_every_rank_goes_on_where_it_was(name: str, ranks: Seen) -> None:
+def test_every_rank_resumes_at_its_position(name: str, ranks: Seen) -> None:
     for rank in ranks:
         assert rank[name]["resumed"][0] == rank[name]["epochs"][0]
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_two_images_get_the_same_crops(name: str, ranks: Seen) -> None:
-    """Equal seeds in two ranks or loader processes would give equal crops at equal places of the order."""
+    """Equal seeds in two ranks or loader processes would give equal crops at equal positions."""
     seen = [rank[name] for rank in ranks]
     assert WORKERS == RANKS == 2
     of_all = crops(seen, epoch=0) + crops(seen, epoch=1) + crops(seen, epoch=0, what="other seed")

@@ -1,4 +1,4 @@
-"""Jobs of submitit: what is asked of SLURM, and a job that is interrupted, started again and ends as undisturbed.
+"""submitit jobs: their request to SLURM, and a job that is interrupted and resumed without a difference.
 
 There is no SLURM here: jobs of submitit's local executor have the same handlers of signals, and are started again.
 """
@@ -23,14 +23,14 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install
 
 
 def launcher(*words: str) -> Any:
-    """The launcher that `--multirun WORDS` has."""
+    """The launcher of `--multirun WORDS`."""
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("config", overrides=[*words], return_hydra_config=True).hydra.launcher
 
 
-def test_a_process_for_each_device_is_asked_for() -> None:
+def test_a_process_per_device_is_requested() -> None:
     one = launcher("hydra/launcher=submitit_one_node", "trainer.devices=8")
     assert (one.nodes, one.tasks_per_node, one.gpus_per_node) == (1, 8, 8)
     two = launcher("hydra/launcher=submitit_two_nodes", "trainer.devices=4", "trainer.num_nodes=2")
@@ -67,7 +67,7 @@ def test_sbatch_gets_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_interrupted_ends_as_undisturbed(tmp_path: Path) -> None:
+def test_an_interrupted_job_has_the_same_result(tmp_path: Path) -> None:
     """submitit's signal arrives in the second epoch."""
     words = ["trainer.devices=1", *LONG]
     alone = run(train(f"output_dir={tmp_path}/undisturbed", *words), log=tmp_path / "alone", timeout=240)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them that can be pulled.
+"""Two hosts on one machine: network namespaces with a virtual cable between them that can be unplugged.
 
 Needs root and Linux. Both hosts see the same disk, as those of a cluster do, and nothing else of each other.
 """
@@ -16,10 +16,10 @@ RETRIES = 6
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two."""
+    """A host."""
 
     name: str
-    """Of the namespace."""
+    """Name of the network namespace."""
     device: str
     """Its end of the cable."""
     address: str
@@ -29,16 +29,16 @@ class Host:
         return ["ip", "netns", "exec", self.name, *words]
 
     def pull_cable(self) -> None:
-        """Nothing arrives any more, and nobody is told."""
+        """Unplug the cable: packets are lost silently."""
         _ip("-n", self.name, "link", "set", self.device, "down")
 
     def plug_cable(self) -> None:
-        """As before."""
+        """Plug the cable in again."""
         _ip("-n", self.name, "link", "set", self.device, "up")
 
 
 def why_not() -> str:
-    """Why there can be no namespaces here; empty where there can."""
+    """Why this machine cannot create namespaces; empty if it can."""
     if os.name != "posix" or os.geteuid() != 0:
         return "network namespaces need root"
     if which("ip") is None:
@@ -53,7 +53,7 @@ def why_not() -> str:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a cable, gone afterwards."""
+    """Two connected hosts, removed afterwards."""
     mark = os.getpid() % 100000
     hosts = tuple(
         Host(f"dino{mark}{side}", f"d{mark}{side}", f"10.77.0.{number}") for number, side in enumerate("ab", 1)

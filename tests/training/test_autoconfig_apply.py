@@ -1,4 +1,4 @@
-"""`auto.data=true`: the images are looked at, keys are set, the command line wins."""
+"""`auto.data=true` measures the images and sets keys that the command line does not."""
 
 import io
 import subprocess
@@ -30,7 +30,7 @@ from dino_lightning.training.autoconfig.apply import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 photographs of 2 classes, 48 to 77 pixels high and wider than that."""
+    """30 images of 2 classes, 48 to 77 pixels high and wider than that."""
     root = tmp_path_factory.mktemp("photos")
     for index in range(30):
         path = root / f"class{index % 2}" / f"{index}.png"
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def suggested(folder: Path, *words: str, output_dir: Path | str = "never-written") -> tuple[Any, AutoconfigResult]:
-    """The configuration of `python train.py experiment=small_data data=folder WORDS`, and what was suggested."""
+    """The configuration of `dino train experiment=small_data data=folder WORDS`, and the suggestions."""
     usual = ["experiment=small_data", "data=folder", f"data.path={folder}", "trainer.accelerator=cpu"]
     cfg = composed(*usual, *words, output_dir=output_dir)
     result = autoconfigure(cfg, cli_overrides=words)
@@ -75,7 +75,7 @@ def test_the_command_line_wins_and_files_do_not(folder: Path) -> None:
     assert cfg.trainer.max_epochs == 7
 
 
-def test_without_suggest_nothing_changes(folder: Path) -> None:
+def test_without_auto_nothing_changes(folder: Path) -> None:
     cfg = composed("experiment=small_data", "auto.data=false", "data=folder", f"data.path={folder}")
     before = cfg.copy()
     assert autoconfigure(cfg, cli_overrides=[]) is None
@@ -99,7 +99,7 @@ def test_it_works_with_any_experiment(folder: Path, experiment: str) -> None:
     check_config(cast(TrainConfig, OmegaConf.to_object(cfg)))
 
 
-def test_a_run_that_goes_on_keeps_what_it_began_with(folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_values(folder: Path, tmp_path: Path) -> None:
     cfg, _ = suggested(folder, "method.out_dim=77", output_dir=tmp_path)
     OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
     later = ["resume=true", "data.holdout=0.8", "data.batch_size_per_device=2"]  # fewer images, another batch
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(folder: Path, tmp_path: Pat
     assert {row.reason for row in result.suggestions} == {"as when the run began", "yours"}
 
 
-def test_broken_images_are_passed_over_and_nothing_but_them_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_broken_images_are_skipped_and_only_broken_ones_are_refused(folder: Path, tmp_path: Path) -> None:
     for index in range(4):
         path = tmp_path / "a" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)

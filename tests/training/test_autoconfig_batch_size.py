@@ -1,4 +1,4 @@
-"""The batch that fits: a process with little memory finds it by real steps."""
+"""The batch-size finder, in a process with little memory."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def config(*words: str) -> TrainConfig:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_halves_until_it_fits() -> None:
-    """With room for a hundred megabytes, a batch that takes some hundred is divided, and one of a few stays."""
+    """With 100 MB of free memory, a batch that needs several hundred MB is halved, and a small one is kept."""
     words = [sys.executable, "-c", LITTLE_MEMORY, str(100 << 20), *WORDS]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(composing.__file__).parent)
     found = done.stdout.split("fits ")[1].split()
@@ -60,8 +60,8 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
     assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
 
 
-def test_what_was_found_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of `--multirun` in one process, and those of a notebook, each have a batch of their own."""
+def test_a_result_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `--multirun` in one process, and those of a notebook, each find their own batch."""
     monkeypatch.setenv(RESULT_VARIABLE, "")
     assert largest_batch(config("data.batch_size_per_device=4")) == 4
     training = os.environ[RESULT_VARIABLE].partition(":")[0]
@@ -72,6 +72,6 @@ def test_what_was_found_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> 
     assert largest_batch(config("data.batch_size_per_device=3")) == 3
 
 
-def test_the_trial_is_on_a_device_of_the_training() -> None:
+def test_the_finder_uses_a_device_of_the_training() -> None:
     assert [device_index(devices) for devices in ("auto", 2, "-1")] == [None] * 3
     assert [device_index(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]

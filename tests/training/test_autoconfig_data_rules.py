@@ -1,4 +1,4 @@
-"""The rule behind `auto.data=true`: where it starts, how it moves, what it never does."""
+"""The rule of `auto.data=true`: the paper's settings, their changes with the data, and their limits."""
 
 from itertools import pairwise, product
 from typing import Any
@@ -125,7 +125,7 @@ def test_shorter_runs_learn_faster() -> None:
     assert rates[-1] == 0.002
 
 
-def test_the_warm_up_is_not_a_few_steps() -> None:
+def test_the_warm_up_has_enough_steps() -> None:
     for images, batch, epochs in PLACES:
         text = values(images, total_batch=batch, epochs=epochs)["optim.lr_warmup"]
         steps, share = max(1.0, epochs * images / batch), int(text.removesuffix("%"))
@@ -177,7 +177,7 @@ def test_scales_are_ordered_shares() -> None:
     assert lows[-1] == 0.05
 
 
-def test_what_the_user_set_stays_and_the_rest_fits_it() -> None:
+def test_values_of_the_user_are_kept_and_the_others_fit_them() -> None:
     user_values = {"backbone.patch_size": 8, "method.out_dim": 999, "optim.lr": 0.1, "crops.local_count": 0}
     rows = {row.key: row for row in suggest_from_data(5000, side=50, total_batch=64, user_values=user_values)}
     for key, value in user_values.items():
@@ -201,7 +201,7 @@ METHODS = [DINOConfig(), BYOLConfig(), MoCoConfig(), SwAVConfig(), SupervisedCon
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("backbone", [ViTConfig(), TimmConfig(name="resnet50")], ids=["vit", "convolutions"])
 @pytest.mark.parametrize("optim", [AdamWConfig(), SGDConfig(), LARSConfig()], ids=["adamw", "sgd", "lars"])
-def test_keys_that_are_not_there_are_left_out(method: Any, backbone: Any, optim: OptimConfig) -> None:
+def test_missing_keys_are_left_out(method: Any, backbone: Any, optim: OptimConfig) -> None:
     parts = {"method": method, "backbone": backbone, "optim": optim}
     for key, value in values(**parts).items():
         group, name = key.split(".")
@@ -213,18 +213,18 @@ def test_keys_that_are_not_there_are_left_out(method: Any, backbone: Any, optim:
     assert patches == isinstance(backbone, ViTConfig)
 
 
-def test_the_width_of_an_embedding_is_no_number_of_prototypes() -> None:
+def test_the_width_of_an_embedding_is_not_a_number_of_prototypes() -> None:
     for method in (BYOLConfig(), MoCoConfig(), SupervisedConfig()):
         found = values(method=method)
         assert "method.out_dim" not in found
         assert found["crops.local_count"] == 0
 
 
-def test_no_momentum_where_the_teacher_is_a_copy() -> None:
+def test_no_momentum_if_the_teacher_is_a_copy() -> None:
     assert "method.teacher_momentum" not in values(method=DINOConfig(teacher_update="copy_each_step"))
 
 
-def test_no_temperature_where_the_loss_has_none() -> None:
+def test_no_temperature_if_the_loss_has_none() -> None:
     assert not [key for key in values(method=DINOConfig(loss="mse")) if "temperature" in key]
 
 
@@ -237,7 +237,7 @@ def test_a_constant_momentum_stays_constant() -> None:
 
 
 @pytest.mark.parametrize(("name", "multiple"), [("vit_small_patch14_dinov2", 14), ("xcit_small_12_p16_224", 16)])
-def test_a_network_of_timm_keeps_its_patches(name: str, multiple: int) -> None:
+def test_a_timm_network_keeps_its_patch_size(name: str, multiple: int) -> None:
     for side in SIDES:
         found = values(side=side, backbone=TimmConfig(name=name))
         assert "backbone.patch_size" not in found

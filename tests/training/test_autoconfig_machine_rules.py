@@ -1,4 +1,4 @@
-"""The rule behind `auto.machine=true`: lengths, batches and loaders by machine and amount of images."""
+"""The rule of `auto.machine=true`: lengths, batches and loader processes by machine and number of images."""
 
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,7 @@ def test_a_cpu_run_is_as_long_for_few_images_as_for_many() -> None:
     )
 
 
-def test_a_gpu_run_has_steps_enough_to_learn() -> None:
+def test_a_gpu_run_has_enough_steps() -> None:
     for images in (500, 2_000, 3_199):
         found = values(SERVER, DatasetStats(images, side=300))
         assert found["trainer.max_epochs"] * images / found["data.batch_size_per_device"] >= MIN_STEPS * 0.99
@@ -62,7 +62,7 @@ def test_many_images_take_all_devices_and_a_wider_network() -> None:
     assert values(replace(SERVER, devices=1), DatasetStats(1_281_167, side=400))["data.batch_size_per_device"] == 256
 
 
-def test_what_the_user_has_set_stays_and_the_rest_fits_it() -> None:
+def test_values_of_the_user_are_kept_and_the_others_fit_them() -> None:
     user_values = {"trainer.devices": [0, 1], "trainer.max_epochs": 30}
     rows = {
         row.key: row
@@ -75,7 +75,7 @@ def test_what_the_user_has_set_stays_and_the_rest_fits_it() -> None:
     assert values(LAPTOP, DatasetStats(100, side=40), devices=2)["data.batch_size_per_device"] == 50
 
 
-def test_images_are_kept_where_that_saves_work_and_fits() -> None:
+def test_images_are_cached_if_that_saves_work_and_fits() -> None:
     large = values(LAPTOP, DatasetStats(1_000, side=3000), crop=32)
     assert (large["data.cache"], large["data.cache_resize"]) == ("ram", 96)
     assert values(SERVER, DatasetStats(1_000, side=3000))["data.cache_resize"] == 448

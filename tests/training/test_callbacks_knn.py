@@ -1,4 +1,4 @@
-"""The callback in real, tiny trainings: what it reports, when, and that it leaves the training alone."""
+"""The k-NN callback in tiny trainings: what it logs, when, and that it does not change the training."""
 
 import random
 import warnings
@@ -26,7 +26,7 @@ NAMES = {"top1", "top5", "top1_k3", "top5_k3", "top1_k10", "top5_k10"}
 
 
 def _rows(trainer: Trainer) -> dict[int, str]:
-    """Step -> `knn/top1` of `metrics.csv`."""
+    """`knn/top1` in `metrics.csv` by step."""
     assert trainer.logger is not None
     assert trainer.logger.log_dir is not None
     header, *rows = [
@@ -36,7 +36,7 @@ def _rows(trainer: Trainer) -> dict[int, str]:
 
 
 class Watch(Callback):
-    """Runs the k-NN callback's hooks itself and holds the state before against the state after."""
+    """Calls the k-NN callback's hooks, and compares the state before with the state after."""
 
     def __init__(self, knn: KNNCallback) -> None:
         self.knn, self.calls = knn, 0
@@ -76,7 +76,7 @@ def test_an_evaluation_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_training_with_it_is_the_training_without(tmp_path: Path, num_workers: int) -> None:
+def test_training_is_the_same_with_and_without_it(tmp_path: Path, num_workers: int) -> None:
     data = Data()
     data.config.num_workers = num_workers
     _, alone = fit(tmp_path / "alone", [], data=data)
@@ -87,7 +87,7 @@ def test_a_training_with_it_is_the_training_without(tmp_path: Path, num_workers:
 
 
 def _by_hand(features: Any, data: Data, *, k: int) -> float:
-    """Top-1 in percent by scikit-learn, of features made of all images at once."""
+    """Top-1 accuracy in percent by scikit-learn, from features of all images in one batch."""
     train, val = data.sets["train"], data.sets["val"]
     with torch.no_grad():
         bank, queries = features(train.images[:60]).numpy(), features(val.images[:20]).numpy()
@@ -124,19 +124,19 @@ def test_results_are_those_of_the_labeled_images(tmp_path: Path) -> None:
         ({"max_epochs": 2}, [7]),  # the last epoch is due anyway: once
     ],
 )
-def test_when(tmp_path: Path, settings: dict[str, Any], steps: list[int]) -> None:
+def test_evaluation_schedule(tmp_path: Path, settings: dict[str, Any], steps: list[int]) -> None:
     knn = KNNCallback(knn_config(every_n_epochs=2, baselines=False))
     trainer, _ = fit(tmp_path, [knn], **settings)
     rows = _rows(trainer)
     assert list(rows) == steps
     assert float(rows[steps[-1]]) == pytest.approx(knn.last["top1"])
-    # Checkpoints read these: the last value has to come before the end of the run.
+    # Checkpoint callbacks read these, so the last value must exist before the run ends.
     assert {name: float(trainer.callback_metrics[f"knn/{name}"]) for name in NAMES} == pytest.approx(knn.last)
     assert knn.untrained == knn.pixels == {}
 
 
 class StopAfter(ModelCheckpoint):
-    """Asks to stop at the end of an epoch, after all other callbacks, as `EarlyStopping` does."""
+    """Requests a stop at the end of an epoch, after all other callbacks, as `EarlyStopping` does."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = True
@@ -173,7 +173,7 @@ def test_checkpoints_see_the_result_and_a_resumed_run_keeps_it(tmp_path: Path) -
     assert resumed.last_step == 8
 
 
-def test_a_run_that_resumes_without_baselines_does_not_make_them_up(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_evaluate_missing_baselines(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, [KNNCallback(knn_config(baselines=False))], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = KNNCallback(knn_config())
@@ -224,7 +224,7 @@ def test_precision_of_the_run_is_used(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
 
 
-def test_without_labels_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+def test_without_labels_it_warns_and_does_nothing(tmp_path: Path) -> None:
     knn = KNNCallback(knn_config())
     trainer = SimpleNamespace(datamodule=Data(labeled=False))
     with pytest.warns(UserWarning, match="no labels"):
@@ -247,7 +247,7 @@ def test_no_validation_images_are_noticed_before_training(tmp_path: Path) -> Non
         fit(tmp_path, [KNNCallback(knn_config(baselines=False))], data=Data(n_val=0))
 
 
-def test_evaluating_gives_flags_back_after_an_error() -> None:
+def test_evaluating_restores_modes_after_an_error() -> None:
     backbone = Backbone().train()
     backbone[4].eval()
     with pytest.raises(RuntimeError, match="shapes"), evaluating(backbone):
@@ -267,7 +267,7 @@ def _run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_agree_and_have_the_untrained_result_of_one(tmp_path: Path) -> None:
-    """Under DDP the batches differ from those of one process, and so does what is learned."""
+    """Under DDP, batches differ from those of one process, so the trained network does, too."""
     alone = KNNCallback(knn_config())
     fit(tmp_path / "alone", [alone], max_epochs=1)
     on_ranks(_run_rank, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Collapses that happen, each named; a healthy run of the same length is left alone."""
+"""Real collapses are each named; a healthy run of the same length raises no alarm."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ def alarm(**config: Any) -> CollapseAlarm:
         [
             (lambda: dino(centering="none"), ["one prototype"], "set method.centering=center (now none)"),
             (lambda: dino(**HOT), ["uniform"], "lower method.teacher_temperature to 0.04 (now 0.2)"),
-            # Its output wanders, the same for all images at any time.
+            # Its output changes with time, but is always the same for all images.
             (
                 lambda: dino(teacher_update="copy_each_step"),
                 ["one prototype", "constant"],
@@ -75,7 +75,7 @@ def test_each_collapse_is_named(method: Any, names: list[str], change: str, caps
 @pytest.mark.parametrize(
     "method", first([dino, byol, lambda: dino(centering="sinkhorn")]), ids=["dino", "byol", "sinkhorn"]
 )
-def test_a_healthy_run_is_left_alone(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_run_raises_no_alarm(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm()
     fit(method(), watch, folder=tmp_path)
     assert watch.verdict is None
@@ -94,13 +94,13 @@ def test_the_log_has_the_alarm_and_what_an_epoch_shows(tmp_path: Path) -> None:
     assert watch.first_steps == {"one prototype": 23}
     assert column(tmp_path, "collapse/alarm") == [0.0] * 24 + [1.0] * 24
     assert len(column(tmp_path, "collapse/effective_rank")) == 3
-    # From one epoch's end to the next; the first has healthy steps in it.
+    # Over an epoch each; the first one contains healthy steps.
     first, _, last = column(tmp_path, "collapse/dead_prototypes")
     assert first < last == pytest.approx(31 / 32)
     assert watch._effective_rank == pytest.approx(column(tmp_path, "collapse/effective_rank")[-1], rel=1e-6)
 
 
-def test_of_byol_only_features_are_known(tmp_path: Path) -> None:
+def test_byol_logs_feature_statistics_only(tmp_path: Path) -> None:
     fit(byol(), alarm(), folder=tmp_path, steps=16)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {name for name in header if name.startswith("collapse/")} == {
@@ -112,12 +112,12 @@ def test_stop_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm(stop=True)
     trainer = fit(dino(centering="none"), watch)
     assert watch.first_steps == {"one prototype": AFTER + 9}
-    # Known when the next step starts, which is the last.
+    # Known when the next step starts, so that one is the last.
     assert trainer.global_step == AFTER + 11
     assert "The run ends here (callbacks.collapse.stop=true)" in capsys.readouterr().err
 
 
-def test_a_run_is_not_judged_before_its_time() -> None:
+def test_there_is_no_diagnosis_before_the_warm_up() -> None:
     watch = alarm(after="100%")
     fit(dino(centering="none"), watch, steps=32)
     assert watch.verdict is None
@@ -126,7 +126,7 @@ def test_a_run_is_not_judged_before_its_time() -> None:
     assert long.verdict is None
 
 
-def test_an_alarm_leaves_the_method_as_it_was() -> None:
+def test_an_alarm_restores_the_method() -> None:
     method = dino()
     fit(method, alarm(), steps=16)
     assert (method.metric_listeners, method.feature_buffer) == ([], None)
@@ -141,8 +141,8 @@ def test_an_alarm_leaves_the_method_as_it_was() -> None:
     assert (method.metric_listeners, method.feature_buffer) == ([fail], None)
 
 
-def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Ended in the middle of the rows that lead to the alarm, at the end of an epoch."""
+def test_a_resumed_run_continues_with_its_rows(tmp_path: Path) -> None:
+    """Interrupted at the end of an epoch, in the middle of the rows that lead to the alarm."""
     whole, resumed = (alarm(after="10it", stop=True) for _ in range(2))
     every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(dino(centering="none"), whole, every, steps=32, enable_checkpointing=True)
@@ -157,7 +157,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_one_odd_row_neither_raises_nor_ends_an_alarm() -> None:
-    """What counts is the mean: four rows of no information and one of plenty."""
+    """The mean counts: four rows without information, and one with much."""
 
     def see(watch: CollapseAlarm, rows: list[float]) -> list[bool]:
         seen = []
@@ -175,8 +175,8 @@ def test_one_odd_row_neither_raises_nor_ends_an_alarm() -> None:
     assert see(alarm(after="0it", patience=5), [0, 0, 0, 0, 0.2, 0, 0.1, 0]) == [False] * 4 + [True, True, False, False]
 
 
-def test_the_sentence_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to standard error while the bar is drawn is handed on to its console."""
+def test_the_warning_appears_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich passes output to stderr on to the console of the progress bar."""
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
     bar = RunProgress(Throughput())
@@ -248,7 +248,7 @@ def test_two_ranks_have_the_same_signals_and_stop_together(tmp_path: Path, capfd
     for name in ("teacher_entropy", "teacher_student_kl", "mean_output_entropy", "kl_to_uniform", "effective_rank"):
         assert signals[name] == pytest.approx(whole[name], rel=1e-10), name
         assert own[name] != pytest.approx(whole[name], rel=1e-3), name
-    # The spread is the mean of theirs.
+    # The spread is the mean over ranks.
     assert signals["feature_std"] == pytest.approx((own["feature_std"] + _signals(1)["feature_std"]) / 2, rel=1e-12)
     assert whole["effective_rank"] == pytest.approx(effective_rank(_halves(-1)[2]).item())
 
@@ -261,7 +261,7 @@ def test_accumulated_micro_batches_make_one_row(tmp_path: Path) -> None:
     assert list(watch.first_steps) == ["one prototype"]
 
 
-def test_any_method_has_a_place_for_windows() -> None:
+def test_every_method_has_a_feature_buffer() -> None:
     method: Method = dino()
     assert method.feature_buffer is None
     assert len(images(1)[0][0]) == BATCH

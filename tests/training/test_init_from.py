@@ -30,7 +30,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["dino", "supervised"])
-def test_all_backbones_start_from_them(method: str, tmp_path: Path) -> None:
+def test_all_backbones_start_from_these_weights(method: str, tmp_path: Path) -> None:
     path = exported(tmp_path)
     config = configured(f"init_from={path}", f"method={method}")
     module: Any = build_method(config, num_classes=3, init_network=load_init_network(config))
@@ -39,7 +39,7 @@ def test_all_backbones_start_from_them(method: str, tmp_path: Path) -> None:
         assert all(torch.equal(state[name], tensor) for name, tensor in weights(path).items())
 
 
-def test_another_image_size_computes_what_the_network_computes_there(tmp_path: Path) -> None:
+def test_another_image_size_resamples_the_position_embedding(tmp_path: Path) -> None:
     path = exported(tmp_path, image_size=64)
     config = configured(f"init_from={path}")
     assert config.crops.global_size == 32
@@ -49,11 +49,11 @@ def test_another_image_size_computes_what_the_network_computes_there(tmp_path: P
     images = torch.randn(2, 3, 32, 32)
     expected, _ = oracles.vit(weights(path), images, patch=8, heads=1)
     features, _ = oracles.vit(state, images, patch=8, heads=1)
-    # Float32's places between the values of the table: some 2e-5; another resampling is apart by 1e-2.
+    # Float32 rounding of the resampled table gives about 2e-5; another resampling method differs by 1e-2.
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None:
+def test_a_run_starts_from_the_weights_and_resumes_without_the_file(tmp_path: Path) -> None:
     path = exported(tmp_path)
     words = [
         *SMALL,
@@ -74,7 +74,7 @@ def test_a_run_starts_from_them_and_goes_on_without_them(tmp_path: Path) -> None
         train(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
 
 
-def test_a_normalisation_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_normalization_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path)
     load_init_network(configured(f"init_from={path}"))
     assert f"was trained on images normalized by crops.mean={SEEN['mean']}" in capsys.readouterr().err

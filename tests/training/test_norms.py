@@ -1,4 +1,4 @@
-"""Norms in the log, against those of the tensors themselves."""
+"""The logged norms equal those of the tensors."""
 
 import csv
 from pathlib import Path
@@ -21,7 +21,7 @@ def norm(tensors: Any) -> float:
 
 
 class Oracle(Callback):
-    """Norms by loops over tensors, where the callback does not look: in the hooks around the optimizer."""
+    """Computes the norms independently, in a loop over tensors in other hooks."""
 
     def __init__(self) -> None:
         self.gradients: list[float] = []
@@ -67,14 +67,14 @@ def test_the_first_row_has_no_gradient(tmp_path: Path) -> None:
 
 
 class Ends(Callback):
-    """Ends the run after its first epoch; the schedules span two."""
+    """Ends the run after its first epoch, while the schedules span two."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         trainer.should_stop = True
 
 
-def test_a_run_that_goes_on_has_the_same_rows(tmp_path: Path) -> None:
-    """Also where it ended between the step that was measured and the row."""
+def test_a_resumed_run_has_the_same_rows(tmp_path: Path) -> None:
+    """Also if the run was interrupted after a norm was computed, but before it was logged."""
     whole = train(tmp_path / "whole", Norms(), max_epochs=2, enable_checkpointing=False, count=3)
     saving = ModelCheckpoint(tmp_path, filename="end", every_n_epochs=1)
     train(tmp_path / "first", Norms(), saving, Ends(), max_epochs=2, count=3)
@@ -85,14 +85,14 @@ def test_a_run_that_goes_on_has_the_same_rows(tmp_path: Path) -> None:
 
 
 class Breaks(Callback):
-    """Spoils a gradient before it is measured."""
+    """Makes a gradient infinite before its norm is computed."""
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step == 2:
             next(pl_module.student.parameters()).grad.fill_(float("inf"))
 
 
-def test_a_norm_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+def test_a_nonfinite_norm_is_left_out(tmp_path: Path) -> None:
     from nonfinite_cases import callback
 
     rows = train(tmp_path, Breaks(), Norms(), callback(tmp_path, "skip"), enable_checkpointing=False)

@@ -1,4 +1,4 @@
-"""Signals to a run, in this process: it saves, leaves with a status, and goes on as if nothing had happened."""
+"""Signals to a run in this process: it saves, exits with its status, and resumes without a difference."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def run(output: Path, *overrides: str) -> float | None:
 
 
 def rows(output: Path) -> list[dict[str, str]]:
-    """Without what the clock says."""
+    """Without the measured speed."""
     found = read_rows(output / "metrics.csv")
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in found]
 
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at_call(number: int, number_of_signal: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which at its n-th call gets a signal first."""
+    """The function, but its n-th call first sends a signal to this process."""
     calls = 0
 
     def call(*args: Any, **options: Any) -> Any:
@@ -82,15 +82,15 @@ def test_a_signal_in_a_step(number: signal.Signals, tmp_path: Path, whole: Path,
         patch.setattr(Method, "configure_gradient_clipping", at_call(9, number, Method.configure_gradient_clipping))
         expect_left(tmp_path, STOPS[number])
     assert [signal.getsignal(each) for each in STOPS] == handlers
-    # Known before the step that follows the signal's, and saved after it.
+    # Received before the step after the signal's, and saved after that step.
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] in (9, 10)
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, "resume=auto")
     expect_same(tmp_path, whole)
 
 
-def test_the_handler_for_the_time_outside_of_training_is_no_launchers(tmp_path: Path, monkeypatch: Any) -> None:
-    """As `train.py` has it: in training the run saves first, as always."""
+def test_the_early_handler_is_not_a_launchers(tmp_path: Path, monkeypatch: Any) -> None:
+    """With the early handler of `dino train` installed, a signal during training still saves first."""
     signal.signal(signal.SIGTERM, exit_on_signal)
     monkeypatch.setattr(
         Method, "configure_gradient_clipping", at_call(2, signal.SIGTERM, Method.configure_gradient_clipping)
@@ -101,7 +101,7 @@ def test_the_handler_for_the_time_outside_of_training_is_no_launchers(tmp_path: 
 
 
 def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
-    """It is broken off, and made up for: the row and the best checkpoint are those of an undisturbed run."""
+    """It is interrupted and later repeated: the row and the best checkpoint are those of an uninterrupted run."""
     with monkeypatch.context() as patch:
         # Calls 1 and 2 are the untrained network's bank and queries, 3 and 4 those of the first epoch.
         patch.setattr(knn, "extract_features", at_call(3, signal.SIGTERM, knn.extract_features))
@@ -118,13 +118,13 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any
     assert best[0] == best[1]
 
 
-def test_at_the_end_of_the_run_there_is_nothing_to_save_for(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
+def test_a_signal_at_the_end_of_the_run_is_ignored(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(knn, "extract_features", at_call(5, signal.SIGTERM, knn.extract_features))
     run(tmp_path)
     expect_same(tmp_path, whole)
 
 
-def test_submitits_handler_is_called_when_all_is_saved(tmp_path: Path, monkeypatch: Any) -> None:
+def test_submitits_handler_is_called_after_saving(tmp_path: Path, monkeypatch: Any) -> None:
     called: list[tuple[int, bool]] = []
 
     def requeue(number: int, _: Any) -> None:
@@ -142,8 +142,8 @@ def test_submitits_handler_is_called_when_all_is_saved(tmp_path: Path, monkeypat
     assert called == [(signal.SIGUSR2, True)]
 
 
-def test_a_checkpoint_by_the_clock(tmp_path: Path, monkeypatch: Any) -> None:
-    """Between the ends of epochs, and as many of them as are kept."""
+def test_time_based_checkpoints(tmp_path: Path, monkeypatch: Any) -> None:
+    """Also between the ends of epochs; `keep_last` limits their number."""
     run(tmp_path, "callbacks.checkpoint.every_n_minutes=0.0001", "callbacks.checkpoint.keep_last=20")
     folder = tmp_path / "checkpoints"
     steps = {torch.load(path, weights_only=True)["global_step"] for path in folder.glob("last*.ckpt")}
@@ -151,7 +151,7 @@ def test_a_checkpoint_by_the_clock(tmp_path: Path, monkeypatch: Any) -> None:
     assert len(steps) >= 5
 
 
-def test_no_checkpoint_by_the_clock(tmp_path: Path) -> None:
+def test_no_time_based_checkpoints(tmp_path: Path) -> None:
     run(tmp_path, "callbacks.checkpoint.every_n_minutes=0", "callbacks.checkpoint.keep_last=20")
     names = {path.name for path in (tmp_path / "checkpoints").glob("last*.ckpt")}
     assert names == {"last.ckpt", "last-1.ckpt"}

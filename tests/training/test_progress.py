@@ -1,4 +1,4 @@
-"""The bar and the speed: what they show, and in which row the speed stands."""
+"""The text of the progress bar, and the rows in which the speed is logged."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def fit(*callbacks: Callback, folder: Path, micro_batches: tiny.Batches, **optio
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_speed_stands_in_the_row_of_its_last_step_and_counts_its_window(tmp_path: Path, accumulated: int) -> None:
+def test_speed_is_logged_with_the_last_step_it_covers(tmp_path: Path, accumulated: int) -> None:
     speed = Throughput()
     micro = tiny.split(tiny.batches(6, dtype=torch.float32), parts=accumulated)
     options: dict[str, Any] = {"accumulate_grad_batches": accumulated, "log_every_n_steps": 2, "max_epochs": 2}
@@ -49,7 +49,7 @@ def test_speed_stands_in_the_row_of_its_last_step_and_counts_its_window(tmp_path
     assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9, 11]
     assert all(row["train/loss"] for row in rows)
     assert speed.images == 2 * 6 * 8
-    # Every window has its 16 images: were some counted in another one, it would be slower or faster than the rest.
+    # Every row covers 16 images: miscounted ones would make it slower or faster than the others.
     seconds = [16 / float(row["speed/images_per_second"]) for row in rows]
     assert min(seconds) >= 2 * accumulated * 0.02
     assert sum(seconds) == pytest.approx(speed.seconds, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Runs of a sweep that end early: the rule against one written from its words, whose figures count, a real run."""
+"""Pruning of a sweep's runs: the rule against a simple implementation, which runs are compared, a real run."""
 
 import json
 import random
@@ -25,7 +25,7 @@ PRUNED = ["callbacks.pruning.enabled=true", "callbacks.pruning.after_jobs=2"]
 
 
 def below_the_median(values: dict[int, float], others: list[dict[int, float]], *, after_jobs: int) -> bool:
-    """The best figure so far against the median of the others at the latest epoch."""
+    """Compares the best accuracy so far with the median of the others at the latest epoch."""
     epoch = max(values)
     there = [other[epoch] for other in others if epoch in other]
     return len(there) >= after_jobs and max(values.values()) < median(there)
@@ -44,14 +44,14 @@ def test_the_rule_is_that_of_the_median() -> None:
 
 @pytest.mark.parametrize(("keep", "worst_kept"), [(20, 50.0), (80, 20.0)])
 def test_other_shares_are_kept(keep: float, worst_kept: float) -> None:
-    """Of 10, 20, ..., 60 the upper fifth begins at 50, the upper four fifths at 20."""
+    """Among 10, 20, ..., 60, the upper fifth begins at 50, the upper four fifths at 20."""
     others = [{0: 10.0 * number} for number in range(1, 7)]
     config = PruningConfig(after_jobs=1, keep_percent=keep)
     assert not is_worse({0: worst_kept}, others, config)
     assert is_worse({0: worst_kept - 0.1}, others, config)
 
 
-def test_whose_figures_count(tmp_path: Path) -> None:
+def test_which_runs_are_compared(tmp_path: Path) -> None:
     for name, state in enumerate(["finished", "pruned", "under way", "failed", "finished"]):
         make_run(tmp_path / str(name), {}, [10.0 + name, 20.0 + name], state=state)
     make_run(tmp_path / "of_another_kind", {}, [1.0])
@@ -62,10 +62,10 @@ def test_whose_figures_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("others", "warmup", "epochs"), [(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)])
-def test_a_run_ends_early_and_well(
+def test_a_pruned_run_ends_with_its_results(
     others: float, warmup: str, epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the first epoch that counts; the last one has nothing to spare."""
+    """A run is pruned after its first epoch past the warm-up, but never at its last one."""
     for name in "01":
         make_run(tmp_path / name, {}, [others] * 3)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_a_run_ends_early_and_well(
         (["callbacks.pruning.warmup=9ep"], "3", "callbacks.pruning.warmup=9ep is longer"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(words: list[str], folder: str, said: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(words: list[str], folder: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         train(composed(*SHORT, "callbacks.pruning.enabled=true", *words, output_dir=tmp_path / folder))
     assert not list(tmp_path.rglob("config.yaml"))
@@ -107,7 +107,7 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path) -> None:
 
 
 class Knn:
-    """What has been found at step 10."""
+    """A k-NN result at step 10."""
 
     def __init__(self) -> None:
         self.last_step, self.last = 10, {"top1": 50.0}
@@ -130,7 +130,7 @@ class Module:
 
 
 @pytest.mark.parametrize("max_steps", [10, 11])
-def test_a_run_at_its_last_step_has_nothing_to_spare(max_steps: int, tmp_path: Path) -> None:
+def test_a_run_is_not_pruned_at_its_last_step(max_steps: int, tmp_path: Path) -> None:
     for name in "01":
         make_run(tmp_path / name, {}, [60.0] * 3)
     pruning = Pruning(PruningConfig(after_jobs=2), folder=tmp_path / "2", knn=Knn())  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_a_run_at_its_last_step_has_nothing_to_spare(max_steps: int, tmp_path: P
 def ends_on_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     trainer = Trainer(rank)
-    # The files of the first rank may be out of the other's sight.
+    # The other rank may not have access to the files of rank 0.
     own = Path(folder) / "2" if rank == 0 else Path(folder) / "nowhere" / "2"
     pruning = Pruning(PruningConfig(after_jobs=2), folder=own, knn=Knn())  # type: ignore[arg-type]
     pruning.on_train_epoch_end(trainer, Module())  # type: ignore[arg-type]

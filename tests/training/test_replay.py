@@ -1,4 +1,4 @@
-"""`dino-train replay`: a real run that ends by its learning rate, and its step once more."""
+"""`dino replay`: a real run diverges because of its learning rate, and its step is replayed."""
 
 import pickle
 from pathlib import Path
@@ -19,7 +19,7 @@ EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
 
 
 def explode(folder: Path, *overrides: str) -> Path:
-    """The file of a run whose weights leave float32 in the first step."""
+    """The file of a run whose weights overflow float32 in the first step."""
     with pytest.raises(FloatingPointError, match="dino replay"):
         train(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
     (file,) = (folder / "nonfinite").iterdir()
@@ -39,15 +39,15 @@ def changed(file: Path, to: Path, **content: Any) -> Path:
 
 
 def healthy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the size that weights have."""
+    """Scale weights to at most 1."""
     return {
         name: tensor / tensor.abs().max().clamp(min=1) if tensor.is_floating_point() else tensor
         for name, tensor in state.items()
     }
 
 
-def test_it_is_seen_again(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here and there the same: a run on a CPU in float32 is what the replay is."""
+def test_the_step_is_reproduced(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run on a CPU in float32 computes exactly what the replay computes."""
     assert main([str(file)]) == 0
     said = capsys.readouterr().out
     assert "the loss is nan at step 1, rank 0 of 1" in said
@@ -57,14 +57,12 @@ def test_it_is_seen_again(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert cells[0] == cells[2] != ""
 
 
-def test_layer_by_layer_more_is_seen(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layer_by_layer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(file), "--layers"]) == 0
     assert "It begins in teacher.backbone.blocks.0." in capsys.readouterr().out
 
 
-def test_what_is_finite_here_is_laid_to_the_precision(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finite_replay_blames_the_precision(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = read_step(file)
     fresh = changed(file, tmp_path / "a.pt", state=healthy(saved["state"]), precision="16-mixed")
     assert main([str(fresh)]) == 3
@@ -77,7 +75,7 @@ def test_what_is_finite_here_is_laid_to_the_precision(
 
 
 def test_a_gradient_is_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bottleneck is normalized: a layer 1e35 times too large before one as much too small changes no output."""
+    """The bottleneck is normalized, so a layer 1e35 times too large before one equally too small changes no output."""
     state = healthy(read_step(file)["state"])
     weights = [name for name in state if name.startswith("student.head.mlp") and name.endswith("weight")]
     state[weights[-2]] = state[weights[-2]] * 1e35
@@ -126,7 +124,7 @@ class Code:
 
 
 def damaged(file: Path, folder: Path, kind: str) -> Path:
-    """A file that is not what a run has saved."""
+    """A file that a run has not saved."""
     path, saved = folder / "bad.pt", read_step(file)
     match kind:
         case "none":
@@ -192,7 +190,7 @@ def damaged(file: Path, folder: Path, kind: str) -> Path:
         "range": "backbone.depth=0: expected at least 1",
     }.items(),
 )
-def test_other_files_are_refused_in_a_sentence(
+def test_other_files_are_refused(
     file: Path, tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=words) as error:
@@ -201,7 +199,7 @@ def test_other_files_are_refused_in_a_sentence(
     assert "this must not run" not in capsys.readouterr().out
 
 
-def test_a_device_that_is_none(file: Path) -> None:
+def test_an_unknown_device(file: Path) -> None:
     with pytest.raises(UserError, match="--device=tpu: expected cpu, or cuda"):
         main([str(file), "--device", "tpu"])
 

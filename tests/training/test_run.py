@@ -1,4 +1,4 @@
-"""A whole run: what it writes, how it goes on, what the loggers get."""
+"""A complete run: its files, resuming, and its loggers."""
 
 import csv
 import json
@@ -112,7 +112,7 @@ def test_checkpoint_is_safe_and_holds_the_center(finished: tuple[Path, float | N
     assert checkpoint["global_step"] == 12
 
 
-def test_resume_goes_on(tmp_path: Path) -> None:
+def test_resume(tmp_path: Path) -> None:
     run(tmp_path, "trainer.max_steps=6", "callbacks.pictures.enabled=false")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
     before = rows(tmp_path)
@@ -147,7 +147,7 @@ def test_unlabeled_photos(tmp_path: Path) -> None:
 
 
 def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
-    """In a file for each, so that the share of bad ones is one of their own split."""
+    """In a file for each split, so that their share is relative to that split."""
     for split, count in (("train", 40), ("val", 10)):
         for index in range(count):
             path = tmp_path / "in" / split / "ab"[index % 2] / f"{index}.tif"
@@ -169,7 +169,7 @@ def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
 
 
 def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
-    """Noise of any number of channels, as TIFF."""
+    """TIFF images of noise with any number of channels."""
     folder.mkdir()
     for index in range(count):
         values = np.random.default_rng(index).integers(0, 256, (40, 50, channels), dtype=np.uint8)
@@ -245,7 +245,7 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, float | None], t
     assert column(tmp_path / "other", "train/loss") != column(output, "train/loss")
 
 
-def test_paths_are_printed_in_one_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_are_not_wrapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / ("long" * 30)
     run(output, "trainer.max_epochs=1", "callbacks.pictures.enabled=false")
     shown = capsys.readouterr()

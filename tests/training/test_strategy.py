@@ -1,4 +1,4 @@
-"""From the names of `trainer.strategy` to Lightning's strategies."""
+"""Lightning's strategies for the names of `trainer.strategy`."""
 
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ def test_fsdp() -> None:
     assert type(built("fsdp")) is FullySharded
 
 
-def test_all_names_that_the_checks_let_through_mean_something() -> None:
+def test_every_accepted_name_builds_a_strategy() -> None:
     kinds = {name: type(built(name)) for name in STRATEGIES}
     assert kinds.pop("fsdp") is FullySharded
     assert set(kinds.values()) == {DataParallel}
@@ -68,7 +68,7 @@ def test_all_names_that_the_checks_let_through_mean_something() -> None:
 @pytest.mark.parametrize(
     ("devices", "kind"), [(1, SingleDeviceStrategy), (2, DataParallel)], ids=["one device", "two devices"]
 )
-def test_of_a_run(devices: int, kind: type, tmp_path: Any) -> None:
+def test_strategy_of_a_run(devices: int, kind: type, tmp_path: Any) -> None:
     config: Any = OmegaConf.to_object(composed(*SMALL, f"trainer.devices={devices}", output_dir=tmp_path))
     assert type(build_trainer(config, hyperparameters={}).strategy) is kind
 

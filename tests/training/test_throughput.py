@@ -1,4 +1,4 @@
-"""Figures of speed against clocks and counts of the test's own."""
+"""The logged speed against independent clocks and counts."""
 
 import csv
 import time
@@ -21,7 +21,7 @@ PAUSE_S = 0.05
 
 
 class Slow(ResumableLoader):
-    """Eight batches, each of which takes its time."""
+    """Eight batches, each with a pause."""
 
     def __init__(self, *, pause_s: float) -> None:
         super().__init__(DataLoader(tiny.batches(8, dtype=torch.float32), batch_size=None), images_per_batch=8)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def rows_of(folder: Path, loader: Any, speed: Throughput) -> list[dict[str, floa
 
 
 def test_the_share_of_waiting(tmp_path: Path) -> None:
-    """The time that the loader slept is in it, and no other loader's."""
+    """The share includes the pauses of this loader, and not those of another."""
     begin = time.perf_counter()
     rows = rows_of(tmp_path / "slow", Slow(pause_s=PAUSE_S), Throughput())
     elapsed = time.perf_counter() - begin
@@ -76,7 +76,7 @@ def test_mfu_is_flops_over_the_peak(tmp_path: Path) -> None:
         assert row["speed/mfu"] == pytest.approx(row["speed/images_per_second"] * 3e9 / 4e12)
 
 
-def test_what_cannot_be_counted_is_said_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_uncountable_flops_are_reported_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(method: Any) -> float:
         raise NotImplementedError("no kernel")
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_counted_is_said_and_left_out(tmp_path: Path, capsys: pyt
     )
 
 
-def test_the_peak_of_a_cpu_is_not_known() -> None:
+def test_the_peak_of_a_cpu_is_unknown() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert peak_flops(torch.device("cpu"), "bf16-mixed") is None

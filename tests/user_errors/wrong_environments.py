@@ -1,4 +1,4 @@
-"""Rows: devices, folders, loggers, environment variables, limits of the system."""
+"""Rows: devices, folders, loggers, environment variables, system limits."""
 
 import os
 import resource
@@ -22,12 +22,12 @@ NUMBERS = "this environment variable numbers or counts the processes of a run; e
 
 
 def words(*given: str) -> Make:
-    """Words in which `DIR` is the folder."""
+    """Overrides in which `DIR` is the folder."""
     return lambda path: [word.replace("DIR", str(path)) for word in given]
 
 
 def with_variables(**variables: str | None) -> Around:
-    """The environment with these; None takes one away."""
+    """Sets environment variables; None removes one."""
 
     @contextmanager
     def changed(path: Path) -> Iterator[None]:
@@ -47,14 +47,14 @@ def without_package(*names: str) -> Around:
 
 @contextmanager
 def small_disk(path: Path) -> Iterator[None]:
-    """`path/disk` is a disk of 1 MB."""
+    """`path/disk` is a disk with 1 MB."""
     with mounted(path / "disk", "1m"):
         yield
 
 
 @contextmanager
 def small_shared_memory(path: Path) -> Iterator[None]:
-    """As in a container with a shared memory of 1 MB."""
+    """As in a container with 1 MB of shared memory."""
     with mounted(path / "shm", "1m"), patch.object(checks_resources, "SHARED_MEMORY", path / "shm"):
         yield
 
@@ -72,14 +72,14 @@ def mounted(folder: Path, size: str) -> Iterator[None]:
 
 @contextmanager
 def few_open_files(_: Path) -> Iterator[None]:
-    """`ulimit -n 300`, for good."""
+    """`ulimit -n 300`, permanently."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
     yield
 
 
 @contextmanager
 def hidden_gpus(path: Path) -> Iterator[None]:
-    """A driver that lists two GPUs, neither of which is visible."""
+    """The driver lists two GPUs, but neither is visible."""
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (path / "gpus" / name).mkdir(parents=True)
     with patch.object(checks_environment, "GPUS", path / "gpus"), patch.dict(os.environ, CUDA_VISIBLE_DEVICES="7"):
@@ -88,7 +88,7 @@ def hidden_gpus(path: Path) -> Iterator[None]:
 
 @contextmanager
 def port_in_use(path: Path) -> Iterator[None]:
-    """Somebody listens at the port that the processes are to meet at."""
+    """Another program uses the port of the process group."""
     with socket.socket() as other:
         other.bind(("", 29517))
         other.listen()

@@ -1,4 +1,4 @@
-"""Rows: runs that cannot go on as they are asked to."""
+"""Rows: runs that cannot be resumed as requested."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def finished() -> Path:
 
 
 def resumed(*words: str, spoil: Callable[[Path], object] = str) -> Make:
-    """A copy of the run, `spoil` called with its last checkpoint, and these words."""
+    """Copies the run, calls `spoil` with its last checkpoint, and returns these overrides."""
 
     def make(path: Path) -> list[str]:
         shutil.copytree(finished(), path / "run")
@@ -47,7 +47,7 @@ def resumed(*words: str, spoil: Callable[[Path], object] = str) -> Make:
 
 
 def with_content(content: Callable[[], object]) -> Callable[[Path], object]:
-    """The checkpoint holds something else."""
+    """Replaces the content of a checkpoint."""
     return lambda file: torch.save(content(), file)
 
 
@@ -63,7 +63,7 @@ with run_lock(sys.argv[1]):
 
 @contextmanager
 def a_run_in_the_folder(path: Path) -> Iterator[None]:
-    """Another process has it."""
+    """Another process uses the folder."""
     source = Path(__file__).parents[2] / "src"
     command = [sys.executable, "-c", HOLDER, str(path / "run"), str(source)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy()) as other:
