@@ -87,12 +87,10 @@ def compose_ours(setting: Setting, *, output_dir: Path) -> Any:
 
 def configured(setting: Setting, *, output_dir: Path) -> Any:
     """The checked `TrainConfig`."""
-    from omegaconf import OmegaConf
+    from dino_lightning.training import preflight
 
-    from dino_lightning.config.checks.training import check_config
-
-    config: Any = OmegaConf.to_object(compose_ours(setting, output_dir=output_dir))
-    check_config(config)
+    config = preflight.typed_config(compose_ours(setting, output_dir=output_dir))
+    preflight.check_combinations(config)
     return config
 
 

@@ -115,7 +115,7 @@ def test_broken_images_are_skipped_and_only_broken_ones_are_refused(folder: Path
         path = tmp_path / "a" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="auto.data=true: none of the images"):
+    with pytest.raises(UserError, match="auto.data=true: none of the tested images"):
         suggested(tmp_path)
     Image.new("RGB", (40, 20)).save(tmp_path / "a" / "good.png")
     assert suggested(tmp_path)[1].stats.side == 20

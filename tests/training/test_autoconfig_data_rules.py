@@ -181,7 +181,7 @@ def test_values_of_the_user_are_kept_and_the_others_fit_them() -> None:
     user_values = {"backbone.patch_size": 8, "method.out_dim": 999, "optim.lr": 0.1, "crops.local_count": 0}
     rows = {row.key: row for row in suggest_from_data(5000, side=50, total_batch=64, user_values=user_values)}
     for key, value in user_values.items():
-        assert rows[key] == Suggestion(key, value, "by_user", by_user=True)
+        assert rows[key] == Suggestion(key, value, "yours", by_user=True)
     assert rows["crops.global_size"].value == 48
     assert rows["crops.global_scale"].value == [0.14, 1.0], "the paper's without local crops"
     assert "crops.local_size" not in rows

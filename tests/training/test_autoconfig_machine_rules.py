@@ -68,7 +68,7 @@ def test_values_of_the_user_are_kept_and_the_others_fit_them() -> None:
         row.key: row
         for row in suggest_from_machine(SERVER, DatasetStats(5_000, side=300), devices=2, user_values=user_values)
     }
-    assert rows["trainer.devices"].yours
+    assert rows["trainer.devices"].by_user
     assert rows["trainer.devices"].value == [0, 1]
     assert rows["data.batch_size_per_device"].value == 64
     assert rows["callbacks.knn.every_n_epochs"].value == 3
@@ -97,5 +97,5 @@ def test_labels_rotation_and_precision() -> None:
 
 def test_this_machine() -> None:
     found = this_machine("cpu", memory=5)
-    assert (found.on_cpu, found.devices, found.half, found.memory) == (True, 1, "32", 5)
+    assert (found.on_cpu, found.devices, found.precision, found.memory) == (True, 1, "32", 5)
     assert found.cores >= 1

@@ -196,7 +196,7 @@ def test_the_warning_appears_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
     lines = screen.getvalue().split("\n")
     (line,) = [line for line in lines if "Collapse at step" in line]
     _, erased, sentence = line.rpartition("\x1b[2K")
-    assert erased, "the bar was taken away before"
+    assert erased, "the bar was erased before"
     assert sentence.startswith("Collapse at step")
     assert sentence.rstrip().endswith("docs/collapse.md.")
 
@@ -216,7 +216,7 @@ def _signals(rank: int) -> dict[str, float]:
         notes, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, eye[:1])
     )
     log_feature_statistics(notes, features)
-    rank_of_features = notes.window.take_effective_rank()
+    rank_of_features = notes.feature_buffer.take_effective_rank()
     assert rank_of_features is not None
     return {**{name: value.item() for name, value in notes.noted.items()}, "effective_rank": rank_of_features}
 
@@ -239,8 +239,8 @@ def test_two_ranks_have_the_same_signals_and_stop_together(tmp_path: Path, capfd
         port = free.getsockname()[1]
     mp.start_processes(_rank, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert ranks[0] == ranks[1], "to the last bit, though their images differ"
-    assert list(ranks[0]["state"]["found"]) == ["one prototype"]
+    assert ranks[0] == ranks[1], "bit-identical, though their images differ"
+    assert list(ranks[0]["state"]["first_steps"]) == ["one prototype"]
     assert ranks[0]["steps"] < 128
     assert capfd.readouterr().err.count("Collapse at step") == 1
     whole, own = _signals(-1), _signals(0)

@@ -70,7 +70,7 @@ def test_a_run_starts_from_the_weights_and_resumes_without_the_file(tmp_path: Pa
     assert all(torch.allclose(left[name], given[name], rtol=1e-5, atol=1e-6) for name in given)
     path.unlink()
     train(composed(*words, "trainer.max_steps=2", "resume=true", output_dir=tmp_path / "run"))
-    with pytest.raises(UserError, match="resume: init_from was .* and is now None"):
+    with pytest.raises(UserError, match="resume: init_from was .* and is now null"):
         train(composed(*words, "init_from=null", "resume=true", output_dir=tmp_path / "run"))
 
 

@@ -1,7 +1,6 @@
 """The configuration of a training run in a program of one's own, such as a notebook: `compose`."""
 
 import time
-from typing import cast
 
 import hydra
 from hydra.errors import HydraException
@@ -11,12 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lightning.cli.errors import message_for
 from dino_lightning.cli.overrides import prepare_overrides
 from dino_lightning.config import TrainConfig, register
-from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.conf_dir import CONF
-from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
+from dino_lightning.training import preflight
 from dino_lightning.training.autoconfig.apply import autoconfigure
-from dino_lightning.training.resume import check_output_dir
 
 
 def compose(*words: str) -> TrainConfig:
@@ -35,11 +32,9 @@ def compose(*words: str) -> TrainConfig:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             given = prepare_overrides(list(words))
             composed = hydra.compose("config", overrides=given)
-        check_keys(composed)
         autoconfigure(composed, cli_overrides=given)
-        config = cast(TrainConfig, OmegaConf.to_object(composed))
+        config = preflight.typed_config(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(message_for(error, conf=CONF)) from error
-    check_config(config)
-    check_output_dir(config)
+    preflight.check_combinations(config)
     return config
