@@ -25,7 +25,7 @@ from dino_lightning.runtime.sharding import full_tensor, is_sharded, local
 from dino_lightning.training.strategy import build_strategy
 
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "norm_last_layer": False, "freeze_last_layer": "6it"}
-LEAST_NUMBERS = tiles.LEAST_NUMBERS
+MIN_ELEMENTS = tiles.MIN_ELEMENTS
 CLIP = 0.02
 """Larger than the norms of some gradients, smaller than others."""
 STEPS, EPOCHS, RANKS, BATCH = 5, 2, 2, 8
@@ -129,7 +129,7 @@ def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
     for block in (*module.student.backbone.blocks, *module.teacher.backbone.blocks):
         block.checkpointed = case.checkpointed
         block.pass_function = compiled_pass("aot_eager") if case.compiled else None  # without generating code
-    tiles.LEAST_NUMBERS = 0 if case.tiled else LEAST_NUMBERS
+    tiles.MIN_ELEMENTS = 0 if case.tiled else MIN_ELEMENTS
     return module, tiny.batches(STEPS)
 
 

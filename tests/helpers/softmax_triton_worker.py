@@ -33,12 +33,12 @@ def far_apart(layout: str) -> dict[str, torch.Tensor]:
 
 
 def without_triton() -> bool:
-    """What `_has_triton` says where it is not installed."""
-    softmax_triton._has_triton.cache_clear()
+    """What `has_triton` says where it is not installed."""
+    softmax_triton.has_triton.cache_clear()
     sys.modules["triton"] = None  # type: ignore[assignment]
-    answer = softmax_triton._has_triton()
+    answer = softmax_triton.has_triton()
     del sys.modules["triton"]
-    softmax_triton._has_triton.cache_clear()
+    softmax_triton.has_triton.cache_clear()
     return answer
 
 

@@ -203,7 +203,7 @@ def test_tiles_change_no_number(
     network, results = vit(rate, dtype=dtype).train(), []
     monkeypatch.setattr(tiles, "ROWS", 40)
     for least in (0, 1 << 60):
-        monkeypatch.setattr(tiles, "LEAST_NUMBERS", least)
+        monkeypatch.setattr(tiles, "MIN_ELEMENTS", least)
         torch.manual_seed(4)
         features = network([*crops(dtype), crops(dtype)[1].flip(0)])
         results.append({"features": features.detach(), **gradients(network, features)})
@@ -222,7 +222,7 @@ def test_tiles_are_whole_crops_of_one_resolution() -> None:
 def test_tiles_keep_the_inputs_of_branches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     network, kept = vit(depth=2), {}
     weights = {parameter.data_ptr() for parameter in network.parameters()}
-    monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(tiles, "MIN_ELEMENTS", 0)
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in weights:

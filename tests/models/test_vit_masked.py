@@ -86,7 +86,7 @@ def test_every_pass_is_the_plain_one(how: str, probability: float, monkeypatch: 
     plain = outcome(vit(), ComputeConfig(fused=False), given)
     if how == "tiled":
         monkeypatch.setattr(tiles, "ROWS", 50)
-        monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
+        monkeypatch.setattr(tiles, "MIN_ELEMENTS", 0)
     network = vit(drop_path="subset" if how == "subset" else "sample").train()
     step = ComputeConfig(fused="plain" not in how, gradient_checkpointing="checkpointed" in how)
     ours = outcome(network, step, given, compiled=how == "compiled")

@@ -90,7 +90,7 @@ def test_one_pass_over_all_crops_is_timms(how: str, monkeypatch: pytest.MonkeyPa
     network.apply_compute(ComputeConfig(gradient_checkpointing=how == "checkpointed"))
     if how == "tiled":
         monkeypatch.setattr(tiles, "ROWS", 50)
-        monkeypatch.setattr(tiles, "LEAST_NUMBERS", 0)
+        monkeypatch.setattr(tiles, "MIN_ELEMENTS", 0)
     for block in network.blocks if how == "compiled" else []:
         block.pass_function = compiled_pass("eager")  # type: ignore[assignment]
     ours, plain = network(crops()), torch.cat([network(images) for images in crops()])

@@ -107,9 +107,9 @@ def test_tensors_are_scaled_alike_in_one_kernel_and_in_many() -> None:
     tensors = [torch.randn(shape) for shape in shapes] + [torch.randn(6, 4).t()]  # the last one lies otherwise
     factors = torch.rand(len(tensors))
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-    for join in (False, True):
+    for fuse_small in (False, True):
         scaled = [tensor.clone() for tensor in tensors]
-        scale_each(scaled, factors, join=join)
+        scale_each(scaled, factors, fuse_small=fuse_small)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled, expected, strict=True))
 
 

@@ -1,7 +1,4 @@
-"""What an evaluation looks at: a backbone, how its images are prepared, and the tokens inside it.
-
-B images of C channels, n last blocks, P prefix tokens (the class token first), N = h w patches, D width.
-"""
+"""A frozen backbone with its preprocessing: the input of every evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,27 +13,27 @@ from dino_lightning.models.tokens import is_vit, patch_size
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A frozen backbone and what its weights expect."""
+    """A frozen backbone and the preprocessing that its weights expect."""
 
     backbone: nn.Module
     """Images (B, C, H, W) -> features (B, D); in eval mode, without gradients."""
     name: str
-    """How to call it in tables."""
+    """Its name in tables."""
     digest: str
     """SHA-256 of the weights, the first 16 hexadecimal digits."""
     mean: list[float]
     std: list[float]
-    """Of each channel, of values in 0 to 1."""
+    """Of each channel, for values from 0 to 1."""
     resize: int
     """Shorter side of an evaluated image before the center crop (pixels)."""
     size: int
     """Side of the center crop (pixels)."""
     rebuild: Callable[..., nn.Module]
-    """`rebuild(drop_path_rate=0.1)`: the same architecture anew, with fresh weights, all of them trainable."""
+    """`rebuild(drop_path_rate=0.1)`: the same architecture with new random weights, all of them trainable."""
     trained: bool = True
     """False for the untrained baseline."""
     description: dict[str, Any] | None = None
-    """Architecture and preparation of images in plain types, for files that `checkpoint=` takes; None if unknown."""
+    """Architecture and preprocessing as a dictionary, for files that `checkpoint=` loads; None if unknown."""
 
     @property
     def channels(self) -> int:
@@ -47,12 +44,12 @@ class FrozenNetwork:
     def width(self) -> int:
         """Features per image, D."""
         backbone = cast(Any, self.backbone)
-        # Networks with a layer between pooling and classifier, such as mobilenetv3, give that layer's.
+        # Networks with a layer between pooling and classifier, such as mobilenetv3, return that layer's output.
         return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def check_size(network: FrozenNetwork, size: int, *, key: str) -> None:
-    """Raise `UserError`, which names `key`, where the network does not take images of this side (pixels)."""
+    """Raise `UserError`, naming `key`, if the network does not accept images of this side (pixels)."""
     if is_vit(network.backbone) and size % patch_size(network.backbone):
         patch = patch_size(network.backbone)
         near = max(patch, round(size / patch) * patch)
@@ -65,4 +62,4 @@ def check_size(network: FrozenNetwork, size: int, *, key: str) -> None:
             network.backbone(torch.zeros(1, network.channels, size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{key}={size}: {network.name} does not take it ({reason}).") from error
+        raise UserError(f"{key}={size}: {network.name} does not accept this size ({reason}).") from error

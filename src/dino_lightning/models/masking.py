@@ -1,4 +1,4 @@
-"""Which patches of the global crops are hidden from the student: blocks, as in BEiT and iBOT.
+"""Random masks over the patches of the global crops that are hidden from the student: blocks, as in BEiT and iBOT.
 
 S crops, h x w patches of each, N = h w, P masked patches in all.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 Mask = NDArray[np.bool_]
 
 ATTEMPTS = 10
-"""Rectangles that are tried one after the other before a crop stays with what it has."""
-FLATTEST = 0.3
+"""Rectangles that are tried before a crop keeps a smaller mask."""
+MIN_ASPECT = 0.3
 """Smallest ratio of a block's sides."""
 
 
@@ -26,30 +26,30 @@ class Masks:
     hidden: Tensor
     """(S, h, w), true where a patch is masked."""
     positions: Tensor
-    """(P,), their places among all S N patches, crop after crop, in rising order."""
+    """(P,), indices of the masked patches among all S N patches, ascending."""
     weights: Tensor
-    """(P,), 1 / (S x masked patches of the crop): a sum so weighted is the mean over the masked patches of each crop,
-    then over all S crops, of which those without a mask count 0."""
+    """(P,), 1 / (S x masked patches of the crop): the weighted sum is the mean over the masked patches of each crop,
+    then over all S crops, where crops without a mask count 0."""
 
     @classmethod
     def of(cls, mask_Shw: Mask, *, like: Tensor) -> "Masks":
-        """From masks (S, h, w); on the device of `like`, weights in its type or float32. Nobody waits for the copy."""
+        """From masks (S, h, w), on the device of `like`, weights in its dtype or float32. The copy is asynchronous."""
         flat_SN = mask_Shw.reshape(len(mask_Shw), -1)
         counts_S = flat_SN.sum(axis=1)
         weights_P = 1 / (len(flat_SN) * np.repeat(counts_S, counts_S))
         full = torch.promote_types(like.dtype, torch.float32)
         arrays = torch.from_numpy(mask_Shw), torch.from_numpy(flat_SN.reshape(-1).nonzero()[0])
-        return cls(*(_sent(each, like.device) for each in (*arrays, torch.from_numpy(weights_P).to(full))))
+        return cls(*(_to_device(each, like.device) for each in (*arrays, torch.from_numpy(weights_P).to(full))))
 
     def __len__(self) -> int:
-        """P, which the host knows."""
+        """P, known on the host."""
         return len(self.positions)
 
 
 def draw_masks(
     generator: np.random.Generator, crops: int, grid: tuple[int, int], *, probability: float, share: list[float]
 ) -> Mask:
-    """Masks (S, h, w): each crop with `probability`, then of a share of its patches drawn evenly from `share`."""
+    """Masks (S, h, w): each crop is masked with `probability`, over a share of its patches uniform in `share`."""
     mask_Shw = np.zeros((crops, *grid), dtype=np.bool_)
     for mask_hw in mask_Shw:
         if generator.random() < probability:
@@ -59,11 +59,11 @@ def draw_masks(
 
 
 def blocks(generator: np.random.Generator, grid: tuple[int, int], *, wanted: int) -> Mask:
-    """A mask (h, w) of rectangles that may overlap, of `wanted` patches or a few less.
+    """A mask (h, w) of overlapping rectangles, with `wanted` patches or a few less.
 
-    Each adds at least one patch and as many as are missing at most; its area is drawn evenly from about a ninth of the
-    grid (or what is missing, if that is less) to what is missing, the logarithm of its sides' ratio evenly from
-    log 0.3 to -log 0.3. A crop is done when it has all, or when none of ten rectangles fits.
+    Each rectangle adds at least one patch and at most as many as are missing. Its area is uniform between about a ninth
+    of the grid (or the missing patches, if fewer) and the missing patches, the logarithm of its aspect ratio uniform
+    between log 0.3 and -log 0.3. The mask is complete when no patch is missing, or when none of ten rectangles fits.
     """
     mask_hw, missing = np.zeros(grid, dtype=np.bool_), wanted
     while missing:
@@ -76,10 +76,10 @@ def blocks(generator: np.random.Generator, grid: tuple[int, int], *, wanted: int
 
 
 def _block(generator: np.random.Generator, mask_hw: Mask, missing: int) -> tuple[slice, slice] | None:
-    """A rectangle that adds from 1 to `missing` patches, or None where the one that was drawn does not."""
+    """A random rectangle, or None if it does not add 1 to `missing` patches."""
     h, w = mask_hw.shape
     least = min((min(h, w) // 3) ** 2, missing)
-    area, log_ratio = generator.uniform(least, missing), generator.uniform(math.log(FLATTEST), -math.log(FLATTEST))
+    area, log_ratio = generator.uniform(least, missing), generator.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT))
     height, width = (max(1, round(math.sqrt(area * math.exp(sign * log_ratio)))) for sign in (1, -1))
     if height > h or width > w:
         return None
@@ -88,6 +88,6 @@ def _block(generator: np.random.Generator, mask_hw: Mask, missing: int) -> tuple
     return block if 0 < (~mask_hw[block]).sum() <= missing else None
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory: a copy from elsewhere would wait for the device.
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # Only copies from pinned memory are asynchronous.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -23,25 +23,25 @@ class MultiCropNetwork(nn.Module):
         self.compute = compute or ComputeConfig()
         self.packed = self.compute.fused and isinstance(backbone, OriginalViT)
         self.channels_last = _channels_last(backbone, self.compute)
-        whole = self.compute.compile or self.compute.gradient_checkpointing
-        self.in_tiles = self.packed and not whole and backbone.drop_path_mode == "sample"
-        """Whether large batches in full precision go through the blocks in tiles on a CPU."""
+        complete_blocks = self.compute.compile or self.compute.gradient_checkpointing
+        self.in_tiles = self.packed and not complete_blocks and backbone.drop_path_mode == "sample"
+        """Whether the blocks process large float32 batches in tiles on a CPU."""
         self._prepare()
 
     def features(self, crops: list[Tensor]) -> Tensor:
         """Features (V B, D) of V crops (B, C, size, size) in their order."""
-        # In full precision, as the head's input is in the original also under mixed precision.
+        # In full precision: so is the head's input in the original, also under mixed precision.
         if self.packed:
-            return at_least_float32(self.backbone(self._laid_out(crops)))
+            return at_least_float32(self.backbone(self._in_layout(crops)))
         return torch.cat([at_least_float32(self.backbone(batch)) for batch in self._runs(crops)])
 
     def features_and_patches(self, crops: list[Tensor], masks: Masks, *, replace: bool) -> tuple[Tensor, Tensor]:
-        """`features`, and the patch tokens (P, D) at the masked places, through the final norm.
+        """`features`, and the patch tokens (P, D) at the masked positions, after the final norm.
 
-        With `replace`, the network sees its mask token there instead of the image.
+        With `replace`, the masked patches are replaced by the mask token.
         """
         if self.packed:
-            features_SD, patches_PD = self.backbone(self._laid_out(crops), masks=masks, replace=replace)
+            features_SD, patches_PD = self.backbone(self._in_layout(crops), masks=masks, replace=replace)
             return at_least_float32(features_SD), at_least_float32(patches_PD)
         first, *others = self._runs(crops)
         features_BD, patches_SND = self.backbone(first, masks=masks, replace=replace)
@@ -57,13 +57,13 @@ class MultiCropNetwork(nn.Module):
         masks: Masks | None = None,
         replace: bool = False,
     ) -> tuple[Tensor, FactoredLogits, FactoredLogits]:
-        """Features (S, D), their logits (S, K) as factors, and those of the masked patches (P, K), P = 0 for none."""
+        """Features (S, D), their logits (S, K), and the logits of the masked patches (P, K), P = 0 without masks."""
         if masks is None:
             features_SD = self.features(crops)
             logits: FactoredLogits = self.head(features_SD, factored=True, predictor=predictor)
             return features_SD, logits, FactoredLogits(logits.embeddings[:0], logits.prototypes)
         features_SD, patches_PD = self.features_and_patches(crops, masks, replace=replace)
-        # In one pass of the head: prototypes are composed once, and a batch norm has rows also without any mask.
+        # One pass of the head: it composes the prototypes once, and batch norms have rows even without any mask.
         both: FactoredLogits = self.head(torch.cat([features_SD, patches_PD]), factored=True, predictor=predictor)
         S = len(features_SD)
         return (
@@ -72,14 +72,14 @@ class MultiCropNetwork(nn.Module):
             FactoredLogits(both.embeddings[S:], both.prototypes),
         )
 
-    def _laid_out(self, crops: list[Tensor]) -> list[Tensor]:
+    def _in_layout(self, crops: list[Tensor]) -> list[Tensor]:
         if self.channels_last:
             return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
         return crops
 
     def _runs(self, crops: list[Tensor]) -> list[Tensor]:
-        """Neighbors of one size go together, as in the original: batch norms see them as one batch."""
-        runs = groupby(self._laid_out(crops), key=lambda crop: crop.shape[-1])
+        """Joins neighboring crops of one size, as the original does: batch norms normalize over them together."""
+        runs = groupby(self._in_layout(crops), key=lambda crop: crop.shape[-1])
         return [torch.cat(list(run)) for _, run in runs]
 
     def forward(self, crops: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A transformer block that also processes packed tokens, the crops of all resolutions at once."""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,24 +24,24 @@ from dino_lightning.models.kernels.packing import (
 )
 
 Drop = Tensor | tuple[Subset, Subset] | None
-"""Stochastic depth of a block: factors of its two branches (2, M, 1), or the crops that compute them, or none."""
+"""Stochastic depth of a block: factors of its two branches (2, M, 1), the crops that compute them, or None."""
 
 
 class PackedBlock(Block):
-    """timm's block, which also knows packed tokens (M, D)."""
+    """timm's block, which also accepts packed tokens (M, D)."""
 
     attention: str = "split"
     checkpointed: bool = False
     pass_function: "Callable[..., Tensor] | None" = None
-    """`packed_pass`, compiled; None for as it is."""
+    """`packed_pass`, compiled; None without compilation."""
 
     def forward(self, x: Tensor, *args: Any, shapes: Shapes | None = None, **options: Any) -> Tensor:  # type: ignore[override]
-        """timm's pass over tokens (B, N, D); with `shapes`, `packed_pass` over packed ones."""
+        """timm's forward pass over tokens (B, N, D); with `shapes`, `packed_pass` over packed tokens."""
         if shapes is None:
             return super().forward(x, *args, **options)
         run = self.pass_function or packed_pass
         if self.checkpointed and torch.is_grad_enabled():
-            # Nothing is drawn inside: what is dropped comes from outside.
+            # No random numbers inside: the dropped branches are drawn outside.
             return checkpoint(run, self, x, shapes, use_reentrant=False, preserve_rng_state=False, **options)
         return run(self, x, shapes, **options)
 
@@ -49,7 +49,7 @@ class PackedBlock(Block):
 def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop = None, last: bool = False) -> Tensor:
     """A pre-norm transformer block over packed tokens: (M, D).
 
-    With `last`, only the class tokens (S, D): of the last block nothing else is read, so nothing else is computed.
+    With `last`, only the class tokens (S, D) are computed: nothing else of the last block is read.
     """
     if isinstance(drop, tuple):
         for branch, subset in zip((_attention, _mlp), drop, strict=True):
@@ -57,7 +57,7 @@ def packed_pass(block: PackedBlock, x_MD: Tensor, shapes: Shapes, *, drop: Drop 
             x_MD = x_MD.index_add(0, subset.rows_m, part_mD.to(x_MD.dtype))
         return first_tokens(x_MD, shapes) if last else x_MD
     first, second = (None, None) if drop is None else drop.unbind(0)
-    if not (last or block.checkpointed or torch.compiler.is_compiling()) and tiles.pays(x_MD):
+    if not (last or block.checkpointed or torch.compiler.is_compiling()) and tiles.is_faster(x_MD):
         return _tiled_pass(block, x_MD, shapes, first, second)
     if not (last or torch.compiler.is_compiling()) and whole_block.available(x_MD, block):
         return whole_block.fused_block(block, x_MD, shapes, (first, second))
@@ -104,5 +104,5 @@ def _mlp(block: PackedBlock, x_MD: Tensor, shapes: Shapes) -> Tensor:
 
 @cache
 def compiled_pass(backend: str = "inductor") -> Callable[..., Tensor]:
-    """`packed_pass` through `torch.compile`; all blocks share what it compiles."""
+    """`packed_pass` compiled by `torch.compile`, shared by all blocks."""
     return torch.compile(packed_pass, dynamic=False, fullgraph=True, backend=backend)

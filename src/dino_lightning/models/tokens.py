@@ -1,4 +1,4 @@
-"""TODO."""
+"""The tokens and attention maps inside a backbone, for evaluations and pictures."""
 
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from dino_lightning.errors import UserError
 
 @torch.no_grad()
 def cls_attention(vit: VisionTransformer, images_B3HW: Tensor) -> Tensor:
-    """How much the class token attends to each patch in the last block: (B, heads, h, w), summing to less than 1.
+    """Attention of the class token to each patch in the last block: (B, heads, h, w), with a sum below 1.
 
     This is what the paper's figure 1 shows.
     """
@@ -30,17 +30,17 @@ def cls_attention(vit: VisionTransformer, images_B3HW: Tensor) -> Tensor:
 
 
 def has_attention(backbone: nn.Module) -> bool:
-    """Whether `cls_attention` can look into this network."""
+    """Whether `cls_attention` supports this network."""
     return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None and backbone.dynamic_img_size
 
 
 def is_vit(backbone: nn.Module) -> bool:
-    """Whether the functions below can look at this network's tokens block by block."""
+    """Whether this network has a class token and blocks, as the functions below need."""
     return isinstance(backbone, VisionTransformer) and backbone.cls_token is not None
 
 
 def patch_size(backbone: nn.Module) -> int:
-    """Side of a patch (pixels). Raises `UserError` for networks without."""
+    """Side of a patch (pixels). Raises `UserError` for networks without patches."""
     embed = getattr(backbone, "patch_embed", None)
     size = getattr(embed, "patch_size", None)
     if size is None:
@@ -52,7 +52,7 @@ def patch_size(backbone: nn.Module) -> int:
 def last_blocks(backbone: nn.Module, images_BCHW: Tensor, *, n: int) -> list[Tensor]:
     """Tokens (B, P + N, D) after each of the last n blocks, deepest last, each through the final norm.
 
-    Raises `UserError` where the network has no blocks to look at, or fewer than n.
+    Raises `UserError` if the network has no blocks, or fewer than n.
     """
     if not is_vit(backbone):
         raise UserError(f"checkpoint: {type(backbone).__name__} has no class token and blocks; this needs a ViT.")
@@ -73,8 +73,8 @@ def linear_features(backbone: nn.Module, images_BCHW: Tensor, *, n_last_blocks: 
     """The features of the linear evaluation: (B, n D), or (B, (n + 1) D) with `avgpool`.
 
     With `avgpool` the original stacks class tokens and mean patch token on a new last axis and flattens: for n = 1 the
-    two alternate value by value. Published classifiers expect that order. A network other than a ViT gives (B, D), and
-    n = 1 without `avgpool` is all it knows.
+    two alternate value by value. Published classifiers expect that order. Networks other than ViTs give (B, D) and
+    support only n = 1 without `avgpool`.
     """
     if not is_vit(backbone):
         if n_last_blocks != 1 or avgpool:
@@ -95,7 +95,7 @@ def join_tokens(cls_nBD: list[Tensor], mean_patch_BD: Tensor | None) -> Tensor:
         return cls_BnD
     if len(cls_nBD) == 1:
         return torch.stack([cls_BnD, mean_patch_BD], dim=-1).flatten(1)
-    # The original stacks here, too, and fails on the widths; the paper uses the two together with n = 1 only.
+    # The original stacks here, too, and fails because the widths differ; the paper combines them with n = 1 only.
     return torch.cat([cls_BnD, mean_patch_BD], dim=-1)
 
 
@@ -103,7 +103,7 @@ def join_tokens(cls_nBD: list[Tensor], mean_patch_BD: Tensor | None) -> Tensor:
 def patch_tokens(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
     """The patch tokens of the last block, through the final norm: (B, h, w, D).
 
-    Of a convolutional network, its last feature map.
+    For a convolutional network, its last feature map.
     """
     if is_vit(backbone):
         p, prefix = patch_size(backbone), cast(Any, backbone).num_prefix_tokens

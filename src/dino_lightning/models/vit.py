@@ -1,8 +1,8 @@
-"""The paper's Vision Transformer: timm's blocks with three things of the original put back, and a fast training pass.
+"""The paper's Vision Transformer: timm's blocks with three properties of the original, and a fast training pass.
 
-Put back are the initial class token, the resampling of the position embedding, and (in `optim.py`) which parameters
-decay. The fast pass takes the crops of all resolutions at once; see `ops/packing.py`. Beyond the original there are
-registers and masked patches.
+The three are the initial class token, the resampling of the position embedding, and (in `optim/optimizers.py`) which
+parameters decay. The fast pass processes the crops of all resolutions at once; see `kernels/packing.py`. Registers and
+masked patches are additions to the original.
 """
 
 import math
@@ -31,13 +31,12 @@ from dino_lightning.models.packed_block import Drop, PackedBlock, compiled_pass
 class OriginalViT(VisionTransformer):
     """timm's Vision Transformer, initialized and resampled as the original DINO does.
 
-    Its state dict has the original's keys and loads into `timm.create_model` as it is. With registers the class token
-    has no position either (timm's `no_embed_class`), which it does not need: its position would be one more vector to
-    be added to it at every resolution.
+    Its state dict has the original's keys and loads into `timm.create_model` unchanged. With registers the class token
+    has no position either (timm's `no_embed_class`): it would only be a constant vector added to the class token.
     """
 
     mask_token: nn.Parameter | None
-    """Stands for masked patches; see `learn_mask_token`."""
+    """Replaces masked patches; see `learn_mask_token`."""
 
     def __init__(self, config: ViTConfig, *, image_size: int, drop_path_rate: float, channels: int = 3) -> None:
         super().__init__(
@@ -57,32 +56,32 @@ class OriginalViT(VisionTransformer):
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm starts it at std 1e-6
         if self.reg_token is not None:
-            # As the class token. With timm's 1e-6 all registers would be one at first, and learn the same for long:
-            # no position tells them apart.
+            # As the class token. With timm's 1e-6 all registers would start nearly equal and learn the same for long,
+            # because they have no positions that distinguish them.
             nn.init.trunc_normal_(self.reg_token, std=0.02)
         self.register_parameter("mask_token", None)
         self.drop_path_mode = config.drop_path
 
     def apply_compute(self, compute: ComputeConfig) -> None:
-        """Compute the training pass as configured."""
+        """Set how the training pass is computed."""
         for block in cast("list[PackedBlock]", self.blocks):
             block.attention = compute.attention
             block.checkpointed = compute.gradient_checkpointing
             block.pass_function = compiled_pass() if compute.compile else None
 
     def learn_mask_token(self) -> None:
-        """Add the token that stands for masked patches, zeros at first; for training only, no export has it."""
+        """Add the token that replaces masked patches, initially 0; it is used in training only and never exported."""
         assert self.cls_token is not None
         self.mask_token = nn.Parameter(torch.zeros_like(self.cls_token))
 
     def forward(  # type: ignore[override]
         self, x: Tensor | list[Tensor], *args: Any, masks: Masks | None = None, replace: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Features (B, D) of images (B, C, H, W); (S, D) of the S images of a list of such batches, in its order.
+        """Features (B, D) of images (B, C, H, W), or (S, D) of all S images of a list of such batches, in order.
 
-        With `masks`, which concern the first images and have one size, also their last patch tokens: of a list those
-        that are masked (P, D), of one batch all of them (images with a mask, N, D), since a compiled pass wants equal
-        shapes. With `replace` too, the mask token stands for the masked patches.
+        With `masks` for the first images, which have one size, also their last patch tokens: for a list the masked ones
+        (P, D); for one batch all of them (masked images, N, D), since a compiled pass needs constant shapes. With
+        `replace`, the mask token replaces the masked patches.
         """
         hidden_Shw = masks.hidden if masks is not None and replace else None
         if isinstance(x, list):
@@ -98,8 +97,8 @@ class OriginalViT(VisionTransformer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The features (S, D) of batches of images (B, C, H, W) of several sizes, in one pass of all layers.
 
-        The batches are not joined before they are tokens: the images would be copied, and the copy kept for the
-        gradient. `read_P` asks for patch tokens (P, D), too: places among the patches of the first images.
+        The batches are joined as tokens, not as images, which would be copied and kept for the gradient. `read_P`
+        requests patch tokens (P, D), too, by their indices among the patches of the first images.
         """
         x_MD, shapes = pack(self._tokens(views, hidden_Shw))
         blocks = cast("list[PackedBlock]", self.blocks)
@@ -125,18 +124,18 @@ class OriginalViT(VisionTransformer):
         return tokens
 
     def _patches(self, views: list[Tensor]) -> list[Tensor]:
-        """Embedded patches (B, h, w, D), batch by batch; on a GPU neighbors of one size may be one batch."""
+        """Embedded patches (B, h, w, D) of each batch; on a GPU neighboring batches of one size are joined."""
         embed = cast(Any, self.patch_embed)
         if not torch.compiler.is_compiling() and patches.available(views, embed):
             return patches.embed_patches(views, embed.proj)
         return [embed(images_BCHW) for images_BCHW in views]
 
     def _replaced(self, patches_BhwD: Tensor, hidden_shw: Tensor) -> Tensor:
-        """The mask token in place of hidden patches; images without a mask follow those that have one."""
+        """Replace hidden patches by the mask token; images without masks follow those with masks."""
         assert self.mask_token is not None
         rest = len(patches_BhwD) - len(hidden_shw)
         hidden_Bhw = F.pad(hidden_shw, (0, 0, 0, 0, 0, rest)) if rest else hidden_shw
-        # Also where nothing is hidden, so that the token has its gradient on every rank and in each micro-batch.
+        # Even if nothing is hidden, so that the token has a gradient on every rank and in each micro-batch.
         return torch.where(hidden_Bhw[..., None], self.mask_token.to(patches_BhwD.dtype), patches_BhwD)
 
     def _drops(self, shapes: Shapes, device: torch.device) -> list[Drop]:
@@ -169,11 +168,11 @@ def _rate(block: PackedBlock) -> float:
 
 
 def resample_position_embedding(table_1ND: Tensor, h: int, w: int, *, prefix: int = 1) -> Tensor:
-    """The position embedding (1, prefix + h w, D) on a grid of h x w patches; the class token's, its prefix, stays.
+    """The position embedding (1, prefix + h w, D) on a grid of h x w patches; the class token's prefix is unchanged.
 
-    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding, yet it
-    shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's antialiased
-    resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
+    Bicubic with a *scale factor* of (h + 0.1) / side and no antialiasing. The 0.1 was meant against rounding errors,
+    but it shifts every sample position, and the published weights were trained with it: `size=(h, w)` or timm's
+    antialiased resampling differ by 0.2 to 0.8 of the table's norm at 14 x 14 -> 6 x 6.
     """
     side = math.isqrt(table_1ND.shape[1] - prefix)
     if (h, w) == (side, side):

@@ -1,4 +1,4 @@
-"""The teacher as exponential moving average of the student."""
+"""The teacher as an exponential moving average of the student."""
 
 from typing import TypeVar
 
@@ -11,9 +11,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def follow(teacher: ModuleT, student: ModuleT) -> ModuleT:
-    """Give the teacher, a network of its own, the student's weights and buffers; it takes no gradient from then on.
+    """Load the student's weights and buffers into the teacher, and stop its gradients.
 
-    It is not a copy because the two are built differently: the teacher has no drop path.
+    The teacher is built separately instead of copied because it has no drop path.
     """
     if teacher is student:
         raise ValueError("student and teacher are the same object: the loss would fall to a trivial solution")
@@ -25,14 +25,13 @@ def follow(teacher: ModuleT, student: ModuleT) -> ModuleT:
 def ema_update(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, over parameters (this rank's slices under FSDP).
 
-    Buffers are left alone: the batch-norm statistics of the teacher come from its own forward passes.
+    Buffers are not averaged: the batch-norm statistics of the teacher come from its own forward passes.
 
-    Computed in one pass as teacher + (1 - momentum) * (student - teacher), which also rounds better than the sum of
-    two products. At a momentum of 0.9999 the student's share is 0.0001, and in float32 the two factors, rounded each by
-    itself, miss a sum of 1 by up to 3e-8: the teacher would settle 3e-8 / 0.0001, or 0.03 %, away from a student that
-    stands still. Here equal weights stay equal, and only the final sum is rounded at the teacher's size. What no form
-    in float32 keeps is a step below half a unit in the teacher's last place: where they differ by less than about
-    0.03 % of the weight, such a momentum moves nothing.
+    Computed in one pass as teacher + (1 - momentum) * (student - teacher), which is more accurate than the sum of two
+    products. At a momentum of 0.9999 the student's share is 0.0001; in float32 the two separately rounded factors miss
+    a sum of 1 by up to 3e-8, so the teacher of a constant student would end 3e-8 / 0.0001, or 0.03 %, away from it.
+    Here equal weights stay equal. In float32, no form can represent an update below half a unit in the teacher's last
+    place: at such a momentum, a difference of less than about 0.03 % of the weight changes nothing.
     """
     averaged: list[Tensor] = [local(parameter) for parameter in teacher.parameters()]
     current: list[Tensor] = [local(parameter) for parameter in student.parameters()]

@@ -12,8 +12,8 @@ from dino_lightning.runtime.sharding import global_norms, is_sharded, local
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step on each matrix is scaled to the matrix's norm.
 
-    One-dimensional parameters take plain SGD steps without weight decay. Every pass goes over all tensors of a group
-    together, and no value is read on the host.
+    One-dimensional parameters take SGD steps without weight decay. Each operation runs over all tensors of a group at
+    once, and no value is read on the host.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class LARS(torch.optim.Optimizer):
             matrices = [parameter for parameter in trained if parameter.ndim > 1]
             vectors = [parameter for parameter in trained if parameter.ndim <= 1]
             if matrices:
-                self._move(matrices, scaled_updates(matrices, group), group)
+                self._update(matrices, scaled_updates(matrices, group), group)
             if vectors:
-                self._move(vectors, [local(_gradient(vector)) for vector in vectors], group)
+                self._update(vectors, [local(_gradient(vector)) for vector in vectors], group)
         return loss
 
-    def _move(self, parameters: list[nn.Parameter], updates: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[nn.Parameter], updates: list[Tensor], group: dict[str, Any]) -> None:
         velocities = [local(self._velocity(parameter)) for parameter in parameters]
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, updates)
@@ -63,7 +63,7 @@ class LARS(torch.optim.Optimizer):
 def scaled_updates(matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
     """Gradient plus weight decay, times trust coefficient * norm of the weight / norm of the update (equation 6).
 
-    This rank's slices where the weights are sharded; the norms are those of whole tensors.
+    Under FSDP these are this rank's slices; the norms are those of the complete tensors.
     """
     weights = [local(matrix) for matrix in matrices]
     gradients = [local(_gradient(matrix)) for matrix in matrices]

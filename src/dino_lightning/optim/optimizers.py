@@ -12,13 +12,13 @@ from dino_lightning.optim.lars import LARS
 from dino_lightning.runtime.sharding import global_norms, is_sharded, local
 
 FUSED_DEVICES, FUSED_DTYPES = ("cpu", "cuda"), (torch.float32, torch.float64)
-"""Where PyTorch's fused optimizers run and are tested here."""
-SMALL = 1 << 14
-"""Numbers of a gradient up to which its factor is spread over it, which takes next to no memory then."""
+"""Devices and dtypes for which PyTorch's fused optimizers exist and are tested here."""
+MAX_EXPANDED = 1 << 14
+"""Largest gradient (elements) whose factor is expanded to its shape, which needs next to no memory then."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: decayed (scheduled by the caller) and not (0 for good).
+    """Two groups: with weight decay (scheduled by the caller) and without.
 
     Only biases and one-dimensional parameters are exempt from weight decay, as in the original: the class token, the
     position embedding and the norms of the prototypes, of shape (K, 1), are decayed.
@@ -32,10 +32,10 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Tensor | None:
-    """Scale each gradient whose L2 norm exceeds `max_norm` down to it, tensor by tensor and in place; 0 scales none.
+    """Clip each gradient to an L2 norm of `max_norm`, tensor by tensor and in place; 0 clips none.
 
-    This is not `clip_grad_norm_`, which measures one norm over all tensors. Returns whether a norm is not finite, a
-    flag on the device that is the same on all ranks; None where there are no gradients.
+    Unlike `clip_grad_norm_`, which computes one norm over all tensors. Returns a flag on the device, identical on all
+    ranks, that tells whether any norm is not finite; None without gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -43,24 +43,27 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], *, max_norm: float) -
     slices = [local(gradient) for gradient in gradients]
     norms = global_norms(slices, sharded=is_sharded(gradients[0]))  # all gradients are, or none
     if max_norm:
-        # All of them are multiplied, most by 1: to pass over those would mean to wait for the norms on the host.
-        scale_each(slices, (max_norm / (norms + 1e-6)).clamp(max=1.0), join=slices[0].is_cuda)
+        # All gradients are multiplied, most of them by 1: skipping those would require the norms on the host.
+        scale_each(slices, (max_norm / (norms + 1e-6)).clamp(max=1.0), fuse_small=slices[0].is_cuda)
     return ~torch.isfinite(norms).all()
 
 
-def scale_each(tensors: list[Tensor], factors_N: Tensor, *, join: bool) -> None:
+def scale_each(tensors: list[Tensor], factors_N: Tensor, *, fuse_small: bool) -> None:
     """Multiply each of N tensors by its own factor, in place.
 
-    By single factors a GPU takes a kernel for each tensor: PyTorch joins only lists of equal shapes. With `join` the
-    small tensors, most of them biases and norms, get their factors in their own shapes, and so take one kernel for all.
+    With scalar factors a GPU launches one kernel per tensor: PyTorch fuses only equal shapes. With `fuse_small`, the
+    factors of small tensors, mostly biases and norms, are expanded to their shapes, so that one kernel does all.
     """
-    small = [n for n, tensor in enumerate(tensors) if join and tensor.numel() <= SMALL and tensor.is_contiguous()]
+    small = [
+        n
+        for n, tensor in enumerate(tensors)
+        if fuse_small and tensor.numel() <= MAX_EXPANDED and tensor.is_contiguous()
+    ]
     if small:
         chosen = [tensors[n] for n in small]
-        place = _places(tuple(small), tuple(tensor.numel() for tensor in chosen), factors_N.device)
-        spread = factors_N.index_select(0, place).split([tensor.numel() for tensor in chosen])
-        own = [factor.view_as(tensor) for factor, tensor in zip(spread, chosen, strict=True)]
-        torch._foreach_mul_(chosen, own)
+        counts = [tensor.numel() for tensor in chosen]
+        expanded = factors_N.index_select(0, _repeated(tuple(small), tuple(counts), factors_N.device)).split(counts)
+        torch._foreach_mul_(chosen, [factor.view_as(tensor) for factor, tensor in zip(expanded, chosen, strict=True)])
     others = sorted(set(range(len(tensors))).difference(small))
     if others:
         factors = factors_N.unbind()
@@ -68,16 +71,16 @@ def scale_each(tensors: list[Tensor], factors_N: Tensor, *, join: bool) -> None:
 
 
 @lru_cache(maxsize=4)  # with and without frozen prototypes
-def _places(indices: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Each index as often as its count, on the device."""
-    places = torch.repeat_interleave(torch.tensor(indices), torch.tensor(counts))
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
+def _repeated(indices: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each index repeated by its count, on the device."""
+    repeated = torch.repeat_interleave(torch.tensor(indices), torch.tensor(counts))
+    return repeated.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else repeated
 
 
 def drop_last_layer_gradients(module: nn.Module) -> None:
-    """Forget the gradients of the prototypes, so that no step, moment or weight decay reaches them.
+    """Remove the gradients of the prototypes, so that no step, moment or weight decay affects them.
 
-    A learning rate of 0 is not the same: Adam's moments and step count would go on.
+    A learning rate of 0 is not equivalent: Adam's moments and step count would still change.
     """
     for name, parameter in module.named_parameters():
         if "last_layer" in name:
@@ -85,9 +88,9 @@ def drop_last_layer_gradients(module: nn.Module) -> None:
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The configured optimizer over `groups`, which are on their device already.
+    """The configured optimizer over `groups`, whose parameters are already on their device.
 
-    Learning rate and weight decay are written by the schedules.
+    The schedules set learning rate and weight decay.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     match config:
@@ -96,7 +99,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.
             kernels = fastest_kernels(parameters)
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), **kernels)
         case SGDConfig():
-            # PyTorch's fused SGD does not know slices.
+            # PyTorch's fused SGD does not support sharded tensors.
             kernels = fastest_kernels(parameters, fused=not any(map(is_sharded, parameters)))
             optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, **kernels)
             optimizer.register_step_pre_hook(_start_velocities)
@@ -109,17 +112,17 @@ def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.
 
 
 def fastest_kernels(parameters: list[nn.Parameter], *, fused: bool = True) -> dict[str, bool]:
-    """Options of PyTorch's optimizers: one pass over weights, gradients and moments where that exists here."""
+    """Options of PyTorch's optimizers: fused kernels if they exist for these parameters, otherwise foreach."""
     fused = fused and all(p.device.type in FUSED_DEVICES and p.dtype in FUSED_DTYPES for p in parameters)
     return {"fused": fused, "foreach": not fused}
 
 
 def _start_velocities(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Give parameters that have not moved yet a velocity of 0, which changes no step of theirs.
+    """Give parameters without a velocity a velocity of 0, which changes none of their steps.
 
-    Left to itself, PyTorch's fused SGD fails where some parameters of a group have a velocity and others do not, as
-    prototypes at the end of their frozen epoch; and where the first step overflows under fp16, it keeps uninitialized
-    memory as velocity. Also those that stay frozen get one: here the gradients of this step are still to come.
+    PyTorch's fused SGD fails if some parameters of a group have a velocity and others do not, such as prototypes at the
+    end of their frozen epoch; and if the first step overflows under fp16, it keeps uninitialized memory as velocity.
+    Frozen parameters get one, too: the gradients of this step do not exist yet.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -128,26 +131,26 @@ def _start_velocities(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _keep_kernels(kernels: dict[str, bool], _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    # A checkpoint names the kernels of the machine that wrote it.
+    # A checkpoint contains the kernels of the machine that wrote it.
     return {**state, "param_groups": [{**group, **kernels} for group in state["param_groups"]]}
 
 
 def unscaling(closure: Callable[[], Any], *, optimizer: Any, precision: Any) -> Callable[[], Any]:
-    """`closure`, the forward and backward pass, and after it gradients free of fp16's loss scale.
+    """Wrap `closure`, the forward and backward pass, so that it also removes fp16's loss scale from the gradients.
 
-    Lightning's `precision` plugin does so itself before it calls hooks, except for fused optimizers, which could
-    unscale in their step: too late for clipping. The scaler remembers that it is done, and hands the step only what the
-    device knows and the host need not: whether a gradient overflowed, so that nothing may move.
+    Lightning's `precision` plugin does this before it calls hooks, except for fused optimizers, which can unscale in
+    their step: too late for clipping. The scaler remembers that gradients are unscaled and passes to the step only the
+    flag on the device that tells whether a gradient overflowed, so that the step is skipped.
     """
-    own = getattr(optimizer, "optimizer", optimizer)  # not Lightning's wrapper, which the scaler would not recognize
+    unwrapped = getattr(optimizer, "optimizer", optimizer)  # the scaler does not recognize Lightning's wrapper
     scaler = getattr(precision, "scaler", None)
-    if scaler is None or not getattr(own, "_step_supports_amp_scaling", False):
+    if scaler is None or not getattr(unwrapped, "_step_supports_amp_scaling", False):
         return closure
 
     def run() -> Any:
         result = closure()
-        if result is not None:  # else there was no backward pass
-            scaler.unscale_(own)
+        if result is not None:  # otherwise there was no backward pass
+            scaler.unscale_(unwrapped)
         return result
 
     return run

@@ -1,7 +1,7 @@
-"""Attention within each crop of packed tokens, forward and backward apart: for functions with a backward pass of their
-own, in which nothing records what they call.
+"""Attention within each crop of packed tokens, with separate forward and backward functions, for use inside an
+`autograd.Function`.
 
-The kernels are those that `scaled_dot_product_attention` chooses, called by their own names.
+The kernels are those that `scaled_dot_product_attention` chooses, called directly.
 
 M rows, D width, h heads, d width of a head, B crops of N tokens; see `packing`.
 """
@@ -20,13 +20,13 @@ from dino_lightning.models.kernels.packing import Shapes, constant
 aten = torch.ops.aten
 
 Kept = tuple[Tensor | None, ...]
-"""What the backward pass wants beside q, k, v and the output: `KEPT` tensors for each call of a kernel."""
+"""What the backward pass needs besides q, k, v and the output: `KEPT` tensors per kernel call."""
 KEPT = 3
 
 
 @cache
-def knows(qkv_type: torch.dtype, device: torch.device, *, heads: int, width: int) -> bool:
-    """Whether there are kernels."""
+def is_supported(qkv_type: torch.dtype, device: torch.device, *, heads: int, width: int) -> bool:
+    """Whether a kernel exists for these heads."""
     if width % heads or (width // heads) % 8 or width // heads > 128:
         return False
     if device.type == "cuda" and qkv_type != torch.float32:
@@ -35,7 +35,7 @@ def knows(qkv_type: torch.dtype, device: torch.device, *, heads: int, width: int
 
 
 def attention(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, varlen: bool) -> tuple[Tensor, Kept, Sequence[int]]:
-    """Output (M, D), what to keep, and the kernels (`SDPBackend`) that were called."""
+    """Output (M, D), tensors for the backward pass, and the kernels (`SDPBackend`) that were called."""
     if varlen:
         ends, longest = _ends(shapes, qkv_M3D.device)
         lengths = ends, ends, longest, longest
@@ -94,12 +94,12 @@ def attention_backward(
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """The kernel that `scaled_dot_product_attention` would take."""
+    """The kernel that `scaled_dot_product_attention` would choose."""
     return torch._fused_sdp_choice(q, k, v)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, kernel: int) -> Any:
-    """Output, and what to keep of one resolution."""
+    """Output and saved tensors of one resolution."""
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if kernel == SDPBackend.CUDNN_ATTENTION.value:
@@ -136,6 +136,6 @@ def _parts(shapes: Shapes) -> list[tuple[slice, tuple[int, int]]]:
 
 
 def _ends(shapes: Shapes, device: torch.device) -> tuple[Tensor, int]:
-    """Where the crops end, and the longest crop."""
+    """Cumulative lengths of the crops, and the longest length."""
     lengths = [N for B, N in shapes for _ in range(B)]
     return constant((0, *accumulate(lengths)), torch.int32, device), max(lengths)

@@ -1,15 +1,15 @@
-"""A transformer block over packed tokens as one function, for GPUs: few kernels, each over memory once.
+"""A transformer block over packed tokens as one autograd function, for GPUs, with few passes over memory.
 
     forward:  a = LN1(x)           q, k, v = a Wq' + bq     o = attention     u = o Wp' + bp
               x2 = x + s1 u        a2 = LN2(x2)             h = a2 W1' + b1   v = GELU(h) W2' + b2
               y = x2 + s2 v
 
-Matrix products and attention are PyTorch's; what lies between them are the kernels of `block_triton`. Kept for the
-gradient are x, x2, qkv, o and h; norms and GELU are computed again by the kernels that need them anyway. A block is one
-node of autograd: as single operators its 40 nodes keep the host busy for longer than a small network keeps a GPU.
+Matrix products and attention are PyTorch's; the operations between them are the kernels of `block_triton`. Saved for
+the gradient are x, x2, qkv, o and h; the kernels that need norms and GELU recompute them. A block is one node of
+autograd: with single operators the host needs longer for its 40 nodes than a GPU for a small network.
 
-The numbers are those of `vit.packed_pass` but for rounding: sums of branches and of bias gradients are not rounded to
-half precision on their way. M rows (tokens), D width, s1 and s2 (M, 1) from stochastic depth.
+The results are those of `packed_block.packed_pass` except for rounding: sums of branches and of bias gradients are not
+rounded to half precision. M rows (tokens), D width, s1 and s2 (M, 1) from stochastic depth.
 """
 
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_lightning.models.kernels import block_triton
-from dino_lightning.models.kernels.attention import attention, attention_backward, knows
+from dino_lightning.models.kernels.attention import attention, attention_backward, is_supported
 from dino_lightning.models.kernels.packing import Shapes
 from dino_lightning.runtime.precision import autocast_dtype, without_autocast
 
@@ -28,14 +28,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def available(x_MD: Tensor, block: Any) -> bool:
-    """Whether tokens like these can take this way."""
+    """Whether this function supports these tokens."""
     kind, D = autocast_dtype(x_MD), x_MD.shape[1]
     if not (x_MD.is_cuda and x_MD.dtype in (torch.float32, *HALF) and kind in (torch.float32, *HALF)):
         return False
     layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-    if D > block_triton.WIDEST or any(layer.bias is None for layer in layers) or not block_triton.has_triton():
+    if D > block_triton.MAX_WIDTH or any(layer.bias is None for layer in layers) or not block_triton.has_triton():
         return False
-    return knows(kind, x_MD.device, heads=block.attn.num_heads, width=D)
+    return is_supported(kind, x_MD.device, heads=block.attn.num_heads, width=D)
 
 
 def fused_block(block: Any, x_MD: Tensor, shapes: Shapes, scales: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -100,7 +100,7 @@ class _Block(torch.autograd.Function):
 
 
 def _cast(parameters: list[Tensor], half: torch.dtype) -> list[Tensor]:
-    """All as `half`, by one kernel."""
+    """All parameters as `half`, with one kernel."""
     if all(parameter.dtype == half for parameter in parameters):
         return parameters
     memory = parameters[0].new_empty(sum(parameter.numel() for parameter in parameters), dtype=half)
@@ -111,7 +111,7 @@ def _cast(parameters: list[Tensor], half: torch.dtype) -> list[Tensor]:
 
 
 def _weight_gradient(dy_MO: Tensor, x_MI: Tensor) -> Tensor:
-    """dy' x (O, I), of half-precision numbers in float32: what is summed is not rounded on its way to the optimizer."""
+    """dy' x (O, I), of half-precision inputs in float32, so that the sum is not rounded to half precision."""
     if x_MI.is_cuda and x_MI.dtype in HALF:
         return torch.mm(dy_MO.T, x_MI, out_dtype=torch.float32)
     return dy_MO.T @ x_MI

@@ -1,8 +1,8 @@
-"""The Triton kernels of `block_triton`, apart from it because defining one imports triton: import this file late.
+"""The Triton kernels of `block_triton`, in a separate file because it imports triton, which is not always installed.
 
-Matrices are contiguous, (M, D) or (M, I), with M rows. A program of the kernels with sums takes every `programs`-th
-group of rows and keeps its sums to itself until the end: no atomics, so the same bits in each run. All arithmetic is
-float32. Offsets of rows are 64-bit.
+Matrices are contiguous, (M, D) or (M, I), with M rows. In the kernels with sums, a program processes
+every `programs`-th group of rows and writes its own sums at the end, without atomics, so that results are bit-identical
+in each run. All arithmetic is float32. Row offsets are 64-bit.
 """
 
 import triton

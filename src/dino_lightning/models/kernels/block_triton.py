@@ -1,7 +1,7 @@
-"""What stands between the matrix products of a transformer block, each as one pass over memory: Triton kernels.
+"""The operations between the matrix products of a transformer block, each as one pass over memory: Triton kernels.
 
-A block at ViT-S's width is bound by memory, not by arithmetic: as single operators, sum, norm, cast to half precision
-and the sums of bias gradients read and write the same numbers again and again.
+A block at ViT-S's width is memory-bound: as single operators, sum, norm, cast to half precision and the sums of bias
+gradients read and write the same tensors repeatedly.
 
 M rows (tokens), D width, I width of the MLP, P programs with a partial sum each.
 """
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 PROGRAMS = 528
-"""Programs that sum over rows, four for each multiprocessor of an H100. Each leaves a row of partial sums."""
+"""Programs that sum over rows, four for each multiprocessor of an H100. Each writes a row of partial sums."""
 
 TILE = 2048
-"""Numbers that a program of a norm holds at once: 16 of each matrix in a thread."""
+"""Elements that a program of a norm holds at a time: 16 of each matrix per thread."""
 
-WIDEST = 4096
-"""A row has to fit into a program."""
+MAX_WIDTH = 4096
+"""Largest D: a row must fit into a program."""
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Windows and macOS have no triton; on Linux it comes with torch's CUDA builds."""
+    """Whether triton is installed: it is not on Windows and macOS; on Linux it comes with torch's CUDA builds."""
     try:
         from dino_lightning.models.kernels import block_kernels  # noqa: F401
     except ImportError:
@@ -33,7 +33,7 @@ def has_triton() -> bool:
 
 
 def _kernels() -> Any:
-    """The module, untyped: what the compiler takes as constants are plain numbers here."""
+    """The kernels, untyped: their constants are numbers here, not `tl.constexpr`."""
     from dino_lightning.models.kernels import block_kernels
 
     return block_kernels
@@ -194,7 +194,7 @@ def pack_with_sums(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def _row_tile(D: int) -> dict[str, Any]:
-    """Rows of a program that holds them whole."""
+    """Tile of programs that hold complete rows."""
     columns = 1 << (D - 1).bit_length()
     return {"COLUMNS": columns, "ROWS": max(1, TILE // columns), "num_warps": 4 if columns <= TILE else 8}
 

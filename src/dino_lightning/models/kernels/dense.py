@@ -1,12 +1,12 @@
-"""Linear layers with what stands before them: y = f(x) W' + b, where f is nothing, LayerNorm or GELU.
+"""Linear layers fused with the operation before them: y = f(x) W' + b, where f is nothing, LayerNorm or GELU.
 
-Two things differ from `torch.nn.Linear`, neither in the numbers but for rounding.
+Two things differ from `torch.nn.Linear`; the results are the same except for rounding.
 
-Memory: of f only its input is kept for the gradient, and f(x) is computed once more in the backward pass. In a
-transformer block that drops six of sixteen kept token widths for two cheap passes.
+Memory: only the input of f is saved for the gradient, and f(x) is recomputed in the backward pass. In a transformer
+block this saves six of sixteen saved token widths at the cost of two cheap passes.
 
-Speed on x86 CPUs: PyTorch hands float32 matrix products to MKL, which does not use all that processors other than
-Intel's can do. Convolutions go to oneDNN, which does; and a linear layer is a convolution of one pixel.
+Speed on x86 CPUs: PyTorch computes float32 matrix products with MKL, which does not use all instructions of processors
+other than Intel's. It computes convolutions with oneDNN, which does; and a linear layer is a 1 x 1 convolution.
 
 M rows, I inputs, O outputs.
 """
@@ -20,12 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from dino_lightning.runtime.precision import autocast_dtype, without_autocast
 
-LEAST_INPUTS, LEAST_PRODUCTS = 20480, 1 << 20
-"""Numbers up to which PyTorch itself keeps a picture from oneDNN, and products below which the set-up is not worth
-it."""
+MIN_INPUTS, MIN_PRODUCTS = 20480, 1 << 20
+"""Elements up to which PyTorch does not use oneDNN, and multiplications below which its set-up costs too much."""
 
 VECTORS = ("AVX2", "AVX512")
-"""Processors on which oneDNN is known to be the faster one."""
+"""CPU capabilities with which oneDNN is known to be faster."""
 
 
 def dense(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -44,7 +43,7 @@ def gelu_dense(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def _call(x: Tensor, layer: nn.Linear, norm: nn.LayerNorm | None, *, gelu: bool) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler decides by itself what is worth keeping
+    if torch.compiler.is_compiling():  # the compiler decides itself what to save
         x = norm(x) if norm is not None else F.gelu(x) if gelu else x
         return layer(x)
     flat_MI = x.reshape(-1, x.shape[-1])
@@ -92,7 +91,7 @@ class _Dense(torch.autograd.Function):
                 elif ctx.gelu:
                     a = F.gelu(x)
                 dweight = weight_gradient(dy, a.to(weight.dtype), weight).to(weight_type)
-                del a  # as large as anything here, and the rest needs room
+                del a  # as large as the largest tensor here, and the rest needs memory
             wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
             da = input_gradient(dy, x, weight) if wanted else None
             dbias = None if bias_type is None else dy.sum(dim=0).to(bias_type)
@@ -117,7 +116,7 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def input_gradient(dy_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Gradient of `product` by x (M, I), of which only the shape matters."""
+    """Gradient of `product` by x (M, I); only the shape of x is used."""
     grid = _grid(x_MI, weight_OI) if x_MI.dtype == weight_OI.dtype else None
     if grid is None:
         return dy_MO @ weight_OI
@@ -149,11 +148,11 @@ def _convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, grid: tuple[in
 
 
 def _grid(x_MI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
-    """Height and width of a picture whose pixels are the rows of x; None where a matrix product is better."""
-    if not _convolves(x_MI) or x_MI.numel() <= LEAST_INPUTS or x_MI.numel() * len(weight_OI) < LEAST_PRODUCTS:
+    """Height and width of an image whose pixels are the rows of x; None if a matrix product is faster."""
+    if not _convolves(x_MI) or x_MI.numel() <= MIN_INPUTS or x_MI.numel() * len(weight_OI) < MIN_PRODUCTS:
         return None
     rows = len(x_MI)
-    # Both sides above 1, or its strides would not say that channels come last.
+    # Both sides above 1: otherwise its strides would not identify it as channels-last.
     width = next((w for w in (16, 8, 4, 2, 3, 5, 7) if rows % w == 0 and rows > w), None)
     return None if width is None else (rows // width, width)
 
@@ -162,7 +161,7 @@ def _convolves(x_MI: Tensor) -> bool:
     if x_MI.device.type != "cpu" or x_MI.dtype != torch.float32 or not x_MI.is_contiguous():
         return False
     if torch.get_num_threads() == 1:
-        return False  # PyTorch would not hand this picture to oneDNN
+        return False  # PyTorch would not use oneDNN
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in VECTORS
 
 

@@ -1,7 +1,7 @@
 """Crops of several resolutions as one long matrix of tokens.
 
-Linear layers do not care which crop a token belongs to, so the tokens of all crops go through them at once; attention
-stays within a crop. Rows lie crop after crop, resolution after resolution:
+Linear layers process each token independently, so the tokens of all crops pass them at once; attention stays within a
+crop. Rows are ordered by resolution, then by crop:
 
     shapes = ((128, 197), (512, 37))      128 crops of 197 tokens, then 512 of 37
     rows   = 128 * 197 + 512 * 37         M
@@ -22,7 +22,7 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 def pack(tokens: list[Tensor]) -> tuple[Tensor, Shapes]:
-    """Tokens (B, N, D) of several views in one matrix (M, D); neighbors of one resolution count as one."""
+    """Join tokens (B, N, D) of several views to one matrix (M, D); neighbors of one resolution become one entry."""
     shapes: list[tuple[int, int]] = []
     for B, N, _ in (view.shape for view in tokens):
         if shapes and shapes[-1][1] == N:
@@ -32,12 +32,12 @@ def pack(tokens: list[Tensor]) -> tuple[Tensor, Shapes]:
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Rows of all parts; a single part is not copied."""
+    """Concatenate rows; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def split(x_MD: Tensor, shapes: Shapes) -> list[Tensor]:
-    """The resolutions again, (B, N, D) each."""
+    """Undo `pack`: tokens (B, N, D) of each resolution."""
     parts = x_MD.split([B * N for B, N in shapes])
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -48,9 +48,9 @@ def first_tokens(x_MD: Tensor, shapes: Shapes) -> Tensor:
 
 
 def attend(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, first_only: bool = False) -> list[Tensor]:
-    """Self-attention within each crop: tokens (B N, D) of each resolution, or (B, D) where only class tokens ask.
+    """Self-attention within each crop: tokens (B N, D) of each resolution, or (B, D) with queries of class tokens only.
 
-    Not in one matrix: PyTorch keeps the output of attention, and would keep a joined copy for the next layer, too.
+    Not joined to one matrix: PyTorch saves the output of attention, and would save the joined copy, too.
     """
     outputs = []
     for qkv_BN3D in split(qkv_M3D, shapes):
@@ -63,7 +63,7 @@ def attend(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, first_only: bool = Fa
 
 
 def attend_in_one_call(qkv_M3D: Tensor, shapes: Shapes, *, heads: int) -> Tensor:
-    """The same (M, D) by PyTorch's kernel for sequences of several lengths: a GPU and half precision."""
+    """The same (M, D) with PyTorch's variable-length kernel, for GPUs and half precision."""
     from torch.nn.attention.varlen import varlen_attn  # compiled for GPUs only
 
     q_Mhd, k_Mhd, v_Mhd = qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
@@ -77,7 +77,7 @@ def attend_in_one_call(qkv_M3D: Tensor, shapes: Shapes, *, heads: int) -> Tensor
 
 @cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, copied there once: a copy from the host in each step would wait for the device."""
+    """Constants on the device, copied once: a copy from the host in each step would wait for the device."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -91,13 +91,13 @@ class Subset:
     rows_m: Tensor
     shapes: Shapes
     scale_m1: Tensor
-    """Crops over kept crops, so that the mean of the branch stays."""
+    """Number of crops divided by that of kept crops, which preserves the mean of the branch."""
 
 
 def sampled_scales(rates: tuple[float, ...], shapes: Shapes, device: torch.device) -> list[Tensor]:
-    """Stochastic depth as timm and the original do it: each crop drops a branch by itself with the block's rate.
+    """Stochastic depth as in timm and the original: each crop drops a branch independently with the block's rate.
 
-    For each block the factors (2, M, 1) of its two branches: 0, or 1 / (1 - rate).
+    Returns, for each block, the factors (2, M, 1) of its two branches: 0 or 1 / (1 - rate).
     """
     kept_L11 = constant(tuple(1 - rate for rate in rates), torch.float32, device).view(-1, 1, 1)
     crops = sum(B for B, _ in shapes)
@@ -110,7 +110,7 @@ def sampled_scales(rates: tuple[float, ...], shapes: Shapes, device: torch.devic
 
 
 def drawn_subset(rate: float, shapes: Shapes, device: torch.device) -> Subset:
-    """Stochastic depth that saves time: a fixed number of crops of each resolution computes the branch."""
+    """Stochastic depth that saves time: only a fixed number of random crops of each resolution computes the branch."""
     rows, kept_shapes, scales, start = [], [], [], 0
     for B, N in shapes:
         kept = max(1, round(B * (1 - rate)))

@@ -1,8 +1,8 @@
 """The patch embedding of several views as one matrix product, for GPUs.
 
 A convolution whose kernel is as large as its stride is a linear layer over patches. As convolutions, the views of a
-batch are some 70 small kernels with a change of layout each; as rows of one matrix they are a copy each, which casts
-them, too, and one product. The copy is kept for the gradient instead of the images: half of their size under autocast.
+batch take about 70 small kernels with a layout change each; as rows of one matrix they take one copy each, which also
+casts them, and one product. The copy is saved for the gradient instead of the images: half their size under autocast.
 
 B images of a view, C channels, p side of a patch, P patches in all, D width.
 """
@@ -17,17 +17,17 @@ from dino_lightning.runtime.precision import autocast_dtype
 
 
 def available(views: list[Tensor], embed: Any) -> bool:
-    """Whether timm's `embed` is such a convolution, and the images are on a GPU and end with whole patches."""
+    """Whether timm's `embed` is such a convolution, and the images are on a GPU and divisible into patches."""
     conv = embed.proj
-    plain = isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride and conv.padding == (0, 0)
-    if not plain or conv.groups != 1 or not isinstance(embed.norm, nn.Identity):
+    is_linear = isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride and conv.padding == (0, 0)
+    if not is_linear or conv.groups != 1 or not isinstance(embed.norm, nn.Identity):
         return False
     p, q = conv.kernel_size
     return all(view.is_cuda and view.shape[2] % p == 0 and view.shape[3] % q == 0 for view in views)
 
 
 def embed_patches(views: list[Tensor], conv: nn.Conv2d) -> list[Tensor]:
-    """Patches (B, h, w, D) of each run of views (B, C, H, W) of one size, whose images count as one batch."""
+    """Patches (B, h, w, D) of each run of views (B, C, H, W) of one size, joined into one batch."""
     p, q = conv.kernel_size
     grids = [(len(view), view.shape[2] // p, view.shape[3] // q) for view in views]
     counts = [B * h * w for B, h, w in grids]

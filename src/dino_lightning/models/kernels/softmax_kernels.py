@@ -1,4 +1,4 @@
-"""The Triton kernels of `softmax_triton`, apart from it because defining one imports triton: import this file late.
+"""The Triton kernels of `softmax_triton`, in a separate file because it imports triton, which is not always installed.
 
 A program is one row. Rows are numbered image by image, so that the views of an image run side by side and find its
 teacher rows in the L2 cache. Offsets of rows are 64-bit: V * r * K passes 2^31 within a batch; K does not. K is

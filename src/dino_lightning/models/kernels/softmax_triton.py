@@ -1,7 +1,8 @@
 """DINO's loss and its gradient on a chunk of logits, as two Triton kernels: for GPUs, in place.
 
 Shapes: V student views, T teacher views, r images of the chunk, K prototypes. Teacher view t and student view t are the
-same crop for t < T. The plain form is `losses.cross_view_entropy` and its derivative.
+same crop for t < T. The reference implementation is `losses.cross_view.cross_view_entropy`
+and its derivative.
 """
 
 import functools
@@ -10,29 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_lightning.models.kernels.block_triton import has_triton
+
 LARGEST_BLOCK = 4096
-"""Prototypes in one step of a program."""
+"""Prototypes that a program processes at a time."""
 
 LOGITS_PER_THREAD = 8
-"""One 16-byte load of half-precision logits. Many threads for a row keep few rows open at a time, which is to let the
-second pass find its row in the L2 cache. Chosen on paper, not by measurement."""
+"""One 16-byte load of half-precision logits. With many threads per row, few rows are processed at a time, so that the
+second pass should find its row in the L2 cache. Chosen by reasoning, not by measurement."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    """Windows and macOS have no triton; on Linux it comes with torch's CUDA builds."""
-    try:
-        from dino_lightning.models.kernels import softmax_kernels  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def available(tensor: Tensor) -> bool:
-    """Whether the kernels can work on this tensor: on a GPU, not in double precision, and with triton installed."""
-    return tensor.is_cuda and tensor.dtype in DTYPES and _has_triton()
+    """Whether the kernels support this tensor: on a GPU, not in double precision, and with triton installed."""
+    return tensor.is_cuda and tensor.dtype in DTYPES and has_triton()
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def loss_and_gradient_(
 ) -> Tensor:
     """Equation 3 of the paper per student row, (V, r) in float32; the student's logits become their gradient.
 
-    Both arguments are raw logits, neither divided nor centerd. With s = student / student_temperature,
+    Both arguments are raw logits, neither divided nor centered. With s = student / student_temperature,
     p_t = softmax((teacher_t - center) / teacher_temperature), q_v the sum of the p_t of the crops other than v and w_v
     their number (T - 1 for v < T, else T), which is the sum of q_v:
 
@@ -113,13 +106,13 @@ def loss_and_gradient_(
 
 
 def _constants(T: int, K: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+    """Compile-time constants of a kernel."""
     block = min(LARGEST_BLOCK, 1 << (K - 1).bit_length())
     return {"T": T, "K": K, "BLOCK": block, "num_warps": max(1, block // (32 * LOGITS_PER_THREAD))}
 
 
 def _check(student_VrK: Tensor, teacher_TrK: Tensor, center_K: Tensor) -> None:
-    """A kernel reads whatever lies at an address: what does not fit has to be found before."""
+    """Check the arguments: a kernel would read out of bounds without an error."""
     if student_VrK.shape[1:] != teacher_TrK.shape[1:] or center_K.shape != student_VrK.shape[2:]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (student_VrK, teacher_TrK, center_K))
         raise ValueError(f"expected shapes (V, r, K), (T, r, K) and (K,), not {shapes}")

@@ -1,8 +1,8 @@
 """A residual branch computed a few crops at a time, for CPUs: y = x + s L(f(x)), where L is a linear layer.
 
-On a CPU what a layer leaves behind for the gradient is expensive: new memory, whose pages the system clears one by one,
-written once and read once from far away. Here only x is kept. Each tile of f(x) is used and overwritten by the next
-one, and computed again for the gradient; L itself is not, whose output the gradient does not need.
+On a CPU the tensors that a layer saves for the gradient are expensive: new memory, whose pages the system clears one by
+one, written once and read once, from outside the caches. Here only x is saved. Each tile of f(x) is used, overwritten
+by the next one, and recomputed for the gradient; L is not recomputed, since the gradient does not need its output.
 
     forward,  tile by tile: u = f(x);  y = x + s (u W' + b)
     backward, tile by tile: u = f(x) again;  dv = s dy;  dW += dv' u;  db += sum dv;  dx = dy + f'(x) (dv W)
@@ -22,24 +22,24 @@ from dino_lightning.models.kernels.packing import Shapes
 from dino_lightning.runtime.precision import autocast_dtype
 
 ROWS = 4096
-"""Rows of a tile: what lies between two layers of a small network are some megabytes then."""
+"""Rows of a tile: the activations between two layers of a small network are then a few megabytes."""
 
-LEAST_NUMBERS = 1 << 20
-"""Numbers in x below which everything stays in caches, and computing twice is the slower way."""
+MIN_ELEMENTS = 1 << 20
+"""Elements of x below which everything stays in caches, and recomputing would be slower."""
 
 Before = Callable[[Tensor, Shapes], Tensor]
 """f: tokens of some crops (m, D) -> inputs of the linear layer (m, I)."""
 
 
-def pays(x_MD: Tensor) -> bool:
-    """Whether tokens like these are better taken in tiles."""
-    return x_MD.device.type == "cpu" and x_MD.numel() >= LEAST_NUMBERS and autocast_dtype(x_MD) == x_MD.dtype
+def is_faster(x_MD: Tensor) -> bool:
+    """Whether tiles are faster for these tokens."""
+    return x_MD.device.type == "cpu" and x_MD.numel() >= MIN_ELEMENTS and autocast_dtype(x_MD) == x_MD.dtype
 
 
 def add_tiled_branch(
     x_MD: Tensor, scale_M1: Tensor | None, before: Before, layer: nn.Linear, *, shapes: Shapes, weights: list[Tensor]
 ) -> Tensor:
-    """x + s L(f(x)); `weights` are all that f takes gradients to, beside x."""
+    """x + s L(f(x)); `weights` are all parameters of f that need gradients."""
     arguments = (x_MD, scale_M1, layer.weight, layer.bias, before, shapes, *weights)
     return _TiledBranch.apply(*arguments)  # type: ignore[return-value]
 
