@@ -23,8 +23,7 @@ from dino_lightning.cli.overrides import with_home_folders
 from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import BuiltinData, EmbedConfig
-from dino_lightning.config.docs import all_keys
-from dino_lightning.evaluation.embedding.checks import CHOICES, RULES, check_embedding, check_output
+from dino_lightning.evaluation.embedding.checks import check_embedding, check_output
 
 ROOT = Path(__file__).parents[2]
 NETWORK = ["checkpoint=untrained:vit_micro", "image_size=32"]
@@ -85,13 +84,6 @@ def test_the_home_folder_in_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["data.path=~/a,~/b", "x=[~/c,~]", "~seed", "a=b~/c", "a=~b"]
     assert with_home_folders(words) == ["data.path=/home/me/a,/home/me/b", "x=[/home/me/c,/home/me]", *words[2:]]
     assert composed_embedding(*with_home_folders(["data.path=~/photos"])).data.path == "/home/me/photos"
-
-
-def test_rules_are_about_keys_that_exist_and_every_number_has_one() -> None:
-    keys = all_keys()
-    assert {*RULES, *CHOICES} <= {key.name for key in keys}
-    own = [key for key in keys if key.schema.__name__ == "EmbedConfig"]
-    assert {key.name for key in own if "int" in key.kind} <= set(RULES)
 
 
 def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,8 @@ from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig
-from dino_lightning.config.checks.evaluation import RULES, check_evaluation, kinds_of_data
+from dino_lightning.config.checks.evaluation import check_evaluation, kinds_of_data
 from dino_lightning.config.constraints import check_keys
-from dino_lightning.config.docs import all_keys
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.evaluation.wandb import TrainingRun, training_run
@@ -114,20 +113,6 @@ def test_a_path_in_the_home_folder_is_that_of_a_run_and_a_name_of_timm_none(
 
 def test_every_evaluation_has_an_option() -> None:
     assert set(SCHEMAS["eval"]) <= set(EVALUATIONS)
-
-
-def test_rules_are_about_keys_that_exist() -> None:
-    assert set(RULES) <= {key.name for key in all_keys()}
-
-
-def test_every_number_of_an_evaluation_has_a_rule() -> None:
-    numbers = {
-        key.name
-        for key in all_keys()
-        if key.name.startswith("eval.") and any(kind in key.kind for kind in ("int", "float"))
-    }
-    # Positions may be any; the evaluation compares them with the images.
-    assert numbers - set(RULES) <= {"eval.queries"}
 
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ ROWS = [
     Wrong(
         "accelerator=tpu without a TPU",
         words("trainer.accelerator=tpu"),
-        "trainer.accelerator=tpu: this machine has no device of the kind 'tpu' that PyTorch can use; set "
+        "trainer.accelerator=tpu: this machine has no device of type 'tpu' that PyTorch can use; set "
         "trainer.accelerator=cpu.",
     ),
     Wrong(
@@ -259,7 +259,7 @@ ROWS = [
     Wrong(
         "a project name that W&B does not accept",
         words("logger=wandb", "logger.project=a/b"),
-        "logger.project=a/b has a '/'; W&B takes names of 1 to 128 characters without / \\ # ? % and :.",
+        "logger.project=a/b: expected a name of 1 to 128 characters without / \\ # ? % and :.",
     ),
     Wrong(
         "an invalid WANDB_MODE",
@@ -270,7 +270,7 @@ ROWS = [
     Wrong(
         "an invalid W&B timeout",
         words("logger=wandb", "logger.start_timeout_s=0"),
-        "logger.start_timeout_s=0.0: expected a positive number of seconds.",
+        "logger.start_timeout_s=0.0: expected a positive number.",
     ),
     Wrong(
         "logger=tensorboard without its package",

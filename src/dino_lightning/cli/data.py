@@ -113,11 +113,11 @@ def compose_config(words: list[str], *, kind: str | None) -> Chosen:
 
 def open_indexed(chosen: Chosen) -> Any:
     """The sources; refuses those that can only be read from beginning to end."""
-    from dino_lightning.config.constraints import check_paths
+    from dino_lightning.config.constraints import check_values
     from dino_lightning.data.decode import Decoder
     from dino_lightning.data.sources import ImageSource, open_sources  # torch loads in seconds: not needed for --help
 
-    check_paths(chosen)
+    check_values(chosen.data, prefix="data.")
     Decoder(chosen.data)  # refuses wrong settings before the work
     sources = open_sources(chosen.data, seed=chosen.seed)
     if not isinstance(sources.train, ImageSource):

@@ -55,14 +55,14 @@ def render() -> str:
 
 
 def _table(title: str, schema: type, keys: list[Key]) -> str:
-    rows = [f"| `{key.name}` | {key.kind} | {_code(key.default)} | {_text(key.doc)} |" for key in keys]
+    rows = [f"| `{key.name}` | {key.kind} | {_code(key.default)} | {key.allowed} | {_text(key.doc)} |" for key in keys]
     head = [
         f"## {title}",
         "",
         " ".join((schema.__doc__ or "").split()),
         "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
+        "| key | type | default | allowed values | meaning |",
+        "|---|---|---|---|---|",
     ]
     return "\n".join([*head, *rows, ""])
 

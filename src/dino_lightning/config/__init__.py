@@ -11,13 +11,21 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from dino_lightning.config.auto import AutoConfig
-from dino_lightning.config.callbacks import CallbacksConfig, CollapseConfig, KNNConfig, PicturesConfig, PruningConfig
+from dino_lightning.config.callbacks import (
+    CallbacksConfig,
+    CheckpointConfig,
+    CollapseConfig,
+    KNNConfig,
+    NonfiniteConfig,
+    PicturesConfig,
+    PruningConfig,
+)
 from dino_lightning.config.compute import ComputeConfig
 from dino_lightning.config.crops import CropsConfig
 from dino_lightning.config.data import (
@@ -76,77 +84,8 @@ from dino_lightning.config.model import (
     TimmConfig,
     ViTConfig,
 )
-from dino_lightning.config.reliability import CheckpointConfig, NonfiniteConfig
+from dino_lightning.config.ranges import AtLeast, FilePath, OneOf, Seed
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
-
-__all__ = [
-    "SCHEMAS",
-    "TORCHVISION_NAMES",
-    "AdamWConfig",
-    "ArchiveData",
-    "AttentionEval",
-    "AutoConfig",
-    "BYOLConfig",
-    "BackboneConfig",
-    "BenchmarkData",
-    "BuiltinData",
-    "CSVLoggerConfig",
-    "CallbacksConfig",
-    "CheckpointConfig",
-    "ClassificationEval",
-    "CollapseConfig",
-    "ComputeConfig",
-    "CopyDetectionEval",
-    "CopydaysData",
-    "CropsConfig",
-    "DINOConfig",
-    "DataConfig",
-    "DavisData",
-    "DevicesConfig",
-    "EmbedConfig",
-    "EvaluateConfig",
-    "EvaluationConfig",
-    "ExportConfig",
-    "FinetuneEval",
-    "FolderData",
-    "HuggingFaceData",
-    "ImagesConfig",
-    "KNNConfig",
-    "KNNEval",
-    "LARSConfig",
-    "LandmarksData",
-    "LinearEval",
-    "LinearGridEval",
-    "ListingData",
-    "LoggerConfig",
-    "LogisticEval",
-    "MethodConfig",
-    "MoCoConfig",
-    "NeighborsEval",
-    "NonfiniteConfig",
-    "OptimConfig",
-    "ParquetData",
-    "PicturesConfig",
-    "PicturesData",
-    "PruningConfig",
-    "RetrievalEval",
-    "RevisitedData",
-    "SGDConfig",
-    "SupervisedConfig",
-    "SwAVConfig",
-    "TeacherConfig",
-    "TensorBoardLoggerConfig",
-    "TimmConfig",
-    "TorchvisionData",
-    "TrainConfig",
-    "TrainerConfig",
-    "VOCData",
-    "ViTConfig",
-    "VideoEval",
-    "WandbLoggerConfig",
-    "WebDatasetData",
-    "register",
-]
 
 
 @dataclass
@@ -178,21 +117,21 @@ class TrainConfig:
     init_from: str | None = None
     """Start from the weights of a network: whatever `checkpoint` of an evaluation takes. It must be the network that
     `backbone` says; a position embedding for images of another size is resampled. The head starts anew."""
-    init_key: str | None = None
+    init_key: Annotated[str | None, OneOf("teacher", "student")] = None
     """Which network of an `init_from` that holds several: `teacher` or `student`; null as for an evaluation."""
     auto: AutoConfig = field(default_factory=AutoConfig)
     """Settings chosen from the images and the machine."""
-    output_dir: str = MISSING
+    output_dir: Annotated[str, FilePath] = MISSING
     """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
-    seed: int = 0
+    seed: Annotated[int, Seed] = 0
     """Seed of weights, order of images, augmentation and drop path."""
-    cpu_threads: int | None = None
+    cpu_threads: Annotated[int | None, AtLeast(1)] = None
     """Threads of PyTorch where it trains on a CPU; null for all cores, but with crops below 96 pixels it leaves one to
     each loader process."""
     resume: Any = False
     """Go on from the last whole checkpoint in `output_dir`: `true`; `auto`, where there is one, and start otherwise.
     A run that SLURM, submitit or torchrun starts again is `auto` by itself."""
-    collective_timeout_s: int = 1800
+    collective_timeout_s: Annotated[int, AtLeast(1)] = 1800
     """Seconds that a rank waits for the others before it ends with an error."""
 
 
@@ -206,7 +145,7 @@ class EvaluateConfig:
     """The network: a run's folder, its `.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
     timm's published weights, `hf:OWNER/NAME` or a folder for those of transformers, or `untrained:` before any of
     these, or before a file of `conf/backbone`, for fresh weights."""
-    checkpoint_key: str | None = None
+    checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
     """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
     evaluated, and for the teacher of files of another origin."""
     baseline: bool = False
@@ -217,13 +156,13 @@ class EvaluateConfig:
     """Devices and precision."""
     logger: LoggerConfig = MISSING
     """Where results go besides `results.jsonl`: `csv`, nowhere, or `wandb`."""
-    output_dir: str = MISSING
+    output_dir: Annotated[str, FilePath] = MISSING
     """Folder of everything the evaluation writes; `results.jsonl` in it is appended to."""
-    seed: int = 0
+    seed: Annotated[int, Seed] = 0
     """Seed of what is drawn: subsets, splits, fresh weights."""
-    cpu_threads: int | None = None
+    cpu_threads: Annotated[int | None, AtLeast(1)] = None
     """Threads of PyTorch on a CPU; null for one for each core, shared by the devices."""
-    feature_cache: str | None = "~/.cache/dino-lightning/features"
+    feature_cache: Annotated[str | None, FilePath] = "~/.cache/dino-lightning/features"
     """Folder in which extracted features are kept, by the content of weights and images; null keeps nothing."""
 
 

@@ -1,4 +1,4 @@
-"""All keys of the configuration with type, default and documentation, read off the dataclasses."""
+"""All keys of the configuration with type, default, allowed values and documentation, read from the dataclasses."""
 
 import ast
 import dataclasses
@@ -9,11 +9,12 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
+from dino_lightning.config.constraints import ranges_of
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Key:
     default: Any
     doc: str
     schema: type
-    """The dataclass that has it."""
+    """The dataclass that declares it."""
+    allowed: str = ""
+    """Allowed values, in words; empty if its type alone limits them."""
 
 
 def all_keys() -> list[Key]:
-    """Every key of every schema; a key that several options of a group have stands once for each that declares it."""
+    """Every key of every schema; a key of several options of a group appears once for each class that declares it."""
     programs = (TrainConfig, EvaluateConfig, EmbedConfig, ExportConfig)
     roots = [key for root in programs for key in _keys_of(root, prefix="")]
     keys = [key for key in roots if key.name not in SCHEMAS]
@@ -45,22 +48,24 @@ def all_keys() -> list[Key]:
 
 
 def _keys_of(schema: type, *, prefix: str) -> Iterator[Key]:
+    types, ranges = get_type_hints(schema), ranges_of(schema)
     for field in dataclasses.fields(schema):
-        owner = _declaring_class(schema, field.name)
-        if prefix and dataclasses.is_dataclass(field.type):
-            yield from _keys_of(field.type, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        owner, kind = _declaring_class(schema, field.name), types[field.name]
+        if prefix and dataclasses.is_dataclass(kind):
+            yield from _keys_of(kind, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             doc = _field_docs(owner)[field.name]
-            yield Key(f"{prefix}{field.name}", _type_name(field.type), _default(field), doc, owner)
+            allowed = ranges[field.name].expected if field.name in ranges else ""
+            yield Key(f"{prefix}{field.name}", _type_name(kind), _default(field), doc, owner, allowed)
 
 
 def _declaring_class(schema: type, field_name: str) -> type:
     return next(owner for owner in schema.__mro__ if field_name in inspect.get_annotations(owner))
 
 
-@cache  # Python looks for the source of a class in all of its file
+@cache  # Python searches the complete file for the source of a class
 def _field_docs(schema: type) -> dict[str, str]:
-    """Field -> the string literal below it, which Python itself throws away."""
+    """Field -> the string literal below it, which Python discards."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(class_node, ast.ClassDef)
     docs = {}

@@ -1,4 +1,4 @@
-"""Paths among the values: those that no file can have are refused before anything looks for them."""
+"""Values that are paths; paths that cannot exist are refused before anything looks for them."""
 
 import errno
 import os
@@ -21,26 +21,22 @@ PATHS = (
     "data.distractors_path",
     "eval.classifier",
 )
-"""Keys whose values are paths, or names in a folder."""
+"""Keys whose values are paths, or names inside a folder."""
 
 
 def usable_path(key: str, text: str) -> Path:
-    """The path with `~` expanded. Raises `UserError` where its words alone rule it out, whatever is on the disk.
+    """The path with `~` expanded. Raises `UserError` if no file on any disk can have it.
 
-    Whether it is there and may be read is for the one who needs it.
+    The caller checks whether it exists and can be read.
     """
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(
-            f"{key}={format_value(text)}: there is no home folder for '~'; write the path in full."
-        ) from error
+        raise UserError(f"{key}={format_value(text)}: '~' has no home folder; write the full path.") from error
     try:
         os.stat(path)
     except ValueError as error:
-        raise UserError(
-            f"{key}={format_value(text)}: it has a character that no path can have; expected a path."
-        ) from error
+        raise UserError(f"{key}={format_value(text)} contains a character that no path can have.") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{key}={format_value(text)} is longer than file names can be.") from error

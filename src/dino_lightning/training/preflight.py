@@ -17,9 +17,8 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.config.checks.training import CHOICES, DURATIONS, RULES, check_config
+from dino_lightning.config.checks.training import check_config, duration_keys
 from dino_lightning.config.constraints import check_keys, check_values
-from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.duration import Duration
 from dino_lightning.data.cache import cache_root
 from dino_lightning.data.module import MultiCropDataModule
@@ -45,7 +44,7 @@ def typed_config(composed: DictConfig) -> TrainConfig:
     """The composed configuration as dataclasses, with known keys only and each value in its range."""
     check_keys(composed)
     config = cast(TrainConfig, OmegaConf.to_object(composed))
-    check_values(config, RULES, CHOICES)
+    check_values(config)
     return config
 
 
@@ -145,10 +144,7 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
 def check_durations(config: TrainConfig, *, steps_per_epoch: int) -> None:
     """Warm-ups and the like must not be longer than the run."""
     total = steps_per_epoch * (config.trainer.max_epochs or 1)
-    for key in DURATIONS:
-        text = get_dotted(config, key)
-        if text is None:
-            continue
+    for key, text in duration_keys(config).items():
         if Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total) > total:
             raise UserError(f"{key}={text} is longer than the run of {total} steps ({steps_per_epoch} per epoch).")
 

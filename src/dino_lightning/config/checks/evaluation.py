@@ -28,100 +28,10 @@ from dino_lightning.config import (
     VideoEval,
     VOCData,
 )
-from dino_lightning.config.constraints import (
-    BELOW_ONE,
-    NEIGHBORS,
-    POSITIVE,
-    SHARE,
-    Rule,
-    at_least,
-    check_devices,
-    check_values,
-)
+from dino_lightning.config.constraints import check_devices, check_values
 from dino_lightning.config.dotted import format_value
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
-
-POSITIVES = Rule("one or more positive numbers", lambda value: bool(value) and min(value) > 0)
-SHARES = Rule("one or more shares above 0, up to 1", lambda value: bool(value) and all(0 < v <= 1 for v in value))
-BETWEEN = Rule("a share above 0 and below 1", lambda value: 0 < value < 1)
-SOME = Rule("one or more choices", bool)
-POSITIONS = Rule("one or more positions of at least 0", lambda value: bool(value) and min(value) >= 0)
-
-
-def per_kind(value: Any) -> list[Any]:
-    """A number or a list of them, as a list: two evaluations may call a number and a list by one name."""
-    return list(value) if isinstance(value, list) else [value]
-
-
-BLOCKS = Rule("numbers of at least 1", lambda value: bool(per_kind(value)) and min(per_kind(value)) >= 1)
-AVGPOOL = Rule("true, false, or for eval=linear_grid a list of them", lambda value: bool(per_kind(value)))
-
-RULES: dict[str, Rule] = {
-    "eval.batch_size_per_device": at_least(1),
-    "eval.image_size": at_least(1),
-    "eval.image_resize": at_least(2),  # as `crops.eval_resize`
-    "eval.k": NEIGHBORS,
-    "eval.temperatures": POSITIVES,
-    "eval.n_per_class": at_least(1),
-    "eval.bank": at_least(1),
-    "eval.n_last_blocks": BLOCKS,
-    "eval.avgpool": AVGPOOL,
-    "eval.epochs": at_least(1),
-    "eval.lr": POSITIVE,
-    "eval.lr_end": at_least(0),
-    "eval.lrs": POSITIVES,
-    "eval.val_every_n_epochs": at_least(1),
-    "eval.classifier_batch_size": at_least(1),
-    "eval.holdout": BETWEEN,
-    "eval.shares": SHARES,
-    "eval.splits": at_least(1),
-    "eval.c": POSITIVES,
-    "eval.max_iterations": at_least(1),
-    "eval.warmup_epochs": at_least(0),
-    "eval.weight_decay": at_least(0),
-    "eval.layer_decay": Rule("a factor above 0, up to 1", lambda value: 0 < value <= 1),
-    "eval.drop_path_rate": BELOW_ONE,
-    "eval.label_smoothing": BELOW_ONE,
-    "eval.mixup": at_least(0),
-    "eval.cutmix": at_least(0),
-    "eval.random_erasing": SHARE,
-    "eval.repeated_augmentation": at_least(1),
-    "eval.ema_decay": BELOW_ONE,
-    "eval.scales": POSITIVES,
-    "eval.gem_power": POSITIVE,
-    "eval.top": at_least(1),
-    "eval.last_frames": at_least(0),
-    "eval.neighborhood": at_least(0),
-    "eval.temperature": POSITIVE,
-    "eval.masses": SHARES,
-    "eval.pictures": at_least(0),
-    "eval.frames_per_second": POSITIVE,
-    "eval.random_queries": at_least(1),
-    "eval.neighbors": at_least(1),
-    "data.num_workers": at_least(0),
-    "data.channels": at_least(1),
-    "data.max_bad_share": SHARE,
-    "data.holdout": BELOW_ONE,
-    "data.train_images": at_least(1),
-    "data.val_images": at_least(1),
-    "data.image_size": at_least(8),
-    "trainer.num_nodes": at_least(1),
-    "cpu_threads": at_least(1),
-    "seed": Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
-}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "eval.solver": ("device", "sklearn"),
-    "checkpoint_key": ("teacher", "student"),
-    "data.on_error": ("skip", "raise"),
-}
-
-DEVICES = {
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "strategy": ("auto", "ddp"),
-    "precision": ("32", "32-true", "16-mixed", "bf16-mixed"),
-}
 
 TRAINING_KEYS = ("batch_size_per_device", "prefetch_batches", "cache", "cache_resize", "shuffle_buffer")
 """Keys of `data` that evaluation does not know."""
@@ -144,12 +54,7 @@ def kinds_of_data(config: EvaluationConfig) -> tuple[type[ImagesConfig], ...]:
 
 def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -> None:
     """Everything that the configuration alone can tell; `overrides` are the words of the command line."""
-    check_values(config, RULES, CHOICES)
-    # Others have keys of the same names with other values.
-    if isinstance(config.eval, CopyDetectionEval):
-        check_values(config, {}, {"eval.whitening": ("none", "original", "corrected")})
-    if isinstance(config.data, RevisitedData):
-        check_values(config, {}, {"data.name": ("roxford5k", "rparis6k")})
+    check_values(config)
     _check_data(config, overrides)
     _check_images_of_run(config, overrides)
     _check_sizes(config.eval)
@@ -212,7 +117,7 @@ def _check_sizes(config: EvaluationConfig) -> None:
 def _check_devices(trainer: DevicesConfig) -> None:
     if type(trainer) is not DevicesConfig:
         raise UserError("trainer: an evaluation has no training loop; leave trainer=devices and set its keys.")
-    check_devices(trainer, DEVICES)
+    check_devices(trainer)
 
 
 def _name(group: str, config: Any) -> str:

@@ -4,36 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.config import DevicesConfig, EmbedConfig
-from dino_lightning.config.checks.evaluation import CHOICES as OF_EVALUATION
-from dino_lightning.config.checks.evaluation import DEVICES, TRAINING_KEYS
-from dino_lightning.config.checks.evaluation import RULES as EVALUATION_RULES
-from dino_lightning.config.constraints import at_least, check_devices, check_values
+from dino_lightning.config.checks.evaluation import TRAINING_KEYS
+from dino_lightning.config.constraints import check_devices, check_values
 from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.output import SUFFIXES, files_of
-from dino_lightning.evaluation.features.choice import FEATURES, FeatureKind
+from dino_lightning.evaluation.features.choice import FeatureKind
 from dino_lightning.runtime.environment import check_gpus, check_variables
 from dino_lightning.runtime.files import check_writable
-
-RULES = {
-    **{key: rule for key, rule in EVALUATION_RULES.items() if not key.startswith("eval.")},
-    "batch_size_per_device": at_least(1),
-    "image_size": at_least(1),
-    "image_resize": at_least(2),
-    "n_last_blocks": at_least(1),
-}
-
-CHOICES = {
-    **{key: known for key, known in OF_EVALUATION.items() if not key.startswith("eval.")},
-    "features": FEATURES,
-    "split": ("all", "train", "val"),
-}
 
 
 def check_embedding(config: EmbedConfig, *, overrides: Sequence[str] = ()) -> None:
     """Everything that the configuration alone can tell; `overrides` are the words of the command line."""
-    check_values(config, RULES, CHOICES)
+    check_values(config)
     FeatureKind(config.features, config.n_last_blocks).check()
     for word in overrides:
         key = word.lstrip("+~").split("=")[0]
@@ -45,7 +29,7 @@ def check_embedding(config: EmbedConfig, *, overrides: Sequence[str] = ()) -> No
         raise UserError(f"image_resize={config.image_resize} {wrong}, the center taken from it.")
     if type(config.trainer) is not DevicesConfig:
         raise UserError("trainer: dino embed has no training loop; leave trainer=devices and set its keys.")
-    check_devices(config.trainer, DEVICES)
+    check_devices(config.trainer)
 
 
 def check_machine(config: EmbedConfig) -> None:

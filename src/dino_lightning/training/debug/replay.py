@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.config.checks.training import CHOICES, RULES
 from dino_lightning.config.constraints import check_values
 from dino_lightning.config.serialization import from_plain
 from dino_lightning.data.batch import LabeledCrops
@@ -83,7 +82,7 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: 
             "finite; train with callbacks.nonfinite.policy=skip or rollback to save them."
         )
     config = from_plain(saved["configuration"], source=source)
-    check_values(config, RULES, CHOICES)
+    check_values(config)
     config.compute.fused = config.compute.fused and not layers
     method = load_method(config, saved, source=source).to(device)
     crops = [crop.float().to(device) for crop in saved["crops"]]
