@@ -4,10 +4,10 @@ import re
 import sys
 from pathlib import Path
 
-from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
+from dino_lightning.config import SCHEMAS, AutoConfig, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.docs import Key, all_keys
 
-TARGET = Path(__file__).parents[2] / "docs" / "configuration.md"
+TARGET = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 HEADER = """# Configuration
 
@@ -40,7 +40,13 @@ def render() -> str:
         "Weights in another format": ExportConfig,
     }
     for title, root in roots.items():
-        parts.append(_table(title, root, [key for key in keys if key.schema is root]))
+        parts.append(
+            _table(
+                title,
+                root,
+                [key for key in keys if key.schema is root or (root is TrainConfig and key.schema is AutoConfig)],
+            )
+        )
     for group, schemas in SCHEMAS.items():
         own = [key for key in keys if key.name.startswith(f"{group}.")]
         owners = list(dict.fromkeys(key.schema for key in own))

@@ -35,8 +35,7 @@ class Key:
 def all_keys() -> list[Key]:
     """Every key of every schema; a key of several options of a group appears once for each class that declares it."""
     programs = (TrainConfig, EvaluateConfig, EmbedConfig, ExportConfig)
-    roots = [key for root in programs for key in _keys_of(root, prefix="")]
-    keys = [key for key in roots if key.name not in SCHEMAS]
+    keys = [key for root in programs for key in _keys_of(root, prefix="")]
     seen: set[tuple[str, type]] = set()
     for group, schemas in SCHEMAS.items():
         for schema in schemas.values():
@@ -51,7 +50,9 @@ def _keys_of(schema: type, *, prefix: str) -> Iterator[Key]:
     types, ranges = get_type_hints(schema), ranges_of(schema)
     for field in dataclasses.fields(schema):
         owner, kind = _declaring_class(schema, field.name), types[field.name]
-        if prefix and dataclasses.is_dataclass(kind):
+        if not prefix and field.name in SCHEMAS:
+            continue
+        if dataclasses.is_dataclass(kind):
             yield from _keys_of(kind, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             doc = _field_docs(owner)[field.name]
