@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dino_lightning.data.sources.detect import kind_of
 
-DECIDED = ("data", "experiment", "scale", "recipe", "sweep")
+DECIDED = ("data", "experiment", "preset", "sweep")
 """Groups with any of which a command says for itself what it wants."""
 SMALL, ON_CPU = "small_data", "photos32"
 """Experiments: a ViT with settings by number and size of the images, and minutes on a CPU."""

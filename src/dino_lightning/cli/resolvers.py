@@ -14,7 +14,7 @@ PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConf
 """Program -> the root of its configuration."""
 
 
-BESIDE_KEYS = {"train": ("scale", "sweep"), "evaluate": (), "embed": ()}
+BESIDE_KEYS = {"train": ("preset", "sweep"), "evaluate": (), "embed": ()}
 """Program -> groups that set keys of others and have none of their own."""
 
 
@@ -38,17 +38,19 @@ def groups(program: str) -> str:
 
 
 def options(program: str) -> dict[str, list[str]]:
-    """The options of each group that the program `train`, `evaluate` or `embed` knows: files, without the schemas."""
+    """The options of each group that the program `train`, `evaluate` or `embed` has: files and dataclasses."""
     kinds = {field.name: field.type for field in dataclasses.fields(PROGRAMS[program])}
     kinds |= dict.fromkeys(BESIDE_KEYS[program], object)
-    return {
-        folder.name: [name for name in option_names(folder) if _fits(folder / f"{name}.yaml", kinds[folder.name])]
-        for folder in sorted(CONF.iterdir())
-        if folder.is_dir() and folder.name in kinds
+    options = {
+        group: [name for name in option_names(CONF / group) if _fits(CONF / group / f"{name}.yaml", kind)]
+        for group, kind in sorted(kinds.items())
     }
+    return {group: names for group, names in options.items() if names}
 
 
 def _fits(path: Path, kind: object) -> bool:
-    """Whether an option starts from a schema of this kind; experiments start from none."""
-    schema = re.search(r"schema_(\w+)", path.read_text())
-    return schema is None or issubclass(SCHEMAS[path.parent.name][schema[1]], kind)  # type: ignore[arg-type]
+    """Whether an option is of this kind or starts from one; experiments start from none."""
+    schemas = SCHEMAS.get(path.parent.name, {})
+    base = re.search(r"schema_(\w+)", path.read_text()) if path.exists() else None
+    schema = schemas.get(base[1] if base else path.stem)
+    return schema is None or issubclass(schema, kind)  # type: ignore[arg-type]

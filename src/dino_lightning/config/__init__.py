@@ -167,7 +167,7 @@ class EvaluateConfig:
 
 
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "backbone": {"vit": ViTConfig, "timm": TimmConfig},
+    "backbone": {"vit_small": ViTConfig, "timm": TimmConfig},
     "method": {
         "dino": DINOConfig,
         "byol": BYOLConfig,
@@ -175,12 +175,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "swav": SwAVConfig,
         "supervised": SupervisedConfig,
     },
-    "crops": {"multicrop": CropsConfig},
+    "crops": {"pil": CropsConfig},
     "data": {
         "builtin": BuiltinData,
         "folder": FolderData,
         "listing": ListingData,
-        "landmarks": LandmarksData,
+        "gldv2": LandmarksData,
         "archive": ArchiveData,
         "parquet": ParquetData,
         "huggingface": HuggingFaceData,
@@ -193,8 +193,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "pictures": PicturesData,
     },
     "optim": {"adamw": AdamWConfig, "sgd": SGDConfig, "lars": LARSConfig},
-    "trainer": {"lightning": TrainerConfig, "devices": DevicesConfig},
-    "compute": {"compute": ComputeConfig},
+    "trainer": {"default": TrainerConfig, "devices": DevicesConfig},
+    "compute": {"default": ComputeConfig},
     "logger": {"csv": CSVLoggerConfig, "wandb": WandbLoggerConfig, "tensorboard": TensorBoardLoggerConfig},
     "callbacks": {"standard": CallbacksConfig},
     "eval": {
@@ -210,7 +210,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "neighbors": NeighborsEval,
     },
 }
-"""Group -> schema name -> dataclass. A file `conf/GROUP/x.yaml` starts from its schema by `defaults: [schema_NAME]`."""
+"""Group -> option -> dataclass. A file `conf/GROUP/OTHER.yaml` extends one with `defaults: [schema_OPTION]`."""
 
 
 def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float | int | bool:
@@ -220,8 +220,8 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
 
 @cache  # once in a process: Hydra makes a copy of each schema
 def register() -> None:
-    """Put the schemas into Hydra's config store: `GROUP/schema_NAME`, and the roots `schema`, `schema_evaluate` and
-    `schema_embed`."""
+    """Put the dataclasses into Hydra's config store: each option as `GROUP/OPTION`, which a file of this name replaces,
+    and as `GROUP/schema_OPTION`, from which files start; and the roots, such as `schema_evaluate`."""
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra takes `~` for a name
     # Hydra copies the whole store, of which it copies again what it loads, for each configuration and for each group in
@@ -234,4 +234,5 @@ def register() -> None:
     store.store(name="schema_embed", node=EmbedConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
-            store.store(group=group, name=f"schema_{name}", node=schema)
+            for stored_name in (name, f"schema_{name}"):
+                store.store(group=group, name=stored_name, node=schema)
