@@ -220,8 +220,10 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
 
 @cache  # once in a process: Hydra makes a copy of each schema
 def register() -> None:
-    """Put the dataclasses into Hydra's config store: each option as `GROUP/OPTION`, which a file of this name replaces,
-    and as `GROUP/schema_OPTION`, from which files start; and the roots, such as `schema_evaluate`."""
+    """Put the dataclasses into Hydra's config store: as `GROUP/schema_OPTION`, from which files start, and as
+    `GROUP/OPTION` if there is no such file; and the roots, such as `schema_evaluate`."""
+    from dino_lightning.config.conf_dir import CONF  # imports this module
+
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra takes `~` for a name
     # Hydra copies the whole store, of which it copies again what it loads, for each configuration and for each group in
@@ -234,5 +236,6 @@ def register() -> None:
     store.store(name="schema_embed", node=EmbedConfig)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
-            for stored_name in (name, f"schema_{name}"):
-                store.store(group=group, name=stored_name, node=schema)
+            store.store(group=group, name=f"schema_{name}", node=schema)
+            if not (CONF / group / f"{name}.yaml").exists():
+                store.store(group=group, name=name, node=schema)

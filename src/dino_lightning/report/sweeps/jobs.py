@@ -1,8 +1,10 @@
 """The runs of a sweep, read from its folders, and sorted into rows: one for each experiment, over its seeds."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hydra.errors import HydraException
 
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.report.run_folder import Run, read_run
-from dino_lightning.report.sweeps.published import PUBLISHED
+from dino_lightning.report.sweeps.published import GRIDS, PUBLISHED, paper_row
 from dino_lightning.runtime.files import FAILED, OVERRIDES
 
 FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
@@ -39,6 +41,12 @@ class Job:
     def experiment(self) -> str:
         """Name of the experiment; of the folder where no file tells."""
         return str(self.run.setting("experiment") or self.run.summary.get("experiment") or self.run.name)
+
+    @property
+    def row(self) -> str:
+        """The experiment, with the value of a key where the run is a point of one of the paper's grids."""
+        command = shlex.split(str(self.run.summary.get("command", "")))
+        return paper_row(self.experiment, self.overrides or _as_pairs(command))
 
     @property
     def ended(self) -> bool:
@@ -87,6 +95,7 @@ class Row:
     """The runs that differ in nothing but their seed."""
 
     experiment: str
+    """`Job.row` of its runs."""
     name: str
     jobs: list[Job] = field(default_factory=list)
     missing: list[int | None] = field(default_factory=list)
@@ -193,12 +202,17 @@ def _read_overrides(path: Path) -> dict[str, str]:
         words = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
-    pairs = [str(word).lstrip("+").split("=", 1) for word in words or [] if "=" in str(word)]
+    return _as_pairs(words or [])
+
+
+def _as_pairs(words: Iterable[Any]) -> dict[str, str]:
+    """Key -> value of the words `KEY=VALUE`."""
+    pairs = [str(word).lstrip("+").split("=", 1) for word in words if "=" in str(word)]
     return {key: value for key, value in pairs}
 
 
 def _planned_runs(multirun: Path) -> list[tuple[str, int | None]]:
-    """Experiment and seed of each run of a sweep, from what Hydra writes down of it."""
+    """Row and seed of each run of a sweep, from what Hydra writes down of it."""
     try:
         hydra = yaml.safe_load(multirun.read_text("utf-8"))["hydra"]
         words = [f"{key}={value}" for key, value in (hydra["sweeper"]["params"] or {}).items()]
@@ -207,10 +221,12 @@ def _planned_runs(multirun: Path) -> list[tuple[str, int | None]]:
         return []
     swept: dict[str, list[str]] = {}
     for word in words:
-        if word.startswith(("experiment=", "seed=")):
-            swept[word.split("=")[0]] = _values(word)
-    seeds = [int(seed) for seed in swept.get("seed", []) if seed.isdigit()]
-    return [(experiment, seed) for experiment in swept.get("experiment", []) for seed in seeds or [None]]
+        if (key := word.split("=")[0]) in ("experiment", "seed", "sweep", "preset", *GRIDS.values()):
+            swept[key] = _values(word)
+    seeds = [int(seed) for seed in swept.pop("seed", []) if seed.isdigit()]
+    points = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    rows = dict.fromkeys(paper_row(point["experiment"], point) for point in points if "experiment" in point)
+    return [(row, seed) for row in rows for seed in seeds or [None]]
 
 
 def _values(word: str) -> list[str]:
@@ -225,7 +241,7 @@ def _values(word: str) -> list[str]:
 def _grouped(jobs: list[Job]) -> list[Row]:
     by_experiment: dict[str, dict[str, list[Job]]] = {}
     for job in jobs:
-        same = by_experiment.setdefault(job.experiment, {})
+        same = by_experiment.setdefault(job.row, {})
         same.setdefault(json.dumps(_settings(job), sort_keys=True, default=str), []).append(job)
     rows = []
     for experiment, groups in by_experiment.items():

@@ -117,7 +117,7 @@ def _in_order(values: Sequence[Any]) -> list[Any]:
 
 def _value(job: Job, key: str) -> Any:
     if key == "experiment":
-        return PUBLISHED[job.experiment].name if job.experiment in PUBLISHED else job.experiment
+        return PUBLISHED[job.row].name if job.row in PUBLISHED else job.experiment
     value = job.value(key)
     return value if isinstance(value, int | float | str) else str(value)
 

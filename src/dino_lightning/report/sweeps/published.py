@@ -1,5 +1,6 @@
 """The paper's own figures for its ablations: ViT-S/16 on ImageNet (Caron et al., ICCV 2021), in its order."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -42,41 +43,70 @@ TABLES: dict[str, dict[str, PaperResult]] = {
         "no_sharpening": PaperResult("no sharpening"),
     },
     "Prototypes: 100 epochs": {
-        "prototypes_1024": PaperResult("K = 1,024", 67.8),
-        "prototypes_4096": PaperResult("K = 4,096", 69.3),
-        "prototypes_16384": PaperResult("K = 16,384", 69.2),
-        "prototypes_65536": PaperResult("K = 65,536", 69.7),
-        "prototypes_262144": PaperResult("K = 262,144", 69.1),
+        "dino method.out_dim=1024": PaperResult("K = 1,024", 67.8),
+        "dino method.out_dim=4096": PaperResult("K = 4,096", 69.3),
+        "dino method.out_dim=16384": PaperResult("K = 16,384", 69.2),
+        "dino method.out_dim=65536": PaperResult("K = 65,536", 69.7),
+        "dino method.out_dim=262144": PaperResult("K = 262,144", 69.1),
     },
     "Momentum of the center: 100 epochs": {
-        "center_momentum_0": PaperResult("center's momentum 0", 69.1),
-        "center_momentum_0.9": PaperResult("center's momentum 0.9", 69.7),
-        "center_momentum_0.99": PaperResult("center's momentum 0.99", 69.4),
-        "center_momentum_0.999": PaperResult("center's momentum 0.999", 0.1),
+        "dino method.center_momentum=0": PaperResult("center's momentum 0", 69.1),
+        "dino method.center_momentum=0.9": PaperResult("center's momentum 0.9", 69.7),
+        "dino method.center_momentum=0.99": PaperResult("center's momentum 0.99", 69.4),
+        "dino method.center_momentum=0.999": PaperResult("center's momentum 0.999", 0.1),
     },
     "Temperature of the teacher: 100 epochs": {
-        "teacher_temperature_0.02": PaperResult("teacher's temperature 0.02", 66.7),
-        "teacher_temperature_0.04": PaperResult("teacher's temperature 0.04", 69.6),
-        "teacher_temperature_0.06": PaperResult("teacher's temperature 0.06", 68.7),
-        "teacher_temperature_0.08": PaperResult("teacher's temperature 0.08", 0.1),
+        "dino method.teacher_temperature=0.02": PaperResult("teacher's temperature 0.02", 66.7),
+        "dino method.teacher_temperature=0.04": PaperResult("teacher's temperature 0.04", 69.6),
+        "dino method.teacher_temperature=0.06": PaperResult("teacher's temperature 0.06", 68.7),
+        "dino method.teacher_temperature=0.08": PaperResult("teacher's temperature 0.08", 0.1),
         "teacher_temperature_warmup": PaperResult("teacher's temperature 0.04 to 0.07", 69.7),
     },
     "Table 9, batch without multi-crop: 100 epochs": {
-        "batch_size_128": PaperResult("batch 8 × 16", 57.9),
-        "batch_size_256": PaperResult("batch 8 × 32", 59.1),
-        "batch_size_512": PaperResult("batch 8 × 64", 59.6),
-        "batch_size_1024": PaperResult("batch 8 × 128", 59.9),
+        "no_multicrop data.batch_size_per_device=16": PaperResult("batch 8 × 16", 57.9),
+        "no_multicrop data.batch_size_per_device=32": PaperResult("batch 8 × 32", 59.1),
+        "no_multicrop data.batch_size_per_device=64": PaperResult("batch 8 × 64", 59.6),
+        "no_multicrop data.batch_size_per_device=128": PaperResult("batch 8 × 128", 59.9),
     },
     "Head: 100 epochs": {
-        "head_2_layers": PaperResult("head of 2 layers", 62.2),
-        "head_3_layers": PaperResult("head of 3 layers", 68.0),
-        "head_4_layers": PaperResult("head of 4 layers", 69.3),
+        "dino method.head_layers=1": PaperResult("head of 2 layers", 62.2),
+        "dino method.head_layers=2": PaperResult("head of 3 layers", 68.0),
+        "dino method.head_layers=3": PaperResult("head of 4 layers", 69.3),
         "head_no_l2": PaperResult("head without L2 bottleneck", 0.1),
         "head_batch_norm": PaperResult("head with batch norm", 68.6),
         "head_relu": PaperResult("head with ReLU", 68.9),
     },
 }
-"""Title -> name under `conf/experiment/ablation/` -> what the paper reports. k-NN and linear, where both are known."""
+"""Title -> experiment of `ablation/`, with the value of a key for a point of a grid -> what the paper reports."""
 
 PUBLISHED = {f"ablation/{name}": row for rows in TABLES.values() for name, row in rows.items()}
-"""Experiment -> its row, in the paper's order."""
+"""Experiment, or experiment and value of a key -> its row, in the paper's order."""
+
+GRIDS = {
+    "prototypes": "method.out_dim",
+    "center_momentum": "method.center_momentum",
+    "teacher_temperature": "method.teacher_temperature",
+    "batch_size": "data.batch_size_per_device",
+    "head_layers": "method.head_layers",
+}
+"""Sweep -> the key that it changes."""
+
+
+def paper_row(experiment: str, overrides: Mapping[str, str]) -> str:
+    """The key in `PUBLISHED` of a run with these overrides; the experiment if the run is no point of a grid.
+
+    The points are those of the sweeps in `GRIDS`, and single runs with `preset=paper100`.
+    """
+    sweep = overrides.get("sweep", "")
+    for key in [GRIDS[sweep]] if sweep in GRIDS else GRIDS.values() if overrides.get("preset") == "paper100" else ():
+        point = f"{experiment} {key}={_number(overrides.get(key, ''))}"
+        if point in PUBLISHED:
+            return point
+    return experiment
+
+
+def _number(text: str) -> str:
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
