@@ -57,7 +57,7 @@ def test_what_is_missing_is_put_beside_the_path() -> None:
     assert with_quick_start(["data.path=/x", "auto.machine=false"], fast=False).count("auto.machine=true") == 0
 
 
-@pytest.mark.parametrize("word", ["data=folder", "experiment=quick", "scale=quick", "sweep=table7", "recipe=null"])
+@pytest.mark.parametrize("word", ["data=folder", "experiment=quick", "preset=quick", "sweep=table7"])
 def test_a_command_that_says_what_it_wants_is_left_alone(word: str) -> None:
     assert with_quick_start(["data.path=/x", word]) == ["data.path=/x", word]
     assert with_quick_start(["optim.lr=1"]) == ["optim.lr=1"]

@@ -239,7 +239,7 @@ def test_a_killed_run_of_a_method_of_ones_own_leaves_the_others_alone(tmp_path: 
     (tmp_path / "own.py").write_text(OWN)
     folder = tmp_path / "out"
     words = ["--multirun", f"imports={tmp_path}/own.py", "hydra/launcher=joblib_side_by_side", "method=own", *SHORT]
-    words += ["scale=quick", "recipe=quick_dino", "method.fatal=true,false", "trainer.max_epochs=1"]
+    words += ["preset=quick", "preset@_global_=quick/dino", "method.fatal=true,false", "trainer.max_epochs=1"]
     command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1, done.stderr

@@ -21,7 +21,7 @@ def everything(config: DictConfig) -> tuple[object, ...]:
     [
         ("config", *SMALL, "output_dir=somewhere"),
         ("config", "backbone=vit_small", "method=moco", "method.version=2", "optim.lr=0.25", "data.image_size=${seed}"),
-        ("config", "optim.lr=0.1", "optim=sgd", "experiment=ablation/sinkhorn", "scale=quick", "crops.ratio=[0.5,2]"),
+        ("config", "optim.lr=0.1", "optim=sgd", "experiment=ablation/sinkhorn", "preset=quick", "crops.ratio=[0.5,2]"),
         ("config", "+own={a:1,b:2}", "++backbone.own=null", "~own.a"),
         ("evaluate", "eval=linear", "checkpoint=x y", "eval.lr='0.1'", "data=folder", 'data.path="a b"'),
         ("embed", "checkpoint=x", "data.path=.", "output=x.parquet"),

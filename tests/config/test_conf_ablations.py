@@ -1,4 +1,4 @@
-"""The paper's ablations: every experiment at every scale, the sweeps, and a sweep in which a run fails."""
+"""The paper's ablations: every experiment with every preset, the sweeps, and a sweep in which a run fails."""
 
 import json
 import re
@@ -22,14 +22,14 @@ from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.report.sweeps.jobs import read_rows
-from dino_lightning.report.sweeps.published import PUBLISHED
+from dino_lightning.report.sweeps.published import GRIDS, PUBLISHED, paper_row
 from dino_lightning.training.build import build_method
 
 FILES = {f"ablation/{path.stem}": path for path in (CONF / "experiment" / "ablation").glob("*.yaml")}
 PAGE = (CONF.parent / "docs" / "ablations.md").read_text()
 SWEEPS = sorted(path for path in (CONF / "sweep").glob("*.yaml") if "experiment:" in path.read_text())
-SMALL_SCALE = ["scale=quick", "trainer.accelerator=cpu"]
-PAPER_SCALE = ["data.path=.", "trainer.precision=32"]
+QUICK = ["preset=quick", "trainer.accelerator=cpu"]
+PAPER = ["data.path=.", "trainer.precision=32"]
 
 
 def body(path: Path) -> tuple[list[Any], dict[str, Any]]:
@@ -44,14 +44,14 @@ CHANGES_GROUPS = sorted(FILES.keys() - CHANGES_KEYS_ONLY)
 
 @pytest.fixture(scope="module")
 def base() -> Callable[[str], DictConfig]:
-    """`ablation/dino` at a scale of the paper or at `quick`, composed once."""
+    """`ablation/dino` with a preset of the paper or with `quick`, composed once."""
     kept: dict[str, DictConfig] = {}
 
-    def of(scale: str) -> DictConfig:
-        if scale not in kept:
-            words = SMALL_SCALE if scale == "quick" else [*PAPER_SCALE, f"scale={scale}"]
-            kept[scale] = composed("experiment=ablation/dino", *words)
-        return kept[scale]
+    def of(preset: str) -> DictConfig:
+        if preset not in kept:
+            words = QUICK if preset == "quick" else [*PAPER, f"preset={preset}"]
+            kept[preset] = composed("experiment=ablation/dino", *words)
+        return kept[preset]
 
     return of
 
@@ -68,27 +68,27 @@ def checked(cfg: DictConfig, name: str) -> TrainConfig:
 
 @pytest.mark.parametrize("name", CHANGES_KEYS_ONLY)
 def test_it_builds_large_and_small(name: str, base: Callable[[str], DictConfig]) -> None:
-    """The file's keys laid over DINO at its scale, which is what Hydra makes of them (the next test)."""
+    """The file's keys merged over DINO with its preset, which is what Hydra makes of them (the next test)."""
     [defaults], values = body(FILES[name])
-    scale = defaults["override /scale"]
+    preset = defaults["override /preset"]
     epochs = {"paper300": 300, "paper100": 100, "quick": 16}
-    for chosen in (scale, "quick"):
+    for chosen in (preset, "quick"):
         config = checked(cast(DictConfig, OmegaConf.merge(base(chosen), values)), name)
         assert config.trainer.max_epochs == epochs[chosen]
     assert set(values) - {"experiment"} or name == "ablation/dino"
 
 
-@pytest.mark.parametrize("name", ["ablation/no_momentum", "ablation/batch_size_256"])
-def test_hydra_lays_its_keys_over_the_scale(name: str, base: Callable[[str], DictConfig]) -> None:
+@pytest.mark.parametrize("name", ["ablation/no_momentum", "ablation/head_relu"])
+def test_hydra_merges_its_keys_over_the_preset(name: str, base: Callable[[str], DictConfig]) -> None:
     [defaults], values = body(FILES[name])
-    assert composed(f"experiment={name}", *SMALL_SCALE) == OmegaConf.merge(base("quick"), values)
-    large = composed(f"experiment={name}", *PAPER_SCALE)
-    assert large == OmegaConf.merge(base(defaults["override /scale"]), values)
+    assert composed(f"experiment={name}", *QUICK) == OmegaConf.merge(base("quick"), values)
+    large = composed(f"experiment={name}", *PAPER)
+    assert large == OmegaConf.merge(base(defaults["override /preset"]), values)
 
 
 @pytest.mark.parametrize("name", CHANGES_GROUPS)
 def test_other_methods_build_large_and_small(name: str) -> None:
-    large, small = (checked(composed(f"experiment={name}", *words), name) for words in (PAPER_SCALE, SMALL_SCALE))
+    large, small = (checked(composed(f"experiment={name}", *words), name) for words in (PAPER, QUICK))
     assert (large.trainer.max_epochs, large.trainer.devices, large.trainer.num_nodes) == (300, 8, 2)
     assert type(large.method).__name__[:4].lower() == name.split("/")[1][:4]
     multicrop = name.endswith("multicrop") or name.endswith("swav")
@@ -97,42 +97,82 @@ def test_other_methods_build_large_and_small(name: str) -> None:
     assert small.method.head_hidden_dim == 256  # type: ignore[attr-defined]
 
 
-def test_small_recipes_with_multicrop_follow_those_without() -> None:
-    """A scale without one would fall back to the method's sizes for ImageNet."""
-    recipes = {path.stem for path in (CONF / "recipe").glob("*.yaml")}
-    small = [path.stem for path in (CONF / "scale").glob("*.yaml") if not path.stem.startswith("paper")]
-    for method in ("byol", "moco"):
-        assert {f"{scale}_{method}_multicrop" for scale in small if f"{scale}_{method}" in recipes} <= recipes
+@pytest.mark.parametrize("preset", ["quick", "photos32"])
+def test_small_presets_have_a_file_with_multicrop_next_to_one_without(preset: str) -> None:
+    """Without it, the method's sizes for ImageNet would apply."""
+    files = {path.stem for path in (CONF / "preset" / preset).glob("*.yaml")}
+    assert {"byol", "byol_multicrop", "moco", "moco_multicrop"} <= files
+
+
+def test_the_parts_of_a_preset_are_no_options() -> None:
+    assert options("train")["preset"] == ["paper", "paper100", "paper300", "photos32", "quick"]
 
 
 def test_every_file_says_what_the_paper_reports() -> None:
-    assert FILES.keys() == PUBLISHED.keys()
+    assert FILES.keys() == {name for name in PUBLISHED if "=" not in name}
     for name, path in FILES.items():
         row, (said,) = PUBLISHED[name], re.findall(r"Published: (.*)\.$", path.read_text(), re.MULTILINE)
         figures = [f"k-NN {row.knn} %"] * (row.knn is not None) + [f"linear {row.linear} %"] * (row.linear is not None)
         assert said == (", ".join(figures) or "curves only, no figures")
-        assert f"python train.py experiment={name} scale=quick" in path.read_text()
+        assert f"dino train experiment={name} preset=quick" in path.read_text()
         (line,) = re.findall(rf"^\| `{re.escape(path.stem)}` \| .* \| (.*) \|$", PAGE, re.MULTILINE)
         assert line == (row.figures or "curves only")
+
+
+def test_the_page_has_the_points_of_each_grid() -> None:
+    points = {name: row for name, row in PUBLISHED.items() if "=" in name}
+    assert len(points) == 20
+    for name, row in points.items():
+        assert re.search(rf"^\| {re.escape(name.partition('=')[2])} \| .*{row.figures} \|$", PAGE, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_name_experiments_that_exist(path: Path) -> None:
     hydra = yaml.safe_load(path.read_text())["hydra"]
     assert hydra["mode"] == "MULTIRUN"  # also where `--multirun` is forgotten
-    swept = hydra["sweeper"]["params"]["experiment"].split(", ")
+    params = hydra["sweeper"]["params"]
+    swept = params["experiment"].split(", ")
     assert set(swept) <= FILES.keys()
     assert len(set(swept)) == len(swept)
-    assert f"| `{path.stem}` | {', '.join(name.removeprefix('ablation/') for name in swept)} |" in PAGE
+    if key := GRIDS.get(path.stem):
+        points = {paper_row(swept[0], {"sweep": path.stem, key: value}) for value in str(params[key]).split(",")}
+        assert points == {name for name in PUBLISHED if f" {key}=" in name}
+        assert (set(params), params["preset"]) == ({"experiment", "preset", key}, "paper100")
+        assert f"| `{path.stem}` | `{key}={params[key]}`" in PAGE
+    else:
+        assert f"| `{path.stem}` | {', '.join(name.removeprefix('ablation/') for name in swept)} |" in PAGE
 
 
 def test_every_ablation_is_in_a_sweep() -> None:
-    assert all(any(name in path.read_text() for path in SWEEPS) for name in FILES)
+    assert [name for name in FILES if not any(name in path.read_text() for path in SWEEPS)] == [
+        "ablation/teacher_temperature_warmup"
+    ]
     assert set(options("train")["sweep"]) == {"optuna", *(path.stem for path in SWEEPS)}
 
 
+def test_a_point_of_a_grid_composes_as_its_sweep_runs_it() -> None:
+    words = ["sweep=teacher_temperature", "experiment=ablation/dino", "method.teacher_temperature=0.02"]
+    assert composed(*words, *QUICK).method.teacher_temperature_start == 0.02
+    large = composed(*words, "preset=paper100", *PAPER)
+    assert (large.trainer.max_epochs, large.method.teacher_temperature_start, large.method.out_dim) == (
+        100,
+        0.02,
+        65536,
+    )
+
+
+def test_the_row_of_a_point() -> None:
+    point = "ablation/dino method.out_dim=1024"
+    assert paper_row("ablation/dino", {"sweep": "prototypes", "method.out_dim": "1024"}) == point
+    assert paper_row("ablation/dino", {"preset": "paper100", "method.out_dim": "1024"}) == point
+    assert paper_row("ablation/dino", {"preset": "quick", "method.out_dim": "1024"}) == "ablation/dino"
+    assert paper_row("ablation/dino", {"sweep": "prototypes", "method.out_dim": "77"}) == "ablation/dino"
+    batch = {"sweep": "table7", "data.batch_size_per_device": "16"}
+    assert paper_row("ablation/no_multicrop", batch) == "ablation/no_multicrop"
+
+
 def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
-    words = ["sweep=table7", "data=parquet", "scale=photos32"]
+    words = ["sweep=table7", "data=parquet", "preset=photos32"]
     assert cli.with_settings_for_data(words) == words
     assert cli.with_settings_for_data(["sweep=optuna", "data=parquet"]) == [
         "sweep=optuna",
@@ -147,7 +187,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("sweep") / "table15"
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "failed.txt").write_text("an attempt before this one\n")
-    words = ["--multirun", "sweep=table15", "scale=quick", "experiment=ablation/sinkhorn", *SMALL]
+    words = ["--multirun", "sweep=table15", "preset=quick", "experiment=ablation/sinkhorn", *SMALL]
     words += ["seed=3", "optim.lr=-1,0.01,1e30", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
     words += ["callbacks.pictures.enabled=false", "cpu_threads=1", f"output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:

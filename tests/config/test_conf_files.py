@@ -51,6 +51,7 @@ def test_experiments_pass_the_checks_and_build(experiment: str) -> None:
 
 PLACES = {
     "data=huggingface": ["data.name=."],
+    "data=torchvision": ["data.name=svhn"],
     "data=webdataset": ["data.shards=x.tar", "data.images=1000"],
     **{f"data={name}": [] for name in ("builtin", "cifar10", "cifar100", "stl10")},
 }

@@ -68,7 +68,7 @@ def test_every_row_is_in_the_configuration(folder: Path) -> None:
 
 def test_the_command_line_wins_and_files_do_not(folder: Path) -> None:
     words = ["method.out_dim=100", "++optim.lr=0.03", "crops.local_scale=[0.1,0.2]", "trainer.max_epochs=7"]
-    cfg, result = suggested(folder, *words, "scale=quick")  # whose file has other crops and another lr
+    cfg, result = suggested(folder, *words, "preset=quick")  # whose file has other crops and another lr
     assert (cfg.method.out_dim, cfg.optim.lr, cfg.crops.local_scale) == (100, 0.03, [0.1, 0.2])
     assert {row.key for row in result.suggestions if row.by_user} == {"method.out_dim", "optim.lr", "crops.local_scale"}
     assert cfg.crops.global_scale == [0.4, 1.0]
