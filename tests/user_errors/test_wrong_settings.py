@@ -24,6 +24,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.runtime.environment import check_variables
 from dino_lightning.training.build import build_data
 from dino_lightning.training.preflight import check_data, check_environment
+from dino_lightning.training.resume import check_output_dir
 
 WRONG = [
     ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),
@@ -140,6 +141,7 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
         check_keys(cfg)
         config = cast(TrainConfig, OmegaConf.to_object(cfg))
         check_config(config)
+        check_output_dir(config)
         check_environment(config)
         check_data(config, build_data(config), world_size=1)
     except EXPLAINED as error:
