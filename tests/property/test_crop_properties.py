@@ -16,12 +16,14 @@ from profiles import check, examples
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from dino_lightning.config.checks.training import AREAS, RATIOS
+from dino_lightning.config import CropsConfig
+from dino_lightning.config.constraints import ranges_of
 from dino_lightning.data.crops import pil
 from dino_lightning.data.crops.backends import cut
 from dino_lightning.data.crops.sampling import CropRNG, FastRNG, ReferenceRNG, random_box
 
 Box = tuple[int, int, int, int]
+RANGES = ranges_of(CropsConfig)
 DICE = st.tuples(st.sampled_from([ReferenceRNG, FastRNG]), SEEDS).map(lambda drawn: drawn[0](drawn[1]))
 
 
@@ -82,8 +84,8 @@ def explains(box: Box, width: int, height: int, scale: list[float], ratio: list[
 @examples(few=300, many=20_000)
 def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
     def holds(width: int, height: int, scale: list[float], ratio: list[float], dice: CropRNG) -> None:
-        assert AREAS.holds(scale)
-        assert RATIOS.holds(ratio)
+        assert RANGES["global_scale"].contains(scale)
+        assert RANGES["ratio"].contains(ratio)
         box = top, left, h, w = random_box(width, height, scale=scale, ratio=ratio, dice=dice)
         assert min(top, left) >= 0
         assert 1 <= h <= height - top

@@ -11,7 +11,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dino_lightning.config import TrainerConfig
-from dino_lightning.config.checks.training import STRATEGIES
+from dino_lightning.config.constraints import ranges_of
+from dino_lightning.config.ranges import OneOf
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.training.build import build_trainer
 from dino_lightning.training.strategy import (
@@ -60,7 +61,9 @@ def test_fsdp() -> None:
 
 
 def test_every_accepted_name_builds_a_strategy() -> None:
-    kinds = {name: type(built(name)) for name in STRATEGIES}
+    strategies = ranges_of(TrainerConfig)["strategy"]
+    assert isinstance(strategies, OneOf)
+    kinds = {str(name): type(built(str(name))) for name in strategies.values}
     assert kinds.pop("fsdp") is FullySharded
     assert set(kinds.values()) == {DataParallel}
 
