@@ -19,5 +19,5 @@ def test_backbone_and_transform(tmp_path: Path) -> None:
     assert torch.equal(backbone(images), load_network(str(path)).backbone(images))
     transform = torch.hub.load(PROJECT, "transform", source="local", checkpoint=str(path))
     assert transform(Image.new("RGB", (60, 50))).shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="checkpoint=nowhere: there is no such file"):
+    with pytest.raises(ValueError, match="checkpoint=nowhere: this file does not exist"):
         torch.hub.load(PROJECT, "backbone", source="local", checkpoint="nowhere")

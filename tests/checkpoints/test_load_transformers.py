@@ -129,12 +129,12 @@ def test_the_preparation_of_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"hidden_act": "relu"}, "hidden_act=relu in its config.json is not what a network here computes; expected g"),
-        ({"layer_norm_eps": 1e-3}, "layer_norm_eps=0.001 in its config.json is not what a network here computes"),
+        ({"hidden_act": "relu"}, "hidden_act=relu in its config.json is not supported; expected g"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps=0.001 in its config.json is not supported"),
         ({"qkv_bias": False}, "qkv_bias=False in its config.json"),
         ({"intermediate_size": 96}, r"does not fit the architecture.*mlp.fc1.weight of shape \(96, 48\)"),
         ({"model_type": "dinov2"}, "is a network of transformers of the type 'dinov2'; expected one of vit, resnet"),
-        ({"architecture": "vit_x", "model_type": None}, "holds weights as timm keeps them; timm loads its own by"),
+        ({"architecture": "vit_x", "model_type": None}, "was written by timm; load it with"),
     ],
 )
 def test_what_is_another_network(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_is_another_network(changes: dict[str, Any], sentence: str, tmp_pat
 
 def test_it_has_no_student(tmp_path: Path) -> None:
     saved(tmp_path / "dino")
-    with pytest.raises(UserError, match="checkpoint_key=student: .* holds one network"):
+    with pytest.raises(UserError, match="checkpoint_key=student: .* contains only one network"):
         load_network(str(tmp_path / "dino"), key="student")
 
 
@@ -224,11 +224,11 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
     folders = (served / "facebook" / "dino-vits16" / "main", older)
     assert digests.split() == [load_network(str(folder)).digest for folder in folders]
     assert sentences == [
-        "checkpoint=hf:facebook/empty: the repository has neither of model.safetensors, pytorch_model.bin.",
-        "checkpoint=hf:facebook/dino-vits61: the Hub has no such repository or revision, or does not show it without "
-        "an account (`hf auth login`).",
-        "checkpoint=hf:a/b/c: 'a/b/c' names no repository of the Hugging Face Hub; expected hf:OWNER/NAME, or "
-        "hf:OWNER/NAME@REVISION.",
+        "checkpoint=hf:facebook/empty: the repository contains neither model.safetensors nor pytorch_model.bin.",
+        "checkpoint=hf:facebook/dino-vits61: the Hub has no such repository or revision, or it requires an "
+        "account (`hf auth login`).",
+        "checkpoint=hf:a/b/c: 'a/b/c' is not the name of a repository on the Hugging Face Hub; expected hf:OWNER/NAME "
+        "or hf:OWNER/NAME@REVISION.",
     ]
     again = subprocess.run(
         [sys.executable, "-c", program.partition("for name")[0]],

@@ -170,28 +170,31 @@ def refused(content: Any, folder: Path, *, key: str = "teacher") -> str:
 
 def test_another_architecture_is_told(tmp_path: Path) -> None:
     weights = vit()
-    taken_for = "ViT of width 192, depth 2, 3 heads, patches of 16 pixels, trained at 64"
+    detected = "(ViT, width 192, depth 2, 3 heads, patch size 16, trained at 64 pixels)"
     without = {name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.attn")}
     sentence = refused(without, tmp_path)
     assert (
-        f"file.pth does not fit the architecture it was taken for, {taken_for}: missing blocks.1.attn.qkv.weight, "
+        f"file.pth does not fit the detected architecture {detected}: missing blocks.1.attn.qkv.weight, "
         "blocks.1.attn.qkv.bias, blocks.1.attn.proj.weight and 1 more." in sentence
     )
     sentence = refused(weights | {"register_tokens": torch.zeros(1, 4, 192)}, tmp_path)
-    assert f"{taken_for}: unexpected register_tokens." in sentence
+    assert f"{detected}: unexpected register_tokens." in sentence
     sentence = refused(weights | {"norm.weight": torch.zeros(64)}, tmp_path)
-    assert "other norm.weight of shape (64,) instead of (192,)." in sentence
+    assert "norm.weight has shape (64,) instead of (192,)." in sentence
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"stem.0.weight": torch.zeros(3)}, "belongs to no network that is known by its names"),
-        ({"module.linear.weight": torch.zeros(3)}, "the first are linear.weight. Networks of timm load by checkpoint="),
-        ({"epoch": 3}, "holds no weights"),
-        ([torch.zeros(3)], "holds a list; expected a state dict"),
-        ({"teacher": {"a": torch.zeros(3)}}, "checkpoint_key=student: .* holds teacher only"),
-        ({"cls_token": torch.zeros(3)}, "checkpoint_key=student: .* holds one network; leave checkpoint_key=teacher"),
+        ({"stem.0.weight": torch.zeros(3)}, "has weight names of no known network"),
+        ({"module.linear.weight": torch.zeros(3)}, "for example linear.weight. Use checkpoint=timm:NAME"),
+        ({"epoch": 3}, "contains no weights"),
+        ([torch.zeros(3)], "contains a list; expected a state dict"),
+        ({"teacher": {"a": torch.zeros(3)}}, "checkpoint_key=student: .* contains only teacher"),
+        (
+            {"cls_token": torch.zeros(3)},
+            "checkpoint_key=student: .* contains only one network; leave checkpoint_key=teacher",
+        ),
     ],
 )
 def test_files_of_other_things(content: Any, sentence: str, tmp_path: Path) -> None:
@@ -201,12 +204,12 @@ def test_files_of_other_things(content: Any, sentence: str, tmp_path: Path) -> N
 
 
 def test_networks_that_their_shapes_do_not_tell(tmp_path: Path) -> None:
-    assert "a ViT of width 48 does not tell its number of heads" in refused(vit(width=48, heads=4), tmp_path)
+    assert "the number of heads of a ViT with width 48 is unknown" in refused(vit(width=48, heads=4), tmp_path)
     resnet = torchvision.models.resnet18().state_dict()
     short = {name: tensor for name, tensor in resnet.items() if not name.startswith("layer3.1")}
-    assert "a ResNet of (2, 2, 1, 2) basic blocks is not known" in refused(short, tmp_path)
+    assert "a ResNet with (2, 2, 1, 2) basic blocks is not supported" in refused(short, tmp_path)
     gray = vit() | {"patch_embed.proj.weight": torch.zeros(192, 1, 16, 16)}
-    assert "takes images of 1 channels, and nothing says how they were normalized" in refused(gray, tmp_path)
+    assert "expects images with 1 channels, but does not specify their normalization" in refused(gray, tmp_path)
 
 
 class Harm:
@@ -223,7 +226,9 @@ class Harm:
 def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
     content = {**vit(), "extra": Harm(tmp_path / "harmed")}
     torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"bad.pth is refused: besides weights it holds (\S+), and reading that could"):
+    with pytest.raises(
+        UserError, match=r"bad.pth is refused: it contains (\S+) besides weights, and loading that could"
+    ):
         load_network(str(tmp_path / "bad.pth"))
     assert not (tmp_path / "harmed").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
@@ -235,5 +240,5 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, tmp_path: Path) -
 )
 def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"file.pth is not a checkpoint, or not a whole one"):
+    with pytest.raises(UserError, match=r"file.pth is not a valid checkpoint"):
         load_network(str(tmp_path / "file.pth"))

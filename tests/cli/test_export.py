@@ -229,8 +229,8 @@ def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
     assert f"| k-NN top-1 (%) | {summary['knn_top1']} |" in card
     assert "| linear: top1 | 41.25 % |" in card
     assert "99 %" not in card
-    assert "by the method `dino` of dino-lightning" in card
-    assert "# license: yours to choose" in card
+    assert "with dino-lightning (method `dino`)" in card
+    assert "# license: choose one" in card
     assert "teacher_momentum: " in card
     assert str(run.parent) not in card
     assert load_network(str(tmp_path / "network")).digest == network.digest
@@ -308,16 +308,20 @@ def test_original_xcit(tmp_path: Path) -> None:
         (
             REGISTERS,
             "format=huggingface output=a",
-            "transformers has no class for ViT of width 64, depth 1, 1 heads, "
-            "patches of 8 pixels, 2 registers, trained at 32; formats for any network are timm, onnx and torch.",
+            "transformers has no class for this network (ViT, width 64, depth 1, 1 heads, "
+            "patch size 8, 2 registers, trained at 32 pixels); formats for any network are timm, onnx and torch.",
         ),
-        (TimmConfig(name="test_resnet"), "format=huggingface output=a", "has no class for timm's test_resnet; formats"),
-        (TimmConfig(name="test_resnet"), "format=original output=a.pth", "the original has no network like timm's"),
-        (REGISTERS, "format=original output=a.pth", "the original has no network like ViT of width 64"),
+        (
+            TimmConfig(name="test_resnet"),
+            "format=huggingface output=a",
+            "has no class for this network (timm's test_resnet); formats",
+        ),
+        (TimmConfig(name="test_resnet"), "format=original output=a.pth", "the original has no such network (timm's"),
+        (REGISTERS, "format=original output=a.pth", "the original has no such network (ViT, width 64"),
         (
             ViTConfig(width=48, depth=1, heads=3),
             "format=original output=a.pth",
-            "do not tell the number of heads, which is width / 64 there, and this network has 3 for a width of 48",
+            "the original always uses width / 64 heads, but this network has 3 heads and width 48",
         ),
     ],
 )

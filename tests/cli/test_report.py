@@ -85,8 +85,8 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["alone", "--output", "x.pdf"], "--output x.pdf: the page is an HTML file; name it x.html"),
         (["alone", "--output", "."], "--output .: the page is an HTML file; name it report.html"),
         (["alone", "--output", "no/x.html"], "--output no/x.html: there is no folder no; name a file in a folder"),
-        (["alone", "--results", "alone"], "results=alone: expected a results.jsonl of dino eval"),
-        (["alone", "--results", "eval-1"], "none of its results is of these runs; they are of /runs/other"),
+        (["alone", "--results", "alone"], "results=alone: expected a results.jsonl written by dino eval"),
+        (["alone", "--results", "eval-1"], "its results are not of these runs but of /runs/other"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(
@@ -190,8 +190,8 @@ def test_the_page_of_two_says_state_settings_and_figures(pair: Path):
         "trainer.max_epochs",
         "optim.lr",
         "0.004",
-        "a (lr=0.002) is ahead with 76.7 %",
-        "6.7 points apart",
+        "a (lr=0.002) has the best k-NN accuracy, 76.7 %",
+        "6.7 points more than the worst run",
     ):
         assert words in page.text, words
     assert "backbone.width" not in page.text

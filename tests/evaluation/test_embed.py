@@ -235,7 +235,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([GRAY], {"precision": "half"}, "trainer.precision=half: choose one of"),
     ([GRAY], {"accelerator": "cuda"}, "trainer.accelerator=cuda: this machine has no GPU"),
     ([GRAY], {"checkpoint_key": "techer"}, "checkpoint_key=techer: did you mean 'teacher'?"),
-    ([GRAY], {"checkpoint": "/nowhere.pth"}, "checkpoint=/nowhere.pth: there is no such file"),
+    ([GRAY], {"checkpoint": "/nowhere.pth"}, "checkpoint=/nowhere.pth: this file does not exist"),
     (BuiltinData(channels=1), {}, "data.channels=1: untrained takes images of 3 channels."),
 ]
 

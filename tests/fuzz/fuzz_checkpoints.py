@@ -35,7 +35,6 @@ with atheris.instrument_imports(include=["dino_lightning.checkpoints"]):
     from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 
 import harness
-import yaml
 from composing import SMALL, composed
 from safetensors.torch import load_file, save_file
 
@@ -156,7 +155,6 @@ class Files:
     def __init__(self) -> None:
         shutil.rmtree(RUN, ignore_errors=True)
         train(composed(*SMALL, *TINY, output_dir=RUN))
-        self.config = (RUN / "config.yaml").read_bytes()
         self.checkpoint = (RUN / "checkpoints" / "last.ckpt").read_bytes()
         weights = load_file(RUN / "teacher.safetensors")
         # The original's heads have 64 features each.
@@ -185,15 +183,13 @@ def seeds(files: Files) -> Iterator[bytes]:
         pickle_in(files.backbone),
         pickle_in(files.full),
         files.metadata["network"].encode(),
-        files.metadata["timm"].encode(),
-        files.config,
     ]
     for kind, part in enumerate(parts):
         yield bytes([kind]) + part
     resnet = {"backbone": {"name": "resnet18", "arguments": {"zero_init_last": False}, "patch_size": None}}
     yield bytes([9]) + json.dumps({**json.loads(files.metadata["network"]), **resnet}).encode()
-    yield bytes([12]) + files.checkpoint
-    for kind in (13, 14, 15, 16):
+    yield bytes([10]) + files.checkpoint
+    for kind in (11, 12):
         for filler in (b"\0", b"\x55", b"\xff"):
             yield bytes([kind]) + filler * 64
 
@@ -207,18 +203,10 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
     def around(archive: bytes, name: str) -> Callable[[bytes], None]:
         return lambda part: load(FOLDER / name, repacked(archive, part))
 
-    def described(key: str) -> Callable[[bytes], None]:
-        def read(part: bytes) -> None:
-            metadata = {name: text for name, text in files.metadata.items() if name in ("mean", "std")}
-            metadata[key] = part.decode("utf-8", "replace")
-            save_file(files.weights, FOLDER / "described.safetensors", metadata=metadata)
-            load_network(str(FOLDER / "described.safetensors"))
-
-        return read
-
-    def configured(part: bytes) -> None:
-        (FOLDER / "old" / "config.yaml").write_bytes(part)
-        load_network(str(FOLDER / "old"))
+    def described(part: bytes) -> None:
+        metadata = {"network": part.decode("utf-8", "replace")}
+        save_file(files.weights, FOLDER / "described.safetensors", metadata=metadata)
+        load_network(str(FOLDER / "described.safetensors"))
 
     def resumed(part: bytes) -> None:
         """A checkpoint to go on from: raw, and with a hash that belongs to it."""
@@ -230,14 +218,10 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
             with suppress(UserError):
                 latest_valid(place)
 
-    network, recipe = json.loads(files.metadata["network"]), json.loads(files.metadata["timm"])
-    settings = yaml.safe_load(files.config)
-    settings = {name: settings[name] for name in ("backbone", "crops")}
+    network = json.loads(files.metadata["network"])
     content = torch.load(io.BytesIO(files.checkpoint), weights_only=True)
     content = {name: content[name] for name in content if name not in ("optimizer_states", "callbacks", "loops")}
-    for name in ("old", "resume"):
-        (FOLDER / name).mkdir(exist_ok=True)
-    (FOLDER / "old" / "teacher.safetensors").write_bytes(files.plain)
+    (FOLDER / "resume").mkdir(exist_ok=True)
     return [
         raw("a.ckpt"),
         raw("a.pth"),
@@ -248,13 +232,9 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
         around(files.checkpoint, "packed.ckpt"),
         around(files.backbone, "packed.pth"),
         around(files.full, "full.pth"),
-        described("network"),
-        described("timm"),
-        configured,
+        described,
         resumed,
-        lambda part: described("network")(json.dumps(changed(network, part)).encode()),
-        lambda part: described("timm")(json.dumps(changed(recipe, part)).encode()),
-        lambda part: configured(yaml.safe_dump(changed(settings, part)).encode()),
+        lambda part: described(json.dumps(changed(network, part)).encode()),
         lambda part: load(FOLDER / "changed.ckpt", saved(changed(content, part))),
     ]
 

@@ -147,23 +147,22 @@ def test_the_file_itself_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backbone": {"width": 10**7}}, "10000000 is larger than anything"),  # all memory: the end of the process
-        ({"backbone": {"depth": 10**7}}, "10000000 is larger than anything"),  # hours
-        ({"backbone": {"width": 60_000}}, "does not fit the architecture"),  # 115 GB
-        ({"backbone": {"depth": 5_000}}, "has more than .* parameters, and the file far fewer"),
+        ({"backbone": {"width": 10**7}}, "the size 10000000 is too large"),  # all memory: the end of the process
+        ({"backbone": {"depth": 10**7}}, "the size 10000000 is too large"),  # hours
+        ({"backbone": {"width": 60_000}}, "does not fit the detected architecture"),  # 115 GB
         ({"backbone": {"heads": 0}}, "cannot be built"),
         ({"backbone": {"heads": 3}}, "cannot be built"),
         ({"backbone": {"width": "8"}}, "cannot be built"),
         ({"backbone": {"patch_size": 0}}, "cannot be built"),
-        ({"image_size": 10**9}, "1000000000 is larger than anything"),
-        ({"size": 10**12}, "is larger than anything"),
-        ({"size": -1}, "-1 is no side of an image"),
-        ({"resize": True}, "True is no side of an image"),
-        ({"mean": [0.5, float("nan"), 0.5]}, "nan normalizes no channel"),
-        ({"std": [1, 1]}, "normalize no image"),
-        ({"std": [1, 1, 0]}, "normalize no image"),
-        ({"mean": [], "std": []}, "normalize no image"),
-        ({"mean": "abc"}, "'a' normalizes no channel"),
+        ({"image_size": 10**9}, "the size 1000000000 is too large"),
+        ({"size": 10**12}, "is too large"),
+        ({"size": -1}, "-1 is not an image size"),
+        ({"resize": True}, "True is not an image size"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "are not a normalization"),
+        ({"std": [1, 1]}, "are not a normalization"),
+        ({"std": [1, 1, 0]}, "are not a normalization"),
+        ({"mean": [], "std": []}, "are not a normalization"),
+        ({"mean": "abc"}, "cannot read its description"),
     ],
 )
 def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -187,7 +186,7 @@ def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
     """It was taken for that many blocks."""
     width_64 = Description(ViTConfig(width=64, depth=1, heads=1, patch_size=4), image_size=8).build().state_dict()
     torch.save({**width_64, "blocks.999999999.norm1.weight": torch.zeros(64)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="does not fit the architecture"):
+    with pytest.raises(UserError, match="does not fit the detected architecture"):
         load_network(str(tmp_path / "a.pth"))
 
 
@@ -197,7 +196,7 @@ def test_views_of_a_few_numbers(tmp_path: Path) -> None:
     network = Description(SMALL, image_size=8).to_dict()
     content = {"state_dict": {f"teacher.backbone.{name}": tensor for name, tensor in state.items()}, "network": network}
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="the numbers of .* are not in it"):
+    with pytest.raises(UserError, match="does not contain the values of"):
         load_network(str(tmp_path / "a.ckpt"))
 
 
@@ -214,5 +213,5 @@ def test_weights_without_numbers(tmp_path: Path) -> None:
 def test_shapes_that_no_network_has(shape: tuple[int, ...], tmp_path: Path) -> None:
     first = {"pos_embed": torch.zeros(shape), "patch_embed.proj.weight": torch.zeros(shape)}
     torch.save({**first, "blocks.0.norm1.weight": torch.zeros(64), 7: torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="holds no weights of a network that is known"):
+    with pytest.raises(UserError, match="contains no weights of a known network"):
         load_network(str(tmp_path / "a.pth"))

@@ -23,7 +23,9 @@ from dino_lightning.cli.wandb import main as dino_wandb
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.loggers.wandb import STEP_METRIC, FaultTolerantWandbLogger, wandb_logger, wandb_session
-from dino_lightning.report.wandb_workspace import SECTIONS
+from dino_lightning.report.charts import CHARTS
+from dino_lightning.report.gallery import CAPTIONS
+from dino_lightning.report.wandb_workspace import SECTIONS, SYSTEM_CHARTS
 from dino_lightning.training.run import train
 
 PROJECT = Path(__file__).parents[2]
@@ -151,12 +153,13 @@ def test_the_view_has_what_a_run_logs(online: tuple[WandbServer, Path], capsys: 
     view, report = server.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == (ENTITY, "photos", "DINO")
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
-    titles = ["Loss and k-NN", "Schedules", "Collapse", "Speed", "Pictures", "Norms", "System"]
-    assert [section["name"] for section in sections] == titles
+    titles = ["Learning", "Schedules", "Signs of collapse", "Speed", "Pictures", "Norms", "System"]
+    assert [section["name"] for section in sections] == titles == list(SECTIONS)
     panels = [panel["config"] for section in sections for panel in section["panels"]]
     shown = {name for panel in panels for name in panel.get("metrics", []) + panel.get("mediaKeys", [])}
     run = run_of(server, "train")
-    assert shown == {name for section in SECTIONS for chart in section.charts for name in chart.names}
+    pictures = {f"pictures/{name}" for name in CAPTIONS}
+    assert shown == {name for chart in [*CHARTS, *SYSTEM_CHARTS] for name in chart.columns} | pictures
     missing = {name for name in shown if not name.startswith("system/")} - {name for row in run.rows for name in row}
     assert missing == ONLY_ON_GPUS
     assert {panel["xAxis"] for panel in panels if "metrics" in panel} == {STEP_METRIC, "_step"}

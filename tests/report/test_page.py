@@ -167,10 +167,10 @@ def test_reference_lines(run: Path):
 
 def test_a_collapse_is_said_above_its_curves(run: Path):
     assert "ollapse:" not in Page(write_report(run)).text
-    assert "A collapse was seen" not in Page(write_report(run)).text
+    assert "A collapse was detected" not in Page(write_report(run)).text
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "collapse": "uniform at step 120"}))
     first, _, signs = Page(write_report(run)).text.partition("Signs of collapse")
-    assert "A collapse was seen (uniform at step 120)" in first
+    assert "A collapse was detected (uniform at step 120)" in first
     assert "Collapse: uniform at step 120." in signs
 
 

@@ -83,18 +83,18 @@ def test_another_normalization_is_reported(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["backbone.heads=2"], "has 1 attention heads and the configured backbone 2; choose the backbone that it is"),
-        (["backbone.depth=2"], "does not fit the architecture it was taken for, the configured backbone: missing blo"),
+        (["backbone.heads=2"], "has 1 attention heads, but the configured backbone has 2; choose the matching"),
+        (["backbone.depth=2"], "does not fit the configured backbone: missing blo"),
         (
             ["backbone=resnet18"],
-            "does not fit the architecture it was taken for, the configured backbone: missing conv1.weight",
+            "does not fit the configured backbone: missing conv1.weight",
         ),
         (
             ["init_from=null", "init_key=student"],
             "init_key=student selects a network of init_from, but init_from is not set",
         ),
-        (["init_key=student"], "init_key=student: .* holds the teacher only"),
-        (["init_from=nowhere"], "init_from=nowhere: there is no such file"),
+        (["init_key=student"], "init_key=student: .* contains only the teacher"),
+        (["init_from=nowhere"], "init_from=nowhere: this file does not exist"),
         (["backbone=timm", "backbone.name=resnet18", "backbone.pretrained=true"], "both set the initial weights"),
     ],
 )

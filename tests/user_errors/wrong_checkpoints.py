@@ -22,8 +22,6 @@ from dino_lightning.models.frozen import FrozenNetwork
 Make = Callable[[Path], list[str]]
 IMAGES = ["data.train_images=16", "data.val_images=8", "eval.k=[5]"]
 SMALL = "untrained:vit_micro"
-VIT = "ViT of width 64, depth 2, 2 heads, patches of 8 pixels, trained at 224"
-NOT_WHOLE = "is not a checkpoint, or not a whole one"
 
 
 class Hostile:
@@ -34,7 +32,7 @@ class Hostile:
 
 
 def checkpoint(make: Callable[[Path], object], *words: str) -> Make:
-    """`checkpoint=` what is made."""
+    """`checkpoint=` with the path that `make` returns."""
     return lambda path: [f"checkpoint={make(path)}", *IMAGES, *words]
 
 
@@ -77,7 +75,7 @@ def exported(
 
 
 def described(text: str) -> Callable[[Path], Path]:
-    """A file of weights with this description of their network."""
+    """A weight file with this description of its network."""
 
     def make(path: Path) -> Path:
         save_file(weights(), path / "x.safetensors", metadata={"network": text})
@@ -104,165 +102,167 @@ def row(name: str, make: Make, sentence: str, **options: Any) -> Wrong:
 
 ROWS = [
     row(
-        "a file that is not there, with one of a similar name beside it",
+        "a file that does not exist, next to one with a similar name",
         checkpoint(lambda path: touch(path / "teacher.pth").with_name("techer.pth")),
-        "checkpoint=DIR/techer.pth: there is no such file; did you mean 'DIR/teacher.pth'?",
+        "checkpoint=DIR/techer.pth: this file does not exist; did you mean 'DIR/teacher.pth'?",
     ),
     row(
-        "a file of zero bytes",
+        "an empty file",
         checkpoint(lambda path: touch(path / "x.pth")),
-        f"checkpoint=DIR/x.pth {NOT_WHOLE}: it is empty.",
+        "checkpoint=DIR/x.pth is not a valid checkpoint: it is empty.",
     ),
     row(
         "a web page",
         checkpoint(lambda path: touch(path / "x.pth", HTML)),
-        f"checkpoint=DIR/x.pth {NOT_WHOLE}: it is a web page.",
+        "checkpoint=DIR/x.pth is not a valid checkpoint: it is a web page.",
     ),
     row(
         "an image",
         checkpoint(lambda path: touch(path / "x.pth", image())),
-        f"checkpoint=DIR/x.pth {NOT_WHOLE}: PyTorch cannot read it.",
+        "checkpoint=DIR/x.pth is not a valid checkpoint: PyTorch cannot read it.",
     ),
     row(
-        "a .pth that is cut off",
+        "a truncated .pth",
         checkpoint(lambda path: cut(saved(weights)(path))),
-        f"checkpoint=DIR/x.pth {NOT_WHOLE}: PyTorch cannot read it.",
+        "checkpoint=DIR/x.pth is not a valid checkpoint: PyTorch cannot read it.",
     ),
     row(
-        "a .safetensors of zero bytes",
+        "an empty .safetensors",
         checkpoint(lambda path: touch(path / "x.safetensors")),
-        "checkpoint=DIR/x.safetensors is not a safetensors file, or not a whole one (…).",
+        "checkpoint=DIR/x.safetensors is not a valid safetensors file (…).",
     ),
     row(
         "a web page saved as .safetensors",
         checkpoint(lambda path: touch(path / "x.safetensors", HTML)),
-        "checkpoint=DIR/x.safetensors is not a safetensors file, or not a whole one (…).",
+        "checkpoint=DIR/x.safetensors is not a valid safetensors file (…).",
     ),
     row(
-        "a .safetensors that is cut off",
+        "a truncated .safetensors",
         checkpoint(lambda path: cut(exported()(path))),
-        "checkpoint=DIR/x.safetensors is not a safetensors file, or not a whole one (…).",
+        "checkpoint=DIR/x.safetensors is not a valid safetensors file (…).",
     ),
     row(
-        "a file that runs a command when it is unpickled",
+        "a file that runs a command when unpickled",
         checkpoint(saved(lambda: {"state_dict": Hostile()})),
-        "checkpoint=DIR/x.pth is refused: besides weights it holds posix.system, and reading that could run code; save "
-        "it anew as a state dict of tensors.",
+        "checkpoint=DIR/x.pth is refused: it contains posix.system besides weights, and loading that could run "
+        "code; save the weights again as a state dict of tensors.",
     ),
     row(
         "the same as a plain pickle",
         checkpoint(lambda path: touch(path / "x.pth", pickle.dumps({"a": Hostile()}))),
-        f"checkpoint=DIR/x.pth {NOT_WHOLE}: PyTorch cannot read it.",
+        "checkpoint=DIR/x.pth is not a valid checkpoint: PyTorch cannot read it.",
     ),
     row(
         "a list of numbers",
         checkpoint(saved([1, 2])),
-        "checkpoint=DIR/x.pth holds a list; expected a state dict or a checkpoint.",
+        "checkpoint=DIR/x.pth contains a list; expected a state dict or a checkpoint.",
     ),
     row(
         "an empty dictionary",
         checkpoint(saved({})),
-        "checkpoint=DIR/x.pth holds no weights; expected a state dict of tensors, or one under 'teacher'.",
+        "checkpoint=DIR/x.pth contains no weights; expected a state dict of tensors, or one under the key 'teacher'.",
     ),
     row(
-        "weights of no known network",
+        "weights of an unknown network",
         checkpoint(saved(lambda: {"a": torch.zeros(3), "b": torch.ones(2)})),
-        "checkpoint=DIR/x.pth belongs to no network that is known by its names (ViT, ResNet, XCiT): the first are a, "
-        "b. Networks of timm load by checkpoint=timm:NAME.",
+        "checkpoint=DIR/x.pth has weight names of no known network (ViT, ResNet, XCiT), for example a, b. Use "
+        "checkpoint=timm:NAME for timm networks.",
     ),
     row(
         "weights of a ConvNeXt",
         checkpoint(saved(lambda: timm.create_model("test_convnext").state_dict())),
-        "checkpoint=DIR/x.pth belongs to no network that is known by its names (ViT, ResNet, XCiT): the first are …. "
-        "Networks of timm load by checkpoint=timm:NAME.",
+        "checkpoint=DIR/x.pth has weight names of no known network (ViT, ResNet, XCiT), for example …. Use "
+        "checkpoint=timm:NAME for timm networks.",
     ),
     row(
-        "a weight is missing",
+        "a missing weight",
         checkpoint(exported(lambda changed: changed.pop("blocks.0.attn.qkv.weight"))),
-        f"checkpoint=DIR/x.safetensors does not fit the architecture it was taken for, {VIT}: missing "
-        "blocks.0.attn.qkv.weight.",
+        "checkpoint=DIR/x.safetensors does not fit the detected architecture (ViT, width 64, depth 2, 2 heads, "
+        "patch size 8, trained at 224 pixels): missing blocks.0.attn.qkv.weight.",
     ),
     row(
-        "a weight too many",
+        "an additional weight",
         checkpoint(exported(lambda changed: changed.update(extra=torch.zeros(1)))),
-        f"checkpoint=DIR/x.safetensors does not fit the architecture it was taken for, {VIT}: unexpected extra.",
+        "checkpoint=DIR/x.safetensors does not fit the detected architecture (ViT, width 64, depth 2, 2 heads, "
+        "patch size 8, trained at 224 pixels): unexpected extra.",
     ),
     row(
-        "a weight of another shape",
+        "a weight with another shape",
         checkpoint(exported(shorter)),
-        f"checkpoint=DIR/x.safetensors does not fit the architecture it was taken for, {VIT}: other norm.weight of "
-        "shape (5,) instead of (64,).",
+        "checkpoint=DIR/x.safetensors does not fit the detected architecture (ViT, width 64, depth 2, 2 heads, "
+        "patch size 8, trained at 224 pixels): norm.weight has shape (5,) instead of (64,).",
     ),
     row(
-        "NaN in a weight",
+        "a weight with NaN",
         checkpoint(exported(diverged)),
-        "checkpoint=DIR/x.safetensors: norm.weight holds values that are NaN or infinite, as after a training that has "
-        "diverged; take an earlier checkpoint.",
+        "checkpoint=DIR/x.safetensors: norm.weight contains NaN or infinite values, probably because the training "
+        "diverged; use an earlier checkpoint.",
     ),
     row(
-        "a description of the network that is cut off",
+        "a truncated description of the network",
         checkpoint(described("[1")),
-        "checkpoint=DIR/x.safetensors: its description of the network is not of this version (…).",
+        "checkpoint=DIR/x.safetensors: this version cannot read its description of the network (…).",
     ),
     row(
         "a description of the network without its keys",
         checkpoint(described("{}")),
-        "checkpoint=DIR/x.safetensors: its description of the network is not of this version (…).",
+        "checkpoint=DIR/x.safetensors: this version cannot read its description of the network (…).",
     ),
     row(
-        "a checkpoint without a teacher, for checkpoint_key=teacher",
+        "a checkpoint without a teacher, with checkpoint_key=teacher",
         checkpoint(saved(of_student_alone, "last.ckpt"), "checkpoint_key=teacher"),
-        "checkpoint_key=teacher: checkpoint=DIR/last.ckpt does not hold it.",
+        "checkpoint_key=teacher: checkpoint=DIR/last.ckpt does not contain a teacher.",
     ),
     row(
-        "teacher.safetensors, for checkpoint_key=student",
+        "teacher.safetensors, with checkpoint_key=student",
         checkpoint(exported(name="teacher.safetensors"), "checkpoint_key=student"),
-        "checkpoint_key=student: checkpoint=DIR/teacher.safetensors holds the teacher only; a run's "
-        "checkpoints/last.ckpt holds what it has.",
+        "checkpoint_key=student: checkpoint=DIR/teacher.safetensors contains only the teacher; use the run's "
+        "checkpoints/last.ckpt.",
     ),
     row(
         "a folder without weights",
         checkpoint(lambda path: photos(path / "in")),
         "checkpoint=DIR/in is a folder without teacher.safetensors, student.safetensors or checkpoints/last.ckpt; "
-        "expected the folder of a run, or a file of weights.",
+        "expected the folder of a run or a file with weights.",
     ),
     row(
-        "a network that timm does not have",
+        "an unknown timm network",
         checkpoint(lambda _: "timm:resnet5O"),
         "checkpoint=timm:resnet5O: timm … has no network 'resnet5O'; did you mean 'resnet50'?",
     ),
     row(
-        "fresh weights of a network that does not exist",
+        "an untrained network that does not exist",
         checkpoint(lambda _: "untrained:vit_smal"),
-        "checkpoint=untrained:vit_smal: 'vit_smal' is no file, no file of conf/backbone and no network of timm; did "
-        "you mean 'vit_small'?",
+        "checkpoint=untrained:vit_smal: 'vit_smal' is neither a file, nor a file in conf/backbone, nor a timm "
+        "network; did you mean 'vit_small'?",
     ),
     row(
-        "a network of RGB for data.channels=1",
+        "an RGB network with data.channels=1",
         evaluated("data.channels=1"),
-        "data.channels=1: untrained takes images of 3 channels.",
+        "data.channels=1: the network untrained expects images with 3 channels.",
     ),
     row(
-        "images without labels",
+        "unlabeled images",
         lambda path: [f"checkpoint={SMALL}", "data=folder", f"data.path={photos(path / 'in', classes=1)}"],
-        "data: the training images have no labels (no labels: 'DIR/in' has one folder only); this evaluation needs "
-        "classes.",
+        "data: the training images have no labels (no labels: 'DIR/in' has only one class folder); this "
+        "evaluation needs labels.",
     ),
     row(
-        "a run on images of one's own, and no word about images",
+        "a run trained on your own images, without data=",
         lambda path: [f"checkpoint={touch(path / 'r' / 'config.yaml', b'data: {path: photos}').parent}"],
-        "checkpoint=DIR/r was trained on data.path=photos: name the images of the evaluation with data=, or take "
-        "data=builtin for the built-in ones.",
+        "checkpoint=DIR/r was trained on data.path=photos; choose the images for the evaluation with data=, or "
+        "use data=builtin for the built-in images.",
     ),
     row(
         "output_dir is a file",
         lambda path: [*evaluated(f"output_dir={touch(path / 'o')}")(path)],
-        "output_dir=DIR/o cannot be written ('DIR/o' is a file or lies in one); choose a folder of yours.",
+        "output_dir=DIR/o cannot be written ('DIR/o' is a file or inside a file); choose a folder that you can "
+        "write to.",
     ),
     row(
-        "output_dir that may not be written",
+        "output_dir without write permission",
         evaluated("output_dir=DIR/o"),
-        "output_dir=DIR/o cannot be written (Permission denied); choose a folder of yours.",
+        "output_dir=DIR/o cannot be written (Permission denied); choose a folder that you can write to.",
         around=as_nobody,
         needs_root=True,
     ),

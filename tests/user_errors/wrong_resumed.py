@@ -17,8 +17,8 @@ from wrong_inputs import Wrong, train
 
 Make = Callable[[Path], list[str]]
 LAST = "run/checkpoints/last.ckpt"
-WHOLE = "resume: no checkpoint in DIR/run/checkpoints is whole"
-NONE_WHOLE = f"{WHOLE}: last.ckpt is damaged ({{}}); start anew in another output_dir."
+WHOLE = "resume: no checkpoint in DIR/run/checkpoints is valid"
+NONE_WHOLE = f"{WHOLE}: last.ckpt is damaged ({{}}); start a new run in another output_dir."
 CHANGED = "which would change the training"
 ANOTHER_GROUP = "would change the training; restore it, or start a new run in another output_dir."
 BACK = "restore the value, or write the new value into DIR/run/config.yaml if you want the change."
@@ -97,29 +97,29 @@ ROWS = [
     Wrong(
         "a truncated last.ckpt",
         resumed(spoil=cut),
-        NONE_WHOLE.format("it is cut off, or no checkpoint"),
+        NONE_WHOLE.format("it is truncated or not a checkpoint"),
     ),
     Wrong(
         "a web page instead of last.ckpt",
         resumed(spoil=lambda file: touch(file, HTML)),
-        NONE_WHOLE.format("it is cut off, or no checkpoint"),
+        NONE_WHOLE.format("it is truncated or not a checkpoint"),
     ),
     Wrong(
         "a last.ckpt with one changed byte",
         resumed(spoil=lambda file: touch(file, file.read_bytes().replace(b"state_dict", b"state_dirt", 1))),
-        NONE_WHOLE.format("its content does not belong to its hash"),
+        NONE_WHOLE.format("its content does not match its hash"),
     ),
     Wrong(
         "weights from elsewhere instead of last.ckpt",
         resumed(spoil=with_content(weights)),
-        "DIR/run/checkpoints/last.ckpt is no checkpoint of a run: it has weights alone, and a run cannot go on from "
-        "them.",
+        "DIR/run/checkpoints/last.ckpt is not a checkpoint of a run: it contains only weights, and a run cannot resume "
+        "from them.",
     ),
     Wrong(
         "a last.ckpt that runs a command when unpickled",
         resumed(spoil=with_content(lambda: {"state_dict": Hostile()})),
-        "DIR/run/checkpoints/last.ckpt is refused: besides weights it holds posix.system, and reading that could run "
-        "code; save it anew as a state dict of tensors.",
+        "DIR/run/checkpoints/last.ckpt is refused: it contains posix.system besides weights, and loading that could "
+        "run code; save the weights again as a state dict of tensors.",
     ),
     Wrong(
         "another network",

@@ -1,4 +1,4 @@
-"""What must be known of weights besides their values: the architecture, and how its images are prepared."""
+"""The description that checkpoints store next to the weights: architecture and image preprocessing."""
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,74 +12,59 @@ from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
 
 PAPER_CROPS = CropsConfig()
-"""Preparation of images where a file says nothing of it: that of the original."""
+"""The paper's preprocessing, used for weights that do not specify one."""
 
-LARGEST = 65_536
-"""Numbers above it are damage: they would be loops of hours, or all memory."""
+MAX_SIZE = 65_536
+"""Larger numbers in a description mean a damaged file; building such a network would take hours or all memory."""
 INVALID_DESCRIPTION = (KeyError, TypeError, AttributeError, ValueError)
-"""What plain types raise that describe no network."""
+"""Errors raised for values that do not describe a network."""
 WEIGHT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-"""Arguments of timm that name weights: none of the architecture, and a file must not make us read another one."""
+"""timm arguments that load weights. They are ignored, so that a file cannot make us read another file."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A network without its weights. In plain types it stands in our checkpoints."""
+    """A network without its weights; checkpoints store it as plain types (`to_dict`)."""
 
     backbone: BackboneConfig
     image_size: int = PAPER_CROPS.global_size
-    """Side for which a learned position embedding is made (pixels)."""
+    """Image side for which the learned position embedding is made (pixels)."""
     mean: list[float] = field(default_factory=lambda: PAPER_CROPS.mean)
     std: list[float] = field(default_factory=lambda: PAPER_CROPS.std)
-    """Of each channel, of values in 0 to 1."""
+    """Normalization of each channel, for values in 0 to 1."""
     resize: int = PAPER_CROPS.eval_resize
-    """Shorter side of an evaluated image before the center crop (pixels)."""
+    """Shorter side of an evaluation image before the center crop (pixels)."""
     size: int = PAPER_CROPS.eval_size
     """Side of the center crop (pixels)."""
 
     @classmethod
-    def of_run(cls, config: dict[str, Any]) -> Self:
-        """From a run's configuration as plain types. Raises one of `UNSOUND` for anything else."""
-        crops = asdict(PAPER_CROPS) | config["crops"]
-        return cls._validated(
-            backbone=parse_backbone(config["backbone"]),
-            image_size=crops["global_size"],
-            mean=crops["mean"],
-            std=crops["std"],
-            resize=crops["eval_resize"],
-            size=crops["eval_size"],
-        )
-
-    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `plain`. Raises one of `UNSOUND` for what is none."""
+        """The inverse of `to_dict`. Raises one of `INVALID_DESCRIPTION` for invalid values."""
         options = dict(values)
         backbone = parse_backbone(options.pop("backbone"), schema=options.pop("schema", None))
-        return cls._validated(**options, backbone=backbone)
+        description = cls(**options, backbone=backbone)
+        description._check()
+        return description
 
-    @classmethod
-    def _validated(cls, **values: Any) -> Self:
-        """Refuse what is no preparation of images; whether the architecture can be built, building will show."""
-        described = cls(**values)
-        for side in (described.image_size, described.resize, described.size):
+    def _check(self) -> None:
+        """Check sizes and normalization; building the network checks the architecture."""
+        for side in (self.image_size, self.resize, self.size):
             if type(side) is not int or side < 1:
-                raise ValueError(f"{side!r} is no side of an image")
-        if large := _too_large(described.to_dict()):
-            raise ValueError(f"{large} is larger than anything in a network")
-        for value in (*described.mean, *described.std):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"{value!r} normalizes no channel")
-        if not 0 < len(described.mean) == len(described.std) or min(described.std) <= 0:
-            raise ValueError(f"mean {described.mean} and std {described.std} normalize no image")
-        return described
+                raise ValueError(f"{side!r} is not an image size")
+        sizes = [self.image_size, self.resize, self.size, *asdict(self.backbone).values()]
+        if too_large := [size for size in sizes if isinstance(size, int) and size > MAX_SIZE]:
+            raise ValueError(f"the size {too_large[0]} is too large")
+        mean, std = ([float(value) for value in values] for values in (self.mean, self.std))
+        if not 0 < len(mean) == len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} are not a normalization")
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain types."""
+        """The description as plain types, with the name of the backbone's schema."""
         schema = next((name for name, known in SCHEMAS["backbone"].items() if known is type(self.backbone)), None)
         return {**asdict(self), "schema": schema}
 
     def build(self, drop_path_rate: float = 0.0) -> nn.Module:
-        """The network with fresh weights, all of them trainable."""
+        """The network with random weights, all of them trainable."""
         config = replace(self.backbone, drop_path_rate=drop_path_rate)
         if isinstance(config, TimmConfig):
             arguments = {name: value for name, value in config.arguments.items() if name not in WEIGHT_ARGUMENTS}
@@ -98,8 +83,8 @@ class Description:
             case ViTConfig() as vit:
                 registers = f", {vit.registers} registers" if vit.registers else ""
                 return (
-                    f"ViT of width {vit.width}, depth {vit.depth}, {vit.heads} heads, patches of "
-                    f"{vit.patch_size} pixels{registers}, trained at {self.image_size}"
+                    f"ViT, width {vit.width}, depth {vit.depth}, {vit.heads} heads, patch size {vit.patch_size}"
+                    f"{registers}, trained at {self.image_size} pixels"
                 )
             case TimmConfig() as network:
                 return f"timm's {network.name}"
@@ -107,16 +92,8 @@ class Description:
                 return type(other).__name__
 
 
-def _too_large(plain: Any) -> int | None:
-    """The first whole number above `LARGEST` in plain types."""
-    if isinstance(plain, dict | list | tuple):
-        parts = plain.values() if isinstance(plain, dict) else plain
-        return next(filter(None, map(_too_large, parts)), None)
-    return plain if isinstance(plain, int) and abs(plain) > LARGEST else None
-
-
 def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> BackboneConfig:
-    """The section `backbone` of a configuration. Without the name of its schema, the keys decide."""
+    """The backbone config with these values; without the name of its schema, the keys decide."""
     if schema is not None:
         if schema not in SCHEMAS["backbone"]:
             raise UserError(
@@ -131,9 +108,9 @@ def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> Back
 
 
 def build_seeded(build: Any, *, seed: int) -> nn.Module:
-    """A frozen network in eval mode, its weights drawn by seed; the global random state stays as it was."""
+    """A frozen network in eval mode with weights drawn by `seed`; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
-        # The CPU's generator alone: `torch.manual_seed` would seed the accelerators, too.
+        # Seed only the CPU's generator: `torch.manual_seed` would seed the accelerators, too.
         torch.default_generator.manual_seed(seed)
         backbone: nn.Module = build(drop_path_rate=0.0)
     return backbone.eval().requires_grad_(False)

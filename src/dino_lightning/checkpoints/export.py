@@ -1,4 +1,4 @@
-"""Weights out: the teacher's backbone as safetensors that `timm.create_model` loads."""
+"""Exports the teacher's backbone as a safetensors file that `timm.create_model` loads."""
 
 import json
 from pathlib import Path
@@ -28,26 +28,23 @@ def export_backbone(
     eval_resize: int = PAPER_CROPS.eval_resize,
     eval_size: int = PAPER_CROPS.eval_size,
 ) -> dict[str, Any]:
-    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them.
+    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them; a user's own backbone has none.
 
-    A user's own backbone has none.
-
-    The file's metadata holds the same arguments as JSON (`timm`), the normalization of the images, their sizes in
-    evaluation (`eval`) and what `load_network` wants to know (`network`), so the file alone says how to use it.
+    The file's metadata contains these arguments as JSON (`timm`), the normalization of the images, their sizes in
+    evaluation (`eval`) and the description that `load_network` needs (`network`), so that the file is self-contained.
     """
-    path = Path(path)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in without_mask_token(weights).items()}
     recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
-    described = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
+    description = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
     values = {
         **({"timm": recipe} if recipe else {}),
         "mean": mean,
         "std": std,
         "eval": {"resize": eval_resize, "size": eval_size},
-        "network": described.to_dict(),
+        "network": description.to_dict(),
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
-    with atomic_file(path) as file:
+    with atomic_file(Path(path)) as file:
         file.write(save(weights, metadata=metadata))
     return recipe
 

@@ -1,4 +1,4 @@
-"""A network in the format of another program: written beside its place, read again, compared, and then put there."""
+"""Exports a network in the format of another program; the output is read back and compared before it is kept."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.export import export_backbone
-from dino_lightning.checkpoints.graphs import TOLERANCE, write_onnx, write_program
+from dino_lightning.checkpoints.graphs import TOLERANCE, relative_difference, write_onnx, write_program
 from dino_lightning.checkpoints.huggingface import to_transformers
 from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
 from dino_lightning.checkpoints.original import to_original
@@ -28,11 +28,11 @@ REQUIRED_PACKAGES = {
     "huggingface": ("transformers",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
-"""Format -> packages of the extra of the same name."""
+"""Format -> packages of the extra with the same name."""
 
 
 def check_format(format: str) -> None:
-    """Refuse a format whose packages are not installed."""
+    """Raise `UserError` if a package that the format needs is not installed."""
     missing = [package for package in REQUIRED_PACKAGES.get(format, ()) if find_spec(package) is None]
     if missing:
         raise UserError(
@@ -44,10 +44,10 @@ def check_format(format: str) -> None:
 def export_network(
     network: FrozenNetwork, output: Path, *, format: str, checkpoint: str, image_size: int | None
 ) -> str:
-    """Write the network and return in words what to know of it.
+    """Write the network and return a description of the output.
 
-    Raises `UserError` where the format has no such network, what was written computes something else, or it cannot be
-    written; `output` is then as it was.
+    Raises `UserError` if the format does not support the network, if the exported network computes something else, or
+    if it cannot be written; `output` then does not change.
     """
     try:
         with _atomic_output(output) as path:
@@ -70,7 +70,7 @@ def export_network(
 
 @contextmanager
 def _atomic_output(output: Path) -> Iterator[Path]:
-    """A path beside `output` with its ending, which takes its place when the block ends well, and else is removed."""
+    """A temporary path next to `output`, renamed to it when the block succeeds and removed otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.stem}.part{output.suffix}")
     _remove(path)
@@ -95,17 +95,17 @@ def _write_original(network: FrozenNetwork, path: Path) -> str:
     torch.save(weights, path)
     if network.mean == Description(_description(network).backbone).mean:
         return "state dict of tensors"
-    return f"state dict of tensors; it does not say that images are normalized by {network.mean} and {network.std}"
+    return f"state dict of tensors, without the normalization of the images: mean {network.mean}, std {network.std}"
 
 
 def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
     path.mkdir()
-    described = _description(network)
+    description = _description(network)
     recipe = export_backbone(
         _weights(network),
         path / "model.safetensors",
-        config=described.backbone,
-        image_size=described.image_size,
+        config=description.backbone,
+        image_size=description.image_size,
         mean=network.mean,
         std=network.std,
         channels=network.channels,
@@ -115,8 +115,8 @@ def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
     if not recipe:
         raise UserError("format=timm: timm does not have this backbone; use format=onnx or torch.")
     arguments = {key: value for key, value in recipe.items() if key not in ("model_name", "num_classes")}
-    # timm's own sizes: a position table has one, and its images are resized for that.
-    side = arguments.get("img_size", described.image_size)
+    # timm resizes images to the size of the position embedding.
+    side = arguments.get("img_size", description.image_size)
     prepared = {
         "input_size": [network.channels, side, side],
         "fixed_input_size": hasattr(network.backbone, "pos_embed"),
@@ -149,7 +149,7 @@ def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -
     logging.disable_progress_bar()
     with _suggest_other_formats("huggingface"):
         settings, weights = to_transformers(_weights(network), _description(network), source="format=huggingface")
-    described, is_vit = _description(network), "patch_size" in settings
+    description, is_vit = _description(network), "patch_size" in settings
     settings |= {"num_channels": network.channels, "architectures": ["ViTModel" if is_vit else "ResNetModel"]}
     path.mkdir()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -169,16 +169,16 @@ def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -
         output = loaded(images)
         return output.last_hidden_state[:, 0] if is_vit else output.pooler_output.flatten(1)
 
-    _check_same(network, features, side=described.image_size, format="huggingface")
+    _check_same(network, features, side=description.image_size, format="huggingface")
     card = model_card(
         network,
         checkpoint=checkpoint,
         library="transformers",
         loading=LOADING["vit" if is_vit else "resnet"],
-        remark=REMARKS["vit"].format(size=described.image_size) if is_vit else "",
+        remark=REMARKS["vit"].format(size=description.image_size) if is_vit else "",
     )
     (path / "README.md").write_text(card)
-    return f"folder for transformers.AutoModel.from_pretrained, which makes it a {type(loaded).__name__}"
+    return f"folder for transformers.AutoModel.from_pretrained, a {type(loaded).__name__}"
 
 
 def _weights(network: FrozenNetwork) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def _description(network: FrozenNetwork) -> Description:
 
 @contextmanager
 def _suggest_other_formats(format: str) -> Iterator[None]:
-    """End the sentence about a network that the format does not know with the formats that do."""
+    """Add the formats for any network to the error for an unsupported network."""
     try:
         yield
     except UserError as error:
@@ -201,14 +201,13 @@ def _suggest_other_formats(format: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _check_same(network: FrozenNetwork, loaded: Any, *, side: int, format: str) -> None:
-    """Refuse what the other program computes otherwise, for two images of noise of `side` pixels."""
+    """Raise `UserError` if the other program computes other features for two random images of `side` pixels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, network.channels, side, side, generator=generator)
     ours, theirs = network.backbone(images), loaded(images)
-    same = ours.shape == theirs.shape
-    apart = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).item() if same else float("inf")
-    if not apart <= TOLERANCE:
+    difference = relative_difference(ours, theirs)
+    if not difference <= TOLERANCE:
         raise UserError(
-            f"format={format}: read again, {network.name} computes something else there (features differ "
-            f"by {apart:.1e}); formats for any network are onnx and torch."
+            f"format={format}: the exported {network.name} computes other features (difference {difference:.1e}); use "
+            "format=onnx or format=torch, which support any network."
         )

@@ -1,4 +1,4 @@
-"""A network's weights as the first ones of a training."""
+"""`init_from`: initializes the networks of a training with the weights of another network."""
 
 import math
 from typing import cast
@@ -14,28 +14,28 @@ from dino_lightning.models.vit import OriginalViT, resample_position_embedding
 
 
 def initial_weights(network: FrozenNetwork, backbone: nn.Module, *, source: str) -> Weights:
-    """The weights of `network` for `backbone`, which may be on the meta device and made for images of another size.
+    """The weights of `network` for `backbone`, which may be on the meta device and may have another image size.
 
-    A position embedding is then resampled, once, as it would be at each use of the network. Raises `UserError`, which
-    begins with `source`, where the two are of different architectures.
+    The position embedding is resampled once to that size, as the network would do at each use. Raises `UserError`,
+    starting with `source`, for different architectures.
     """
     weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
     heads = [_num_heads(each) for each in (network.backbone, backbone)]
-    if None not in heads and heads[0] != heads[1]:  # their number is not in the shapes
+    if None not in heads and heads[0] != heads[1]:  # the shapes do not show their number
         raise UserError(
-            f"{source} has {heads[0]} attention heads and the configured backbone {heads[1]}; choose the "
-            "backbone that it is."
+            f"{source} has {heads[0]} attention heads, but the configured backbone has {heads[1]}; choose the matching "
+            "backbone."
         )
     if isinstance(backbone, VisionTransformer) and {"pos_embed"} <= weights.keys() & expected.keys():
         weights["pos_embed"] = _resampled(weights["pos_embed"], expected["pos_embed"], backbone)
-    check_names_and_shapes(expected, weights, source=source, taken_for="the configured backbone")
+    check_names_and_shapes(expected, weights, source=source, target="the configured backbone")
     return weights
 
 
 def initialize_from(network: FrozenNetwork, *backbones: nn.Module, source: str) -> None:
-    """Give each backbone the weights of `network`; see `initial_weights`."""
+    """Load the weights of `network` into each backbone; see `initial_weights`."""
     for backbone in backbones:
-        # Not strict: batch norms of older files have no counters.
+        # Not strict: some files have no counters of batch norms.
         backbone.load_state_dict(initial_weights(network, backbone, source=source), strict=False)
 
 

@@ -1,4 +1,4 @@
-"""The README.md beside exported weights: how to load them, what they were trained on, what they reach."""
+"""The model card (README.md) of exported weights: how to load them, training settings and results."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
 PRIVATE_KEYS = (*PATHS, "imports", "init_from", "logger", "output_dir")
-"""Keys that a card does not repeat: they name folders and accounts."""
+"""Keys with folders and accounts, which a card does not publish."""
 MAX_FIGURES = 60
-"""Figures of evaluations in a card."""
+"""Maximum number of evaluation results in a card."""
 SUMMARY = {
     "knn_top1": "k-NN top-1 (%)",
     "knn_top5": "k-NN top-5 (%)",
@@ -26,9 +26,9 @@ SUMMARY = {
     "seed": "seed",
     "commit": "commit of dino-lightning",
 }
-"""What a card takes from `summary.json`, and in which words."""
+"""Key in `summary.json` -> its name in a card."""
 CHECKPOINT_INDEPENDENT = ("seed", "commit")
-"""What of it is as true of the student, and of weights before the end."""
+"""Keys that are also valid for the student and for earlier checkpoints of the run."""
 
 LOADING = {
     "timm": """
@@ -46,7 +46,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("OWNER/NAME")
-network = AutoModel.from_pretrained("OWNER/NAME", add_pooling_layer=False)   # a pooler was not trained
+network = AutoModel.from_pretrained("OWNER/NAME", add_pooling_layer=False)   # no trained pooler
 with torch.no_grad():
     tokens = network(**processor(image, return_tensors="pt")).last_hidden_state
 features = tokens[:, 0]                                                      # (1, D)
@@ -61,20 +61,20 @@ with torch.no_grad():
     features = network(**processor(image, return_tensors="pt")).pooler_output.flatten(1)   # (1, D)
 """,
 }
-"""Python that loads the files and makes features of an `image`, for cards."""
+"""Python code for cards that loads the files and computes features of an `image`."""
 REMARKS = {
-    "timm": "At other sizes than its own timm resamples the position embedding in another way than DINO was trained "
-    "with; dino-lightning's `checkpoint=hf:OWNER/NAME` does not.",
-    "vit": "At other sizes than {size} x {size} pixels pass `interpolate_pos_encoding=True`; transformers then "
-    "resamples the position embedding in another way than DINO was trained with, and features differ. dino-lightning's "
-    "`checkpoint=hf:OWNER/NAME` resamples as in training.",
+    "timm": "At other image sizes, timm resamples the position embedding differently than in DINO's training; "
+    "dino-lightning's `checkpoint=hf:OWNER/NAME` resamples it as in training.",
+    "vit": "At other image sizes than {size} x {size} pixels, pass `interpolate_pos_encoding=True`; transformers then "
+    "resamples the position embedding differently than in DINO's training, and features differ. dino-lightning's "
+    "`checkpoint=hf:OWNER/NAME` resamples it as in training.",
 }
 
 
 def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading: str, remark: str) -> str:
     """The card as Markdown.
 
-    `library` is its name on the Hub, `loading` the Python that loads and uses the files, `remark` what to know of them.
+    `library` is the library's name on the Hub, `loading` Python code that uses the files, `remark` a remark about them.
     """
     run = find_run_folder(checkpoint)
     summary = _json(run / "summary.json") if run else {}
@@ -84,19 +84,19 @@ def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading
         f"library_name: {library}",
         "pipeline_tag: image-feature-extraction",
         "tags: [dino, self-supervised-learning]",
-        "# license: yours to choose, before you publish",
+        "# license: choose one before you publish",
         "---",
         "",
         f"# {network.name}",
         "",
     ]
     weights = sum(tensor.numel() for tensor in network.backbone.state_dict().values())
-    origin = f"by the method `{method}` of dino-lightning" if method else "elsewhere, and written by dino-lightning"
-    trained = f"trained {origin}" if network.trained else "which have not been trained"
-    intro = f"A backbone of {weights / 1e6:.2f} M weights that makes {network.width} features of an image, {trained}."
+    origin = f"with dino-lightning (method `{method}`)" if method else "elsewhere and exported by dino-lightning"
+    trained = f"trained {origin}" if network.trained else "not trained"
+    intro = f"A backbone with {weights / 1e6:.2f} M weights and {network.width} features per image, {trained}."
     prepared = (
-        f"Images: the shorter side to {network.resize} pixels (bicubic), the center {network.size} x {network.size}, "
-        f"values from 0 to 1, less the mean {network.mean}, divided by {network.std}."
+        f"Images: resize the shorter side to {network.resize} pixels (bicubic), crop the center {network.size} x "
+        f"{network.size}, scale to 0 to 1, subtract the mean {network.mean}, divide by {network.std}."
     )
     text = [*head, intro, "", "## Use", "", "```python", loading.strip(), "```", "", prepared, "", remark, ""]
     text += _table("Results", _figures(network, run, summary))
@@ -106,15 +106,15 @@ def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading
 
 
 def find_run_folder(checkpoint: str) -> Path | None:
-    """The folder of the run that a checkpoint belongs to, None for weights of another origin."""
+    """The folder of the run that wrote a checkpoint; None for other weights."""
     path = Path(checkpoint).expanduser().absolute()
-    if not path.exists():  # `timm:NAME` and the like, which have nothing to do with the folder that we are in
+    if not path.exists():  # such as `timm:NAME`
         return None
     return next((folder for folder in (path, *path.parents[:2]) if _is_run(folder)), None)
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run of ours is there: other programs have a `config.yaml`, too."""
+    """Whether the folder contains a run of this package; other programs write a `config.yaml`, too."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -123,25 +123,25 @@ def _is_run(folder: Path) -> bool:
 
 
 def _method(run: Path | None) -> str | None:
-    """The method of a run, by its schema's name."""
+    """Name of the method of a run."""
     settings = yaml.safe_load((run / "config.yaml").read_text()).get("method", {}) if run else {}
     names = [name for name, schema in SCHEMAS["method"].items() if settings.keys() == {f.name for f in fields(schema)}]
     return names[0] if names else None
 
 
 def _figures(network: FrozenNetwork, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    known = [key for key in SUMMARY if summary.get(key) is not None]
+    keys = [key for key in SUMMARY if summary.get(key) is not None]
     if run and not _is_result(network, run):
-        known = [key for key in known if key in CHECKPOINT_INDEPENDENT]
-    rows, found = [(SUMMARY[key], f"{summary[key]}") for key in known], {}
+        keys = [key for key in keys if key in CHECKPOINT_INDEPENDENT]
+    rows, results = [(SUMMARY[key], f"{summary[key]}") for key in keys], {}
     for line in _results(run):
         if line.get("checkpoint_digest") == network.digest and isinstance(line.get("value"), int | float):
-            found[f"{line.get('eval')}: {line.get('metric')}"] = f"{line['value']:.4g} {line.get('unit', '')}".strip()
-    return rows + list(found.items())[:MAX_FIGURES]
+            results[f"{line.get('eval')}: {line.get('metric')}"] = f"{line['value']:.4g} {line.get('unit', '')}".strip()
+    return rows + list(results.items())[:MAX_FIGURES]
 
 
 def _is_result(network: FrozenNetwork, run: Path) -> bool:
-    """Whether the network is the one that the run has evaluated at its end."""
+    """Whether the network is the one that the run evaluated at its end."""
     try:
         return load_network(str(run)).digest == network.digest
     except UserError:
@@ -149,26 +149,26 @@ def _is_result(network: FrozenNetwork, run: Path) -> bool:
 
 
 def _results(run: Path | None) -> Iterator[dict[str, Any]]:
-    """The lines that evaluations have written into the run's folder or one beside it."""
+    """Lines of `results.jsonl` in the run's folder and its sibling folders."""
     for file in sorted(run.parent.glob("*/results.jsonl")) if run else ():
         for text in file.read_text().splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:  # cut off by a kill
+            except ValueError:  # truncated
                 continue
             if isinstance(line, dict):
                 yield line
 
 
 def _settings(path: Path) -> str:
-    """The run's configuration without places and accounts."""
+    """The run's configuration without folders and accounts."""
     settings = yaml.safe_load(path.read_text())
     for key in PRIVATE_KEYS:
         *groups, name = key.split(".")
-        inside = settings
+        section = settings
         for group in groups:
-            inside = inside.get(group) or {}
-        inside.pop(name, None)
+            section = section.get(group) or {}
+        section.pop(name, None)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -1,15 +1,15 @@
-"""Checkpoints of a run as files: written whole or not at all, verified when read, the last good one always kept.
+"""Checkpoint files of a run: written atomically, verified when read, and the previous ones kept.
 
-A file is what `torch.save` writes and behind it a line with the SHA-256 of that, so that a file is judged by itself
-wherever it was copied to; `torch.load` passes over the line. Files are read with `weights_only=True` alone: a pickle
-that could run code is refused.
+A file is the output of `torch.save` followed by one line with its SHA-256, so that a copy can be verified by itself;
+`torch.load` ignores that line. Files are read with `weights_only=True`: a pickle that could run code is refused.
 """
 
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,23 +23,23 @@ from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import atomic_file, sync_folder
 
 FORMAT = 2
-"""What a checkpoint holds. 1: Lightning's, without a format; random states and each rank's own states came with 2."""
+"""Version of the checkpoint's content. 1 is Lightning's; 2 adds random states and the state of each rank."""
 LAST = "last.ckpt"
 HASH_LINE = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 HASH_LINE_START, HASH_LINE_BYTES = b"\nsha256:", 73
 CHUNK_BYTES = 1 << 24
 FORK_RESULT = ".temp.ckpt"
-"""What Lightning calls the file in which a forked process gives its last weights to the one that forked it."""
+"""Lightning's name for the file in which a forked process returns its weights to its parent."""
 
 
 class CorruptCheckpointError(Exception):
-    """A file that is not what was written."""
+    """The file is not what was written."""
 
 
 class _HashingFile:
-    """A file for `torch.save` that hashes what passes through and keeps the error of a write.
+    """A file for `torch.save` that hashes the data and remembers the error of a failed write.
 
-    PyTorch's writer turns every error into one of its own that says neither what nor why.
+    PyTorch's writer replaces every `OSError` by an error that does not say what failed.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -60,11 +60,11 @@ class _HashingFile:
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint and its hash. Raises `OSError`, and then `path` is what it was."""
+    """Write a checkpoint and its hash. Raises `OSError` and leaves `path` unchanged if that fails."""
     with atomic_file(path) as file:
         hashing = _HashingFile(file)
         try:
-            torch.save(content, hashing)  # pyright: ignore[reportArgumentType]  (it needs these two methods only)
+            torch.save(content, hashing)  # pyright: ignore[reportArgumentType]  (it needs only these two methods)
         except Exception as error:
             if hashing.error is not None:
                 raise hashing.error from error
@@ -73,33 +73,33 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def verify(path: Path) -> bool:
-    """Whether the file carries a hash. Raises `DamagedError` where it is not the file's, `OSError` without a file."""
+    """Whether the file has a hash. Raises `CorruptCheckpointError` if it does not match the content."""
     size = path.stat().st_size
     if size == 0:
         raise CorruptCheckpointError("it is empty")
     with path.open("rb") as file:
         file.seek(max(0, size - HASH_LINE_BYTES))
         end = file.read()
-        found = HASH_LINE.fullmatch(end)
-        if found is None:
+        expected = HASH_LINE.fullmatch(end)
+        if expected is None:
             if HASH_LINE_START in end:
-                raise CorruptCheckpointError("its hash is cut off")
+                raise CorruptCheckpointError("its hash is truncated")
             return False
         file.seek(0)
-        digest, left = hashlib.sha256(), size - HASH_LINE_BYTES
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+        digest, remaining = hashlib.sha256(), size - HASH_LINE_BYTES
+        while remaining and (chunk := file.read(min(CHUNK_BYTES, remaining))):
             digest.update(chunk)
-            left -= len(chunk)
-    if digest.hexdigest().encode() != found[1]:
-        raise CorruptCheckpointError("its content does not belong to its hash")
+            remaining -= len(chunk)
+    if digest.hexdigest().encode() != expected[1]:
+        raise CorruptCheckpointError("its content does not match its hash")
     return True
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint of a run, on the CPU.
+    """The content of a run's checkpoint, on the CPU.
 
-    Raises `DamagedError` where it is damaged, and `UserError` where it is refused: besides data it holds code, or a
-    later version of this package wrote it.
+    Raises `CorruptCheckpointError` for a damaged file, and `UserError` for a file that contains code or was written by
+    a later version of this package.
     """
     try:
         hashed = verify(path)
@@ -110,28 +110,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except UserError as error:
         if hashed or "is refused" in str(error):
             raise
-        raise CorruptCheckpointError("it is cut off, or no checkpoint") from error
+        raise CorruptCheckpointError("it is truncated or not a checkpoint") from error
     if "state_dict" not in content or "loops" not in content:
-        raise UserError(f"{path} is no checkpoint of a run: it has weights alone, and a run cannot go on from them.")
+        raise UserError(
+            f"{path} is not a checkpoint of a run: it contains only weights, and a run cannot resume from them."
+        )
     if content.get("format", 1) > FORMAT:
         raise UserError(
-            f"{path} was written by a later version of dino-lightning (format {content['format']}, "
-            f"this one knows {FORMAT}); go on with that version."
+            f"{path} was written by a later version of dino-lightning (format {content['format']}, this version reads "
+            f"{FORMAT}); resume with that version."
         )
     return content
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints from which a run can go on: `last.ckpt`, those before it, then all others by their time."""
+    """Checkpoints that a run can resume from: `last.ckpt`, `last-1.ckpt`, ..., then all others, newest first."""
     latest = [folder / name for name in _rotation_names(LAST) if (folder / name).exists()]
     others = sorted(set(folder.glob("*.ckpt")) - set(latest), key=lambda path: path.stat().st_mtime, reverse=True)
     return latest + others
 
 
 def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its content; None where there is no checkpoint.
+    """The newest valid checkpoint and its content; None if there is no checkpoint.
 
-    Says on stderr which ones were damaged and passed over. Raises `UserError` where all of them are.
+    Warns about damaged checkpoints that were skipped. Raises `UserError` if all are damaged.
     """
     damaged = []
     for path in list_checkpoints(folder):
@@ -141,17 +143,17 @@ def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             damaged.append(f"{path.name} is damaged ({error})")
             continue
         if damaged:
-            warn(f"{'; '.join(damaged)}. Going on from {path}, at step {content['global_step']}.")
+            warn(f"{'; '.join(damaged)}. Resuming from {path}, at step {content['global_step']}.")
         return path, content
     if damaged:
         raise UserError(
-            f"resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}; start anew in another output_dir."
+            f"resume: no checkpoint in {folder} is valid: {'; '.join(damaged)}; start a new run in another output_dir."
         )
     return None
 
 
 def _rotation_names(name: str) -> Iterator[str]:
-    """`last.ckpt`, `last-1.ckpt`, ... without end for who looks, and so bounded by what a folder can hold."""
+    """`last.ckpt`, `last-1.ckpt`, ..., `last-99.ckpt`."""
     stem, suffix = os.path.splitext(name)
     yield name
     for number in range(1, 100):
@@ -159,59 +161,59 @@ def _rotation_names(name: str) -> Iterator[str]:
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """How Lightning writes and reads checkpoints here; on rank 0 alone it writes.
+    """Writes and reads checkpoints for Lightning, which calls it on rank 0 only.
 
-    A file that cannot be written (no space left, say) is told on stderr and does not end the run: the one before it is
-    there, and the next one may succeed. `failure` has the error of the latest file, None where it was written.
+    If a file cannot be written, for example because the disk is full, it warns and the run continues: the previous
+    checkpoint still exists, and the next one may succeed. `failure` is the error of the latest file, or None.
     """
 
     def __init__(self, *, keep_last: int = 1) -> None:
         self.keep_last = keep_last
         self.names: list[str] = []
-        """Further names under which the next file is kept; emptied by it."""
+        """Additional names for the next file, which empties the list."""
         self.failure: OSError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a file; `last.ckpt` pushes those before it back."""
-        if Path(path).name == FORK_RESULT:
+        """Write a file; `last.ckpt` renames the previous ones."""
+        names, self.names = self.names, []
+        self.write(checkpoint, Path(path), names)
+
+    def write(self, checkpoint: dict[str, Any], path: Path, names: list[str]) -> None:
+        """Write the file and link it under the additional names."""
+        if path.name == FORK_RESULT:
             torch.save(checkpoint, path)
             return
-        names, self.names = self.names, []
-        self.write({**checkpoint, "format": FORMAT}, Path(path), names)
-
-    def write(self, content: dict[str, Any], path: Path, names: list[str]) -> None:
-        """Write it, and keep it under further names."""
         self.failure = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".new-{path.name}")
-            write_checkpoint(content, fresh)
+            new = path.with_name(f".new-{path.name}")
+            write_checkpoint({**checkpoint, "format": FORMAT}, new)
             for name in names:
-                self.copy(fresh, name)
+                self.copy(new, name)
             if path.name == LAST:
                 self._rotate(path)
-            os.replace(fresh, path)
+            os.replace(new, path)
             sync_folder(path.parent)
         except OSError as error:
             self.failure = error
             warn(
-                f"{path} could not be written ({error.strerror or error}); the checkpoint before it is kept, and "
-                "training goes on."
+                f"{path} could not be written ({error.strerror or error}); the previous checkpoint is kept and "
+                "training continues."
             )
 
     def _rotate(self, path: Path) -> None:
-        """`last.ckpt` becomes `last-1.ckpt`, ..., and those above `keep_last` go."""
-        names = [path.with_name(name) for name in _rotation_names(path.name)]
-        for old in names[self.keep_last :]:
+        """Rename `last.ckpt` to `last-1.ckpt`, and so on, and delete those beyond `keep_last`."""
+        paths = [path.with_name(name) for name in _rotation_names(path.name)]
+        for old in paths[self.keep_last :]:
             if not old.exists():
                 break
             old.unlink()
-        for place in reversed(range(self.keep_last - 1)):
-            if names[place].exists():
-                os.replace(names[place], names[place + 1])
+        for index in reversed(range(self.keep_last - 1)):
+            if paths[index].exists():
+                os.replace(paths[index], paths[index + 1])
 
     def copy(self, file: Path, name: str) -> None:
-        """Keep a file under a further name: as a link where the disk has them, since no file is written in place."""
+        """Keep a file under another name: as a hard link if possible, since files are never changed in place."""
         temporary = file.with_name(f".link-{name}")
         temporary.unlink(missing_ok=True)
         try:
@@ -221,7 +223,7 @@ class SafeCheckpointIO(CheckpointIO):
         os.replace(temporary, file.with_name(name))
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """Read a file that is whole; `weights_only` is always True here."""
+        """Read a valid file, always with `weights_only=True`."""
         if Path(path).name == FORK_RESULT:
             return torch.load(path, map_location="cpu", weights_only=True)
         try:
@@ -235,34 +237,30 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 class AsyncCheckpointIO(SafeCheckpointIO):
-    """The same in a thread beside the training: it waits for the copy in memory, and for the file before."""
+    """Writes in a background thread; training waits only for the copy to host memory and for the previous file.
 
-    def __init__(self, *, keep_last: int = 1) -> None:
-        super().__init__(keep_last=keep_last)
-        self._wait: Callable[[], None] | None = None
+    Lightning's `AsyncCheckpointIO` would clone all tensors on the GPU and queue any number of files. Here GPU memory
+    does not grow, and host memory holds one checkpoint at most.
+    """
+
+    _pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Copy all tensors to the host's memory and start to write."""
-        from threading import Thread
-
+        """Copy all tensors to host memory and start writing."""
         self.wait()
         names, self.names = self.names, []
-        content = tree_map_only(torch.Tensor, _copy_to_host, {**checkpoint, "format": FORMAT})
-        # Not a daemon: a program that ends waits for its last checkpoint.
-        thread = Thread(target=self.write, args=(content, Path(path), names), name="checkpoint")
-        thread.start()
-        self._wait = thread.join
+        content = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        # The interpreter waits for this thread at exit.
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = executor.submit(self.write, content, Path(path), names)
+        executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Return when the file on its way is written."""
-        if self._wait is not None:
-            self._wait()
-            self._wait = None
+        """Wait for the file that is being written; raise the error of a write that failed unexpectedly."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def teardown(self) -> None:
-        """Lightning calls it at the end."""
+        """Called by Lightning at the end of the run."""
         self.wait()
-
-
-def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)

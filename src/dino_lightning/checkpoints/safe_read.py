@@ -1,4 +1,4 @@
-"""Files of weights as tensors, without running what a pickle may contain."""
+"""Reads weight files as tensors, without running code that a pickle may contain."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ except ImportError:  # NumPy 1
 
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
-    # The original writes learning rates as scalars of NumPy, whose modules have two names.
+    # The original stores learning rates as NumPy scalars, whose module has two names.
     (scalar, "numpy.core.multiarray.scalar"),
     (scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -28,7 +28,7 @@ SAFE_GLOBALS: list[Any] = [
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),
 ]
-"""What the original's full checkpoints hold besides tensors: data without behavior."""
+"""Harmless types in the original's full checkpoints, allowed besides tensors."""
 
 
 def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
@@ -39,24 +39,21 @@ def read_pickle(path: Path, *, source: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged pickle can raise anything
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{source} is refused: besides weights it holds {refused[1]}, and reading that could run "
-                "code; save it anew as a state dict of tensors."
+                f"{source} is refused: it contains {unsafe[1]} besides weights, and loading that could run code; save "
+                "the weights again as a state dict of tensors."
             ) from error
-        raise UserError(f"{source} is not a checkpoint, or not a whole one: {_diagnose(path)}.") from error
+        raise UserError(f"{source} is not a valid checkpoint: {_diagnose(path)}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{source} holds a {type(content).__name__}; expected a state dict or a checkpoint.")
+        raise UserError(f"{source} contains a {type(content).__name__}; expected a state dict or a checkpoint.")
     return content
 
 
 def _diagnose(path: Path) -> str:
-    """What is wrong with a file that PyTorch cannot read, as far as its first bytes tell."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        return error.strerror or str(error)
+    """Why PyTorch cannot read a file, judged by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(64)
     if not start:
         return "it is empty"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -65,12 +62,12 @@ def _diagnose(path: Path) -> str:
 
 
 def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Refuse weights of which some are NaN or infinite: every feature would be, too."""
+    """Raise `UserError` for NaN or infinite weights, which would make every feature NaN."""
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise UserError(
-                f"{source}: {name} holds values that are NaN or infinite, as after a training that has "
-                "diverged; take an earlier checkpoint."
+                f"{source}: {name} contains NaN or infinite values, probably because the training diverged; use an "
+                "earlier checkpoint."
             )
 
 
@@ -80,4 +77,4 @@ def read_safetensors(path: Path, *, source: str) -> tuple[dict[str, Tensor], dic
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{source} is not a safetensors file, or not a whole one ({error}).") from error
+        raise UserError(f"{source} is not a valid safetensors file ({error}).") from error

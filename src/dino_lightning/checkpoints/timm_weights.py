@@ -1,4 +1,4 @@
-"""Networks of timm, with the weights that timm publishes or without."""
+"""timm networks, with timm's published weights or without."""
 
 import math
 from dataclasses import replace
@@ -11,22 +11,22 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dino_lightning.checkpoints.description import PAPER_CROPS, Description
-from dino_lightning.checkpoints.original import identify_network, load_strictly
+from dino_lightning.checkpoints.original import check_names_and_shapes, identify_network
 from dino_lightning.config import TimmConfig
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.models.backbones import build_backbone
 
 
 def timm_description(name: str, *, source: str) -> Description:
-    """Architecture and preparation of images of a network of timm; `source` names it in errors.
+    """Architecture and preprocessing of a timm network; `source` names it in errors.
 
-    The weights of DINO (`vit_small_patch16_224.dino` and its kind) become an `OriginalViT`, which resamples the
-    position embedding as they were trained, and their images are resized to 256, as for the published figures. Other
-    ViTs resample as timm does.
+    DINO's weights (such as `vit_small_patch16_224.dino`) become an `OriginalViT`, which resamples the position
+    embedding as in their training, with images resized to 256 pixels as for the published figures. Other ViTs resample
+    like timm.
     """
     settings = _pretrained_cfg(name, source=source)
     channels, size = settings.input_size[0], settings.input_size[-1]
-    described = Description(
+    description = Description(
         TimmConfig(name=name, drop_path_rate=0.0),
         image_size=size,
         mean=per_channel(settings.mean, channels),
@@ -35,15 +35,15 @@ def timm_description(name: str, *, source: str) -> Description:
         size=size,
     )
     if settings.tag != "dino":
-        return described
+        return description
     with torch.device("meta"):
-        weights = described.build().state_dict()
-    _, as_original = identify_network(weights, source=source)
-    return replace(described, backbone=as_original.backbone, resize=PAPER_CROPS.eval_resize, size=PAPER_CROPS.eval_size)
+        weights = description.build().state_dict()
+    _, original = identify_network(weights, source=source)
+    return replace(description, backbone=original.backbone, resize=PAPER_CROPS.eval_resize, size=PAPER_CROPS.eval_size)
 
 
 def load_pretrained(name: str, description: Description, *, source: str, file: Path | None = None) -> nn.Module:
-    """The network with published weights, downloaded unless they are kept by timm or given as a file."""
+    """The network with published weights: from `file`, timm's cache, or downloaded."""
     overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     config = TimmConfig(name=name, pretrained=True, drop_path_rate=0.0, arguments=overlay)
     size, channels = description.image_size, len(description.mean)
@@ -57,18 +57,20 @@ def load_pretrained(name: str, description: Description, *, source: str, file: P
     if isinstance(description.backbone, TimmConfig):
         return network
     original = description.build()
-    load_strictly(original, network.state_dict(), source=source, taken_for=description)
+    weights = network.state_dict()
+    check_names_and_shapes(original.state_dict(), weights, source=source, target=str(description))
+    original.load_state_dict(weights, strict=False)
     return original
 
 
 def per_channel(values: tuple[float, ...] | float, channels: int) -> list[float]:
-    """A value for each channel: some settings give one for all."""
+    """One value for each channel; some timm settings have one value for all channels."""
     listed = [float(value) for value in (values if isinstance(values, tuple | list) else (values,))]
     return listed * channels if len(listed) == 1 else listed
 
 
 def _pretrained_cfg(name: str, *, source: str) -> Any:
-    """timm's settings of the weights. Raises `UserError` for a name or tag that timm lacks."""
+    """timm's settings for these weights. Raises `UserError` for an unknown name or tag."""
     try:
         settings = get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag

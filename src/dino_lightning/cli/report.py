@@ -56,7 +56,7 @@ def write(words: Sequence[str], *, output: Path | None = None, results: Sequence
         raise UserError(f"dino report: these are {len(folders)} runs and a page takes {MAX_RUNS}; name fewer.")
     path = checked(output, default=(folders[0] if len(folders) == 1 else common_folder(folders)) / "report.html")
     several = track(folders, "Reading", console=Console(stderr=True), transient=True)
-    runs = [read_run(folder, half_written=True) for folder in (several if len(folders) > 1 else folders)]
+    runs = [read_run(folder, allow_partial=True) for folder in (several if len(folders) > 1 else folders)]
     found = find_results(runs, results)
     page = run_page(runs[0], found[0]) if len(runs) == 1 else comparison_page(runs, found)
     try:

@@ -1,119 +1,116 @@
-"""The page of several runs: their k-NN figures, what differs in their settings, evaluations, pictures and curves."""
+"""The report of several runs: their k-NN accuracies, differing settings, evaluations, pictures and curves."""
 
 from collections.abc import Sequence
-from html import escape
 
-from dino_lightning.report.curves import COLORS, curves_html, curves_json, max_points, plot_runs
-from dino_lightning.report.evaluations import EvalResult, results_html
+from markupsafe import Markup
+
+from dino_lightning.report.curves import COLORS, chart_context, max_points, plot_runs
+from dino_lightning.report.evaluations import EvalResult, evaluation_table
 from dino_lightning.report.gallery import compare_galleries
-from dino_lightning.report.markup import Cell, bar, note, page, section, table
+from dino_lightning.report.markup import Cell, Table, bar, code, figure, render
 from dino_lightning.report.run_folder import Run
 from dino_lightning.report.runs import differing_settings, relative_folders, run_labels, run_status
 
 MAX_RUNS = 4 * COLORS
-"""Colors and dashes that can be told apart."""
+"""Combinations of colors and dashes that a reader can distinguish."""
 MAX_SETTING_CHARS = 60
-"""Characters of a setting in the table of differences."""
+"""Longer settings are truncated in the table of differences."""
+BASELINES = {"knn_top1_untrained": "untrained", "knn_top1_pixels": "raw pixels"}
 
 
 def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[EvalResult]]) -> str:
-    """The page, as HTML; `results` are each run's own. There may be `MOST_RUNS` of them."""
+    """The page of at most `MAX_RUNS` runs, as HTML; `results` has the results of each run."""
     assert len(runs) <= MAX_RUNS
-    names = run_labels(runs)
-    charts = plot_runs(runs, names)
+    labels = run_labels(runs)
     titles = list(dict.fromkeys(run.title for run in runs))
-    return page(
+    knn, baselines = _knn(runs, labels)
+    folders = relative_folders(runs)
+    return render(
+        "comparison.html",
         kind=f"{len(runs)} dino-lightning runs",
         title=", ".join(titles[:3]) + (", …" if len(titles) > 3 else ""),
-        lead=f'<p class="lead">{escape(_verdict(runs, names))}</p>',
-        parts=[
-            section("What was learned", _knn(runs, names)),
-            section("What differs", _differences(runs, relative_folders(runs))),
-            section("Evaluations", results_html(results, names)),
-            section("Pictures", compare_galleries(runs, names)),
-            curves_html(charts, runs=names),
-        ],
-        footer="Made from the files in " + ", ".join(f"<code>{escape(run.name)}</code>" for run in runs) + ". "
-        f"Of a curve of more than {max_points(runs):,} points, the least and the greatest value of each of equal "
-        "parts are shown; every number stands in <code>metrics.csv</code>.",
-        data=curves_json(charts, epochs=[]),
+        verdict=_verdict(runs, labels),
+        knn=knn,
+        baselines=baselines,
+        differences=_differences(runs, folders),
+        unreadable=", ".join(folder for run, folder in zip(runs, folders, strict=True) if not run.config),
+        results=evaluation_table(results, labels),
+        pictures=compare_galleries(runs, labels),
+        labels=labels,
+        folders=[run.name for run in runs],
+        max_points=max_points(runs),
+        **chart_context(plot_runs(runs, labels), epochs=[]),
     )
 
 
 def _accuracy(run: Run) -> float | None:
-    """k-NN top-1 in percent: the run's or, before its end, the latest."""
-    known = run.number("knn_top1")
-    return run.last_value("knn/top1") if known is None else known
+    """k-NN top-1 in percent: the final one or, before the run ends, the latest."""
+    final = run.number("knn_top1")
+    return run.last_value("knn/top1") if final is None else final
 
 
-def _verdict(runs: Sequence[Run], names: Sequence[str]) -> str:
-    known = [(value, name) for run, name in zip(runs, names, strict=True) if (value := _accuracy(run)) is not None]
+def _verdict(runs: Sequence[Run], labels: Sequence[str]) -> str:
+    known = [(value, label) for run, label in zip(runs, labels, strict=True) if (value := _accuracy(run)) is not None]
     if not known:
-        return "None of these runs has a k-NN figure yet, so compare their pictures and curves."
-    best, name = max(known, key=lambda each: each[0])
-    worst, _ = min(known, key=lambda each: each[0])
-    said = f"Judged by nearest neighbors, {name} is ahead with {best:.1f} % of the validation images right"
+        return "None of these runs has a k-NN figure yet; compare their pictures and curves."
+    best, label = max(known, key=lambda pair: pair[0])
+    worst, _ = min(known, key=lambda pair: pair[0])
+    verdict = f"{label} has the best k-NN accuracy, {best:.1f} % of the validation images"
     if len(known) < 2:
-        return f"{said}; no other run has a figure yet."
-    apart = round(best, 1) - round(worst, 1)  # so that it agrees with the figures as shown
-    return f"{said}; the runs lie {apart:.1f} points apart."
+        return f"{verdict}; no other run has a figure yet."
+    difference = round(best, 1) - round(worst, 1)  # so that it agrees with the rounded figures
+    return f"{verdict}, {difference:.1f} points more than the worst run."
 
 
-BASELINES = {"knn_top1_untrained": "untrained", "knn_top1_pixels": "raw pixels"}
-
-
-def _knn(runs: Sequence[Run], names: Sequence[str]) -> str:
-    known = [value for run in runs if (value := _accuracy(run)) is not None]
+def _knn(runs: Sequence[Run], labels: Sequence[str]) -> tuple[Table, str]:
+    """The table of k-NN accuracies, and a sentence with the baselines that all runs share."""
+    best = max((value for run in runs if (value := _accuracy(run)) is not None), default=None)
     baselines = {key: [run.number(key) for run in runs] for key in BASELINES}
-    # What is the same for all runs that know it is said once, above the table.
     distinct = {key: set(values) - {None} for key, values in baselines.items()}
     shared = {key: next(iter(values), None) for key, values in distinct.items() if len(values) < 2}
     rows = []
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+    for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         value = _accuracy(run)
-        swatch = f'<i class="swatch d{number // COLORS}" style="border-top-color:var(--s{number % COLORS})"></i>'
-        shown = "" if value is None else f'{bar(value)}<data value="{value!r}">{value:.1f} %</data>'
-        loss, speed = (
-            (run.last_value("train/loss_epoch"), run.last_value("train/loss")),
-            run.last_value("speed/images_per_second"),
-        )
-        figures = [
-            _number(max((v for _, v in run.curves.get("knn/top1", [])), default=None), ".1f", " %"),
-            *(_number(values[number], ".1f", " %") for key, values in baselines.items() if key not in shared),
-            _number(next((each for each in loss if each is not None), None), ".3f"),
-            _number(run.number("images_per_second") or speed, ",.0f"),
+        accuracy = Markup("") if value is None else bar(value) + figure(value, f"{value:.1f} %")
+        losses = (run.last_value("train/loss_epoch"), run.last_value("train/loss"))
+        numbers = [
+            _format(max((v for _, v in run.curves.get("knn/top1", [])), default=None), ".1f", " %"),
+            *(_format(values[number], ".1f", " %") for key, values in baselines.items() if key not in shared),
+            _format(next((loss for loss in losses if loss is not None), None), ".3f"),
+            _format(run.number("images_per_second") or run.last_value("speed/images_per_second"), ",.0f"),
         ]
-        first = [Cell(f"{swatch}{escape(name)}"), Cell(shown, figure=True, main=bool(known) and value == max(known))]
-        rows.append([*first, *(Cell(each, figure=True) for each in figures), Cell(escape(run_status(run)), words=True)])
+        swatch = Markup('<i class="swatch d{}" style="border-top-color:var(--s{})"></i>{}')
+        rows.append(
+            [
+                Cell(swatch.format(number // COLORS, number % COLORS, label)),
+                Cell(accuracy, "figure main" if value is not None and value == best else "figure"),
+                *(Cell(text, "figure") for text in numbers),
+                Cell(run_status(run), "words"),
+            ]
+        )
     columns = [name for key, name in BASELINES.items() if key not in shared]
     header = ["Run", "k-NN top-1", "highest", *columns, "loss", "images/s", "state"]
-    said = [f"{BASELINES[key]} {value:.1f} %" for key, value in shared.items() if value is not None]
-    intro = (
-        "Validation images whose class the most similar training images vote for; before a run's end, the latest. "
-        + (f"Without training: {', '.join(said)}." if said else "")
-    )
-    return note(intro) + table("k-NN and state of each run", header, rows)
+    figures = [f"{BASELINES[key]} {value:.1f} %" for key, value in shared.items() if value is not None]
+    return Table(header, rows), f"Without training: {', '.join(figures)}." if figures else ""
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
+def _format(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
 
-def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
-    found = differing_settings(runs)
-    unknown = [name for run, name in zip(runs, names, strict=True) if not run.config]
-    said = note(f"config.yaml is missing or broken: {', '.join(unknown)}.") if unknown else ""
-    if not found:
-        return said + note("The settings of these runs are the same.")
-    shown = {key: [_setting(value) for value in values] for key, values in found.items()}
-    # The longer side goes down the page.
-    if len(runs) > len(shown):
-        rows = [[Cell(escape(name)), *cells] for name, *cells in zip(names, *shown.values(), strict=True)]
-        return said + table("Settings that differ", ["Run", *shown], rows)
-    rows = [[Cell(f"<code>{escape(key)}</code>"), *cells] for key, cells in shown.items()]
-    return said + table("Settings that differ", ["Setting", *names], rows)
+def _differences(runs: Sequence[Run], folders: Sequence[str]) -> Table | None:
+    """The settings that differ, with the longer dimension as rows."""
+    differences = differing_settings(runs)
+    cells = {key: [_setting(value) for value in values] for key, values in differences.items()}
+    if not cells:
+        return None
+    if len(runs) > len(cells):
+        rows = [[Cell(folder), *row] for folder, *row in zip(folders, *cells.values(), strict=True)]
+        return Table(["Run", *cells], rows)
+    return Table(["Setting", *folders], [[Cell(code(key)), *row] for key, row in cells.items()])
 
 
 def _setting(value: str) -> Cell:
-    short = value if len(value) <= MAX_SETTING_CHARS else value[: MAX_SETTING_CHARS - 1] + "…"
-    return Cell(f"<code>{escape(short)}</code>" if short else '<span class="soft">not there</span>')
+    if not value:
+        return Cell(Markup('<span class="soft">not set</span>'))
+    return Cell(code(value if len(value) <= MAX_SETTING_CHARS else value[: MAX_SETTING_CHARS - 1] + "…"))

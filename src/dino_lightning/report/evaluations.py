@@ -1,10 +1,9 @@
-"""Results of `dino eval` that belong to runs: where they lie, and the table of them."""
+"""Finds the results of `dino eval` for runs, and makes a table of them."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from dino_lightning.checkpoints.load import weights_digest
 from dino_lightning.errors import UserError
-from dino_lightning.report.markup import Cell, table
+from dino_lightning.report.markup import Cell, Table, figure
 from dino_lightning.report.run_folder import Run, to_finite
 
 RESULTS = "results.jsonl"
@@ -21,16 +20,16 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One figure of one evaluation."""
+    """One metric of one evaluation."""
 
     eval: str
     metric: str
     value: float
     unit: str
     data: str
-    """Which images: a name, or the last part of a path."""
+    """The dataset: its name, or the last part of its path."""
     trained: bool
-    """False for the untrained network that it is compared with."""
+    """False for the untrained baseline."""
     checkpoint: Path
     digest: str
     time: str
@@ -42,22 +41,22 @@ class EvalResult:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes figures of several networks comparable."""
+        """Evaluation, metric and dataset; results with the same key are comparable."""
         return self.eval, self.metric, self.data
 
 
 @dataclass(frozen=True)
 class ResultOwner:
-    """A run, asked whether an evaluation is of its network."""
+    """Decides whether an evaluation is of a run's network."""
 
     run: Run
 
     def owns(self, result: EvalResult) -> bool:
-        """By the path that was evaluated or, where the folder has moved since, by the weights themselves."""
+        """Compare the evaluated path or, if the folder was moved, the digest of the weights."""
         return self._is_named(result) or (result.trained and result.digest in self.digests)
 
     def lacks(self, result: EvalResult, owners: Iterable["ResultOwner"]) -> bool:
-        """Whether another has these weights: a relative path such as `0` may lead to either of them."""
+        """Whether another run has these weights: a relative path such as `0` may match several runs."""
         rivals = [other for other in owners if other is not self and other._is_named(result)]
         return any(result.digest in other.digests for other in rivals) and result.digest not in self.digests
 
@@ -69,63 +68,63 @@ class ResultOwner:
 
     @cached_property
     def digests(self) -> set[str]:
-        """Of the weights that the run has exported."""
-        found = set()
+        """Digests of the weights that the run exported."""
+        digests = set()
         for file in self.run.folder.glob("*.safetensors"):
             try:
-                found.add(weights_digest(load_file(file)))
-            except (OSError, SafetensorError):  # half written, or another's
+                digests.add(weights_digest(load_file(file)))
+            except (OSError, SafetensorError):  # partially written, or from another program
                 continue
-        return found
+        return digests
 
 
-def find_results(runs: Sequence[Run], given: Iterable[Path] = ()) -> list[list[EvalResult]]:
-    """For each run its results: of `results.jsonl` in it, in folders beside it and in the given ones.
+def find_results(runs: Sequence[Run], folders: Iterable[Path] = ()) -> list[list[EvalResult]]:
+    """The results of each run: from `results.jsonl` in its folder, in sibling folders and in `folders`.
 
-    Of an evaluation that was done twice, the later counts. Raises `UserError` where a given folder has no results, or
-    none of these runs.
+    The latest result of a repeated evaluation counts. Raises `UserError` if one of `folders` has no results of these
+    runs.
     """
-    asked = [(folder, _read_given(folder)) for folder in given]
-    beside = dict.fromkeys(path for run in runs for path in _files_beside(run.folder.resolve()))
-    known = [result for path in beside for result in read_results(path)]
-    found, owners = [], [ResultOwner(run) for run in runs]
+    requested = [(folder, _read_folder(folder)) for folder in folders]
+    nearby = dict.fromkeys(path for run in runs for path in _nearby_files(run.folder.resolve()))
+    results = [result for path in nearby for result in read_results(path)]
+    results += [result for _, results_of_folder in requested for result in results_of_folder]
+    by_run, owners = [], [ResultOwner(run) for run in runs]
     for owner in owners:
-        own = [result for result in known + [r for _, some in asked for r in some] if owner.owns(result)]
-        own = [result for result in own if not owner.lacks(result, owners)]
-        latest = {(result.key, result.trained): result for result in sorted(own, key=lambda result: result.time)}
-        found.append(list(latest.values()))
-    for folder, some in asked:
-        if not any(result in own for own in found for result in some):
-            evaluated = ", ".join(dict.fromkeys(str(result.checkpoint) for result in some))
-            raise UserError(f"--results {folder}: none of its results is of these runs; they are of {evaluated}")
-    return found
+        owned = [result for result in results if owner.owns(result) and not owner.lacks(result, owners)]
+        latest = {(result.key, result.trained): result for result in sorted(owned, key=lambda result: result.time)}
+        by_run.append(list(latest.values()))
+    for folder, results_of_folder in requested:
+        if not any(result in owned for owned in by_run for result in results_of_folder):
+            evaluated = ", ".join(dict.fromkeys(str(result.checkpoint) for result in results_of_folder))
+            raise UserError(f"results={folder}: its results are not of these runs but of {evaluated}.")
+    return by_run
 
 
-def _files_beside(folder: Path) -> list[Path]:
+def _nearby_files(folder: Path) -> list[Path]:
     return [folder / RESULTS, *sorted(folder.glob(f"*/{RESULTS}")), *sorted(folder.parent.glob(f"*/{RESULTS}"))]
 
 
-def _read_given(path: Path) -> list[EvalResult]:
+def _read_folder(path: Path) -> list[EvalResult]:
     files = [path] if path.is_file() else [path / RESULTS, *sorted(path.glob(f"*/{RESULTS}"))]
-    found = [result for file in files for result in read_results(file)]
-    if not found:
-        raise UserError(f"results={path}: expected a {RESULTS} of dino eval, or a folder with one in it.")
-    return found
+    results = [result for file in files for result in read_results(file)]
+    if not results:
+        raise UserError(f"results={path}: expected a {RESULTS} written by dino eval, or a folder that contains one.")
+    return results
 
 
 def read_results(path: Path) -> list[EvalResult]:
-    """The figures of a file; lines that are no results, such as one half written, are left out."""
+    """The results in a file; invalid lines, such as a partially written one, are skipped."""
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError:  # there is none, or it is somebody else's
+    except OSError:  # missing or not readable
         return []
-    found = []
+    results = []
     for line in lines:
         try:
-            found.append(_result(json.loads(line)))
+            results.append(_result(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return found
+    return results
 
 
 def _result(line: dict[str, Any]) -> EvalResult:
@@ -133,13 +132,13 @@ def _result(line: dict[str, Any]) -> EvalResult:
     if value is None:
         raise ValueError("not a number")
     data = line["config"].get("data") or {}
-    named = data.get("path") or data.get("name") or ("built in" if "draw_seed" in data else "")
+    name = data.get("path") or data.get("name") or ("built in" if "draw_seed" in data else "")
     return EvalResult(
         eval=str(line["eval"]),
         metric=str(line["metric"]),
         value=value,
         unit=str(line["unit"]),
-        data=Path(str(named)).name,
+        data=Path(str(name)).name,
         trained=bool(line["trained"]),
         checkpoint=Path(str(line["checkpoint"])).expanduser(),
         digest=str(line["checkpoint_digest"]),
@@ -147,29 +146,20 @@ def _result(line: dict[str, Any]) -> EvalResult:
     )
 
 
-def results_html(results: Sequence[Sequence[EvalResult]], names: Sequence[str]) -> str:
-    """A table with a row for each figure and a column for each run that has any; then the untrained networks."""
-    rows = list(dict.fromkeys(result.key for some in results for result in some))
-    if not rows:
-        return (
-            '<p class="soft">There are no evaluations yet: <code>dino eval RUN</code> writes one, and '
-            "<code>dino report RUN</code> then adds it here.</p>"
-        )
+def evaluation_table(results: Sequence[Sequence[EvalResult]], labels: Sequence[str]) -> Table | None:
+    """A row for each figure and a column for each run that has any, then for untrained networks; None without any."""
+    keys = list(dict.fromkeys(result.key for results_of_run in results for result in results_of_run))
+    if not keys:
+        return None
     columns = []
     for trained in (True, False):
-        for name, some in zip(names, results, strict=True):
-            own = {result.key: result for result in some if result.trained is trained}
-            called = name if trained else "untrained" if len(names) == 1 else f"{name}, untrained"
-            columns += [(called, own)] if own else []
-    header = ["Evaluation", "Figure", "Images", *(name for name, _ in columns)]
-    body = []
-    for row in rows:
-        values = [found.get(row) for _, found in columns]
-        body.append([Cell(escape(word)) for word in row] + [_cell(value) for value in values])
-    return table("Evaluations", header, body)
-
-
-def _cell(result: EvalResult | None) -> Cell:
-    return Cell(
-        "" if result is None else f'<data value="{result.value!r}">{escape(result.formatted)}</data>', figure=True
-    )
+        for label, results_of_run in zip(labels, results, strict=True):
+            by_key = {result.key: result for result in results_of_run if result.trained is trained}
+            name = label if trained else "untrained" if len(labels) == 1 else f"{label}, untrained"
+            columns += [(name, by_key)] if by_key else []
+    rows = []
+    for key in keys:
+        column_results = [by_key.get(key) for _, by_key in columns]
+        cells = [Cell(figure(result.value, result.formatted) if result else "", "figure") for result in column_results]
+        rows.append([*map(Cell, key), *cells])
+    return Table(["Evaluation", "Figure", "Images", *(name for name, _ in columns)], rows)

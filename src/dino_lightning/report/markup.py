@@ -1,78 +1,71 @@
-"""Pieces of a page that several of its parts have: tables, remarks, and the page around them all."""
+"""Renders the report's Jinja templates (`assets/*.html`); text is escaped unless it is `Markup`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
 from importlib.resources import files
+from typing import Any
 
-ASSETS = ("page.css", "charts.js", "page.js")
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dino_lightning.report.charts import COLLAPSE
+from dino_lightning.report.svg import COLORS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table, as HTML."""
+    """One cell of a table; a plain string is escaped."""
 
-    html: str
-    figure: bool = False
-    """Numbers stand at the right."""
-    main: bool = False
-    """The best of its column."""
-    words: bool = False
-    """A sentence, which needs some width."""
+    content: str | Markup
+    kind: str = ""
+    """CSS classes: `figure` (right-aligned), `main` (the best value), `words` (a sentence)."""
 
 
-def note(text: str) -> str:
-    """A remark."""
-    return f'<p class="soft">{escape(text)}</p>'
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row is its header."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table that scrolls in itself where the page is narrow; the first cell of a row names it."""
-    figures = [cell.figure for cell in rows[0]] if rows else []
-    head = "".join(
-        f'<th scope="col"{" class=figure" if figure else ""}>{escape(name)}</th>'
-        for name, figure in zip(header, figures, strict=True)
+def bar(percent: float) -> Markup:
+    """A horizontal bar for a percentage."""
+    width = f"{min(max(percent, 0), 100):.2f}%"
+    return Markup('<span class="track"><span class="bar" style="width:{}"></span></span>').format(width)
+
+
+def code(text: str) -> Markup:
+    """Text in a monospaced font."""
+    return Markup("<code>{}</code>").format(text)
+
+
+def figure(value: float | None, formatted: str) -> Markup:
+    """A formatted number with its exact value, which a browser's tools and tests can read."""
+    return Markup("") if value is None else Markup('<data value="{!r}">{}</data>').format(value, formatted)
+
+
+def render(template: str, **values: Any) -> str:
+    """The page from a template in `assets`."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dino_lightning.report", "assets"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    body = "".join(
-        f'<tr><th scope="row">{first.html}</th>{"".join(map(_cell, others))}</tr>' for first, *others in rows
-    )
-    return (
-        f'<div class="card wide" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    environment.globals |= {"asset": _asset, "bar": bar, "COLORS": COLORS, "COLLAPSE_SECTION": COLLAPSE}
+    # Compact JSON for the charts; `tojson` escapes characters that could close the script element.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
 
 
-def _cell(cell: Cell) -> str:
-    asked = (("figure", cell.figure), ("main", cell.main), ("words", cell.words))
-    kinds = " ".join(kind for kind, given in asked if given)
-    return f'<td class="{kinds}">{cell.html}</td>' if kinds else f"<td>{cell.html}</td>"
-
-
-def bar(percent: float) -> str:
-    """A share of 100, drawn."""
-    return f'<span class="track"><span class="bar" style="width:{min(max(percent, 0), 100):.2f}%"></span></span>'
-
-
-def section(title: str, content: str) -> str:
-    """A part of the page, with its heading."""
-    name = title.lower().replace(" ", "-")
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>'
-
-
-def page(*, kind: str, title: str, lead: str, parts: Sequence[str], footer: str, data: str) -> str:
-    """The whole page, style sheet and scripts in it. `title` is text, the others are HTML, `data` is JSON."""
-    template, *assets = (
-        files("dino_lightning.report").joinpath("assets", name).read_text("utf-8") for name in ("page.html", *ASSETS)
-    )
-    values = {
-        "kind": kind,
-        "title": escape(title),
-        "lead": lead,
-        "parts": "\n".join(parts),
-        "footer": footer,
-        "data": data,
-        **dict(zip(("css", "charts", "script"), assets, strict=True)),
-    }
-    # In one pass, so that braces in a value stay what they are.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+def _asset(name: str) -> Markup:
+    """A style sheet or script, inserted as it is."""
+    return Markup(files("dino_lightning.report").joinpath("assets", name).read_text("utf-8"))

@@ -1,36 +1,34 @@
-"""The page of one run: figures, evaluations, pictures, curves and configuration, in a file that loads nothing.
+"""The report of one run: a single HTML file with results, pictures, curves and configuration that loads nothing else.
 
-It is made from what lies in the run's folder, so it can be made again at any time, also before the run's end.
-Whatever comes from a file is escaped.
+It is made from the files in the run's folder, so it can be made again at any time, also before the run ends.
 """
 
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from dino_lightning.report.curves import MAX_POINTS, curves_html, curves_json, plot_run
-from dino_lightning.report.evaluations import EvalResult, find_results, results_html
-from dino_lightning.report.gallery import gallery
-from dino_lightning.report.markup import bar, note, page, section
+from dino_lightning.report.curves import MAX_POINTS, chart_context, plot_run
+from dino_lightning.report.evaluations import EvalResult, evaluation_table, find_results
+from dino_lightning.report.gallery import gallery, missing_pictures
+from dino_lightning.report.markup import render
 from dino_lightning.report.run_folder import Run, read_run, to_finite
 from dino_lightning.report.runs import run_status
 from dino_lightning.runtime.files import write_atomically
 
 KNN_ROWS = [
-    ("knn_top1_pixels", "Raw pixels", "What colors and layout alone give away."),
+    ("knn_top1_pixels", "Raw pixels", "The accuracy from colors and layout alone."),
     ("knn_top1_untrained", "Untrained network", "The same network before its first step."),
-    ("knn_top1", "Trained network", "The network that this run leaves behind."),
+    ("knn_top1", "Trained network", "The network at the end of this run."),
 ]
-"""Key of the summary, name and meaning of the three k-NN figures."""
+"""Key in the summary, name and meaning of the three k-NN figures."""
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from `metrics.csv`, `summary.json`, `config.yaml` and `pictures/*.png`.
 
-    Each of them may be missing. Raises `UserError` where there is no such folder or `summary.json` is no JSON object.
+    Any of these may be missing. Raises `UserError` if the folder does not exist or `summary.json` is no JSON object.
     """
     run = read_run(run_dir)
     (results,) = find_results([run])
@@ -41,23 +39,27 @@ def write_report(run_dir: Path) -> Path:
 
 def run_page(run: Run, results: Iterable[EvalResult]) -> str:
     """The page, as HTML."""
-    charts = plot_run(run)
-    collapse = run.summary.get("collapse")
-    return page(
+    values = {key: run.number(key) for key, _, _ in KNN_ROWS}
+    knn = [(name, values[key], text, key == "knn_top1") for key, name, text in KNN_ROWS if values[key] is not None]
+    k = run.setting("callbacks.knn.headline_k")
+    return render(
+        "run.html",
         kind="dino-lightning run",
         title=run.title,
-        lead=f'<p class="lead">{escape(_verdict(run))}</p>{_facts(run)}',
-        parts=[
-            section("What was learned", _knn(run)),
-            section("Evaluations", results_html([list(results)], [run.name])),
-            section("Pictures", gallery(run)),
-            curves_html(charts, collapse=str(collapse) if collapse else None),
-            section("Configuration", _config(run)),
-        ],
-        footer=f"Made from the files in <code>{escape(run.name)}</code>. Of a curve of more than {MAX_POINTS:,} "
-        "points, the least and the greatest value of each of equal parts are shown; every number stands in "
-        "<code>metrics.csv</code>, every picture in <code>pictures</code>.",
-        data=curves_json(charts, epochs=run.epochs),
+        verdict=_verdict(run),
+        facts=_facts(run),
+        knn=knn,
+        neighbors=f"{k} most similar training images" if k else "most similar training images",
+        missing_knn=", ".join(name.lower() for key, name, _ in KNN_ROWS if values[key] is None),
+        no_knn_reason=_no_knn_reason(run),
+        results=evaluation_table([list(results)], [run.name]),
+        pictures=gallery(run),
+        missing_pictures=missing_pictures(run),
+        collapse=run.summary.get("collapse"),
+        config_text=run.config_text,
+        folder=run.name,
+        max_points=MAX_POINTS,
+        **chart_context(plot_run(run), epochs=run.epochs),
     )
 
 
@@ -67,36 +69,37 @@ def results_table(summary: dict[str, Any]) -> Table:
     table.add_column("Correct", justify="right")
     for key, name, _ in KNN_ROWS:
         value = to_finite(summary.get(key))
-        shown = "not evaluated" if value is None else f"{value:.1f} %"
-        table.add_row(name, shown, style="bold" if key == "knn_top1" else None)
+        formatted = "not evaluated" if value is None else f"{value:.1f} %"
+        table.add_row(name, formatted, style="bold" if key == "knn_top1" else None)
     return table
 
 
 def _verdict(run: Run) -> str:
-    trained, before = run.number("knn_top1"), run.number("knn_top1_untrained")
+    trained, untrained = run.number("knn_top1"), run.number("knn_top1_untrained")
     if trained is None and not run.sheets and not run.curves:
-        return "This run has left nothing to judge it by."
+        return "This run has written nothing to judge it by."
     collapse = run.summary.get("collapse")
-    warning = f" A collapse was seen ({collapse}): look at its signs below." if collapse else ""
+    warning = f" A collapse was detected ({collapse}): see its signs below." if collapse else ""
     if trained is None:
-        return f"There are no k-NN figures, so look at the pictures and curves to judge this run.{warning}"
-    said = f"Judged by nearest neighbors, the trained network gets {trained:.1f} % of the validation images right"
-    if before is None:
-        return f"{said}.{warning}"
-    gained = round(trained, 1) - round(before, 1)  # so that it agrees with the figures as shown
-    return f"{said}: {abs(gained):.1f} points {'more' if gained >= 0 else 'fewer'} than before training.{warning}"
+        return f"There are no k-NN figures; judge this run by its pictures and curves.{warning}"
+    verdict = f"With k-NN, the trained network classifies {trained:.1f} % of the validation images correctly"
+    if untrained is None:
+        return f"{verdict}.{warning}"
+    gain = round(trained, 1) - round(untrained, 1)  # so that it agrees with the rounded figures
+    return f"{verdict}: {abs(gain):.1f} points {'more' if gain >= 0 else 'fewer'} than before training.{warning}"
 
 
-def _facts(run: Run) -> str:
+def _facts(run: Run) -> dict[str, str]:
     def count(key: str, unit: str = "") -> str | None:
         value = run.number(key)
         return None if value is None else f"{value:,.10g} {unit}".strip()
 
     commit, batch = run.summary.get("commit"), run.setting("data.batch_size_per_device")
+    builtin = None if run.setting("data.draw_seed") is None else "built in"
     facts = {
         "State": None if run.summary else run_status(run),
         "Network": _network(run),
-        "Images": run.setting("data.path") or run.setting("data.name") or _builtin(run),
+        "Images": run.setting("data.path") or run.setting("data.name") or builtin,
         "Length": ", ".join(part for part in (count("epochs", "epochs"), count("steps", "steps")) if part),
         "Batch": batch and f"{batch} images per device",
         "Prototypes": run.setting("method.out_dim"),
@@ -105,9 +108,7 @@ def _facts(run: Run) -> str:
         "Commit": commit and str(commit)[:10] + (" and changes" if str(commit).endswith("+") else ""),
         "Unreadable images": f"{run.number('bad_images'):,.0f} (bad_images.txt)" if run.number("bad_images") else None,
     }
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
-    items = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in known.items())
-    return f'<dl class="facts">{items}</dl>' if items else ""
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
 def _network(run: Run) -> str | None:
@@ -115,34 +116,7 @@ def _network(run: Run) -> str | None:
     return run.setting("backbone.name") or (depth and f"ViT: {depth} blocks, width {width}, patch {patch}")
 
 
-def _builtin(run: Run) -> str | None:
-    return None if run.setting("data.draw_seed") is None else "built in"
-
-
-def _knn(run: Run) -> str:
-    values = {key: run.number(key) for key, _, _ in KNN_ROWS}
-    if all(value is None for value in values.values()):
-        if run.setting("callbacks.knn.enabled") is False:
-            return note("There are no k-NN figures: callbacks.knn.enabled is false.")
-        return note("There are no k-NN figures: the images have no labels, or the run has not come to its end.")
-    rows = []
-    for key, name, text in KNN_ROWS:
-        value = values[key]
-        if value is not None:
-            figure = f'<data value="{value!r}">{value:.1f} %</data>'
-            kind = ' class="main"' if key == "knn_top1" else ""
-            rows.append(f'<li{kind}><span class="name">{name}</span>{bar(value)}{figure}<small>{text}</small></li>')
-    k = run.setting("callbacks.knn.headline_k")
-    voters = f"{k} most similar training images" if k else "most similar training images"
-    missing = ", ".join(name.lower() for key, name, _ in KNN_ROWS if values[key] is None)
-    intro = f"Validation images whose class the {voters} vote for. Training never sees a label."
-    return (
-        f'{note(intro)}<div class="card"><ol class="bars">{"".join(rows)}</ol></div>'
-        f"{note(f'Not evaluated: {missing}.') if missing else ''}"
-    )
-
-
-def _config(run: Run) -> str:
-    if not run.config_text:
-        return note("The configuration is unknown: config.yaml is missing.")
-    return f'<details class="card"><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>'
+def _no_knn_reason(run: Run) -> str:
+    if run.setting("callbacks.knn.enabled") is False:
+        return "There are no k-NN figures: callbacks.knn.enabled is false."
+    return "There are no k-NN figures: the images have no labels, or the run has not ended."

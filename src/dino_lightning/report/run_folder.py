@@ -1,4 +1,4 @@
-"""A run's folder, read: what a report is made from. Any file may be missing."""
+"""Reads the files of a run's folder, from which reports are made. Any file may be missing."""
 
 import csv
 import io
@@ -15,14 +15,14 @@ import yaml
 from dino_lightning.errors import UserError
 
 Curve: TypeAlias = list[tuple[int, float]]
-"""(step, value), by step."""
+"""(step, value) pairs, sorted by step."""
 Sheets: TypeAlias = list[tuple[int | None, Path]]
-"""(epoch, file), by epoch; the epoch of the run's end is None and stands last."""
+"""(epoch, file) pairs, sorted by epoch; the epoch is None for the end of the run, which is last."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells; empty where a file is missing."""
+    """The content of a run's folder; fields of missing files are empty."""
 
     folder: Path
     name: str
@@ -32,9 +32,9 @@ class Run:
     curves: dict[str, Curve]
     """Column of `metrics.csv` -> its values."""
     epochs: list[tuple[int, int]]
-    """(first step, epoch), epochs counted from 1."""
+    """(first step, epoch) pairs; epochs are counted from 1."""
     sheets: dict[str, Sheets]
-    """Name of a picture -> its sheets."""
+    """Kind of picture -> its sheets."""
 
     def number(self, key: str) -> float | None:
         """A finite number of the summary, or None."""
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The experiment; where no file tells it, the folder."""
+        """The experiment, or the folder's name if it is unknown."""
         return str(self.summary.get("experiment") or self.setting("experiment") or self.name)
 
     def last_value(self, column: str) -> float | None:
@@ -50,7 +50,7 @@ class Run:
         return self.curves[column][-1][1] if self.curves.get(column) else None
 
     def setting(self, key: str) -> Any:
-        """A setting by its dotted name; None where the configuration lacks it."""
+        """A setting by its dotted key; None if the configuration does not have it."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -58,7 +58,7 @@ class Run:
 
 
 def to_finite(value: Any) -> float | None:
-    """A number, or the text of one, as a float; None for anything else, infinities and NaN included."""
+    """A number, or its text, as a finite float; None for anything else, including infinity and NaN."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -66,20 +66,20 @@ def to_finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read_run(run_dir: Path, *, half_written: bool = False) -> Run:
+def read_run(run_dir: Path, *, allow_partial: bool = False) -> Run:
     """Read `metrics.csv`, `summary.json`, `config.yaml` and the names of `pictures/*.png`.
 
-    Raises `UserError` where there is no such folder or `summary.json` is no JSON object; with `half_written`, such a
-    file counts as missing.
+    Raises `UserError` if the folder does not exist or `summary.json` is not a JSON object; with `allow_partial`, a
+    partially written file counts as missing.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json in it.")
+        raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json.")
     config_text = _text(run_dir / "config.yaml")
     rows = list(csv.DictReader(io.StringIO(_text(run_dir / "metrics.csv"))))
     return Run(
         folder=run_dir,
         name=run_dir.resolve().name,
-        summary=_read_summary(run_dir / "summary.json", half_written=half_written),
+        summary=_read_summary(run_dir / "summary.json", allow_partial=allow_partial),
         config=_parse_config(config_text),
         config_text=config_text,
         curves=_read_curves(rows),
@@ -92,13 +92,15 @@ def _text(path: Path) -> str:
     return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
 
-def _read_summary(path: Path, *, half_written: bool) -> dict[str, Any]:
+def _read_summary(path: Path, *, allow_partial: bool) -> dict[str, Any]:
     try:
         summary = json.loads(_text(path) or "{}")
     except json.JSONDecodeError as error:
-        if half_written:
+        if allow_partial:
             return {}
-        raise UserError(f"{path}: expected JSON, but {error}; without the file the report leaves it out.") from error
+        raise UserError(
+            f"{path}: expected JSON, but {error}; delete the file to make the report without it."
+        ) from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(summary).__name__}.")
     return summary
@@ -107,7 +109,7 @@ def _read_summary(path: Path, *, half_written: bool) -> dict[str, Any]:
 def _parse_config(text: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:  # the report still shows its text
+    except yaml.YAMLError:  # the report still shows the text
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -119,7 +121,7 @@ def _read_curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
         for name, cell in row.items():
             value = to_finite(cell)
             if step is not None and value is not None and name not in ("step", "epoch"):
-                columns.setdefault(name, {})[int(step)] = value  # a resumed run repeats steps: the later row counts
+                columns.setdefault(name, {})[int(step)] = value  # a resumed run may repeat steps; the later row counts
     return {name: sorted(points.items()) for name, points in columns.items()}
 
 
@@ -130,12 +132,12 @@ def _read_epochs(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def _read_sheets(folder: Path) -> dict[str, Sheets]:
-    found: dict[str, Sheets] = {}
+    sheets: dict[str, Sheets] = {}
     for path in sorted(folder.glob("*.png")):
         numbered = re.fullmatch(r"(.+)_epoch(\d+)", path.stem, re.DOTALL)
         name, epoch = (numbered[1], int(numbered[2])) if numbered else (path.stem, None)
-        found.setdefault(name, []).append((epoch, path))
+        sheets.setdefault(name, []).append((epoch, path))
     return {
-        name: sorted(sheets, key=lambda sheet: math.inf if sheet[0] is None else sheet[0])
-        for name, sheets in found.items()
+        name: sorted(of_name, key=lambda sheet: math.inf if sheet[0] is None else sheet[0])
+        for name, of_name in sheets.items()
     }

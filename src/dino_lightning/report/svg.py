@@ -1,22 +1,26 @@
-"""A chart as SVG, drawn once: what a page shows where no script draws it anew."""
+"""A chart as static SVG, for pages without scripts, and axis ticks.
+
+The tick rules exist a second time in `assets/charts.js`, which computes ticks again when the reader zooms.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup, escape
 
 from dino_lightning.report.charts import ReferenceLine
 from dino_lightning.report.run_folder import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 200, 56, 8, 10, 24
-"""Pixels of the picture, and its margins."""
+"""Size and margins (pixels)."""
 COLORS = 10
-"""Colors of the page's style sheet, `--s0` and on; beyond these, lines are dashed."""
+"""Number of colors in the style sheet (`--s0`, ...); further lines are dashed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and how it looks: `number` chooses color and dashes."""
+    """A curve; `number` selects its color and dashes."""
 
     curve: Curve
     number: int
@@ -25,7 +29,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axes:
-    """Where data go."""
+    """Maps steps and values to pixels."""
 
     steps: tuple[float, float]
     values: tuple[float, float]
@@ -44,24 +48,24 @@ class Axes:
         return TOP + (high - scale(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def chart_svg(lines: Sequence[Line], references: Sequence[ReferenceLine], *, zero: bool, log: bool) -> str:
-    """Axes, lines that it is read against, and the curves, in the colors of the page."""
+def chart_svg(lines: Sequence[Line], references: Sequence[ReferenceLine], *, zero: bool, log: bool) -> Markup:
+    """Axes, curves and reference lines, in the colors of the page."""
     values = [value for line in lines for _, value in line.curve] + [line.value for line in references]
     usable = [value for value in [*values, *([0.0] if zero else [])] if not log or value > 0]
     low, high = min(usable), max(usable)
     pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    # A quantity that cannot be negative does not get an axis that says so.
+    # The axis of a non-negative quantity does not extend below 0.
     bounds = (low / 1.08, high * 1.08) if log else (max(0.0, low - pad) if low >= 0 else low - pad, high + pad)
     steps = [step for line in lines for step, _ in line.curve]
     axes = Axes((min(steps), max(steps)), bounds, log)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">', _grid(axes)]
     parts += [_polyline(axes, line) for line in lines]
     parts += [_reference(axes, line) for line in references if not log or line.value > 0]
-    return "".join([*parts, "</svg>"])
+    return Markup("".join([*parts, "</svg>"]))
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about `count` of them."""
+    """About `count` round numbers from `low` to `high`."""
     rough = (high - low) / count
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * part for part in (1, 2, 2.5, 5, 10) if unit * part >= rough * 0.999)
@@ -69,10 +73,10 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, within few of them also 2 and 5 times these."""
-    wide = math.log10(high / low) > 3
+    """Powers of ten; for a range of at most three powers also 2 and 5 times these."""
+    is_wide = math.log10(high / low) > 3
     powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    marks = [part * 10.0**power for power in powers for part in ((1,) if wide else (1, 2, 5))]
+    marks = [part * 10.0**power for power in powers for part in ((1,) if is_wide else (1, 2, 5))]
     return [mark for mark in marks if low * 0.999 <= mark <= high * 1.001]
 
 
@@ -93,12 +97,11 @@ def _grid(axes: Axes) -> str:
 def _polyline(axes: Axes, line: Line) -> str:
     points = [(axes.x(step), axes.y(value)) for step, value in line.curve if not axes.log or value > 0]
     kind = f"d{line.number // COLORS}{' thin' if line.thin else ''}"
-    look = f"stroke:var(--s{line.number % COLORS})"
     if len(points) == 1:
-        (x, y) = points[0]
+        x, y = points[0]
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:var(--s{line.number % COLORS})"/>'
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path class="line {kind}" style="{look}" d="M{path}"/>' if points else ""
+    return f'<path class="line {kind}" style="stroke:var(--s{line.number % COLORS})" d="M{path}"/>' if points else ""
 
 
 def _reference(axes: Axes, line: ReferenceLine) -> str:

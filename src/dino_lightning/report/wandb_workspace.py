@@ -1,169 +1,95 @@
-"""What stands where in the view: sections from the top down, and their charts."""
+"""The saved W&B workspace and report: the charts of the catalog, pictures and system metrics by section."""
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import wandb
 
 from dino_lightning.errors import UserError
-from dino_lightning.loggers.wandb import STEP_METRIC
+from dino_lightning.loggers.wandb import DEFAULT_HOST, STEP_METRIC
+from dino_lightning.report.charts import CHARTS, COLLAPSE, LEARNING, NORMS, SCHEDULES, SPEED, Chart
+from dino_lightning.report.gallery import CAPTIONS
 
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves over the optimizer steps, or pictures with a slider over time."""
-
-    title: str
-    names: tuple[str, ...]
-    """Names under which they are logged."""
-    log: bool = False
-    """Whether the vertical axis is logarithmic."""
-    pictures: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """Charts that belong together."""
-
-    title: str
-    charts: tuple[Chart, ...]
-    is_open: bool = True
-    """Whether the charts are shown before anybody asks for them."""
-
-
-SECTIONS = (
-    Section(
-        "Loss and k-NN",
-        (
-            Chart("Loss", ("train/loss_epoch", "train/loss")),
-            Chart("k-NN top-1 (%)", ("knn/top1",)),
-            Chart("k-NN top-5 (%)", ("knn/top5",)),
-        ),
-    ),
-    Section(
-        "Schedules",
-        (
-            Chart("Learning rate", ("schedule/lr",)),
-            Chart("Weight decay", ("schedule/weight_decay",)),
-            Chart("Momentum of the teacher", ("schedule/teacher_momentum",)),
-            Chart("Temperature of the teacher", ("schedule/teacher_temperature",)),
-        ),
-        is_open=False,
-    ),
-    Section(
-        "Collapse",
-        (
-            Chart("Entropy of the teacher (nats)", ("collapse/mean_output_entropy", "collapse/teacher_entropy")),
-            Chart("Teacher against student (nats)", ("collapse/teacher_student_kl",), log=True),
-            Chart("Mean output against uniform (nats)", ("collapse/kl_to_uniform",)),
-            Chart("Dead prototypes (share)", ("collapse/dead_prototypes",)),
-            Chart("Spread of the features", ("collapse/feature_std",)),
-            Chart("Effective rank of the features", ("collapse/effective_rank",)),
-            Chart("Length of the center", ("collapse/center_norm",)),
-            Chart("Alarm", ("collapse/alarm",)),
-        ),
-    ),
-    Section(
-        "Speed",
-        (
-            Chart("Images per second", ("speed/images_per_second",)),
-            Chart("Share of time spent waiting for data", ("speed/data_wait_share",)),
-            Chart("Model FLOPs utilisation (share of the peak)", ("speed/mfu",)),
-            Chart("GPU memory, most in use (GiB)", ("speed/gpu_memory_gib",)),
-        ),
-    ),
-    Section(
-        "Pictures",
-        (
-            Chart("Attention", ("pictures/attention",), pictures=True),
-            Chart("Principal components of the patches", ("pictures/pca",), pictures=True),
-            Chart("Nearest neighbors", ("pictures/neighbors",), pictures=True),
-            Chart("Crops", ("pictures/crops",), pictures=True),
-        ),
-    ),
-    Section(
-        "Norms",
-        (
-            Chart("Gradient, before clipping", ("norm/gradient",), log=True),
-            Chart("Weights", ("norm/student", "norm/teacher")),
-            Chart("Steps that were not finite", ("nonfinite/steps",)),
-            Chart("Loss scale of fp16", ("amp/scale",), log=True),
-        ),
-        is_open=False,
-    ),
-    Section(
-        "System",
-        (
-            Chart("GPU in use (%)", ("system/gpu.0.gpu",)),
-            Chart("GPU memory (%)", ("system/gpu.0.memoryAllocated",)),
-            Chart("CPU (%)", ("system/cpu",)),
-            Chart("Memory of the process (MB)", ("system/proc.memory.rssMB",)),
-        ),
-        is_open=False,
-    ),
-)
-"""W&B itself logs `system/...`."""
-
-
+PICTURES, SYSTEM = "Pictures", "System"
+SYSTEM_CHARTS = [
+    Chart(SYSTEM, "GPU in use", "", {"system/gpu.0.gpu": "GPU"}, unit="%"),
+    Chart(SYSTEM, "GPU memory", "", {"system/gpu.0.memoryAllocated": "memory"}, unit="%"),
+    Chart(SYSTEM, "CPU", "", {"system/cpu": "CPU"}, unit="%"),
+    Chart(SYSTEM, "Memory of the process", "", {"system/proc.memory.rssMB": "memory"}, unit="MB"),
+]
+"""Metrics that W&B itself logs."""
+SECTIONS = {
+    LEARNING: True,
+    SCHEDULES: False,
+    COLLAPSE: True,
+    SPEED: True,
+    PICTURES: True,
+    NORMS: False,
+    SYSTEM: False,
+}
+"""Section -> whether it is open at first."""
 EXTRA = 'pip install "dino-lightning[wandb-workspaces]"'
-
-
-ANSWERS_WITHIN_S = 30
+TIMEOUT_S = 30
 
 
 def default_entity() -> str:
-    """The user or team that W&B takes for this key."""
+    """The default user or team of the W&B key."""
     try:
-        entity = wandb.Api(timeout=ANSWERS_WITHIN_S).default_entity
+        entity = wandb.Api(timeout=TIMEOUT_S).default_entity
     except Exception as error:
-        raise _refused(error) from error
+        raise _wandb_error(error) from error
     if not entity:
-        raise UserError("W&B names no default user or team for this key; name one with --entity.")
+        raise UserError("W&B has no default user or team for this key; set entity=.")
     return entity
 
 
 def save_view(entity: str, project: str, *, name: str) -> str:
-    """Save the view; its address."""
+    """Save the workspace view and return its address."""
     import wandb_workspaces.workspaces as ws
 
-    sections = [
-        ws.Section(name=section.title, panels=[panel(chart) for chart in section.charts], is_open=section.is_open)
-        for section in SECTIONS
-    ]
-    view = ws.Workspace(entity=entity, project=project, name=name, sections=sections)
+    sections = [ws.Section(name=title, panels=panels(title), is_open=is_open) for title, is_open in SECTIONS.items()]
     try:
-        return view.save().url
+        return ws.Workspace(entity=entity, project=project, name=name, sections=sections).save().url
     except Exception as error:
-        raise _refused(error) from error
+        raise _wandb_error(error) from error
 
 
 def save_report(entity: str, project: str, *, name: str) -> str:
-    """Save a report with the charts of all runs; its address."""
+    """Save a report with the charts of all runs and return its address."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = []
-    for section in SECTIONS:
+    for title in SECTIONS:
         runs = wr.Runset(entity=entity, project=project)
-        grid = wr.PanelGrid(runsets=[runs], panels=[panel(chart) for chart in section.charts])
-        blocks += [wr.H2(text=section.title), grid]
+        blocks += [wr.H2(text=title), wr.PanelGrid(runsets=[runs], panels=panels(title))]
     report = wr.Report(entity=entity, project=project, title=f"{name}: runs compared", blocks=blocks)
     try:
         return report.save().url
     except Exception as error:
-        raise _refused(error) from error
+        raise _wandb_error(error) from error
 
 
-def panel(chart: Chart) -> Any:
-    """A chart as W&B has it."""
+def panels(section: str) -> list[Any]:
+    """The W&B panels of a section."""
     import wandb_workspaces.reports.v2 as wr
 
-    if chart.pictures:
-        return wr.MediaBrowser(title=chart.title, media_keys=list(chart.names), num_columns=1)
-    x = "Step" if chart.names[0].startswith("system/") else STEP_METRIC
-    return wr.LinePlot(title=chart.title, x=x, y=list(chart.names), log_y=chart.log)
+    if section == PICTURES:
+        return [
+            wr.MediaBrowser(title=caption.title, media_keys=[f"pictures/{name}"], num_columns=1)
+            for name, caption in CAPTIONS.items()
+        ]
+    return [
+        wr.LinePlot(
+            title=f"{chart.title} ({chart.unit})" if chart.unit else chart.title,
+            x="Step" if section == SYSTEM else STEP_METRIC,
+            y=list(chart.columns),
+            log_y=chart.log,
+        )
+        for chart in [*CHARTS, *SYSTEM_CHARTS]
+        if chart.section == section
+    ]
 
 
-def _refused(error: Exception) -> UserError:
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return UserError(f"{host} has not saved it ({' '.join(str(error).split())}); check key, --entity and --project.")
+def _wandb_error(error: Exception) -> UserError:
+    host = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)
+    return UserError(f"{host} did not save it ({' '.join(str(error).split())}); check the key, entity= and project=.")

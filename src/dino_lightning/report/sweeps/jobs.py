@@ -188,7 +188,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read_job(run_dir: Path) -> Job:
-    run = read_run(run_dir, half_written=True)
+    run = read_run(run_dir, allow_partial=True)
     failed = run_dir / FAILED
     lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
     failure = None if lines is None else (lines or ["without a reason"])[0].strip()
