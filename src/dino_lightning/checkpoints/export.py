@@ -28,7 +28,9 @@ def export_backbone(
     eval_resize: int = PAPER_CROPS.eval_resize,
     eval_size: int = PAPER_CROPS.eval_size,
 ) -> dict[str, Any]:
-    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them; a user's own backbone has none.
+    """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them.
+
+    A user's own backbone has no such arguments; the result is then empty.
 
     The file's metadata contains these arguments as JSON (`timm`), the normalization of the images, their sizes in
     evaluation (`eval`) and the description that `load_network` needs (`network`), so that the file is self-contained.
