@@ -1,13 +1,13 @@
-"""What the cache of decoded images saves: images/s of one core, decoding each time and reading decoded ones.
+"""The speedup by the cache of decoded images: images/s per core, decoded each time or read from the cache.
 
-    python benchmarks/cache.py                    500x375 JPEGs made of Imagenette's photographs, a minute
-    python benchmarks/cache.py --images DIR       a folder of your own
+    python benchmarks/cache.py                    500x375 JPEGs made from Imagenette's photographs, a minute
+    python benchmarks/cache.py --images DIR       your folder of images
     python benchmarks/cache.py --json             the last line is one JSON object
 
-One thread decodes (or reads) and cuts the ten crops of multi-crop, two of 224 and eight of 96 pixels. Both ways see the
-same images in the same shuffled order, in turn, round after round; the median round counts. Files and cache are in the
-page cache. Cached images are smaller (`--resize`), which makes the crops faster too. The stretched photographs are
-smoother than true ones of that size, their JPEGs smaller: what the cache saves of yours, `--images` shows.
+One thread decodes (or reads) images and makes ten crops, two of 224 and eight of 96 pixels. Both variants process the
+same images in the same shuffled order and alternate; the result is the median over the rounds. Files and cache are in
+the page cache. Cached images are smaller (`--resize`), which makes the crops faster, too. The enlarged photographs are
+smoother than real ones of that size, and their JPEGs are smaller; use `--images` to measure your own images.
 """
 
 import argparse
@@ -34,16 +34,14 @@ from dino_lightning.data.sources import ImageSource, open_sources
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette160"
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
-CROPS = [(224, (0.4, 1.0))] * 2 + [(96, (0.05, 0.4))] * 8
-RATIO = [3 / 4, 4 / 3]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, help="folder of images, instead of those made from --data")
+    parser.add_argument("--images", type=Path, help="folder of images; default: made from --data")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with Imagenette's val.parquet")
-    parser.add_argument("--count", type=int, default=400, help="images")
+    parser.add_argument("--count", type=int, default=400, help="number of images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--resize", type=int, default=256, help="shorter side of a cached image (pixels)")
     parser.add_argument("--cache", choices=["ram", "disk"], default="ram")
@@ -61,7 +59,7 @@ def main() -> None:
 
 
 def make_photographs(data: Path, folder: Path, *, count: int) -> Path:
-    """Imagenette's squares of 160 pixels, stretched to a usual size of ImageNet's photographs and stored as JPEG."""
+    """Imagenette's squares of 160 pixels, enlarged to a common size of ImageNet's photographs and stored as JPEG."""
     folder.mkdir(parents=True)
     column = pq.read_table(data / "val.parquet", columns=["image"]).column("image")
     # The rows are sorted by class.
@@ -72,60 +70,56 @@ def make_photographs(data: Path, folder: Path, *, count: int) -> Path:
 
 
 def measure(config: DataConfig, *, count: int, rounds: int) -> dict[str, float]:
-    """Images per second of one thread, by way and with or without crops, and what the cache takes."""
+    """Images per second of one thread with and without cache, with and without crops; size of the cache."""
     decoder = Decoder(config)
     stored = open_sources(config, seed=0).train
     assert isinstance(stored, ImageSource)
     started = time.perf_counter()
-    kept = cached(stored, config=config, decoder=decoder, bad_images=None, workers=2)
+    from_cache = cached(stored, config=config, decoder=decoder, bad_images=None, workers=2)
     build = time.perf_counter() - started
     crops = crop_backend(CropsConfig(backend="device"), channels=3)
     order = random.Random(0).sample(range(len(stored)), min(count, len(stored)))
-    ways = {
+    variants = {
         "decode": lambda: [decoder.pixels(stored.read(index)) for index in order],
-        "cached": lambda: [decoder.pixels(kept.read(index)) for index in order],
+        "cached": lambda: [decoder.pixels(from_cache.read(index)) for index in order],
         "decode_crops": lambda: [crops([decoder.pixels(stored.read(index))], [index]) for index in order],
-        "cached_crops": lambda: [crops([decoder.pixels(kept.read(index))], [index]) for index in order],
+        "cached_crops": lambda: [crops([decoder.pixels(from_cache.read(index))], [index]) for index in order],
     }
-    rates = {name: len(order) / seconds for name, seconds in timed(ways, rounds=rounds).items()}
+    rates = {name: len(order) / seconds for name, seconds in timed(variants, rounds=rounds).items()}
     return {
         **{f"{name}_images_per_s": round(rate, 1) for name, rate in rates.items()},
         "ratio_decode": round(rates["cached_crops"] / rates["decode_crops"], 2),
         "ratio_decode_alone": round(rates["cached"] / rates["decode"], 2),
-        "bytes_per_image": round(sum(decoder.pixels(kept.read(index)).numel() for index in order) / len(order)),
+        "bytes_per_image": round(sum(decoder.pixels(from_cache.read(index)).numel() for index in order) / len(order)),
         "stored_bytes_per_image": round(sum(len(stored.read(index)) for index in order) / len(order)),
         "build_s": round(build, 2),
         "images": len(order),
     }
 
 
-def timed(ways: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that a slow moment of the machine meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def timed(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of each variant; they alternate, so that a slow moment of the machine affects all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name, run in variants.items():
             torch.manual_seed(number)
             started = time.perf_counter()
-            way()
+            run()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first one warms up
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round is a warm-up
 
 
 def show(result: dict[str, float]) -> None:
-    """The table."""
+    """Print the table."""
     table = Table(title=f"{result['images']} images, one thread, images/s")
-    for column, justify in (
-        ("", "left"),
-        ("decoded each time", "right"),
-        ("from the cache", "right"),
-        ("ratio", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("")
+    for column in ("decoded each time", "from the cache", "ratio"):
+        table.add_column(column, justify="right")
     for label, suffix, ratio in (
         ("pixels", "", "ratio_decode_alone"),
         ("pixels and ten crops", "_crops", "ratio_decode"),
     ):
-        rates = [f"{result[f'{way}{suffix}_images_per_s']:.0f}" for way in ("decode", "cached")]
+        rates = [f"{result[f'{variant}{suffix}_images_per_s']:.0f}" for variant in ("decode", "cached")]
         table.add_row(label, *rates, f"{result[ratio]:.2f}")
     sizes = [f"{result[name] / 1e3:.0f}" for name in ("stored_bytes_per_image", "bytes_per_image")]
     table.add_row("kB per image", *sizes, "")

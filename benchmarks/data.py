@@ -1,12 +1,12 @@
-"""How fast images become crops: the original's transform and our three back ends, on the same JPEG files in one run.
+"""Measures the speed of multi-crop augmentation: the original's transforms and our three back ends on the same JPEGs.
 
-    python benchmarks/data.py                          # JPEGs made of the built-in pictures
-    python benchmarks/data.py --images DIR --json      # of your photographs
+    python benchmarks/data.py                          # JPEGs made from the built-in images
+    python benchmarks/data.py --images DIR --json      # JPEGs made from your photographs
 
-`per core` is one process with one thread that reads, decodes and crops batches and copies them to where a device would
-fetch them from (page-locked memory where there is one). The runs take turns, and a ratio is the median over the rounds.
-`device` ends with uint8 crops there; the row above it adds its augmentation on this CPU. With a GPU, the augmentation
-of a batch is set against a training step.
+`per core` is one process with one thread that reads, decodes and crops batches and copies them to a buffer (page-locked
+memory if there is a GPU). The variants alternate, and a ratio is the median over the rounds. `device` ends with uint8
+crops; `device, augmented on the CPU` adds the augmentation that normally runs on the GPU. With a GPU, the augmentation
+of a batch is compared with a training step.
 """
 
 import argparse
@@ -43,14 +43,14 @@ BACKENDS = ("pil", "cpu", "device")
 
 
 def main() -> None:
-    """Measure, print tables, and one JSON object with `--json`."""
+    """Measure and print tables, and a JSON object with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--images", type=Path, help="folder of pictures to make the JPEGs of; the built-in ones if none"
+        "--images", type=Path, help="folder of images from which the JPEGs are made; default: built-in images"
     )
     parser.add_argument("--count", type=int, default=128, help="number of JPEG files")
     parser.add_argument("--batch", type=int, default=32, help="images per batch")
-    parser.add_argument("--rounds", type=int, default=12, help="turns that each takes")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each variant")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of loader processes to try")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
@@ -72,35 +72,35 @@ def main() -> None:
 
 
 def make_jpegs(folder: Path, images: Path | None, *, count: int) -> list[Path]:
-    """`count` JPEG files of 500 × 375 pixels."""
+    """Write `count` JPEG files of 500 × 375 pixels."""
     for i, picture in enumerate(pictures(images, count=count)):
         width, height = picture.size
-        inner = min(width / SIZE[0], height / SIZE[1])
-        box = picture.crop((0, 0, round(inner * SIZE[0]), round(inner * SIZE[1])))
+        scale = min(width / SIZE[0], height / SIZE[1])
+        box = picture.crop((0, 0, round(scale * SIZE[0]), round(scale * SIZE[1])))
         box.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{i:05}.jpg", quality=QUALITY)
     return sorted(folder.glob("*.jpg"))
 
 
 def pictures(images: Path | None, *, count: int) -> Iterator[Image.Image]:
-    """Pictures from a folder, over and over if they are few, or drawn ones."""
+    """Images from a folder, repeated if there are not enough, or built-in images."""
     if images is None:
         drawn = BuiltinImages("train", images=count, image_size=500, draw_seed=0)
         yield from (Image.fromarray(drawn.read(i)) for i in range(count))
         return
-    found = [path for path in sorted(images.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = [path for path in sorted(images.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     for i in range(count):
-        yield Image.open(found[i * len(found) // count if len(found) > count else i % len(found)]).convert("RGB")
+        yield Image.open(files[i * len(files) // count if len(files) > count else i % len(files)]).convert("RGB")
 
 
 def dataset(files: list[Path], backend: str) -> MultiCropDataset:
-    """The package's own data set over the files."""
+    """The package's dataset of the files."""
     config = FolderData(path=str(files[0].parent), num_workers=0)
     data = MultiCropDataModule(config, CropsConfig(backend=backend), seed=0)
     return data.train_dataloader().loader.dataset  # type: ignore[return-value]
 
 
 def batches(files: list[Path], *, batch: int) -> dict[str, Callable[[int], Any]]:
-    """What makes batch number n of the files, by name."""
+    """Name of a variant -> function that makes batch n of the files."""
     original = OriginalCrops(files)
 
     def keys(n: int) -> list[int]:
@@ -114,7 +114,7 @@ def batches(files: list[Path], *, batch: int) -> dict[str, Callable[[int], Any]]
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """All tensors of a batch."""
+    """All tensors in a batch."""
     if isinstance(batch, RawCrops):
         return [
             t for group in batch.groups for t in (group.crops, group.plan.indices.tensor, group.plan.numbers.tensor)
@@ -122,39 +122,39 @@ def tensors(batch: Any) -> list[Tensor]:
     return batch
 
 
-class Landing:
-    """Memory that batches are copied to, page-locked where there is a GPU."""
+class TransferBuffer:
+    """Memory to which batches are copied; page-locked if there is a GPU."""
 
     def __init__(self) -> None:
-        self.places: list[Tensor] = []
+        self.buffers: list[Tensor] = []
 
     def receive(self, batch: Any) -> None:
         """Copy a batch."""
         for i, tensor in enumerate(tensors(batch)):
-            if i == len(self.places):
-                self.places.append(
+            if i == len(self.buffers):
+                self.buffers.append(
                     torch.empty(2 * tensor.numel(), dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
                 )
-            self.places[i][: tensor.numel()].view_as(tensor).copy_(tensor)
+            self.buffers[i][: tensor.numel()].view_as(tensor).copy_(tensor)
 
 
 def per_core(files: list[Path], *, batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds per image of each, in turns, and ratios to the original."""
+    """Times per image of all variants, which alternate, and ratios to the original."""
     makers, seconds, size = batches(files, batch=batch), {}, {}
-    landings = {name: Landing() for name in makers}
-    finish = CropsConfig(backend="device")
+    buffers = {name: TransferBuffer() for name in makers}
+    config = CropsConfig(backend="device")
     for n in range(rounds + 1):
         for name, make in makers.items():
             start = time.perf_counter()
-            made = make(n)
-            landings[name].receive(made)
+            crops = make(n)
+            buffers[name].receive(crops)
             done = time.perf_counter()
-            size[name] = sum(tensor.nbytes for tensor in tensors(made)) / batch
+            size[name] = sum(tensor.nbytes for tensor in tensors(crops)) / batch
             if name == "device":
-                made.augment(finish)
-                seconds.setdefault("device, finished here", []).append((time.perf_counter() - start) / batch)
+                crops.augment(config)
+                seconds.setdefault("device, augmented on the CPU", []).append((time.perf_counter() - start) / batch)
             seconds.setdefault(name, []).append((done - start) / batch)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round is a warm-up
     ratios = {
         name: statistics.median(a / b for a, b in zip(seconds["original"], values, strict=True))
         for name, values in seconds.items()
@@ -171,7 +171,7 @@ def per_core(files: list[Path], *, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def print_rates(results: dict[str, Any]) -> None:
-    """One row for each way."""
+    """Print one row for each variant."""
     table = Table("Crops", "ms / image (best)", "images / s / core", "× original (median)", "kB copied / image")
     for name, value in results["milliseconds_per_image"].items():
         size = results["kilobytes_per_image"].get(name, "")
@@ -180,24 +180,24 @@ def print_rates(results: dict[str, Any]) -> None:
 
 
 def print_breakdown(files: list[Path]) -> None:
-    """Where the time of one image goes."""
+    """Print the time of each step for one image."""
     data = dataset(files, "device")
     decoder, config = data.images.decode, CropsConfig(backend="device")
     contents = [path.read_bytes() for path in files[:16]]
     images = [decoder(content) for content in contents]
-    drawn = [draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))]
-    flat = [crop for crops in drawn for crop in crops]
-    small = [cut(image, crop) for image, crops in zip(images, drawn, strict=True) for crop in crops]
+    parameters = [draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))]
+    flat = [crop for crops in parameters for crop in crops]
+    small = [cut(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops]
     finish, outs = Finisher(config), [torch.empty(crop.shape) for crop in small]
     steps: dict[str, Callable[[], Any]] = {
         "read the file": lambda: [path.read_bytes() for path in files[:16]],
         "decode": lambda: [decoder(content) for content in contents],
-        "draw the parameters": lambda: [
+        "sample the parameters": lambda: [
             draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))
         ],
         "plan (device only)": lambda: make_plan(flat),
         "cut and resize ten crops": lambda: [
-            cut(image, crop) for image, crops in zip(images, drawn, strict=True) for crop in crops
+            cut(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops
         ],
         "flip, colors, blur, normalize": lambda: [
             finish(image, crop, out=out) for image, crop, out in zip(small, flat, outs, strict=True)
@@ -220,26 +220,28 @@ def best(step: Callable[[], Any], *, turns: int = 15) -> float:
 
 
 def with_workers(files: list[Path], *, workers: list[int], batch: int, turns: int = 12) -> list[dict[str, Any]]:
-    """Images per second and private memory of a loader process, through PyTorch's loader."""
+    """Images per second with PyTorch's data loader, and private memory of a loader process."""
     rows = []
     for count in workers:
         for name in ("original", *BACKENDS):
             data = OriginalCrops(files) if name == "original" else dataset(files, name)
             keys = [[(n * batch + i) % len(files) for i in range(batch)] for n in range(turns + 2 * count)]
-            order: Any = keys if name == "original" else [[(n, key) for key in some] for n, some in enumerate(keys)]
+            order: Any = (
+                keys if name == "original" else [[(n, key) for key in batch_keys] for n, batch_keys in enumerate(keys)]
+            )
             loader = DataLoader(
                 data,
                 batch_sampler=order,
                 num_workers=count,
-                collate_fn=None if name == "original" else lambda made: made,
+                collate_fn=None if name == "original" else lambda crops: crops,
                 worker_init_fn=start_worker,
             )
-            landing, iterator = Landing(), iter(loader)
+            buffer, iterator = TransferBuffer(), iter(loader)
             for _ in range(2 * count):  # until every process has started
-                landing.receive(next(iterator))
+                buffer.receive(next(iterator))
             start = time.perf_counter()
-            for made in iterator:
-                landing.receive(made)
+            for crops in iterator:
+                buffer.receive(crops)
                 memory = private_megabytes(iterator._workers[0].pid)  # type: ignore[attr-defined]
             rate = turns * batch / (time.perf_counter() - start)
             rows.append({"workers": count, "crops": name, "images_per_second": round(rate), "megabytes": round(memory)})
@@ -247,7 +249,7 @@ def with_workers(files: list[Path], *, workers: list[int], batch: int, turns: in
 
 
 def private_megabytes(pid: int) -> float:
-    """Memory of a process that it shares with no other; 0 where the system does not tell."""
+    """Private memory of a process in MB; 0 if the system does not report it."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -256,13 +258,13 @@ def private_megabytes(pid: int) -> float:
 
 
 def print_workers(rows: list[dict[str, Any]]) -> None:
-    """One row for each way, a column for each number of processes."""
+    """Print one row for each variant and one column for each number of processes."""
     counts = sorted({row["workers"] for row in rows})
     table = Table("Crops", *(f"images / s, {count} workers" for count in counts), "MB private / worker")
     for name in dict.fromkeys(row["crops"] for row in rows):
-        own = {row["workers"]: row for row in rows if row["crops"] == name}
-        memory = max(row["megabytes"] for row in own.values())
-        table.add_row(name, *(str(own[count]["images_per_second"]) for count in counts), str(memory))
+        by_count = {row["workers"]: row for row in rows if row["crops"] == name}
+        memory = max(row["megabytes"] for row in by_count.values())
+        table.add_row(name, *(str(by_count[count]["images_per_second"]) for count in counts), str(memory))
     Console().print(table)
 
 

@@ -1,7 +1,4 @@
-"""On a GPU: the augmentation of a batch against a training step, and decoding there (nvJPEG) against loader processes.
-
-`data.py` calls it where there is one.
-"""
+"""Measures augmentation, a training step and decoding (nvJPEG) on a GPU. `data.py` calls it if there is a GPU."""
 
 import time
 from collections.abc import Callable
@@ -34,14 +31,14 @@ def measure_gpu(files: list[Path]) -> dict[str, float]:
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
     images = [decode_jpeg(content) for content in encoded]
     cut = DeviceBatches(config)(images, list(range(BATCH)))
-    here = cut.to(device)
+    on_gpu = cut.to(device)
     results = {
         "copy": timed(lambda: cut.pin_memory().to(device)),
-        "augmentation": timed(lambda: here.augment(config)),
-        "training step": timed(training_step(here.augment(config), device)),
+        "augmentation": timed(lambda: on_gpu.augment(config)),
+        "training step": timed(training_step(on_gpu.augment(config), device)),
         "decode and cut on the GPU (nvJPEG)": timed(lambda: decode_and_cut(encoded, config, device)),
     }
-    results["augmentation, share of a step"] = results["augmentation"] / results["training step"]
+    results["augmentation, share of a training step"] = results["augmentation"] / results["training step"]
     table = Table(torch.cuda.get_device_name(), "ms / 64 images")
     for name, value in results.items():
         table.add_row(name, f"{value:.3f}")
@@ -50,7 +47,7 @@ def measure_gpu(files: list[Path]) -> dict[str, float]:
 
 
 def training_step(views: list[torch.Tensor], device: torch.device) -> Callable[[], Any]:
-    """Forward, backward and the update of ViT-S/16 with the original's head, in bfloat16."""
+    """A function that runs forward, backward and update of ViT-S/16 with the original's head, in bfloat16."""
     networks = [build_backbone(ViTConfig(), image_size=224, drop_path=flag).to(device) for flag in (True, False)]
     module = DINO(
         DINOConfig(),
@@ -77,15 +74,15 @@ def training_step(views: list[torch.Tensor], device: torch.device) -> Callable[[
 
 
 def decode_and_cut(encoded: list[torch.Tensor], config: CropsConfig, device: torch.device) -> list[torch.Tensor]:
-    """nvJPEG, ten cuts per image and the augmentation, all on the GPU."""
+    """Decode with nvJPEG, cut ten crops per image and augment them, all on the GPU."""
     images = decode_jpeg(encoded, device=device)
-    drawn = [
+    parameters = [
         draw_crops(config, width=image.shape[2], height=image.shape[1], dice=FastRNG(i))
         for i, image in enumerate(images)
     ]
     finished = []
     for views in (slice(0, 2), slice(2, None)):
-        crops = [(image, crop) for image, one in zip(images, drawn, strict=True) for crop in one[views]]
+        crops = [(image, crop) for image, boxes in zip(images, parameters, strict=True) for crop in boxes[views]]
         plan = make_plan([crop for _, crop in crops])
         cut = torch.stack([cut_float(*crops[i]) for i in plan.order])
         finished.append(augment(cut, plan.to(device), config))
@@ -93,14 +90,14 @@ def decode_and_cut(encoded: list[torch.Tensor], config: CropsConfig, device: tor
 
 
 def cut_float(image: torch.Tensor, crop: Crop) -> torch.Tensor:
-    """One crop; PyTorch's bicubic interpolation with antialiasing takes floats on a GPU."""
+    """Cut one crop. On a GPU, PyTorch's bicubic interpolation with antialiasing needs floats."""
     top, left, height, width = crop.box
     box = image[None, :, top : top + height, left : left + width].float()
     return interpolate(box, (crop.size, crop.size), mode="bicubic", antialias=True)[0].round_().clamp_(0, 255)
 
 
 def timed(step: Callable[[], Any], *, turns: int = 20) -> float:
-    """Milliseconds of one turn, after a warm-up."""
+    """Milliseconds per call, after a warm-up."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()

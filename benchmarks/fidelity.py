@@ -1,15 +1,16 @@
-"""Train the original DINO and this package side by side on the same weights and batches, and print the differences.
+"""Trains the original DINO and this package from the same weights on the same batches; prints the differences.
 
     python benchmarks/fidelity.py --original DIR            ViT, float64: 2 epochs of 5 steps, minutes on 2 CPU cores
     python benchmarks/fidelity.py --original DIR --dtype float32
     python benchmarks/fidelity.py --original DIR --backbone resnet50
-    python benchmarks/fidelity.py --original DIR --batch 16             large enough for tiles
-    python benchmarks/fidelity.py --original DIR --step fused=false     with other settings of `step`
+    python benchmarks/fidelity.py --original DIR --batch 16             enough images for tiles
+    python benchmarks/fidelity.py --original DIR --compute fused=false  with other settings of `compute`
 
-DIR is a checkout of facebookresearch/dino (the figures in docs/fidelity.md: commit 7c446df). What runs there is its own
-`train_one_epoch`, with `.cuda()` made a no-op, against our LightningModule under Lightning's trainer. The settings
-exercise everything that moves: warm-up, weight-decay and momentum schedules, a teacher temperature that changes between
-the epochs, a frozen last layer in the first epoch, clipping that clips, an unnormalized last layer.
+DIR is a checkout of facebookresearch/dino (the figures in docs/fidelity.md: commit 7c446df). One side is the original's
+`train_one_epoch`, with `.cuda()` doing nothing; the other is our LightningModule with Lightning's trainer. The settings
+cover everything that changes during training: warm-up, schedules of weight decay and momentum, a teacher temperature
+that differs between the epochs, a frozen last layer in the first epoch, gradient clipping with a low limit, an
+unnormalized last layer.
 """
 
 import argparse
@@ -44,29 +45,29 @@ Weights = dict[str, Tensor]
 
 @dataclasses.dataclass
 class Trace:
-    """What a run did, step by step."""
+    """Losses, centers and weights of a run after each step."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     centers: list[Tensor] = dataclasses.field(default_factory=list)
     students: list[Weights] = dataclasses.field(default_factory=list)
     teachers: list[Weights] = dataclasses.field(default_factory=list)
 
-    def note(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Copy the weights as they are after a step."""
-        for kept, module in ((self.students, student), (self.teachers, teacher)):
-            kept.append({name: tensor.detach().clone() for name, tensor in module.state_dict().items()})
+    def record(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Copy the weights after a step."""
+        for weights, module in ((self.students, student), (self.teachers, teacher)):
+            weights.append({name: tensor.detach().clone() for name, tensor in module.state_dict().items()})
 
 
 def main() -> None:
-    """Run both and compare."""
+    """Run both sides and compare them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--original", type=Path, required=True, help="checkout of facebookresearch/dino")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--backbone", choices=["vit", "resnet50"], default="vit")
-    parser.add_argument("--batch", type=int, default=4, help="images; from 16 on a ViT's blocks run in tiles")
-    parser.add_argument("--step", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `step` for ours")
+    parser.add_argument("--batch", type=int, default=4, help="images; with 16 or more, a ViT's blocks run in tiles")
+    parser.add_argument("--compute", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `compute` for ours")
     options = parser.parse_args()
-    step = OmegaConf.merge(OmegaConf.structured(ComputeConfig), OmegaConf.from_dotlist(options.step))
+    compute = OmegaConf.merge(OmegaConf.structured(ComputeConfig), OmegaConf.from_dotlist(options.compute))
     dtype = getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(1)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * LOCAL_CROPS
@@ -81,14 +82,14 @@ def main() -> None:
         batches,
         backbone=options.backbone,
         precision=options.dtype,
-        step=cast(ComputeConfig, OmegaConf.to_object(step)),
+        compute=cast(ComputeConfig, OmegaConf.to_object(compute)),
     )
     torch.set_default_dtype(torch.float32)
     compare(initial, original, ours)
 
 
 def run_original(checkout: Path, batches: list[list[Tensor]], *, backbone: str) -> tuple[Weights, Trace]:
-    """The initial weights of the original's networks and the trace of its own training loop."""
+    """The initial weights of the original's networks and the trace of its training loop."""
     sys.path.insert(0, str(checkout))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
@@ -97,7 +98,7 @@ def run_original(checkout: Path, batches: list[list[Tensor]], *, backbone: str) 
     import utils
     import vision_transformer as vits
 
-    utils.SmoothedValue.synchronize_between_processes = lambda self: None  # it asks for a GPU, to print a mean
+    utils.SmoothedValue.synchronize_between_processes = lambda self: None  # it needs a GPU, only to print a mean
     torch.manual_seed(0)
     with_norm = backbone == "resnet50"
     networks, width = _original_networks(vits, backbone)
@@ -122,19 +123,21 @@ def run_original(checkout: Path, batches: list[list[Tensor]], *, backbone: str) 
     trace = Trace()
     forward, update_center = loss.forward, loss.update_center
 
-    def noted_forward(*arguments: Any) -> Tensor:
+    def recorded_forward(*arguments: Any) -> Tensor:
         result = forward(*arguments)
         trace.losses.append(result.item())
         return result
 
-    def noted_update(output: Tensor) -> None:
+    def recorded_update(output: Tensor) -> None:
         update_center(output)
         trace.centers.append(loss.center.clone())
 
-    loss.forward, loss.update_center = noted_forward, noted_update
+    loss.forward, loss.update_center = recorded_forward, recorded_update
     arguments = types.SimpleNamespace(clip_grad=CLIP, freeze_last_layer=1, epochs=EPOCHS)
     for epoch in range(EPOCHS):
-        loader = NotedBatches(batches[epoch * STEPS :][:STEPS], after=lambda: trace.note(student.module, teacher))
+        loader = BatchesWithCallback(
+            batches[epoch * STEPS :][:STEPS], after=lambda: trace.record(student.module, teacher)
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             main_dino.train_one_epoch(
                 student, teacher, teacher, loss, loader, optimizer, *schedules, epoch, None, arguments
@@ -155,8 +158,8 @@ def _original_networks(vits: Any, backbone: str) -> tuple[list[nn.Module], int]:
     return [make(qkv_bias=True, norm_layer=norm) for _ in range(2)], WIDTH
 
 
-class NotedBatches:
-    """Batches with a call after each one was trained on."""
+class BatchesWithCallback:
+    """Yields batches and calls `after` when the training step on a batch is done."""
 
     def __init__(self, batches: list[list[Tensor]], *, after: Any) -> None:
         self.batches, self.after = batches, after
@@ -171,9 +174,9 @@ class NotedBatches:
 
 
 def run_ours(
-    initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str, step: ComputeConfig
+    initial: Weights, batches: list[list[Tensor]], *, backbone: str, precision: str, compute: ComputeConfig
 ) -> Trace:
-    """The trace of our LightningModule from the same weights."""
+    """The trace of our LightningModule, trained from the same weights."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     optim: OptimConfig
     if backbone == "resnet50":
@@ -198,38 +201,38 @@ def run_ours(
             feature_dim=networks[0].num_features,  # type: ignore[arg-type]
             optim=optim,
             batch_size_per_device=len(batches[0][0]),
-            compute=step,
+            compute=compute,
         ),
     )
     method.student.load_state_dict(initial)
     method.teacher.load_state_dict(initial)
     trace = Trace()
 
-    class Note(L.Callback):
+    class RecordTrace(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            """Note the step that was just taken."""
+            """Record the step."""
             trace.losses.append(outputs["loss"].item())
             trace.centers.append(method.center.center.clone())
-            trace.note(method.student, method.teacher)
+            trace.record(method.student, method.teacher)
 
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         precision="64-true" if precision == "float64" else "32-true",
         max_epochs=EPOCHS,
-        callbacks=[Note()],
+        callbacks=[RecordTrace()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         reload_dataloaders_every_n_epochs=1,
     )
-    trainer.fit(method, datamodule=Epochs(batches))
+    trainer.fit(method, datamodule=EpochBatches(batches))
     return trace
 
 
-class Epochs(L.LightningDataModule):
-    """Each epoch its own batches."""
+class EpochBatches(L.LightningDataModule):
+    """Data with different batches for each epoch."""
 
     def __init__(self, batches: list[list[Tensor]]) -> None:
         super().__init__()
@@ -249,24 +252,24 @@ def compare(initial: Weights, original: Trace, ours: Trace) -> None:
         center = (original.centers[step] - ours.centers[step]).abs().max().item()
         student = max(difference(original.students[step], ours.students[step]).values())
         teacher = max(difference(original.teachers[step], ours.teachers[step]).values())
-        apart = abs(loss - ours.losses[step])
-        print(f"{step:4d} {loss:18.12f} {apart:9.1e} {center:10.1e} {student:11.1e} {teacher:11.1e}")
+        loss_difference = abs(loss - ours.losses[step])
+        print(f"{step:4d} {loss:18.12f} {loss_difference:9.1e} {center:10.1e} {student:11.1e} {teacher:11.1e}")
     last = difference(original.students[-1], ours.students[-1])
     moved = difference(original.students[-1], initial)
     print("\nlargest difference after the last step by parameter, blocks taken together (and how far it moved):")
     kinds: dict[str, tuple[float, float]] = {}
-    for name, apart in last.items():
+    for name, largest in last.items():
         kind = re.sub(r"(blocks|layer\d)\.\d+\.", r"\1.*.", name)
-        before = kinds.get(kind, (0.0, 0.0))
-        kinds[kind] = max(before[0], apart), max(before[1], moved[name])
+        previous = kinds.get(kind, (0.0, 0.0))
+        kinds[kind] = max(previous[0], largest), max(previous[1], moved[name])
     for kind in sorted(kinds, key=kinds.__getitem__, reverse=True):
         print(f"  {kinds[kind][0]:.1e}  ({kinds[kind][1]:.1e})  {kind}")
 
 
-def difference(one: Weights, other: Weights) -> dict[str, float]:
-    """Name -> largest absolute difference."""
-    assert one.keys() == other.keys()
-    return {name: (one[name].double() - other[name].double()).abs().max().item() for name in one}
+def difference(a: Weights, b: Weights) -> dict[str, float]:
+    """Name of a weight -> largest absolute difference."""
+    assert a.keys() == b.keys()
+    return {name: (a[name].double() - b[name].double()).abs().max().item() for name in a}
 
 
 if __name__ == "__main__":

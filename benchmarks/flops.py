@@ -1,9 +1,10 @@
-"""Floating-point operations of a training step, counted from the configuration, and what the machine can do.
+"""Floating-point operations of a training step, counted from the configuration, and the matrix rate of the machine.
 
     python benchmarks/flops.py                                  ViT-S/16, 2 crops of 224 and 8 of 96, K = 65536
     python benchmarks/flops.py --backbone vit_base --patch 8
 
-What is counted stands in `dino_lightning/methods/flops.py`; here by part, for DINO alone, without building anything.
+`dino_lightning/methods/flops.py` describes what is counted. This counts by part, for DINO only, without building
+networks.
 """
 
 import argparse
@@ -44,8 +45,8 @@ def model_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOCon
 
 
 def step_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOConfig) -> Counts:
-    """The same by part: those of `backbone_flops`, `head_mlp` and `prototypes`."""
-    # Passes over a crop: three for the student, one more over the global crops for the teacher.
+    """Operations per image by part: the parts of `backbone_flops`, `head_mlp` and `prototypes`."""
+    # Three passes over each crop for the student (forward 1, backward 2), one over the global crops for the teacher.
     passes = {crops.global_size: 4 * GLOBAL_CROPS, crops.local_size: 3 * crops.local_count}
     counts: Counts = {}
     for size, times in passes.items():
@@ -57,7 +58,7 @@ def step_flops(backbone: BackboneConfig, *, crops: CropsConfig, method: DINOConf
 
 
 def head_flops(method: DINOConfig, *, features: int) -> Counts:
-    """The head's forward pass over one crop."""
+    """Operations of the head's forward pass over one crop."""
     widths = [features, *[method.head_hidden_dim] * (method.head_layers - 1), method.head_bottleneck_dim]
     linear = sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
     return {"head_mlp": 2.0 * linear, "prototypes": 2.0 * method.head_bottleneck_dim * method.out_dim}
@@ -72,9 +73,9 @@ def feature_width(backbone: BackboneConfig) -> int:
 
 
 def matrix_rate(device: str, *, precision: str, size: int | None = None, turns: int = 5) -> float:
-    """Operations per second of a large square matrix product, the best of some turns.
+    """Operations per second of a large square matrix product, the best of several turns.
 
-    `precision` is `32`, `tf32` or `bf16`; the setting for float32 products is as it was afterwards.
+    `precision` is `32`, `tf32` or `bf16`. PyTorch's setting for float32 products is restored afterwards.
     """
     size = size or (8192 if device == "cuda" else 1024)
     products = 10 if device == "cuda" else 1
@@ -82,24 +83,24 @@ def matrix_rate(device: str, *, precision: str, size: int | None = None, turns: 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    ways: list[Callable[[], Any]] = [lambda: torch.mm(a, b)]
-    if device == "cpu":  # another library, with another rate: a convolution of one pixel over `size` pixels
+    variants: list[Callable[[], Any]] = [lambda: torch.mm(a, b)]
+    if device == "cpu":  # a 1×1 convolution over `size` pixels uses another library, which may be faster
         pixels, kernel = a.view(1, 2, size // 2, size).permute(0, 3, 1, 2), b[:, :, None, None]
-        ways.append(lambda: torch.nn.functional.conv2d(pixels, kernel))
+        variants.append(lambda: torch.nn.functional.conv2d(pixels, kernel))
     try:
-        best = min(seconds(way, times=products, device=device) for _ in range(turns + 1) for way in ways)
+        best = min(seconds(run, times=products, device=device) for _ in range(turns + 1) for run in variants)
     finally:
         torch.set_float32_matmul_precision(before)
     return 2 * size**3 / best
 
 
-def seconds(what: Callable[[], Any], *, times: int, device: str) -> float:
-    """How long it takes once, on a GPU until it is done there."""
+def seconds(run: Callable[[], Any], *, times: int, device: str) -> float:
+    """Seconds per call, on a GPU including its work."""
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     for _ in range(times):
-        what()
+        run()
     wait()
     return (time.perf_counter() - start) / times
 

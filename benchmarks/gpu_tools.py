@@ -1,8 +1,8 @@
 """Small commands of `gpu_suite.sh`, and a pytest plugin that keeps only the tests that need a GPU.
 
-python benchmarks/gpu_tools.py figures FILE.json            the figures of a benchmark in one line
-python benchmarks/gpu_tools.py jpegs FOLDER --count N       JPEG files made of the built-in pictures
-python benchmarks/gpu_tools.py augmentation FOLDER          those files through `data_gpu.py`; without a GPU, `data.py`
+python benchmarks/gpu_tools.py figures FILE.json            the results of a benchmark in one line
+python benchmarks/gpu_tools.py jpegs FOLDER --count N       JPEG files made from the built-in images
+python benchmarks/gpu_tools.py augmentation FOLDER          `data_gpu.py` with these files; without a GPU, `data.py`
 python -m pytest -p gpu_tools                               with benchmarks/ on PYTHONPATH
 """
 
@@ -11,7 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-TOLD = ("time_ratio", "memory_ratio", "whole_ratio", "images_per_second", "utilisation", "memory_mb", "share", "failed")
+PRINTED = (
+    "time_ratio",
+    "memory_ratio",
+    "whole_ratio",
+    "images_per_second",
+    "utilization",
+    "memory_mb",
+    "share",
+    "failed",
+)
 
 
 def main() -> None:
@@ -27,7 +36,7 @@ def main() -> None:
     match options.command:
         case "figures":
             row = json.loads(options.path.read_text())
-            print(" ".join(f"{name}={short(row[name])}" for name in TOLD if name in row))
+            print(" ".join(f"{name}={short(row[name])}" for name in PRINTED if name in row))
         case "jpegs":
             from data import make_jpegs
 
@@ -38,14 +47,14 @@ def main() -> None:
 
 
 def short(value: Any) -> str:
-    """A figure, or several."""
+    """A result as short text."""
     if isinstance(value, dict):
         return ",".join(f"{name}:{short(inner)}" for name, inner in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def augmentation(files: list[Path]) -> dict[str, Any]:
-    """Milliseconds per batch on a GPU; on a CPU the ratios of one short round."""
+    """Milliseconds per batch on a GPU; on a CPU the results of one short round."""
     import torch
 
     if torch.cuda.is_available():
@@ -58,13 +67,13 @@ def augmentation(files: list[Path]) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Keep the tests that are skipped where there is no GPU."""
-    kept, others = [], []
+    """Select the tests that are skipped on machines without a GPU."""
+    selected, others = [], []
     for item in items:
         reasons = [str(mark.kwargs.get("reason", "")) for mark in item.iter_markers("skipif")]
-        (kept if any("GPU" in reason or "CUDA" in reason for reason in reasons) else others).append(item)
+        (selected if any("GPU" in reason or "CUDA" in reason for reason in reasons) else others).append(item)
     config.hook.pytest_deselected(items=others)
-    items[:] = kept
+    items[:] = selected
 
 
 if __name__ == "__main__":

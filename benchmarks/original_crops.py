@@ -1,4 +1,4 @@
-"""The original's augmentation, rebuilt from the public operators of torchvision and PIL: the measure of the others."""
+"""The original's augmentation, reimplemented with the public operators of torchvision and PIL, for comparison."""
 
 import random
 from collections.abc import Callable
@@ -12,31 +12,31 @@ from torchvision.transforms import InterpolationMode
 
 
 class Blur:
-    """Gaussian blur of a random radius (pixels), with a probability."""
+    """Gaussian blur with probability `p` and a random radius (pixels)."""
 
     def __init__(self, p: float) -> None:
         self.p = p
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The blurred image, or the image itself."""
+        """Blur or return the image."""
         if random.random() > self.p:
             return image
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 class Solarize:
-    """Invert bright values, with a probability."""
+    """Solarization (inversion of bright values) with probability `p`."""
 
     def __init__(self, p: float) -> None:
         self.p = p
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The solarised image, or the image itself."""
+        """Solarize or return the image."""
         return ImageOps.solarize(image) if random.random() < self.p else image
 
 
 def view(size: int, scale: tuple[float, float], *after: Callable) -> transforms.Compose:
-    """The transform of one kind of view."""
+    """The transform of one type of view, with `after` following the color changes."""
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
     return transforms.Compose(
         [
@@ -52,7 +52,7 @@ def view(size: int, scale: tuple[float, float], *after: Callable) -> transforms.
 
 
 class OriginalCrops(Dataset[list[Tensor]]):
-    """Files -> lists of two global and eight local crops, as the original's data set gives them."""
+    """Two global and eight local crops of each file, as in the original's dataset."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -68,5 +68,5 @@ class OriginalCrops(Dataset[list[Tensor]]):
             return self.crops(file.convert("RGB"))
 
     def crops(self, image: Image.Image) -> list[Tensor]:
-        """The ten crops of an image."""
+        """Ten crops of an image."""
         return [self.first(image), self.second(image), *(self.local(image) for _ in range(8))]

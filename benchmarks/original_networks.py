@@ -1,11 +1,11 @@
-"""Features of the original's networks beside ours, from one file of weights: the largest differences.
+"""Compares features of the original's networks and ours with the same weights; prints the largest differences.
 
     python benchmarks/original_networks.py --original DIR [--xcit DIR]        all networks and sizes, an hour on 2 cores
     python benchmarks/original_networks.py --original DIR --networks vits16 resnet50 --sizes 224 96
 
-DIR are checkouts of facebookresearch/dino and, for XCiT, of facebookresearch/xcit. Each network of theirs gets random
-weights and is saved in the layout of the published files; `load_network` reads that, and `dino export format=original`
-writes it again, which the original loads with `strict=True`.
+The DIRs are checkouts of facebookresearch/dino and, for XCiT, of facebookresearch/xcit. Each original network gets
+random weights and is saved in the layout of the published files. `load_network` loads this file, `export_network` with
+`format="original"` exports it, and the original loads the result with `strict=True`.
 """
 
 import argparse
@@ -44,17 +44,17 @@ def main() -> None:
         if checkout is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            for size, apart, largest in compared(
+            for size, difference, largest in compared(
                 name, checkout, Path(folder), sizes=options.sizes, dtype=getattr(torch, options.dtype)
             ):
-                print(f"{name:19} {size:>9} px {apart:12.1e}  ({largest:.1f})", flush=True)
+                print(f"{name:19} {size:>9} px {difference:12.1e}  ({largest:.1f})", flush=True)
 
 
 @torch.no_grad()
 def compared(
     name: str, checkout: Path, folder: Path, *, sizes: list[str], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, float, float]]:
-    """(size, largest difference, largest feature) for an image of each size; `folder` takes the files of weights."""
+    """Yield (size, largest difference, largest feature) for an image of each size; `folder` is for weight files."""
     theirs = original_network(name, checkout)
     torch.save(theirs.state_dict(), folder / "theirs.pth")
     ours = load_network(str(folder / "theirs.pth"))
@@ -71,9 +71,9 @@ def compared(
 
 
 def original_network(name: str, checkout: Path) -> nn.Module:
-    """A network of the original in eval mode, its weights and statistics random and all of them in use."""
+    """A network of the original in eval mode with random weights and statistics."""
     torch.manual_seed(0)
-    if name == "resnet50":  # the original takes torchvision's
+    if name == "resnet50":  # the original uses torchvision's
         from torchvision.models import resnet50
 
         network: nn.Module = resnet50()
@@ -85,7 +85,7 @@ def original_network(name: str, checkout: Path) -> nn.Module:
         kind, patch = VITS[name]
         with modules_of(checkout, "vision_transformer", "utils") as (vits, _):
             network = getattr(vits, kind)(patch_size=patch, num_classes=0)
-    for tensor in network.state_dict().values():  # norms, biases and statistics are not what they start as
+    for tensor in network.state_dict().values():  # change norms, biases and statistics from their initial values
         if tensor.ndim == 1:
             tensor.add_(torch.rand_like(tensor) * 0.1)
     return network.eval().requires_grad_(False)
@@ -93,7 +93,7 @@ def original_network(name: str, checkout: Path) -> nn.Module:
 
 @contextmanager
 def modules_of(checkout: Path, *names: str) -> Iterator[list[Any]]:
-    """Modules of a checkout, whose names are too common to stay imported."""
+    """Import modules of a checkout temporarily, because their names are too common."""
     sys.path.insert(0, str(checkout))
     try:
         yield [import_module(name) for name in names]

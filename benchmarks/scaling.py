@@ -1,10 +1,10 @@
-"""Training on many GPUs, on paper: bytes on the wire, what hides behind what, and where it stops growing.
+"""Estimates training on many GPUs: bytes sent, overlap with computation, and the limits of scaling.
 
     python benchmarks/scaling.py                          # the tables of docs/scaling.md
-    python benchmarks/scaling.py --share 0.3              # under other assumptions
+    python benchmarks/scaling.py --share 0.3              # with other assumptions
 
-Nothing is measured. Weights are counted in the real modules (`scaling_bytes.py`), operations by `flops.py`; what
-hardware does is an assumption with an option of its own (`scaling_seconds.py` reckons with it).
+Nothing is measured. Weights are counted in the real modules (`scaling_bytes.py`) and operations by `flops.py`. The
+rates of the hardware are assumptions, each with an option; `scaling_seconds.py` computes times from them.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.methods.student_teacher import StudentTeacher
 
 NETWORKS = {"vit_small": 64, "vit_base": 32, "vit_large": 16}
-"""Images per GPU; of the first two as in `experiment=vits16_100ep` and `vitb16`."""
+"""Network -> images per GPU; the first two as in `experiment=vits16_100ep` and `vitb16`."""
 GPUS = (8, 64, 512)
-LOADER = "images/s of one core, for crops=pil, cpu and device (benchmarks/data.py prints them)"
+LOADER = "images/s per core with crops=pil, cpu and device (benchmarks/data.py measures them)"
 
 Networks = dict[str, tuple[ViTConfig, StudentTeacher]]
 
@@ -30,14 +30,16 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--matrix", type=float, default=790.0, help="TFLOP/s of large bfloat16 products on one GPU")
-    parser.add_argument("--share", type=float, default=0.45, help="share of it that a step sustains")
-    parser.add_argument("--memory", type=float, default=4800.0, help="GB/s of a GPU's memory")
-    parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s of a GPU to the others of its node")
-    parser.add_argument("--nodes", type=float, nargs=2, default=[400.0, 12.5], help="GB/s of a node, two to compare")
+    parser.add_argument("--share", type=float, default=0.45, help="share of this rate that a step sustains")
+    parser.add_argument("--memory", type=float, default=4800.0, help="memory bandwidth of a GPU, GB/s")
+    parser.add_argument("--nvlink", type=float, default=450.0, help="bandwidth of a GPU to those of its node, GB/s")
+    parser.add_argument(
+        "--nodes", type=float, nargs=2, default=[400.0, 12.5], help="network bandwidths of a node, GB/s"
+    )
     parser.add_argument("--attained", type=float, default=0.8, help="share of these rates in collectives")
-    parser.add_argument("--total", type=int, default=1024, help="images per step where their total is fixed")
+    parser.add_argument("--total", type=int, default=1024, help="images per step with a constant total batch")
     parser.add_argument("--loader", type=float, nargs="+", default=[87.0, 481.0, 774.0], help=LOADER)
-    parser.add_argument("--markdown", action="store_true", help="tables as they stand in docs/scaling.md")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as in docs/scaling.md")
     options = parser.parse_args()
     fabrics = [
         Hardware(
@@ -61,34 +63,34 @@ def main() -> None:
 
 
 def markdown(table: Table) -> str:
-    """Its lines, without the title."""
+    """A table as Markdown, without the title."""
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     rows += [list(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def counts(networks: Networks) -> Table:
-    """What a network weighs and costs."""
+    """Weights, operations and memory of the networks."""
     table = Table(
         *("network", "trained weights, M", "of the backbone", "GFLOP / image", "state / GPU, GB: DDP"),
         *(f"FSDP, {gpus} GPUs" for gpus in GPUS),
-        title="counted",
+        title="weights, operations and memory",
     )
     for name, (backbone, method) in networks.items():
-        own = trained(method.student), trained(method.student.backbone)
-        kept = [state_bytes(method), *(state_bytes(method, slices=gpus) for gpus in GPUS)]
+        weights = trained(method.student), trained(method.student.backbone)
+        state = [state_bytes(method), *(state_bytes(method, slices=gpus) for gpus in GPUS)]
         cost = model_flops(backbone, crops=CropsConfig(), method=DINOConfig()) / 1e9
         table.add_row(
             name,
-            *(f"{numbers(some) / 1e6:.2f}" for some in own),
+            *(f"{numbers(parameters) / 1e6:.2f}" for parameters in weights),
             f"{cost:.1f}",
-            *(f"{size / 1e9:.3f}" for size in kept),
+            *(f"{size / 1e9:.3f}" for size in state),
         )
     return table
 
 
 def wire(networks: Networks) -> Table:
-    """What each GPU sends in a step."""
+    """Bytes that each GPU sends in a step."""
     kinds = ("teacher", "forward", "backward", "gradients")
     table = Table(
         *("network", "GPUs", "DDP"),
@@ -96,7 +98,7 @@ def wire(networks: Networks) -> Table:
         "FSDP, all",
         "FSDP / DDP",
         "center",
-        title="sent by each GPU in a step, MB; beside it 8 bytes of the loss at most",
+        title="sent by each GPU in a step, MB, in addition to at most 8 bytes for the loss",
     )
     for name, (_, method) in networks.items():
         for gpus in GPUS:
@@ -114,13 +116,13 @@ def wire(networks: Networks) -> Table:
 
 
 def growing(networks: Networks, fabrics: list[Hardware]) -> Table:
-    """The images per GPU stay, the batch grows."""
+    """Constant batch per GPU."""
     titles = [f"{kind}, {fabric.node / 1e9:g} GB/s" for fabric in fabrics for kind in ("DDP", "FSDP")]
     table = Table(
         *("network", "GPUs", "batch", "step alone, ms", "backward, ms"),
         *titles,
         "images / GPU that hide DDP's",
-        title="ms on the way -> share of a step alone",
+        title="communication in ms -> throughput relative to a GPU that does not communicate",
     )
     for name, (backbone, method) in networks.items():
         for gpus in GPUS:
@@ -135,18 +137,18 @@ def growing(networks: Networks, fabrics: list[Hardware]) -> Table:
 
 
 def both(hardware: Hardware, backbone: ViTConfig, method: StudentTeacher, *, images: int, gpus: int) -> list[str]:
-    """DDP and FSDP: the way, and a step without a network against one with it."""
+    """DDP and FSDP: communication time, and throughput relative to a GPU that does not communicate."""
     step = step_on(hardware, backbone, method, images=images)
-    part = step_on(hardware, backbone, method, images=images, slices=gpus)
+    sharded = step_on(hardware, backbone, method, images=images, slices=gpus)
     ways = [
         (step, ddp_seconds(hardware, step, method, gpus=gpus)),
-        (part, fsdp_seconds(hardware, part, backbone, method, gpus=gpus)),
+        (sharded, fsdp_seconds(hardware, sharded, backbone, method, gpus=gpus)),
     ]
-    return [f"{way * 1e3:.1f} -> {step.alone / (own.alone + exposed):.0%}" for own, (way, exposed) in ways]
+    return [f"{way * 1e3:.1f} -> {step.alone / (each.alone + exposed):.0%}" for each, (way, exposed) in ways]
 
 
 def fixed(networks: Networks, fabrics: list[Hardware], total: int) -> Table:
-    """The batch stays, the images per GPU fall."""
+    """Constant total batch."""
     titles = [f"DDP, {fabric.node / 1e9:g} GB/s" for fabric in fabrics]
     table = Table("network", "GPUs", "images / GPU", "step alone, ms", *titles, title=f"{total} images in a step")
     for name, (backbone, method) in networks.items():
@@ -159,9 +161,9 @@ def fixed(networks: Networks, fabrics: list[Hardware], total: int) -> Table:
 
 
 def feeding(networks: Networks, hardware: Hardware, rates: list[float]) -> Table:
-    """What the loader must bring."""
+    """The rate that the data loader must reach."""
     titles = [f"cores / GPU at {rate:g} images / s" for rate in rates]
-    table = Table("network", "images / s and GPU", *titles, title="data")
+    table = Table("network", "images / s and GPU", *titles, title="data loading")
     for name, (backbone, method) in networks.items():
         rate = NETWORKS[name] / step_on(hardware, backbone, method, images=NETWORKS[name]).alone
         table.add_row(name, f"{rate:.0f}", *(f"{rate / core:.1f}" for core in rates))

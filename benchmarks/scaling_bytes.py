@@ -1,6 +1,6 @@
-"""What training on many GPUs sends and keeps, counted in the real modules without memory for their weights.
+"""Bytes sent and stored in training on many GPUs, counted in the real modules without allocating their weights.
 
-Bytes sent are those of one GPU in one step; it receives as many.
+The bytes sent are those of one GPU in one step; it receives the same number of bytes.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.runtime.sharding import placement
 from dino_lightning.training.build import build_method
 
-FLOAT = 4
-"""Bytes of a weight, a gradient, a moment."""
+FLOAT_BYTES = 4
+"""Size of a weight, a gradient or a moment."""
 
 
 def on_paper(name: str) -> tuple[ViTConfig, StudentTeacher]:
-    """The method with the original's head, without memory for its weights."""
+    """The method with the original's head on the meta device, without memory for its weights."""
     backbone = backbone_config(name)
     assert isinstance(backbone, ViTConfig)
     data, optim = FolderData(path="none"), AdamWConfig()
@@ -29,32 +29,32 @@ def on_paper(name: str) -> tuple[ViTConfig, StudentTeacher]:
 
 
 def all_reduce(size: float, *, gpus: int) -> float:
-    """A ring sends every byte twice, but for its own part."""
+    """Bytes sent in a ring all-reduce: twice the size, except for the GPU's own part."""
     return 2 * (gpus - 1) / gpus * size
 
 
-def ddp_bytes(student: nn.Module, *, gpus: int, element: int = FLOAT) -> float:
-    """The mean of the gradients."""
+def ddp_bytes(student: nn.Module, *, gpus: int, element: int = FLOAT_BYTES) -> float:
+    """Bytes sent to average the gradients."""
     return all_reduce(element * numbers(trained(student)), gpus=gpus)
 
 
-def gather_bytes(parameters: Iterable[nn.Parameter], *, gpus: int, element: int = FLOAT) -> float:
-    """Each GPU sends its slices to all others once; the reduction of gradients to slices sends as much.
+def gather_bytes(parameters: Iterable[nn.Parameter], *, gpus: int, element: int = FLOAT_BYTES) -> float:
+    """Bytes sent in an all-gather: each GPU sends its slices to all others. A reduce-scatter sends the same number.
 
-    A slice is as large as the largest: FSDP pads the others.
+    All slices have the size of the largest, because FSDP pads the others.
     """
     return float((gpus - 1) * element * sum(slice_numbers(parameter, gpus=gpus) for parameter in parameters))
 
 
 def slice_numbers(parameter: nn.Parameter, *, gpus: int) -> int:
-    """Numbers in the largest slice of a parameter."""
+    """Number of elements in the largest slice of a parameter."""
     cut = placement(parameter, ranks=gpus)
     rows = parameter.shape[cut.dim if cut else 0]
     return -(-rows // gpus) * (parameter.numel() // rows)
 
 
-def fsdp_bytes(method: StudentTeacher, *, gpus: int, element: int = FLOAT) -> dict[str, float]:
-    """By what it is sent for."""
+def fsdp_bytes(method: StudentTeacher, *, gpus: int, element: int = FLOAT_BYTES) -> dict[str, float]:
+    """Purpose -> bytes sent."""
     weights, options = list(method.student.parameters()), {"gpus": gpus, "element": element}
     return {
         "teacher": gather_bytes(method.teacher.parameters(), **options),
@@ -65,23 +65,23 @@ def fsdp_bytes(method: StudentTeacher, *, gpus: int, element: int = FLOAT) -> di
     }
 
 
-def small_bytes(prototypes: int, *, gpus: int, element: int = FLOAT) -> dict[str, float]:
-    """The center with its number of rows, and the loss with three flags."""
+def small_bytes(prototypes: int, *, gpus: int, element: int = FLOAT_BYTES) -> dict[str, float]:
+    """Bytes sent for the center with its number of rows, and for the loss with three flags."""
     return {"center": all_reduce(element * (prototypes + 1), gpus=gpus), "loss": all_reduce(4 * element, gpus=gpus)}
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Those that get a gradient."""
+    """The parameters with a gradient."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def numbers(parameters: Iterable[nn.Parameter]) -> int:
-    """How many weights these are."""
+    """Number of weights in these parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def state_bytes(method: StudentTeacher, *, slices: int = 1) -> float:
-    """What one GPU keeps between steps: both networks, and gradients and two moments of what is trained."""
+    """Bytes on one GPU between steps: both networks, and gradients and two moments of the trained weights."""
     student, teacher = (list(network.parameters()) for network in (method.student, method.teacher))
-    kept = [*student, *teacher, *3 * trained(method.student)]
-    return float(FLOAT * sum(slice_numbers(parameter, gpus=slices) for parameter in kept))
+    stored = [*student, *teacher, *3 * trained(method.student)]
+    return float(FLOAT_BYTES * sum(slice_numbers(parameter, gpus=slices) for parameter in stored))

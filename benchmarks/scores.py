@@ -1,13 +1,13 @@
-"""Our scores beside those of the official packages on the same inputs, and the largest differences.
+"""Compares our scores with those of the official packages for the same inputs; prints the largest differences.
 
-    python benchmarks/scores.py --revisitop DIR --truth DIR            average precision on the real ground truth
+    python benchmarks/scores.py --revisitop DIR --truth DIR            average precision with the real ground truth
     python benchmarks/scores.py --original DIR                         Copydays' average precision, whitening
     python benchmarks/scores.py --davis2017 DIR --data DAVIS           J and F (needs OpenCV and scikit-image)
-    python benchmarks/scores.py --davis2017 DIR --data DAVIS --masks OUTPUT/masks     of masks that dino eval wrote
+    python benchmarks/scores.py --davis2017 DIR --data DAVIS --masks OUTPUT/masks     for masks written by dino eval
 
 Each DIR is a checkout: filipradenovic/revisitop, facebookresearch/dino, davisvideochallenge/davis2017-evaluation.
-`--truth` is the folder of `roxford5k/` and `rparis6k/` with their `gnd_*.pkl`. Rankings are random, every other one
-with ties. Without `--masks` the compared masks are the true ones of five frames before.
+`--truth` is the folder with `roxford5k/` and `rparis6k/` and their `gnd_*.pkl`. Rankings are random, every second one
+with ties. Without `--masks`, the evaluated masks are the true masks of five frames earlier.
 """
 
 import argparse
@@ -34,14 +34,14 @@ AT = (1, 5, 10)
 
 
 def main() -> None:
-    """Run the comparisons whose checkouts were given."""
+    """Run the comparisons for the given checkouts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("revisitop", "truth", "original", "davis2017", "data", "masks"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--rankings", type=int, default=10, help="random rankings for each data set and level")
     options = parser.parse_args()
     if not (options.revisitop or options.original or options.davis2017):
-        parser.error("give at least one of --revisitop, --original, --davis2017")
+        parser.error("set at least one of --revisitop, --original, --davis2017")
     if options.revisitop:
         retrieval(options)
     if options.original:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def imported(folder: Path, module: str) -> Any:
-    """A module of a checkout."""
+    """Import a module from a checkout."""
     if not hasattr(np, "in1d"):  # NumPy 2.4 renamed it
         np.in1d = np.isin  # type: ignore[attr-defined]
     sys.path.insert(0, str(folder))
@@ -62,13 +62,13 @@ def imported(folder: Path, module: str) -> Any:
 
 
 def similarities(shape: tuple[int, int], *, ties: bool) -> torch.Tensor:
-    """Random ones; with ties, of twenty values."""
+    """Random similarities; with ties, they have only twenty values."""
     values = torch.rand(shape, dtype=torch.float64)
     return (values * 20).floor() if ties else values
 
 
 def retrieval(options: argparse.Namespace) -> None:
-    """mAP, AP and P@k of revisitop's `compute_map`."""
+    """Compare mAP, AP and P@k with `compute_map` of revisitop."""
     official = imported(options.revisitop / "python", "evaluate")
     worst = {"AP": 0.0, "mAP": 0.0, "P@k": 0.0}
     for name in ("roxford5k", "rparis6k"):
@@ -90,21 +90,21 @@ def retrieval(options: argparse.Namespace) -> None:
                 worst["AP"] = max(worst["AP"], float(np.nanmax(np.abs(ap - ours.ap.numpy()))))
                 worst["P@k"] = max(worst["P@k"], float(np.nanmax(np.abs(precision - ours.precision.numpy()))))
     rankings = 2 * options.rankings
-    print(f"retrieval, {rankings} rankings of {len(queries)} queries at 3 levels: " + shown(worst))
+    print(f"retrieval, {rankings} rankings of {len(queries)} queries at 3 levels: " + formatted(worst))
 
 
 def copies(options: argparse.Namespace) -> None:
-    """Copydays' average precision and the PCA of the original."""
+    """Compare average precision for Copydays and the PCA with the original."""
     theirs, utils = (imported(options.original, name) for name in ("eval_copy_detection", "utils"))
     worst = 0.0
     for _ in range(30 * options.rankings):
-        found = torch.randperm(157)[:20]
+        ranking = torch.randperm(157)[:20]
         positives = torch.randperm(157)[: int(torch.randint(1, 6, ()))].tolist()
-        ranks = [rank for rank, image in enumerate(found.tolist()) if image in positives]
+        ranks = [rank for rank, image in enumerate(ranking.tolist()) if image in positives]
         official = theirs.score_ap_from_ranks_1(ranks, len(positives))
-        ours = float(average_precision_at_top(found[None], positives=[positives]))
+        ours = float(average_precision_at_top(ranking[None], positives=[positives]))
         worst = max(worst, abs(official - ours))
-    print(f"copy detection, {30 * options.rankings} rankings: " + shown({"AP": worst}))
+    print(f"copy detection, {30 * options.rankings} rankings: " + formatted({"AP": worst}))
 
     learned, images = torch.randn(2000, 96) @ torch.randn(96, 96) + 3, torch.randn(200, 96) @ torch.randn(96, 96) + 3
     ours_ND = torch.nn.functional.normalize(learn_whitening(learned, corrected=False)(images))
@@ -115,11 +115,11 @@ def copies(options: argparse.Namespace) -> None:
         theirs_ND = torch.from_numpy(pca.apply((images.to(dtype) - features.mean(0)).numpy()))
         theirs_ND = torch.nn.functional.normalize(theirs_ND.double())
         difference = float((ours_ND @ ours_ND.T - theirs_ND @ theirs_ND.T).abs().max())
-        print(f"whitening as the original, its covariance in {str(dtype)[6:]}: " + shown({"cosine": difference}))
+        print(f"whitening as in the original, its covariance in {str(dtype)[6:]}: " + formatted({"cosine": difference}))
 
 
 def video(options: argparse.Namespace) -> None:
-    """J and F: mean, recall and decay of every object."""
+    """Compare mean, recall and decay of J and F for each object."""
     metrics, utils = (imported(options.davis2017, f"davis2017.{name}") for name in ("metrics", "utils"))
     worst, objects = 0.0, 0
     for folder in sorted((options.data / "Annotations" / "480p").iterdir()):
@@ -136,17 +136,17 @@ def video(options: argparse.Namespace) -> None:
             ]
             worst = max(worst, float(np.abs(np.array(official) - scores.values()).max()))
             objects += 1
-    print(f"video, {objects} objects, mean, recall and decay of J and F in per cent: " + shown({"largest": worst}))
+    print(f"video, {objects} objects, mean, recall and decay of J and F in percent: " + formatted({"largest": worst}))
 
 
 def masks_in(folder: Path) -> np.ndarray:
-    """(T, H, W), void as background."""
+    """The masks of a folder (T, H, W), with void pixels as background."""
     masks_THW = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
     return np.where(masks_THW == 255, 0, masks_THW)
 
 
-def shown(differences: dict[str, float]) -> str:
-    """Largest differences in words."""
+def formatted(differences: dict[str, float]) -> str:
+    """The differences as text."""
     return ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
 
 

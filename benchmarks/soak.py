@@ -1,17 +1,18 @@
-"""Hours of training under blows: runs are killed in every way there is, go on, and must end as if nothing had happened.
+"""Soak test: hours of training in which runs are killed, resumed, and must end as if they had not been interrupted.
 
     python benchmarks/soak.py FOLDER                              two hours
-    python benchmarks/soak.py FOLDER --hours 0.1 --every 30       a try
+    python benchmarks/soak.py FOLDER --hours 0.1 --every 30       a short try
 
-First comes an uninterrupted run, the reference. Then the same run again and again until the time is up, each hit at
-random moments, `--every` seconds apart on average, by each kind of blow in turn, and started again with the same
-command line. Each ends by itself and is held against the reference: weights, optimizer, all rows of `metrics.csv`,
-k-NN. All run a copy of the code as it is at the beginning.
-Beside them one run is left alone for all that time (soak_steady.py): what grows slowly shows in it.
-Memory, handles, threads, shared memory and folders are measured all the while. `FOLDER/report.md` and
-`report.json` say what was seen; they are written every minute, so that a soak that is cut off leaves them too.
+The first run, the reference, is not interrupted. Then the same run is repeated until the time is up. Events hit it at
+random moments, `--every` seconds apart on average: signals, a killed loader process, a full disk. The kinds of events
+take turns. An interrupted run is resumed with the same command line. When a run has finished, it is compared with the
+reference: weights, optimizer, all rows of `metrics.csv`, k-NN. All runs use a copy of the code made at the start.
 
-Exit status 1 where something failed. A full disk is tried where a tmpfs can be mounted (as root).
+At the same time, one run is left undisturbed (soak_steady.py), to detect resources that grow slowly. Memory, file
+handles, threads, shared memory and folder sizes are measured all the time. `FOLDER/report.md` and `report.json` have
+the results; they are written every minute, so that they exist even if the soak test is killed.
+
+The exit status is 1 if something failed. The full disk needs a tmpfs, which only root can mount.
 """
 
 import argparse
@@ -28,260 +29,204 @@ from pathlib import Path
 from typing import Any
 
 import soak_measures as measures
-from soak_blows import LEAVES, ORDERLY, RESULTS_S, Blows, signal_all
 from soak_compare import differences
-from soak_measures import Leg
+from soak_events import EXIT_STATUSES, GRACEFUL, RESULTS_S, Events, signal_all
+from soak_measures import Attempt
 from soak_report import write_report
+from soak_run import EPOCH_STEPS, RunProcess, copy_code, start_run
 from soak_steady import Steady
 
-HERE = Path(__file__).resolve().parent
-DISK = 96
-"""MiB of the tmpfs."""
-STALL_LIMIT, GRACE = 240.0, 10.0
-"""Seconds: without a new step; for what is left over to disappear."""
-EPOCH = 32
-"""Steps."""
-RUN = (
-    f"data.train_images={16 * EPOCH}",
-    "data.val_images=64",
-    "data.batch_size_per_device=16",
-    "backbone.drop_path_rate=0.1",
-    "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false",
-    "cpu_threads=1",
-    "callbacks.pictures.every_n_epochs=1000",
-    "callbacks.pictures.images=2",
-    "callbacks.knn.bank=256",
-    "callbacks.knn.every_n_epochs=4",
-)
+DISK_MIB = 96
+STALL_LIMIT_S = 240.0
+"""A process without a new step for this long has stalled."""
+CLEANUP_LIMIT_S = 10.0
+"""How long child processes may outlive their parent."""
+FINISH_LIMIT_S = 1800.0
+"""How long the last run may take after the last event."""
 
 
 class Soak:
-    """The whole soak and what it has seen."""
+    """The state of the soak test."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.random = options, random.Random(options.seed)
+        self.options = options
+        self.random = random.Random(options.seed)
         self.folder: Path = options.folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.disk, self.mounted = self.folder / "disk", False
-        self.code = self.copy_of_the_code()
+        copy_code(self.folder)
         self.began, self.written = time.time(), 0.0
-        self.legs: list[Leg] = []
+        self.attempts: list[Attempt] = []
         self.runs: list[dict[str, Any]] = []
         self.failures: list[str] = []
-        self.blows = Blows(self.random)
-        self.next_blow = float("inf")
-        self.steady = self.start_steady()
+        self.events = Events(self.random)
+        self.next_event = float("inf")
+        overrides = ["trainer.max_epochs=100000", "data.num_workers=1", "logger=csv"]
+        steady = start_run("steady", self.folder / "steady", overrides, soak=self.folder, options=options)
+        self.steady = Steady(steady)
 
     def soak(self) -> None:
-        """Everything, in its order."""
+        """Run the complete test."""
         self.mount()
         try:
             self.one_run(0)
-            self.next_blow = time.time() + self.until_next()
+            self.next_event = time.time() + self.until_next()
             number = 1
             while time.time() < self.end and self.runs[0]["completed"]:
                 self.one_run(number)
                 number += 1
-            for what in self.steady.end():
-                self.fail(what)
+            for failure in self.steady.end():
+                self.fail(failure)
         finally:
-            signal_all(f"SOAK_LEG={os.getpid()}-", signal.SIGKILL)
+            signal_all(f"SOAK_RUN={os.getpid()}-", signal.SIGKILL)
             self.write()
             self.unmount()
 
     @property
     def end(self) -> float:
-        """Time from which no other run begins and nothing is killed any more."""
+        """Time from which no run starts and no event happens."""
         return self.began + self.options.hours * 3600
 
     def until_next(self) -> float:
-        """Seconds to the next blow."""
+        """Random number of seconds until the next event."""
         return self.random.uniform(self.options.every / 3, self.options.every * 5 / 3)
-
-    def copy_of_the_code(self) -> Path:
-        """All legs run the same code, whatever happens to the checkout in these hours."""
-        code = self.folder / "code"
-        for name in ("src", "conf"):
-            shutil.copytree(HERE.parent / name, code / name, dirs_exist_ok=True)
-        for path in (HERE.parent / "train.py", HERE / "soak_watch.py"):
-            shutil.copy(path, code)
-        return code
 
     # ------------------------------------------------------------------------------------------------------ runs
 
     def one_run(self, number: int) -> None:
-        """A run, in as many legs as it takes; compared with the reference, which is run 0."""
-        folder, vain = self._folder_of(number), 0
-        run: dict[str, Any] = {"number": number, "legs": 0, "completed": False, "different": None}
+        """Start a run, resume it until it has finished, and compare it with the reference, which is run 0."""
+        folder, fruitless = self._folder_of(number), 0
+        run: dict[str, Any] = {"number": number, "attempts": 0, "completed": False, "different": None}
         self.runs.append(run)
-        while vain < 4:
-            leg = self.one_leg(number, folder, blows=number > 0)
-            run["legs"] += 1
-            if leg.code == 0 and (folder / "summary.json").exists():
+        while fruitless < 4:
+            attempt = self.one_attempt(number, folder, disturbed=number > 0)
+            run["attempts"] += 1
+            if attempt.code == 0 and (folder / "summary.json").exists():
                 run["completed"] = True
                 break
-            vain = vain + 1 if not leg.steps or (leg.kind is None and leg.code != 0) else 0
-            if time.time() > self.end + 1800:
-                self.fail(f"{folder.name}: not at its end half an hour after the last blow")
+            fruitless += 1
+            if attempt.steps and (attempt.event is not None or attempt.code == 0):
+                fruitless = 0
+            if time.time() > self.end + FINISH_LIMIT_S:
+                self.fail(f"{folder.name}: not finished {FINISH_LIMIT_S / 60:.0f} minutes after the last event")
                 break
         else:
-            self.fail(f"{folder.name}: given up after {vain} legs in a row that came to nothing")
+            self.fail(f"{folder.name}: {fruitless} consecutive attempts made no progress")
         if run["completed"]:
             self.compare(number, folder, run)
         self.write()
         if number > 0 and not run["different"]:
             shutil.rmtree(folder, ignore_errors=True)
-        elif number > 0:  # what is different is kept to be looked at, but not on the small disk
+        elif number > 0:  # keep it for inspection, but not on the small disk
             shutil.move(folder, self.folder / f"different-{folder.name}")
 
     def compare(self, number: int, folder: Path, run: dict[str, Any]) -> None:
-        """Hold the end of a run against the reference."""
+        """Compare a finished run with the reference."""
         run["megabytes"] = round(measures.size_of(folder), 2)
-        wrong = measures.wrong_rows(measures.rows_of(folder), whole=True)
+        wrong = measures.wrong_rows(measures.rows_of(folder), finished=True)
         run["different"] = wrong + (differences(folder, self.disk / "reference") if number else [])
-        strange = sorted({path.name for path in (folder / "checkpoints").iterdir()} - set(self.options.kept))
-        run["different"] += [f"left in checkpoints/: {name}" for name in strange]
+        unexpected = sorted({path.name for path in (folder / "checkpoints").iterdir()} - set(self.options.kept))
+        run["different"] += [f"left in checkpoints/: {name}" for name in unexpected]
         for difference in run["different"]:
             self.fail(f"run {number}: {difference}")
 
-    def one_leg(self, number: int, folder: Path, *, blows: bool) -> Leg:
-        """Start the run or go on with it, until it ends by itself or by a blow."""
-        workers = 1 + len(self.legs) % 2
+    def one_attempt(self, number: int, folder: Path, *, disturbed: bool) -> Attempt:
+        """Start or resume the run, and wait until it has finished or an event has ended it."""
         logger = "wandb" if number % 3 == 2 else "csv"
-        leg = Leg(number, time.time() - self.began, logger, workers)
+        attempt = Attempt(number, time.time() - self.began, logger, workers=1 + len(self.attempts) % 2)
         before, segments = measures.last_step(folder), measures.segments()
-        process, marker, temporary, events = self.start(folder, leg)
-        pids = {process.pid}
-        began = moved = time.time()
-        due, step = began + 10, before
-        while process.poll() is None:
+        run = self.start(folder, attempt)
+        pids = {run.process.pid}
+        began = progressed = time.time()
+        next_sample, step = began + 10, before
+        while run.process.poll() is None:
             now = time.time()
-            if now >= due:
-                due = now + 10
-                pids |= set(measures.processes_of(marker))
-                seen = measures.sample(process.pid, marker, folder=folder, temporary=temporary, seconds=now - began)
-                if seen is not None:
-                    leg.samples.append(measures.plain(seen))
-                    if seen.step != step:
-                        step, moved = seen.step, now
-            if now - moved > STALL_LIMIT:
-                self.fail(f"leg {len(self.legs)} of run {number}: no step for {STALL_LIMIT:.0f} s")
-                leg.kind = "stalled"
-                signal_all(marker, signal.SIGKILL)
-            elif blows and now >= self.next_blow and now < self.end:
-                pids |= set(measures.processes_of(marker))
-                self.hit(process, marker, leg)
-                self.next_blow, moved = time.time() + self.until_next(), time.time()
+            if now >= next_sample:
+                next_sample = now + 10
+                pids |= set(measures.processes_of(run.marker))
+                sample = measures.sample(run, seconds=now - began)
+                if sample is not None:
+                    attempt.samples.append(measures.as_json(sample))
+                    if sample.step != step:
+                        step, progressed = sample.step, now
+            if now - progressed > STALL_LIMIT_S:
+                self.fail(f"attempt {len(self.attempts)} of run {number}: no step for {STALL_LIMIT_S:.0f} s")
+                attempt.event = "stalled"
+                signal_all(run.marker, signal.SIGKILL)
+            elif disturbed and now >= self.next_event and now < self.end:
+                pids |= set(measures.processes_of(run.marker))
+                self.disturb(run, attempt)
+                self.next_event, progressed = time.time() + self.until_next(), time.time()
             self.steady.measure()
-            self.write_now_and_then()
+            if time.time() - self.written > 60:
+                self.write()
             time.sleep(0.3)
-        leg.code, leg.seconds = process.returncode, round(time.time() - began, 1)
-        self.after(leg, folder, marker, temporary, events, pids=pids, segments=segments, before=before)
-        return leg
+        attempt.code, attempt.seconds = run.process.returncode, round(time.time() - began, 1)
+        self.clean_up(run, attempt, pids=pids, segments=segments)
+        self.judge(attempt)
+        attempt.steps = max(attempt.steps, before if attempt.resumed is None else 0)
+        return attempt
 
-    def start(self, folder: Path, leg: Leg) -> tuple[subprocess.Popen[bytes], str, Path, Path]:
-        """The process, the mark of all its processes, its folder for temporary files, and where it tells events."""
-        name = f"leg{len(self.legs):03}"
-        self.legs.append(leg)
-        words = [f"trainer.max_epochs={self.options.epochs}", f"data.num_workers={leg.workers}"]
-        words += [f"logger={leg.logger}", f"output_dir={folder}"]
+    def start(self, folder: Path, attempt: Attempt) -> RunProcess:
+        """Start the first process of an attempt."""
+        name = f"attempt{len(self.attempts):03}"
+        self.attempts.append(attempt)
+        overrides = [f"trainer.max_epochs={self.options.epochs}", f"data.num_workers={attempt.workers}"]
+        overrides.append(f"logger={attempt.logger}")
         if self.options.resume == "auto" or (folder / "checkpoints" / "last.ckpt").exists():
-            words.append(f"resume={self.options.resume}")
-        return self.launch(name, words)
+            overrides.append(f"resume={self.options.resume}")
+        return start_run(name, folder, overrides, soak=self.folder, options=self.options)
 
-    def start_steady(self) -> Steady:
-        """The run that nothing hits."""
-        folder = self.folder / "steady"
-        words = ["trainer.max_epochs=100000", "data.num_workers=1", "logger=csv", f"output_dir={folder}"]
-        process, marker, temporary, _ = self.launch("steady", words)
-        return Steady(process, marker, folder, temporary)
-
-    def launch(self, name: str, own: list[str]) -> tuple[subprocess.Popen[bytes], str, Path, Path]:
-        """As `start`, for any run."""
-        temporary, events = self.folder / "tmp" / name, self.folder / "events" / f"{name}.jsonl"
-        for path in (temporary, events.parent, self.folder / "logs"):
-            path.mkdir(parents=True, exist_ok=True)
-        words = [*RUN, *own, f"callbacks.checkpoint.every_n_minutes={self.options.minutes}"]
-        words += [f"imports=[{self.code / 'soak_watch.py'}]", *self.options.set]
-        mark = f"SOAK_LEG={os.getpid()}-{name}-"
-        environment = {**os.environ, "SOAK_LEG": mark.removeprefix("SOAK_LEG="), "SOAK_EVENTS": str(events)}
-        environment |= {"SOAK_PAUSE": str(self.options.pause), "TMPDIR": str(temporary), "WANDB_SILENT": "true"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code / "src")}
-        with (self.folder / "logs" / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(self.code / "train.py"), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        return process, mark, temporary, events
-
-    def after(
-        self,
-        leg: Leg,
-        folder: Path,
-        marker: str,
-        temporary: Path,
-        events: Path,
-        *,
-        pids: set[int],
-        segments: set[str],
-        before: int,
-    ) -> None:
-        """What a leg has done and left."""
-        until = time.time() + GRACE
-        while measures.processes_of(marker) and time.time() < until:
+    def clean_up(self, run: RunProcess, attempt: Attempt, *, pids: set[int], segments: set[str]) -> None:
+        """Record what an attempt has done and what it has left behind; kill remaining processes."""
+        until = time.time() + CLEANUP_LIMIT_S
+        while measures.processes_of(run.marker) and time.time() < until:
             time.sleep(0.2)
-        for pid in measures.processes_of(marker):
-            leg.left_processes.append(measures.command_of(pid))
-        signal_all(marker, signal.SIGKILL)
-        leg.left_segments = measures.segments_of(measures.segments() - segments, pids)
-        leg.left_files = measures.count_of(temporary)
-        leg.steps = measures.last_step(folder)
-        told = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
-        leg.resumed = next((event["step"] for event in told if event["event"] == "start"), None)
-        self.judge(leg)
-        leg.steps = max(leg.steps, before if leg.resumed is None else 0)
+        attempt.left_processes = [measures.command_of(pid) for pid in measures.processes_of(run.marker)]
+        signal_all(run.marker, signal.SIGKILL)
+        attempt.left_segments = measures.segments_of(measures.segments() - segments, pids)
+        attempt.left_files = measures.count_of(run.temporary)
+        attempt.steps = measures.last_step(run.folder)
+        lines = run.progress.read_text().splitlines() if run.progress.exists() else []
+        progress = [json.loads(line) for line in lines]
+        attempt.resumed = next((line["step"] for line in progress if line["event"] == "start"), None)
 
-    def hit(self, process: subprocess.Popen[bytes], marker: str, leg: Leg) -> None:
-        """Hit a run and note what came of it."""
-        kind = self.blows.next_kind(process.pid, disk=self.mounted)
+    def disturb(self, run: RunProcess, attempt: Attempt) -> None:
+        """Let the next event happen to a run and record the effect."""
+        kind = self.events.next_kind(run.process.pid, disk=self.mounted)
         at = time.time()
-        if self.blows.strike(kind, process, marker, disk=self.disk):
-            leg.kind, leg.to_exit = kind, round(time.time() - at, 2)
-        elif kind in LEAVES:
-            self.fail(f"leg {len(self.legs) - 1}: {kind} has not ended it in {time.time() - at:.0f} s")
-            leg.kind = f"{kind}, ignored"
-            signal_all(marker, signal.SIGKILL)
+        if self.events.cause(kind, run, disk=self.disk):
+            attempt.event, attempt.to_exit = kind, round(time.time() - at, 2)
+        elif kind in EXIT_STATUSES:
+            self.fail(f"attempt {len(self.attempts) - 1}: {kind} has not ended it in {time.time() - at:.0f} s")
+            attempt.event = f"{kind}, ignored"
+            signal_all(run.marker, signal.SIGKILL)
         else:
-            leg.survived.append(kind)
+            attempt.tolerated.append(kind)
 
-    def judge(self, leg: Leg) -> None:
-        """Failures of a leg that has ended."""
-        name = f"leg {self.legs.index(leg)} ({leg.kind or 'by itself'})"
-        trained = [other for other in self.legs[:-1] if other.run == leg.run and other.resumed is not None]
-        if leg.resumed is not None and trained:
-            last = trained[-1]
-            last.lost = last.steps - leg.resumed
-            most = 3 if last.kind in ORDERLY else self.rate * (self.options.minutes * 60 + 30) + 3
-            if last.lost > most or last.lost < -1:
-                self.fail(f"{name}: goes on at step {leg.resumed} of {last.steps}, more than {most:.0f} steps back")
-        expected = 0 if leg.kind is None else LEAVES.get(leg.kind)
-        late = leg.code == 0 and (leg.to_exit or 0) < RESULTS_S and (self._folder_of(leg.run) / "summary.json").exists()
-        if leg.resumed is not None and expected is not None and leg.code != expected and not late:
-            self.fail(f"{name}: exit status {leg.code} instead of {expected}")
-        if leg.left_processes:
-            self.fail(f"{name}: processes left over: {', '.join(leg.left_processes)}")
-        if leg.left_segments:
-            self.fail(f"{name}: shared memory left over: {', '.join(leg.left_segments[:5])}")
-        if leg.left_files and (leg.kind is None or leg.kind in ORDERLY):
-            self.fail(f"{name}: {leg.left_files} temporary files left over")
-        if leg.resumed is not None:
-            for wrong in measures.wrong_rows(measures.rows_of(self._folder_of(leg.run)), whole=False):
+    def judge(self, attempt: Attempt) -> None:
+        """Record the failures of an attempt that has ended."""
+        name = f"attempt {self.attempts.index(attempt)} ({attempt.event or 'finished'})"
+        folder = self._folder_of(attempt.run)
+        earlier = [other for other in self.attempts[:-1] if other.run == attempt.run and other.resumed is not None]
+        if attempt.resumed is not None and earlier:
+            last = earlier[-1]
+            last.lost = last.steps - attempt.resumed
+            limit = 3 if last.event in GRACEFUL else self.rate * (self.options.minutes * 60 + 30) + 3
+            if last.lost > limit or last.lost < -1:
+                self.fail(f"{name}: resumed at step {attempt.resumed} of {last.steps}; the limit is {limit:.0f} steps")
+        expected = 0 if attempt.event is None else EXIT_STATUSES.get(attempt.event)
+        late = attempt.code == 0 and (attempt.to_exit or 0) < RESULTS_S and (folder / "summary.json").exists()
+        if attempt.resumed is not None and expected is not None and attempt.code != expected and not late:
+            self.fail(f"{name}: exit status {attempt.code} instead of {expected}")
+        if attempt.left_processes:
+            self.fail(f"{name}: processes left over: {', '.join(attempt.left_processes)}")
+        if attempt.left_segments:
+            self.fail(f"{name}: shared memory left over: {', '.join(attempt.left_segments[:5])}")
+        if attempt.left_files and (attempt.event is None or attempt.event in GRACEFUL):
+            self.fail(f"{name}: {attempt.left_files} temporary files left over")
+        if attempt.resumed is not None:
+            for wrong in measures.wrong_rows(measures.rows_of(folder), finished=False):
                 self.fail(f"{name}: metrics.csv: {wrong}")
 
     def _folder_of(self, run: int) -> Path:
@@ -290,69 +235,60 @@ class Soak:
     @property
     def rate(self) -> float:
         """Steps per second of the reference."""
-        done = [leg for leg in self.legs if leg.run == 0 and leg.code == 0]
-        return done[0].steps / done[0].seconds if done else 10.0
+        finished = [attempt for attempt in self.attempts if attempt.run == 0 and attempt.code == 0]
+        return finished[0].steps / finished[0].seconds if finished else 10.0
 
     # ---------------------------------------------------------------------------------------------------- writing
 
-    def fail(self, what: str) -> None:
-        """Keep a failure and go on."""
-        line = f"{time.time() - self.began:7.0f} s  {what}"
+    def fail(self, failure: str) -> None:
+        """Record and print a failure, and continue."""
+        line = f"{time.time() - self.began:7.0f} s  {failure}"
         self.failures.append(line)
         print(line, flush=True)
 
-    def write_now_and_then(self) -> None:
-        """Every minute."""
-        if time.time() - self.written > 60:
-            self.write()
-
     def write(self) -> None:
-        """The report as of now."""
+        """Write the report with the results so far."""
         self.written = time.time()
         options = {key: str(value) for key, value in vars(self.options).items()}
-        seen = {
-            "options": {**options, "disk": f"tmpfs of {DISK} MiB" if self.mounted else "as it is"},
+        results = {
+            "options": {**options, "disk": f"tmpfs of {DISK_MIB} MiB" if self.mounted else "no separate disk"},
             "hours": (time.time() - self.began) / 3600,
             "runs": self.runs,
-            "legs": [dataclasses.asdict(leg) for leg in self.legs],
+            "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
             "failures": self.failures,
             "steady": self.steady.samples,
             "steady_exit": self.steady.to_exit,
         }
-        write_report(self.folder, seen)
+        write_report(self.folder, results)
 
     def mount(self) -> None:
-        """A small disk that can be filled, if the system lets us."""
+        """Mount a small disk that can be filled, if the system allows it."""
         self.disk.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "soak", str(self.disk)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "soak", str(self.disk)]
         self.mounted = shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
 
     def unmount(self) -> None:
-        """Keep the reference beside the report and give the disk back."""
+        """Copy the reference to the folder of the report and unmount the disk."""
         if self.mounted:
-            time.sleep(1)  # until processes that were killed have closed their files
+            time.sleep(1)  # until killed processes have closed their files
             shutil.copytree(self.disk, self.folder / "kept", dirs_exist_ok=True)
             subprocess.run(["umount", str(self.disk)], check=False)
 
 
 def main() -> None:
-    """Soak, and leave with status 1 where something failed."""
+    """Run the soak test; the exit status is 1 if something failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hours", type=float, default=2.1, help="until no other run begins")
-    parser.add_argument("--every", type=float, default=180, help="mean seconds between blows")
+    parser.add_argument("--hours", type=float, default=2.1, help="time after which no run starts")
+    parser.add_argument("--every", type=float, default=180, help="mean seconds between events")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=24, help=f"of {EPOCH} steps each: length of a run")
-    parser.add_argument("--pause", type=float, default=0.1, help="seconds for which a run sleeps after each step")
-    parser.add_argument("--minutes", type=float, default=0.5, help="between checkpoints")
-    parser.add_argument("--resume", default="auto", choices=["auto", "true"], help="true: from the second leg on")
-    parser.add_argument("--set", nargs="*", default=[], help="other settings of the run, KEY=VALUE")
-    parser.add_argument(
-        "--kept",
-        nargs="*",
-        default=["last.ckpt", "last-1.ckpt", "best_knn.ckpt"],
-        help="files that may stand in checkpoints/ at the end",
-    )
+    parser.add_argument("--epochs", type=int, default=24, help=f"length of a run, in epochs of {EPOCH_STEPS} steps")
+    parser.add_argument("--pause", type=float, default=0.1, help="seconds that a run sleeps after each step")
+    parser.add_argument("--minutes", type=float, default=0.5, help="time between checkpoints")
+    parser.add_argument("--resume", default="auto", choices=["auto", "true"], help="true: only for resumed runs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of the runs")
+    kept = ["last.ckpt", "last-1.ckpt", "best_knn.ckpt"]
+    parser.add_argument("--kept", nargs="*", default=kept, help="files that a finished run may have in checkpoints/")
     soak = Soak(parser.parse_args())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     soak.soak()

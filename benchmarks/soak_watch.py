@@ -1,7 +1,7 @@
-"""Read by the runs of `benchmarks/soak.py` with `imports=[FILE]`: tells where they begin and end, and slows them down.
+"""A plugin (`imports=[FILE]`) for the runs of `benchmarks/soak.py`: records when training starts and ends; slows it.
 
-A run writes a line of JSON to the file named in `SOAK_EVENTS` when it begins to train, with the step it goes on from,
-and when it has ended. After each micro-batch it sleeps `SOAK_PAUSE` seconds: a soak is about hours, not arithmetic.
+A run appends a line of JSON to the file named in `SOAK_PROGRESS` when training starts, with the step from which it is
+resumed, and when training ends. After each micro-batch it sleeps `SOAK_PAUSE` seconds to leave the CPU to others.
 """
 
 import json
@@ -15,26 +15,26 @@ from dino_lightning.training import build
 
 
 class SoakWatch(L.Callback):
-    """Has no state, and touches none of the run's."""
+    """Has no state and does not change the state of the run."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the step that the run goes on from."""
-        _tell("start", step=trainer.global_step)
+        """Record the step from which the run is resumed."""
+        _record("start", step=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Leave the processor to others."""
+        """Sleep."""
         time.sleep(float(os.environ.get("SOAK_PAUSE", "0")))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell that no step is left."""
-        _tell("end", step=trainer.global_step)
+        """Record that training has ended."""
+        _record("end", step=trainer.global_step)
 
 
-def _tell(event: str, *, step: int) -> None:
+def _record(event: str, *, step: int) -> None:
     line = json.dumps({"event": event, "step": step, "pid": os.getpid(), "time": time.time()})
-    with open(os.environ["SOAK_EVENTS"], "a") as file:
+    with open(os.environ["SOAK_PROGRESS"], "a") as file:
         file.write(line + "\n")
 
 
-_callbacks = build.build_callbacks
-build.build_callbacks = lambda *given: [*_callbacks(*given), SoakWatch()]
+_build_callbacks = build.build_callbacks
+build.build_callbacks = lambda *arguments: [*_build_callbacks(*arguments), SoakWatch()]

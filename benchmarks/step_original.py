@@ -1,4 +1,4 @@
-"""The original's side of `step.py`, put together as its `train_dino` does."""
+"""The original's side of `step.py`."""
 
 import sys
 import types
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step_windows import EPOCHS, Setting, Windows, noise_crops
+from step_batches import EPOCHS, Setting, TimedBatches, noise_crops
 from torch import nn
 
 
-def run_original(setting: Setting, windows: Windows, *, checkout: str) -> None:
-    """The original's networks, loss, optimizer, schedules and loop, put together as its `train_dino` does."""
+def run_original(setting: Setting, batches: TimedBatches, *, checkout: str) -> None:
+    """Run the original's training loop with its networks, loss, optimizer and schedules, as its `train_dino` does."""
     sys.path.insert(0, checkout)
     device = torch.device(setting.device)
     stand_in_for_a_gpu(device)
@@ -25,8 +25,8 @@ def run_original(setting: Setting, windows: Windows, *, checkout: str) -> None:
     dist.init_process_group("nccl" if setting.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
     main_dino, utils = import_module("main_dino"), import_module("utils")
     if setting.device == "cpu":
-        utils.SmoothedValue.synchronize_between_processes = lambda self: None  # it asks for a GPU, to print a mean
-    student, teacher, plain_teacher = original_networks(setting, device)
+        utils.SmoothedValue.synchronize_between_processes = lambda self: None  # it needs a GPU, only to print a mean
+    student, teacher, teacher_without_ddp = original_networks(setting, device)
     epochs = types.SimpleNamespace(clip_grad=3.0, freeze_last_layer=0, epochs=EPOCHS)
     loss = main_dino.DINOLoss(setting.prototypes, 2 + setting.local_crops, 0.04, 0.04, 0, EPOCHS).to(device)
     groups = utils.get_params_groups(student)
@@ -35,28 +35,30 @@ def run_original(setting: Setting, windows: Windows, *, checkout: str) -> None:
         optimizer, lr, decays = torch.optim.SGD(groups, lr=0, momentum=0.9), 0.03, (1e-4, 1e-4)
     else:
         optimizer, lr, decays = torch.optim.AdamW(groups), 0.0005, (0.04, 0.4)
-    length = len(windows)
+    length = len(batches)
     schedules = (
         utils.cosine_scheduler(lr * setting.batch / 256, 1e-6, EPOCHS, length, warmup_epochs=10),
         utils.cosine_scheduler(*decays, EPOCHS, length),
         utils.cosine_scheduler(0.996, 1, EPOCHS, length),
     )
-    windows.batches = original_batches(setting, main_dino)
+    batches.source = original_batches(setting, main_dino)
     scaler = mixed_precision(setting)
-    main_dino.train_one_epoch(student, teacher, plain_teacher, loss, windows, optimizer, *schedules, 0, scaler, epochs)
+    main_dino.train_one_epoch(
+        student, teacher, teacher_without_ddp, loss, batches, optimizer, *schedules, 0, scaler, epochs
+    )
 
 
 def stand_in_for_a_gpu(device: torch.device) -> None:
-    """On a CPU the original's `.cuda()` and `synchronize()` do nothing."""
+    """On a CPU, let the original's calls of `.cuda()` and `synchronize()` do nothing."""
     if device.type == "cpu":
         torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
         torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
 
 
 def mixed_precision(setting: Setting) -> Any:
-    """The scaler that makes the original's loop use autocast, or None.
+    """The gradient scaler that makes the original's loop use autocast, or None.
 
-    It knows float16 alone; bfloat16 needs no scaling, so its scaler passes everything on as it is.
+    The original only has float16. bfloat16 needs no scaling, so the scaler is disabled and autocast uses bfloat16.
     """
     if setting.precision != "bf16":
         return None
@@ -65,7 +67,7 @@ def mixed_precision(setting: Setting) -> Any:
 
 
 def original_networks(setting: Setting, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Student, teacher, and the teacher without DDP."""
+    """Student, teacher, and the teacher without its DDP wrapper."""
     utils, vits = import_module("utils"), import_module("vision_transformer")
     if setting.convolutional:
         import torchvision.models
@@ -73,7 +75,7 @@ def original_networks(setting: Setting, device: torch.device) -> tuple[nn.Module
         make = getattr(torchvision.models, setting.backbone)
         backbones, width = [make(), make()], make().fc.weight.shape[1]
     else:
-        # The original has no ViT-L: its own class in that size.
+        # The original has no ViT-L: use its class with that size.
         large = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "qkv_bias": True}
         large["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)
         make = getattr(vits, setting.backbone, None) or partial(vits.VisionTransformer, **large)
@@ -83,20 +85,20 @@ def original_networks(setting: Setting, device: torch.device) -> tuple[nn.Module
         utils.MultiCropWrapper(backbone, vits.DINOHead(width, setting.prototypes)).to(device) for backbone in backbones
     )
     parallel = partial(nn.parallel.DistributedDataParallel, device_ids=[0] if device.type == "cuda" else None)
-    plain_teacher = teacher
+    teacher_without_ddp = teacher
     if utils.has_batchnorms(student):
-        if device.type == "cuda":  # DDP refuses it elsewhere; with one process it is a plain batch norm
+        if device.type == "cuda":  # on a CPU, DDP does not support SyncBatchNorm; with one process it equals batch norm
             student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher))
         teacher = parallel(teacher)
-        plain_teacher = teacher.module
+        teacher_without_ddp = teacher.module
     student = parallel(student)
-    plain_teacher.load_state_dict(student.module.state_dict())
+    teacher_without_ddp.load_state_dict(student.module.state_dict())
     teacher.requires_grad_(False)
-    return student, teacher, plain_teacher
+    return student, teacher, teacher_without_ddp
 
 
 def original_batches(setting: Setting, main_dino: Any) -> Iterable[Any]:
-    """Crops and labels: the original's loader over the folder, or noise."""
+    """Crops and labels from the original's loader over the folder, or noise."""
     if setting.data is None:
         return repeat((noise_crops(setting), torch.zeros(setting.batch, dtype=torch.long)))
     from torchvision.datasets import ImageFolder

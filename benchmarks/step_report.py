@@ -1,4 +1,4 @@
-"""Figures and tables of `step.py`."""
+"""The results and the table of `step.py`."""
 
 import statistics
 import sys
@@ -6,15 +6,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from step_batches import Setting
 from step_sides import SIDES
 from step_turns import Measured
-from step_windows import Setting
 
 Row = dict[str, Any]
 
 
 def figures(measured: Measured, setting: Setting) -> Row:
-    """What can be said of a measurement."""
+    """The results of a measurement."""
     row: Row = {"gflop_per_image": round(measured.flops / 1e9, 2) or None}
     if measured.no_memory:
         row["out_of_memory"] = measured.no_memory
@@ -25,7 +25,7 @@ def figures(measured: Measured, setting: Setting) -> Row:
     }
     rates = {name: setting.batch / statistics.median(times) for name, times in measured.seconds.items() if times}
     if measured.flops and measured.matrix_rate:
-        row["utilisation"] = {n: round(rate * measured.flops / measured.matrix_rate, 4) for n, rate in rates.items()}
+        row["utilization"] = {n: round(rate * measured.flops / measured.matrix_rate, 4) for n, rate in rates.items()}
     if setting.device == "cuda":
         row["images_per_second"] = {name: round(rate, 1) for name, rate in rates.items()}
         row["matrix_tflops"] = round(measured.matrix_rate / 1e12, 1)
@@ -33,34 +33,34 @@ def figures(measured: Measured, setting: Setting) -> Row:
 
 
 def compared(measured: Measured) -> Row:
-    """Ratios, where both sides ran."""
+    """Ratios ours / original, if both sides ran."""
     ours, original = (measured.seconds.get(name, []) for name in SIDES)
     if not ours or not original:
         return {}
-    ratios = [mine / theirs for mine, theirs in zip(ours, original, strict=True)]
+    ratios = [a / b for a, b in zip(ours, original, strict=True)]
     row = {"time_ratio": statistics.median(ratios), "time_ratio_min": min(ratios), "time_ratio_max": max(ratios)}
     memory = [measured.memory[name] for name in SIDES]
-    whole = "allocated" if "allocated" in memory[0] else "resident"
-    row["memory_ratio"] = memory[0][whole] / memory[1][whole]
+    kind = "allocated" if "allocated" in memory[0] else "resident"
+    row["memory_ratio"] = memory[0][kind] / memory[1][kind]
     if "over_start" in memory[0]:
         row["memory_over_start_ratio"] = memory[0]["over_start"] / max(memory[1]["over_start"], 1e-9)
     return {name: round(value, 4) for name, value in row.items()} | {"ratios": [round(ratio, 4) for ratio in ratios]}
 
 
 def growth(measured: Measured, setting: Setting, first: Measured, first_setting: Setting) -> dict[str, float]:
-    """Time per image of each side over that of the first setting."""
+    """Time per image of each side, relative to the first setting."""
     costs = [
-        {name: statistics.median(times) / one.batch for name, times in what.seconds.items() if times}
-        for what, one in ((measured, setting), (first, first_setting))
+        {name: statistics.median(times) / each_setting.batch for name, times in each.seconds.items() if times}
+        for each, each_setting in ((measured, setting), (first, first_setting))
     ]
     return {name: round(cost / costs[1][name], 3) for name, cost in costs[0].items() if name in costs[1]}
 
 
 def show(rows: list[Row]) -> None:
-    """The table."""
-    told = "images / s" if any("images_per_second" in row for row in rows) else "speed (original = 1)"
+    """Print the table."""
+    speed = "images / s" if any("images_per_second" in row for row in rows) else "speed (original = 1)"
     columns = ["peak MB", "added by steps, MB", "of matrix rate", "time / image", "time ratio", "memory ratio"]
-    table = Table("Setting", "Side", told, *columns)
+    table = Table("Setting", "Side", speed, *columns)
     for row in rows:
         if "failed" in row:
             table.add_row(label(row["config"]), "failed")
@@ -74,7 +74,7 @@ def show(rows: list[Row]) -> None:
 
 
 def side_cells(row: Row, name: str) -> list[str]:
-    """Speed, memory, utilisation."""
+    """Speed, memory and utilization of one side."""
     if name in row.get("out_of_memory", []):
         return ["out of memory", "", "", "", ""]
     if name not in row["memory_mb"]:
@@ -85,7 +85,7 @@ def side_cells(row: Row, name: str) -> list[str]:
         speed = str(row["images_per_second"][name])
     elif "time_ratio" in row:
         speed = f"{1 / row['time_ratio']:.2f}" if name == "ours" else "1"
-    share, grown = row.get("utilisation", {}).get(name), row.get("growth", {}).get(name)
+    share, grown = row.get("utilization", {}).get(name), row.get("growth", {}).get(name)
     return [
         speed,
         f"{memory.get('allocated', memory.get('resident')):.0f}",
@@ -107,7 +107,7 @@ def ratio_cells(row: Row) -> list[str]:
 
 
 def label(config: Row) -> str:
-    """A setting in a few words."""
+    """A short name of a setting."""
     patch = "" if config["backbone"] == "resnet50" else f"/{config['patch']}"
-    words = f"{config['backbone']}{patch} B={config['batch']} K={config['prototypes']} 2+{config['local_crops']} crops"
-    return " ".join([words, config["precision"], *config["overrides"]])
+    name = f"{config['backbone']}{patch} B={config['batch']} K={config['prototypes']} 2+{config['local_crops']} crops"
+    return " ".join([name, config["precision"], *config["overrides"]])

@@ -1,4 +1,4 @@
-"""The parent's end of `step.py`: start the sides, let them take turns, keep what they tell."""
+"""The parent process of `step.py`: starts the two sides, lets them alternate and collects their measurements."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,38 +6,43 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from step_batches import Setting
 from step_sides import SIDES, serve
-from step_windows import Setting
 
 
 class OutOfMemoryError(Exception):
-    """A side did not fit; its name."""
+    """A side did not fit into memory; the message is its name."""
 
 
 class FailedError(Exception):
-    """A side ended with an error."""
+    """A side failed."""
 
 
 class Side:
-    """The parent's end of one side."""
+    """Controls the process of one side."""
 
     def __init__(self, name: str, setting: Setting, checkout: str | None) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self.name = name
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(name, setting, checkout, there))
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=serve, args=(name, setting, checkout, child_pipe))
         self.process.start()
-        there.close()  # or a dead child would never be an end of file here
+        child_pipe.close()  # otherwise `recv` would not raise EOFError when the child has ended
         self.facts: dict[str, Any] = {}
 
     def receive(self) -> Any:
-        """The answer to a command; raises what happened to the side instead."""
+        """The answer to a command.
+
+        Raises:
+            OutOfMemoryError: The side did not fit into memory.
+            FailedError: The side failed.
+        """
         try:
             kind, content = self.pipe.recv()
         except EOFError:
             self.process.join()
             kind, content = "failed", f"the process ended with status {self.process.exitcode}"
-            if self.process.exitcode == -9:  # by the kernel, for want of memory
+            if self.process.exitcode == -9:  # the kernel kills processes if memory runs out
                 kind = "out of memory"
         if kind == "out of memory":
             raise OutOfMemoryError(self.name)
@@ -46,7 +51,7 @@ class Side:
         return content
 
     def run(self, command: int | str) -> Any:
-        """Let it take so many steps, or measure the machine."""
+        """Let the side take `command` steps, or measure the matrix rate."""
         self.pipe.send(command)
         return self.receive()
 
@@ -62,7 +67,7 @@ class Side:
 
 @contextmanager
 def sides(names: tuple[str, ...], setting: Setting, checkout: str | None) -> Iterator[list[Side]]:
-    """Processes that are ready for their first step."""
+    """The processes of the sides, ready for their first step."""
     with ExitStack() as stack:
         started = []
         for name in names:
@@ -75,42 +80,43 @@ def sides(names: tuple[str, ...], setting: Setting, checkout: str | None) -> Ite
 
 @dataclasses.dataclass
 class Measured:
-    """What the sides did, by name."""
+    """The measurements of the sides, by name."""
 
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """Per step, a number for each turn."""
+    """Seconds per step, for each turn."""
     memory: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     flops: float = 0.0
     matrix_rate: float = 0.0
     no_memory: list[str] = dataclasses.field(default_factory=list)
     apart: bool = False
-    """Whether the sides were not in memory at the same time, and so did not take turns."""
+    """Whether the sides ran one after the other, because they did not fit into memory at the same time."""
 
 
 def measure(setting: Setting, checkout: str | None, *, pairs: int, steps: int, warmup: int) -> Measured:
-    """Take turns; where there is no memory for both at once, one after the other."""
+    """Measure the sides in turns; one after the other if there is not enough memory for both."""
     names = SIDES if checkout else SIDES[:1]
-    setting = dataclasses.replace(setting, most_steps=warmup + pairs * steps)
+    setting = dataclasses.replace(setting, max_steps=warmup + pairs * steps)
     try:
         return take_turns(names, setting, checkout, turns=(pairs, steps, warmup))
     except OutOfMemoryError:
-        whole = Measured(apart=True)
+        measured = Measured(apart=True)
     for name in names:
         try:
             alone = take_turns((name,), setting, checkout, turns=(pairs, steps, warmup))
         except OutOfMemoryError:
-            whole.no_memory.append(name)
+            measured.no_memory.append(name)
             continue
-        whole.seconds |= alone.seconds
-        whole.memory |= alone.memory
-        whole.flops, whole.matrix_rate = whole.flops or alone.flops, whole.matrix_rate or alone.matrix_rate
-    return whole
+        measured.seconds |= alone.seconds
+        measured.memory |= alone.memory
+        measured.flops = measured.flops or alone.flops
+        measured.matrix_rate = measured.matrix_rate or alone.matrix_rate
+    return measured
 
 
 def take_turns(
     names: tuple[str, ...], setting: Setting, checkout: str | None, *, turns: tuple[int, int, int]
 ) -> Measured:
-    """Pairs of windows in alternating order."""
+    """Let the sides alternate, in pairs of turns whose order is reversed every time."""
     pairs, steps, warmup = turns
     measured = Measured(seconds={name: [] for name in names})
     with sides(names, setting, checkout) as running:

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, known random states, and the real data where it is."""
+"""Fixtures for all tests: one thread, fixed random states, and the folder of real images."""
 
 import functools
 import gc
@@ -15,9 +15,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: Python need not look through it again and again for what is left over.
+    """Save time in all tests.
 
-    Nor need Lightning look through all packages that are installed, for callbacks, whenever a trainer is made.
+    Objects from imports are never freed, so the garbage collector need not visit them. Lightning searches all installed
+    packages for callbacks whenever a trainer is created; the cache makes it search once.
     """
     gc.freeze()
     if registry := sys.modules.get("lightning.fabric.utilities.registry"):
@@ -26,15 +27,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Also for what whole files of tests share."""
-    import torch  # here, because the process that deals out the tests runs none
+    """Set one thread before session and module fixtures run."""
+    import torch  # not at the top: the process that distributes the tests does not need it
 
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _known_start() -> Iterator[None]:
-    """One thread, equal random states for every test, and nothing left over of a run in another one."""
+    """Start every test with one thread, the same random states, and no variables or signal handlers of other tests."""
     import numpy as np
     import torch
 
@@ -52,7 +53,7 @@ def _known_start() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images; the test is skipped where there is none."""
+    """The folder of real images; tests that use it are skipped if it does not exist."""
     folder = Path(os.environ.get("DINO_TEST_DATA", PROJECT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}: set DINO_TEST_DATA to their folder")

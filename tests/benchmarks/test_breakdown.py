@@ -1,4 +1,4 @@
-"""The breakdown of a training step: its parts are those of the step, all of them and as often as it has them."""
+"""The breakdown of a training step: its parts are all parts of the step, as often as the step runs them."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import breakdown
 import pytest
 from breakdown_parts import Part, step_parts
-from step_windows import Setting
+from step_batches import Setting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -16,16 +16,16 @@ from dino_lightning.methods.flops import vit_flops
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("options", "parts"),
     [
         ("", {"patch_embedding", "attention_linear", "attention", "mlp"}),
-        ("--set compute.fused=false", {"patch_embedding", "attention_whole", "mlp"}),
+        ("--set compute.fused=false", {"patch_embedding", "attention_complete", "mlp"}),
         ("--set compute.gradient_checkpointing=true", {"patch_embedding", "blocks"}),
     ],
 )
-def test_breakdown(words: str, parts: set[str], capsys: pytest.CaptureFixture[str]):
+def test_breakdown(options: str, parts: set[str], capsys: pytest.CaptureFixture[str]):
     tiny_setting = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --warmup 1 --json"
-    breakdown.main([*tiny_setting.split(), "--set", "backbone.depth=2", *words.split()])
+    breakdown.main([*tiny_setting.split(), "--set", "backbone.depth=2", *options.split()])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["share"].keys() == parts | {"head_mlp", "prototypes", "optimizer", "ema", "rest"}
     assert sum(row["share"].values()) == pytest.approx(100, abs=0.1)
@@ -35,7 +35,7 @@ def test_breakdown(words: str, parts: set[str], capsys: pytest.CaptureFixture[st
 
 
 class Operations(TorchDispatchMode):
-    """`FlopCounterMode` without its hooks on modules, which `torch.autograd.grad` does not stand."""
+    """`FlopCounterMode` without its hooks on modules, which fail with `torch.autograd.grad`."""
 
     total = 0
 
@@ -47,11 +47,11 @@ class Operations(TorchDispatchMode):
 
 
 class Counted:
-    """`step_parts`, and the operations of each part, and of a step in one piece."""
+    """`step_parts` that also counts the operations of each part, and of a complete step."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
-        self.whole = 0
+        self.step = 0
 
     def __call__(self, method: Any, crops: Any, setting: Setting) -> list[Part]:
         parts = step_parts(method, crops, setting)
@@ -62,7 +62,7 @@ class Counted:
                 self.parts[part.name] = self.parts.get(part.name, 0) + operations.total * part.times
             with Operations() as operations:
                 method.loss(crops).backward()
-        self.whole = operations.total
+        self.step = operations.total
         return parts
 
 
@@ -76,16 +76,16 @@ def test_the_parts_of_the_breakdown_make_a_step(fused: str, monkeypatch: pytest.
     overrides = (*NARROW, f"compute.fused={fused}")
     setting = Setting("vit_tiny", batch=2, prototypes=64, local_crops=3, overrides=overrides)
     _, flops = breakdown.take_steps(setting, warmup=1, steps=1)
-    # In no part: the teacher's logits once more for the center, those of one crop.
-    assert sum(counted.parts.values()) == pytest.approx(counted.whole, rel=0.001)
+    # No part has the recomputed teacher logits of one crop, for the center.
+    assert sum(counted.parts.values()) == pytest.approx(counted.step, rel=0.001)
     if fused == "true":
         return
-    expected = {name: 2 * count for name, count in flops.items()}  # of two images
-    assert counted.parts["attention_whole"] == expected["attention_linear"] + expected["attention"]
+    expected = {name: 2 * count for name, count in flops.items()}  # for two images
+    assert counted.parts["attention_complete"] == expected["attention_linear"] + expected["attention"]
     assert counted.parts["mlp"] == expected["mlp"]
     assert counted.parts["prototypes"] == expected["prototypes"]
-    # Nobody asks for the gradient of the images.
+    # The gradient of the images is not computed.
     patches = {size: vit_flops(ViTConfig(width=32), image_size=size)["patch_embedding"] for size in (224, 96)}
     assert counted.parts["patch_embedding"] == expected["patch_embedding"] - 2 * (2 * patches[224] + 3 * patches[96])
-    # PyTorch counts the scalar products of the weight norm's gradient, 64 of 256 numbers, as products of matrices.
+    # PyTorch counts the 64 scalar products of length 256 in the gradient of the weight norm as matrix products.
     assert counted.parts["head_mlp"] == expected["head_mlp"] + 2 * 64 * 256

@@ -1,4 +1,4 @@
-"""The original's networks and ours from one file of weights; needs checkouts of the original's repositories."""
+"""The original's networks and ours with the same weights; needs checkouts of the original repositories."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,11 @@ CASES = [("vits16", "96"), *((name, size) for name in NETWORKS for size in SIZES
 
 @pytest.mark.parametrize(("name", "size"), first(CASES))
 def test_features_are_the_original_s(name: str, size: str, tmp_path: Path) -> None:
-    """Up to the order of summation in float32, relative to the largest feature."""
+    """Differences come only from the order of summation in float32; the limit is relative to the largest feature."""
     variable = "XCIT_ORIGINAL" if name in XCITS else "DINO_ORIGINAL"
     checkout = os.environ.get(variable)
     if checkout is None:
         pytest.skip(f"set {variable} to a checkout of {CHECKOUTS[variable]}")
-    ((_, apart, largest),) = compared(name, Path(checkout), tmp_path, sizes=[size])
+    ((_, difference, largest),) = compared(name, Path(checkout), tmp_path, sizes=[size])
     assert largest > 0.1
-    assert apart <= 1e-5 * max(1, largest)
+    assert difference <= 1e-5 * max(1, largest)

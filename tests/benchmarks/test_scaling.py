@@ -1,4 +1,4 @@
-"""Scaling on paper: counts against the modules, formulas against small cases reckoned by hand."""
+"""The scaling estimate: counts compared with real modules, formulas with small cases computed by hand."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dino_lightning.models.backbones import build_backbone
 
 
 class Small(nn.Module):
-    """10 x 3 and 4 numbers that are trained, 10 that are not."""
+    """34 trained weights (10 x 3 and 4) and 10 frozen ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def test_counts_are_those_of_real_networks(name: str) -> None:
     assert {weight.device.type for weight in paper.parameters()} == {"meta"}
 
 
-def test_what_the_paper_says_of_its_networks() -> None:
+def test_network_sizes_of_the_paper() -> None:
     """ViT-S has 21 million weights, ViT-B 85 (table 1)."""
     millions = [numbers(on_paper(name)[1].student.backbone.parameters()) // 10**6 for name in ("vit_small", "vit_base")]
     assert millions == [21, 85]
@@ -49,7 +49,7 @@ def test_what_the_paper_says_of_its_networks() -> None:
 
 def test_ring() -> None:
     assert all_reduce(100, gpus=1) == 0
-    assert all_reduce(100, gpus=2) == 100  # each sends half of it to be added, and half of the sum
+    assert all_reduce(100, gpus=2) == 100  # each GPU sends half of it to be added, and half of the sum
     assert all_reduce(100, gpus=4) == 150
 
 
@@ -60,12 +60,12 @@ def test_ddp() -> None:
 @pytest.mark.parametrize(
     ("shape", "gpus", "size"),
     [
-        ((10, 3), 4, 9),  # 3 rows, 3, 3 and 1
+        ((10, 3), 4, 9),  # slices of 3, 3, 3 and 1 rows
         ((8, 3), 4, 6),
         ((4,), 4, 1),
-        ((4,), 8, 1),  # one number for half of the ranks, and its padding for the others
-        ((1, 5, 8), 4, 10),  # along the last dimension
-        ((1, 5, 6), 4, 30),  # which does not divide: a whole row for each
+        ((4,), 8, 1),  # one number for half of the ranks, padding for the others
+        ((1, 5, 8), 4, 10),  # split along the last dimension
+        ((1, 5, 6), 4, 30),  # not divisible: each rank has the complete row
     ],
 )
 def test_slices(shape: tuple[int, ...], gpus: int, size: int) -> None:
@@ -74,11 +74,11 @@ def test_slices(shape: tuple[int, ...], gpus: int, size: int) -> None:
 
 def test_fsdp() -> None:
     sent = fsdp_bytes(Pair(), gpus=4)  # type: ignore[arg-type]
-    whole = 3 * 4 * (9 + 1 + 3)  # three others, four bytes, slices of weight, bias and what is frozen
+    all_weights = 3 * 4 * (9 + 1 + 3)  # three other ranks, four bytes; slices of weight, bias and frozen weight
     assert sent == {
-        "teacher": whole,
-        "forward": whole,
-        "backward": whole,
+        "teacher": all_weights,
+        "forward": all_weights,
+        "backward": all_weights,
         "gradients": 3 * 4 * 10,
         "norms": 2 * 4 * 1.5,
     }
@@ -98,7 +98,7 @@ def hardware(**changes: float) -> Hardware:
 
 
 def test_the_slower_link_decides() -> None:
-    assert hardware().seconds(1e9, gpus=8) == 2  # one node: no adapter
+    assert hardware().seconds(1e9, gpus=8) == 2  # one node, so no network adapter
     assert hardware().seconds(1e9, gpus=16) == 20
     assert hardware(node=1e10).seconds(1e9, gpus=16) == 2
 
@@ -108,7 +108,7 @@ def test_step() -> None:
     step = step_on(hardware(), backbone, method, images=10)
     assert step.backward == pytest.approx(2 * step.forward)
     assert step.teacher + step.forward + step.backward == pytest.approx(10 * 113.83e9 / 1e12, rel=1e-4)
-    # A global crop costs the teacher as much as the student, which has eight local ones besides.
+    # A global crop costs the teacher as much as the student, which also processes eight local crops.
     assert 0.5 * step.forward < step.teacher < step.forward
     assert step.update == 13 * 4 * numbers(trained_of(method.student)) / 1e12
 
@@ -117,10 +117,10 @@ def test_what_hides_behind_the_backward_pass() -> None:
     _, method = on_paper("vit_small")
     for gpus in (8, 16):
         way, _ = ddp_seconds(hardware(), Step(0, 0, 0, 0), method, gpus=gpus)
-        buckets = 7  # 176 MB in pieces of 25 MiB
+        buckets = 7  # 176 MB in buckets of 25 MiB
         for backward, exposed in ((0.0, way), (way, way / buckets), (way / 2, way / 2), (100 * way, way / buckets)):
-            _, seen = ddp_seconds(hardware(), Step(0, 0, backward, 0), method, gpus=gpus)
-            assert seen == pytest.approx(exposed)
+            _, estimate = ddp_seconds(hardware(), Step(0, 0, backward, 0), method, gpus=gpus)
+            assert estimate == pytest.approx(exposed)
 
 
 def test_fsdp_hides_pass_by_pass() -> None:
@@ -128,10 +128,10 @@ def test_fsdp_hides_pass_by_pass() -> None:
     way, everything = fsdp_seconds(hardware(), Step(0, 0, 0, 0), backbone, method, gpus=8)
     first = way / (backbone.depth + 2)
     assert everything == pytest.approx(way + first)
-    _, seen = fsdp_seconds(hardware(), Step(way, way, way, 0), backbone, method, gpus=8)
-    assert seen == pytest.approx(first)
-    _, seen = fsdp_seconds(hardware(), Step(0, way, way, 0), backbone, method, gpus=8)
-    assert seen == pytest.approx(first + way / 4, rel=1e-2)  # the teacher's: one way of four
+    _, estimate = fsdp_seconds(hardware(), Step(way, way, way, 0), backbone, method, gpus=8)
+    assert estimate == pytest.approx(first)
+    _, estimate = fsdp_seconds(hardware(), Step(0, way, way, 0), backbone, method, gpus=8)
+    assert estimate == pytest.approx(first + way / 4, rel=1e-2)  # one of four transfers: the teacher's
 
 
 def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of the training step: ours alone for real, and what it makes of its measurements."""
+"""The benchmark of the training step: a real run of our side, and the evaluation of measurements."""
 
 import json
 from contextlib import nullcontext
@@ -9,14 +9,14 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
-import ranks  # noqa: F401  # says what is imported in the process that is copied
+import ranks  # noqa: F401  # preloads libraries in the fork server
 import step
 import tiny
 import torch
+from step_batches import Setting, TimedBatches
 from step_report import figures
 from step_sides import configured, serve
 from step_turns import Measured, OutOfMemoryError, measure
-from step_windows import Setting, Windows
 
 from dino_lightning.config import TimmConfig, ViTConfig
 
@@ -32,44 +32,44 @@ MEASURED = Measured(
 
 
 def test_ours_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """In a process that is copied from one with the libraries; a new Python would load them again."""
+    """Uses the fork server, whose processes have the libraries already; `spawn` would import them again."""
     context = torch.multiprocessing.get_context("forkserver")
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
-    words = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --pairs 2 --warmup 1 --json"
-    step.main([*words.split(), "--set", "backbone.depth=1"])
+    arguments = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --pairs 2 --warmup 1 --json"
+    step.main([*arguments.split(), "--set", "backbone.depth=1"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["config"]["backbone"] == "vit_tiny"
     assert row["pairs"] == 2
     memory = row["memory_mb"]["ours"]
     assert 0 < memory["over_start"] < memory["resident"]
-    assert row["utilisation"]["ours"] > 0
+    assert row["utilization"]["ours"] > 0
     assert 0 < row["gflop_per_image"] < 4  # one block of twelve
     assert {"commit", "torch", "device", "command"} <= row.keys()
     assert "time_ratio" not in row
 
 
-def test_a_window_holds_whole_steps():
-    here, there = Pipe()
-    record, seen = tiny.Record(), []
-    setting = Setting(most_steps=5)
+def test_the_time_includes_complete_steps():
+    parent_pipe, child_pipe = Pipe()
+    record, answers = tiny.Record(), []
+    setting = Setting(max_steps=5)
 
     def command() -> None:
-        assert here.recv()[0] == "ready"
+        assert parent_pipe.recv()[0] == "ready"
         for steps in (2, 3):
-            here.send(steps)
-            kind, content = here.recv()
-            # The loop stands still until the next command: what it has done by now lay within the window.
-            seen.append((kind, len(record.losses), content["seconds"] > 0))
-        here.send("stop")
+            parent_pipe.send(steps)
+            kind, content = parent_pipe.recv()
+            # The loop waits for the next command, so all steps done by now were timed.
+            answers.append((kind, len(record.losses), content["seconds"] > 0))
+        parent_pipe.send("stop")
 
-    windows = Windows(there, setting)
-    windows.batches = tiny.batches(5)
+    batches = TimedBatches(child_pipe, setting)
+    batches.source = tiny.batches(5)
     thread = Thread(target=command)
     thread.start()
     with pytest.raises(EOFError):
-        tiny.fit(tiny.dino(), windows, callbacks=[record])
+        tiny.fit(tiny.dino(), batches, callbacks=[record])
     thread.join()
-    assert seen == [("done", 2, True), ("done", 5, True)]
+    assert answers == [("done", 2, True), ("done", 5, True)]
 
 
 def test_figures_of_a_cpu_are_relative():
@@ -78,8 +78,8 @@ def test_figures_of_a_cpu_are_relative():
     assert (row["time_ratio"], row["time_ratio_min"], row["time_ratio_max"]) == (0.75, 0.5, 0.8)
     assert row["memory_ratio"] == 0.75
     assert row["memory_over_start_ratio"] == 0.4
-    # 8 images in 3 seconds at 2 GFLOP each, of 4 GFLOP/s.
-    assert row["utilisation"] == {"ours": round(8 / 3 / 2, 4), "original": 1.0}
+    # 8 images in 3 seconds with 2 GFLOP each, relative to 4 GFLOP/s.
+    assert row["utilization"] == {"ours": round(8 / 3 / 2, 4), "original": 1.0}
     assert not {"images_per_second", "matrix_tflops"} & row.keys()
 
 
@@ -114,7 +114,7 @@ def test_both_sides_get_the_same_setting(tmp_path: Path):
 
 
 class Counting:
-    """Stands in for the two processes: a side whose steps take one second each, or two."""
+    """A fake of the two processes: a step takes one second (ours) or two (original)."""
 
     commands: ClassVar[list[tuple[str, int | str]]] = []
 
@@ -152,18 +152,18 @@ def test_without_memory_for_both_sides_each_runs_alone(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("setting", "kind", "words"),
+    ("setting", "kind", "message"),
     [
         (Setting(batch=10**10), "out of memory", "can't allocate memory"),
         (Setting(overrides=("compute.nonsense=1",)), "failed", "nonsense"),
     ],
 )
-def test_a_side_tells_why_it_ended(setting: Setting, kind: str, words: str):
-    here, there = Pipe()
-    serve("ours", setting, None, there)
-    told, content = here.recv()
-    assert told == kind
-    assert words in content
+def test_a_side_reports_why_it_ended(setting: Setting, kind: str, message: str):
+    parent_pipe, child_pipe = Pipe()
+    serve("ours", setting, None, child_pipe)
+    reported_kind, content = parent_pipe.recv()
+    assert reported_kind == kind
+    assert message in content
 
 
 def test_a_folder_is_long_enough_for_one_epoch(tmp_path: Path):
@@ -177,8 +177,8 @@ def test_a_folder_is_long_enough_for_one_epoch(tmp_path: Path):
 
 
 def test_recorded_commands_have_no_paths():
-    words = ["--original", "/home/me/dino", "--data=/mine", "--set", "compute.compile=true"]
-    assert step.without_paths(words) == ["--original", "DIR", "--data=IMAGES", "--set", "compute.compile=true"]
+    arguments = ["--original", "/home/me/dino", "--data=/mine", "--set", "compute.compile=true"]
+    assert step.without_paths(arguments) == ["--original", "DIR", "--data=IMAGES", "--set", "compute.compile=true"]
 
 
 def test_sweeps_begin_with_the_command_line():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from network_cases import shaken
+from network_cases import with_noise
 from safetensors.torch import load_file
 from slow_params import first
 from torch import Tensor
@@ -37,7 +37,7 @@ VIT = {
 def saved(folder: Path, kind: str = "ViTModel", *, processor: Any = None, **changes: Any) -> Any:
     """A network of theirs in `folder`."""
     config = transformers.ViTConfig(**{**VIT, **changes})
-    network = shaken(getattr(transformers, kind)(config))
+    network = with_noise(getattr(transformers, kind)(config))
     network.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -101,7 +101,7 @@ def test_its_own_words_are_those_of_the_published_files(tmp_path: Path) -> None:
 def test_a_resnet(kind: str, depths: list[int], tmp_path: Path) -> None:
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
     config = transformers.ResNetConfig(layer_type=kind, depths=depths, hidden_sizes=widths)
-    theirs = shaken(transformers.ResNetModel(config))
+    theirs = with_noise(transformers.ResNetModel(config))
     theirs.save_pretrained(tmp_path / "resnet")
     images = torch.randn(2, 3, 64, 64)
     features = theirs(images).pooler_output.flatten(1)

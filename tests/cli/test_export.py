@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 from composing import SMALL, composed
-from network_cases import RESNET, SEEN, TINY, exported
+from network_cases import PREPROCESSING, RESNET, TINY, exported
 from PIL import Image
 from slow_params import first
 from torch import Tensor, nn
@@ -138,7 +138,13 @@ def test_graphs_say_how_images_are_prepared(tmp_path: Path) -> None:
     torch.export.load(tmp_path / "backbone.pt2", extra_files=notes)
     told = json.loads(notes["dino_lightning.json"])
     digest = load_network(str(tmp_path / "weights.safetensors")).digest
-    assert told == {"mean": SEEN["mean"], "std": SEEN["std"], "resize": 40, "size": 32, "digest": digest}
+    assert told == {
+        "mean": PREPROCESSING["mean"],
+        "std": PREPROCESSING["std"],
+        "resize": 40,
+        "size": 32,
+        "digest": digest,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -154,7 +160,7 @@ def test_timm_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
     ours = load_network(str(tmp_path / "weights.safetensors"))
     check_close(ours.backbone(images(2, 32)), theirs(images(2, 32)))
     settings = timm.data.resolve_model_data_config(theirs)  # type: ignore[attr-defined]
-    assert (list(settings["mean"]), list(settings["std"])) == (SEEN["mean"], SEEN["std"])
+    assert (list(settings["mean"]), list(settings["std"])) == (PREPROCESSING["mean"], PREPROCESSING["std"])
     assert (settings["crop_pct"], settings["interpolation"]) == (32 / 40, "bicubic")
     assert load_network(str(tmp_path / "network")).digest == ours.digest
 
@@ -203,7 +209,7 @@ def test_their_processor_prepares_images_as_evaluations_do(tmp_path: Path) -> No
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     ours = center_view(load_network(str(tmp_path / "weights.safetensors")))(image)
     assert theirs.shape == ours.shape
-    std = torch.tensor(SEEN["std"]).view(3, 1, 1)
+    std = torch.tensor(PREPROCESSING["std"]).view(3, 1, 1)
     assert ((theirs - ours) * std).abs().max() <= 1.01 / 255
 
 

@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from archive_cases import FORMS, LONG, by_class, contents, images, opened, tar_bytes, zip_bytes, zip_with_flags
+from archive_cases import FORMS, LONG_NAME, by_class, contents, images, opened, tar_bytes, zip_bytes, zip_with_flags
 from source_cases import check_consistent, png
 
 from dino_lightning.config import FolderData
@@ -19,7 +19,9 @@ class TestReading:
     @pytest.mark.parametrize("form", FORMS)
     def test_bytes_names_labels_and_order_are_those_of_the_unpacked_folder(self, tmp_path, form):
         ending, pack = FORMS[form]
-        files = images("b/2.png", "b/10.png", "a/x/1.png", "a/x-y/1.png", "a/z.jpg", "c d/é日本.png", "a/0.JPEG", LONG)
+        files = images(
+            "b/2.png", "b/10.png", "a/x/1.png", "a/x-y/1.png", "a/z.jpg", "c d/é日本.png", "a/0.JPEG", LONG_NAME
+        )
         path = tmp_path / f"some images{ending}"
         path.write_bytes(pack({**files, "a/readme.txt": b"no image", "a/empty.txt": b""}))
         for name, content in files.items():

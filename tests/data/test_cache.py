@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from cache_cases import FORK, RESIZE, Drawn, expected, folders, keep, picture, settings
+from cache_cases import FORK, RESIZE, GeneratedImages, expected, folders, keep, picture, settings
 
 from dino_lightning.data.bad_images import ReadableImages
 from dino_lightning.data.cache import CachedImages
@@ -19,7 +19,7 @@ from dino_lightning.errors import UserError
 class TestPixels:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_are_those_of_pillow(self, tmp_path, workers):
-        source = Drawn()
+        source = GeneratedImages()
         assert len(source) > 2 * CHUNK
         kept = keep(source, settings(tmp_path), workers=workers)
         for index in range(len(source)):
@@ -37,7 +37,7 @@ class TestPixels:
         assert all((kept.read(i) == array).all() for i, array in enumerate(arrays))
 
     def test_are_a_view_that_cannot_be_written_to(self, tmp_path):
-        kept = keep(Drawn(), settings(tmp_path))
+        kept = keep(GeneratedImages(), settings(tmp_path))
         first, again = kept.read(3), kept.read(3)
         assert np.shares_memory(first, again)
         with pytest.raises(ValueError, match="read-only"):
@@ -45,12 +45,12 @@ class TestPixels:
 
     def test_decode_to_tensors(self, tmp_path):
         config = settings(tmp_path)
-        kept = keep(Drawn(), config)
+        kept = keep(GeneratedImages(), config)
         pixels = Decoder(config).pixels(kept.read(3))
         assert torch.equal(pixels, torch.tensor(kept.read(3)).permute(2, 0, 1))
 
     def test_the_rest_is_the_source_s(self, tmp_path):
-        source = Drawn()
+        source = GeneratedImages()
         kept = keep(source, settings(tmp_path))
         assert isinstance(kept, ImageSource)
         assert (len(kept), kept.classes, kept.describe(4)) == (70, ["even", "odd"], "drawn 4.png")
@@ -82,7 +82,7 @@ class Arrays:
 
 class TestUnreadable:
     def test_keeps_its_reason_and_stops_nothing(self, tmp_path):
-        config, source = settings(tmp_path, max_bad_share=0.0), Drawn(broken=(2, 40))
+        config, source = settings(tmp_path, max_bad_share=0.0), GeneratedImages(broken=(2, 40))
         kept = keep(source, config, bad_images=tmp_path / "run" / "bad_images.txt")
         reasons = []
         for index in (2, 40):
@@ -97,7 +97,7 @@ class TestUnreadable:
 
     def test_counts_when_it_is_met(self, tmp_path):
         config, path = settings(tmp_path), tmp_path / "bad_images.txt"
-        kept = keep(Drawn(broken=(2, 40)), config, bad_images=path)
+        kept = keep(GeneratedImages(broken=(2, 40)), config, bad_images=path)
         images = ReadableImages(kept, len, on_error="skip", max_bad_share=1 / 70, bad_images=path)
         assert images[1][1] == 1
         with pytest.raises(UserError, match="2 of 70 images"):
@@ -105,14 +105,14 @@ class TestUnreadable:
         assert len(path.read_text().splitlines()) == 2
 
     def test_all_of_them(self, tmp_path):
-        kept = keep(Drawn(5, broken=range(5)), settings(tmp_path))
+        kept = keep(GeneratedImages(5, broken=range(5)), settings(tmp_path))
         with pytest.raises(UnreadableImageError):
             kept.read(4)
 
 
 class TestReuse:
     def test_a_second_run_reads_nothing(self, tmp_path):
-        source, again = Drawn(), Drawn()
+        source, again = GeneratedImages(), GeneratedImages()
         first, second = keep(source, settings(tmp_path)), keep(again, settings(tmp_path))
         assert source.reads.value >= 70
         assert again.reads.value == 0
@@ -124,19 +124,19 @@ class TestReuse:
         ids=lambda change: next(iter(change)),
     )
     def test_what_decides_pixels_is_in_the_key(self, tmp_path, change):
-        keep(Drawn(3), settings(tmp_path))
-        keep(Drawn(3), settings(tmp_path, **change))
+        keep(GeneratedImages(3), settings(tmp_path))
+        keep(GeneratedImages(3), settings(tmp_path, **change))
         assert len(folders(tmp_path)) == 2
 
     def test_other_images_and_no_other_setting_are_in_the_key(self, tmp_path):
-        keep(Drawn(3), settings(tmp_path))
-        keep(Drawn(3), settings(tmp_path, batch_size_per_device=7, on_error="raise", num_workers=1))
+        keep(GeneratedImages(3), settings(tmp_path))
+        keep(GeneratedImages(3), settings(tmp_path, batch_size_per_device=7, on_error="raise", num_workers=1))
         assert len(folders(tmp_path)) == 1
-        keep(Drawn(3, name="others"), settings(tmp_path))
+        keep(GeneratedImages(3, name="others"), settings(tmp_path))
         assert len(folders(tmp_path)) == 2
 
     def test_the_hold_out_of_another_seed_shares_it(self, tmp_path):
-        source = Drawn(broken=(0, 1))
+        source = GeneratedImages(broken=(0, 1))
         for seed in (0, 1):
             train = hold_out(Splits(source, None, None), share=0.2, seed=seed).train
             assert isinstance(train, Subset)
@@ -151,26 +151,26 @@ class TestReuse:
         assert len(folders(tmp_path)) == 1
 
     def test_a_small_part_is_kept_alone(self, tmp_path):
-        source = Drawn()
+        source = GeneratedImages()
         kept = keep(Subset(source, indices=np.array([4, 9])), settings(tmp_path))
         assert isinstance(kept, CachedImages)
         assert (kept.read(1) == keep(source, settings(tmp_path)).read(9)).all()
 
     def test_a_damaged_one_is_built_again(self, tmp_path):
-        good = keep(Drawn(), settings(tmp_path)).read(69).copy()
+        good = keep(GeneratedImages(), settings(tmp_path)).read(69).copy()
         (folder,) = folders(tmp_path)
         os.truncate(folder / "pixels.bin", 1000)
-        assert (keep(Drawn(), settings(tmp_path)).read(69) == good).all()
+        assert (keep(GeneratedImages(), settings(tmp_path)).read(69) == good).all()
 
     def test_the_random_state_does_not_tell(self, tmp_path):
         before = torch.get_rng_state()
-        keep(Drawn(), settings(tmp_path), workers=1)
+        keep(GeneratedImages(), settings(tmp_path), workers=1)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 class TestSettings:
     def test_none_is_the_source_itself(self, tmp_path):
-        source = Drawn()
+        source = GeneratedImages()
         assert keep(source, settings(tmp_path, cache="none")) is source
 
     @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ class TestSettings:
     )
     def test_wrong_ones(self, tmp_path, wrong, sentence):
         with pytest.raises(UserError, match=sentence):
-            keep(Drawn(), settings(tmp_path, **wrong))
+            keep(GeneratedImages(), settings(tmp_path, **wrong))
 
     @pytest.mark.parametrize(
         ("cache", "way_out"), [("ram", r"take data\.cache=disk"), ("disk", r"give a roomier data\.cache_dir")]
@@ -201,7 +201,7 @@ class TestSettings:
         assert folders(tmp_path) == []
 
 
-class Endless(Drawn):
+class Endless(GeneratedImages):
     """Says that it has more images than any disk holds."""
 
     def __init__(self):
@@ -216,6 +216,6 @@ def build_with_little_room(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
-        keep(Drawn(), settings(tmp_path), workers=1)
+        keep(GeneratedImages(), settings(tmp_path), workers=1)
     except UserError as error:
         (tmp_path / "said").write_text(str(error))

@@ -11,20 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-from cache_cases import FORK, Drawn, expected, folders, keep, settings
+from cache_cases import FORK, GeneratedImages, expected, folders, keep, settings
 
 from dino_lightning.data.cache import remove_unused
 
 
 class TestProcesses:
     def test_unpickled_it_maps_the_same_file(self, tmp_path):
-        kept = keep(Drawn(200, name="many"), settings(tmp_path))
+        kept = keep(GeneratedImages(200, name="many"), settings(tmp_path))
         data = pickle.dumps(kept)
         assert len(data) < len(pickle.dumps(kept.source)) + 1000
         assert (pickle.loads(data).read(7) == kept.read(7)).all()
 
     def test_two_build_at_once(self, tmp_path, capfd):
-        source = Drawn(seconds=0.012)
+        source = GeneratedImages(seconds=0.012)
         builders = [FORK.Process(target=keep, args=(source, settings(tmp_path))) for _ in range(2)]
         for builder in builders:
             builder.start()
@@ -40,7 +40,7 @@ class TestProcesses:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_killed_build_leaves_nothing_that_counts(self, tmp_path, workers):
-        source = Drawn(seconds=0.005)
+        source = GeneratedImages(seconds=0.005)
         builder = FORK.Process(target=in_own_group, args=(source, settings(tmp_path), workers))
         builder.start()
         # The first reads are for the estimate.
@@ -52,7 +52,7 @@ class TestProcesses:
         assert (remains / "pixels.bin").stat().st_size > 0
         assert source.reads.value < 2 * len(source)
 
-        kept = keep(Drawn(), settings(tmp_path))
+        kept = keep(GeneratedImages(), settings(tmp_path))
         assert all(kept.read(i).shape == expected(i).shape for i in range(70))
         (folder,) = folders(tmp_path)
         assert ".part-" not in folder.name
@@ -63,7 +63,7 @@ class TestProcesses:
         assert folders(tmp_path) == []
 
 
-class Interrupted(Drawn):
+class Interrupted(GeneratedImages):
     """Somebody presses Ctrl-C in the middle."""
 
     def read(self, index):
@@ -93,7 +93,7 @@ class TestMemory:
 
     @pytest.fixture
     def source(self, tmp_path, config):
-        source = Drawn(10, name=f"memory {tmp_path}")
+        source = GeneratedImages(10, name=f"memory {tmp_path}")
         yield source
         for path in Path(memory_folder(source, config)).parent.glob(f"{memory_folder(source, config).name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -117,9 +117,8 @@ class TestMemory:
         assert not folder.exists()
 
     def test_of_two_processes_the_last_removes_it(self, source, config):
-        code = (
-            f"from cache_cases import *; kept = keep(Drawn(10, name={source.name!r}), DataConfig(**{vars(config)!r}))"
-        )
+        code = f"from cache_cases import *; source = GeneratedImages(10, name={source.name!r}); "
+        code += f"kept = keep(source, DataConfig(**{vars(config)!r}))"
         paths = os.pathsep.join([*sys.path])
         other = subprocess.Popen(
             [sys.executable, "-c", f"{code}; print(kept.folder, flush=True); input()"],

@@ -11,7 +11,7 @@ from davis_cases import (
     HEIGHT,
     PALETTE,
     WIDTH,
-    drawn,
+    disks,
     frame_path,
     mask_path,
     write_davis,
@@ -38,7 +38,7 @@ def test_sequences_come_in_the_order_of_the_list(tmp_path: Path) -> None:
 
 
 def test_2017_keeps_objects_apart_and_2016_takes_them_together(tmp_path: Path) -> None:
-    labels = drawn(HEIGHT, WIDTH, shift=6)
+    labels = disks(HEIGHT, WIDTH, shift=6)
     apart = open_davis(write_davis(tmp_path, year=2017)).sequences[0]
     np.testing.assert_array_equal(apart.labels(2), labels)
     assert apart.objects == 2
@@ -51,7 +51,7 @@ def test_2017_keeps_objects_apart_and_2016_takes_them_together(tmp_path: Path) -
 def test_void_is_background(tmp_path: Path, year: int) -> None:
     config = write_davis(tmp_path, year=year)
     expected = open_davis(config).sequences[0].labels(0)
-    labels = drawn(HEIGHT, WIDTH, shift=0)
+    labels = disks(HEIGHT, WIDTH, shift=0)
     labels[:4, :9] = 255
     write_mask(tmp_path, "cow", 0, labels)
     sequence = open_davis(config).sequences[0]
@@ -63,10 +63,10 @@ def test_void_is_background(tmp_path: Path, year: int) -> None:
 def test_the_release_of_2016_paints_its_object_white(tmp_path: Path, mode: str) -> None:
     config = write_davis(tmp_path, year=2016)
     for index in range(FRAMES):
-        white = Image.fromarray((drawn(HEIGHT, WIDTH, shift=3 * index) > 0).astype(np.uint8) * 255)
+        white = Image.fromarray((disks(HEIGHT, WIDTH, shift=3 * index) > 0).astype(np.uint8) * 255)
         white.convert(mode).save(mask_path(tmp_path, "cow", index))
     sequence = open_davis(config).sequences[0]
-    np.testing.assert_array_equal(sequence.labels(1), drawn(HEIGHT, WIDTH, shift=3) > 0)
+    np.testing.assert_array_equal(sequence.labels(1), disks(HEIGHT, WIDTH, shift=3) > 0)
     assert sequence.objects == 1
     assert sequence.palette is None
 
@@ -86,7 +86,7 @@ def test_lists_of_2016_name_frames(tmp_path: Path) -> None:
 def test_an_object_without_a_pixel_in_the_first_frame_counts(tmp_path: Path) -> None:
     """As in the official evaluation: objects are 1 ... the largest number of the first mask."""
     config = write_davis(tmp_path)
-    labels = drawn(HEIGHT, WIDTH, shift=0)
+    labels = disks(HEIGHT, WIDTH, shift=0)
     labels[labels == 1] = 0
     write_mask(tmp_path, "cow", 0, labels)
     assert open_davis(config).sequences[0].objects == 2

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from evaluation_tools import tiny_network
 from lightning import Fabric
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 
 from dino_lightning.config import BuiltinData, LinearEval, LinearGridEval
 from dino_lightning.evaluation.classification import linear
@@ -40,7 +40,7 @@ def evaluated(folder: Path, *, ranks: int) -> dict[str, Any]:
 def launch(folder: Path) -> list[dict[str, Any]]:
     """Run both ranks; returns the results of each."""
     on_ranks(main, folder)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def main(rank: int, folder: Path) -> None:

@@ -9,7 +9,7 @@ import tiny
 import tiny_methods
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -73,7 +73,7 @@ def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder, ranks=RANKS)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def train(case: Case) -> dict[str, Any]:

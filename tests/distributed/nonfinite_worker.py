@@ -9,7 +9,7 @@ import tiny
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
 from nonfinite_cases import BAD, STEPS, BadGradient, broken, callback
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -135,7 +135,7 @@ class SaveAfter(L.Callback):
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder, *cases)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def main(rank: int, folder: Path, *cases: str) -> None:

@@ -7,7 +7,7 @@ import ranks_worker
 import tiny
 import torch
 from content_masks import mask_by_content
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 from ranks_worker import BATCH, RANKS, STEPS, Case
 
 CASES = {
@@ -38,7 +38,7 @@ def module_and_batches(case: Case) -> tuple[Any, tiny.Batches]:
 def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
     on_ranks(main, folder)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def main(rank: int, folder: Path) -> None:

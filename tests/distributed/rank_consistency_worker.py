@@ -16,7 +16,7 @@ from composing import composed
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from PIL import Image
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 
 import dino_lightning
 from dino_lightning.config import TrainConfig
@@ -138,7 +138,7 @@ def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
     prepare(folder)
     on_ranks(main, folder)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def main(rank: int, folder: Path) -> None:

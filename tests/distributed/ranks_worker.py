@@ -11,7 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import DoublePrecision
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
@@ -136,7 +136,7 @@ def module_and_batches(case: Case = CASES["ddp"]) -> tuple[Any, tiny.Batches]:
 def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case. They resume from `folder`/start.ckpt if it exists."""
     on_ranks(main, folder, *cases)
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:

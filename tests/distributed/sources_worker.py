@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from ranks import found_by_ranks, on_ranks
+from ranks import on_ranks, results_of_ranks
 
 from dino_lightning.config import (
     ArchiveData,
@@ -153,7 +153,7 @@ def launch(folder: Path) -> list[dict[str, Any]]:
     """Run both ranks; returns the results of each by source."""
     torch.save(prepare(folder), folder / "configs.pt")
     on_ranks(main, folder, HF_DATASETS_CACHE=str(folder / "hf"), HF_HUB_OFFLINE="1")
-    return found_by_ranks(folder)
+    return results_of_ranks(folder)
 
 
 def read(config: DataConfig, *, seed: int, epochs: int) -> list[list[list[list[float]]]]:

@@ -7,7 +7,7 @@ import nonfinite_worker
 import pytest
 import tiny
 import torch
-from nonfinite_cases import BAD, STEPS, assert_equal, by_hand
+from nonfinite_cases import BAD, STEPS, assert_equal, reference_states
 from nonfinite_worker import CASES, CULPRIT, FAST, RANKS, SLOW, Case, launch, module_and_batches
 from torch import Tensor
 
@@ -72,8 +72,8 @@ def test_the_others_are_those_of_one_process(name: str, seen: tuple[Path, Ranks]
     whole = Case(case.strategy, case.policy)
     module, batches = module_and_batches(whole)
     module.batch_size_per_device = nonfinite_worker.BATCH
-    left_out = {"stop": set(range(BAD, STEPS)), "skip": {BAD}, "rollback": set(range(1, BAD + 1))}[case.policy]
-    expected = by_hand(module, batches, left_out=left_out)[-1]
+    skipped = {"stop": set(range(BAD, STEPS)), "skip": {BAD}, "rollback": set(range(1, BAD + 1))}[case.policy]
+    expected = reference_states(module, batches, skipped=skipped)[-1]
     for name_, tensor in ranks[0]["end"].items():
         torch.testing.assert_close(tensor, expected[name_], rtol=1e-6, atol=1e-9, msg=name_)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from embedding_cases import CHECKPOINT, SIZE, by_hand, picture_files, pictures
+from embedding_cases import CHECKPOINT, SIZE, expected_features, picture_files, pictures
 from PIL import Image
 
 import dino_lightning
@@ -44,7 +44,7 @@ def test_a_folder_with_classes(tmp_path: Path) -> None:
     assert not found.bad
     assert found.features.dtype == np.float32
     # A batch and single images round differently in the last bits.
-    np.testing.assert_allclose(found.features, by_hand(files).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.features, expected_features(files).numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found.image(7)), np.asarray(Image.open(files[7])))
 
 

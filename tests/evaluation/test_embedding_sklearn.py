@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from embedding_cases import CHECKPOINT, SIZE, by_hand, picture_files, pictures
+from embedding_cases import CHECKPOINT, SIZE, expected_features, picture_files, pictures
 from PIL import Image
 
 import dino_lightning
@@ -45,7 +45,7 @@ def test_transform_gives_the_features_of_embed(tmp_path: Path) -> None:
         features = small(batch_size=2).fit_transform(X)
         assert features.dtype == np.float32
         np.testing.assert_array_equal(features, want.features)
-    np.testing.assert_allclose(features, by_hand(files).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features, expected_features(files).numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(small(batch_size=2, num_workers=1).transform(files), want.features)
     assert small().transform([]).shape == (0, 64)
     assert small(features="mean_patch").transform(files).shape == (5, 64)

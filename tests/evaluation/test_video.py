@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from davis_cases import FRAMES, HEIGHT, PALETTE, WIDTH, drawn, frame_path, mask_path, write_davis, write_frame
+from davis_cases import FRAMES, HEIGHT, PALETTE, WIDTH, disks, frame_path, mask_path, write_davis, write_frame
 from evaluation_tools import timm_network, tiny_network, tiny_task
 from PIL import Image
 from torch import Tensor
@@ -56,7 +56,7 @@ def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: An
         normalized = (image - torch.tensor(network.mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         return patch_tokens(network.backbone, normalized.unsqueeze(0))[0]
 
-    first = drawn(HEIGHT, WIDTH, shift=0)
+    first = disks(HEIGHT, WIDTH, shift=0)
     small = torch.from_numpy(resized_labels(first, size=(8, 8)).copy())
     propagation = Propagation(
         features(0),
@@ -81,7 +81,7 @@ def test_masks_and_figures(tmp_path: Path, other: dict[str, Any]) -> None:
     results = run(tmp_path, data, network, **other)
     masks = masks_of(tmp_path, "cow")
     np.testing.assert_array_equal(masks, step_by_step(data, network, "cow", **other))
-    truth = torch.from_numpy(np.stack([drawn(HEIGHT, WIDTH, shift=3 * i) for i in range(FRAMES)]))
+    truth = torch.from_numpy(np.stack([disks(HEIGHT, WIDTH, shift=3 * i) for i in range(FRAMES)]))
     expected = object_scores(torch.from_numpy(masks), truth, objects=2)
     assert [result.metric for result in results] == METRICS
     assert [result.main for result in results] == [True, True, False, False, True, False, False]
@@ -106,7 +106,7 @@ def test_masks_look_like_those_of_the_benchmark(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert (image.mode, image.size) == ("P", (WIDTH, HEIGHT))
             assert (image.getpalette() or [])[:9] == PALETTE[:9]
-    np.testing.assert_array_equal(masks_of(tmp_path, "cow")[0], drawn(HEIGHT, WIDTH, shift=0))
+    np.testing.assert_array_equal(masks_of(tmp_path, "cow")[0], disks(HEIGHT, WIDTH, shift=0))
     with Image.open(tmp_path / "out/pictures/video.png") as picture:
         assert picture.width > picture.height / 2
 

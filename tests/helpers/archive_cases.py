@@ -1,4 +1,4 @@
-"""Zip and tar files of pictures, for the tests of archives."""
+"""Zip and tar files of images, for the tests of archives."""
 
 import io
 import os
@@ -13,12 +13,12 @@ from dino_lightning.config import ArchiveData
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.base import Splits
 
-LONG = f"{'a long folder name ' * 8}/{'and a long file name ' * 8}.png"
+LONG_NAME = f"{'a long folder name ' * 8}/{'and a long file name ' * 8}.png"
 Files = dict[str, bytes]
 
 
 def images(*names: str) -> Files:
-    """Distinct images, padded so that lengths differ too."""
+    """Name -> content of distinct images, padded to different lengths."""
     return {name: png(number) + bytes(37 * number) for number, name in enumerate(names)}
 
 
@@ -41,7 +41,7 @@ def zip_bytes(files: Files, *, method: int = zipfile.ZIP_STORED) -> bytes:
 
 
 def zip_with_extra_fields(files: Files) -> bytes:
-    """The field stands before the data only, not in the table."""
+    """A zip whose entries have an extra field in the local header, but not in the central directory."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as packed:
         for name, content in files.items():
@@ -54,13 +54,13 @@ def zip_with_extra_fields(files: Files) -> bytes:
 
 
 def zip_with_flags(files: Files, *, flip: int) -> bytes:
-    """With other flags than Python writes, of the one entry, before its data and in the table."""
-    whole = bytearray(zip_bytes(files))
-    for magic, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        begin = whole.index(magic) + place
-        flags = int.from_bytes(whole[begin : begin + 2], "little") ^ flip
-        whole[begin : begin + 2] = flags.to_bytes(2, "little")
-    return bytes(whole)
+    """A zip with one entry whose flags differ by `flip`, in the local header and in the central directory."""
+    content = bytearray(zip_bytes(files))
+    for magic, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        begin = content.index(magic) + offset
+        flags = int.from_bytes(content[begin : begin + 2], "little") ^ flip
+        content[begin : begin + 2] = flags.to_bytes(2, "little")
+    return bytes(content)
 
 
 FORMS: dict[str, tuple[str, Callable[[Files], bytes]]] = {
@@ -82,7 +82,7 @@ def contents(source) -> Files:
 
 
 def by_class(source) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for i, label in enumerate(source.labels.tolist()):
-        found.setdefault(source.classes[label], []).append(os.path.basename(source.describe(i)))
-    return found
+        names.setdefault(source.classes[label], []).append(os.path.basename(source.describe(i)))
+    return names

@@ -1,4 +1,7 @@
-"""Computes transformer blocks in triton's interpreter, which has to be chosen before triton is imported."""
+"""Transformer blocks with known weights; as a program, runs the fused block in Triton's interpreter.
+
+The interpreter must be selected before Triton is imported, so tests start it as a program with the path of the results.
+"""
 
 import os
 import sys
@@ -18,8 +21,8 @@ SHAPES = ((3, 17), (5, 5))
 WIDTH, HEADS = 96, 3
 
 
-def made(width: int, heads: int) -> PackedBlock:
-    """A block whose weights all matter."""
+def make_block(width: int, heads: int) -> PackedBlock:
+    """A block whose weights all influence the output."""
     torch.manual_seed(0)
     block = PackedBlock(width, heads, qkv_bias=True)
     for name, parameter in block.named_parameters():
@@ -31,7 +34,7 @@ def made(width: int, heads: int) -> PackedBlock:
 def outputs_and_gradients(
     block: PackedBlock, x_MD: Tensor, shapes: Any, scales_2M1: Tensor | None, *, fused: bool, half: bool
 ) -> dict[str, Tensor]:
-    """The block's output and the gradients of its input and weights, by the fused function or operator by operator."""
+    """The block's output and its gradients for input and weights, from the fused function or the reference."""
     x_MD = x_MD.clone().requires_grad_()
     block.zero_grad()
     with torch.autocast(x_MD.device.type, torch.bfloat16, enabled=half):
@@ -47,16 +50,16 @@ def outputs_and_gradients(
 
 
 def inputs(shapes: Any, width: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and factors of which some are 0."""
+    """Tokens (M, width) and drop path factors (2, M, 1), some of them 0."""
     M = sum(B * N for B, N in shapes)
     return torch.randn(M, width), (torch.rand(2, M, 1) < 0.7) / 0.7
 
 
 def main(path: str) -> None:
-    """Write what the fused function makes of each case."""
+    """Save the results of the fused function for each case."""
     torch.set_num_threads(1)
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
-    block, (x_MD, scales_2M1) = made(WIDTH, HEADS), inputs(SHAPES, WIDTH)
+    block, (x_MD, scales_2M1) = make_block(WIDTH, HEADS), inputs(SHAPES, WIDTH)
     results = {
         (half, dropped): outputs_and_gradients(
             block, x_MD, SHAPES, scales_2M1 if dropped else None, fused=True, half=half

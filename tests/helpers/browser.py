@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages: `$DINO_CHROMIUM`, or the one on the path."""
+"""A headless Chromium for tests of HTML pages: the one in `$DINO_CHROMIUM`, or on the path."""
 
 import os
 import shutil
@@ -12,20 +12,20 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def chromium() -> str:
-    """Its path; the test is skipped where there is none."""
-    found = os.environ.get("DINO_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("no Chromium: install one, or name its file in DINO_CHROMIUM")
-    return found
+    """Path of Chromium; skips the test if there is none."""
+    path = os.environ.get("DINO_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium: install it, or set DINO_CHROMIUM to its path")
+    return path
 
 
 @contextmanager
 def launched() -> Iterator[Any]:
-    """A `playwright` browser."""
+    """A running `playwright` browser."""
     api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[browser]"')
     path = chromium()
     with api.sync_playwright() as playwright:
-        # Chromium's own sandbox does not start as root, as in containers.
+        # Chromium's sandbox does not work as root, which is usual in containers.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -1,4 +1,4 @@
-"""Drawn pictures that count how often they are read, for the tests of the cache."""
+"""A source of generated images that counts how often they are read, for the tests of the cache."""
 
 import io
 import multiprocessing
@@ -13,15 +13,15 @@ from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource, content_digest
 
 SIZES = [(40, 30), (30, 40), (16, 16), (20, 100), (17, 16), (100, 20), (15, 90)]
-"""Width and height in turn, on both sides of the shorter side kept below."""
+"""(width, height) of the images, with shorter sides below and above `RESIZE`."""
 RESIZE = 16
 FORK = multiprocessing.get_context("fork")
 
 
-class Drawn:
-    """Smooth colored pictures as PNG, drawn when they are read; `broken` ones are cut off, each with a delay."""
+class GeneratedImages:
+    """PNGs of smooth colors, generated when they are read, after a delay; the `broken` ones are truncated."""
 
-    def __init__(self, total=70, *, broken=(), seconds=0.0, name="drawn"):
+    def __init__(self, total=70, *, broken=(), seconds=0.0, name="generated"):
         self.total, self.broken, self.seconds, self.name = total, tuple(broken), seconds, name
         self.labels, self.classes = np.arange(total) % 2, ["even", "odd"]
         self.reads = FORK.Value("q", 0)
@@ -59,7 +59,7 @@ def encoded(index):
 
 
 def expected(index):
-    """By Pillow: the shorter side 16, the other one in proportion, cut to whole pixels."""
+    """The cached image computed with Pillow: shorter side 16, longer side in proportion, rounded down."""
     image = picture(index)
     short, long = sorted(image.size)
     if short > RESIZE:

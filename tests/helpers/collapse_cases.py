@@ -1,4 +1,4 @@
-"""Small methods on images that can be told apart, for the tests of collapse alarms."""
+"""Small methods and distinguishable images, for the tests of the collapse alarm."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,14 +24,14 @@ BATCH, SIZE, WIDTH = 16, 32, tiny.BACKBONE.width
 
 
 def images(count: int, *, seed: int = 0) -> list[list[Tensor]]:
-    """Batches of two views: every image is a pattern of its own in coarse colors, under noise."""
+    """Batches of two views: every image is a different pattern of coarse colors with noise."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    batches = []
     for _ in range(count):
         coarse = torch.randn(BATCH, 3, 2, 2, generator=generator)
         pattern = 2 * F.interpolate(coarse, size=(SIZE, SIZE), mode="nearest")
-        made.append([pattern + 0.3 * torch.randn(pattern.shape, generator=generator) for _ in range(2)])
-    return made
+        batches.append([pattern + 0.3 * torch.randn(pattern.shape, generator=generator) for _ in range(2)])
+    return batches
 
 
 def parts() -> MethodParts:
@@ -64,7 +64,7 @@ def fit(
     resume: Path | None = None,
     **options: Any,
 ) -> L.Trainer:
-    """Train with a row of the log for every step, and 16 steps to an epoch."""
+    """Train with 16 steps per epoch and log every step."""
     logger = CSVLogger(folder, name="", version="") if folder else False
     options = {"devices": 1, "max_epochs": steps // 16, "enable_checkpointing": False, **options}
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
@@ -74,11 +74,11 @@ def fit(
     return trainer
 
 
-class Notes(SimpleNamespace):
-    """What signals need of a method."""
+class RecordedMetrics(SimpleNamespace):
+    """A fake of the parts of a method that collapse signals need; records the metrics."""
 
     def __init__(self, rows: int = 3) -> None:
-        super().__init__(noted={}, feature_buffer=FeatureBuffer(), compute=SimpleNamespace(loss_rows=rows))
+        super().__init__(recorded={}, feature_buffer=FeatureBuffer(), compute=SimpleNamespace(loss_rows=rows))
 
     def log_metric(self, name: str, value: Tensor) -> None:
-        self.noted[name.removeprefix("collapse/")] = value
+        self.recorded[name.removeprefix("collapse/")] = value

@@ -1,7 +1,7 @@
-"""Compose configurations inside a test, as the command line does.
+"""Compose configurations in a test as the command line does, but faster.
 
-Hydra looks through all its files for each configuration. Here it does so once for the groups that are chosen; values of
-keys it then sets in a copy, which is its own last step, too (`tests/config/test_composing.py` compares).
+Hydra reads all its files for each configuration. Here the configuration is cached for each choice of groups, and the
+other overrides are applied to a copy, as in Hydra's last step. `tests/config/test_composing.py` compares with Hydra.
 """
 
 import pickle
@@ -30,7 +30,7 @@ SMALL = [
     "cpu_threads=1",
     "callbacks.pictures.images=2",
 ]
-"""A run of seconds on the built-in images."""
+"""Overrides for a run of a few seconds on the built-in images."""
 
 
 def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:
@@ -44,44 +44,44 @@ def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written
     """The configuration of `dino eval OVERRIDES`, on one CPU and without the user's feature cache."""
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    return composition("evaluate", *overrides, *_here(overrides), f"output_dir={output_dir}")
+    return composition("evaluate", *overrides, *_defaults(overrides), f"output_dir={output_dir}")
 
 
 def composed_embedding(*overrides: str, output: Path | str = "never-written.parquet") -> DictConfig:
     """The configuration of `dino embed OVERRIDES`, on one CPU and without the user's feature cache."""
     register()
-    return composition("embed", f"output={output}", *_here(overrides), *overrides)
+    return composition("embed", f"output={output}", *_defaults(overrides), *overrides)
 
 
-def _here(overrides: tuple[str, ...]) -> list[str]:
-    """What an evaluation has besides, wherever the overrides say nothing else."""
-    words = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "feature_cache=null", "cpu_threads=1"]
-    return [word for word in words if not any(o.startswith(word.split("=")[0] + "=") for o in overrides)]
+def _defaults(overrides: tuple[str, ...]) -> list[str]:
+    """Settings of evaluations in tests, except for keys in `overrides`."""
+    defaults = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "feature_cache=null", "cpu_threads=1"]
+    return [each for each in defaults if not any(o.startswith(each.split("=")[0] + "=") for o in overrides)]
 
 
-def composition(root: str, *words: str) -> DictConfig:
-    """The configuration of the file `conf/ROOT.yaml` and the words of a command line."""
+def composition(root: str, *arguments: str) -> DictConfig:
+    """The configuration of `conf/ROOT.yaml` with the overrides in `arguments`."""
     try:
-        overrides = OverridesParser.create().parse_overrides(list(words))
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
         if any(_is_for_hydra(override) for override in overrides):
-            return by_hydra(root, *words)
-        groups = tuple(word for word, override in zip(words, overrides, strict=True) if _is_group(override))
+            return by_hydra(root, *arguments)
+        groups = tuple(each for each, override in zip(arguments, overrides, strict=True) if _is_group(override))
         config: DictConfig = pickle.loads(_of_groups(root, groups))
         ConfigLoaderImpl._apply_overrides_to_config([each for each in overrides if not _is_group(each)], config)
         return config
     except Exception:
-        return by_hydra(root, *words)  # which finds the same error, in its own words
+        return by_hydra(root, *arguments)  # raises the same error with Hydra's message
 
 
-def by_hydra(root: str, *words: str) -> DictConfig:
-    """The same, all of it by Hydra itself."""
+def by_hydra(root: str, *arguments: str) -> DictConfig:
+    """The same configuration, composed by Hydra."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose(root, overrides=list(words))
+        return compose(root, overrides=list(arguments))
 
 
 @cache
 def _of_groups(root: str, groups: tuple[str, ...]) -> bytes:
-    """Pickled: that copies in a fraction of the time that `copy` takes."""
+    """Pickled, because unpickling is much faster than `copy`."""
     return pickle.dumps(by_hydra(root, *groups))
 
 
@@ -90,5 +90,5 @@ def _is_group(override: Override) -> bool:
 
 
 def _is_for_hydra(override: Override) -> bool:
-    """Whether it concerns more than this one configuration: a sweep, or how it is run."""
+    """Whether an override is a sweep or a setting of Hydra, not a key of the configuration."""
     return override.is_sweep_override() or override.is_hydra_override()

@@ -1,4 +1,4 @@
-"""Masks that depend on a crop alone, so that any split of a batch over micro-batches and ranks has the same ones."""
+"""Masks that depend only on the crop, so that they are the same for any split over micro-batches and ranks."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dino_lightning.models.masking import Masks, draw_masks
 
 
 def mask_by_content(module: Any, *, patch: int) -> Any:
-    """Let a DINO's masks be drawn from the first pixel of each crop."""
+    """Seed the masks of a DINO method with the first pixel of each crop."""
 
     def draw(_: Any, crops: list[Tensor]) -> Masks:
         return Masks.of(

@@ -1,4 +1,4 @@
-"""A drawn DAVIS: videos of colored disks on noise, with their masks."""
+"""A generated DAVIS dataset: videos of colored disks on noise, with masks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ PALETTE = [0, 0, 0, 200, 10, 20, 10, 200, 20, *[7] * (253 * 3)]
 def write_davis(
     root: Path, *, sequences: dict[str, int] | None = None, height: int = HEIGHT, width: int = WIDTH, **config: Any
 ) -> DavisData:
-    """`sequences`: name -> frames. Each has two objects, which move to the right. Listed for both years."""
+    """Write `sequences` (name -> number of frames) of two objects that move to the right, listed for both years."""
     sequences = sequences or {"cow": FRAMES, "bus": FRAMES + 1}
     for year in ("2016", "2017"):
         (root / "ImageSets" / year).mkdir(parents=True, exist_ok=True)
         (root / "ImageSets" / year / "val.txt").write_text("\n".join(sequences) + "\n")
     for number, (name, frames) in enumerate(sequences.items()):
         for index in range(frames):
-            labels = drawn(height, width, shift=3 * index)
+            labels = disks(height, width, shift=3 * index)
             noise = np.random.default_rng(number).integers(0, 60, (height, width, 3))
             colors = np.array([(90, 90, 90), (190, 40, 40), (40, 40, 190)])
             pixels = (noise + colors[labels]).astype(np.uint8)
@@ -31,8 +31,8 @@ def write_davis(
     return DavisData(path=str(root), num_workers=0, **config)
 
 
-def drawn(height: int, width: int, *, shift: int) -> np.ndarray:
-    """Labels of two disks, the second in part before the first."""
+def disks(height: int, width: int, *, shift: int) -> np.ndarray:
+    """Labels of two disks, the second partly in front of the first."""
     y, x = np.mgrid[:height, :width]
     first = (y - height * 0.4) ** 2 + (x - width * 0.3 - shift) ** 2 < (height * 0.3) ** 2
     second = (y - height * 0.7) ** 2 + (x - width * 0.5 - shift) ** 2 < (height * 0.2) ** 2

@@ -1,4 +1,4 @@
-"""Images of all kinds, for the tests of decoding."""
+"""Images in all supported formats, for the tests of decoding."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ from dino_lightning.config import FolderData
 from dino_lightning.data.decode import Decoder
 
 SIZE = (61, 43)
-"""Width and height, odd and different, so that a swap or a padding shows."""
+"""(width, height), odd and different, so that swapped sides and padding are detected."""
 
 
 def decoder(**settings: Any) -> Decoder:
@@ -59,7 +59,10 @@ def transparent_palette() -> bytes:
 
 
 def cmyk_jpeg(kind: str) -> bytes:
-    """PIL writes inverted values and Adobe's marker, whose last byte says YCCK; without it, values are as they are."""
+    """A CMYK JPEG of one `kind`. PIL writes inverted values and Adobe's marker, whose last byte selects YCCK.
+
+    Without the marker, values are not inverted.
+    """
     content = encoded(photo("CMYK"), "JPEG", quality=95)
     at = content.index(b"Adobe")
     if kind == "ycck":
@@ -68,7 +71,7 @@ def cmyk_jpeg(kind: str) -> bytes:
 
 
 def deep_png(channels: int) -> bytes:
-    """16 bits, by hand: PIL writes only gray ones."""
+    """A 16-bit PNG written without PIL, which writes only gray ones."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -104,7 +107,9 @@ EXACT = {
 LOSSY = {
     "jpeg": lambda: encoded(photo(), "JPEG"),
     "progressive jpeg": lambda: encoded(photo(), "JPEG", progressive=True, subsampling=1),
-    "loud jpeg": lambda: encoded(Image.fromarray(values(3)), "JPEG", quality=60),  # its luminance is not PIL's gray
+    "loud jpeg": lambda: encoded(
+        Image.fromarray(values(3)), "JPEG", quality=60
+    ),  # its luminance differs from PIL's gray
     "gray jpeg": lambda: encoded(photo("L"), "JPEG"),
     "adobe cmyk jpeg": lambda: cmyk_jpeg("adobe"),
     "plain cmyk jpeg": lambda: cmyk_jpeg("plain"),

@@ -1,4 +1,4 @@
-"""What would make a program wait for its device, seen on the CPU."""
+"""Detects operations that would make the host wait for a GPU; works on the CPU."""
 
 import traceback
 from collections.abc import Iterator
@@ -10,39 +10,47 @@ from lightning.pytorch.callbacks import Callback
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "lift_fresh"}
-"""`item`, `bool` and `float`; sizes that depend on values; `torch.tensor(number)`, on a GPU a copy that waits."""
-METHODS = {"tolist", "numpy", "cpu", "__array__"}
-"""Copies to the host, which on the CPU are no operation."""
+WAITING_OPERATIONS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "lift_fresh",
+}
+"""`item`, `bool` and `float`; sizes that depend on values; `torch.tensor(number)`, a blocking copy on a GPU."""
+WAITING_METHODS = {"tolist", "numpy", "cpu", "__array__"}
+"""Copies to the host, which on the CPU are not operations."""
 
 
-class Operations(TorchDispatchMode):
-    """What reaches PyTorch's kernels, also from within its own code."""
+class OperationRecorder(TorchDispatchMode):
+    """Records waiting operations, including those that PyTorch itself calls."""
 
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, calls: list[str]) -> None:
         super().__init__()
-        self.seen = seen
+        self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         masked = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if name in OPERATIONS or masked:
-            self.seen.append(f"{name}: {' < '.join(callers())}")
+        if name in WAITING_OPERATIONS or masked:
+            self.calls.append(f"{name}: {' < '.join(callers())}")
         return func(*args, **(kwargs or {}))
 
 
-class Methods(TorchFunctionMode):
-    """What Python calls on tensors. Readings may copy to the host: theirs is there already."""
+class MethodRecorder(TorchFunctionMode):
+    """Records waiting methods of tensors. The metrics buffer may call them: its values are already on the host."""
 
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, calls: list[str]) -> None:
         super().__init__()
-        self.seen = seen
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(func, "__name__", "") in METHODS and "/metrics_buffer.py:" not in callers()[0]:
-            self.seen.append(f"{func.__name__}: {' < '.join(callers())}")
+        if getattr(func, "__name__", "") in WAITING_METHODS and "/metrics_buffer.py:" not in callers()[0]:
+            self.calls.append(f"{func.__name__}: {' < '.join(callers())}")
         return func(*args, **(kwargs or {}))
 
 
@@ -53,21 +61,24 @@ def callers() -> list[str]:
 
 @contextmanager
 def waits() -> Iterator[list[str]]:
-    """All within that would make the program wait for a device, and who did it."""
-    seen: list[str] = []
-    with Methods(seen), Operations(seen):
-        yield seen
+    """Yields a list that collects the waiting operations inside the `with` block and their callers."""
+    calls: list[str] = []
+    with MethodRecorder(calls), OperationRecorder(calls):
+        yield calls
 
 
-class Watch(Callback):
-    """Watches everything between the starts of two micro-batches, loops and loggers of Lightning included."""
+class EnterBetweenBatches(Callback):
+    """Enters a context manager from the start of one micro-batch to the start of another.
 
-    def __init__(self, watched: AbstractContextManager[Any], *, first: int, last: int) -> None:
-        self.watched, self.first, self.last = watched, first, last
-        self.seen: Any = None
+    This includes Lightning's loops and loggers. `result` is the value of the `with` statement.
+    """
+
+    def __init__(self, context: AbstractContextManager[Any], *, first: int, last: int) -> None:
+        self.context, self.first, self.last = context, first, last
+        self.result: Any = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.first:
-            self.seen = self.watched.__enter__()
+            self.result = self.context.__enter__()
         elif batch_idx == self.last:
-            self.watched.__exit__(None, None, None)
+            self.context.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""Pictures on disk and a second way to their features, for the tests of `dino_lightning.evaluation.embedding`."""
+"""Image files and an independent computation of their features, for the tests of `evaluation.embedding`."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from dino_lightning.data.sources.builtin import BuiltinImages
 
 CHECKPOINT = "untrained:vit_micro"
 SIZE = 32
-"""Pixels; the network itself is made for 224, which takes 49 times as long."""
+"""Image size in pixels; the network's default of 224 would take 49 times as long."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pictures(count: int) -> list[np.ndarray]:
-    """(32, 32, 3) uint8, no two alike."""
+    """Distinct images (32, 32, 3) as uint8."""
     source = BuiltinImages("train", images=count, image_size=32, draw_seed=0)
     return [source.read(i) for i in range(count)]
 
 
 def picture_files(folder: Path, count: int, *, classes: tuple[str, ...] = ()) -> list[Path]:
-    """PNG files in the order of their names, in class folders where there are classes."""
+    """Write PNG files, in class folders if there are classes; returns their paths, sorted by name."""
     paths = []
     for i, pixels in enumerate(pictures(count)):
         path = folder / (classes[i * len(classes) // count] if classes else "") / f"{i:03d}.png"
@@ -32,8 +32,8 @@ def picture_files(folder: Path, count: int, *, classes: tuple[str, ...] = ()) ->
     return paths
 
 
-def by_hand(images: list[Path]) -> torch.Tensor:
-    """Class tokens (N, D), from the paper's words for evaluation: shorter side 256/224, center, normalized."""
+def expected_features(images: list[Path]) -> torch.Tensor:
+    """Class tokens (N, D) with the paper's preprocessing: shorter side resized to 256/224, center crop, normalized."""
     backbone = load_network(CHECKPOINT).backbone
     rows = []
     for path in images:

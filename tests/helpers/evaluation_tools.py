@@ -1,4 +1,4 @@
-"""A small network and a task around it, for the tests of evaluations."""
+"""Small networks and tasks for the tests of evaluations."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def tiny_network(image_size: int = 32, *, seed: int = 0, **vit: Any) -> FrozenNetwork:
-    """An untrained ViT of two blocks and 8-pixel patches, the same on each call with the same seed."""
+    """An untrained ViT with two blocks and 8-pixel patches; the same seed gives the same weights."""
     config = ViTConfig(**{"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "drop_path_rate": 0.0, **vit})
 
     def rebuild(**_: Any) -> nn.Module:
@@ -27,7 +27,7 @@ def tiny_network(image_size: int = 32, *, seed: int = 0, **vit: Any) -> FrozenNe
 
 
 def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments: Any) -> FrozenNetwork:
-    """Any network of timm, untrained."""
+    """An untrained network of timm."""
 
     def rebuild(**more: Any) -> nn.Module:
         return timm.create_model(name, num_classes=0, **arguments, **more)
@@ -36,9 +36,9 @@ def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments:
 
 
 def tiny_task(tmp_path: Path, network: FrozenNetwork, *, data: ImagesConfig, **task: Any) -> Task:
-    """A task on one CPU process; output in `tmp_path / "out"`."""
-    runtime = EvalContext(Fabric(accelerator="cpu", devices=1), show_progress=False)
-    return Task(network, data, runtime, tmp_path / "out", **task)
+    """A task in one process on the CPU, with output in `tmp_path / "out"`."""
+    context = EvalContext(Fabric(accelerator="cpu", devices=1), show_progress=False)
+    return Task(network, data, context, tmp_path / "out", **task)
 
 
 def _network(rebuild: Any, name: str, *, size: int, seed: int) -> FrozenNetwork:

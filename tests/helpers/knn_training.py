@@ -1,4 +1,4 @@
-"""A tiny real Lightning run for the tests of `callbacks/knn.py`: three-channel noise, a small network, CSV logs."""
+"""A tiny training with noise images and a small network, for the tests of the k-NN callback."""
 
 import random
 import warnings
@@ -20,7 +20,7 @@ CLASSES = 4
 
 
 class Stripes(Dataset):
-    """48 x 48 noise whose brightest quarter of the columns is the class; labels after the first `known` are -1."""
+    """48 x 48 noise whose class is the brightest quarter of the columns. Labels after the first `known` are -1."""
 
     def __init__(self, n: int, *, seed: int, known: int | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ class Backbone(nn.Sequential):
 
 
 class Method(LightningModule):
-    """Trains `teacher.backbone` as a classifier: what is learned does not matter here."""
+    """Trains `teacher.backbone` as a classifier; the result does not matter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Method(LightningModule):
         self.teacher.backbone[4].eval()
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
-        # Draws from all three random states, so that a disturbed one shows in the loss.
+        # Uses all three random states, so that the loss changes if the callback changes one of them.
         noise = 0.01 * (torch.rand(()) + random.random() + np.random.rand())
         loss = F.cross_entropy(self.teacher.backbone(batch[0] + noise), batch[1], ignore_index=-1)
         self.losses.append(float(loss))
@@ -103,7 +103,7 @@ def fit(
     *,
     data: Data | None = None,
     resume: Path | None = None,
-    quiet: bool = True,
+    ignore_warnings: bool = True,
     **settings: Any,
 ) -> tuple[Trainer, Method]:
     seed_everything(0, verbose=False)
@@ -118,7 +118,7 @@ def fit(
         **options,
     )
     with warnings.catch_warnings():
-        if quiet:
-            warnings.simplefilter("ignore")  # Lightning on few workers and modules in eval mode
+        if ignore_warnings:
+            warnings.simplefilter("ignore")  # of Lightning, about few workers and modules in eval mode
         trainer.fit(method, datamodule=data or Data(), ckpt_path=resume)
     return trainer, method

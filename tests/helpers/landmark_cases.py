@@ -1,4 +1,4 @@
-"""Small benchmarks in the layouts of revisited Oxford and of Copydays, made of drawn pictures."""
+"""Small datasets of generated images in the layouts of revisited Oxford and of Copydays."""
 
 import pickle
 from pathlib import Path
@@ -12,19 +12,19 @@ from dino_lightning.data.sources.builtin import open_builtin
 
 LANDMARKS, VIEWS = 6, 4
 SIZES = (64, 48), (48, 64)
-"""Width and height: views of both, and one of its own."""
+"""(width, height) of the views; one view has another size."""
 
 
 def drawings(count: int) -> list[Image.Image]:
-    """Different pictures of 64 x 64 pixels."""
+    """Distinct images of 64 x 64 pixels."""
     source: Any = open_builtin(BuiltinData(train_images=count, val_images=1, image_size=64)).train
     return [Image.fromarray(np.asarray(source.read(i))) for i in range(count)]
 
 
 def write_revisited(root: Path, *, name: str = "roxford5k", protocol: int = 2) -> RevisitedData:
-    """A query and `VIEWS` images of each landmark: one easy, one hard, one junk, and one that nobody asks about.
+    """Write a query and `VIEWS` images of each landmark: one easy, one hard, one junk and one not in the ground truth.
 
-    The query is its landmark with a gray border; the box is the landmark.
+    The query is the landmark with a gray border; its box is the landmark.
     """
     jpg = root / name / "jpg"
     jpg.mkdir(parents=True)
@@ -40,8 +40,8 @@ def write_revisited(root: Path, *, name: str = "roxford5k", protocol: int = 2) -
         queries.append(f"query{landmark}")
         bordered.save(jpg / f"{queries[-1]}.jpg", quality=95)
         first = landmark * VIEWS
-        own = {"easy": [first], "hard": [first + 1], "junk": [first + 2], "bbx": [19.6, 30, 84.2, 94.4]}
-        gnd.append(own if landmark else {**own, "easy": []})  # the first query has no easy image
+        matches = {"easy": [first], "hard": [first + 1], "junk": [first + 2], "bbx": [19.6, 30, 84.2, 94.4]}
+        gnd.append(matches if landmark else {**matches, "easy": []})  # the first query has no easy image
     truth = {"imlist": images, "qimlist": queries, "gnd": gnd}
     write_truth(root / name / f"gnd_{name}.pkl", truth, protocol=protocol)
     return RevisitedData(path=str(root), name=name, num_workers=0)
@@ -53,7 +53,7 @@ def write_truth(path: Path, truth: Any, *, protocol: int = 2) -> None:
 
 
 def write_copydays(root: Path, *, photographs: int = 5) -> CopydaysData:
-    """Originals, two strong copies of each but the last (blurred, turned), and blocks of other kinds."""
+    """Write originals, two strong copies of each except the last (blurred, rotated), and folders of other copies."""
     pictures = drawings(photographs)
     for folder in ("original", "strong", "jpegqual/20", "jpegqual/5", "crops/10"):
         (root / folder).mkdir(parents=True)
@@ -70,9 +70,9 @@ def write_copydays(root: Path, *, photographs: int = 5) -> CopydaysData:
 
 
 def write_others(folder: Path, *, count: int = 12, start: int = 30) -> Path:
-    """Pictures of neither benchmark, some in a folder below."""
+    """Write images that are in neither dataset, some of them in a subfolder."""
     for i, picture in enumerate(drawings(start + count)[start:]):
-        place = folder / "below" if i % 3 == 0 else folder
-        place.mkdir(parents=True, exist_ok=True)
-        picture.save(place / f"other{i:02}.png")
+        target = folder / "below" if i % 3 == 0 else folder
+        target.mkdir(parents=True, exist_ok=True)
+        picture.save(target / f"other{i:02}.png")
     return folder

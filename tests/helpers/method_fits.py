@@ -1,4 +1,4 @@
-"""A real fit of a method and its slow reference, over two epochs."""
+"""Compares a training of a method over two epochs with its slow reference."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ EPOCHS, PER_EPOCH = 2, 3
 TOTAL = EPOCHS * PER_EPOCH
 OPTIM = AdamWConfig(lr=0.064, lr_end=1e-4, lr_warmup="2it", weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.05)
 EXACT = {"rtol": 1e-7, "atol": 1e-9}
-"""Orders of summation in float64 over 6 steps, of which Adam divides small gradients by small ones."""
+"""Tolerance for other orders of summation in float64 over 6 steps; Adam divides small gradients by small numbers."""
 
 
 def check_fit(name: str, *, accumulated: int, views: int, reference: dict[str, Any], **changed: Any) -> tuple[Any, Any]:
-    """Fit both, compare every loss and every weight, and return the module and the reference."""
+    """Train both, compare all losses and weights, and return the module and the reference."""
     module = tiny_methods.build(name, optim=OPTIM, batch_size=8 // accumulated, **changed)
     epoch = [crops[:views] for crops in tiny.batches(PER_EPOCH)]
     micro = tiny.split(epoch, parts=accumulated)
     slow = start(name, module, **reference)
     steps = [micro[i : i + accumulated] for i in range(0, len(micro), accumulated)]
     slow.run(steps * EPOCHS)
-    seen = tiny_methods.fit(module, micro, max_epochs=EPOCHS, accumulate_grad_batches=accumulated)
-    losses = torch.tensor(seen.losses, dtype=torch.float64).unflatten(0, (TOTAL, accumulated)).mean(dim=1)
+    record = tiny_methods.fit(module, micro, max_epochs=EPOCHS, accumulate_grad_batches=accumulated)
+    losses = torch.tensor(record.losses, dtype=torch.float64).unflatten(0, (TOTAL, accumulated)).mean(dim=1)
     torch.testing.assert_close(losses, torch.tensor(slow.losses, dtype=torch.float64), rtol=1e-8, atol=0)
-    compare(seen.states[-1], slow.state)
-    assert losses.max() - losses.min() > 0.01, "it does not stand still"
-    moves_once_a_step(seen, accumulated)
+    compare(record.states[-1], slow.state)
+    assert losses.max() - losses.min() > 0.01, "the loss does not change"
+    check_changes_only_at_steps(record, accumulated)
     return module, slow
 
 
@@ -53,17 +53,19 @@ def compare(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], expected[name], **EXACT, msg=f"{name} differs")
 
 
-def moves_once_a_step(seen: tiny_methods.States, accumulated: int) -> None:
-    """Whatever moves does so at the end of a window of accumulation. The first learning rate is 0."""
-    for index, (before, now) in enumerate(zip(seen.states[:-1], seen.states[1:], strict=True), start=1):
-        moved = [name for name in now if not torch.equal(before[name], now[name])]
-        stepped = seen.steps[index] != seen.steps[index - 1]
+def check_changes_only_at_steps(record: tiny_methods.States, accumulated: int) -> None:
+    """Check that the state changes only with the last accumulated micro-batch. The first learning rate is 0."""
+    for index, (before, now) in enumerate(zip(record.states[:-1], record.states[1:], strict=True), start=1):
+        changed = [name for name in now if not torch.equal(before[name], now[name])]
+        stepped = record.steps[index] != record.steps[index - 1]
         assert stepped == ((index + 1) % accumulated == 0)
-        assert not moved or stepped, moved
-        kinds = {name.split(".")[0] for name in moved}
-        assert not stepped or seen.steps[index] == 1 or kinds >= {"student", "teacher"} & {n.split(".")[0] for n in now}
+        assert not changed or stepped, changed
+        kinds = {name.split(".")[0] for name in changed}
+        assert (
+            not stepped or record.steps[index] == 1 or kinds >= {"student", "teacher"} & {n.split(".")[0] for n in now}
+        )
 
 
 def rows_in_order(queue: Any) -> Tensor:
-    """From the oldest to the newest."""
+    """The rows of a queue, from the oldest to the newest."""
     return queue.features.roll(-int(queue.position), dims=0)

@@ -1,4 +1,4 @@
-"""Networks with weights far from their first ones, in files that tests of loading and writing start from."""
+"""Networks with weights far from their initial values, and exported files of them, for tests of loading and export."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 
 TINY = ViTConfig(width=64, depth=1, heads=1, patch_size=8)
 RESNET = TimmConfig(name="resnet18")
-SEEN = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "eval_size": 32}
+PREPROCESSING = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "eval_size": 32}
 
 
-def shaken(network: nn.Module) -> nn.Module:
-    """The network in eval mode, so far from its first weights that all of them count, positions too.
+def with_noise(network: nn.Module) -> nn.Module:
+    """The network in eval mode, with noise added so that all weights, including positions, influence the output.
 
-    Convolutions stay: noise in each of them would grow from layer to layer.
+    Convolutions are unchanged: their noise would grow from layer to layer.
     """
     for tensor in network.state_dict().values():
         if tensor.ndim == 1:
@@ -27,10 +27,10 @@ def shaken(network: nn.Module) -> nn.Module:
 
 
 def exported(folder: Path, config: BackboneConfig = TINY, *, image_size: int = 32) -> Path:
-    """A file as a run exports it."""
+    """Export a network as a run does; returns the path."""
     from dino_lightning.models.backbones import build_backbone
 
-    network = shaken(build_backbone(config, image_size=image_size, drop_path=False))
+    network = with_noise(build_backbone(config, image_size=image_size, drop_path=False))
     path = folder / "weights.safetensors"
-    export_backbone(network.state_dict(), path, config=config, image_size=image_size, **SEEN)  # type: ignore[arg-type]
+    export_backbone(network.state_dict(), path, config=config, image_size=image_size, **PREPROCESSING)  # type: ignore[arg-type]
     return path

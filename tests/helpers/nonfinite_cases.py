@@ -1,4 +1,4 @@
-"""Trainings in which one step is not finite, and the same without that step, by hand."""
+"""Trainings with a non-finite step, and a plain loop that leaves this step out, for comparison."""
 
 import csv
 from pathlib import Path
@@ -19,17 +19,18 @@ from dino_lightning.runtime.sharding import is_sharded, local
 from dino_lightning.training.callbacks.nonfinite import NonfiniteSteps
 
 STEPS, BAD = 5, 2
+"""Number of steps, and index of the non-finite one."""
 
 
 def callback(folder: Path, policy: str, **config: Any) -> NonfiniteSteps:
-    """Without a configuration to build the method from: the files cannot be replayed."""
-    places: dict[str, Any] = {"folder": folder / "nonfinite", "checkpoints": folder / "checkpoints"}
-    about: dict[str, Any] = {"configuration": {}, "seed": 0, "precision": "64-true"}
-    return NonfiniteSteps(NonfiniteConfig(policy=policy, **config), **places, **about)
+    """The callback without a configuration of the method, so its files cannot be replayed."""
+    paths: dict[str, Any] = {"folder": folder / "nonfinite", "checkpoints": folder / "checkpoints"}
+    settings: dict[str, Any] = {"configuration": {}, "seed": 0, "precision": "64-true"}
+    return NonfiniteSteps(NonfiniteConfig(policy=policy, **config), **paths, **settings)
 
 
 def broken(data: tiny.Batches, *at: int) -> tiny.Batches:
-    """The same batches; those at `at` have a pixel that is no number."""
+    """A copy of the batches, with a NaN pixel in those at the indices `at`."""
     data = [[crop.clone() for crop in crops] for crops in data]
     for index in at:
         data[index][0][0, 0, 0, 0] = float("nan")
@@ -37,7 +38,7 @@ def broken(data: tiny.Batches, *at: int) -> tiny.Batches:
 
 
 class BadGradient(L.Callback):
-    """Makes one gradient infinite in one micro-batch; the loss stays finite."""
+    """Makes one gradient infinite in the micro-batches `at`; the loss stays finite."""
 
     def __init__(self, *at: int) -> None:
         self.at = at
@@ -48,15 +49,15 @@ class BadGradient(L.Callback):
             handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Slices have no such hooks: this rank's of a tensor becomes infinite."""
+        """For sharded parameters, which have no hooks, make this rank's slice of a gradient infinite."""
         if trainer.fit_loop.batch_idx in self.at:
             slices = [local(p.grad) for p in pl_module.student.parameters() if is_sharded(p) and p.grad is not None]
             for part in [part for part in slices if part.numel()][:1]:
                 part.fill_(float("inf"))
 
 
-class After(L.Callback):
-    """All that a checkpoint has, after each micro-batch."""
+class StateRecorder(L.Callback):
+    """Records the state of module and optimizer after each micro-batch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
@@ -78,18 +79,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def fit(module: Any, data: Any, *callbacks: L.Callback, folder: Path, **trainer: Any) -> After:
-    after = After()
+def fit(module: Any, data: Any, *callbacks: L.Callback, folder: Path, **trainer: Any) -> StateRecorder:
+    recorder = StateRecorder()
     options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "log_every_n_steps": 1, "devices": 1}
     options |= {"accelerator": "cpu", "enable_checkpointing": False, "logger": CSVLogger(folder, name="", version="")}
     options |= {"enable_progress_bar": False, "enable_model_summary": False, **trainer}
     loader = DataLoader(data, batch_size=None)
-    L.Trainer(**options, callbacks=[*callbacks, after]).fit(module, loader)
-    return after
+    L.Trainer(**options, callbacks=[*callbacks, recorder]).fit(module, loader)
+    return recorder
 
 
-def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated: int = 1) -> list[dict[str, Tensor]]:
-    """DINO's steps one after the other, but for those that are left out; the state after each step."""
+def reference_states(
+    module: Any, data: tiny.Batches, *, skipped: set[int], accumulated: int = 1
+) -> list[dict[str, Tensor]]:
+    """The state after each step of a plain training loop of DINO, without the `skipped` steps."""
     module.double()
     steps = len(data) // accumulated
     batch_size = module.batch_size_per_device * accumulated
@@ -99,7 +102,7 @@ def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated:
     states = []
     for step in range(steps):
         module.clock.step = step
-        if step not in left_out:
+        if step not in skipped:
             optimizer.zero_grad()
             for crops in data[step * accumulated : (step + 1) * accumulated]:
                 (module.loss(crops) / accumulated).backward()
@@ -114,11 +117,11 @@ def by_hand(module: Any, data: tiny.Batches, *, left_out: set[int], accumulated:
     return states
 
 
-def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    """To the last bit."""
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor], message: str = "") -> None:
+    """Check that two states are bit-identical."""
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
-        assert torch.equal(tensor, expected[name]), f"{name} {what}"
+        assert torch.equal(tensor, expected[name]), f"{name} {message}"
 
 
 def dino(**options: Any) -> Any:

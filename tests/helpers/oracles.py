@@ -1,7 +1,8 @@
-"""Slow references, written from the paper's equations and the original's documented behavior.
+"""Slow reference implementations from the paper's equations and the original's documented behavior.
 
-Nothing here imports the package. Scalars in Python loops wherever that is bearable; where gradients must flow, plain
-torch on a dictionary of weights. Shapes: V student views, T teacher views, B images, K prototypes, D width, N tokens.
+They do not import the package. They use Python loops over scalars if that is fast enough, and simple torch operations
+on a dictionary of weights if gradients are needed. Shapes: V student views, T teacher views, B images, K prototypes, D
+width, N tokens.
 """
 
 import math
@@ -20,14 +21,14 @@ Weights = dict[str, Tensor]
 
 
 def cosine_schedule(base: float, final: float, total: int, warmup: int = 0) -> np.ndarray:
-    """All values (total,): linspace over the warm-up, then a half cosine that stops one step short of `final`."""
+    """All values (total,): linear warm-up, then half a cosine whose last step is one before `final`."""
     i = np.arange(total - warmup)
     cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / max(1, len(i))))
     return np.concatenate([np.linspace(0, base, warmup), cosine])
 
 
 def temperature_schedule(start: float, final: float, *, warmup_epochs: int, epochs: int, per_epoch: int) -> np.ndarray:
-    """The teacher's temperature at every step: one value an epoch."""
+    """The teacher's temperature at every step, with one value per epoch."""
     by_epoch = np.concatenate([np.linspace(start, final, warmup_epochs), np.full(epochs - warmup_epochs, final)])
     return np.repeat(by_epoch, per_epoch)
 
@@ -36,7 +37,7 @@ def temperature_schedule(start: float, final: float, *, warmup_epochs: int, epoc
 
 
 def dino_loss(student_VBK: Tensor, teacher_TBK: Tensor, *, tau_s: float, tau_t: float, center_K: Tensor) -> Tensor:
-    """Equation 3, pair by pair and image by image; the same crop is never compared with itself."""
+    """Equation 3, by pairs of different crops and by images."""
     terms = []
     for t, teacher_BK in enumerate(teacher_TBK):
         for v, student_BK in enumerate(student_VBK):
@@ -52,7 +53,7 @@ def dino_loss(student_VBK: Tensor, teacher_TBK: Tensor, *, tau_s: float, tau_t: 
 
 
 def move_center(center_K: list[float], teacher_BK: list[list[float]], *, momentum: float) -> list[float]:
-    """Equation 4."""
+    """Equation 4: the center after a step."""
     B = len(teacher_BK)
     return [momentum * c + (1 - momentum) * sum(row[k] for row in teacher_BK) / B for k, c in enumerate(center_K)]
 
@@ -61,7 +62,7 @@ def move_center(center_K: list[float], teacher_BK: list[list[float]], *, momentu
 
 
 def clip_each(gradients: list[Tensor], *, max_norm: float) -> list[Tensor]:
-    """Each gradient scaled by its own norm."""
+    """Clip each gradient by its own norm."""
     clipped = []
     for gradient in gradients:
         norm = math.sqrt(sum(x * x for x in gradient.flatten().tolist()))
@@ -71,7 +72,7 @@ def clip_each(gradients: list[Tensor], *, max_norm: float) -> list[Tensor]:
 
 @dataclass
 class AdamW:
-    """AdamW of one tensor (Loshchilov and Hutter, algorithm 2), with its own step count."""
+    """AdamW for one tensor (Loshchilov and Hutter, algorithm 2)."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -98,7 +99,7 @@ def lars_step(
     matrix: bool,
     **options: float,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """One LARS step of one tensor, seen as rows; returns the new weight and velocity."""
+    """One LARS step for one tensor, given as rows; returns the new weight and velocity."""
     lr, decay, momentum, eta = (options[name] for name in ("lr", "weight_decay", "momentum", "trust_coefficient"))
     step = [
         [g + decay * w if matrix else g for g, w in zip(*rows, strict=True)]
@@ -125,7 +126,7 @@ def cubic_kernel(distance: float, a: float = -0.75) -> float:
 
 
 def cubic_row(side: int, size: int) -> list[list[float]]:
-    """Weights (size, side) of a line of `side` samples read at `size` places, the scale being (size + 0.1) / side."""
+    """Interpolation weights (size, side) from `side` to `size` samples, with the scale (size + 0.1) / side."""
     rows = []
     for i in range(size):
         at = (i + 0.5) * side / (size + 0.1) - 0.5
@@ -137,7 +138,7 @@ def cubic_row(side: int, size: int) -> list[list[float]]:
 
 
 def resample_positions(table_1ND: Tensor, h: int, w: int) -> Tensor:
-    """The position embedding on another grid; the table itself at its own."""
+    """The position embedding resampled to another grid; unchanged for its own grid."""
     side = math.isqrt(table_1ND.shape[1] - 1)
     if (h, w) == (side, side):
         return table_1ND
@@ -148,7 +149,7 @@ def resample_positions(table_1ND: Tensor, h: int, w: int) -> Tensor:
 
 
 def vit_tokens(weights: Weights, images_B3HW: Tensor, *, patch: int) -> Tensor:
-    """Input of the first block (B, 1 + N, D)."""
+    """Tokens before the first block (B, 1 + N, D)."""
     B, _, H, W = images_B3HW.shape
     kernel = weights["patch_embed.proj.weight"].flatten(1)
     tokens = [
@@ -174,21 +175,21 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def block(x_BND: Tensor, weights: Weights, name: str, *, heads: int) -> tuple[Tensor, list[Tensor]]:
-    """One pre-norm transformer block, and its attention (B, N, N) head by head."""
+    """One pre-norm transformer block; also returns the attention (B, N, N) of each head."""
     D = x_BND.shape[-1]
     q, k, v = linear(layer_norm(x_BND, weights, f"{name}.norm1"), weights, f"{name}.attn.qkv").split(D, dim=-1)
-    maps, mixed, d = [], [], D // heads
+    maps, values, d = [], [], D // heads
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
         maps.append((q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)).softmax(-1))
-        mixed.append(maps[-1] @ v[..., part])
-    x_BND = x_BND + linear(torch.cat(mixed, -1), weights, f"{name}.attn.proj")
+        values.append(maps[-1] @ v[..., part])
+    x_BND = x_BND + linear(torch.cat(values, -1), weights, f"{name}.attn.proj")
     hidden = gelu(linear(layer_norm(x_BND, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1"))
     return x_BND + linear(hidden, weights, f"{name}.mlp.fc2"), maps
 
 
 def vit(weights: Weights, images_B3HW: Tensor, *, patch: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Features (B, D) and the last block's attention (B, heads, N, N)."""
+    """Features (B, D) and the attention of the last block (B, heads, N, N)."""
     x_BND, maps = vit_tokens(weights, images_B3HW, patch=patch), []
     for i in range(1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))):
         x_BND, maps = block(x_BND, weights, f"blocks.{i}", heads=heads)
@@ -196,12 +197,12 @@ def vit(weights: Weights, images_B3HW: Tensor, *, patch: int, heads: int) -> tup
 
 
 def prototypes(g_K1: Tensor, v_KD: Tensor) -> Tensor:
-    """Weight normalization, row by row."""
+    """Prototypes with weight normalization, by rows."""
     return torch.stack([g * v / torch.sqrt((v * v).sum()) for g, v in zip(g_K1, v_KD, strict=True)])
 
 
 def head(weights: Weights, x_BD: Tensor) -> Tensor:
-    """Three linear layers with GELU between, L2 norm, prototypes: logits (B, K)."""
+    """Logits (B, K): three linear layers with GELU in between, L2 norm, prototypes."""
     for i in (0, 2, 4):
         x_BD = linear(x_BD if i == 0 else gelu(x_BD), weights, f"mlp.{i}")
     x_BD = x_BD / torch.sqrt((x_BD * x_BD).sum(dim=1, keepdim=True))
@@ -213,17 +214,17 @@ def head(weights: Weights, x_BD: Tensor) -> Tensor:
 
 @dataclass
 class DINOTraining:
-    """Algorithm 1 over full batches of crops, with the details of the original; see `run`."""
+    """Algorithm 1 with full batches of crops and the details of the original; `run` trains."""
 
     student: Weights
-    """Of the whole network, under `backbone.` and `head.`."""
+    """Weights of the complete network, with the prefixes `backbone.` and `head.`."""
     patch: int
     heads: int
     lr: np.ndarray
     weight_decay: np.ndarray
     momentum: np.ndarray
     temperature: np.ndarray
-    """The teacher's, by step."""
+    """Temperature of the teacher at each step."""
     frozen_steps: int
     clip: float
     tau_s: float = 0.1
@@ -231,7 +232,7 @@ class DINOTraining:
     trained: Callable[[str], bool] = lambda name: True
     losses: list[float] = field(default_factory=list)
     clipped: int = 0
-    """How many gradients the clip has changed."""
+    """Number of gradients that clipping has changed."""
 
     def __post_init__(self) -> None:
         self.student = {name: weight.detach().clone() for name, weight in self.student.items()}

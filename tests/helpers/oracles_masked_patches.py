@@ -1,4 +1,4 @@
-"""Slow references for masked patches, from the equations of iBOT."""
+"""Slow reference implementations for masked patches, from the equations of iBOT."""
 
 import oracles
 import torch
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def slow_tokens(weights: oracles.Weights, crop_3HW: Tensor, hidden_hw: Tensor | None, registers: int = 0) -> Tensor:
-    """Tokens of one crop after the last norm (1 + R + N, D); hidden patches are the mask token plus their position."""
+    """Tokens of one crop after the last norm (1 + R + N, D); masked patches are the mask token plus their position."""
     x_1ND = oracles.vit_tokens({**weights, "pos_embed": _with_class(weights, registers)}, crop_3HW[None], patch=8)
     if hidden_hw is not None:
         position_ND = _with_class(weights, registers)[0]
-        for place, hidden in enumerate(hidden_hw.flatten().tolist(), start=1):
+        for i, hidden in enumerate(hidden_hw.flatten().tolist(), start=1):
             if hidden:
                 x_1ND = torch.cat(
-                    [x_1ND[:, :place], (weights["mask_token"][0] + position_ND[place])[None], x_1ND[:, place + 1 :]],
+                    [x_1ND[:, :i], (weights["mask_token"][0] + position_ND[i])[None], x_1ND[:, i + 1 :]],
                     dim=1,
                 )
     if registers:
@@ -29,13 +29,13 @@ def _with_class(weights: oracles.Weights, registers: int) -> Tensor:
 
 
 class SlowTraining(oracles.DINOTraining):
-    """Algorithm 1 with iBOT's second loss, crop by crop; `hidden` gives the masks (16, 4, 4) of each step."""
+    """Algorithm 1 with iBOT's patch loss, by crops; `hidden` has the masks (16, 4, 4) of each step."""
 
     hidden: list[Tensor]
     patch_losses: list[float]
     patch_center: Tensor
     weight: float
-    """Of the second loss."""
+    """Weight of the patch loss."""
 
     def outputs(self, weights: oracles.Weights, crop_B3HW: Tensor, hidden_Bhw: Tensor | None) -> Tensor:
         part = {
@@ -67,11 +67,12 @@ class SlowTraining(oracles.DINOTraining):
         patch_loss, rows = torch.zeros((), dtype=torch.float64), []
         for student_BTK, teacher_BTK, hidden_Bhw in zip(views[:2], teacher, hidden, strict=True):
             for s_TK, t_TK, hidden_hw in zip(student_BTK, teacher_BTK, hidden_Bhw, strict=True):
-                places = [1 + n for n, masked in enumerate(hidden_hw.flatten().tolist()) if masked]
-                for n in places:
+                masked_tokens = [1 + n for n, masked in enumerate(hidden_hw.flatten().tolist()) if masked]
+                for n in masked_tokens:
                     p_K = ((t_TK[n] - self.patch_center) / tau).softmax(0)
-                    patch_loss = patch_loss - (p_K * (s_TK[n] / self.tau_s).log_softmax(0)).sum() / len(places) / 16
-                rows += [t_TK[n].tolist() for n in places]
+                    entropy = -(p_K * (s_TK[n] / self.tau_s).log_softmax(0)).sum()
+                    patch_loss = patch_loss + entropy / len(masked_tokens) / 16
+                rows += [t_TK[n].tolist() for n in masked_tokens]
         total = loss + self.weight * patch_loss
         raw = list(torch.autograd.grad(total, list(leaves.values())))
         clipped = oracles.clip_each(raw, max_norm=self.clip)

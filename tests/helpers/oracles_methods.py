@@ -1,6 +1,6 @@
-"""Slow references of BYOL, MoCo and SwAV, and of DINO's other parts, from the equations of their papers.
+"""Slow reference implementations of BYOL, MoCo, SwAV and DINO's optional parts, from the equations of their papers.
 
-Nothing here imports the package. Shapes: V views of the student, T of the teacher, B images, N candidates or rows of an
+They do not import the package. Shapes: V views of the student, T of the teacher, B images, N candidates or rows of an
 assignment, E embedding, K prototypes.
 """
 
@@ -26,7 +26,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def byol_loss(predicted_VBE: Tensor, target_TBE: Tensor) -> Tensor:
-    """BYOL's equation 2 in both directions: each target against the predictions from the other crops, by their mean."""
+    """BYOL's equation 2 in both directions: each target compared with the predictions from the other crops, averaged."""
     total = torch.zeros((), dtype=torch.float64)
     for t, target_BE in enumerate(target_TBE):
         others = [predicted for v, predicted in enumerate(predicted_VBE) if v != t]
@@ -36,23 +36,23 @@ def byol_loss(predicted_VBE: Tensor, target_TBE: Tensor) -> Tensor:
     return total
 
 
-def info_nce(query_BE: Tensor, own_BE: Tensor, others: Sequence[Tensor], *, temperature: float) -> Tensor:
-    """MoCo's equation 1; `others` (N, E) of each query are its negatives."""
+def info_nce(query_BE: Tensor, positive_BE: Tensor, others: Sequence[Tensor], *, temperature: float) -> Tensor:
+    """MoCo's equation 1; `others` has the negatives (N, E) of each query."""
     terms = []
-    for query, own, negatives in zip(query_BE, own_BE, others, strict=True):
-        positive = torch.exp((query * own).sum() / temperature)
+    for query, key, negatives in zip(query_BE, positive_BE, others, strict=True):
+        positive = torch.exp((query * key).sum() / temperature)
         scores = [torch.exp((query * negative).sum() / temperature) for negative in negatives]
         terms.append(-torch.log(positive / (positive + sum(scores))))
     return sum(terms) / len(terms)  # type: ignore[return-value]
 
 
 def in_batch(keys_NE: Tensor) -> list[Tensor]:
-    """For each key, all others."""
+    """For each key, all other keys of the batch."""
     return [torch.stack([key for j, key in enumerate(keys_NE) if j != i]) for i in range(len(keys_NE))]
 
 
 def sinkhorn(scores_NK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """SwAV's algorithm: rows are prototypes; each iteration evens out the prototypes, then the images."""
+    """SwAV's algorithm: each iteration normalizes the prototypes (rows), then the images (columns)."""
     Q = torch.exp(scores_NK / epsilon).T
     K, N = Q.shape
     Q = Q / Q.sum()
@@ -63,14 +63,14 @@ def sinkhorn(scores_NK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
 
 def softmax_over_batch(scores_NK: Tensor, *, temperature: float) -> Tensor:
-    """Table 15 of DINO: exponentials divided by their sum over images, then by their sum over prototypes."""
+    """Table 15 of DINO: exponentials normalized over images, then over prototypes."""
     e_NK = torch.exp(scores_NK / temperature)
     over_images_NK = torch.stack([column / column.sum() for column in e_NK.T]).T
     return torch.stack([row / row.sum() for row in over_images_NK])
 
 
 def pairs_entropy(logits_VBK: Tensor, targets_TBK: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of each target with the softmax of each other view, mean over pairs and images."""
+    """Cross-entropy between each target and the softmax of each other view, averaged over pairs and images."""
     terms = []
     for t, target_BK in enumerate(targets_TBK):
         for v, logits_BK in enumerate(logits_VBK):
@@ -81,10 +81,10 @@ def pairs_entropy(logits_VBK: Tensor, targets_TBK: Tensor, *, temperature: float
 
 
 def koleo(features_BD: Tensor) -> Tensor:
-    """-mean log of the distance to the nearest other one on the sphere."""
+    """Negative mean of the log distance to the nearest other feature on the unit sphere."""
     x_BD, terms = unit(features_BD), []
-    for i, own in enumerate(x_BD):
-        terms.append(-torch.log(min(torch.sqrt(((own - x) ** 2).sum()) for j, x in enumerate(x_BD) if j != i)))
+    for i, feature in enumerate(x_BD):
+        terms.append(-torch.log(min(torch.sqrt(((feature - x) ** 2).sum()) for j, x in enumerate(x_BD) if j != i)))
     return sum(terms) / len(terms)  # type: ignore[return-value]
 
 
@@ -92,15 +92,17 @@ def koleo(features_BD: Tensor) -> Tensor:
 
 
 def batch_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    """As in training, without the running statistics."""
-    centerd = x - x.mean(dim=0)
-    normed = centerd / torch.sqrt((centerd * centerd).mean(dim=0) + 1e-5)
+    """Batch norm in training mode, without running statistics."""
+    centered = x - x.mean(dim=0)
+    normed = centered / torch.sqrt((centered * centered).mean(dim=0) + 1e-5)
     return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"] if f"{name}.weight" in weights else normed
 
 
 def mlp(weights: Weights, x: Tensor, *, activation: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
-    """The numbered layers in their order: what is a matrix is linear, the others are batch norms. The activation stands
-    before every linear layer but the first."""
+    """The numbered layers in order: those with a matrix are linear, the others are batch norms.
+
+    The activation comes before every linear layer except the first.
+    """
     numbers = sorted({int(name.split(".")[0]) for name in weights})
     for i in numbers:
         if f"{i}.weight" in weights and weights[f"{i}.weight"].ndim == 2:
@@ -119,7 +121,7 @@ def crop_features(weights: Weights, crop: Tensor) -> Tensor:
 
 
 def outputs(weights: Weights, crops: Crops, *, predictor: Weights | None = None) -> Tensor:
-    """Backbone, projector and predictor (V, B, E); batch norms see all crops at once."""
+    """Outputs of backbone, projector and predictor (V, B, E); batch norms use all crops together."""
     x = mlp(part(weights, "head"), torch.cat([crop_features(weights, crop) for crop in crops]))
     return (mlp(predictor, x) if predictor else x).unflatten(0, (len(crops), -1))
 
@@ -129,13 +131,13 @@ def outputs(weights: Weights, crops: Crops, *, predictor: Weights | None = None)
 
 @dataclass
 class Training:
-    """A method's training: student, predictor, AdamW, what follows the student, and the method's own state.
+    """Training of a method: student, predictor, AdamW, teacher, and the state of the method.
 
-    A step is a list of micro-batches, the gradient their mean. Weights carry the names of the module's state.
+    A step has a list of micro-batches whose gradients are averaged. Weights have the names of the module's state dict.
     """
 
     state: Weights
-    """`student.…`, `predictor.…`, `teacher.…` and buffers."""
+    """Weights `student.…`, `predictor.…`, `teacher.…` and buffers."""
     lr: np.ndarray
     weight_decay: np.ndarray
     clip: float
@@ -150,14 +152,14 @@ class Training:
         self.adam = {name: oracles.AdamW() for name in real if self.trained(name)}
 
     def loss(self, weights: Weights, crops: Crops) -> Tensor:
-        """Of one micro-batch."""
+        """The loss of one micro-batch."""
         raise NotImplementedError
 
     def after(self) -> None:
-        """Move the method's own state."""
+        """Update the state of the method."""
 
     def frozen(self, name: str, index: int) -> bool:
-        """Whether a weight stands still in this step."""
+        """Whether a weight is frozen in this step."""
         return False
 
     def step(self, index: int, micro_batches: list[Crops]) -> None:
@@ -198,7 +200,7 @@ class BYOL(Training):
 
 @dataclass
 class Queue:
-    """The latest rows, first in, first out; random ones stand for those that have not come yet."""
+    """A queue of the latest rows, first in, first out, initially filled with random rows."""
 
     rows: list[Tensor]
     arrived: int = 0
@@ -216,7 +218,7 @@ class Queue:
 
 @dataclass
 class MoCo(Training):
-    """Version 2 with a queue, one way; version 3 without, both ways, times 2 T."""
+    """Version 2: one direction, with a queue. Version 3: both directions, without queue, scaled by 2 T."""
 
     version: int = 2
     temperature: float = 0.2
@@ -230,19 +232,19 @@ class MoCo(Training):
         if self.queue is not None:
             keys_BE = unit(outputs(teacher, crops[1:2])[0]).detach()
             query_BE = unit(outputs(student, crops[:1])[0])
-            loss = info_nce(query_BE, keys_BE, [torch.stack(self.queue.rows)] * len(keys_BE), **self._at)
+            loss = info_nce(query_BE, keys_BE, [torch.stack(self.queue.rows)] * len(keys_BE), **self._options)
             self.queue.waiting += list(keys_BE)
             return loss
         keys_TBE = unit(outputs(teacher, crops[:2])).detach()
         queries_VBE = unit(outputs(student, crops, predictor=predictor))
-        one, two = (
-            info_nce(queries_VBE[query], keys_TBE[key], in_batch(keys_TBE[key]), **self._at)
+        losses = [
+            info_nce(queries_VBE[query], keys_TBE[key], in_batch(keys_TBE[key]), **self._options)
             for query, key in ((0, 1), (1, 0))
-        )
-        return 2 * self.temperature * (one + two)
+        ]
+        return 2 * self.temperature * (losses[0] + losses[1])
 
     @property
-    def _at(self) -> dict[str, float]:
+    def _options(self) -> dict[str, float]:
         return {"temperature": self.temperature}
 
     def after(self) -> None:

@@ -1,19 +1,19 @@
-"""Average precision one image at a time, from its definition."""
+"""Slow reference implementation of average precision, from its definition."""
 
 import math
 
 AT = (1, 5, 10)
 NEVER = -math.inf
-"""The similarity of an image that cannot be retrieved."""
+"""Similarity of an image that cannot be retrieved."""
 
 
 def ranked(similarity: list[float]) -> list[int]:
-    """Database indices by falling similarity, the lower of equal ones first."""
+    """Database indices by decreasing similarity; ties are ordered by index."""
     return sorted(range(len(similarity)), key=lambda i: (-similarity[i], i))
 
 
 def area(positions: list[int], *, total: int) -> float:
-    """Under precision over recall: from each recall j / total to the next, the mean of the precisions on its sides."""
+    """Area under the precision-recall curve with the trapezoidal rule between the recalls j / total."""
     area = 0.0
     for j, position in enumerate(positions):
         before = 1.0 if position == 0 else j / position
@@ -22,13 +22,13 @@ def area(positions: list[int], *, total: int) -> float:
 
 
 def definition(similarity: list[float], positives: list[int], junk: list[int]) -> tuple[float, list[float]]:
-    """AP and precision at `AT` of one query."""
+    """AP and the precisions at `AT` for one query."""
     if not positives:
         return math.nan, [math.nan] * len(AT)
     without_junk = [i for i in ranked(similarity) if i not in set(junk)]
-    positions = [place for place, i in enumerate(without_junk) if i in set(positives) and similarity[i] != NEVER]
+    positions = [rank for rank, i in enumerate(without_junk) if i in set(positives) and similarity[i] != NEVER]
     precisions = []
     for k in AT:
         upto = min(k, positions[-1] + 1) if positions else 1
-        precisions.append(sum(place < upto for place in positions) / upto)
+        precisions.append(sum(position < upto for position in positions) / upto)
     return area(positions, total=len(positives)), precisions

@@ -1,4 +1,4 @@
-"""A run's folder with made-up figures, and the report as a browser parses it."""
+"""A run folder with invented figures, and a parser of report pages."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ VOID = {"meta", "img", "input", "br"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, text outside of scripts and styles, and tags that do not match."""
+    """A parsed page: tags with their attributes, text outside scripts and styles. Checks that all tags are closed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -77,10 +77,10 @@ class Page(HTMLParser):
 
 
 def rows() -> list[dict[str, Any]]:
-    """Sparse, as Lightning writes them: a row of steps, at times one of an epoch."""
-    made: list[dict[str, Any]] = []
+    """Sparse rows as Lightning writes them: some per step, some per epoch."""
+    rows: list[dict[str, Any]] = []
     for step in range(9, 400, 10):
-        made.append(
+        rows.append(
             {
                 "epoch": step // 100,
                 "step": step,
@@ -97,21 +97,21 @@ def rows() -> list[dict[str, Any]]:
         if step % 100 == 99:
             knn = {"knn/top1": 50 + step / 20, "knn/top5": 70 + step / 20}
             by_k = {"knn/top1_k10": 49 + step / 20, "knn/top1_k20": 50 + step / 20, "knn/top5_k10": 1.0}
-            made.append({"epoch": step // 100, "step": step, "train/loss_epoch": 5.6 - step / 200, **knn, **by_k})
-            made[-1] |= {"collapse/effective_rank": 9 - step / 100, "collapse/dead_prototypes": step / 1000}
-    return made
+            rows.append({"epoch": step // 100, "step": step, "train/loss_epoch": 5.6 - step / 200, **knn, **by_k})
+            rows[-1] |= {"collapse/effective_rank": 9 - step / 100, "collapse/dead_prototypes": step / 1000}
+    return rows
 
 
-def write_metrics(run: Path, some: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(column for row in some for column in row))
+def write_metrics(run: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with (run / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(some)
+        writer.writerows(rows)
 
 
 def draw(run: Path, *names: str) -> None:
     (run / "pictures").mkdir(exist_ok=True)
     for number, name in enumerate(names):
-        # Plain grays, which a WebP keeps.
+        # Uniform grays, which WebP stores exactly.
         Image.new("RGB", (24, 16), (20 + 40 * (number % 6),) * 3).save(run / "pictures" / f"{name}.png")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from programs import Ended, run_program
+from programs import Completed, run_program
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="needs Linux: its process is looked up in /proc"
@@ -37,7 +37,7 @@ os._exit(0)  # as a run that was told to end
 """
 
 
-def run(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Ended:
+def run(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Completed:
     # Other tests of this process may have W&B's process running, which it would take for its own.
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     (folder / "script.py").write_text(SCRIPT)

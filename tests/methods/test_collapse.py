@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from collapse_cases import Notes
+from collapse_cases import RecordedMetrics
 
 from dino_lightning.losses.cross_view import SoftmaxParams
 from dino_lightning.methods import feature_buffer as window
@@ -48,9 +48,9 @@ def test_output_signals_are_their_definitions() -> None:
     student, teacher = (torch.rand(7, K, dtype=torch.float64) for _ in range(2))
     center = torch.randn(1, K, dtype=torch.float64) / 5
     eye = torch.eye(K, dtype=torch.float64)
-    notes = Notes(rows=3)
+    metrics = RecordedMetrics(rows=3)
     log_output_statistics(
-        notes, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, center)
+        metrics, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, center)
     )
     p = [softmax([x - c for x, c in zip(row, center[0].tolist(), strict=True)], 0.06) for row in teacher.tolist()]
     q = [softmax(row, 0.1) for row in student.tolist()]
@@ -63,7 +63,7 @@ def test_output_signals_are_their_definitions() -> None:
         "kl_to_uniform": sum(m * math.log(m * K) for m in mean),
         "center_norm": math.sqrt(sum(c * c for c in center[0].tolist())),
     }
-    assert {name: value.item() for name, value in notes.noted.items()} == pytest.approx(expected, rel=1e-11)
+    assert {name: value.item() for name, value in metrics.recorded.items()} == pytest.approx(expected, rel=1e-11)
 
 
 def test_signals_of_assignments_are_those_of_outputs() -> None:
@@ -71,28 +71,28 @@ def test_signals_of_assignments_are_those_of_outputs() -> None:
     K = 5
     scores, teacher = (torch.rand(4, K, dtype=torch.float64) for _ in range(2))
     eye, zero = torch.eye(K, dtype=torch.float64), torch.zeros(1, K, dtype=torch.float64)
-    first, second = Notes(), Notes()
+    first, second = RecordedMetrics(), RecordedMetrics()
     log_output_statistics(
         first, FactoredLogits(scores, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.05, zero)
     )
     log_assignment_statistics(second, (teacher / 0.05).softmax(-1), scores, temperature=0.1)
-    del first.noted["center_norm"]
-    assert first.noted.keys() == second.noted.keys()
-    for name, value in first.noted.items():
-        torch.testing.assert_close(value, second.noted[name], rtol=1e-11, atol=1e-12)
+    del first.recorded["center_norm"]
+    assert first.recorded.keys() == second.recorded.keys()
+    for name, value in first.recorded.items():
+        torch.testing.assert_close(value, second.recorded[name], rtol=1e-11, atol=1e-12)
 
 
 def test_spread_is_the_deviation_of_unit_vectors() -> None:
     torch.manual_seed(0)
     features = torch.randn(5, 3, dtype=torch.float64) + 1
-    notes = Notes()
-    log_feature_statistics(notes, features)
+    metrics = RecordedMetrics()
+    log_feature_statistics(metrics, features)
     unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in features.tolist()]
     deviations = []
     for column in zip(*unit, strict=True):
         mean = sum(column) / 5
         deviations.append(math.sqrt(sum((x - mean) ** 2 for x in column) / 4))
-    assert notes.noted["feature_std"].item() == pytest.approx(sum(deviations) / 3, rel=1e-12)
+    assert metrics.recorded["feature_std"].item() == pytest.approx(sum(deviations) / 3, rel=1e-12)
 
 
 def test_effective_rank_counts_directions() -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from content_masks import mask_by_content
-from device_waits import Watch, waits
+from device_waits import EnterBetweenBatches, waits
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from oracles_masked_patches import SlowTraining
 from slow_params import first
@@ -246,9 +246,9 @@ def test_a_resumed_run_draws_the_same(tmp_path: Path) -> None:
 def test_no_step_waits_for_the_device() -> None:
     """Beyond what the record of the tests asks for; NumPy's arrays become tensors on the host."""
     module = tiny.dino(batch_size=8, **METHOD)
-    watch = Watch(waits(), first=2, last=6)
+    watch = EnterBetweenBatches(waits(), first=2, last=6)
     tiny.fit(module, tiny.batches(8, dtype=torch.float32), precision="32-true", callbacks=[watch])
-    assert watch.seen, "the record's own"
-    known = [entry for entry in watch.seen if "/tests/helpers/tiny.py" in entry]
-    known += [entry for entry in watch.seen if entry.startswith("lift_fresh") and "/masking.py" in entry]
-    assert sorted(watch.seen) == sorted(known)
+    assert watch.result, "the record's own"
+    known = [entry for entry in watch.result if "/tests/helpers/tiny.py" in entry]
+    known += [entry for entry in watch.result if entry.startswith("lift_fresh") and "/masking.py" in entry]
+    assert sorted(watch.result) == sorted(known)

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import tiny
 import torch
-from device_waits import Watch, waits
+from device_waits import EnterBetweenBatches, waits
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from ranks import on_ranks
@@ -310,12 +310,17 @@ def _rank(rank: int, folder: str) -> None:
     module, data = tiny.dino(batch_size=4), tiny.batches(5)
     own = [[crop.chunk(2)[rank] for crop in crops] for crops in data]
     two: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    error, watch = "", Watch(waits(), first=1, last=NAN_AT)
+    error, watch = "", EnterBetweenBatches(waits(), first=1, last=NAN_AT)
     try:
         fit(module, broken(own) if rank else own, watch, folder=Path(folder), **two)
     except FloatingPointError as raised:
         error = str(raised)
-    state = {"error": error, "steps": module.global_step, "mean": module.metrics.pop_epoch_mean(), "waits": watch.seen}
+    state = {
+        "error": error,
+        "steps": module.global_step,
+        "mean": module.metrics.pop_epoch_mean(),
+        "waits": watch.result,
+    }
     torch.save(state, Path(folder) / f"{rank}.pt")
     leave_group()
 

@@ -11,7 +11,7 @@ import nonfinite_cases
 import pytest
 import tiny
 import torch
-from device_waits import Watch, waits
+from device_waits import EnterBetweenBatches, waits
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
@@ -65,10 +65,10 @@ def test_no_step_asks_for_a_number(tmp_path: Path, name: str, accumulated: int, 
     """Over four optimizer steps, every second of which is logged."""
     optim: OptimConfig = OPTIMS[name]
     module = tiny.dino(optim=optim, batch_size=8 // accumulated)
-    watch = Watch(waits(), first=2 * accumulated, last=6 * accumulated)
+    watch = EnterBetweenBatches(waits(), first=2 * accumulated, last=6 * accumulated)
     options = {"precision": precision, "accumulate_grad_batches": accumulated}
     train(module, list_loader(8, parts=accumulated), watch, folder=tmp_path, **options)
-    assert watch.seen == []
+    assert watch.result == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def errors_of_cuda() -> Iterator[None]:
 @pytest.mark.parametrize("name", OPTIMS)
 def test_cuda_sees_none_either(tmp_path: Path, name: str, precision: str) -> None:
     """PyTorch raises an error wherever it would wait, in 17 of 20 steps and all that lies between them."""
-    watch = Watch(errors_of_cuda(), first=2, last=19)
+    watch = EnterBetweenBatches(errors_of_cuda(), first=2, last=19)
     module = tiny.dino(optim=OPTIMS[name])
     loader = list_loader(20, pin_memory=True)
     trainer = train(module, loader, watch, folder=tmp_path, accelerator="gpu", precision=precision)
@@ -125,7 +125,7 @@ def test_cuda_sees_none_either(tmp_path: Path, name: str, precision: str) -> Non
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_cuda_sees_none_in_fp16_either(tmp_path: Path, name: str) -> None:
     """Overflows and the loss scale are counted and logged on the device. LARS is left out: the scaler asks for it."""
-    watch = Watch(errors_of_cuda(), first=2, last=19)
+    watch = EnterBetweenBatches(errors_of_cuda(), first=2, last=19)
     module = tiny.dino(optim=OPTIMS[name])
     loader = list_loader(20, pin_memory=True)
     train(module, loader, watch, folder=tmp_path, accelerator="gpu", precision="16-mixed")

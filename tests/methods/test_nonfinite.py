@@ -16,12 +16,12 @@ from nonfinite_cases import (
     BadGradient,
     assert_equal,
     broken,
-    by_hand,
     callback,
     data,
     dino,
     files,
     fit,
+    reference_states,
     rows,
 )
 from slow_params import first
@@ -57,7 +57,7 @@ def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, a
         folder=tmp_path,
         accumulate_grad_batches=accumulated,
     )
-    expected = by_hand(dino(**options), batches, left_out={BAD}, accumulated=accumulated)
+    expected = reference_states(dino(**options), batches, skipped={BAD}, accumulated=accumulated)
     for step, wanted in enumerate(expected):
         assert_equal(ours.states[(step + 1) * accumulated - 1], wanted, f"after step {step}")
     assert ours.steps[accumulated - 1 :: accumulated] == [1, 2, 3, 4, 5]
@@ -68,7 +68,7 @@ def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, a
 def test_so_is_one_whose_gradient_is_not_finite(tmp_path: Path, name: str) -> None:
     batches = data()
     ours = fit(dino(optim=OPTIMS[name]), batches, callback(tmp_path, "skip"), BadGradient(BAD), folder=tmp_path)
-    expected = by_hand(dino(optim=OPTIMS[name]), batches, left_out={BAD})
+    expected = reference_states(dino(optim=OPTIMS[name]), batches, skipped={BAD})
     for step, wanted in enumerate(expected):
         assert_equal(ours.states[step], wanted, f"after step {step}")
     assert files(tmp_path) == [f"step{BAD:06d}-rank0.pt"]
@@ -174,7 +174,7 @@ def test_a_stop_leaves_weights_as_they_were(tmp_path: Path, cause: str) -> None:
     saved = rf"dino replay {tmp_path}/nonfinite/step{BAD:06d}-rank0\.pt"
     with pytest.raises(FloatingPointError, match=rf"at step {BAD}: lower optim\.lr.*{saved}"):
         fit(module, batches, callback(tmp_path, "stop"), *hooks, folder=tmp_path)
-    expected = by_hand(dino(), data(), left_out=set())[BAD - 1]
+    expected = reference_states(dino(), data(), skipped=set())[BAD - 1]
     assert_equal(tiny.copy(module), expected)
 
 
@@ -202,7 +202,7 @@ def test_where_nothing_waits_the_device_keeps_a_bad_gradient_from_the_weights(
     assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"step={i}.ckpt" for i in range(1, at + 1)]
     if name != "lars":
-        expected = by_hand(dino(optim=OPTIMS[name]), data(), left_out={at})[at]
+        expected = reference_states(dino(optim=OPTIMS[name]), data(), skipped={at})[at]
         ours = {key: value for key, value in tiny.copy(module).items() if key.startswith("student")}
         assert_equal(ours, {key: value for key, value in expected.items() if key in ours})
 
@@ -228,10 +228,10 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
         folder=tmp_path,
         enable_checkpointing=True,
     )
-    at_checkpoint = by_hand(dino(), batches, left_out=set())[1]
+    at_checkpoint = reference_states(dino(), batches, skipped=set())[1]
     assert_equal(ours.states[3], at_checkpoint)
     # The same steps, as if those since the checkpoint and the bad one had never been.
-    expected = by_hand(dino(), batches, left_out={2, 3})
+    expected = reference_states(dino(), batches, skipped={2, 3})
     assert_equal(ours.states[4], expected[4])
     assert_equal(ours.states[5], expected[5])
     assert "weights and optimizer were restored from" in capsys.readouterr().err
@@ -239,7 +239,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
 
 def test_a_rollback_without_a_checkpoint_leaves_the_step_out(tmp_path: Path) -> None:
     ours = fit(dino(), broken(data(), 1), callback(tmp_path, "rollback"), folder=tmp_path)
-    expected = by_hand(dino(), data(), left_out={1})
+    expected = reference_states(dino(), data(), skipped={1})
     assert_equal(ours.states[-1], expected[-1])
 
 

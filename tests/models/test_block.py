@@ -13,7 +13,7 @@ from typing import Any
 import block_worker
 import pytest
 import torch
-from block_worker import HEADS, SHAPES, WIDTH, inputs, made, outputs_and_gradients
+from block_worker import HEADS, SHAPES, WIDTH, inputs, make_block, outputs_and_gradients
 from timm.layers import PatchEmbed
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -55,7 +55,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize("half", [False, True])
 def test_equals_the_plain_block(interpreted: dict, half: bool, dropped: bool) -> None:
     """The interpreter cuts bfloat16 off where a GPU rounds to nearest, hence twice the error."""
-    block, (x_MD, scales_2M1) = made(WIDTH, HEADS), inputs(SHAPES, WIDTH)
+    block, (x_MD, scales_2M1) = make_block(WIDTH, HEADS), inputs(SHAPES, WIDTH)
     found = errors(interpreted[half, dropped], exact(block, x_MD, SHAPES, scales_2M1 if dropped else None))
     assert max(found.values()) <= (4 * BFLOAT16 if half else FLOAT32), found
 
@@ -95,7 +95,7 @@ def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_is_not_for_the_cpu() -> None:
-    assert not whole_block.available(torch.zeros(4, WIDTH), made(WIDTH, HEADS))
+    assert not whole_block.available(torch.zeros(4, WIDTH), make_block(WIDTH, HEADS))
     assert not patches.available([torch.zeros(1, 3, 32, 32)], PatchEmbed(patch_size=16, embed_dim=8))
 
 
@@ -140,7 +140,7 @@ def test_patches_in_one_product_are_the_convolutions() -> None:
 @pytest.mark.parametrize("kind", ["float32", "split", "varlen"])
 def test_gpu_equals_the_plain_block(kind: str, dropped: bool, width: int) -> None:
     """In bfloat16 no number is further from the exact one than a quarter more than the plain block's."""
-    shapes, block = ((4, 197), (16, 37)), made(width, width // 64).cuda()
+    shapes, block = ((4, 197), (16, 37)), make_block(width, width // 64).cuda()
     x_MD, scales_2M1 = (x.cuda() for x in inputs(shapes, width))
     scales, half = scales_2M1 if dropped else None, kind != "float32"
     right = exact(block, x_MD, shapes, scales)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from collapse_cases import BATCH, Notes, byol, dino, fit, images
+from collapse_cases import BATCH, RecordedMetrics, byol, dino, fit, images
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from slow_params import first
@@ -211,14 +211,14 @@ def _halves(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _signals(rank: int) -> dict[str, float]:
     student, teacher, features = _halves(rank)
-    eye, notes = torch.eye(6, dtype=torch.float64), Notes()
+    eye, metrics = torch.eye(6, dtype=torch.float64), RecordedMetrics()
     log_output_statistics(
-        notes, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, eye[:1])
+        metrics, FactoredLogits(student, eye), FactoredLogits(teacher, eye), SoftmaxParams(0.1, 0.06, eye[:1])
     )
-    log_feature_statistics(notes, features)
-    rank_of_features = notes.feature_buffer.take_effective_rank()
+    log_feature_statistics(metrics, features)
+    rank_of_features = metrics.feature_buffer.take_effective_rank()
     assert rank_of_features is not None
-    return {**{name: value.item() for name, value in notes.noted.items()}, "effective_rank": rank_of_features}
+    return {**{name: value.item() for name, value in metrics.recorded.items()}, "effective_rank": rank_of_features}
 
 
 def _rank(rank: int, port: int, folder: str) -> None:

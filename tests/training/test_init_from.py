@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from composing import SMALL, composed
-from network_cases import SEEN, TINY, exported
+from network_cases import PREPROCESSING, TINY, exported
 from omegaconf import OmegaConf
 
 from dino_lightning.checkpoints import load_network
@@ -77,7 +77,7 @@ def test_a_run_starts_from_the_weights_and_resumes_without_the_file(tmp_path: Pa
 def test_another_normalization_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path)
     load_init_network(configured(f"init_from={path}"))
-    assert f"was trained on images normalized by crops.mean={SEEN['mean']}" in capsys.readouterr().err
+    assert f"was trained on images normalized by crops.mean={PREPROCESSING['mean']}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

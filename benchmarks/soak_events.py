@@ -1,4 +1,4 @@
-"""Ways to end or to hinder a run from outside: `benchmarks/soak.py`."""
+"""The events with which `benchmarks/soak.py` disturbs a run."""
 
 import os
 import random
@@ -9,30 +9,36 @@ from contextlib import suppress
 from pathlib import Path
 
 import soak_measures as measures
+from soak_run import RunProcess
 
 KINDS = ("TERM", "KILL", "loader", "INT", "USR1", "disk", "STOP", "TERM all", "USR1 all")
 """Signals to the first process, SIGKILL to a loader process, a disk that is full for a while. `all` means every process
-of the run, as schedulers do; INT goes to the group of processes, as from a terminal."""
-LEAVES = {"TERM": 75, "TERM all": 75, "USR1": 75, "USR1 all": 75, "INT": 130, "KILL": -9}
-"""Kinds that must end a run, and its exit status then."""
-ORDERLY = ("TERM", "TERM all", "USR1", "USR1 all", "INT")
-HOLD, STOPPED = 45.0, 25.0
-"""Seconds for which the disk is full, longer than from one checkpoint to the next; for which a run is stopped."""
+of the run, as with schedulers; INT goes to the process group, as from a terminal."""
+EXIT_STATUSES = {"TERM": 75, "TERM all": 75, "USR1": 75, "USR1 all": 75, "INT": 130, "KILL": -9}
+"""The events that must end a run, and its exit status."""
+GRACEFUL = ("TERM", "TERM all", "USR1", "USR1 all", "INT")
+"""The events after which a run saves a checkpoint before it exits."""
+FULL_DISK_S = 45.0
+"""How long the disk is full: longer than the interval between checkpoints."""
+STOPPED_S = 25.0
+"""How long a run is stopped."""
 RESULTS_S = 10.0
-"""Seconds from the last step to the end of a run: a signal in them changes nothing, and the status is 0."""
-EXIT_LIMIT, LATER = 90.0, 20.0
-"""Seconds within which a run must end; after which it has gone on in spite of a blow."""
+"""Duration of the end of a run, after its last step: a signal during this time has no effect, and the status is 0."""
+EXIT_LIMIT_S = 90.0
+"""Time within which a run must end after an event that must end it."""
+TOLERATED_S = 20.0
+"""A run that has not ended this long after another event has tolerated it."""
 
 
-class Blows:
-    """Each kind once, in an order of chance, then each again."""
+class Events:
+    """Each kind of event once, in random order, then all of them again in another random order."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self.random = chance
+    def __init__(self, generator: random.Random) -> None:
+        self.random = generator
         self._left: list[str] = []
 
     def next_kind(self, main: int, *, disk: bool) -> str:
-        """What comes next for a run whose first process is `main`."""
+        """The next possible event for a run whose first process is `main`; `disk`: whether the disk can be filled."""
         while True:
             self._left = self._left or self.random.sample(KINDS, len(KINDS))
             for kind in self._left:
@@ -41,16 +47,17 @@ class Blows:
                     return kind
             self._left = []
 
-    def strike(self, kind: str, process: subprocess.Popen[bytes], marker: str, *, disk: Path) -> bool:
-        """Whether the run has ended of it."""
+    def cause(self, kind: str, run: RunProcess, *, disk: Path) -> bool:
+        """Cause an event and wait; returns whether the run has ended."""
+        process, marker = run.process, run.marker
         if kind == "disk":
             fill(disk, process)
         elif kind == "STOP":
             signal_all(marker, signal.SIGSTOP)
-            time.sleep(STOPPED)
+            time.sleep(STOPPED_S)
             signal_all(marker, signal.SIGCONT)
         elif kind == "loader":
-            with suppress(IndexError, ProcessLookupError):  # those of a k-NN evaluation end by themselves
+            with suppress(IndexError, ProcessLookupError):  # the loader processes of a k-NN evaluation may have ended
                 os.kill(self.random.choice(measures.loaders_of(process.pid)), signal.SIGKILL)
         elif kind == "INT":
             os.killpg(process.pid, signal.SIGINT)
@@ -59,14 +66,14 @@ class Blows:
         else:
             process.send_signal(getattr(signal, f"SIG{kind}"))
         try:
-            process.wait(EXIT_LIMIT if kind in LEAVES else LATER)
+            process.wait(EXIT_LIMIT_S if kind in EXIT_STATUSES else TOLERATED_S)
         except subprocess.TimeoutExpired:
             return False
         return True
 
 
 def fill(disk: Path, process: subprocess.Popen[bytes]) -> None:
-    """Leave no byte on a disk for `HOLD` seconds, or until the process has ended."""
+    """Fill a disk for `FULL_DISK_S` seconds, or until the process has ended."""
     filler, size = disk / "filler", 2**20
     with filler.open("wb", buffering=0) as file:
         while size:
@@ -74,14 +81,14 @@ def fill(disk: Path, process: subprocess.Popen[bytes]) -> None:
                 file.write(b"\0" * size)
             except OSError:
                 size //= 2
-    until = time.time() + HOLD
+    until = time.time() + FULL_DISK_S
     while time.time() < until and process.poll() is None:
         time.sleep(0.1)
     filler.unlink()
 
 
 def signal_all(marker: str, number: int) -> None:
-    """Send a signal to all processes that have a mark."""
+    """Send a signal to all processes with `marker` in their environment."""
     for pid in measures.processes_of(marker):
         try:
             os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""What both sides of `step.py` train, the loader that stops and starts them, and their memory."""
+"""What both sides of `step.py` train on, the loader that controls and times them, and their memory use."""
 
 import contextlib
 import multiprocessing
@@ -18,13 +18,13 @@ from flops import matrix_rate
 from torch import Tensor
 
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96
-EPOCHS, SHORTEST_EPOCH = 100, 1000
-"""Of the schedules; a comparison takes place within the first epoch."""
+EPOCHS, EPOCH_STEPS = 100, 1000
+"""Length of the schedules. A comparison stays within the first epoch."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides train."""
+    """The training that both sides run."""
 
     backbone: str = "vit_small"
     patch: int = 16
@@ -36,49 +36,49 @@ class Setting:
     device: str = "cpu"
     threads: int = 1
     overrides: tuple[str, ...] = ()
-    """Further settings of ours, as for `train.py`."""
+    """Other settings of our side, as for `train.py`."""
     data: str | None = None
-    """A folder of class folders; None for the same crops of noise in every step."""
+    """A folder of class folders; None uses the same crops of noise in every step."""
     workers: int = 0
-    """Loader processes, with `data`."""
-    most_steps: int = SHORTEST_EPOCH
+    """Number of loader processes, with `data`."""
+    max_steps: int = EPOCH_STEPS
 
     @property
     def convolutional(self) -> bool:
-        """Whether the original trains it with SGD."""
+        """Whether it is a convolutional network, which the original trains with SGD."""
         return not self.backbone.startswith("vit")
 
     def now(self) -> float:
-        """A clock (seconds), read when the GPU has done what it was given."""
+        """The clock in seconds, after the GPU has finished all its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-class Windows:
-    """A sized loader that hands out batches as it is told: what Lightning and the original see of this benchmark.
+class TimedBatches:
+    """A data loader for Lightning and for the original that yields batches on command and times the steps between them.
 
-    Commands through the pipe: a number of steps, `matrix rate`, `stop`. Lightning looks one batch ahead only where a
-    loader has no length, so a window ends when its last step has ended.
+    Commands come through the pipe: a number of steps, `matrix rate`, `stop`. The loader has a length, because Lightning
+    prefetches a batch if there is none; so the time includes exactly the requested steps.
     """
 
     def __init__(self, pipe: Connection, setting: Setting) -> None:
         self.pipe, self.setting = pipe, setting
-        self.batches: Iterable[Any] = ()
+        self.source: Iterable[Any] = ()
         self.facts: dict[str, Any] = {}
-        """What the other end of the pipe is told before the first window."""
+        """Sent through the pipe before the first step."""
         self.memory: Memory | None = None
 
     def __len__(self) -> int:
-        return max(SHORTEST_EPOCH, self.setting.most_steps + 1)
+        return max(EPOCH_STEPS, self.setting.max_steps + 1)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.batches)
+        batches = iter(self.source)
         self.pipe.send(("ready", self.facts))
         while True:
             steps = self.pipe.recv()
             if steps == "stop":
-                raise EOFError  # a plain end would be that of an epoch
+                raise EOFError  # returning would only end the epoch
             if steps == "matrix rate":
                 self.pipe.send(("done", matrix_rate(self.setting.device, precision=self.setting.precision)))
                 continue
@@ -88,19 +88,19 @@ class Windows:
             for _ in range(steps):
                 yield next(batches)
             seconds = self.setting.now() - start
-            signal_workers(signal.SIGSTOP)  # or they would fill their queues in the other side's time
+            signal_workers(signal.SIGSTOP)  # otherwise they would work while the other side is timed
             self.pipe.send(("done", {"seconds": seconds, "memory": self.memory.peak()}))
 
 
 def signal_workers(number: signal.Signals) -> None:
-    """Stop or continue the loader processes."""
+    """Send SIGSTOP or SIGCONT to the loader processes."""
     for worker in multiprocessing.active_children():
         if worker.pid is not None:
             os.kill(worker.pid, number)
 
 
 class Memory:
-    """Peak memory from now on (MB)."""
+    """Peak memory since the creation of this object, in MB."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -108,18 +108,18 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
         self.start = self.resident()
 
     def peak(self) -> dict[str, float]:
-        """On a GPU `allocated`; else `resident`, the whole process, and `over_start`, what the steps added."""
+        """On a GPU `allocated`; on a CPU `resident` of the process, and `over_start`, the part that the steps added."""
         if self.device == "cuda":
             return {"allocated": torch.cuda.max_memory_allocated() / 1e6}
         return {"resident": self.resident(), "over_start": self.resident() - self.start}
 
     @staticmethod
     def resident() -> float:
-        """Largest resident size of this process so far."""
+        """Peak resident size of this process."""
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
@@ -129,7 +129,7 @@ class Memory:
 
 
 def noise_crops(setting: Setting) -> list[Tensor]:
-    """Two global and some local crops (B, 3, size, size), the same on each call."""
+    """Two global crops and the local crops (B, 3, size, size) of noise; the same on each call."""
     generator = torch.Generator().manual_seed(1)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * setting.local_crops
     crops = [torch.randn(setting.batch, 3, size, size, generator=generator) for size in sizes]
