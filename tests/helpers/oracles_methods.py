@@ -26,7 +26,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def byol_loss(predicted_VBE: Tensor, target_TBE: Tensor) -> Tensor:
-    """BYOL's equation 2 in both directions: each target compared with the predictions from the other crops, averaged."""
+    """BYOL's equation 2 in both directions: each target compared with the predictions from the other crops."""
     total = torch.zeros((), dtype=torch.float64)
     for t, target_BE in enumerate(target_TBE):
         others = [predicted for v, predicted in enumerate(predicted_VBE) if v != t]
