@@ -1,8 +1,8 @@
-/* The contrast (WCAG 2) of every visible text, and of every line and swatch, with what lies behind it. */
+/* The contrast (WCAG 2) of all visible texts, lines and swatches with their background. */
 () => {
   const numbers = color => {
-    const found = color.match(/[\d.]+/g).map(Number);
-    return found.length === 3 ? [...found, 1] : found;
+    const channels = color.match(/[\d.]+/g).map(Number);
+    return channels.length === 3 ? [...channels, 1] : channels;
   };
   const luminance = rgb => rgb.slice(0, 3).map(v => v / 255)
     .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -23,7 +23,7 @@
   const ofText = node => getComputedStyle(node)[node instanceof SVGElement ? "fill" : "color"];
   const ofLine = node => getComputedStyle(node)[node instanceof SVGElement ? "stroke" : "borderTopColor"];
   return {
-    told: all("body *").filter(isText).map(node => contrast(node, ofText(node))),
+    text: all("body *").filter(isText).map(node => contrast(node, ofText(node))),
     drawn: all("path.line:not(.thin), .key i, .swatch").map(node => contrast(node, ofLine(node))),
     page: getComputedStyle(document.body).backgroundColor,
   };

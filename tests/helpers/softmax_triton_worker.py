@@ -1,6 +1,6 @@
-"""Runs the Triton kernels on the CPU, in triton's interpreter: `python softmax_triton_worker.py CASES RESULTS`.
+"""Runs the Triton kernels on the CPU in Triton's interpreter: `python softmax_triton_worker.py CASES RESULTS`.
 
-A process of its own, because triton reads TRITON_INTERPRET when it is imported.
+This needs a separate process, because Triton reads TRITON_INTERPRET when it is imported.
 """
 
 import os
@@ -17,11 +17,11 @@ TAU = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 
 
 FAR = {"views": ((3, 1, 100), (2**30, 128, 1)), "images": ((3, 3, 100), (128, 2**30, 1))}
-"""Shapes and strides of rows 2^30 elements apart: the third is past 2^31."""
+"""Shapes and strides of rows that are 2^30 elements apart: the third row is beyond 2^31."""
 
 
 def far_apart(layout: str) -> dict[str, torch.Tensor]:
-    """A student and a teacher in a buffer of which only their rows are ever touched."""
+    """Results for student and teacher rows that are far apart in a buffer, of which nothing else is accessed."""
     buffer = torch.empty(2**31 + 1024, dtype=torch.float16)
     student, teacher = (buffer.as_strided(*FAR[layout], offset) for offset in (0, 512))
     for rows in (student, teacher):
@@ -33,7 +33,7 @@ def far_apart(layout: str) -> dict[str, torch.Tensor]:
 
 
 def without_triton() -> bool:
-    """What `has_triton` says where it is not installed."""
+    """The result of `has_triton` if Triton is not installed."""
     softmax_triton.has_triton.cache_clear()
     sys.modules["triton"] = None  # type: ignore[assignment]
     answer = softmax_triton.has_triton()

@@ -1,4 +1,4 @@
-"""Pictures that can be told apart, on disk, and what every source of images promises: for the tests of sources."""
+"""Distinguishable images, and checks that every image source must pass, for the tests of sources."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ from dino_lightning.data.sources import ImageSource
 
 
 def picture(number: int, *, size: int = 6, mode: str = "RGB") -> Image.Image:
-    """A picture that no other number has."""
+    """An image that is different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
@@ -31,18 +31,18 @@ def png(number: int) -> bytes:
 
 
 def decoded(source: ImageSource, index: int) -> Image.Image:
-    """The image as the training sees it."""
+    """The image as training decodes it."""
     return Decoder(DataConfig()).pil(source.read(index))
 
 
 def numbers(source: ImageSource, *, among: int = 60) -> list[int]:
-    """Which `picture` each image of the source is."""
+    """The number of the `picture` for each image of the source."""
     known = {picture(number).tobytes(): number for number in range(among)}
     return [known[decoded(source, i).tobytes()] for i in range(len(source))]
 
 
 def check_consistent(source: ImageSource) -> None:
-    """What any source promises: RGB pictures, labels with names, and the same from a copy in a worker."""
+    """Check what every source must provide: RGB images, labels with names, and the same from a pickled copy."""
     assert isinstance(source, ImageSource)
     copy = pickle.loads(pickle.dumps(source))
     assert len(copy) == len(source)

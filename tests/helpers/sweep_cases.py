@@ -1,4 +1,4 @@
-"""Folders of sweeps with made-up figures, and a job for a process of its own."""
+"""Sweep folders with invented figures, and jobs to run in separate processes."""
 
 import json
 import os
@@ -13,21 +13,21 @@ import yaml
 EPOCHS = 4
 
 
-def make_run(folder: Path, words: Mapping[str, Any], figures: Sequence[float], *, state: str = "finished") -> Path:
-    """A run of 4 epochs with the settings `words` and a k-NN figure for each epoch it has done.
+def make_run(folder: Path, overrides: Mapping[str, Any], figures: Sequence[float], *, state: str = "finished") -> Path:
+    """Write a run of 4 epochs with these overrides and a k-NN figure for each finished epoch.
 
     `state` is `finished`, `pruned`, `under way` or `failed`.
     """
     folder.mkdir(parents=True)
     config: dict[str, Any] = {"experiment": "quick", "seed": 0, "trainer": {"max_epochs": EPOCHS}}
-    for key, value in words.items():
+    for key, value in overrides.items():
         *groups, last = key.split(".")
         node = config
         for group in groups:
             node = node.setdefault(group, {})
         node[last] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "overrides.yaml").write_text(yaml.safe_dump([f"{key}={value}" for key, value in words.items()]))
+    (folder / "overrides.yaml").write_text(yaml.safe_dump([f"{key}={value}" for key, value in overrides.items()]))
     rows = [f"{epoch},{10 * epoch + 9},{figure}" for epoch, figure in enumerate(figures)]
     (folder / "metrics.csv").write_text("\n".join(["epoch,step,knn/top1", *rows]) + "\n")
     if state in ("finished", "pruned"):
@@ -40,14 +40,14 @@ def make_run(folder: Path, words: Mapping[str, Any], figures: Sequence[float], *
 
 
 def arguments(cfg: Any, *, given: list[str]) -> Any:
-    """A job; it stands here so that its process need not import what tests do."""
+    """A job, in this module so that its process does not import the tests' libraries."""
     if cfg.killed:
         os.kill(os.getpid(), signal.SIGKILL)
     return [os.getpid(), sys.argv]
 
 
 def group_at_wandb(cfg: Any, *, given: list[str]) -> Any:
-    """A job that tells which sweep it belongs to."""
+    """A job that returns the name of its sweep at W&B."""
     from dino_lightning.loggers.wandb import sweep_name
 
     return sweep_name()

@@ -1,4 +1,4 @@
-"""A DINO small enough to train in a test, and a real `lightning.Trainer` around it."""
+"""A DINO method that is small enough to train in a test, and a function that trains it with Lightning."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,7 @@ def parts(
     compute: ComputeConfig | None = None,
     num_classes: int = 0,
 ) -> MethodParts:
-    """What a tiny method is built from; the student's backbone is drawn before the teacher's."""
+    """The parts of a tiny method; the student's backbone is initialized before the teacher's."""
     return MethodParts(
         build_backbone(backbone, image_size=32, drop_path=True),
         teacher_backbone=build_backbone(backbone, image_size=32, drop_path=False) if teacher else None,
@@ -49,7 +49,7 @@ def dino(
     depth: int = BACKBONE.depth,
     **method: Any,
 ) -> DINO:
-    """With weights far enough from their start that every term counts, the same on each call after the same seed."""
+    """A DINO with noise added to its weights, so that every term of the loss matters; seeded by torch."""
     small: dict[str, Any] = {"out_dim": K, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_last_layer": "0ep"}
     backbone = replace(BACKBONE, depth=depth)
     module = DINO(
@@ -65,35 +65,35 @@ def dino(
 
 
 def batches(count: int, *, dtype: torch.dtype = torch.float64) -> Batches:
-    """Two global and two local crops of noise for 8 images, each image with a brightness of its own."""
+    """Batches of two global and two local crops of noise for 8 images, each image with another brightness."""
     return [
         [(torch.randn(8, 3, side, side) + torch.randn(8, 1, 1, 1)).to(dtype) for side in (32, 32, 16, 16)]
         for _ in range(count)
     ]
 
 
-def split(whole: Batches, *, parts: int) -> Batches:
-    """The same images in micro-batches."""
-    return [[crop.chunk(parts)[i] for crop in crops] for crops in whole for i in range(parts)]
+def split(batches: Batches, *, parts: int) -> Batches:
+    """Split each batch into micro-batches."""
+    return [[crop.chunk(parts)[i] for crop in crops] for crops in batches for i in range(parts)]
 
 
 @dataclass
 class Record(Callback):
-    """What can be seen from outside after every micro-batch."""
+    """Records losses, schedules, weights and centers after each micro-batch."""
 
     losses: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     """Optimizer steps taken so far."""
     rates: list[float] = field(default_factory=list)
     decays: list[tuple[float, ...]] = field(default_factory=list)
-    """Weight decay of each group."""
+    """Weight decay of each parameter group."""
     students: list[dict[str, Tensor]] = field(default_factory=list)
     teachers: list[dict[str, Tensor]] = field(default_factory=list)
     centers: list[Tensor] = field(default_factory=list)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         (optimizer,) = trainer.optimizers
-        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning has divided it
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning divides the loss
         self.steps.append(trainer.global_step)
         self.rates.append(optimizer.param_groups[0]["lr"])
         self.decays.append(tuple(group["weight_decay"] for group in optimizer.param_groups))
@@ -107,7 +107,7 @@ def copy(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def fit(module: DINO, data: Any, *, ckpt_path: str | None = None, **trainer: Any) -> Record:
-    """Train on `data` (batches in this order, or a data module) in float64, unless `trainer` says otherwise."""
+    """Train on `data` (a list of batches, or a data module) in float64; `trainer` overrides options of the trainer."""
     record = Record()
     default: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "enable_checkpointing": False}
     options = {**default, **trainer, "callbacks": [record, *trainer.get("callbacks", [])]}

@@ -1,6 +1,6 @@
-"""The methods beside DINO, small enough to train in a test."""
+"""The other methods, small enough to train in a test."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -45,9 +45,8 @@ def build(
     compute: ComputeConfig | None = None,
     **changed: Any,
 ) -> Any:
-    """With weights far enough from their start that every term counts, the same on each call after the same seed."""
-    given = CONFIGS[name]
-    config = type(given)(**{**vars(given), **changed})
+    """A method with noise added to its weights, so that every term of the loss matters; seeded by torch."""
+    config = replace(CONFIGS[name], **changed)
     parts = tiny.parts(
         teacher=isinstance(config, TeacherConfig),
         optim=optim,
@@ -66,38 +65,34 @@ def build(
 
 
 def labeled(batches: tiny.Batches) -> list[LabeledCrops]:
-    """The same with labels: each image's class is that of its brightness, so that it can be learned; one has none."""
-    found = []
-    for crops in batches:
-        labels_B = (crops[0].mean(dim=(1, 2, 3)) > 0).long()
-        found.append(LabeledCrops(crops, labels_B))
-    return found
+    """The batches with labels that can be learned: whether an image is bright."""
+    return [LabeledCrops(crops, (crops[0].mean(dim=(1, 2, 3)) > 0).long()) for crops in batches]
 
 
 def real(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the statistics of batch norms, which are of no use while training."""
+    """The state without running statistics of batch norms, which are not used in training."""
     return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
 
 
 @dataclass
 class States(Callback):
-    """Losses, and all that a checkpoint has, after every micro-batch."""
+    """Records losses and the state of the module after each micro-batch."""
 
     losses: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning has divided it
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)  # Lightning divides the loss
         self.steps.append(trainer.global_step)
         self.states.append(real(tiny.copy(pl_module)))
 
 
 def fit(module: Method, data: Any, *, ckpt_path: Any = None, **trainer: Any) -> States:
-    """Train on `data` (batches in this order, or a data module) in float64, unless `trainer` says otherwise."""
+    """Train on `data` (a list of batches, or a data module) in float64; `trainer` overrides options of the trainer."""
     states = States()
     if ckpt_path is not None:
-        module.double()  # Lightning loads the weights before it widens the module
+        module.double()  # Lightning loads the weights before it converts the module
     default: dict[str, Any] = {"precision": "64-true", "max_epochs": 1, "enable_checkpointing": False}
     options = {**default, **trainer, "callbacks": [states, *trainer.get("callbacks", [])]}
     options |= {"accelerator": "cpu", "devices": 1, "logger": False}

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_voc(root: Path, *, names: tuple[str, ...] = ("2007_1", "2007_2", "2008_3"), size: tuple[int, int] = (12, 8)):
-    """Images with a mask each, of `size` = (width, height); returns the folder."""
+    """Write images of `size` (width, height) with one mask each; returns the folder."""
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Offline runs of W&B, read back from their `.wandb` files."""
+"""Reads offline runs of W&B from their `.wandb` files."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def offline_records(folder: Path) -> list[Any]:
-    """The records of the one offline run of a folder, read with wandb's own data format."""
+    """The records of the only offline run in a folder."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return records_of(path)
 
 
 def records_of(path: Path) -> list[Any]:
-    """The records of one file, once W&B's own process has written them all: told to be silent, nobody waits for it."""
+    """The records of a file, after waiting for W&B's process, which in silent mode nobody else does."""
     import wandb
     from wandb.proto import wandb_internal_pb2 as pb
 
     wandb.teardown()
 
     content, position, parts, records = path.read_bytes()[7:], 0, b"", []
-    # A LevelDB log: blocks of 32 KiB, chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last).
+    # A LevelDB log: blocks of 32 KiB, chunks of crc (4), length (2), type (1: complete, 2: first, 3: middle, 4: last).
     while position + 7 <= len(content):
         left = 32768 - (position + 7) % 32768
         if left < 7:
@@ -46,7 +46,7 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 
 
 def logged(records: list[Any]) -> dict[str, list[Any]]:
-    """The values of each name, in their order."""
+    """Name -> logged values, in order."""
     names: dict[str, list[Any]] = {}
     for row in history(records):
         for name, value in row.items():
@@ -55,13 +55,13 @@ def logged(records: list[Any]) -> dict[str, list[Any]]:
 
 
 def configuration(records: list[Any]) -> dict[str, Any]:
-    """The run's configuration, by its first keys."""
+    """The run's configuration by top-level keys."""
     updates = [update for record in records for update in (*record.config.update, *record.run.config.update)]
     return {update.key or "/".join(update.nested_key): json.loads(update.value_json) for update in updates}
 
 
 def maxima(records: list[Any]) -> set[str]:
-    """Names of the metrics whose maximum stands in the summary."""
+    """Names of the metrics whose maximum is in the summary."""
     return {record.metric.name for record in records if record.metric.summary.max}
 
 

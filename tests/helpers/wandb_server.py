@@ -1,7 +1,7 @@
-"""A W&B server for tests, on this machine: as much of its protocol as wandb's own client needs.
+"""A local W&B server for tests, with the part of the protocol that the wandb client needs.
 
-Runs with their history and config, files, artifacts and their use, saved views. What it does not know of gets an empty
-answer and stands in `unknown`. A key other than `KEY` is refused with status 401, as W&B does.
+It has runs with history and config, files, artifacts and their use, and saved views. Unknown queries get an empty
+answer and are recorded in `unknown`. An API key other than `KEY` is refused with status 401, as at W&B.
 """
 
 import base64
@@ -17,64 +17,53 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from wandb_artifacts import ENTITY, ArtifactAnswers
+
 KEY = "k" * 40
-ENTITY = "somebody"
 
 
 @dataclass
 class Run:
-    """What the server knows of a run."""
+    """The data of a run."""
 
     project: str
     name: str
     sent: dict[str, Any] = field(default_factory=dict)
-    """The latest value of each field that was sent: `displayName`, `groupName`, `jobType`, `tags`, ..."""
+    """The latest value of each field: `displayName`, `groupName`, `jobType`, `tags`, ..."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """The history, a row each."""
+    """The history."""
     summary: dict[str, Any] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
-    """Ids of artifacts that it took as input."""
+    """Ids of the artifacts that the run used as input."""
     starts: int = 0
-    """How often a process asked whether there is a run to go on with."""
+    """How often a client asked whether the run can be resumed."""
 
     @property
     def config(self) -> dict[str, Any]:
         return {key: entry["value"] for key, entry in json.loads(self.sent["config"]).items()}
 
 
-@dataclass
-class Artifact:
-    """A version of an artifact."""
-
-    id: str
-    sent: dict[str, Any]
-    files: dict[str, str] = field(default_factory=dict)
-    """Name of each file that was announced, and its MD5."""
-    committed: bool = False
-
-
-class WandbServer:
+class WandbServer(ArtifactAnswers):
     """Everything that clients have sent."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.runs: dict[str, Run] = {}
         self.files: dict[str, bytes] = {}
-        """What was uploaded, by path."""
-        self.artifacts: list[Artifact] = []
+        """Path -> uploaded content."""
         self.views: list[dict[str, Any]] = []
         self.unknown: list[str] = []
-        """Questions that got an empty answer."""
+        """Queries that got an empty answer."""
         self.refused = 0
-        """Requests with a wrong key."""
+        """Number of requests with a wrong key."""
         self.lock = threading.Lock()
-        self.url = ""
 
-    # ------------------------------------------------------------------------------------------------- questions
+    # --------------------------------------------------------------------------------------------------- queries
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL answer."""
+        """The answer to a GraphQL query."""
         name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or ["", ""])[1]
-        known: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "Viewer": lambda _: {"viewer": self._viewer()},
             "GetDefaultEntity": lambda _: {"viewer": self._viewer()},
             "RunResumeStatus": self._resume_status,
@@ -92,10 +81,10 @@ class WandbServer:
             "ProjectInternalId": self._internal_id,
             "GetProjects": self._projects,
         }
-        if name not in known:
+        if name not in answers:
             self.unknown.append(f"{name}: {' '.join(query.split())} {variables}")
             return {}
-        return known[name](variables)
+        return answers[name](variables)
 
     def _viewer(self) -> dict[str, Any]:
         return {
@@ -155,134 +144,33 @@ class WandbServer:
         ]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
-    # ------------------------------------------------------------------------------------------------- artifacts
-
-    def _artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
-        found = self._latest(variables["name"])
-        kind = {"artifactType": {"name": found.sent["artifactTypeName"]}} if found else None
-        return {"project": {"artifact": kind}}
-
-    def _latest(self, name: str) -> Artifact | None:
-        name = name.split(":")[0]
-        return next((one for one in reversed(self.artifacts) if one.sent["artifactCollectionName"] == name), None)
-
-    def _membership(self, variables: dict[str, Any]) -> dict[str, Any]:
-        found = self._latest(variables["name"])
-        if found is None:
-            return {"project": {"artifactCollectionMembership": None}}
-        at, project = (
-            "2026-01-01T00:00:00",
-            {"id": "1", "internalId": "1", "name": variables["project"], "entity": {"name": ENTITY}},
-        )
-        collection = {
-            "__typename": "ArtifactSequence",
-            "name": found.sent["artifactCollectionName"],
-            "project": project,
-        }
-        artifact = {
-            "__typename": "Artifact",
-            "id": found.id,
-            "artifactSequence": collection,
-            "versionIndex": 0,
-            "artifactType": {"name": found.sent["artifactTypeName"]},
-            "description": None,
-            "metadata": found.sent["metadata"],
-            "ttlDurationSeconds": -2,
-            "ttlIsInherited": False,
-            "tags": [],
-            "historyStep": None,
-            "state": "COMMITTED",
-            "size": 1,
-            "digest": found.sent["digest"],
-            "commitHash": None,
-            "fileCount": len(found.files),
-            "createdAt": at,
-            "updatedAt": None,
-        }
-        membership = {
-            "__typename": "ArtifactCollectionMembership",
-            "id": "m",
-            "versionIndex": 0,
-            "createdAt": at,
-            "aliases": [{"__typename": "ArtifactAlias", "id": "a", "alias": "latest"}],
-            "artifactCollection": collection,
-            "artifact": artifact,
-        }
-        return {"project": {"artifactCollectionMembership": membership}}
-
-    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        given = variables.get("input", variables)
-        artifact = Artifact(f"artifact{len(self.artifacts)}", given)
-        self.artifacts.append(artifact)
-        answer = {"id": artifact.id, "state": "PENDING", "artifactSequence": {"id": "sequence", "latestArtifact": None}}
-        return {"createArtifact": {"artifact": answer}}
-
-    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
-        url = f"{self.url}/storage/{variables['artifactID']}/{variables['name']}"
-        manifest = {
-            "id": f"manifest-{variables['artifactID']}",
-            "file": {
-                "id": "f",
-                "name": variables["name"],
-                "displayName": variables["name"],
-                "uploadUrl": url,
-                "uploadHeaders": [],
-            },
-        }
-        return {"createArtifactManifest": {"artifactManifest": manifest}}
-
-    def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
-        nodes = []
-        for spec in variables.get("input", variables).get("artifactFiles", []):
-            artifact = next(one for one in self.artifacts if one.id == spec["artifactID"])
-            artifact.files[spec["name"]] = spec["md5"]
-            url = f"{self.url}/storage/{artifact.id}/{spec['name']}"
-            nodes.append(
-                {
-                    "id": spec["name"],
-                    "name": spec["name"],
-                    "displayName": spec["name"],
-                    "uploadUrl": url,
-                    "uploadHeaders": [],
-                    "uploadMultipartUrls": None,
-                    "storagePath": spec["name"],
-                    "artifact": {"id": artifact.id},
-                }
-            )
-        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
-
-    def _commit(self, variables: dict[str, Any]) -> dict[str, Any]:
-        artifact = next(one for one in self.artifacts if one.id == variables["artifactID"])
-        artifact.committed = True
-        return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.sent["digest"]}}}
-
     def _use(self, variables: dict[str, Any]) -> dict[str, Any]:
-        given = variables.get("input", variables)
-        self.runs[given["runName"]].used.append(given["artifactID"])
-        return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
+        values = variables.get("input", variables)
+        self.runs[values["runName"]].used.append(values["artifactID"])
+        return {"useArtifact": {"artifact": {"id": values["artifactID"]}}}
 
     def _view(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.views.append(variables)
-        kept = ("name", "displayName", "description", "spec")
+        copied = ("name", "displayName", "description", "spec")
         view = {
             "id": f"view{len(self.views)}",
             "project": self._project(variables["projectName"]),
-            **{key: variables[key] for key in kept},
+            **{key: variables[key] for key in copied},
         }
         return {"upsertView": {"view": view, "inserted": True}}
 
-    def _names(self) -> set[str]:
+    def _projects_with_runs(self) -> set[str]:
         return {run.project for run in self.runs.values()}
 
     def _internal_id(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["projectName"]
-        return {"project": {"id": name, "internalId": name} if name in self._names() else None}
+        return {"project": {"id": name, "internalId": name} if name in self._projects_with_runs() else None}
 
     def _projects(self, variables: dict[str, Any]) -> dict[str, Any]:
         at = "2026-01-01T00:00:00"
         nodes = [
             {"id": name, "name": name, "entityName": ENTITY, "createdAt": at, "isBenchmark": False, "user": None}
-            for name in self._names()
+            for name in self._projects_with_runs()
         ]
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         return {"models": {"pageInfo": page, "edges": [{"node": node} for node in nodes]}}
@@ -290,7 +178,7 @@ class WandbServer:
     # --------------------------------------------------------------------------------------------------- streams
 
     def stream(self, run_name: str, content: dict[str, Any]) -> None:
-        """Rows of the history at their place, and the summary."""
+        """Store rows of the history and the summary."""
         run = self.runs[run_name]
         for file, part in content.get("files", {}).items():
             if file == "wandb-history.jsonl":
@@ -298,17 +186,13 @@ class WandbServer:
             elif file == "wandb-summary.json":
                 run.summary = json.loads(part["content"][-1])
 
-    def upload(self, path: str, content: bytes) -> None:
-        """A file."""
-        self.files[path] = content
-
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wandb: WandbServer
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the screen."""
+        """Do not print requests."""
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -323,8 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, content: bytes) -> dict[str, Any]:
         if self.path == "/graphql":
-            asked = json.loads(content)
-            return {"data": self.wandb.answer(asked["query"], asked.get("variables") or {})}
+            request = json.loads(content)
+            return {"data": self.wandb.answer(request["query"], request.get("variables") or {})}
         if match := re.fullmatch(r"/files/.*/([^/]+)/file_stream", self.path):
             self.wandb.stream(match[1], json.loads(content))
         return {}
@@ -332,13 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         with self.wandb.lock:
             content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.wandb.upload(self.path.removeprefix("/storage/"), content)
+            self.wandb.files[self.path.removeprefix("/storage/")] = content
             self._reply(200, {})
 
     def _knows_the_key(self) -> bool:
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        kind, _, key = self.headers.get("Authorization", "").partition(" ")
         expected = base64.b64encode(f"api:{KEY}".encode()).decode() if kind == "Basic" else KEY
-        return given == expected or self.path.startswith("/sdk/otel")
+        return key == expected or self.path.startswith("/sdk/otel")
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -351,13 +235,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Http(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # clients leave without a word
+        if not isinstance(sys.exception(), ConnectionError):  # clients close connections at any time
             super().handle_error(request, client_address)
 
 
 @contextmanager
 def serving() -> Iterator[WandbServer]:
-    """A server on a free port, in a thread of this process."""
+    """Run a server on a free port, in a thread of this process."""
     wandb = WandbServer()
     http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"wandb": wandb}))
     wandb.url = f"http://127.0.0.1:{http.server_address[1]}"
@@ -372,5 +256,5 @@ def serving() -> Iterator[WandbServer]:
 
 
 def md5(content: bytes) -> str:
-    """As W&B writes it."""
+    """The MD5 of a file in the format of W&B."""
     return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()

@@ -1,4 +1,4 @@
-"""Shards of pictures, for the tests of WebDataset."""
+"""WebDataset shards of images."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ Members = list[tuple[str, bytes]]
 
 
 MEMBERS: Members = [(f"{number}.png", bytes([number]) * 700) for number in range(5)]
-"""1536 bytes each in a tar."""
+"""Members that take 1536 bytes each in a tar."""
 
 
 def write_tar(path: Path, members: Members, *, mode: str = "w") -> Path:
@@ -30,7 +30,7 @@ def write_tar(path: Path, members: Members, *, mode: str = "w") -> Path:
 
 
 def write_shards(folder: Path, *sizes: int) -> str:
-    """Shards of pictures 0, 1, … with labels, written by the library; the pattern of them."""
+    """Write shards of the pictures 0, 1, … with labels, using the library; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard, size in enumerate(sizes):

@@ -280,8 +280,8 @@ def test_contrast_is_that_of_wcag_aa(browser: Any, folder: Path, scheme: str, na
     seen = Seen(browser, folder / name, color_scheme=scheme)
     found = seen.page.evaluate(CONTRASTS)
     assert found["page"] == {"light": "rgb(247, 247, 244)", "dark": "rgb(20, 22, 26)"}[scheme]
-    assert len(found["told"]) > 100
-    assert [words for ratio, words in found["told"] if ratio < 4.5] == []
+    assert len(found["text"]) > 100
+    assert [words for ratio, words in found["text"] if ratio < 4.5] == []
     assert len(found["drawn"]) > 10
     assert [words for ratio, words in found["drawn"] if ratio < 3] == []
     seen.context.close()
