@@ -1,9 +1,11 @@
 """What is learned from the crops: `method`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from dino_lightning.config.model import ViTConfig
 from dino_lightning.config.ranges import AtLeast, Duration, OneOf, Pair, Positive, Share, ShareBelowOne
+from dino_lightning.errors import UserError
 
 
 @dataclass
@@ -12,6 +14,14 @@ class MethodConfig:
 
     uses_labels: ClassVar[bool] = False
     """Whether batches have labels."""
+    uses_loss_rows: ClassVar[bool] = False
+    """Whether `compute.loss_rows` has an effect."""
+    dependent_keys: ClassVar[dict[str, tuple[str, str | int]]] = {}
+    """Key that has no effect by itself -> the key it depends on, and a value of that key with which it has one: for a
+    string only this value, for a number every value above 0."""
+
+    def check(self, config: Any) -> None:
+        """Raise `UserError` if this method cannot be trained with the other settings of `config`, a `TrainConfig`."""
 
 
 @dataclass
@@ -32,6 +42,14 @@ class TeacherConfig(MethodConfig):
 @dataclass
 class DINOConfig(TeacherConfig):
     """Self-distillation with no labels (Caron et al., ICCV 2021)."""
+
+    uses_loss_rows: ClassVar[bool] = True
+    dependent_keys: ClassVar[dict[str, tuple[str, str | int]]] = {
+        "center_momentum": ("centering", "center"),
+        "sinkhorn_iterations": ("centering", "sinkhorn"),
+        "mask_p": ("patch_loss_weight", 1),
+        "mask_share": ("patch_loss_weight", 1),
+    }
 
     out_dim: Annotated[int, AtLeast(2)] = 65536
     """Number of prototypes K: width of the head's output."""
@@ -80,6 +98,14 @@ class DINOConfig(TeacherConfig):
     """Probability that a global crop is masked for the student, where `patch_loss_weight` is above 0."""
     mask_share: Annotated[list[float], Pair(1, of="shares of the image")] = field(default_factory=lambda: [0.1, 0.5])
     """Smallest and largest share of the patches of a masked crop that is masked."""
+
+    def check(self, config: Any) -> None:
+        """Masked patches need a backbone that can replace patches."""
+        if self.patch_loss_weight and not isinstance(config.backbone, ViTConfig):
+            raise UserError(
+                f"method.patch_loss_weight={self.patch_loss_weight} needs patch masking, which only the built-in ViTs "
+                "support; set backbone=vit_small or method.patch_loss_weight=0."
+            )
 
 
 @dataclass
@@ -134,6 +160,11 @@ class MoCoConfig(TeacherConfig):
     evaluate: Annotated[str, OneOf("teacher", "student")] = "student"
     """Network that k-NN, pictures and the exported file are of: `teacher` or `student`."""
 
+    def check(self, config: Any) -> None:
+        """`freeze_patch_embedding` needs a backbone with patches."""
+        if self.freeze_patch_embedding and getattr(config.backbone, "patch_size", None) is None:
+            raise UserError("method.freeze_patch_embedding=true: this network has no patches; set it to false.")
+
 
 MOCO_VERSIONS: dict[int, dict[str, float | int | bool]] = {
     2: {
@@ -167,6 +198,8 @@ MOCO_VERSIONS: dict[int, dict[str, float | int | bool]] = {
 @dataclass
 class SwAVConfig(MethodConfig):
     """Swapping assignments between views (Caron et al., NeurIPS 2020): clusters as targets, no teacher."""
+
+    dependent_keys: ClassVar[dict[str, tuple[str, str | int]]] = {"queue_start": ("queue_length", 3840)}
 
     out_dim: Annotated[int, AtLeast(2)] = 3000
     """Number of prototypes K."""

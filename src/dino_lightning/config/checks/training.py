@@ -5,12 +5,10 @@ Each raises `UserError` with the key, its value and what was expected.
 
 import os
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from dino_lightning.config import ComputeConfig, DINOConfig, MoCoConfig, TimmConfig, TrainConfig, ViTConfig
+from dino_lightning.config import ComputeConfig, TimmConfig, TrainConfig, ViTConfig
 from dino_lightning.config.constraints import check_devices, check_values, declared_ranges
 from dino_lightning.config.dotted import format_value, get_dotted
 from dino_lightning.config.duration import Duration
@@ -22,15 +20,6 @@ from dino_lightning.runtime.devices import trains_on_cpu
 SHARDED_PRECISIONS = ("32", "32-true", "bf16-mixed")
 COMPILERS = ("g++", "clang++", "cl")
 
-IDLE_UNLESS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
-    "method.center_momentum": ("method.centering", lambda value: value == "center", "center"),
-    "method.sinkhorn_iterations": ("method.centering", lambda value: value == "sinkhorn", "sinkhorn"),
-    "method.mask_p": ("method.patch_loss_weight", lambda value: value > 0, "1"),
-    "method.mask_share": ("method.patch_loss_weight", lambda value: value > 0, "1"),
-    "method.queue_start": ("method.queue_length", lambda value: value > 0, "3840"),
-}
-"""Key that has no effect by itself -> the key it depends on, the condition on that key, and a value that meets it."""
-
 
 def check_config(config: TrainConfig) -> None:
     """Refuse values out of range and combinations that cannot be trained."""
@@ -41,7 +30,6 @@ def check_config(config: TrainConfig) -> None:
     _check_crops(config)
     _check_trainer(config)
     _check_compute(config)
-    _check_idle_keys(config)
     _check_method(config)
     _check_durations(config)
     _check_callbacks(config)
@@ -143,30 +131,21 @@ def _require(met: bool, setting: str, requirement: str) -> None:
         raise UserError(f"{setting} needs {requirement}.")
 
 
-def _check_idle_keys(config: TrainConfig) -> None:
-    for key, (other, is_met, value) in IDLE_UNLESS.items():
-        current, default = get_dotted(config, key), getattr(type(config.method)(), key.removeprefix("method."), None)
-        if current is not None and current != default and not is_met(get_dotted(config, other)):
-            raise UserError(
-                f"{key}={format_value(current)} has no effect with {other}={format_value(get_dotted(config, other))}; "
-                f"set {other}={value}, or do not set {key}."
-            )
-
-
 def _check_method(config: TrainConfig) -> None:
     method, rows = config.method, config.compute.loss_rows
-    if isinstance(method, DINOConfig) and method.patch_loss_weight and not isinstance(config.backbone, ViTConfig):
-        raise UserError(
-            f"method.patch_loss_weight={method.patch_loss_weight} needs patch masking, which only the built-in ViTs "
-            "support; set backbone=vit_small or method.patch_loss_weight=0."
-        )
-    if not isinstance(method, DINOConfig) and rows != ComputeConfig.loss_rows:
+    for key, (other, value) in method.dependent_keys.items():
+        current, default, other_value = getattr(method, key), getattr(type(method)(), key), getattr(method, other)
+        has_effect = other_value == value if isinstance(value, str) else other_value > 0
+        if current != default and not has_effect:
+            raise UserError(
+                f"method.{key}={format_value(current)} has no effect with method.{other}={format_value(other_value)}; "
+                f"set method.{other}={value}, or do not set method.{key}."
+            )
+    if not method.uses_loss_rows and rows != ComputeConfig.loss_rows:
         raise UserError(
             f"compute.loss_rows={rows} applies only to method=dino; set compute.loss_rows={ComputeConfig.loss_rows}."
         )
-    has_patches = get_dotted(config, "backbone.patch_size") is not None
-    if isinstance(method, MoCoConfig) and method.freeze_patch_embedding and not has_patches:
-        raise UserError("method.freeze_patch_embedding=true: this network has no patches; set it to false.")
+    method.check(config)
 
 
 def _check_durations(config: TrainConfig) -> None:
