@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConfig, ViTConfig
+from dino_lightning.config.registry import import_component
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
 
@@ -95,6 +96,7 @@ class Description:
 def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> BackboneConfig:
     """The backbone config with these values; without the name of its schema, the keys decide."""
     if schema is not None:
+        import_component("backbone", schema)
         if schema not in SCHEMAS["backbone"]:
             raise UserError(
                 f"backbone={schema}: the checkpoint has a backbone that is not part of this package; add "

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.config.registry import import_component
 from dino_lightning.errors import UserError, did_you_mean
 
 
@@ -26,6 +27,7 @@ def from_plain(plain: Any, *, source: str) -> TrainConfig:
         schemas, values = dict(plain["schemas"]), dict(plain["values"])
         composed = OmegaConf.structured(TrainConfig)
         for group, name in schemas.items():
+            import_component(group, name)
             if name not in SCHEMAS[group]:
                 raise UserError(
                     f"{source} is of {group}={name}: {did_you_mean(name, SCHEMAS[group])} One of your own is "
