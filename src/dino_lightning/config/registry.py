@@ -27,7 +27,7 @@ FOLDERS = {"method": "methods", "backbone": "models"}
 
 
 def import_component(group: str, name: str) -> None:
-    """Import `methods/NAME.py` or `models/NAME.py` if `GROUP=NAME` is unknown and the file exists: it may register it."""
+    """Import `methods/NAME.py` or `models/NAME.py`, if it exists, for an unknown `GROUP=NAME`: it may register it."""
     if group in FOLDERS and name not in SCHEMAS[group] and name.isidentifier():
         module = f"dino_lightning.{FOLDERS[group]}.{name}"
         if find_spec(module):
