@@ -1,10 +1,11 @@
 """Fuzz the readers of archives: `python tests/fuzz/fuzz_archives.py -max_total_time=640 -rss_limit_mb=4096`.
 
-The first byte of an input chooses the reader (zip, tar, WebDataset shard, Parquet file), the others are the file. The
-checksums of tar headers are mended in half of the inputs, or mutations would not come past them.
+The first byte of an input selects the reader (zip, tar, WebDataset shard, Parquet file), the other bytes are the file.
+In half of the inputs, the checksums of tar headers are corrected; otherwise, the reader would reject nearly all
+mutations.
 """
 
-# ruff: noqa: E402 - what is instrumented has to be imported in its own place
+# ruff: noqa: E402 - instrumented modules must be imported inside the `with` statement
 import io
 import os
 import random
@@ -38,7 +39,7 @@ import pyarrow.parquet as pq
 from dino_lightning.config import ArchiveData, DataConfig, ParquetData, WebDatasetData
 from dino_lightning.errors import UserError
 
-ZIP, TAR, SHARD, PARQUET, MEND = 0, 1, 2, 3, 4
+ZIP, TAR, SHARD, PARQUET, CORRECT = 0, 1, 2, 3, 4
 CONFIGS: list[DataConfig] = [
     ArchiveData(path=str(FOLDER / "images.zip"), cache_dir=str(FOLDER / "cache")),
     ArchiveData(path=str(FOLDER / "images.tar"), cache_dir=str(FOLDER / "cache")),
@@ -46,13 +47,13 @@ CONFIGS: list[DataConfig] = [
     ParquetData(path=str(FOLDER / "train.parquet")),
 ]
 FILES = [FOLDER / name for name in ("images.zip", "images.tar", "shard.tar", "train.parquet")]
-MOST = 50
-"""Images of a source that are read."""
+MAX_IMAGES = 50
+"""Number of images of a source that are read."""
 BLOCK = 512
 
 
 def members() -> dict[str, bytes]:
-    """Two classes of two small images, and something else."""
+    """Two classes with two small images each, and a text file."""
     gray = cases.photo("L").resize((9, 7))
     images = {f"{name}/{i}.png": cases.encoded(gray.rotate(90 * i)) for name in ("cat", "dog") for i in range(2)}
     return {**images, "readme.txt": b"nothing"}
@@ -94,17 +95,17 @@ def seeds() -> Iterator[bytes]:
         yield bytes([ZIP]) + zipped(method)
     shard = {"0.png": members()["cat/0.png"], "0.cls": b"1", "1.jpg": b"no image", "1.cls": b"x"}
     shard |= {"2.npy": cases.npy(cases.values(3)[:5, :4]), "2.json": b"{}"}
-    for mend in (0, MEND):
+    for correct in (0, CORRECT):
         for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
             files = members() | {"a" * 60 + "/" + "b" * 90 + ".png": b"long"}
-            yield bytes([TAR + mend]) + tarred(files, form)
-            yield bytes([SHARD + mend]) + tarred(shard, form)
-        yield bytes([TAR + mend]) + tarred({"cat.tar": tarred(members()), "dog.tar": tarred(members())})
+            yield bytes([TAR + correct]) + tarred(files, form)
+            yield bytes([SHARD + correct]) + tarred(shard, form)
+        yield bytes([TAR + correct]) + tarred({"cat.tar": tarred(members()), "dog.tar": tarred(members())})
     yield bytes([PARQUET]) + parquet_file()
 
 
-def mended(content: bytes) -> bytes:
-    """A tar with right checksums, wherever a block looks like a header."""
+def with_correct_checksums(content: bytes) -> bytes:
+    """A tar with correct checksums in all blocks that look like a header."""
     blocks = bytearray(content)
     for at in range(0, len(content) - BLOCK + 1, BLOCK):
         if blocks[at + 257 : at + 262] == b"ustar":
@@ -116,8 +117,8 @@ def mended(content: bytes) -> bytes:
 def read_all(data: bytes) -> None:
     """Open the source, and read and describe its images as the loader does."""
     kind, content = data[0] & 3, data[1:]
-    if data[0] & MEND and kind in (TAR, SHARD):
-        content = mended(content)
+    if data[0] & CORRECT and kind in (TAR, SHARD):
+        content = with_correct_checksums(content)
     FILES[kind].write_bytes(content)
     source = open_sources(CONFIGS[kind], seed=0).train
     decoder = cases.decoder()
@@ -127,13 +128,13 @@ def read_all(data: bytes) -> None:
             if sample.content is not None:
                 attempt(lambda sample=sample: decoder.pixels(sample.content))
         return
-    for index in range(min(MOST, len(source))):  # type: ignore[arg-type]
+    for index in range(min(MAX_IMAGES, len(source))):  # type: ignore[arg-type]
         assert source.describe(index)  # type: ignore[union-attr]
         attempt(lambda index=index: decoder.pixels(source.read(index)))  # type: ignore[union-attr]
 
 
 def attempt(read: object) -> None:
-    """Read an image; what is raised must be sorted out as an unreadable image."""
+    """Read an image; only errors that mean an unreadable image may be raised."""
     try:
         read()  # type: ignore[operator]
     except UNREADABLE as error:
@@ -144,19 +145,19 @@ def attempt(read: object) -> None:
 
 def main() -> None:
     for reader in (archive, parquet, webdataset):
-        assert reader.__doc__  # imported up there, where they are instrumented
+        assert reader.__doc__  # use the imports above, which are instrumented
     for seed in seeds():
         read_all(seed)
     findings = harness.Findings(harness.folder("archives") / "findings", harness.Guard(allowed=FOLDER))
 
-    def one(data: bytes) -> None:
-        if not data or (data[0] & 3 == PARQUET and random.random() > 0.2):  # a hundred times as slow as the others
+    def target(data: bytes) -> None:
+        if not data or (data[0] & 3 == PARQUET and random.random() > 0.2):  # a hundred times slower than the others
             return
         findings.run(data, read_all, (UserError,))
         if findings.executions % 500 == 0:
             shutil.rmtree(FOLDER / "datasets", ignore_errors=True)
 
-    harness.fuzz("archives", seeds(), one)
+    harness.fuzz("archives", seeds(), target)
 
 
 if __name__ == "__main__":

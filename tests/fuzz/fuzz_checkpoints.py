@@ -1,11 +1,11 @@
 """Fuzz the reading of weights: `python tests/fuzz/fuzz_checkpoints.py -max_total_time=640 -rss_limit_mb=4096`.
 
-The first byte of an input chooses a kind of file, the others are the file or the part of it that says something: the
-pickle inside a `.pth` or `.ckpt`, the description of the network in a `.safetensors`, the `config.yaml` of a run. Such
-a part is packed with right checksums around it, or mutations would not come past them.
+The first byte of an input selects a kind of file, the other bytes are the file or a part of it: the pickle inside a
+`.pth` or `.ckpt`, the description of the network in a `.safetensors`, the `config.yaml` of a run. A part is packed into
+a file with correct checksums; otherwise, the reader would reject nearly all mutations.
 """
 
-# ruff: noqa: E402 - what is instrumented has to be imported in its own place
+# ruff: noqa: E402 - instrumented modules must be imported inside the `with` statement
 import copy
 import hashlib
 import io
@@ -60,7 +60,7 @@ TINY = [
 
 
 def repacked(archive: bytes, pickle: bytes) -> bytes:
-    """A file of `torch.save` with another pickle in it."""
+    """A file of `torch.save` with its pickle replaced."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
@@ -112,11 +112,11 @@ ABSURD: list[Any] = [
     {"pretrained": True},
     {"img_size": 10**7},
 ]
-"""What stands in the place of what belongs there."""
+"""Values that replace valid ones."""
 
 
 def changed(tree: Any, part: bytes) -> Any:
-    """A tree of plain types in which the bytes choose some values and what takes their place."""
+    """A copy of a nested structure in which the bytes select some values and their replacements."""
     provider = atheris.FuzzedDataProvider(part)
     tree = copy.deepcopy(tree)
     for _ in range(provider.ConsumeIntInRange(1, 3)):
@@ -130,12 +130,12 @@ def changed(tree: Any, part: bytes) -> Any:
             if deeper:
                 node = node[key]
                 continue
-            way = provider.ConsumeIntInRange(0, 5)
-            if way == 0:
+            mutation = provider.ConsumeIntInRange(0, 5)
+            if mutation == 0:
                 del node[key]
-            elif way == 1 and isinstance(node, dict):
+            elif mutation == 1 and isinstance(node, dict):
                 node[provider.ConsumeUnicode(8)] = copy.deepcopy(node[key])
-            elif way == 2:
+            elif mutation == 2:
                 node[key] = provider.ConsumeInt(4)
             else:
                 node[key] = copy.deepcopy(ABSURD[provider.ConsumeIntInRange(0, len(ABSURD) - 1)])
@@ -150,7 +150,7 @@ def saved(content: Any, **options: Any) -> bytes:
 
 
 class Files:
-    """A small run, and files of the original's kind with its weights."""
+    """The files of a small run, and files in the original's format."""
 
     def __init__(self) -> None:
         shutil.rmtree(RUN, ignore_errors=True)
@@ -164,21 +164,21 @@ class Files:
         self.full = saved({"student": inside, "teacher": inside, "epoch": 3, "args": Namespace(arch="vit_small")})
         self.legacy = saved(weights, _use_new_zipfile_serialization=False)
         save_file(weights, FOLDER / "plain.safetensors")
-        self.plain = (FOLDER / "plain.safetensors").read_bytes()
+        self.without_description = (FOLDER / "plain.safetensors").read_bytes()
         self.exported = (RUN / "teacher.safetensors").read_bytes()
         self.weights = weights
         self.metadata = read_safetensors(RUN / "teacher.safetensors", source="seed")[1]
 
 
 def seeds(files: Files) -> Iterator[bytes]:
-    """Each kind of file, and each part."""
+    """One input for each kind of file and each part."""
     parts = [
         files.checkpoint,
         saved(files.weights),
         saved({"teacher": files.weights}),
         files.legacy,
         files.exported,
-        files.plain,
+        files.without_description,
         pickle_in(files.checkpoint),
         pickle_in(files.backbone),
         pickle_in(files.full),
@@ -195,12 +195,12 @@ def seeds(files: Files) -> Iterator[bytes]:
 
 
 def targets(files: Files) -> list[Callable[[bytes], None]]:
-    """What is done with each kind, in the order of `seeds`."""
+    """The function for each kind of input, in the order of `seeds`."""
 
     def raw(name: str) -> Callable[[bytes], None]:
         return lambda part: load(FOLDER / name, part)
 
-    def around(archive: bytes, name: str) -> Callable[[bytes], None]:
+    def with_pickle(archive: bytes, name: str) -> Callable[[bytes], None]:
         return lambda part: load(FOLDER / name, repacked(archive, part))
 
     def described(part: bytes) -> None:
@@ -209,14 +209,14 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
         load_network(str(FOLDER / "described.safetensors"))
 
     def resumed(part: bytes) -> None:
-        """A checkpoint to go on from: raw, and with a hash that belongs to it."""
-        place = FOLDER / "resume"
+        """Resume from a checkpoint: unchanged, and with a correct hash."""
+        folder = FOLDER / "resume"
         for hashed in (part, part + b"\nsha256:" + hashlib.sha256(part).hexdigest().encode() + b"\n"):
-            (place / "last.ckpt").write_bytes(hashed)
+            (folder / "last.ckpt").write_bytes(hashed)
             with suppress(CorruptCheckpointError):
-                verify(place / "last.ckpt")
+                verify(folder / "last.ckpt")
             with suppress(UserError):
-                latest_valid(place)
+                latest_valid(folder)
 
     network = json.loads(files.metadata["network"])
     content = torch.load(io.BytesIO(files.checkpoint), weights_only=True)
@@ -240,7 +240,7 @@ def targets(files: Files) -> list[Callable[[bytes], None]]:
 
 
 def load(path: Path, content: bytes) -> None:
-    """Read a file in the two ways in which it is."""
+    """Read a file as a pickle and as a network."""
     path.write_bytes(content)
     if path.suffix != ".safetensors":
         read_pickle(path, source="a file")
@@ -254,7 +254,7 @@ def main() -> None:
     corpus = list(seeds(files))
     write_checkpoint({"a": 1}, FOLDER / "resume" / "last-1.ckpt")
     (FOLDER / "resume" / "last-1.ckpt").unlink()
-    for seed in corpus:  # all imports happen before the guard is there
+    for seed in corpus:  # all imports must happen before the guard is active
         try:
             known[seed[0]](seed[1:])
         except UserError as error:
@@ -262,11 +262,11 @@ def main() -> None:
     findings = harness.Findings(harness.folder("checkpoints") / "findings", harness.Guard(allowed=FOLDER))
     tempfile.tempdir = str(FOLDER)
 
-    def one(data: bytes) -> None:
+    def target(data: bytes) -> None:
         if data:
             findings.run(bytes([data[0] % len(known)]) + data[1:], lambda data: known[data[0]](data[1:]), (UserError,))
 
-    harness.fuzz("checkpoints", corpus, one)
+    harness.fuzz("checkpoints", corpus, target)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Fuzz the decoding of images: `python tests/fuzz/fuzz_images.py -max_total_time=640 -rss_limit_mb=4096`.
 
-The first byte of an input chooses settings and decoding, the others are the file. Half of the inputs have the
-checksums of their PNG chunks mended, or mutations would not come past them.
+The first byte of an input selects the settings, the other bytes are the file. In half of the inputs, the checksums of
+PNG chunks are corrected; otherwise, the decoder would reject nearly all mutations.
 """
 
-# ruff: noqa: E402 - what is instrumented has to be imported in its own place
+# ruff: noqa: E402 - instrumented modules must be imported inside the `with` statement
 import struct
 import sys
 import zlib
@@ -41,17 +41,17 @@ SETTINGS = [
     {"channels": 5},
 ]
 DECODERS = [cases.decoder(**settings) for settings in SETTINGS]
-LARGEST = 20_000
-"""Bytes of a seed: longer ones are slow to mutate."""
-MEND = 8
-"""The bit of the first byte that asks for mended checksums."""
+MAX_SEED_BYTES = 20_000
+"""Longer seeds are slow to mutate."""
+CORRECT = 8
+"""The bit of the first byte that selects corrected checksums."""
 
-# Small enough that thousands of inputs a minute can be decoded; what is beyond it is refused as it is by default.
+# A small limit, so that thousands of inputs per minute can be decoded. Larger images are refused, as with the default.
 PIL.Image.MAX_IMAGE_PIXELS = 250_000
 
 
 def seeds() -> Iterator[bytes]:
-    """Every kind of image that the tests of decoding know, for each of the settings it is meant for."""
+    """All kinds of images in the tests of decoding, with each of the settings for this kind."""
     for makers, numbers in ((cases.EXACT, (0, 1, 5, 8, 9)), (cases.LOSSY, (0, 1, 5))):
         for maker in makers.values():
             yield from (bytes([number]) + maker() for number in numbers)
@@ -71,8 +71,8 @@ def seeds() -> Iterator[bytes]:
             continue
 
 
-def mended(content: bytes) -> bytes:
-    """A PNG with right checksums, as far as its chunks can be followed."""
+def with_correct_checksums(content: bytes) -> bytes:
+    """A PNG with correct checksums, up to the first invalid chunk length."""
     parts, at = [PNG], len(PNG)
     while at + 12 <= len(content):
         (length,) = struct.unpack(">I", content[at : at + 4])
@@ -83,45 +83,45 @@ def mended(content: bytes) -> bytes:
 
 
 def decode_all(data: bytes) -> None:
-    """Both decodings and the stored values, as the loader and `dino data` ask for them."""
+    """Decode an image with PIL, as pixels, and as stored values, as the loader and `dino data` do."""
     settings, content = data[0], data[1:]
-    if settings & MEND and content.startswith(PNG):
-        content = mended(content)
+    if settings & CORRECT and content.startswith(PNG):
+        content = with_correct_checksums(content)
     decoder = DECODERS[settings % len(DECODERS)]
     sizes = set()
-    for way in (decoder.pil, decoder.pixels, decoder.stored):
+    for decode_image in (decoder.pil, decoder.pixels, decoder.stored):
         try:
-            found = way(content)
+            image = decode_image(content)
         except UNREADABLE as error:
-            reason = why_unreadable(error)  # raises what would end a run
+            reason = why_unreadable(error)  # raises errors that would end a run
             if not reason or "\n" in reason:
                 raise AssertionError(f"the reason {reason!r}") from error
             continue
-        if isinstance(found, torch.Tensor):
-            assert found.dtype == torch.uint8
-            assert found.shape[0] == decoder.channels
-            sizes.add((found.shape[2], found.shape[1]))
-        elif way == decoder.pil:
-            assert found.mode == {1: "L", 3: "RGB"}[decoder.channels]
-            sizes.add(found.size)
+        if isinstance(image, torch.Tensor):
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == decoder.channels
+            sizes.add((image.shape[2], image.shape[1]))
+        elif decode_image == decoder.pil:
+            assert image.mode == {1: "L", 3: "RGB"}[decoder.channels]
+            sizes.add(image.size)
     assert len(sizes) < 2, f"decodings disagree: {sizes}"
 
 
 def main() -> None:
     tifffile.TiffFile  # noqa: B018 - imported for its instrumentation
     decode.Decoder  # noqa: B018
-    for seed in seeds():  # plugins and codecs are imported at first use, outside the guard
+    for seed in seeds():  # plugins and codecs are imported at first use, which the guard would refuse
         try:
             decode_all(seed)
         except AssertionError as error:
             print(f"seed: {error}", file=sys.stderr)
     findings = harness.Findings(harness.folder("images") / "findings", harness.Guard())
 
-    def one(data: bytes) -> None:
+    def target(data: bytes) -> None:
         if data:
             findings.run(data, decode_all, ())
 
-    harness.fuzz("images", (seed for seed in seeds() if len(seed) < LARGEST), one)
+    harness.fuzz("images", (seed for seed in seeds() if len(seed) < MAX_SEED_BYTES), target)
 
 
 if __name__ == "__main__":

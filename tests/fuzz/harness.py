@@ -1,8 +1,9 @@
-"""What the fuzzers share: seeds on disk, a guard against side effects, and findings that do not end the run.
+"""Shared parts of the fuzzers: seeds on disk, a guard against side effects, and findings that do not end the run.
 
-A *finding* is an input at which something else happens than an expected error: another exception, a sentence of
-several lines, code that runs, a file that is written, seconds of work, or hundreds of megabytes of memory. Each kind is
-saved once, by where it was raised. A crash of native code ends the process, and libFuzzer saves its input.
+A *finding* is an input with another result than success or an expected error: another exception, a message with several
+lines, code that is executed, a file that is written, a long run time, or much memory. Each kind of finding is saved
+once; exceptions are distinguished by where they were raised. A crash of native code ends the process, and libFuzzer
+saves the input.
 """
 
 import builtins
@@ -17,10 +18,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-SLOW = 10.0
-"""Seconds of processor time that no small file may take."""
-LARGE = 400
-"""Megabytes by which one input may raise the memory's high-water mark."""
+TIME_LIMIT_S = 10.0
+"""Limit of the processor time for one input."""
+MEMORY_LIMIT_MB = 400
+"""Limit of the growth of the peak memory by one input."""
 FORBIDDEN = (
     "os.system",
     "os.exec",
@@ -47,29 +48,29 @@ FORBIDDEN = (
 
 
 class Forbidden(BaseException):
-    """The code under test ran, wrote or called something. No Exception, so that nobody takes it for a broken file."""
+    """A side effect of the code under test. Not an `Exception`, so that no handler treats it as a broken file."""
 
 
 class Guard:
-    """Refuses side effects while it is entered; files below `allowed` may be written."""
+    """A context manager that refuses side effects; files below `allowed` may be written."""
 
     def __init__(self, allowed: Path | None = None):
         self.allowed = None if allowed is None else str(allowed)
         self.active = False
-        self.seen: list[str] = []
+        self.side_effects: list[str] = []
         sys.addaudithook(self._audit)
         for name in ("exec", "eval"):
             setattr(builtins, name, self._guarded(name, getattr(builtins, name)))
 
     def __enter__(self) -> None:
-        self.seen.clear()
+        self.side_effects.clear()
         self.active = True
 
     def __exit__(self, *_: object) -> None:
         self.active = False
 
     def _refuse(self, what: str) -> NoReturn:
-        self.seen.append(what)
+        self.side_effects.append(what)
         raise Forbidden(what)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -88,7 +89,7 @@ class Guard:
 
     def _guarded(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*arguments: Any, **options: Any) -> Any:
-            # An import executes a module's code; dataclasses and namedtuple make their methods so.
+            # Imports execute code; dataclasses and namedtuple create methods with `exec`.
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if self.active and not caller.startswith(("importlib", "_frozen_importlib", "dataclasses", "collections")):
                 self._refuse(f"{name} in {caller}")
@@ -98,7 +99,7 @@ class Guard:
 
 
 class Findings:
-    """Runs inputs and keeps those at which something is wrong."""
+    """Runs inputs and saves those with a finding."""
 
     def __init__(self, folder: Path, guard: Guard):
         self.folder, self.guard = folder, guard
@@ -107,7 +108,7 @@ class Findings:
         self.executions = 0
 
     def run(self, data: bytes, target: Callable[[bytes], None], expected: tuple[type[BaseException], ...]) -> None:
-        """Run `target`; only the `expected` errors may come out of it, each of them one line."""
+        """Run `target`, which may only raise `expected` errors with a message of one line."""
         self.executions += 1
         memory, started = _megabytes(), time.process_time()
         try:
@@ -119,12 +120,12 @@ class Findings:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            self.keep(data, f"{type(error).__name__} at {_place(error)}", error)
-        if self.guard.seen:
-            self.keep(data, f"side effect {self.guard.seen[0].split('(')[0]}", None)
-        if (took := time.process_time() - started) > SLOW:
+            self.keep(data, f"{type(error).__name__} at {_location(error)}", error)
+        if self.guard.side_effects:
+            self.keep(data, f"side effect {self.guard.side_effects[0].split('(')[0]}", None)
+        if (took := time.process_time() - started) > TIME_LIMIT_S:
             self.keep(data, f"slow: {took:.0f} s", None, kind=f"slow {data[:1]!r}")
-        if (grown := _megabytes() - memory) > LARGE:
+        if (grown := _megabytes() - memory) > MEMORY_LIMIT_MB:
             self.keep(data, f"memory: {grown:.0f} MB", None, kind=f"memory {data[:1]!r}")
 
     def keep(self, data: bytes, what: str, error: BaseException | None, kind: str | None = None) -> None:
@@ -134,19 +135,19 @@ class Findings:
         self.known.add(kind or what)
         name = hashlib.sha256((kind or what).encode()).hexdigest()[:12]
         (self.folder / f"{name}.bin").write_bytes(data)
-        words = what + "\n" + ("".join(traceback.format_exception(error)) if error else "")
-        (self.folder / f"{name}.txt").write_text(words)
+        text = what + "\n" + ("".join(traceback.format_exception(error)) if error else "")
+        (self.folder / f"{name}.txt").write_text(text)
         print(f"FINDING {what}: {self.folder / name}.bin", file=sys.stderr, flush=True)
 
 
 def _path_in(arguments: tuple[Any, ...]) -> object:
-    """The path that an audit event is about; of one relative to an open folder, that folder."""
+    """The path of an audit event; if it is relative to an open folder, that folder."""
     if len(arguments) > 1 and isinstance(arguments[-1], int) and arguments[-1] >= 0 and os.name == "posix":
         return os.path.realpath(f"/proc/self/fd/{arguments[-1]}")
     return arguments[0] if arguments else None
 
 
-def _place(error: BaseException) -> str:
+def _location(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
 
@@ -156,20 +157,20 @@ def _megabytes() -> float:
 
 
 def folder(name: str) -> Path:
-    """Where a fuzzer keeps its corpus and findings: `$DINO_FUZZ`, or a folder for temporary files."""
+    """The folder for corpus and findings of a fuzzer, in `$DINO_FUZZ` or the folder for temporary files."""
     return Path(os.environ.get("DINO_FUZZ", Path(tempfile.gettempdir()) / "dino-fuzz")) / name
 
 
 def scratch(name: str) -> Path:
-    """A folder for the files under test, in memory where the system has that."""
+    """A folder for the files under test, in memory if possible."""
     parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-    place = parent / f"dino-fuzz-{name}-{os.getpid()}"
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    path = parent / f"dino-fuzz-{name}-{os.getpid()}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def fuzz(name: str, seeds: Iterable[bytes], target: Callable[[bytes], None]) -> None:
-    """Write the seeds, and hand over to libFuzzer with the command line's options."""
+    """Write the seeds and run libFuzzer with the options of the command line."""
     import atheris
 
     corpus = folder(name) / "corpus"

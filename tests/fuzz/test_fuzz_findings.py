@@ -1,4 +1,4 @@
-"""What fuzzing found (tests/fuzz, docs/reliability.md), each finding with an input as small as it gets."""
+"""Regression tests for findings of fuzzing (tests/fuzz, docs/reliability.md), each with a minimal input."""
 
 import base64
 import json
@@ -61,13 +61,13 @@ def test_a_broken_array_in_a_shard_is_one_bad_image(tmp_path: Path) -> None:
 
 
 def pages(*chain: int) -> bytes:
-    """A TIFF whose directories, without entries, lie at 8, 16, 24, … and lead from one to the next of `chain`."""
+    """A TIFF with empty directories at offsets 8, 16, 24, …, each of which links to the next offset in `chain`."""
     return b"II*\0" + struct.pack("<I", 8) + b"".join(struct.pack("<HIH", 0, following, 0) for following in chain)
 
 
 @pytest.mark.parametrize("chain", [(8,), (16, 8), (16, 24, 16)])
 def test_pages_in_a_circle(chain: tuple[int, ...]) -> None:
-    """A loader process followed them for ever."""
+    """Earlier, a loader process followed the links forever."""
     with pytest.raises(ValueError, match="lead back"):
         check_pages(pages(*chain))
     with pytest.raises(UnreadableImageError, match="lead back|Invalid dimensions"):  # the latter is Pillow 11
@@ -91,7 +91,7 @@ def test_big_endian_and_large_offsets() -> None:
 
 
 def test_odd_tags_are_not_told_line_by_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Fuzzing for four minutes wrote 100 megabytes of them; in a run they would go into its log."""
+    """Fuzzing for four minutes printed 100 megabytes of warnings, which a run would write to its log."""
     with pytest.raises(UnreadableImageError):
         decoder(channels=5).pixels(pages(0)[:8] + struct.pack("<HHHIII", 1, 1, 0, 1, 0, 0))
     assert not caplog.records
@@ -115,7 +115,7 @@ def test_damaged_tables_of_a_zip(content: str, tmp_path: Path) -> None:
 
 
 def test_damaged_parquet_is_told_in_one_line(tmp_path: Path) -> None:
-    """Arrow's words end in an empty line."""
+    """Arrow's message ends with an empty line."""
     path = tmp_path / "train.parquet"
     path.write_bytes(b"PAR1" + b"\xff" * 40 + struct.pack("<I", 40) + b"PAR1")
     with pytest.raises(UserError, match="is not a parquet file that can be read") as caught:
@@ -131,7 +131,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def described(tmp_path: Path, **changes: Any) -> str:
-    """A file of weights that says of its network what `changes` say; those of `backbone` beside its own."""
+    """A weights file whose description of the network is updated with `changes`, also inside `backbone`."""
     plain = Description(SMALL, image_size=8).to_dict()
     plain["backbone"] |= changes.pop("backbone", {})
     file = tmp_path / "weights.safetensors"
@@ -174,7 +174,7 @@ def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any],
 
 
 def test_a_description_does_not_make_us_read_another_file(tmp_path: Path) -> None:
-    """`timm.create_model(checkpoint_path=…)` unpickles that file, in older versions with all that it may run."""
+    """`timm.create_model(checkpoint_path=…)` unpickles that file, in older versions with arbitrary code."""
     elsewhere = tmp_path / "elsewhere.pth"
     asks = {"checkpoint_path": str(elsewhere), "pretrained_cfg": {"file": str(elsewhere)}, "cache_dir": str(tmp_path)}
     asks |= {"pretrained_cfg_overlay": {"file": str(elsewhere)}, "pretrained": True}
@@ -183,7 +183,7 @@ def test_a_description_does_not_make_us_read_another_file(tmp_path: Path) -> Non
 
 
 def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
-    """It was taken for that many blocks."""
+    """Earlier, the value was used as the number of blocks."""
     width_64 = Description(ViTConfig(width=64, depth=1, heads=1, patch_size=4), image_size=8).build().state_dict()
     torch.save({**width_64, "blocks.999999999.norm1.weight": torch.zeros(64)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="does not fit the detected architecture"):
@@ -191,7 +191,7 @@ def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
 
 
 def test_views_of_a_few_numbers(tmp_path: Path) -> None:
-    """A file of a kilobyte could claim terabytes."""
+    """A small file could claim to contain terabytes."""
     state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in weights().items()}
     network = Description(SMALL, image_size=8).to_dict()
     content = {"state_dict": {f"teacher.backbone.{name}": tensor for name, tensor in state.items()}, "network": network}

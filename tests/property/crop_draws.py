@@ -1,4 +1,4 @@
-"""What the properties of crops are tried on: images and settings of all sizes that the configuration lets pass."""
+"""Hypothesis strategies for crops: images and settings of all sizes that the configuration allows."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ from dino_lightning.config import CropsConfig
 
 
 def pairs(low: float, high: float, *, open_below: bool = False) -> st.SearchStrategy[list[float]]:
-    """Two numbers, the smaller first; often both the same."""
-    one = st.floats(low, high, exclude_min=open_below, allow_subnormal=False)
-    return st.one_of(st.tuples(one, one).map(sorted), one.map(lambda value: [value, value]))
+    """Two numbers in increasing order, often equal."""
+    number = st.floats(low, high, exclude_min=open_below, allow_subnormal=False)
+    return st.one_of(st.tuples(number, number).map(sorted), number.map(lambda value: [value, value]))
 
 
 SIDES = st.one_of(st.integers(1, 5000), st.integers(1, 12), st.sampled_from([1, 224, 5000]))
@@ -26,9 +26,9 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def configs(*, calm: bool) -> st.SearchStrategy[CropsConfig]:
-    """Small crops of all settings that `check_config` lets pass; `calm` ones are cut, flipped and resized alone."""
-    chance = st.just(0.0) if calm else st.sampled_from([0.0, 0.5, 1.0])
+def configs(*, geometric_only: bool) -> st.SearchStrategy[CropsConfig]:
+    """Small crops with all valid settings; with `geometric_only`, crops are only cut, flipped and resized."""
+    probability = st.just(0.0) if geometric_only else st.sampled_from([0.0, 0.5, 1.0])
     return st.builds(
         lambda **drawn: dataclasses.replace(RAW, **drawn),
         global_size=st.integers(1, 20),
@@ -38,10 +38,10 @@ def configs(*, calm: bool) -> st.SearchStrategy[CropsConfig]:
         local_scale=SCALES,
         ratio=RATIOS_LISTED,
         flip_p=st.sampled_from([0.0, 0.5, 1.0]),
-        jitter_p=chance,
-        grayscale_p=chance,
-        blur_p=st.lists(chance, min_size=3, max_size=3),
-        solarize_p=st.lists(chance, min_size=3, max_size=3),
+        jitter_p=probability,
+        grayscale_p=probability,
+        blur_p=st.lists(probability, min_size=3, max_size=3),
+        solarize_p=st.lists(probability, min_size=3, max_size=3),
         blur_radius=pairs(0.01, 30),
         brightness=st.sampled_from([0.0, 0.4, 1000.0]),
         contrast=st.sampled_from([0.0, 0.4, 1000.0]),

@@ -1,4 +1,4 @@
-"""Bicubic interpolation with antialiasing in plain Python, one pixel after the other."""
+"""Slow reference implementation of bicubic interpolation with antialiasing, in Python loops."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def cubic(x: float) -> float:
-    """The kernel of Keys with a = -1/2."""
+    """Keys' cubic kernel with a = -1/2."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -15,7 +15,7 @@ def cubic(x: float) -> float:
 
 
 def resized(line: list[float], size: int) -> list[float]:
-    """A line of pixels at another length: the kernel is as much wider as the line is longer."""
+    """A line of pixels resized to `size`; when it gets shorter, the kernel is wider by the same factor."""
     step = len(line) / size
     reach = 2 * max(1.0, step)
     out = []
@@ -25,7 +25,7 @@ def resized(line: list[float], size: int) -> list[float]:
         weights = [cubic((j + 0.5 - middle) / max(1.0, step)) for j in range(first, last)]
         total = sum(weights)
         value = sum(w * v for w, v in zip(weights, line[first:last], strict=True)) / total
-        out.append(min(255.0, max(0.0, math.floor(value + 0.5))))  # whole numbers after each axis, as in PIL
+        out.append(min(255.0, max(0.0, math.floor(value + 0.5))))  # PIL rounds after each axis
     return out
 
 
@@ -34,7 +34,7 @@ def transposed(plane: list[list[float]]) -> list[list[float]]:
 
 
 def resized_plane(plane: list[list[float]], width: int, height: int, *, rows_first: bool = True) -> list[list[float]]:
-    """Both axes, one after the other; what leaves 0 to 255 in between is cut off, so that the order shows."""
+    """Resize both axes, one after the other. Intermediate values are clipped to 0 to 255, so the order matters."""
     if not rows_first:
         return transposed(resized_plane(transposed(plane), height, width))
     rows = [resized(row, width) for row in plane]
@@ -42,6 +42,6 @@ def resized_plane(plane: list[list[float]], width: int, height: int, *, rows_fir
 
 
 def interpolated(image_CHW: Tensor, width: int, height: int, *, rows_first: bool = True) -> Tensor:
-    """An image (C, H, W) of whole numbers at another size."""
+    """An image (C, H, W) of integers, resized."""
     planes = [resized_plane(plane, width, height, rows_first=rows_first) for plane in image_CHW.tolist()]
     return torch.tensor(planes)

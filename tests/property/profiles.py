@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: few by default, many with `-m slow`."""
+"""The number of examples for a property: few by default, many with `-m slow`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ COMMON: dict[str, Any] = {
 
 
 def examples(few: int, many: int) -> pytest.MarkDecorator:
-    """A test's argument `examples`: hypothesis' settings for few examples, and for many in the slow suite."""
+    """Parametrizes the argument `examples` of a test: Hypothesis settings with few examples, and with many (slow)."""
     slow = settings(max_examples=many, **COMMON)
     return pytest.mark.parametrize(
         "examples",
@@ -31,5 +31,5 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
 
 
 def check(holds: Callable[..., None], given: Callable[..., Any], examples: settings) -> None:
-    """Try a property on as many examples as `examples` says."""
+    """Check a property with the number of examples in `examples`."""
     examples(given(holds))()

@@ -29,26 +29,26 @@ SIZES = st.one_of(
 
 
 @examples(few=40, many=1500)
-def test_crops_of_any_image_are_whole_and_finite(examples: Any) -> None:
+def test_crops_of_any_image_are_complete_and_finite(examples: Any) -> None:
     def holds(sizes: list[tuple[int, int]], config: CropsConfig, seed: int) -> None:
         images = [random_image(*size, seed=seed % 100) for size in sizes]
         seeds = [seed ^ number for number in range(len(images))]
         for backend in BACKENDS:
             views = finished(backend, config, images, seeds)
-            wanted = [config.global_size] * 2 + [config.local_size] * config.local_count
-            assert [tuple(view.shape) for view in views] == [(len(images), 3, side, side) for side in wanted]
+            sides = [config.global_size] * 2 + [config.local_size] * config.local_count
+            assert [tuple(view.shape) for view in views] == [(len(images), 3, side, side) for side in sides]
             for view in views:
                 assert view.dtype == torch.float32
                 assert view.isfinite().all(), backend
                 assert view.min() >= -0.01
                 assert view.max() <= 255.01
 
-    check(holds, given(st.lists(SIZES, min_size=1, max_size=3), configs(calm=False), SEEDS), examples)
+    check(holds, given(st.lists(SIZES, min_size=1, max_size=3), configs(geometric_only=False), SEEDS), examples)
 
 
 @examples(few=40, many=1500)
 def test_cpu_and_device_cut_the_same(examples: Any) -> None:
-    """And so do `pil` and they, given its boxes; the numbers of its dice are others."""
+    """`pil` draws other random numbers, so it is not compared here."""
 
     def holds(sizes: list[tuple[int, int]], config: CropsConfig, seed: int) -> None:
         images = [random_image(*size, seed=seed % 100) for size in sizes]
@@ -57,11 +57,11 @@ def test_cpu_and_device_cut_the_same(examples: Any) -> None:
         for ours, theirs in zip(cpu, device, strict=True):
             assert (ours - theirs).abs().max() <= 0.01
 
-    check(holds, given(st.lists(SIZES, min_size=1, max_size=3), configs(calm=True), SEEDS), examples)
+    check(holds, given(st.lists(SIZES, min_size=1, max_size=3), configs(geometric_only=True), SEEDS), examples)
 
 
 class Images:
-    """Readable images by their number, as `CropBatches` asks for them."""
+    """Readable images by index, as `MultiCropDataset` needs them."""
 
     def __init__(self, images: list[Any]) -> None:
         self.images = images
@@ -73,32 +73,37 @@ class Images:
         return self.images[index], index
 
 
-def of_each(batch: Any, config: CropsConfig) -> list[list[Tensor]]:
+def crops_by_image(batch: Any, config: CropsConfig) -> list[list[Tensor]]:
     views = batch.augment(config) if isinstance(batch, RawCrops) else batch
     return [[view[number] for view in views] for number in range(len(views[0]))]
 
 
 @examples(few=25, many=600)
 def test_crops_depend_on_seed_epoch_and_image_alone(examples: Any) -> None:
-    """Not on the batch, the order in it, or the process, of which each has a copy of the images."""
+    """Crops do not depend on the batch, the order in it, or the loader process, which has a copy of the images."""
 
-    def holds(seed: int, keys: list[tuple[int, int]], where: list[int], backend: str, config: CropsConfig) -> None:
+    def holds(seed: int, keys: list[tuple[int, int]], processes: list[int], backend: str, config: CropsConfig) -> None:
         pictures = [random_image(9 + 4 * number, 30 - 3 * number, seed=number) for number in range(6)]
         make = crop_backend(dataclasses.replace(config, backend=backend), channels=3)
         images: Any = Images([pixels(p) if make.decoding == "pixels" else p for p in pictures])
         batches = MultiCropDataset(images, make, seed=seed)
         copy = pickle.loads(pickle.dumps(MultiCropDataset(images, make, seed=seed))) if backend != "cpu" else batches
-        alone = {key: of_each(batches.__getitems__([key]), config)[0] for key in keys}
-        for process in set(where):
-            own = [key for key, at in zip(keys, where, strict=False) if at == process]
-            for key, crops in zip(own, of_each(copy.__getitems__(own), config) if own else [], strict=True):
+        alone = {key: crops_by_image(batches.__getitems__([key]), config)[0] for key in keys}
+        for process in set(processes):
+            batch = [key for key, each in zip(keys, processes, strict=False) if each == process]
+            views = crops_by_image(copy.__getitems__(batch), config) if batch else []
+            for key, crops in zip(batch, views, strict=True):
                 for ours, theirs in zip(crops, alone[key], strict=True):
                     assert (ours - theirs).abs().max() <= (0.01 if backend == "device" else 0)
 
     key = st.tuples(st.integers(0, 10**6), st.integers(0, 5))
     keys = st.lists(key, min_size=1, max_size=7, unique=True)
-    where = st.lists(st.integers(0, 2), min_size=7, max_size=7)
-    check(holds, given(st.integers(0, 2**32 - 1), keys, where, st.sampled_from(BACKENDS), configs(calm=True)), examples)
+    processes = st.lists(st.integers(0, 2), min_size=7, max_size=7)
+    check(
+        holds,
+        given(st.integers(0, 2**32 - 1), keys, processes, st.sampled_from(BACKENDS), configs(geometric_only=True)),
+        examples,
+    )
 
 
 @examples(few=200, many=5000)
@@ -117,7 +122,7 @@ def test_seeds_of_crops_differ(examples: Any) -> None:
 
 @examples(few=60, many=1500)
 def test_evaluation_sees_the_center(examples: Any) -> None:
-    """Shorter side to `eval_resize`, the longer one in proportion and cut to a whole number, the center of that."""
+    """The shorter side is resized to `eval_resize`, the longer in proportion, rounded down; then the center is cut."""
 
     def holds(size: tuple[int, int], resize: int, part: int, seed: int) -> None:
         width, height = size
@@ -125,44 +130,48 @@ def test_evaluation_sees_the_center(examples: Any) -> None:
         image = random_image(width, height, seed)
         long = int(resize * max(size) / min(size))
         w, h = (resize, long) if width <= height else (long, resize)
-        whole = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
+        resized = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
         side = config.eval_size
         top, left = round((h - side) / 2), round((w - side) / 2)
         assert 0 <= top <= h - side
         assert 0 <= left <= w - side
-        expected = torch.from_numpy(whole[top : top + side, left : left + side].copy()).permute(2, 0, 1)
+        expected = torch.from_numpy(resized[top : top + side, left : left + side].copy()).permute(2, 0, 1)
         ours = EvalView(config)(image)
         assert tuple(ours.shape) == (3, side, side)
         assert (ours - expected).abs().max() < 0.01
         of_tensor = EvalView(config)(pixels(image))
         assert tuple(of_tensor.shape) == (3, side, side)
         assert of_tensor.isfinite().all()
-        if w * h < 5000:  # the slow way
-            by_hand = interpolated(pixels(image), w, h)[:, top : top + side, left : left + side]
-            assert (of_tensor - by_hand).abs().max() < 2.01
+        if w * h < 5000:  # the reference is slow
+            reference = interpolated(pixels(image), w, h)[:, top : top + side, left : left + side]
+            assert (of_tensor - reference).abs().max() < 2.01
 
     sizes = st.one_of(st.tuples(st.integers(1, 60), st.integers(1, 60)), st.sampled_from([(1, 900), (900, 1)]))
     check(holds, given(sizes, st.integers(2, 48), st.integers(1, 48), st.integers(0, 99)), examples)
 
 
 @examples(few=100, many=4000)
-def test_masks_hold_what_was_asked_at_most(examples: Any) -> None:
+def test_masks_hide_at_most_the_requested_share(examples: Any) -> None:
     def holds(grid: tuple[int, int], crops: int, p: float, share: list[float], seed: int) -> None:
         mask = draw_masks(np.random.default_rng(seed), crops, grid, probability=p, share=share)
         again = draw_masks(np.random.default_rng(seed), crops, grid, probability=p, share=share)
         assert (mask == again).all()
         masks = Masks.of(mask, like=torch.zeros(1, dtype=torch.float64))
-        places, weights = [], []
-        for number, one in enumerate(mask.reshape(crops, -1).tolist()):
-            hidden = [place for place, is_hidden in enumerate(one) if is_hidden]
-            assert len(hidden) <= max(1, round(share[1] * len(one)))
+        positions, weights = [], []
+        for number, crop_mask in enumerate(mask.reshape(crops, -1).tolist()):
+            hidden = [i for i, is_hidden in enumerate(crop_mask) if is_hidden]
+            assert len(hidden) <= max(1, round(share[1] * len(crop_mask)))
             assert p > 0 or not hidden
-            places += [number * len(one) + place for place in hidden]
+            positions += [number * len(crop_mask) + i for i in hidden]
             weights += [1 / (crops * len(hidden)) for _ in hidden]
-        assert masks.positions.tolist() == places
+        assert masks.positions.tolist() == positions
         assert np.allclose(masks.weights.numpy(), weights, rtol=1e-12)
         assert len(masks) == int(mask.sum())
 
     grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
-    chance = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
-    check(holds, given(grids, st.integers(1, 6), chance, pairs(0, 1, open_below=True), st.integers(0, 2**32)), examples)
+    probability = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+    check(
+        holds,
+        given(grids, st.integers(1, 6), probability, pairs(0, 1, open_below=True), st.integers(0, 2**32)),
+        examples,
+    )

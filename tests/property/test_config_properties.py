@@ -1,4 +1,4 @@
-"""Whatever is given for a key ends in a configuration that passes all checks, or in one sentence that names the key."""
+"""Any value of a key results in a configuration that passes all checks, or in an error of one line with the key."""
 
 import dataclasses
 import pickle
@@ -45,7 +45,7 @@ EVALUATION = [
     ("eval=attention", "data=voc", "data.path=here"),
     ("eval=attention", "data=pictures", "data.path=here"),
 ]
-"""Together they have every key of every schema."""
+"""Together, these configurations have every key of every schema."""
 
 
 CHECKS = {"train": check_config, "evaluate": check_evaluation, "embed": check_embedding, "export": check_export}
@@ -65,13 +65,13 @@ def base(overrides: tuple[str, ...], *, program: str) -> DictConfig:
 
 @cache
 def pickled(overrides: tuple[str, ...], *, program: str) -> bytes:
-    """For a copy, in a fraction of the time that `copy` takes."""
+    """Pickled, because unpickling is much faster than `copy`."""
     return pickle.dumps(base(overrides, program=program))
 
 
 @cache
 def home(name: str, schema: type) -> tuple[tuple[str, ...], str]:
-    """The first configuration that has the key, and the program that it is of."""
+    """The first configuration with this key, and its program."""
     for program, bases in BASES.items():
         for overrides in bases:
             if _has(base(overrides, program=program), name, schema):
@@ -90,7 +90,7 @@ def _has(config: DictConfig, name: str, schema: type) -> bool:
 
 
 def quoted(text: str) -> str:
-    """A string as a word of Hydra's language."""
+    """A string quoted for Hydra."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -161,7 +161,7 @@ ANYTHING = st.one_of(INTEGERS, FLOATS, WORDS, TEXTS)
 
 
 def values(kind: str) -> st.SearchStrategy[str]:
-    """Words for a key of this type: mostly of the type, valid and absurd, and now and then of another."""
+    """Values for a key of this type as text: mostly of the type, valid or absurd, sometimes of another type."""
     kind = kind.removesuffix(" or null")
     if kind.startswith("list["):
         inner = st.one_of(SCALARS[kind[5:-1]], SCALARS["float"])
@@ -172,7 +172,7 @@ def values(kind: str) -> st.SearchStrategy[str]:
 
 
 def is_word(key: Key, word: str) -> bool:
-    """Whether Hydra reads it as one value of the key; else it says by itself what is wrong, or asks for a sweep."""
+    """Whether Hydra parses it as a single value; otherwise Hydra reports an error, or it is a sweep."""
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key.name}={word}"])
     except HydraException:
@@ -181,7 +181,7 @@ def is_word(key: Key, word: str) -> bool:
 
 
 def outcome(key: Key, word: str) -> str:
-    """What the program would say, or nothing. All that comes before images and devices are looked at."""
+    """The error message of the checks before images and devices are used, or None."""
     overrides, program = home(key.name, key.schema)
     config = pickle.loads(pickled(overrides, program=program))
     try:
@@ -224,7 +224,7 @@ def test_every_schema_is_tried() -> None:
 
 
 def test_what_is_refused_and_what_is_not() -> None:
-    """The property above would hold for a check that lets all pass, or none."""
+    """The property above would also hold for checks that accept everything or nothing."""
     rate = next(key for key in KEYS if key.name == "optim.lr")
     assert outcome(rate, "0.1") == ""
     assert "optim.lr=nan: expected at least 0" in outcome(rate, "nan")

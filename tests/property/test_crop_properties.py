@@ -1,4 +1,4 @@
-"""Boxes and cuts of crops for images and settings of any size, against what their definition says in plain Python."""
+"""Boxes and cuts of crops for images and settings of any size, compared with slow reference implementations."""
 
 import itertools
 import math
@@ -24,14 +24,14 @@ from dino_lightning.data.crops.sampling import CropRNG, FastRNG, ReferenceRNG, r
 
 Box = tuple[int, int, int, int]
 RANGES = ranges_of(CropsConfig)
-DICE = st.tuples(st.sampled_from([ReferenceRNG, FastRNG]), SEEDS).map(lambda drawn: drawn[0](drawn[1]))
+GENERATORS = st.tuples(st.sampled_from([ReferenceRNG, FastRNG]), SEEDS).map(lambda pair: pair[0](pair[1]))
 
 
 # --------------------------------------------------------------------------------------------------------------- boxes
 
 
 class Tape:
-    """Dice that give the numbers from 0 to 1 on a tape: values at the very ends come up, too."""
+    """A random number generator with given numbers from 0 to 1, which include values at both ends."""
 
     def __init__(self, numbers: list[float]) -> None:
         self.numbers = itertools.cycle(numbers)
@@ -50,7 +50,7 @@ TAPES = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=44).map
 
 
 def fallback(width: int, height: int, ratio: list[float]) -> Box:
-    """The largest central box of an allowed ratio, where the ratio of the whole image is none."""
+    """The largest central box with an allowed aspect ratio."""
     h, w = height, width
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
@@ -71,14 +71,14 @@ def box_by_definition(width: int, height: int, scale: list[float], ratio: list[f
 
 
 def explains(box: Box, width: int, height: int, scale: list[float], ratio: list[float]) -> bool:
-    """Whether some area and some ratio of the ranges give these sides after rounding."""
+    """Whether some area and aspect ratio in the ranges give these sides after rounding."""
     _, _, h, w = box
     wide, high = (w - 0.5, w + 0.5), (h - 0.5, h + 0.5)
-    slack = 1e-4  # numbers of `OriginalDice` are float32
-    area_fits = wide[0] * high[0] <= scale[1] * width * height * (1 + slack) and wide[1] * high[1] >= (
-        scale[0] * width * height * (1 - slack)
-    )
-    return area_fits and wide[0] / high[1] <= ratio[1] * (1 + slack) and wide[1] / high[0] >= ratio[0] * (1 - slack)
+    tolerance = 1e-4  # `ReferenceRNG` has float32 numbers
+    lowest, highest = (share * width * height for share in scale)
+    area_fits = wide[0] * high[0] <= highest * (1 + tolerance) and wide[1] * high[1] >= lowest * (1 - tolerance)
+    ratio_fits = wide[0] / high[1] <= ratio[1] * (1 + tolerance) and wide[1] / high[0] >= ratio[0] * (1 - tolerance)
+    return area_fits and ratio_fits
 
 
 @examples(few=300, many=20_000)
@@ -92,7 +92,7 @@ def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
         assert 1 <= w <= width - left
         assert box == fallback(width, height, ratio) or explains(box, width, height, scale, ratio)
 
-    check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, DICE), examples)
+    check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, GENERATORS), examples)
 
 
 @examples(few=300, many=20_000)
@@ -106,13 +106,13 @@ def test_a_box_is_that_of_its_definition(examples: Any) -> None:
 
 @examples(few=150, many=5000)
 def test_a_box_is_torchvision_s(examples: Any) -> None:
-    """Also where no box fits: the ranges are narrow and far from the image's."""
+    """Also if no box fits, because the ranges are narrow and exclude the image's ratio."""
 
     def holds(width: int, height: int, scale: list[float], ratio: list[float], seed: int) -> None:
         torch.manual_seed(seed)
         image = torch.empty(1, height, width, device="meta")
         theirs = RandomResizedCrop.get_params(image, scale, ratio)
-        assume(min(theirs[2:]) > 0)  # its fallback may be empty
+        assume(min(theirs[2:]) > 0)  # torchvision's fallback may be empty
         ours = random_box(width, height, scale=scale, ratio=ratio, dice=ReferenceRNG(seed))
         assert ours == theirs
         if not explains(ours, width, height, scale, ratio):
@@ -125,9 +125,9 @@ def test_a_box_is_torchvision_s(examples: Any) -> None:
 
 
 @st.composite
-def boxes(draw: st.DrawFn, most: int = 40) -> tuple[int, int, Box]:
-    """Width and height of an image and a box in it."""
-    width, height = draw(st.integers(1, most)), draw(st.integers(1, most))
+def boxes(draw: st.DrawFn, max_side: int = 40) -> tuple[int, int, Box]:
+    """Width and height of an image, and a box inside it."""
+    width, height = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     h, w = draw(st.integers(1, height)), draw(st.integers(1, width))
     return width, height, (draw(st.integers(0, height - h)), draw(st.integers(0, width - w)), h, w)
 
@@ -137,7 +137,7 @@ def by_pil(image: Image.Image, box: Box, size: int, *, flip: bool = False) -> Te
 
 
 @examples(few=25, many=600)
-def test_a_cut_is_the_interpolation_by_hand(examples: Any) -> None:
+def test_a_cut_is_the_reference_interpolation(examples: Any) -> None:
     def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
         width, height, box = image
         top, left, h, w = box
@@ -147,7 +147,7 @@ def test_a_cut_is_the_interpolation_by_hand(examples: Any) -> None:
         ours = cut(pixels(picture), crop_of(size, box=box))
         assert tuple(ours.shape) == (3, size, size)
         assert (ours - by_rows).abs().max() <= 2  # each axis is rounded
-        # Pillow 13 begins with the axis that is the cheaper one, those before it with the rows.
+        # Pillow 13 resizes the cheaper axis first; earlier versions resize the rows first.
         difference = by_pil(picture, box, size) - torch.stack([by_rows, by_columns])
         assert difference.abs().amax((1, 2, 3)).min() <= 2
 
@@ -155,34 +155,35 @@ def test_a_cut_is_the_interpolation_by_hand(examples: Any) -> None:
 
 
 @examples(few=100, many=3000)
-def test_pixels_beside_the_box_do_not_count(examples: Any) -> None:
+def test_pixels_outside_the_box_do_not_matter(examples: Any) -> None:
     def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
         width, height, box = image
         top, left, h, w = box
         first, other = (np.asarray(random_image(width, height, number)).copy() for number in (seed, seed + 1))
         other[top : top + h, left : left + w] = first[top : top + h, left : left + w]
-        one, two = Image.fromarray(first), Image.fromarray(other)
+        a, b = Image.fromarray(first), Image.fromarray(other)
         crop = crop_of(size, box=box)
-        assert torch.equal(cut(pixels(one), crop), cut(pixels(two), crop))
-        assert torch.equal(by_pil(one, box, size), by_pil(two, box, size))
+        assert torch.equal(cut(pixels(a), crop), cut(pixels(b), crop))
+        assert torch.equal(by_pil(a, box, size), by_pil(b, box, size))
 
     check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)
 
 
 @examples(few=60, many=1500)
 def test_a_flip_is_the_mirrored_crop(examples: Any) -> None:
-    """Twice is the crop itself; and the crop of the mirrored image at the mirrored place is the flipped one."""
+    """The flip of a flipped crop is the crop, and equals the crop of the mirrored image at the mirrored position."""
 
     def holds(image: tuple[int, int, Box], size: int, seed: int) -> None:
         width, height, box = image
         top, left, h, w = box
         picture = random_image(width, height, seed)
         mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        plain, flipped = (by_pil(picture, box, size, flip=flip) for flip in (False, True))
-        assert torch.equal(flipped.flip(-1), plain)
-        there = (top, width - left - w, h, w)
-        assert (by_pil(mirrored, there, size, flip=True).int() - plain.int()).abs().max() <= 1
-        ours, theirs = cut(pixels(picture), crop_of(size, box=box)), cut(pixels(mirrored), crop_of(size, box=there))
+        unflipped, flipped = (by_pil(picture, box, size, flip=flip) for flip in (False, True))
+        assert torch.equal(flipped.flip(-1), unflipped)
+        mirrored_box = (top, width - left - w, h, w)
+        assert (by_pil(mirrored, mirrored_box, size, flip=True).int() - unflipped.int()).abs().max() <= 1
+        ours = cut(pixels(picture), crop_of(size, box=box))
+        theirs = cut(pixels(mirrored), crop_of(size, box=mirrored_box))
         assert (ours.int() - theirs.flip(-1).int()).abs().max() <= 1
 
     check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)
