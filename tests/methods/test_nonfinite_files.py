@@ -1,22 +1,13 @@
 """The files that the non-finite policy saves, and the micro-batches it keeps for them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from nonfinite_cases import (
-    BAD,
-    STEPS,
-    assert_equal,
-    broken,
-    callback,
-    data,
-    dino,
-    files,
-    fit,
-)
+from nonfinite_cases import BAD, STEPS, assert_equal, broken, callback, data, dino, files, fit
 
 from dino_lightning.training.debug.step_dump import read_step
 
