@@ -10,19 +10,16 @@ import pytest
 import timm
 import torch
 import torchvision
-from composing import SMALL, composed
-from network_cases import PREPROCESSING, RESNET, TINY, exported
+from network_cases import FOLDERS_OF_TIMM, PREPROCESSING, RESNET, TINY, exported
 from PIL import Image
 from slow_params import first
 from torch import Tensor, nn
 
 from dino_lightning.checkpoints import load_network
-from dino_lightning.checkpoints.model_card import find_run_folder
 from dino_lightning.cli.export import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.models.vit import OriginalViT
-from dino_lightning.training.run import train
 
 REGISTERS = ViTConfig(width=64, depth=1, heads=1, patch_size=8, registers=2)
 
@@ -54,9 +51,6 @@ def program_reader(path: Path) -> Any:
     return torch.export.load(path).module()
 
 
-FOLDERS_OF_TIMM = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26), reason="timm reads no safetensors from a folder"
-)
 READERS: dict[str, Any] = {".onnx": onnx_reader, ".pt2": program_reader}
 
 
@@ -211,56 +205,6 @@ def test_their_processor_prepares_images_as_evaluations_do(tmp_path: Path) -> No
     assert theirs.shape == ours.shape
     std = torch.tensor(PREPROCESSING["std"]).view(3, 1, 1)
     assert ((theirs - ours) * std).abs().max() <= 1.01 / 255
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "first"
-    words = ["trainer.max_steps=2", "callbacks.pictures.enabled=false", "callbacks.knn.queries=16"]
-    train(composed(*SMALL, *words, output_dir=output))
-    return output
-
-
-@FOLDERS_OF_TIMM
-def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
-    network = load_network(str(run))
-    line = {"eval": "linear", "metric": "top1", "value": 41.25, "unit": "%", "checkpoint_digest": network.digest}
-    others = line | {"value": 99.0, "checkpoint_digest": "0" * 16}
-    (run.parent / "eval-linear").mkdir()
-    text = "\n".join([json.dumps(line), json.dumps(others), '{"cut of'])
-    (run.parent / "eval-linear" / "results.jsonl").write_text(text)
-    write(run, tmp_path / "network", format="timm")
-    card = (tmp_path / "network" / "README.md").read_text()
-    summary = json.loads((run / "summary.json").read_text())
-    assert f"| k-NN top-1 (%) | {summary['knn_top1']} |" in card
-    assert "| linear: top1 | 41.25 % |" in card
-    assert "99 %" not in card
-    assert "with dino-lightning (method `dino`)" in card
-    assert "# license: choose one" in card
-    assert "teacher_momentum: " in card
-    assert str(run.parent) not in card
-    assert load_network(str(tmp_path / "network")).digest == network.digest
-
-
-@FOLDERS_OF_TIMM
-def test_the_card_of_the_student_has_no_figures_of_the_teacher(run: Path, tmp_path: Path) -> None:
-    write(run, tmp_path / "network", "checkpoint_key=student", format="timm")
-    card = (tmp_path / "network" / "README.md").read_text()
-    assert "k-NN" not in card
-    assert "| seed | 0 |" in card
-
-
-def test_a_card_tells_of_our_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other programs have a `config.yaml`, too, and weights of timm are not of the folder that we are in."""
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    for text in ("method: dino\nstudent: {arch: vit_small}", "- 1", "a: [", "method: {}\nbackbone: 1"):
-        (tmp_path / "config.yaml").write_text(text)
-        assert find_run_folder(str(weights)) is None
-    (tmp_path / "config.yaml").write_text("method: {}\nbackbone: {}")
-    assert find_run_folder(str(weights)) == tmp_path
-    monkeypatch.chdir(tmp_path)
-    assert find_run_folder("timm:vit_small_patch16_224.dino") is None
 
 
 # ---------------------------------------------------------------------------------------------------- the original's

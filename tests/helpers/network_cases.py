@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+import timm
 import torch
 from torch import nn
 
@@ -11,6 +13,9 @@ from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 TINY = ViTConfig(width=64, depth=1, heads=1, patch_size=8)
 RESNET = TimmConfig(name="resnet18")
 PREPROCESSING = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "eval_size": 32}
+FOLDERS_OF_TIMM = pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26), reason="timm reads no safetensors from a folder"
+)
 
 
 def with_noise(network: nn.Module) -> nn.Module:
