@@ -1,8 +1,8 @@
 """The speedup by the cache of decoded images: images/s per core, decoded each time or read from the cache.
 
-    python benchmarks/cache.py                    500x375 JPEGs made from Imagenette's photographs, a minute
+    python benchmarks/cache.py --data DIR         500x375 JPEGs made from Imagenette's photographs, a minute
     python benchmarks/cache.py --images DIR       your folder of images
-    python benchmarks/cache.py --json             the last line is one JSON object
+    python benchmarks/cache.py --data DIR --json  the last line is one JSON object
 
 One thread decodes (or reads) images and makes ten crops, two of 224 and eight of 96 pixels. Both variants process the
 same images in the same shuffled order and alternate; the result is the median over the rounds. Files and cache are in
@@ -32,7 +32,6 @@ from dino_lightning.data.crops import crop_backend
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette160"
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 
 
@@ -40,13 +39,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of images; default: made from --data")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with Imagenette's val.parquet")
+    parser.add_argument("--data", type=Path, help="folder with Imagenette's val.parquet")
     parser.add_argument("--count", type=int, default=400, help="number of images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--resize", type=int, default=256, help="shorter side of a cached image (pixels)")
     parser.add_argument("--cache", choices=["ram", "disk"], default="ram")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
+    if not (options.images or options.data):
+        parser.error("set --images or --data")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         images = options.images or make_photographs(options.data, Path(folder) / "photographs", count=options.count)

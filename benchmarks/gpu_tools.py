@@ -14,7 +14,7 @@ from typing import Any
 PRINTED = (
     "time_ratio",
     "memory_ratio",
-    "whole_ratio",
+    "complete_run_ratio",
     "images_per_second",
     "utilization",
     "memory_mb",

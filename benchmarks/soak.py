@@ -125,7 +125,7 @@ class Soak:
         run["megabytes"] = round(measures.size_of(folder), 2)
         wrong = measures.wrong_rows(measures.rows_of(folder), finished=True)
         run["different"] = wrong + (differences(folder, self.disk / "reference") if number else [])
-        unexpected = sorted({path.name for path in (folder / "checkpoints").iterdir()} - set(self.options.kept))
+        unexpected = sorted({path.name for path in (folder / "checkpoints").iterdir()} - set(self.options.expected))
         run["different"] += [f"left in checkpoints/: {name}" for name in unexpected]
         for difference in run["different"]:
             self.fail(f"run {number}: {difference}")
@@ -271,7 +271,7 @@ class Soak:
         """Copy the reference to the folder of the report and unmount the disk."""
         if self.mounted:
             time.sleep(1)  # until killed processes have closed their files
-            shutil.copytree(self.disk, self.folder / "kept", dirs_exist_ok=True)
+            shutil.copytree(self.disk, self.folder / "reference", dirs_exist_ok=True)
             subprocess.run(["umount", str(self.disk)], check=False)
 
 
@@ -287,8 +287,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.5, help="time between checkpoints")
     parser.add_argument("--resume", default="auto", choices=["auto", "true"], help="true: only for resumed runs")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of the runs")
-    kept = ["last.ckpt", "last-1.ckpt", "best_knn.ckpt"]
-    parser.add_argument("--kept", nargs="*", default=kept, help="files that a finished run may have in checkpoints/")
+    expected = ["last.ckpt", "last-1.ckpt", "best_knn.ckpt"]
+    parser.add_argument("--expected", nargs="*", default=expected, help="files in checkpoints/ of a finished run")
     soak = Soak(parser.parse_args())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     soak.soak()

@@ -218,9 +218,10 @@ def complete_run(setting: Setting, options: argparse.Namespace, checkout: str | 
         threads = options.threads or cores()  # as `train` does for crops of this size
         setting = dataclasses.replace(setting, data=str(folder), workers=options.workers, threads=threads)
         row = figures(measure(setting, checkout, **counts), setting)
-    result = {f"whole{name.removeprefix('time')}": row[name] for name in row if name.startswith("time_ratio")}
-    result |= {f"whole_{name}": row[name] for name in ("images_per_second", "out_of_memory", "ratios") if name in row}
-    return result | {"whole_threads": threads, "workers": options.workers}
+    result = {f"complete_run{name.removeprefix('time')}": row[name] for name in row if name.startswith("time_ratio")}
+    copied = ("images_per_second", "out_of_memory", "ratios")
+    result |= {f"complete_run_{name}": row[name] for name in copied if name in row}
+    return result | {"complete_run_threads": threads, "workers": options.workers}
 
 
 @contextmanager

@@ -163,8 +163,8 @@ class Files:
         inside = {f"module.backbone.{name}": weight for name, weight in original.items()}
         self.full = saved({"student": inside, "teacher": inside, "epoch": 3, "args": Namespace(arch="vit_small")})
         self.legacy = saved(weights, _use_new_zipfile_serialization=False)
-        save_file(weights, FOLDER / "plain.safetensors")
-        self.without_description = (FOLDER / "plain.safetensors").read_bytes()
+        save_file(weights, FOLDER / "without_description.safetensors")
+        self.without_description = (FOLDER / "without_description.safetensors").read_bytes()
         self.exported = (RUN / "teacher.safetensors").read_bytes()
         self.weights = weights
         self.metadata = read_safetensors(RUN / "teacher.safetensors", source="seed")[1]

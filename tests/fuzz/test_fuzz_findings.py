@@ -132,10 +132,10 @@ def weights() -> dict[str, torch.Tensor]:
 
 def described(tmp_path: Path, **changes: Any) -> str:
     """A weights file whose description of the network is updated with `changes`, also inside `backbone`."""
-    plain = Description(SMALL, image_size=8).to_dict()
-    plain["backbone"] |= changes.pop("backbone", {})
+    description = Description(SMALL, image_size=8).to_dict()
+    description["backbone"] |= changes.pop("backbone", {})
     file = tmp_path / "weights.safetensors"
-    save_file(weights(), file, metadata={"network": json.dumps({**plain, **changes})})
+    save_file(weights(), file, metadata={"network": json.dumps({**description, **changes})})
     return str(file)
 
 
@@ -145,7 +145,7 @@ def test_the_file_itself_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"backbone": {"width": 10**7}}, "the size 10000000 is too large"),  # all memory: the end of the process
         ({"backbone": {"depth": 10**7}}, "the size 10000000 is too large"),  # hours
@@ -165,9 +165,9 @@ def test_the_file_itself_loads(tmp_path: Path) -> None:
         ({"mean": "abc"}, "cannot read its description"),
     ],
 )
-def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = described(tmp_path, **changes)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_network(file)
     assert "\n" not in str(caught.value)
     assert file in str(caught.value)

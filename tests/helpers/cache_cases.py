@@ -69,7 +69,7 @@ def expected(index):
 
 
 def settings(tmp_path, **others):
-    return DataConfig(**{"cache": "disk", "cache_dir": str(tmp_path / "kept"), "cache_resize": RESIZE, **others})
+    return DataConfig(**{"cache": "disk", "cache_dir": str(tmp_path / "cache"), "cache_resize": RESIZE, **others})
 
 
 def keep(source, config, *, bad_images=None, workers=0) -> ImageSource:
@@ -77,4 +77,4 @@ def keep(source, config, *, bad_images=None, workers=0) -> ImageSource:
 
 
 def folders(tmp_path):
-    return [path for path in (tmp_path / "kept" / "images").iterdir() if path.is_dir()]
+    return [path for path in (tmp_path / "cache" / "images").iterdir() if path.is_dir()]

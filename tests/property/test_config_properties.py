@@ -188,15 +188,15 @@ def outcome(key: Key, word: str) -> str:
         (override,) = OverridesParser.create().parse_overrides([f"{key.name}={word}"])
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
         check_keys(config)
-        plain: Any = OmegaConf.to_object(config)
-        CHECKS[program](plain)
+        typed: Any = OmegaConf.to_object(config)
+        CHECKS[program](typed)
     except OverflowError as error:
         if "full_key" not in str(error):  # as `refuse_number`
             raise
         return message_for(error, conf=CONF)
     except EXPLAINED as error:
         return message_for(error, conf=CONF)
-    assert dataclasses.is_dataclass(plain)
+    assert dataclasses.is_dataclass(typed)
     return ""
 
 
