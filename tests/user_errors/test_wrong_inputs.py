@@ -79,11 +79,11 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     [
         ((), ""),
         (("callbacks.knn.k=[5,20]", "data.prefetch_batches=3", "compute=reference", "logger=tensorboard"), ""),
-        (("trainer.max_epochs=4",), "trainer.max_epochs was 2 and is 4: from here on, the schedules are those of"),
+        (("trainer.max_epochs=4",), "trainer.max_epochs was 2 and is now 4: from this step on, the schedules"),
         (("data.batch_size_per_device=2", "trainer.accumulate_grad_batches=2"), ""),
     ],
 )
-def test_what_may_change_in_a_run_that_goes_on(
+def test_what_may_change_in_a_resumed_run(
     words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = Wrong("", resumed(*words), "", around=with_variables(**MESSY, WANDB_MODE=None))
@@ -92,7 +92,7 @@ def test_what_may_change_in_a_run_that_goes_on(
     assert said in err if said else "WARNING" not in err
 
 
-def test_a_change_that_is_written_into_config_yaml_is_meant(tmp_path: Path) -> None:
+def test_a_change_in_config_yaml_is_accepted(tmp_path: Path) -> None:
     def meant(file: Path) -> None:
         config = file.parents[1] / "config.yaml"
         text = config.read_text()

@@ -66,7 +66,8 @@ def build(
     settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
     step = None if checkpoint is None else checkpoint.step
     trainer = build_trainer(config, hyperparameters={**settings, "environment": environment()}, resume_step=step)
-    return data, trainer, build_method(config, num_classes=data.num_classes, init_network=init_network)
+    classes = max(data.num_classes, 1)  # `preflight.check_built` refuses to train a classifier without labels
+    return data, trainer, build_method(config, num_classes=classes, init_network=init_network)
 
 
 def build_data(config: TrainConfig) -> MultiCropDataModule:
