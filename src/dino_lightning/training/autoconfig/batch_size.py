@@ -8,10 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dino_lightning.config import CropsConfig, TrainConfig
+from dino_lightning.config import TrainConfig
 from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import GLOBAL_CROPS
@@ -20,8 +19,6 @@ from dino_lightning.training.build import build_method
 
 RESULT_VARIABLE = "DINO_LIGHTNING_BATCH"
 """Passes the first process's result, with a digest of its configuration, to the processes of the other devices."""
-STEPS = 2
-"""The first step allocates the optimizer's moments, the second needs memory next to them."""
 MEMORY_SHARE = 0.9
 """Share of the device's memory; the rest is for the k-NN evaluation and fragmentation."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -79,9 +76,10 @@ def device_index(devices: Any) -> list[int] | None:
 
 
 def train_steps(config: TrainConfig, *, batch: int) -> None:
-    """Train the configured method for `STEPS` steps in the configured precision."""
+    """Train the configured method for two steps: the first allocates the optimizer's moments, the second needs them."""
     quieten_libraries()
-    crops: Any = random_crops(config.crops, batch=batch, channels=config.data.channels)
+    sizes = [config.crops.global_size] * GLOBAL_CROPS + [config.crops.local_size] * config.crops.local_count
+    crops: Any = [torch.randn(batch, config.data.channels, size, size) for size in sizes]
     if config.method.uses_labels:
         crops = LabeledCrops(crops, torch.zeros(batch, dtype=torch.long))
     trainer = L.Trainer(
@@ -95,10 +93,4 @@ def train_steps(config: TrainConfig, *, batch: int) -> None:
         enable_model_summary=False,
     )
     method = build_method(replace(config, init_from=None), num_classes=2)
-    trainer.fit(method, DataLoader([crops] * STEPS, batch_size=None))  # type: ignore[arg-type]
-
-
-def random_crops(crops: CropsConfig, *, batch: int, channels: int) -> list[Tensor]:
-    """V crops of noise, each (B, C, size, size)."""
-    sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * crops.local_count
-    return [torch.randn(batch, channels, size, size) for size in sizes]
+    trainer.fit(method, DataLoader([crops] * 2, batch_size=None))  # type: ignore[arg-type]
