@@ -1,8 +1,8 @@
 """Every configuration key with its type, unit, default and allowed values, and the checks across keys.
 
-Dataclasses say what exists; the YAML files under `conf/` say only what differs. The text below a field is its
-documentation: `docs/configuration.md` is made from it. Defaults are those of the original DINO script (ViT-S/16, 100
-epochs of ImageNet) wherever it has the option.
+Dataclasses declare the keys; the YAML files under `conf/` only change values. The text below a field is its
+documentation, from which `docs/configuration.md` is generated. Defaults are those of the original DINO script (ViT-S/16,
+100 epochs of ImageNet) if it has the option.
 
 A *duration* is a string with a unit: `"10ep"` (epochs), `"500it"` (optimizer steps) or `"10%"` (of the run).
 """
@@ -95,7 +95,7 @@ class TrainConfig:
     backbone: BackboneConfig = MISSING
     """The network."""
     method: MethodConfig = MISSING
-    """What is learned."""
+    """The training method."""
     crops: CropsConfig = field(default_factory=CropsConfig)
     """The augmentation."""
     data: DataConfig = MISSING
@@ -103,67 +103,68 @@ class TrainConfig:
     optim: OptimConfig = MISSING
     """Optimizer and schedules."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Devices, precision, length."""
+    """Devices, precision and length of the run."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    """Speed and memory of a step."""
+    """Speed and memory of a training step."""
     logger: LoggerConfig = MISSING
     """Where metrics go besides `metrics.csv`."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    """Evaluation, checkpoints and pictures while training."""
+    """Evaluation, checkpoints and pictures during training."""
     experiment: str = ""
-    """Name of the experiment the settings come from (set by the file under `conf/experiment/`)."""
+    """Name of the experiment. The file under `conf/experiment/` sets it."""
     imports: list[str] = field(default_factory=list)
-    """Python files or modules with methods of your own (docs/new_method.md), imported first."""
+    """Python files or modules with your own methods (docs/new_method.md). They are imported first."""
     init_from: str | None = None
-    """Start from the weights of a network: whatever `checkpoint` of an evaluation takes. It must be the network that
-    `backbone` says; a position embedding for images of another size is resampled. The head starts anew."""
+    """Network whose weights initialize the backbone, in any form that `checkpoint` of an evaluation accepts. It must
+    have the architecture of `backbone`; a position embedding for another image size is resampled. The head is
+    initialized randomly."""
     init_key: Annotated[str | None, OneOf("teacher", "student")] = None
-    """Which network of an `init_from` that holds several: `teacher` or `student`; null as for an evaluation."""
+    """Network to use if `init_from` contains both; null chooses as an evaluation does."""
     auto: AutoConfig = field(default_factory=AutoConfig)
-    """Settings chosen from the images and the machine."""
+    """Settings that are chosen automatically."""
     output_dir: Annotated[str, FilePath] = MISSING
-    """Folder of everything the run writes. With `--multirun`, the folder of the numbered runs."""
+    """Output folder of the run. With `--multirun`, the folder of the numbered runs."""
     seed: Annotated[int, Seed] = 0
-    """Seed of weights, order of images, augmentation and drop path."""
+    """Random seed of the weights, the order of the images, the augmentation and drop path."""
     cpu_threads: Annotated[int | None, AtLeast(1)] = None
-    """Threads of PyTorch where it trains on a CPU; null for all cores, but with crops below 96 pixels it leaves one to
-    each loader process."""
+    """Number of PyTorch threads for training on a CPU; null uses all cores, minus one per loader process if the crops
+    are smaller than 96 pixels."""
     resume: Any = False
-    """Go on from the last whole checkpoint in `output_dir`: `true`; `auto`, where there is one, and start otherwise.
-    A run that SLURM, submitit or torchrun starts again is `auto` by itself."""
+    """`true` continues from the latest valid checkpoint in `output_dir`; `auto` does so if there is one, and otherwise
+    starts a new run. A run that SLURM, submitit or torchrun restarts uses `auto` without this setting."""
     collective_timeout_s: Annotated[int, AtLeast(1)] = 1800
-    """Seconds that a rank waits for the others before it ends with an error."""
+    """Time that a rank waits for the others before it ends with an error (seconds)."""
 
 
 @dataclass
 class EvaluateConfig:
-    """One evaluation of one network: `dino eval`."""
+    """One evaluation of one network, with `dino eval`."""
 
     eval: EvaluationConfig = MISSING
-    """What is measured."""
+    """The evaluation."""
     checkpoint: str = MISSING
-    """The network: a run's folder, its `.safetensors` or `.ckpt`, a `.pth` of the original, `timm:NAME` for
-    timm's published weights, `hf:OWNER/NAME` or a folder for those of transformers, or `untrained:` before any of
-    these, or before a file of `conf/backbone`, for fresh weights."""
+    """The network: the folder of a run, its `.safetensors` or `.ckpt` file, a `.pth` file of the original DINO,
+    `timm:NAME` for timm's published weights, or `hf:OWNER/NAME` or a folder for transformers. `untrained:` before any
+    of these, or before an option of `backbone`, gives the network random weights."""
     checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
-    """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
-    evaluated, and for the teacher of files of another origin."""
+    """Network to use if the checkpoint contains both; null uses the one that the run evaluated, and the teacher of
+    files from elsewhere."""
     baseline: bool = False
-    """Evaluate the same network with fresh weights, too."""
+    """Also evaluate the same network with random weights."""
     data: ImagesConfig = MISSING
     """The images."""
     trainer: DevicesConfig = field(default_factory=DevicesConfig)
     """Devices and precision."""
     logger: LoggerConfig = MISSING
-    """Where results go besides `results.jsonl`: `csv`, nowhere, or `wandb`."""
+    """Destination of the results in addition to `results.jsonl`: `csv` (no other) or `wandb`."""
     output_dir: Annotated[str, FilePath] = MISSING
-    """Folder of everything the evaluation writes; `results.jsonl` in it is appended to."""
+    """Output folder. Results are appended to its `results.jsonl`."""
     seed: Annotated[int, Seed] = 0
-    """Seed of what is drawn: subsets, splits, fresh weights."""
+    """Random seed of subsets, splits and untrained networks."""
     cpu_threads: Annotated[int | None, AtLeast(1)] = None
-    """Threads of PyTorch on a CPU; null for one for each core, shared by the devices."""
+    """Number of PyTorch threads on a CPU; null divides the cores among the devices."""
     feature_cache: Annotated[str | None, FilePath] = "~/.cache/dino-lightning/features"
-    """Folder in which extracted features are kept, by the content of weights and images; null keeps nothing."""
+    """Folder in which extracted features are cached by the content of weights and images; null disables the cache."""
 
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -214,20 +215,20 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float | int | bool:
-    """What a version sets, or less; an unknown version is refused with the other values."""
+    """The value that a version sets, at most `at_most`. The range check refuses an unknown version later."""
     return min(MOCO_VERSIONS.get(version, MOCO_VERSIONS[2])[key], at_most)
 
 
-@cache  # once in a process: Hydra makes a copy of each schema
+@cache
 def register() -> None:
     """Put the dataclasses into Hydra's config store: as `GROUP/schema_OPTION`, from which files start, and as
     `GROUP/OPTION` if there is no such file; and the roots, such as `schema_evaluate`."""
     from dino_lightning.config.conf_dir import CONF  # imports this module
 
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
-    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra takes `~` for a name
-    # Hydra copies the whole store, of which it copies again what it loads, for each configuration and for each group in
-    # `--help`: a third of the time of the one, most of that of the other.
+    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra does not expand `~`
+    # Hydra deep-copies the whole store for each configuration and for each group in `--help`, and copies again what it
+    # loads. The first copy takes a third of the time of composing and most of the time of `--help`.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)

@@ -19,8 +19,9 @@ class CropsConfig:
     """The multi-crop augmentation: two global views and `local_count` local ones."""
 
     backend: Annotated[str, OneOf("pil", "cpu", "device")] = "pil"
-    """What makes the crops. `pil`: the original's operators, bit for bit. `cpu`: the same, compiled, in float32.
-    `device`: loader processes decode and cut, the rest happens on the accelerator."""
+    """Implementation of the augmentation. `pil` has the original's operators, bit for bit; `cpu` has the same
+    operators, compiled, in float32; with `device`, loader processes decode and cut, and the accelerator does the
+    rest."""
     global_size: Annotated[int, AtLeast(1)] = 224
     """Side of a global crop (pixels)."""
     global_scale: Annotated[list[float], Pair(1, of="shares of the image")] = field(default_factory=lambda: [0.4, 1.0])
@@ -44,21 +45,21 @@ class CropsConfig:
     saturation: Annotated[float, Strength] = 0.2
     """Largest relative change of saturation."""
     hue: Annotated[float, Range("a number from 0 to 0.5", lambda value: 0 <= value <= 0.5)] = 0.1
-    """Largest rotation of the hue (turns)."""
+    """Largest change of the hue (full turns)."""
     grayscale_p: Annotated[float, Share] = 0.2
-    """Probability of dropping the color."""
+    """Probability of conversion to gray."""
     blur_p: Annotated[list[float], PerView] = field(default_factory=lambda: [1.0, 0.1, 0.5])
     """Probability of Gaussian blur for the first global, the second global and each local crop."""
     blur_radius: Annotated[list[float], Pair(1000)] = field(default_factory=lambda: [0.1, 2.0])
     """Smallest and largest standard deviation of the blur (pixels)."""
     solarize_p: Annotated[list[float], PerView] = field(default_factory=lambda: [0.0, 0.2, 0.0])
-    """Probability of solarisation for the first global, the second global and each local crop."""
+    """Probability of solarization for the first global, the second global and each local crop."""
     solarize_threshold: Annotated[int, Range("an integer from 0 to 256", lambda value: 0 <= value <= 256)] = 128
-    """Values at or above it are inverted (0 to 255)."""
+    """Value from which solarization inverts pixels (of values from 0 to 255)."""
     mean: Annotated[list[float], Means] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Mean of each channel, subtracted from the crops (of values in 0 to 1)."""
+    """Mean of each channel, which is subtracted from the crops (values are in 0 to 1)."""
     std: Annotated[list[float], Deviations] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Standard deviation of each channel, by which the crops are divided (of values in 0 to 1)."""
+    """Standard deviation of each channel, by which the crops are divided (values are in 0 to 1)."""
     eval_resize: Annotated[int, AtLeast(2)] = 256
     """Shorter side to which an image is resized for evaluation (pixels)."""
     eval_size: Annotated[int, AtLeast(1)] = 224

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from dino_lightning.config.ranges import AtLeast, FilePath, OneOf
 
 FORMATS = {"timm": "", "huggingface": "", "onnx": ".onnx", "torch": ".pt2", "original": ".pth"}
-"""Format -> ending of the file that it is; none where it is a folder."""
+"""Format -> file extension; empty for a folder."""
 
 
 @dataclass
@@ -16,17 +16,16 @@ class ExportConfig:
     """One network in another program's format: `dino export`."""
 
     checkpoint: str = MISSING
-    """The network: whatever `checkpoint` of an evaluation takes."""
+    """The network, in any form that `checkpoint` of an evaluation accepts."""
     checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
-    """Which network of a checkpoint that holds several: `teacher` or `student`; null for the one that the run
-    evaluated, and for the teacher of files of another origin."""
+    """Network to use if the checkpoint contains both; null uses the one that the run evaluated, and the teacher of
+    files from elsewhere."""
     format: Annotated[str, OneOf(*FORMATS)] = MISSING
-    """`timm` or `huggingface`: a folder that `timm.create_model` or `transformers.AutoModel` loads, with a model card;
-    `onnx`: a graph for ONNX Runtime and others; `torch`: a program of `torch.export`; `original`: a state dict with the
-    names of facebookresearch/dino."""
+    """Output format: `timm` and `huggingface` write a folder with a model card that `timm.create_model` or
+    `transformers.AutoModel` loads; `onnx` writes a graph for ONNX Runtime and others; `torch` writes a program of
+    `torch.export`; `original` writes a state dict with the names of facebookresearch/dino."""
     output: Annotated[str, FilePath] = MISSING
-    """What to write, which must not exist: a folder for `timm` and `huggingface`, otherwise a file that ends in
-    `.onnx`, `.pt2` or `.pth`."""
+    """Output path, which must not exist: a folder for `timm` and `huggingface`, otherwise a file that ends in `.onnx`,
+    `.pt2` or `.pth`."""
     image_size: Annotated[int | None, AtLeast(1)] = None
-    """One side of square images that `onnx` and `torch` take (pixels); null for images of any size, where the network
-    can."""
+    """Side of the square images that `onnx` and `torch` accept (pixels); null accepts any size if the network does."""

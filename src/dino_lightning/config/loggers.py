@@ -14,7 +14,8 @@ ProjectName = Range(
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides `metrics.csv` (`dino eval`: besides `results.jsonl`); one of the children below."""
+    """Destination of metrics in addition to `metrics.csv` (`dino eval`: in addition to `results.jsonl`); one of the
+    classes below."""
 
 
 @dataclass
@@ -27,24 +28,24 @@ class WandbLoggerConfig(LoggerConfig):
     """Weights & Biases (docs/wandb.md)."""
 
     project: Annotated[str, ProjectName] = "dino-lightning"
-    """Project."""
+    """Name of the project."""
     entity: str | None = None
-    """User or team; null for the default one of the key."""
+    """User or team; null uses the default of the API key."""
     name: str | None = None
-    """Name of the run; null takes the name of the output folder, in a sweep with the sweep's before it."""
+    """Name of the run; null uses the name of the output folder, in a sweep after the name of the sweep."""
     group: str | None = None
-    """Group of runs; null takes, in a sweep (`--multirun`), the name of its folder."""
+    """Group of runs; null uses the name of the folder in a sweep (`--multirun`)."""
     tags: list[str] = field(default_factory=list)
-    """Tags."""
+    """Tags of the run."""
     mode: Annotated[str, OneOf(*WANDB_MODES)] = "offline"
-    """`offline` (no account needed; `wandb sync` uploads later), `online` or `disabled`. Where W&B cannot be reached,
-    an online run goes on offline."""
+    """`offline` needs no account, and `wandb sync` uploads later; `online` uploads during the run, which continues
+    offline if W&B cannot be reached; `disabled` logs nothing."""
     artifacts: bool = True
     """Keep the exported weights as an artifact of type `model`; `dino eval` names the artifact it has evaluated."""
     start_timeout_s: Annotated[float, Positive] = 60.0
-    """Seconds that the start of a run waits for W&B."""
+    """Time that the start of a run waits for W&B (seconds)."""
     end_timeout_s: Annotated[float, Positive] = 300.0
-    """Seconds that the end of a run waits for uploads; `wandb sync` has the rest."""
+    """Time that the end of a run waits for uploads (seconds); `wandb sync` uploads the rest."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is learned from the crops: `method`."""
+"""The training method: `method`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -10,7 +10,7 @@ from dino_lightning.errors import UserError
 
 @dataclass
 class MethodConfig:
-    """What is learned from the crops; one of the children below."""
+    """The training method; one of the classes below."""
 
     uses_labels: ClassVar[bool] = False
     """Whether batches have labels."""
@@ -26,17 +26,17 @@ class MethodConfig:
 
 @dataclass
 class TeacherConfig(MethodConfig):
-    """Of every method whose targets come from a teacher, a second network that follows the student."""
+    """A method whose targets come from a teacher, a second network that is updated from the student."""
 
     teacher_update: Annotated[str, OneOf("ema", "copy_each_step", "previous_step", "copy_each_epoch")] = "ema"
-    """How the teacher follows: `ema`, a moving average; `copy_each_step`, the student itself; `previous_step`, the
-    student of one step before; `copy_each_epoch`, the student of the last epoch's end."""
+    """Teacher update rule: `ema` (moving average of the student), `copy_each_step` (the current student),
+    `previous_step` (the student one step ago), or `copy_each_epoch` (the student at the end of the last epoch)."""
     teacher_momentum: Annotated[float, Share] = 0.996
-    """With `ema`, momentum of the teacher's weights at the first step (use 0.9995 at a total batch of 256)."""
+    """Momentum of the teacher's weights at the first step, with `ema` (use 0.9995 for a total batch of 256)."""
     teacher_momentum_end: Annotated[float, Share] = 1.0
-    """With `ema`, momentum of the teacher's weights that the cosine goes towards."""
+    """Final momentum of the teacher's weights, at the end of a cosine schedule, with `ema`."""
     evaluate: Annotated[str, OneOf("teacher", "student")] = "teacher"
-    """Network that k-NN, pictures and the exported file are of: `teacher` or `student`."""
+    """Network that k-NN evaluation, pictures and exported files use."""
 
 
 @dataclass
@@ -52,9 +52,9 @@ class DINOConfig(TeacherConfig):
     }
 
     out_dim: Annotated[int, AtLeast(2)] = 65536
-    """Number of prototypes K: width of the head's output."""
+    """Number of prototypes K, the width of the head's output."""
     head_layers: Annotated[int, AtLeast(1)] = 3
-    """Linear layers of the head's MLP before the L2 bottleneck."""
+    """Number of linear layers in the head's MLP before the L2 bottleneck."""
     head_hidden_dim: Annotated[int, AtLeast(1)] = 2048
     """Width of the MLP's hidden layers."""
     head_bottleneck_dim: Annotated[int, AtLeast(1)] = 256
@@ -62,18 +62,18 @@ class DINOConfig(TeacherConfig):
     head_l2_bottleneck: bool = True
     """Normalize the bottleneck's output to length 1 before the prototypes."""
     head_batch_norm: bool = False
-    """Batch normalization in the head's MLP (synchronized over devices by `trainer.sync_batchnorm`)."""
+    """Use batch normalization in the head's MLP (`trainer.sync_batchnorm` synchronizes it over devices)."""
     head_activation: Annotated[str, OneOf("gelu", "relu")] = "gelu"
-    """Activation in the head's MLP: `gelu` or `relu`."""
+    """Activation function in the head's MLP."""
     norm_last_layer: bool = True
     """Keep the prototypes at unit norm. False learns better but can be unstable."""
     freeze_last_layer: Annotated[str, Duration] = "1ep"
-    """Duration at the start of the run in which the prototypes get no gradient (duration; whole epochs or steps)."""
+    """Time at the start of the run without a gradient for the prototypes (duration; whole epochs or steps)."""
     predictor: bool = False
-    """Two further layers in the student alone, between the bottleneck and its normalization."""
+    """Add two layers to the student, between the bottleneck and its normalization."""
     loss: Annotated[str, OneOf("cross_entropy", "mse")] = "cross_entropy"
-    """`cross_entropy` between the two distributions, or `mse` between the outputs at length 1, as in BYOL; without
-    temperatures then."""
+    """`cross_entropy` between the two distributions, or `mse` between the L2-normalized outputs, as in BYOL and without
+    temperatures."""
     student_temperature: Annotated[float, Positive] = 0.1
     """Temperature of the student's softmax."""
     teacher_temperature: Annotated[float, Positive] = 0.04
@@ -81,23 +81,23 @@ class DINOConfig(TeacherConfig):
     teacher_temperature_start: Annotated[float, Positive] = 0.04
     """Temperature of the teacher's softmax in the first epoch."""
     teacher_temperature_warmup: Annotated[str, Duration] = "0ep"
-    """Linear warm-up of the teacher's temperature (duration; in `ep` it changes once an epoch, as in the original)."""
+    """Linear warm-up of the teacher's temperature (duration; in `ep` it changes once per epoch, as in the original)."""
     centering: Annotated[str, OneOf("center", "sinkhorn", "softmax", "none")] = "center"
-    """What keeps the teacher from giving everything to one prototype. `center` subtracts a running mean; `sinkhorn`
-    shares the batch out evenly (Sinkhorn-Knopp); `softmax` does so in one iteration, a softmax over the batch; `none`
-    leaves it."""
+    """How the teacher's logits are balanced over the prototypes: `center` subtracts a running mean; `sinkhorn` assigns
+    the batch evenly (Sinkhorn-Knopp); `softmax` is its first iteration, a softmax over the batch; `none` does
+    nothing."""
     center_momentum: Annotated[float, Share] = 0.9
-    """With `center`, its momentum: share of the old center kept at each optimizer step."""
+    """Momentum of the center: share of the previous center that each optimizer step keeps, with `center`."""
     sinkhorn_iterations: Annotated[int, AtLeast(1)] = 3
-    """Iterations of `sinkhorn`."""
+    """Number of Sinkhorn-Knopp iterations, with `sinkhorn`."""
     koleo_weight: Annotated[float, AtLeast(0)] = 0.0
-    """Weight of the KoLeo regulariser, which spreads the student's features of the global crops (DINOv2: 0.1)."""
+    """Weight of the KoLeo regularizer, which spreads the student's features of the global crops (DINOv2 uses 0.1)."""
     patch_loss_weight: Annotated[float, AtLeast(0)] = 0.0
-    """Weight of the loss on masked patches of the global crops (iBOT; there 1). Needs a ViT of `conf/backbone`."""
+    """Weight of the loss on masked patches of the global crops (iBOT uses 1). Needs a built-in ViT."""
     mask_p: Annotated[float, Share] = 0.5
-    """Probability that a global crop is masked for the student, where `patch_loss_weight` is above 0."""
+    """Probability that a global crop of the student is masked, if `patch_loss_weight` is above 0."""
     mask_share: Annotated[list[float], Pair(1, of="shares of the image")] = field(default_factory=lambda: [0.1, 0.5])
-    """Smallest and largest share of the patches of a masked crop that is masked."""
+    """Smallest and largest share of masked patches in a masked crop."""
 
     def check(self, config: Any) -> None:
         """Masked patches need a backbone that can replace patches."""
@@ -115,15 +115,15 @@ class BYOLConfig(TeacherConfig):
     out_dim: Annotated[int, AtLeast(2)] = 256
     """Width of the embedding."""
     head_layers: Annotated[int, AtLeast(1)] = 2
-    """Linear layers of the projector."""
+    """Number of linear layers in the projector."""
     head_hidden_dim: Annotated[int, AtLeast(1)] = 4096
     """Width of the hidden layers of projector and predictor."""
     head_batch_norm: bool = True
-    """Batch normalization in projector and predictor (synchronized over devices by `trainer.sync_batchnorm`)."""
+    """Use batch normalization in projector and predictor (`trainer.sync_batchnorm` synchronizes it over devices)."""
     predictor: bool = True
-    """Two further layers in the student alone. Without them the paper's run collapses."""
+    """Add two layers to the student. Without them the paper's run collapses."""
     evaluate: Annotated[str, OneOf("teacher", "student")] = "student"
-    """Network that k-NN, pictures and the exported file are of: `teacher` or `student`."""
+    """Network that k-NN evaluation, pictures and exported files use."""
 
 
 @dataclass
@@ -131,34 +131,35 @@ class MoCoConfig(TeacherConfig):
     """Momentum contrast (He et al. 2020; version 2: Chen et al. 2020; version 3: Chen et al., ICCV 2021)."""
 
     version: Annotated[int, OneOf(2, 3)] = 2
-    """2 takes negatives from a queue, 3 from the batches of all devices and has a predictor. On the command line it
-    sets the keys from `out_dim` to `symmetric` and the teacher's momentum, each of which can be set by itself."""
+    """Version 2 takes negatives from a queue; version 3 takes them from the batches of all devices and has a predictor. On
+    the command line, the version sets the keys from `out_dim` to `loss_scale` and the teacher's momentum, each of which
+    can also be set alone."""
     temperature: Annotated[float, Positive] = 0.2
-    """Temperature of the similarities."""
+    """Temperature of the softmax over similarities."""
     out_dim: Annotated[int, AtLeast(2)] = 128
     """Width of the embedding."""
     head_layers: Annotated[int, AtLeast(1)] = 2
-    """Linear layers of the projector."""
+    """Number of linear layers in the projector."""
     head_hidden_dim: Annotated[int, AtLeast(1)] = 2048
     """Width of the hidden layers of projector and predictor."""
     head_batch_norm: bool = False
-    """Batch normalization in projector and predictor (synchronized over devices by `trainer.sync_batchnorm`)."""
+    """Use batch normalization in projector and predictor (`trainer.sync_batchnorm` synchronizes it over devices)."""
     predictor: bool = False
-    """Two further layers in the student alone."""
+    """Add two layers to the student."""
     queue_length: Annotated[int, AtLeast(0)] = 65536
-    """Embeddings of former batches that serve as negatives; 0 takes the other images of the batch."""
+    """Number of embeddings of previous batches used as negatives; 0 uses the other images of the batch."""
     symmetric: bool = False
-    """Each global crop is compared with the teacher's other one; false: the first with the second only."""
+    """Compare each global crop with the teacher's other one. False compares only the first with the second."""
     loss_scale: Annotated[float, Positive] = 1.0
-    """Factor of the loss; version 3 has 2 x `temperature`."""
+    """Factor of the loss; version 3 uses 2 x `temperature`."""
     freeze_patch_embedding: bool = False
-    """Leave the patch projection of a ViT at its random start, which version 3 does for stability."""
+    """Keep the random initialization of a ViT's patch projection. Version 3 does so for stability."""
     teacher_momentum: Annotated[float, Share] = 0.999
-    """With `ema`, momentum of the teacher's weights at the first step."""
+    """Momentum of the teacher's weights at the first step, with `ema`."""
     teacher_momentum_end: Annotated[float, Share] = 0.999
-    """With `ema`, momentum of the teacher's weights that the cosine goes towards."""
+    """Final momentum of the teacher's weights, at the end of a cosine schedule, with `ema`."""
     evaluate: Annotated[str, OneOf("teacher", "student")] = "student"
-    """Network that k-NN, pictures and the exported file are of: `teacher` or `student`."""
+    """Network that k-NN evaluation, pictures and exported files use."""
 
     def check(self, config: Any) -> None:
         """`freeze_patch_embedding` needs a backbone with patches."""
@@ -192,7 +193,7 @@ MOCO_VERSIONS: dict[int, dict[str, float | int | bool]] = {
         "teacher_momentum_end": 1.0,
     },
 }
-"""What `method.version` sets, through the interpolations of `conf/method/moco.yaml`."""
+"""Values that `method.version` sets, through the interpolations in `conf/method/moco.yaml`."""
 
 
 @dataclass
@@ -204,26 +205,26 @@ class SwAVConfig(MethodConfig):
     out_dim: Annotated[int, AtLeast(2)] = 3000
     """Number of prototypes K."""
     head_layers: Annotated[int, AtLeast(1)] = 2
-    """Linear layers of the projector."""
+    """Number of linear layers in the projector."""
     head_hidden_dim: Annotated[int, AtLeast(1)] = 2048
     """Width of the projector's hidden layers."""
     head_bottleneck_dim: Annotated[int, AtLeast(1)] = 128
     """Width of the L2-normalized embedding that is compared with the prototypes."""
     head_batch_norm: bool = True
-    """Batch normalization in the projector (synchronized over devices by `trainer.sync_batchnorm`)."""
+    """Use batch normalization in the projector (`trainer.sync_batchnorm` synchronizes it over devices)."""
     temperature: Annotated[float, Positive] = 0.1
     """Temperature of the softmax over prototypes."""
     sinkhorn_epsilon: Annotated[float, Positive] = 0.05
-    """Temperature of the assignments."""
+    """Temperature of the assignments (epsilon of Sinkhorn-Knopp)."""
     sinkhorn_iterations: Annotated[int, AtLeast(1)] = 3
-    """Iterations of Sinkhorn-Knopp."""
+    """Number of Sinkhorn-Knopp iterations."""
     queue_length: Annotated[int, AtLeast(0)] = 0
-    """Embeddings of former batches, over all devices, that take part in the assignment; for batches smaller than the
-    number of prototypes (the original: 3840)."""
+    """Number of embeddings of previous batches, over all devices, that take part in the assignment. For batches smaller
+    than the number of prototypes (the original uses 3840)."""
     queue_start: Annotated[str, Duration] = "8%"
-    """Duration at the start of the run in which the queue stays empty (duration)."""
+    """Time at the start of the run in which the queue stays empty (duration)."""
     freeze_prototypes: Annotated[str, Duration] = "1ep"
-    """Duration at the start of the run in which the prototypes get no gradient (duration)."""
+    """Time at the start of the run without a gradient for the prototypes (duration)."""
 
 
 @dataclass

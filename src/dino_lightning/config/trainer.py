@@ -1,9 +1,9 @@
 """The arguments of `lightning.Trainer` (training) and `lightning.Fabric` (evaluation): `trainer`.
 
-They are written out so that a typo is refused by name and each has its unit; a test holds them against the signature
-of the installed Lightning. Missing on purpose are `logger` and `callbacks` (groups of their own), `default_root_dir`
-(it is `output_dir`) and `gradient_clip_val` / `gradient_clip_algorithm` (the original clips each tensor by itself:
-`optim.clip_grad`).
+They are listed so that a typo is refused by name and each has its unit; a test compares them with the signature of the
+installed Lightning. `logger` and `callbacks` (separate groups), `default_root_dir` (`output_dir`) and
+`gradient_clip_val` / `gradient_clip_algorithm` (`optim.clip_grad` clips each tensor separately, as in the original) are left
+out on purpose.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class DevicesConfig:
     """Devices and precision of an evaluation, passed on to `lightning.Fabric`."""
 
     accelerator: Annotated[str, OneOf("auto", "cpu", "gpu", "cuda", "mps")] = "auto"
-    """`auto`, `cpu`, `gpu`, `mps` or another of Lightning's accelerators."""
+    """Type of device; `auto` uses a GPU if there is one."""
     devices: Any = "auto"
-    """Devices per node: a number, a list of indices or `auto`."""
+    """Devices per node: a number, a list of indices, or `auto` for all."""
     num_nodes: Annotated[int, AtLeast(1)] = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Annotated[str, OneOf("auto", "ddp")] = "auto"
-    """`auto` or `ddp`."""
+    """How several devices work together."""
     precision: Annotated[Any, OneOf("32", "32-true", "16-mixed", "bf16-mixed")] = "32"
-    """`32`, `bf16-mixed` or `16-mixed`. Features are kept in float32."""
+    """Precision of the forward pass; features are always float32."""
     enable_progress_bar: bool = True
     """Show the progress bar."""
 
@@ -44,75 +44,75 @@ class TrainerConfig:
     """Devices, precision and length of the run, passed on to `lightning.Trainer`."""
 
     accelerator: Annotated[str, OneOf("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu", "xpu")] = "auto"
-    """`auto`, `cpu`, `gpu`, `mps` or another of Lightning's accelerators."""
+    """Type of device; `auto` uses a GPU if there is one."""
     devices: Any = "auto"
-    """Devices per node: a number, a list of indices or `auto`."""
+    """Devices per node: a number, a list of indices, or `auto` for all."""
     num_nodes: Annotated[int, AtLeast(1)] = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Annotated[str, OneOf("auto", "ddp", "ddp_notebook", "ddp_find_unused_parameters_true", "fsdp")] = "auto"
-    """`auto`, `ddp`, `fsdp` (weights spread over the devices, for networks too large for one; with `precision`
-    `bf16-mixed` or `32`) or another of Lightning's strategies."""
+    """How several devices work together; `fsdp` distributes the weights over the devices, for networks that are too
+    large for one (with `precision` `bf16-mixed` or `32`)."""
     precision: Annotated[Any, OneOf("32", "32-true", "16-mixed", "bf16-mixed", "64", "64-true")] = "16-mixed"
-    """`32`, `bf16-mixed`, `16-mixed` or `64`; weights are never kept in half precision."""
+    """Precision of the forward and backward pass; weights are never in half precision."""
     max_epochs: int | None = 100
-    """Length of the run (epochs); the schedules span it. -1 for a run given in `max_steps`."""
+    """Length of the run (epochs), which the schedules span; -1 if `max_steps` gives the length."""
     max_steps: int = -1
-    """Length of the run (optimizer steps), where it ends before `max_epochs`; -1 for no limit."""
+    """Largest number of optimizer steps; the run ends there before `max_epochs`. -1 sets no limit."""
     min_epochs: int | None = None
-    """Fewest epochs, whatever asks to stop earlier."""
+    """Minimum number of epochs; overrides early stopping."""
     min_steps: int | None = None
-    """Fewest optimizer steps, whatever asks to stop earlier."""
+    """Minimum number of optimizer steps; overrides early stopping."""
     max_time: Any = None
-    """Time limit (`DD:HH:MM:SS`); the schedules do not know of it."""
+    """Time limit (`DD:HH:MM:SS`), which does not change the schedules."""
     accumulate_grad_batches: Annotated[int, AtLeast(1)] = 1
-    """Micro-batches per optimizer step."""
+    """Number of micro-batches per optimizer step."""
     sync_batchnorm: bool = True
-    """Share batch-norm statistics over devices, as the original does where a network has batch norms."""
+    """Synchronize batch-norm statistics over devices, as the original does."""
     use_distributed_sampler: bool = True
-    """Give each device its own part of an epoch."""
+    """Divide the images of an epoch among the devices."""
     limit_train_batches: Annotated[Any, Batches] = None
-    """Most micro-batches per epoch and device: a number, or a share as a float."""
+    """Largest number of micro-batches per epoch and device, or a share as a float."""
     limit_val_batches: Any = None
-    """Most validation batches (there are none in this package's methods; k-NN has its own limits)."""
+    """Largest number of validation batches (for your own methods; k-NN evaluation has its own limits)."""
     limit_test_batches: Any = None
-    """Most test batches (for methods of your own)."""
+    """Largest number of test batches (for your own methods)."""
     limit_predict_batches: Any = None
-    """Most prediction batches (for methods of your own)."""
+    """Largest number of prediction batches (for your own methods)."""
     overfit_batches: Annotated[Any, BatchesOrNone] = 0.0
-    """Train on this many fixed batches only, for debugging: a number, or a share as a float."""
+    """Train only on this number or share of fixed batches, for debugging."""
     val_check_interval: Any = None
-    """Batches between validations (for methods of your own)."""
+    """Batches between validations (for your own methods)."""
     check_val_every_n_epoch: int | None = 1
-    """Epochs between validations (for methods of your own)."""
+    """Epochs between validations (for your own methods)."""
     num_sanity_val_steps: int | None = None
-    """Validation batches tried before training (for methods of your own)."""
+    """Validation batches before training (for your own methods)."""
     reload_dataloaders_every_n_epochs: int = 0
-    """Epochs between rebuilding the loaders; 0 never."""
+    """Epochs after which the loaders are rebuilt; 0 never rebuilds them."""
     log_every_n_steps: Annotated[int, AtLeast(1)] = 10
-    """Optimizer steps between rows of the logs."""
+    """Optimizer steps between log rows."""
     fast_dev_run: Annotated[Any, DevRun] = False
-    """Run this many batches and nothing else, for debugging."""
+    """Run only this number of batches, for debugging."""
     enable_checkpointing: bool = True
     """Write `checkpoints/`."""
     enable_progress_bar: bool = True
     """Show the progress bar."""
     enable_model_summary: bool = False
-    """Print Lightning's table of layers."""
+    """Print Lightning's model summary."""
     deterministic: Annotated[Any, OneOf(True, False, "warn")] = None
-    """Only deterministic kernels: true, false or `warn`."""
+    """Use only deterministic kernels; `warn` warns if there is none."""
     benchmark: bool | None = True
-    """Let cuDNN pick its fastest kernels by trying them, as the original does."""
+    """Let cuDNN measure which kernels are fastest, as the original does."""
     inference_mode: bool = True
-    """Evaluate under `torch.inference_mode`."""
+    """Evaluate in `torch.inference_mode`."""
     detect_anomaly: bool = False
-    """PyTorch's anomaly detection (slow)."""
+    """Enable PyTorch's anomaly detection (slow)."""
     profiler: str | None = None
-    """`simple`, `advanced` or `pytorch`."""
+    """Lightning profiler: `simple`, `advanced` or `pytorch`."""
     plugins: Any = None
-    """Lightning plugins, by name."""
+    """Names of Lightning plugins."""
     barebones: bool = False
-    """Lightning without logs, bar and checkpoints, to measure overhead."""
+    """Disable logs, progress bar and checkpoints, to measure their overhead."""
     enable_autolog_hparams: bool = True
-    """Let Lightning log hyper-parameters (the whole configuration is logged in any case)."""
+    """Let Lightning log hyperparameters (the complete configuration is always logged)."""
     model_registry: str | None = None
-    """Lightning's model registry."""
+    """Name in Lightning's model registry."""
