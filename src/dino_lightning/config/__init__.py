@@ -1,8 +1,8 @@
 """Every configuration key with its type, unit, default and allowed values, and the checks across keys.
 
 Dataclasses declare the keys; the YAML files under `conf/` only change values. The text below a field is its
-documentation, from which `docs/configuration.md` is generated. Defaults are those of the original DINO script (ViT-S/16,
-100 epochs of ImageNet) if it has the option.
+documentation, from which `docs/configuration.md` is generated. Defaults are those of the original DINO script
+(ViT-S/16, 100 epochs of ImageNet) if it has the option.
 
 A *duration* is a string with a unit: `"10ep"` (epochs), `"500it"` (optimizer steps) or `"10%"` (of the run).
 """

@@ -131,9 +131,9 @@ class MoCoConfig(TeacherConfig):
     """Momentum contrast (He et al. 2020; version 2: Chen et al. 2020; version 3: Chen et al., ICCV 2021)."""
 
     version: Annotated[int, OneOf(2, 3)] = 2
-    """Version 2 takes negatives from a queue; version 3 takes them from the batches of all devices and has a predictor. On
-    the command line, the version sets the keys from `out_dim` to `loss_scale` and the teacher's momentum, each of which
-    can also be set alone."""
+    """Version 2 takes negatives from a queue; version 3 takes them from the batches of all devices and has a predictor.
+    On the command line, the version sets the keys from `out_dim` to `loss_scale` and the teacher's momentum, each of
+    which can also be set alone."""
     temperature: Annotated[float, Positive] = 0.2
     """Temperature of the softmax over similarities."""
     out_dim: Annotated[int, AtLeast(2)] = 128
