@@ -2,8 +2,8 @@
 
 They are listed so that a typo is refused by name and each has its unit; a test compares them with the signature of the
 installed Lightning. Left out on purpose are `logger` and `callbacks` (separate groups), `default_root_dir`
-(`output_dir`) and `gradient_clip_val` / `gradient_clip_algorithm` (`optim.clip_grad` clips each tensor separately, as in
-the original).
+(`output_dir`) and `gradient_clip_val` / `gradient_clip_algorithm` (`optim.clip_grad` clips each tensor separately, as
+in the original).
 """
 
 from dataclasses import dataclass
