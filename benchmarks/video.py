@@ -25,7 +25,7 @@ from torch import Tensor
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.data.benchmarks.davis import Sequence, open_davis
-from dino_lightning.evaluation.video.frames import Frames, frame_size, resized_labels
+from dino_lightning.evaluation.video.frames import Frames, frame_size, resize_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
 from dino_lightning.models.frozen import FrozenNetwork
@@ -105,7 +105,7 @@ def compare(
         frame_difference = f"{max((a - b).abs().max().item() for a, b in zip(theirs, images, strict=True)):.2e}"
     features = [patch_tokens(network.backbone, image.unsqueeze(0).to(device))[0].to(dtype) for image in images]
     h, w, _ = features[0].shape
-    small = torch.from_numpy(resized_labels(sequence.labels(0), size=(h, w)).copy())
+    small = torch.from_numpy(resize_labels(sequence.labels(0), size=(h, w)).copy())
     first_hwC = one_hot_labels(small, count=sequence.objects + 1).to(device)
     theirs_1Chw, _ = module.read_seg(str(sequence.masks[0]), patch)
     assert torch.equal(theirs_1Chw[0].permute(1, 2, 0), first_hwC.cpu())

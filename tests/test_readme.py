@@ -12,8 +12,8 @@ from composing import composed, composed_evaluation
 from omegaconf import OmegaConf
 
 from dino_lightning.config import EvaluateConfig, TrainConfig
-from dino_lightning.config.checks.evaluation import check_evaluation
 from dino_lightning.config.checks.training import check_config
+from dino_lightning.evaluation.checks import check_evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -45,7 +45,7 @@ WRONG = [
     ("checkpoint=x data=builtin image_resize=40", "image_resize=40 needs image_size"),
     ("checkpoint=x data=builtin image_resize=40 image_size=48", "image_resize=40 is smaller than image_size=48"),
     ("checkpoint=x data=builtin trainer.strategy=fsdp", "trainer.strategy=fsdp:"),
-    ("checkpoint=x data=builtin output=photos", "output=…/photos: expected a file that ends in .parquet or .npy."),
+    ("checkpoint=x data=builtin output=photos", "output=…/photos: expected a file name that ends in .parquet or .npy."),
 ]
 
 

@@ -14,9 +14,10 @@ from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.resolvers import options
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig
-from dino_lightning.config.checks.evaluation import check_evaluation, kinds_of_data
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
+from dino_lightning.evaluation.checks import check_evaluation
+from dino_lightning.evaluation.registry import MODULES, find_evaluation
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.evaluation.wandb import TrainingRun, training_run
 from dino_lightning.training.run import train
@@ -33,8 +34,8 @@ WRONG = [
     ("eval=knn checkpoint=x eval.k=[0]", "eval.k=[0]: expected one or more numbers of at least 1"),
     ("eval=knn checkpoint=x eval.image_resize=10", "eval.image_resize=10 needs eval.image_size"),
     ("eval=knn checkpoint=x eval.image_resize=10 eval.image_size=20", "is smaller than eval.image_size=20"),
-    ("eval=knn checkpoint=x data=davis data.path=.", "eval=knn does not go with data=davis; choose data=builtin or"),
-    ("eval=video checkpoint=x data=builtin", "eval=video does not go with data=builtin; choose data=davis."),
+    ("eval=knn checkpoint=x data=davis data.path=.", "eval=knn does not work with data=davis; choose data=builtin or"),
+    ("eval=video checkpoint=x data=builtin", "eval=video does not work with data=builtin; choose data=davis."),
     ("eval=video checkpoint=x", "data.path has no value"),
     ("eval=retrieval checkpoint=x data.path=. data.name=oxford5k", "data.name=oxford5k: did you mean 'roxford5k'?"),
     ("eval=copy_detection checkpoint=x data.path=. eval.whitening=pca", "eval.whitening=pca:"),
@@ -82,7 +83,7 @@ def test_options_compose_and_pass_the_checks(option: str) -> None:
     check_keys(cfg)
     config = cast(EvaluateConfig, OmegaConf.to_object(cfg))
     check_evaluation(config)
-    assert isinstance(config.data, kinds_of_data(config.eval))
+    assert isinstance(config.data, find_evaluation(config.eval).data)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     words = ["checkpoint=x", "eval=video", "data=builtin", f"output_dir={output}"]
     done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("dino eval: eval=video does not go with data=builtin")
+    assert done.stderr.startswith("dino eval: eval=video does not work with data=builtin")
     assert not output.exists()
 
 
@@ -188,3 +189,47 @@ def test_knn_is_the_figure_of_the_training_run(trained: Path, tmp_path: Path) ->
     words = [f"checkpoint={trained}", *data]
     value = run_evaluation(composed_evaluation(*words, "eval.k=[20]", output_dir=tmp_path), overrides=words)
     assert value == json.loads((trained / "summary.json").read_text())["knn_top1"]
+
+
+OWN_EVALUATION = '''
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dino_lightning.config import ClassificationEval
+from dino_lightning.evaluation.classification.splits import open_labeled, split_features
+from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.registry import register_evaluation
+
+
+@dataclass
+class MeanNormEval(ClassificationEval):
+    """Mean norm of the features."""
+
+    scale: float = 1.0
+    """Factor of the norm."""
+
+
+@register_evaluation("mean_norm", MeanNormEval)
+def evaluate(config: MeanNormEval, task: Task) -> Iterator[Result]:
+    features_ND, _ = split_features(task, config, open_labeled(task), "val")
+    yield Result("norm", config.scale * float(features_ND.norm(dim=1).mean()), unit="", main=True)
+'''
+
+
+def test_an_evaluation_of_your_own(tmp_path: Path) -> None:
+    (tmp_path / "mean_norm.py").write_text(OWN_EVALUATION)
+    words = ["imports=mean_norm.py", "eval=mean_norm", "checkpoint=untrained:vit_micro", "output_dir=out"]
+    words += ["trainer.accelerator=cpu", "feature_cache=null", *ON_IMAGES]
+    done = [
+        run_program("dino_lightning.cli.evaluate", *words, word, cwd=tmp_path)
+        for word in ("eval.scale=1", "eval.scale=2", "eval.scaled=2")
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["eval"] for line in lines] == ["mean_norm"] * 2, done[0].stderr
+    assert lines[1]["value"] == pytest.approx(2 * lines[0]["value"])
+    assert done[2].returncode == 2
+    assert "did you mean 'eval.scale'?" in done[2].stderr
+
+
+def test_every_evaluation_names_its_module() -> None:
+    assert set(MODULES) == set(SCHEMAS["eval"])

@@ -12,7 +12,7 @@ from dino_lightning.config import PicturesData
 from dino_lightning.data.benchmarks import pictures
 from dino_lightning.data.benchmarks.pictures import Animation, Clip, FrameFiles, Video, open_pictures
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.video.clips import AnimationWriter, VideoWriter, clip_writer, ending
+from dino_lightning.evaluation.video.clips import AnimationWriter, VideoWriter, clip_writer, clip_suffix
 
 WITH_AV = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV: pip install av")
 
@@ -190,9 +190,9 @@ def test_animations_come_back_as_written(suffix: str, tmp_path: Path):
 
 def test_best_ending(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert ending() == ".webp"
+    assert clip_suffix() == ".webp"
     monkeypatch.setattr("dino_lightning.evaluation.video.clips.features.check", lambda _: False)
-    assert ending() == ".gif"
+    assert clip_suffix() == ".gif"
 
 
 def test_no_frames_no_file(tmp_path: Path):

@@ -18,7 +18,7 @@ from voc_cases import write_voc
 from dino_lightning.config import AttentionEval, BuiltinData, FolderData, ImagesConfig, PicturesData, VOCData
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.attention.attention import checked_side, evaluate
-from dino_lightning.evaluation.attention.images import WholeView
+from dino_lightning.evaluation.attention.images import FullImageView
 from dino_lightning.evaluation.attention.pictures import picture_names
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.models.frozen import FrozenNetwork
@@ -55,7 +55,7 @@ def test_whole_view_resizes_and_cuts(tmp_path: Path):
     network = tiny_network(patch_size=8)
     noise(tmp_path / "a.png", (50, 37))
     image = Image.open(tmp_path / "a.png")
-    view = WholeView(network, size=45)
+    view = FullImageView(network, size=45)
     resized = Resize(45, InterpolationMode.BICUBIC)(image)
     assert resized.size == (60, 45)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[:, :40, :56] / 255
@@ -84,11 +84,11 @@ def test_built_in_images_against_slow_loops(tmp_path: Path):
     found = run(task, batch_size_per_device=4, masses=[0.6, 0.8])
     assert [name for name, result in found.items() if result.main] == ["jaccard_best_head_60", "jaccard_best_head_80"]
     assert next(iter(found)) == "jaccard_best_head_60"
-    source: Any = task.sources.val
+    source: Any = task.splits.val
     for mass in (60, 80):
         best, heads = [], []
         for i in range(13):
-            image = WholeView(network, size=32).image(Image.fromarray(source.read(i)))
+            image = FullImageView(network, size=32).image(Image.fromarray(source.read(i)))
             maps = cls_attention(network.backbone, image[None])[0]  # type: ignore[arg-type]
             true, nothing = torch.from_numpy(source.mask(i)), torch.zeros(32, 32, dtype=torch.bool)
             masks = [
@@ -181,7 +181,7 @@ def test_voc_layout_with_a_broken_image(tmp_path: Path):
 def test_nothing_readable(tmp_path: Path):
     root = write_voc(tmp_path / "voc", names=("a",), size=(40, 32))
     (root / "SegmentationClass" / "a.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match="none of the 1 images can be read and has an object"):
+    with pytest.raises(UserError, match="none of the 1 images is readable and has an object"):
         run(tiny_task(tmp_path, tiny_network(), data=VOCData(path=str(root), num_workers=0)))
 
 
@@ -242,7 +242,7 @@ def test_other_networks_and_sizes_are_refused(tmp_path: Path):
     found = refusal(timm_network("resnet18"), BUILTIN, tmp_path)
     assert found.startswith("checkpoint: resnet18 (ResNet) has no class token")
     found = refusal(tiny_network(), BUILTIN, tmp_path, image_size=7)
-    assert found == "eval.image_size=7 is less than a patch of vit0; set it to 8 or more."
+    assert found == "eval.image_size=7 is less than a patch of vit0; set it to at least 8."
     root = write_voc(tmp_path / "voc", size=(40, 32))
     Image.new("L", (32, 32)).save(root / "SegmentationClass" / "2007_1.png")
     assert "has 32 x 32 pixels, but its image 40 x 32" in refusal(tiny_network(), VOCData(path=str(root)), tmp_path)

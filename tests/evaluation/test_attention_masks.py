@@ -8,7 +8,7 @@ from torch import Tensor
 from dino_lightning.evaluation.attention.masks import (
     VOID,
     attended_area,
-    image_jaccards,
+    jaccard_indices,
     mass_masks,
     pixels_of_patches,
 )
@@ -96,7 +96,7 @@ def test_jaccards_are_those_of_pixels(seed: int):
     p, maps = 3, attention(4, 5, 6, seed=seed)[0]
     labels = labeled(5, 6, p, seed=seed)
     masses = [0.6, 0.8]
-    found = image_jaccards(maps, labels, masses=masses)
+    found = jaccard_indices(maps, labels, masses=masses)
     assert found is not None
     nothing, void = torch.zeros_like(labels, dtype=torch.bool), labels == VOID
     for m, mass in enumerate(masses):
@@ -118,7 +118,7 @@ def test_attention_on_the_object_alone_is_perfect():
     labels = torch.zeros(16, 16, dtype=torch.uint8)
     labels[4:12, 4:12] = 1
     # 1 - 0.8 leaves no place to drop a fourth of the mass.
-    found = image_jaccards(maps, labels, masses=[0.8])
+    found = jaccard_indices(maps, labels, masses=[0.8])
     assert found is not None
     assert found.best.tolist() == [1.0]
     assert found.heads.tolist() == [[1.0, 0.0]]
@@ -127,7 +127,7 @@ def test_attention_on_the_object_alone_is_perfect():
 def test_image_without_an_object_has_no_figure():
     labels = torch.zeros(8, 8, dtype=torch.uint8)
     labels[:2] = VOID
-    assert image_jaccards(torch.rand(2, 4, 4), labels, masses=[0.6]) is None
+    assert jaccard_indices(torch.rand(2, 4, 4), labels, masses=[0.6]) is None
 
 
 def test_area_is_the_share_of_kept_patches():

@@ -19,7 +19,7 @@ from dino_lightning.data.sources import Splits
 from dino_lightning.data.sources.base import Subset
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import knn
-from dino_lightning.evaluation.classification.splits import labeled_sources
+from dino_lightning.evaluation.classification.splits import open_labeled
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.runtime.collectives import leave_group
@@ -45,7 +45,7 @@ def values(results: dict[str, Result]) -> dict[str, float]:
 @torch.no_grad()
 def features(task: Task, split: str, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
     """One image at a time: the unit feature in double precision, and the label."""
-    source: Any = getattr(task.sources, split)
+    source: Any = getattr(task.splits, split)
     view, found = center_view(task.network), []
     for index in indices:
         feature = task.network.backbone(view(torch.from_numpy(source.read(index)).permute(2, 0, 1))[None])
@@ -94,7 +94,7 @@ def test_one_search_serves_all_k_and_temperatures(tmp_path: Path, monkeypatch: p
         return search(*arguments, **options)
 
     search = knn.nearest_neighbors
-    monkeypatch.setattr(knn, "nearest", nearest)
+    monkeypatch.setattr(knn, "nearest_neighbors", nearest)
     together = values(run(make_task(tmp_path), k=[3, 10], temperatures=[0.07, 1.0]))
     assert searched == [10]
     alone = values(run(make_task(tmp_path), k=[3], temperatures=[1.0]))
@@ -108,7 +108,7 @@ def test_the_headline_is_twenty_or_the_first(tmp_path: Path) -> None:
 
 def test_a_few_images_of_each_class(tmp_path: Path) -> None:
     task = make_task(tmp_path)
-    images = labeled_sources(task)
+    images = open_labeled(task)
     draws = [knn.bank_indices(KNNEval(n_per_class=2), images, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     labels = images.train.labels
@@ -125,7 +125,7 @@ def test_a_few_images_of_each_class(tmp_path: Path) -> None:
 
 
 def test_each_image_of_a_class_is_as_likely(tmp_path: Path) -> None:
-    images = labeled_sources(make_task(tmp_path))
+    images = open_labeled(make_task(tmp_path))
     members = np.flatnonzero(images.train.labels == 0)
     counts = np.zeros(90)
     for seed in range(300):
@@ -138,14 +138,14 @@ def test_limits_of_bank_and_queries(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     details = run(task, bank=30, queries=9)["top1_k20"].details
     assert (details["bank"], details["queries"]) == (30, 9)
-    drawn = knn.bank_indices(KNNEval(bank=30), labeled_sources(task), seed=0)
+    drawn = knn.bank_indices(KNNEval(bank=30), open_labeled(task), seed=0)
     assert drawn == sorted(set(drawn))
     assert len(drawn) == 30
 
 
 def parts(task: Task, indices: Any) -> list[Subset]:
     """The images `indices` of both splits, to be relabeled."""
-    sources: Any = task.sources
+    sources: Any = task.splits
     return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
 
@@ -156,10 +156,10 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
         assert part.labels is not None
         part.labels = np.where(np.arange(len(part)) % 2, part.labels, -1)
     few = make_task(tmp_path)
-    few.sources = Splits(train, val, None)
+    few.splits = Splits(train, val, None)
     odd = make_task(tmp_path)
     every_second = parts(task, np.arange(1, 40, 2))
-    odd.sources = Splits(every_second[0], every_second[1], None)
+    odd.splits = Splits(every_second[0], every_second[1], None)
     assert values(run(few)) == values(run(odd))
     assert run(few)["top1_k20"].details["queries"] == 20
 
@@ -239,14 +239,14 @@ def test_other_classes_among_the_validation_images(tmp_path: Path, train: str, v
     [
         (["ant", "bee"], ["ant", "cat"], "the class 'bee' is among the training images but not among the validation"),
         (["ant"], ["ant", "cat"], "the class 'cat' is among the validation images but not among the training"),
-        (["ant", "bee"], ["bee", "ant"], "the same classes in another order"),
+        (["ant", "bee"], ["bee", "ant"], "validation images are in different orders"),
     ],
 )
 def test_sources_with_other_classes(tmp_path: Path, train: list[str], val: list[str], said: str) -> None:
     task = make_task(tmp_path)
     few = parts(task, np.arange(2))
     few[0].classes, few[1].classes = train, val
-    task.sources = Splits(few[0], few[1], None)
+    task.splits = Splits(few[0], few[1], None)
     assert said in refusal(task)
 
 

@@ -20,8 +20,8 @@ from dino_lightning.config import BuiltinData, FolderData, WebDatasetData
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.result import Embeddings
 from dino_lightning.evaluation.features import cache as feature_cache
-from dino_lightning.evaluation.features.choice import FeatureKind
 from dino_lightning.evaluation.features.images import center_view
+from dino_lightning.evaluation.features.spec import FeatureSpec
 
 BUILTIN = BuiltinData(train_images=12, val_images=5, num_workers=0)
 
@@ -135,7 +135,7 @@ def test_npy_and_its_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), found.features)
     with open(tmp_path / "x.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"name": str(path)} for path in files]
-    with pytest.raises(UserError, match=r"output=.*x\.npy is there already; .* overwrite=true"):
+    with pytest.raises(UserError, match=r"output=.*x\.npy already exists; .* overwrite=true"):
         embed(files, output=tmp_path / "x.npy")
     embed(files[:2], output=tmp_path / "x.npy", overwrite=True)
     assert len(np.load(tmp_path / "x.npy")) == 2
@@ -149,18 +149,18 @@ def test_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.Monke
     whole, options = tmp_path / "whole.parquet", {"feature_cache": tmp_path / "cache", "split": "train"}
     embed(BUILTIN, split="train", output=whole, batch_size=3)
     seen, at_most = [], 6
-    plain = FeatureKind.of
+    original = FeatureSpec.of
 
-    def counting(kind: FeatureKind, backbone: torch.nn.Module) -> Any:
+    def counting(spec: FeatureSpec, backbone: torch.nn.Module) -> Any:
         def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
             if sum(seen) > at_most:
                 raise KeyboardInterrupt
             seen.append(len(images_BCHW))
-            return plain(kind, backbone)(images_BCHW)
+            return original(spec, backbone)(images_BCHW)
 
         return forward
 
-    monkeypatch.setattr(FeatureKind, "of", counting)
+    monkeypatch.setattr(FeatureSpec, "of", counting)
     with pytest.raises(KeyboardInterrupt):
         embed(BUILTIN, output=tmp_path / "x.parquet", batch_size=3, **options)
     assert not (tmp_path / "x.parquet").exists()
@@ -210,19 +210,23 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 
 GRAY = np.zeros((8, 8), np.uint8)
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "images: the list is empty; expected one image or more."),
+    ([], {}, "images: the list is empty; expected at least one image."),
     ([{}], {}, "images[0] is of type dict; expected a path, a PIL image"),
     ([GRAY.astype(float)], {}, "images[0] is an array (8, 8) of float64; expected"),
     (np.zeros((8, 8, 3), np.uint8), {}, "images is an array (8, 8, 3) of uint8; expected (N, H, W, C)"),
-    ([Image.fromarray(GRAY.astype(np.int32))], {}, "images[0] is a PIL image of mode I; expected one of 8 bits."),
-    (7, {}, "images: int is no list; expected"),
+    ([Image.fromarray(GRAY.astype(np.int32))], {}, "images[0] is a PIL image of mode I; expected a mode with 8 bits."),
+    (7, {}, "images: int is not a list; expected"),
     ("/nowhere", {}, "images=/nowhere does not exist"),
-    (__file__, {}, "is a file of no known kind; expected a folder"),
+    (__file__, {}, "is a file of an unknown type; expected a folder"),
     ([GRAY], {"split": "test"}, "split=test: choose one of all, train, val"),
     (BUILTIN, {"features": "mean_patches"}, "features=mean_patches: did you mean 'mean_patch'?"),
-    ([GRAY], {"n_last_blocks": 9}, "n_last_blocks=9: untrained has 2 blocks."),
+    ([GRAY], {"n_last_blocks": 9}, "n_last_blocks=9: untrained has 2 blocks; expected 1 to 2."),
     ([GRAY], {"n_last_blocks": 2, "features": "mean_patch"}, "n_last_blocks=2 is for features=class"),
-    ([GRAY], {"n_last_blocks": 2, "checkpoint": "untrained:resnet18"}, "n_last_blocks=2: untrained has no class token"),
+    (
+        [GRAY],
+        {"n_last_blocks": 2, "checkpoint": "untrained:resnet18"},
+        "n_last_blocks=2: untrained is not a ViT and has only one kind of features; set n_last_blocks=1.",
+    ),
     (
         [GRAY],
         {"image_size": 30},
@@ -230,7 +234,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ),
     ([GRAY], {"batch_size": 0}, "batch_size_per_device=0: expected at least 1"),
     ([GRAY], {"num_workers": -1}, "data.num_workers=-1: expected at least 0"),
-    ([GRAY], {"output": "x.h5"}, "output=x.h5: expected a file that ends in .parquet or .npy."),
+    ([GRAY], {"output": "x.h5"}, "output=x.h5: expected a file name that ends in .parquet or .npy."),
     ([GRAY], {"output": "/proc/x.npy"}, "output=/proc cannot be written"),
     ([GRAY], {"precision": "half"}, "trainer.precision=half: choose one of"),
     ([GRAY], {"accelerator": "cuda"}, "trainer.accelerator=cuda: this machine has no GPU"),
@@ -256,7 +260,7 @@ def test_what_is_not_used_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert not capfd.readouterr().err
     with tarfile.open(tmp_path / "x.tar", "w") as shard:
         shard.add(tmp_path / "photos" / "train" / "000.png", "000.png")
-    with pytest.raises(UserError, match="a stream does not have; local tar files are data=archive"):
+    with pytest.raises(UserError, match="which streams do not have; use data=archive for local tar files"):
         embed(WebDatasetData(shards=str(tmp_path / "x.tar"), images=1))
     assert len(embed(tmp_path / "x.tar")) == 1
 
@@ -264,5 +268,5 @@ def test_what_is_not_used_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_the_list_itself_is_not_written_over(tmp_path: Path) -> None:
     files = picture_files(tmp_path, 2)
     (tmp_path / "list.csv").write_text("path\n" + "".join(f"{path}\n" for path in files))
-    with pytest.raises(UserError, match=r"output=.*list\.npy would take the place of data\.path=.*list\.csv"):
+    with pytest.raises(UserError, match=r"output=.*list\.npy would overwrite data\.path=.*list\.csv"):
         embed(tmp_path / "list.csv", output=tmp_path / "list.npy", overwrite=True)

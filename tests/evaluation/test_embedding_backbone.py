@@ -47,7 +47,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images\[0\] is of type int; expected a path"):
         backbone.prepare(3)  # type: ignore[arg-type]
     for device in ("gpu0", "xpu:7"):
-        with pytest.raises(UserError, match=f"device={device}: this machine has none that PyTorch can use"):
+        with pytest.raises(UserError, match=f"device={device}: PyTorch cannot use such a device"):
             load_backbone(CHECKPOINT, device=device)
     with pytest.raises(UserError, match="checkpoint_key=techer"):
         load_backbone(CHECKPOINT, key="techer")

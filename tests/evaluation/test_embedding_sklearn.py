@@ -126,7 +126,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     for options, expected in (
         ({"features": "cls"}, "features=cls: did you mean 'class'"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
-        ({"device": "gpu"}, "device=gpu: this machine has none"),
+        ({"device": "gpu"}, "device=gpu: PyTorch cannot use such a device"),
         ({"checkpoint_key": "techer"}, "checkpoint_key=techer"),
         ({"image_size": 30}, "image_size=30 is not a multiple of the patch size 8"),
     ):

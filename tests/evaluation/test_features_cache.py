@@ -69,7 +69,7 @@ def _features(
     task: Task, source: Any, forward: Callable | None = None, *, batch_size: int = 6, **options: Any
 ) -> Features:
     images = options.pop("images", None) or _view(task.network, source)
-    options = {"what": "images", "kind": "cls", **options}
+    options = {"label": "images", "kind": "cls", **options}
     return cached_features(task, forward or Counted(task.network), images, batch_size=batch_size, **options)
 
 

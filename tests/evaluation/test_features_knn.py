@@ -217,9 +217,9 @@ def test_full_precision_whatever_is_set_around() -> None:
 def test_wrong_input_is_refused() -> None:
     bank, labels, none = torch.ones(2, 3), torch.tensor([0, 1]), torch.empty(0, dtype=torch.int64)
     settings = {"k": [1], "temperature": T, "device": CPU}
-    with pytest.raises(ValueError, match=r"-1 \.\.\. 1 are not within 0 \.\.\. 1"):
+    with pytest.raises(ValueError, match=r"-1 \.\.\. 1 are outside 0 \.\.\. 1"):
         knn_accuracy(bank, torch.tensor([-1, 1]), bank, labels, num_classes=2, **settings)
-    with pytest.raises(ValueError, match=r"not within 0 \.\.\. 0"):
+    with pytest.raises(ValueError, match=r"outside 0 \.\.\. 0"):
         knn_accuracy(bank, labels, bank, labels, num_classes=1, **settings)
     with pytest.raises(ValueError, match="one query"):
         knn_accuracy(bank, labels, torch.empty(0, 3), none, num_classes=2, **settings)

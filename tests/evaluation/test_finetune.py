@@ -22,8 +22,8 @@ from dino_lightning.config import BuiltinData, FinetuneEval, FolderData
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import finetune, training_images
 from dino_lightning.evaluation.classification.finetune import Finetuning
-from dino_lightning.evaluation.classification.finetune_recipe import Augmentation, Targets, set_rate
-from dino_lightning.evaluation.classification.splits import labeled_sources
+from dino_lightning.evaluation.classification.finetune_recipe import FinetuneAugmentation, Targets, set_learning_rate
+from dino_lightning.evaluation.classification.splits import open_labeled
 from dino_lightning.evaluation.context import EvalContext, Result, Task
 from dino_lightning.models.frozen import FrozenNetwork
 
@@ -49,7 +49,7 @@ def network(*, seed: int = 0, **more: Any) -> FrozenNetwork:
 
 def training(folder: Path, *, net: FrozenNetwork | None = None, data: Any = IMAGES, **config: Any) -> Finetuning:
     task = tiny_task(folder, net or network(), data=data)
-    return Finetuning(FinetuneEval(**{**PLAIN, **config}), task, labeled_sources(task))
+    return Finetuning(FinetuneEval(**{**PLAIN, **config}), task, open_labeled(task))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor], *, atol: flo
 
 def test_rates_and_decays_of_each_parameter(tmp_path: Path) -> None:
     run = training(tmp_path, layer_decay=0.5, weight_decay=0.3)
-    set_rate(run.adamw, 0.08)
+    set_learning_rate(run.adamw, 0.08)
     groups = {id(p): group for group in run.adamw.param_groups for p in group["params"]}
     for name, parameter in run.model.named_parameters():
         if name.startswith("head."):
@@ -91,7 +91,7 @@ def test_schedule(tmp_path: Path) -> None:
     top = 0.64 * 16 / 512
     warm = [top * i / 5 for i in range(6)]
     cosine = [0.001 + (top - 0.001) * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]
-    assert [run.rate(step) for step in range(15)] == pytest.approx(warm + cosine)
+    assert [run.lr(step) for step in range(15)] == pytest.approx(warm + cosine)
 
 
 def smoothed_cross_entropy(logits_BK: Tensor, labels_B: Tensor, *, smoothing: float) -> Tensor:
@@ -196,7 +196,7 @@ def test_an_interrupted_training_ends_as_a_whole_one(tmp_path: Path, monkeypatch
         training(tmp_path / "parts", **FULL, lr=0.5)
     checkpoint = tmp_path / "parts/out/finetune/last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.ckpt is not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.ckpt is not a complete checkpoint"):
         training(tmp_path / "parts", **FULL)
 
 
@@ -213,7 +213,7 @@ def test_results_and_exported_weights(tmp_path: Path) -> None:
     assert "too good" in results["top1_best_epoch"].details["chosen_on"]
     assert details["val_images"] == 21
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2}
-    classes = labeled_sources(task).classes
+    classes = open_labeled(task).classes
     model = timm.create_model("vit_tiny_patch16_224", num_classes=len(classes), **shape).eval()
     with safe_open(details["weights"], framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -223,7 +223,7 @@ def test_results_and_exported_weights(tmp_path: Path) -> None:
     assert json.loads(metadata["network"]) == {"resize": 36, "size": 32, "x": 1}
     right = 0
     view = finetune.center_view(task.network)
-    val = labeled_sources(task).val
+    val = open_labeled(task).val
     for i in range(len(val)):
         image = Image.fromarray(cast(np.ndarray, val.read(i)))
         right += int(model(view(image)[None]).argmax() == cast(np.ndarray, val.labels)[i])
@@ -262,7 +262,7 @@ def test_broken_images_are_left_out_and_named(tmp_path: Path) -> None:
 
 def test_posterize_with_no_bits_is_black() -> None:
     """Newer versions of Pillow refuse it, and DeiT's policy asks for it."""
-    augmentation: Any = Augmentation(FinetuneEval(), network(), size=32)
+    augmentation: Any = FinetuneAugmentation(FinetuneEval(), network(), size=32)
     policy = augmentation.transform.transforms[2]
     posterize = next(operator for operator in policy.ops if operator.name == "PosterizeIncreasing")
     posterize.magnitude, posterize.magnitude_std, posterize.prob = 10, 0, 1.0
@@ -288,10 +288,12 @@ def test_order_of_repeated_augmentation(ranks: int, repeats: int, monkeypatch: p
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size_per_device": 53}, "eval.batch_size_per_device=53: 52 labeled .* no whole batch; give at most 52"),
-    ({"warmup_epochs": 3}, "eval.warmup_epochs=3 is longer than eval.epochs=2"),
-    ({"auto_augment": "rend-m9"}, "eval.auto_augment=rend-m9: timm .* makes no policy of it"),
-    ({"auto_augment": "rand-m9-z3"}, "eval.auto_augment=rand-m9-z3: timm .* makes no policy of it"),
+    (
+        {"batch_size_per_device": 53},
+        "eval.batch_size_per_device=53: 52 labeled .* are fewer than one batch; set it to at most 52",
+    ),
+    ({"auto_augment": "rend-m9"}, "eval.auto_augment=rend-m9: timm .* rejects this policy"),
+    ({"auto_augment": "rand-m9-z3"}, "eval.auto_augment=rand-m9-z3: timm .* rejects this policy"),
 ]
 
 
@@ -302,16 +304,21 @@ def test_wrong_settings(config: dict[str, Any], sentence: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_warm_up_longer_than_the_training() -> None:
+    with pytest.raises(UserError, match="eval.warmup_epochs=3 is longer than eval.epochs=2"):
+        finetune.check(FinetuneEval(warmup_epochs=3, epochs=2), BuiltinData())
+
+
 def test_two_channels_take_no_policy(tmp_path: Path) -> None:
     net = replace(tiny_network(), mean=[0.5, 0.5], std=[0.2, 0.2])
-    with pytest.raises(UserError, match=r"eval.auto_augment=3a: timm's policies know no images of 2 channels"):
-        Augmentation(FinetuneEval(auto_augment="3a"), net, size=32)
-    plain = Augmentation(FinetuneEval(auto_augment=None, random_erasing=0), net, size=32)
+    with pytest.raises(UserError, match=r"eval.auto_augment=3a: timm's policies do not support images with 2 channels"):
+        FinetuneAugmentation(FinetuneEval(auto_augment="3a"), net, size=32)
+    plain = FinetuneAugmentation(FinetuneEval(auto_augment=None, random_erasing=0), net, size=32)
     assert plain(torch.full((2, 40, 50), 255, dtype=torch.uint8)).flatten().tolist() == pytest.approx([2.5] * 2048)
 
 
 def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval\.lr=1e\+30: the loss is no longer a number in epoch 1"):
+    with pytest.raises(UserError, match=r"eval\.lr=1e\+30: the loss is NaN or infinite in epoch 1"):
         training(tmp_path, lr=1e30).run()
     assert not (tmp_path / "out/finetune").exists()
 
@@ -319,7 +326,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
 def _rank(fabric: Fabric, folder: str, batch: int) -> None:
     torch.set_num_threads(1)
     task = Task(network(), IMAGES, EvalContext(fabric, show_progress=False), Path(folder) / "out")
-    run = Finetuning(FinetuneEval(**{**PLAIN, "batch_size_per_device": batch}), task, labeled_sources(task))
+    run = Finetuning(FinetuneEval(**{**PLAIN, "batch_size_per_device": batch}), task, open_labeled(task))
     torch.save({"history": run.run(), "weights": weights_of(run.model)}, f"{folder}/{fabric.global_rank}.pt")
 
 

@@ -63,7 +63,7 @@ def slow_crop(image: Any) -> Tensor:
 
 def slow_training(task: Task, *, epochs: int, batch_size: int, lr: float, n: int, avgpool: bool) -> list[Tensor]:
     """Weight (C, D) and bias (C,) in float64 by the definition of momentum SGD on the mean cross-entropy."""
-    images: Any = task.sources.train
+    images: Any = task.splits.train
     head = LinearClassifier(WIDTH * (n + avgpool), CLASSES, seed=SEED).linear
     weight, bias = head.weight.detach().double(), head.bias.detach().double()
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
@@ -112,7 +112,7 @@ def test_another_seed_is_another_training(tmp_path: Path) -> None:
 
 
 def slow_accuracy(task: Task, weight: Tensor, bias: Tensor, *, n: int, avgpool: bool) -> list[float]:
-    images: Any = task.sources.val
+    images: Any = task.splits.val
     size, resize = task.network.size, task.network.resize
     right = [0, 0]
     for index in range(len(images)):
@@ -163,7 +163,7 @@ def interrupt_after(task: Task, units: int) -> None:
 
         yield advance
 
-    cast(Any, task.runtime).progress = progress
+    cast(Any, task.context).progress = progress
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path: Path) -
     torch.manual_seed(99)
     said: list[str] = []
     again = tiny_task(tmp_path / "b", tiny_network(), data=BUILTIN, seed=SEED)
-    cast(Any, again.runtime).say = said.append
+    cast(Any, again.context).say = said.append
     resumed = run(again, epochs=4)
     assert "after epoch 2 of 4" in said[0]
     for one, other in zip(weights(resumed).values(), weights(whole).values(), strict=True):
@@ -223,12 +223,12 @@ def test_broken_images_are_named_and_left_out(broken: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "is not there"),
+        (None, "does not exist"),
         (b"nonsense", "cannot be read"),
-        ({"state_dict": {"head.weight": torch.zeros(2)}}, "expected 'module.linear.weight'"),
+        ({"state_dict": {"head.weight": torch.zeros(2)}}, "expected the keys 'module.linear.weight'"),
         ({"module.linear.weight": torch.zeros(1000, 64), "module.linear.bias": torch.zeros(1000)}, "1000 classes"),
-        ({"linear.weight": torch.zeros(12, 384), "linear.bias": torch.zeros(12)}, "takes 384 features, and"),
-        ({"linear.weight": torch.zeros(12, 64), "linear.bias": torch.zeros(3)}, "do not belong together"),
+        ({"linear.weight": torch.zeros(12, 384), "linear.bias": torch.zeros(12)}, "takes 384 features, but"),
+        ({"linear.weight": torch.zeros(12, 64), "linear.bias": torch.zeros(3)}, "does not match its bias"),
     ],
 )
 def test_no_classifier_of_this_kind(content: Any, expected: str, tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_no_classifier_of_this_kind(content: Any, expected: str, tmp_path: Path)
 
 def changed(task: Task, **changes: Any) -> Task:
     """With validation images of other attributes."""
-    val: Any = Subset(cast(Any, task.sources.val), indices=torch.arange(20).numpy())
+    val: Any = Subset(cast(Any, task.splits.val), indices=torch.arange(20).numpy())
     for name, value in changes.items():
         setattr(val, name, value)
-    task.__dict__["sources"] = Splits(task.sources.train, val, None)
+    task.__dict__["splits"] = Splits(task.splits.train, val, None)
     return task
 
 
@@ -267,9 +267,9 @@ def test_data_that_cannot_be_classified(wrong: Callable[[Task], Task], expected:
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval.n_last_blocks=3: vit0 has 2 blocks; give 1 to 2"):
+    with pytest.raises(UserError, match=r"eval.n_last_blocks=3: vit0 has 2 blocks; expected 1 to 2"):
         run(tiny_task(tmp_path, tiny_network(), data=BUILTIN), n_last_blocks=3)
-    with pytest.raises(UserError, match=r"resnet10t is no ViT .* set eval.n_last_blocks=1"):
+    with pytest.raises(UserError, match=r"resnet10t is not a ViT .* set eval.n_last_blocks=1"):
         run(tiny_task(tmp_path, timm_network("resnet10t"), data=BUILTIN))
     flat: DataConfig = write_images(tmp_path / "images", broken=0)
     flat.path = str(tmp_path / "images" / "train" / "red")  # type: ignore[attr-defined]

@@ -16,16 +16,16 @@ from dino_lightning.data.sources.base import Splits, Subset, held_out
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import linear
 from dino_lightning.evaluation.classification import linear_grid as linear_grid
-from dino_lightning.evaluation.classification.classifiers import LinearClassifier, accuracy, count_right
-from dino_lightning.evaluation.classification.linear_heads import Heads, Tokens, train
+from dino_lightning.evaluation.classification.classifiers import LinearClassifier, accuracy, count_correct
+from dino_lightning.evaluation.classification.linear_heads import LinearHeads, TokenLayout, train
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.evaluation.features.choice import FeatureChoice
 from dino_lightning.evaluation.features.images import ViewedImages, center_view
+from dino_lightning.evaluation.features.spec import FeatureSpec
 from dino_lightning.models.tokens import linear_features
 
 CPU = torch.device("cpu")
 BUILTIN = BuiltinData(train_images=150, val_images=48, num_workers=0)
-CLS, BOTH, TWO = FeatureChoice(1, False), FeatureChoice(1, True), FeatureChoice(2, False)
+CLS, BOTH, TWO = FeatureSpec(1), FeatureSpec(1, avgpool=True), FeatureSpec(2)
 
 
 def run(task: Task, **changes: Any) -> dict[str, Result]:
@@ -36,7 +36,7 @@ def run(task: Task, **changes: Any) -> dict[str, Result]:
 def listened(task: Task) -> tuple[Task, list[str]]:
     """The task, and what it will have said."""
     said: list[str] = []
-    cast(Any, task.runtime).say = said.append
+    cast(Any, task.context).say = said.append
     return task, said
 
 
@@ -63,11 +63,11 @@ def alone(
 @pytest.mark.parametrize("batch_size", [16, 1000])
 def test_every_classifier_is_trained_as_if_alone(batch_size: int) -> None:
     tokens, labels = torch.randn(100, 18), torch.randint(0, 5, (100,))
-    layout, lrs, rows = Tokens(6, n=2, mean_patch=True), [0.1, 1.0, 10.0], torch.arange(3, 93)
+    layout, lrs, rows = TokenLayout(6, n=2, mean_patch=True), [0.1, 1.0, 10.0], torch.arange(3, 93)
     kinds = {TWO: tokens[:, :12], CLS: tokens[:, 6:12]}
-    heads = {choice: Heads(x.shape[1], 5, lrs=lrs, seed=7, device=CPU) for choice, x in kinds.items()}
+    heads = {choice: LinearHeads(x.shape[1], 5, lrs=lrs, seed=7, device=CPU) for choice, x in kinds.items()}
     setting: dict[str, Any] = {"epochs": 3, "batch_size": batch_size, "seed": 7}
-    train(heads, tokens, labels, rows=rows, layout=layout, device=CPU, advance=lambda _: None, **setting)
+    train(heads, tokens, labels, indices=rows, layout=layout, device=CPU, advance=lambda _: None, **setting)
     for choice, x in kinds.items():
         for i, lr in enumerate(lrs):
             right = alone(x[rows], labels[rows], lr=lr, classes=5, **setting)
@@ -79,14 +79,14 @@ def test_every_classifier_is_trained_as_if_alone(batch_size: int) -> None:
 
 def test_a_classifier_that_diverges_is_wrong_and_leaves_the_others_alone() -> None:
     tokens, labels = 1e20 * torch.randn(64, 8), torch.randint(0, 3, (64,))
-    both, one = (Heads(8, 3, lrs=lrs, seed=0, device=CPU) for lrs in ([1e-22, 1e30], [1e-22]))
+    both, one = (LinearHeads(8, 3, lrs=lrs, seed=0, device=CPU) for lrs in ([1e-22, 1e30], [1e-22]))
     for heads in (both, one):
         train(
             {CLS: heads},
             tokens,
             labels,
-            rows=torch.arange(64),
-            layout=Tokens(8, n=1, mean_patch=False),
+            indices=torch.arange(64),
+            layout=TokenLayout(8, n=1, mean_patch=False),
             epochs=2,
             batch_size=16,
             seed=0,
@@ -98,17 +98,17 @@ def test_a_classifier_that_diverges_is_wrong_and_leaves_the_others_alone() -> No
     assert accuracy(both.logits, tokens, labels, topk=(1,), device=CPU)[1] < 50
 
 
-@pytest.mark.parametrize("widest", [CLS, BOTH, TWO, FeatureChoice(2, True)])
-def test_tokens_hold_every_choice(widest: FeatureChoice) -> None:
+@pytest.mark.parametrize("widest", [CLS, BOTH, TWO, FeatureSpec(n_last_blocks=2, avgpool=True)])
+def test_tokens_hold_every_choice(widest: FeatureSpec) -> None:
     network, images = tiny_network(), torch.randn(3, 3, 32, 32)
-    layout = Tokens(network.width, n=widest.n_last_blocks, mean_patch=widest.avgpool)
+    layout = TokenLayout(network.width, n=widest.n_last_blocks, mean_patch=widest.avgpool)
     tokens = widest.of(network.backbone)(images)
-    for choice in (CLS, BOTH, TWO, FeatureChoice(2, True)):
+    for choice in (CLS, BOTH, TWO, FeatureSpec(n_last_blocks=2, avgpool=True)):
         if choice.n_last_blocks <= widest.n_last_blocks and choice.avgpool <= widest.avgpool:
             right = linear_features(
                 network.backbone, images, n_last_blocks=choice.n_last_blocks, avgpool=choice.avgpool
             )
-            torch.testing.assert_close(layout.of(choice, tokens), right)
+            torch.testing.assert_close(layout.select(choice, tokens), right)
             assert choice.width(network) == right.shape[1]
 
 
@@ -120,8 +120,8 @@ def test_counting_against_a_loop() -> None:
         order = sorted(range(7), key=lambda c: (-row[c], c))
         known = not math.isnan(row[label])
         right = [count + (known and label in order[:k]) for count, k in zip(right, (1, 5), strict=True)]
-    assert count_right(logits, labels, topk=(1, 5)).tolist() == right
-    both = count_right(torch.stack([logits, -logits]), labels, topk=(1, 5))
+    assert count_correct(logits, labels, topk=(1, 5)).tolist() == right
+    both = count_correct(torch.stack([logits, -logits]), labels, topk=(1, 5))
     assert both[0].tolist() == right
     found = accuracy(lambda x: x, logits, labels, topk=(1, 5), device=CPU, chunk=7)
     assert found.tolist() == pytest.approx([100 * count / 40 for count in right])
@@ -131,7 +131,7 @@ def test_the_table_and_the_choice(tmp_path: Path) -> None:
     """Every entry is the accuracy of a classifier trained alone on the kept images, asked about the held-out ones."""
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=3)
     details = run(task, avgpool=[False, True], holdout=0.3)["top1"].details
-    train_images: Any = task.sources.train
+    train_images: Any = task.splits.train
     held = torch.from_numpy(held_out(train_images.labels, share=0.3, seed=3))
     labels = torch.from_numpy(train_images.labels)
     viewed = ViewedImages(train_images, center_view(task.network), blank=(3, 32, 32))
@@ -158,9 +158,9 @@ def test_the_table_and_the_choice(tmp_path: Path) -> None:
 def test_validation_images_choose_nothing(tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=3)
     first = run(task)
-    val: Any = Subset(cast(Any, task.sources.val), indices=np.arange(48))
+    val: Any = Subset(cast(Any, task.splits.val), indices=np.arange(48))
     val.labels = np.random.default_rng(1).permutation(val.labels)
-    task.__dict__["sources"] = Splits(task.sources.train, val, None)
+    task.__dict__["splits"] = Splits(task.splits.train, val, None)
     second = run(task)
     assert second["top1"].value != first["top1"].value
     for key in ("chosen", "choices", "lr_at_edge"):
@@ -193,8 +193,8 @@ def test_networks_without_blocks_have_one_kind_of_features(tmp_path: Path) -> No
     task, said = listened(tiny_task(tmp_path, timm_network("resnet10t"), data=BUILTIN))
     details = run(task, avgpool=[False, True], epochs=1, lrs=[0.1])["top1"].details
     assert details["chosen"] == {"n_last_blocks": 1, "avgpool": False, "lr": 0.1}
-    assert "resnet10t is no ViT" in said[0]
-    with pytest.raises(UserError, match=r"eval.n_last_blocks=\[1,2\] eval.avgpool=\[true\]: resnet10t is no ViT"):
+    assert "resnet10t is not a ViT" in said[0]
+    with pytest.raises(UserError, match=r"eval.n_last_blocks=\[1,2\] eval.avgpool=\[true\]: resnet10t is not a ViT"):
         run(task, avgpool=[True])
 
 

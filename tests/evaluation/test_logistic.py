@@ -1,6 +1,5 @@
 """Logistic regression: the minimum of its equation, the same as scikit-learn's, and a choice made without the test."""
 
-import builtins
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,14 @@ from torch import Tensor
 from dino_lightning.config import BuiltinData, LogisticEval
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification import lbfgs as solver
-from dino_lightning.evaluation.classification.lbfgs import Classifier, fit, fit_sklearn, objective, stratified_folds
-from dino_lightning.evaluation.classification.logistic import choose_c, draw, evaluate
+from dino_lightning.evaluation.classification import logistic
+from dino_lightning.evaluation.classification.lbfgs import (
+    LogisticClassifier,
+    fit,
+    fit_sklearn,
+    stratified_folds,
+)
+from dino_lightning.evaluation.classification.logistic import choose_c, draw_per_class, evaluate
 from dino_lightning.evaluation.context import Result
 
 CPU = torch.device("cpu")
@@ -39,7 +44,7 @@ def _points(n: int, *, classes: int, width: int = 6, noise: float = 1.0, seed: i
     return torch.nn.functional.normalize(points, dim=1), labels
 
 
-def _slow_objective(classifier: Classifier, x: Tensor, y: Tensor, *, c: float) -> float:
+def _slow_objective(classifier: LogisticClassifier, x: Tensor, y: Tensor, *, c: float) -> float:
     """From the equation, one image and class at a time."""
     weights, biases = classifier.weights.double().numpy(), classifier.biases.double().numpy()
     total = 0.0
@@ -59,11 +64,10 @@ def test_both_solvers_find_one_minimum(classes: int, c: float) -> None:
     assert theirs.converged
     values = [_slow_objective(each, x, y, c=c) for each in (ours, theirs)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
-    assert objective(ours, x, y, c=c).item() == pytest.approx(values[0], rel=1e-12)
     # Nowhere around is it lower.
     for _ in range(10):
         step_DK, step_K = 1e-2 * torch.randn_like(ours.weights), 1e-2 * torch.randn_like(ours.biases)
-        assert _slow_objective(Classifier(ours.weights + step_DK, ours.biases + step_K), x, y, c=c) > values[0]
+        assert _slow_objective(LogisticClassifier(ours.weights + step_DK, ours.biases + step_K), x, y, c=c) > values[0]
     new, _ = _points(300, classes=classes, seed=1)
     best = theirs.logits(new).topk(2, dim=1).values
     clear = best[:, 0] - best[:, 1] > 1e-4  # more than the solvers' tolerance of 1e-6 leaves open
@@ -86,12 +90,12 @@ def test_chunks_and_a_start_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     x, y = _points(120, classes=4)
     options: dict[str, Any] = {"num_classes": 4, "max_iterations": 5000, "device": CPU}
     whole = fit(x, y, c=10.0, **options)
-    started = fit(x, y, c=10.0, start=fit(x, y, c=1.0, **options), **options)
+    started = fit(x, y, c=10.0, initial=fit(x, y, c=1.0, **options), **options)
     monkeypatch.setattr(solver, "CHUNK_VALUES", 28)
     for other in (started, fit(x, y, c=10.0, **options)):
         # To the tolerance of the gradient, 1e-6, over the least curvature, that of the penalty: 1 / (c N).
         torch.testing.assert_close(other.weights, whole.weights, rtol=0, atol=2e-3)
-        assert objective(other, x, y, c=10.0).item() == pytest.approx(objective(whole, x, y, c=10.0).item(), rel=1e-7)
+        assert _slow_objective(other, x, y, c=10.0) == pytest.approx(_slow_objective(whole, x, y, c=10.0), rel=1e-7)
 
 
 def test_too_few_iterations_are_told() -> None:
@@ -111,13 +115,13 @@ def test_an_absent_class_is_never_predicted() -> None:
 
 def test_draw_takes_a_share_of_each_class() -> None:
     labels = np.repeat([0, 1, 2], [100, 40, 3])
-    drawn = draw(labels, share=0.1, seed=0)
+    drawn = draw_per_class(labels, share=0.1, seed=0)
     assert np.bincount(labels[drawn]).tolist() == [10, 4, 1], "at least one of each"
-    assert drawn.tolist() == sorted(set(drawn.tolist())) == draw(labels, share=0.1, seed=0).tolist()
-    assert drawn.tolist() != draw(labels, share=0.1, seed=1).tolist()
-    assert draw(labels, share=1.0, seed=5).tolist() == list(range(143))
+    assert drawn.tolist() == sorted(set(drawn.tolist())) == draw_per_class(labels, share=0.1, seed=0).tolist()
+    assert drawn.tolist() != draw_per_class(labels, share=0.1, seed=1).tolist()
+    assert draw_per_class(labels, share=1.0, seed=5).tolist() == list(range(143))
     # 300 draws of 10 of 100: each 30 times on average, with a standard deviation of 5.2.
-    counts = np.bincount(np.concatenate([draw(labels[:100], share=0.1, seed=seed) for seed in range(300)]))
+    counts = np.bincount(np.concatenate([draw_per_class(labels[:100], share=0.1, seed=seed) for seed in range(300)]))
     assert counts.min() > 8
     assert counts.max() < 55
 
@@ -193,14 +197,7 @@ def test_solvers_give_the_same_figures(tmp_path: Path) -> None:
     assert device[0].details["splits"][0]["c"] == sklearn[0].details["splits"][0]["c"]
 
 
-def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *arguments: Any, **more: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"eval\.solver=sklearn needs scikit-learn"):
-        _evaluated(tmp_path, solver="sklearn")
+        logistic.check(LogisticEval(solver="sklearn"), DATA)

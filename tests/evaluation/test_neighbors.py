@@ -52,7 +52,7 @@ def feature(task: Task, source: ImageSource, index: int) -> Tensor:
 
 def nearest_by_loops(task: Task, query: int, *, n: int) -> list[tuple[float, int]]:
     """Similarity and position of a query's neighbors; a query among the images is not its own."""
-    train, val = task.sources.train, task.sources.val
+    train, val = task.splits.train, task.splits.val
     assert isinstance(train, ImageSource)
     own = feature(task, train if val is None else val, query)
     others = [i for i in range(len(train)) if val is not None or i != query]
@@ -67,7 +67,7 @@ def shown(task: Task) -> Image.Image:
 def test_neighbors_of_chosen_queries(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     results = run(task, queries=[17, 3, 17])
-    train, val = task.sources.train, task.sources.val
+    train, val = task.splits.train, task.splits.val
     assert isinstance(train, ImageSource)
     assert val is not None
     assert train.labels is not None
@@ -87,20 +87,20 @@ def test_neighbors_of_chosen_queries(tmp_path: Path) -> None:
 
 def test_random_queries_show_each_class_before_any_twice(tmp_path: Path) -> None:
     task = builtin(tmp_path)
-    val = task.sources.val
+    val = task.splits.val
     assert val is not None
     assert val.labels is not None
     for n in (5, CLASSES, CLASSES + 4):
-        drawn = neighbors.query_positions(NeighborsEval(random_queries=n), val, seed=1)
+        drawn = neighbors.query_indices(NeighborsEval(random_queries=n), val, seed=1)
         assert drawn == sorted(set(drawn))
         assert len(drawn) == n
         counts = Counter(val.labels[drawn].tolist())
         assert len(counts) == min(n, CLASSES)
         assert max(counts.values()) == (1 if n <= CLASSES else 2)
-    draws = [neighbors.query_positions(NeighborsEval(), val, seed=seed) for seed in (0, 0, 1)]
+    draws = [neighbors.query_indices(NeighborsEval(), val, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    assert len(neighbors.query_positions(NeighborsEval(random_queries=99), val, seed=0)) == 36
-    assert run(task, random_queries=3)["mean_similarity"].details["queries"] == neighbors.query_positions(
+    assert len(neighbors.query_indices(NeighborsEval(random_queries=99), val, seed=0)) == 36
+    assert run(task, random_queries=3)["mean_similarity"].details["queries"] == neighbors.query_indices(
         NeighborsEval(random_queries=3), val, seed=0
     )
 
@@ -129,7 +129,7 @@ def test_the_picture_is_drawn_from_the_right_images(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(neighbors, "neighbor_sheet", sheet)
     task = builtin(tmp_path)
     details = run(task, queries=[5, 9], neighbors=2)["mean_similarity"].details
-    train, val = task.sources.train, task.sources.val
+    train, val = task.splits.train, task.splits.val
     assert isinstance(train, ImageSource)
     assert val is not None
 
@@ -182,7 +182,7 @@ def test_copies_of_a_query_are_its_neighbors(tmp_path: Path) -> None:
 
 def parts(task: Task, indices: Any) -> list[Subset]:
     """The images `indices` of both splits, to be relabeled."""
-    sources: Any = task.sources
+    sources: Any = task.splits
     return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
 
@@ -193,7 +193,7 @@ def test_labels_that_nobody_knows_are_not_judged(tmp_path: Path) -> None:
     assert val.labels is not None
     val.labels = np.where(np.arange(24) == 0, -1, val.labels)
     train.labels = np.where(np.arange(24) % 2, -1, train.labels)
-    task.sources = Splits(train, val, None)
+    task.splits = Splits(train, val, None)
     assert list(run(task, queries=[0])) == ["mean_similarity"]
     results = run(task, queries=[0, 1], neighbors=20)
     known = [i for i in results["mean_similarity"].details["neighbors"][1] if train.labels[i] >= 0]
@@ -206,7 +206,7 @@ def test_classes_are_the_same_by_name(tmp_path: Path) -> None:
     train, val = parts(task, np.arange(24))
     assert val.classes is not None
     plain = Splits(train, val, None)
-    task.sources = plain
+    task.splits = plain
     before = run(task, queries=[0, 1])["same_class_share"].value
     val.classes = val.classes[::-1]
     assert val.labels is not None
@@ -245,7 +245,7 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
         run(task, queries=[4])
     for number in (0, 3, 5):
         (tmp_path / "images" / f"{number:02d}.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"^data: no image to choose from can be read, see .*_train\.txt\.$"):
+    with pytest.raises(UserError, match=r"^data: none of the images to choose from can be read, see .*_train\.txt\.$"):
         run(flat_again(task, tmp_path), queries=[2])
 
 

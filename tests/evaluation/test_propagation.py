@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_lightning.evaluation.video.propagation import SPARE, TILE, Propagation, cut, label_maps, one_hot_labels
+from dino_lightning.evaluation.video.propagation import SPARE, TILE, Propagation, label_maps, one_hot_labels, tile_axis
 
 C = 3
 
@@ -124,7 +124,7 @@ def test_float32_is_near() -> None:
 @pytest.mark.parametrize("neighborhood", [1, 5, 12])
 def test_windows_hold_every_neighbor(neighborhood: int) -> None:
     for length in range(1, 120):
-        axis = cut(length, neighborhood=neighborhood)
+        axis = tile_axis(length, neighborhood=neighborhood)
         assert axis.count * axis.tile >= length > (axis.count - 1) * axis.tile
         assert axis.reach == neighborhood or (axis.count == 1 and axis.window == length)
 

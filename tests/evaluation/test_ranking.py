@@ -11,7 +11,7 @@ from slow_params import first
 from torch import Tensor
 
 from dino_lightning.data.benchmarks.revisited import load_plain
-from dino_lightning.evaluation.retrieval.ranking import NEVER, average_precision_at_top, rank_database
+from dino_lightning.evaluation.retrieval.ranking import NOT_RETRIEVABLE, average_precision_at_top, rank_database
 
 
 def _case(seed: int, *, queries: int, images: int, levels: int) -> tuple[Tensor, list[list[int]], list[list[int]]]:
@@ -88,7 +88,7 @@ def test_the_lower_index_wins_a_tie() -> None:
 
 
 def test_what_cannot_be_retrieved_is_never_found() -> None:
-    similarity = torch.tensor([[0.9, NEVER, 0.1], [NEVER, 0.2, 0.1]])
+    similarity = torch.tensor([[0.9, NOT_RETRIEVABLE, 0.1], [NOT_RETRIEVABLE, 0.2, 0.1]])
     got = rank_database(similarity, positives=[[0, 1], [0]], junk=[[], [1]])
     # Half of the recall is reached with precision 1; the second query finds nothing.
     assert got.ap.tolist() == [0.5, 0]

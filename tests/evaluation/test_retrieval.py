@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from evaluation_tools import MEAN, STD, timm_network, tiny_network, tiny_task
 from landmark_cases import LANDMARKS, VIEWS, write_others, write_revisited
-from oracles_ranking import AT, NEVER, definition
+from oracles_ranking import AT, NOT_RETRIEVABLE, definition
 from PIL import Image
 from slow_params import first
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def test_other_networks_of_timm(name: str, data: RevisitedData, tmp_path: Path) 
 
 def test_a_network_for_squares_only_is_refused(data: RevisitedData, tmp_path: Path) -> None:
     network = timm_network("vit_tiny_patch16_224", img_size=48)
-    with pytest.raises(UserError, match=r"eval.image_size=48: vit_tiny_patch16_224 does not take images of 48 x 36"):
+    with pytest.raises(UserError, match=r"eval.image_size=48: vit_tiny_patch16_224 does not accept images of 48 x 36"):
         run(tmp_path, data, network)
 
 
@@ -185,10 +185,10 @@ def test_whitening(data: RevisitedData, tmp_path: Path) -> None:
 
 def test_settings_that_do_not_go_together(data: RevisitedData, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval.whitening=true needs data.whitening_path"):
-        run(tmp_path, data, whitening=True)
+        retrieval.check(RetrievalEval(whitening=True), data)
     data.whitening_path = str(tmp_path / "data")
-    with pytest.raises(UserError, match=r"is used with eval.whitening=true only"):
-        run(tmp_path, data)
+    with pytest.raises(UserError, match=r"is used only with eval.whitening=true"):
+        retrieval.check(RetrievalEval(), data)
     data.whitening_path = str(tmp_path / "dat")
     with pytest.raises(UserError, match=r"data.whitening_path=.* does not exist.*did you mean 'data'"):
         run(tmp_path, data, whitening=True)
@@ -212,7 +212,7 @@ def test_broken_images(data: RevisitedData, tmp_path: Path, capsys: pytest.Captu
     row = []
     own = feature(backbone, benchmark.queries[2].path, scales=[1])
     for i, path in enumerate(benchmark.images):
-        row.append(NEVER if i == hard else float(own @ feature(backbone, path, scales=[1])))
+        row.append(NOT_RETRIEVABLE if i == hard else float(own @ feature(backbone, path, scales=[1])))
     want, _ = definition(row, [*benchmark.queries[2].easy, hard], benchmark.queries[2].junk)
     assert medium["ap"]["query2"] == pytest.approx(100 * want, abs=1e-9)
 
@@ -239,4 +239,4 @@ def test_the_picture_frames_what_was_found(data: RevisitedData, tmp_path: Path) 
     colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height) or []}
     assert {AGREES, DIFFERS, UNJUDGED} <= colors
     assert sheet.height > LANDMARKS * 128
-    assert VIEWS * LANDMARKS > retrieval.SHOWN
+    assert VIEWS * LANDMARKS > retrieval.SHEET_COLUMNS

@@ -18,10 +18,10 @@ from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.video.davis_scores import object_scores
-from dino_lightning.evaluation.video.frames import frame_size, resized, resized_labels
+from dino_lightning.evaluation.video.frames import frame_size, resize_frame, resize_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
 from dino_lightning.evaluation.video.tracking import frames_std
-from dino_lightning.evaluation.video.video import evaluate, shares
+from dino_lightning.evaluation.video.video import balance_sequences, evaluate
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import patch_tokens
 from dino_lightning.runtime.collectives import leave_group
@@ -52,12 +52,12 @@ def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: An
 
     def features(index: int) -> Tensor:
         pixels = torch.from_numpy(np.array(Image.open(frame_path(Path(data.path), name, index)))).permute(2, 0, 1)
-        image = resized(pixels, size=(64, 64)) / 255
+        image = resize_frame(pixels, size=(64, 64)) / 255
         normalized = (image - torch.tensor(network.mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         return patch_tokens(network.backbone, normalized.unsqueeze(0))[0]
 
     first = disks(HEIGHT, WIDTH, shift=0)
-    small = torch.from_numpy(resized_labels(first, size=(8, 8)).copy())
+    small = torch.from_numpy(resize_labels(first, size=(8, 8)).copy())
     propagation = Propagation(
         features(0),
         one_hot_labels(small, count=3),
@@ -69,7 +69,7 @@ def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: An
     masks = [first]
     for index in range(1, FRAMES):
         soft = propagation.step(features(index)).unsqueeze(0)
-        masks.append(resized_labels(label_maps(soft, size=(64, 64))[0].numpy(), size=(HEIGHT, WIDTH)))
+        masks.append(resize_labels(label_maps(soft, size=(64, 64))[0].numpy(), size=(HEIGHT, WIDTH)))
     return np.stack(masks)
 
 
@@ -143,7 +143,7 @@ def test_sizes_of_frames() -> None:
 @pytest.mark.parametrize("size", [(6, 9), (14, 5), (7, 20)])
 def test_frames_are_resized_between_the_four_nearest_pixels(size: tuple[int, int]) -> None:
     pixels = torch.randint(0, 256, (3, 10, 13), dtype=torch.uint8)
-    found = resized(pixels, size=size)
+    found = resize_frame(pixels, size=size)
     assert found.dtype == torch.uint8
     for y in range(size[0]):
         for x in range(size[1]):
@@ -269,10 +269,10 @@ def test_sizes_that_the_network_does_not_take(
 
 
 def test_shares_of_ranks() -> None:
-    assert shares([5, 9, 3, 4], ranks=1) == [[0, 1, 2, 3]]
-    assert shares([5, 9, 3, 4], ranks=2) == [[1, 2], [0, 3]]
-    assert sorted(number for share in shares([7] * 10, ranks=3) for number in share) == list(range(10))
-    assert shares([4], ranks=3) == [[0], [], []]
+    assert balance_sequences([5, 9, 3, 4], ranks=1) == [[0, 1, 2, 3]]
+    assert balance_sequences([5, 9, 3, 4], ranks=2) == [[1, 2], [0, 3]]
+    assert sorted(number for share in balance_sequences([7] * 10, ranks=3) for number in share) == list(range(10))
+    assert balance_sequences([4], ranks=3) == [[0], [], []]
 
 
 def _run_rank(rank: int, world: int, folder: str) -> None:

@@ -3,8 +3,8 @@
 import math
 
 AT = (1, 5, 10)
-NEVER = -math.inf
-"""Similarity of an image that cannot be retrieved."""
+NOT_RETRIEVABLE = -math.inf
+"""The similarity of an image that cannot be retrieved."""
 
 
 def ranked(similarity: list[float]) -> list[int]:
@@ -26,7 +26,8 @@ def definition(similarity: list[float], positives: list[int], junk: list[int]) -
     if not positives:
         return math.nan, [math.nan] * len(AT)
     without_junk = [i for i in ranked(similarity) if i not in set(junk)]
-    positions = [rank for rank, i in enumerate(without_junk) if i in set(positives) and similarity[i] != NEVER]
+    hits = {i for i in positives if similarity[i] != NOT_RETRIEVABLE}
+    positions = [position for position, i in enumerate(without_junk) if i in hits]
     precisions = []
     for k in AT:
         upto = min(k, positions[-1] + 1) if positions else 1

@@ -16,11 +16,11 @@ from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.plugins import import_one
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
-from dino_lightning.config.checks.evaluation import check_evaluation
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
+from dino_lightning.evaluation.checks import check_evaluation
 from dino_lightning.runtime.environment import check_variables
 from dino_lightning.training.build import build_data
 from dino_lightning.training.preflight import check_data, check_environment

@@ -163,6 +163,8 @@ class EvaluateConfig:
     """Random seed of subsets, splits and untrained networks."""
     cpu_threads: Annotated[int | None, AtLeast(1)] = None
     """Number of PyTorch threads on a CPU; null divides the cores among the devices."""
+    imports: list[str] = field(default_factory=list)
+    """Your Python files or modules with evaluations or other parts, imported first (`register_evaluation`)."""
     feature_cache: Annotated[str | None, FilePath] = "~/.cache/dino-lightning/features"
     """Folder in which extracted features are cached by the content of weights and images; null disables the cache."""
 

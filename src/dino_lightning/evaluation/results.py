@@ -1,4 +1,4 @@
-"""Results on disk, one JSON line for each figure, and on the screen, as a table."""
+"""Results on disk, one JSON line per figure, and on the screen, as a table."""
 
 import json
 import os
@@ -15,19 +15,19 @@ from dino_lightning.evaluation.context import Result, Task
 
 @dataclass
 class ResultsFile:
-    """`results.jsonl`: a line of an evaluation stays when the next one is appended."""
+    """`results.jsonl`, to which every evaluation appends its lines."""
 
     path: Path
     eval: str
     checkpoint: str
-    """As the user named it."""
+    """The value of `checkpoint=`."""
     config: dict[str, Any]
-    """The whole configuration, plain types only."""
+    """The complete configuration, JSON types only."""
     environment: dict[str, Any]
     """Commit, versions, machine."""
 
     def append(self, result: Result, task: Task, *, seconds: float) -> None:
-        """One line; `seconds` since the evaluation of this network began."""
+        """Append one line; `seconds` since the start of the evaluation of this network."""
         line = {
             "eval": self.eval,
             "metric": result.metric,
@@ -39,15 +39,15 @@ class ResultsFile:
             "checkpoint_digest": task.network.digest,
             "details": result.details,
             "seconds": round(seconds, 3),
-            "device": str(task.runtime.device),
-            "world_size": task.runtime.fabric.world_size,
+            "device": str(task.context.device),
+            "world_size": task.context.fabric.world_size,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "environment": self.environment,
             "config": self.config,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line, allow_nan=True) + "\n"
-        # One write to a file opened for appending: lines of evaluations that run side by side do not mix.
+        # A single write in append mode, so that the lines of concurrent evaluations do not mix.
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, text.encode())
@@ -56,19 +56,18 @@ class ResultsFile:
 
 
 def results_table(title: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> Table:
-    """The main results: a row for each metric, a column for each network (its name, its results)."""
+    """The main results: a row per metric, a column per network, given as (name, results)."""
     table = Table(title=title)
     table.add_column("")
     for name, _ in columns:
         table.add_column(name, justify="right")
-    shown = [result for result in columns[0][1] if result.main]
-    for row in shown:
-        cells = [next((r for r in results if r.metric == row.metric), None) for _, results in columns]
-        table.add_row(row.metric, *(_shown(cell) for cell in cells))
+    for metric in (result.metric for result in columns[0][1] if result.main):
+        cells = [next((result for result in results if result.metric == metric), None) for _, results in columns]
+        table.add_row(metric, *map(_format, cells))
     return table
 
 
-def _shown(result: Result | None) -> str:
+def _format(result: Result | None) -> str:
     if result is None:
         return ""
     return f"{result.value:.1f} %" if result.unit == "%" else f"{result.value:.4g} {result.unit}".rstrip()

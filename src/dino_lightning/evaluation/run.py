@@ -1,7 +1,7 @@
-"""One evaluation from configuration to results, in its order."""
+"""Runs one evaluation, from its configuration to its results."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,36 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from dino_lightning.checkpoints import load_network, with_fresh_weights
-from dino_lightning.config import (
-    SCHEMAS,
-    AttentionEval,
-    ClassificationEval,
-    CopyDetectionEval,
-    DataConfig,
-    EvaluateConfig,
-    FinetuneEval,
-    KNNEval,
-    LinearEval,
-    LinearGridEval,
-    LogisticEval,
-    NeighborsEval,
-    RetrievalEval,
-    VideoEval,
-    WandbLoggerConfig,
-)
-from dino_lightning.config.checks.evaluation import check_evaluation
+from dino_lightning.config import ClassificationEval, DataConfig, EvaluateConfig, WandbLoggerConfig
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.attention import attention
-from dino_lightning.evaluation.classification import finetune, knn, linear, logistic, neighbors
-from dino_lightning.evaluation.classification import linear_grid as linear_grid
-from dino_lightning.evaluation.context import EvalContext, Result, Task, start
+from dino_lightning.evaluation.checks import check_evaluation
+from dino_lightning.evaluation.context import EvalContext, Result, Task, launch_fabric, set_threads
+from dino_lightning.evaluation.registry import Evaluation, find_evaluation
 from dino_lightning.evaluation.results import ResultsFile, results_table
-from dino_lightning.evaluation.retrieval import copy_detection, retrieval
-from dino_lightning.evaluation.video import video
 from dino_lightning.evaluation.wandb import log_results, start_evaluation
 from dino_lightning.loggers.checks import check_logger
-from dino_lightning.loggers.wandb import wandb_session
+from dino_lightning.loggers.wandb import FaultTolerantWandbLogger, wandb_session
 from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.environment import check_gpus, check_variables
@@ -48,7 +28,36 @@ from dino_lightning.runtime.provenance import environment
 
 
 def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | None:
-    """Evaluate as configured; returns the first main figure of the network (for sweeps)."""
+    """Evaluate as configured; returns the first main figure of the network (the objective of a sweep)."""
+    config = check_settings(composed, overrides)
+    evaluation = find_evaluation(config.eval)
+    quieten_libraries()
+    context = launch_context(config)
+    network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
+    check_network(config, network)
+    networks = [network]
+    if config.baseline and network.trained:
+        networks.append(with_fresh_weights(network, seed=config.seed))
+    print_introduction(config, network, context)
+    file = ResultsFile(
+        Path(config.output_dir) / "results.jsonl",
+        eval=evaluation.name,
+        checkpoint=config.checkpoint,
+        config=cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True)),
+        environment=environment(),
+    )
+    with wandb_session():
+        logger = start_logger(config, file, network, overrides) if context.is_main else None
+        columns = [(each.name, evaluate_network(config, evaluation, each, context, file)) for each in networks]
+        if logger is not None:
+            log_results(logger, evaluation.name, columns)
+    if context.is_main:
+        print_results(config, evaluation.name, columns)
+    return next((result.value for result in columns[0][1] if result.main), None)
+
+
+def check_settings(composed: DictConfig, overrides: Sequence[str]) -> EvaluateConfig:
+    """The configuration, once everything is checked that needs neither weights nor images."""
     check_keys(composed)
     config = cast(EvaluateConfig, OmegaConf.to_object(composed))
     check_evaluation(config, overrides=overrides)
@@ -56,107 +65,75 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     check_gpus(config.trainer.accelerator)
     check_writable("output_dir", Path(config.output_dir))
     check_logger(config.logger)
-    quieten_libraries()
-    runtime = start(config)
-    network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
-    check_network(config, network)
-    networks = (
-        [network, with_fresh_weights(network, seed=config.seed)] if config.baseline and network.trained else [network]
-    )
-    name = next(name for name, schema in SCHEMAS["eval"].items() if type(config.eval) is schema)
-    resolved = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
-    output, made_with = Path(config.output_dir), environment()
-    file = ResultsFile(
-        output / "results.jsonl", eval=name, checkpoint=config.checkpoint, config=resolved, environment=made_with
-    )
-    introduce(config, network, runtime)
-    with wandb_session():
-        logger = None
-        if isinstance(config.logger, WandbLoggerConfig) and runtime.is_main:
-            logger = start_evaluation(
-                config.logger,
-                folder=output,
-                checkpoint=config.checkpoint,
-                digest=network.digest,
-                hyperparameters={**resolved, "environment": made_with},
-                given=overrides,
-            )
-        columns = [(each.name, evaluate(config, each, runtime, file)) for each in networks]
-        if logger is not None:
-            log_results(logger, name, columns)
-    if runtime.is_main:
-        conclude(config, name, columns)
-    return next((result.value for result in columns[0][1] if result.main), None)
+    return config
+
+
+def launch_context(config: EvaluateConfig) -> EvalContext:
+    """The configured devices; starts the other processes."""
+    fabric = launch_fabric(config.trainer)
+    fabric.seed_everything(config.seed, verbose=False)
+    set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
+    return EvalContext(fabric, show_progress=config.trainer.enable_progress_bar)
 
 
 def check_network(config: EvaluateConfig, network: FrozenNetwork) -> None:
-    """What images and sizes the network takes."""
+    """Raise `UserError` where the network does not accept the number of channels or the image size."""
     channels = config.data.channels if isinstance(config.data, DataConfig) else 3
     if network.channels != channels:
         raise UserError(f"data.channels={channels}: {network.name} takes images of {network.channels} channels.")
-    if isinstance(config.eval, ClassificationEval | CopyDetectionEval):
+    if isinstance(config.eval, ClassificationEval):
         check_size(network, config.eval.image_size or network.size, key="eval.image_size")
 
 
-def evaluate(config: EvaluateConfig, network: FrozenNetwork, runtime: EvalContext, file: ResultsFile) -> list[Result]:
-    """All results of one network, written down as they come."""
-    network.backbone.to(runtime.device)
+def start_logger(
+    config: EvaluateConfig, file: ResultsFile, network: FrozenNetwork, overrides: Sequence[str]
+) -> FaultTolerantWandbLogger | None:
+    """The W&B run of this evaluation; None where the results go only to `results.jsonl`."""
+    if not isinstance(config.logger, WandbLoggerConfig):
+        return None
+    return start_evaluation(
+        config.logger,
+        folder=Path(config.output_dir),
+        checkpoint=config.checkpoint,
+        digest=network.digest,
+        hyperparameters={**file.config, "environment": file.environment},
+        overrides=overrides,
+    )
+
+
+def evaluate_network(
+    config: EvaluateConfig, evaluation: Evaluation, network: FrozenNetwork, context: EvalContext, file: ResultsFile
+) -> list[Result]:
+    """All results of one network; each is written to `file` as soon as it is known."""
+    network.backbone.to(context.device)
     cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
-    task = Task(network, config.data, runtime, Path(config.output_dir), seed=config.seed, cache=cache)
-    started, results = time.monotonic(), []
-    for result in evaluation(config, task):
+    task = Task(network, config.data, context, Path(config.output_dir), seed=config.seed, cache=cache)
+    start, results = time.monotonic(), []
+    for result in evaluation.evaluate(config.eval, task):
         results.append(result)
-        if runtime.is_main:
-            file.append(result, task, seconds=time.monotonic() - started)
+        if context.is_main:
+            file.append(result, task, seconds=time.monotonic() - start)
     return results
 
 
-def evaluation(config: EvaluateConfig, task: Task) -> Iterator[Result]:
-    """The configured evaluation."""
-    match config.eval:
-        case KNNEval() as eval_config:
-            return knn.evaluate(eval_config, task)
-        case LinearEval() as eval_config:
-            return linear.evaluate(eval_config, task)
-        case LinearGridEval() as eval_config:
-            return linear_grid.evaluate(eval_config, task)
-        case LogisticEval() as eval_config:
-            return logistic.evaluate(eval_config, task)
-        case FinetuneEval() as eval_config:
-            return finetune.evaluate(eval_config, task)
-        case RetrievalEval() as eval_config:
-            return retrieval.evaluate(eval_config, task)
-        case CopyDetectionEval() as eval_config:
-            return copy_detection.evaluate(eval_config, task)
-        case VideoEval() as eval_config:
-            return video.evaluate(eval_config, task)
-        case AttentionEval() as eval_config:
-            return attention.evaluate(eval_config, task)
-        case NeighborsEval() as eval_config:
-            return neighbors.evaluate(eval_config, task)
-        case _:
-            raise TypeError(f"no evaluation for {type(config.eval).__name__}")
-
-
-def introduce(config: EvaluateConfig, network: FrozenNetwork, runtime: EvalContext) -> None:
-    """Say in a few lines what is about to happen."""
-    weights = sum(parameter.numel() for parameter in network.backbone.parameters())
-    devices = f"{runtime.fabric.world_size} {runtime.device.type.upper()}"
-    runtime.say(
-        f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, "
-        f"{weights / 1e6:.2f} M weights, on {devices}"
+def print_introduction(config: EvaluateConfig, network: FrozenNetwork, context: EvalContext) -> None:
+    """Print the network, the devices and the output folder."""
+    parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
+    context.say(
+        f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, {parameters / 1e6:.2f} M "
+        f"weights, on {context.fabric.world_size} {context.device.type.upper()}"
     )
-    runtime.say(f"[bold]Output[/]    {escape(config.output_dir)}")
+    context.say(f"[bold]Output[/]    {escape(config.output_dir)}")
 
 
-def conclude(config: EvaluateConfig, name: str, columns: list[tuple[str, list[Result]]]) -> None:
-    """The table, and where everything is."""
+def print_results(config: EvaluateConfig, name: str, columns: list[tuple[str, list[Result]]]) -> None:
+    """Print the table of the main results and the paths of all output."""
     output, console = Path(config.output_dir), Console()
     console.print(results_table(name, columns))
-    bad = [line for file in output.glob("bad_images*.txt") for line in file.read_text().splitlines()]
-    if bad:
-        said = f"{len(bad)} images could not be read and were left out: see bad_images*.txt in {output}"
-        console.print(said, markup=False)
+    bad_images = sum(len(file.read_text().splitlines()) for file in output.glob("bad_images*.txt"))
+    if bad_images:
+        message = f"{bad_images} images could not be read and were left out: see bad_images*.txt in {output}"
+        console.print(message, markup=False)
     if (output / "pictures").is_dir():
         console.print(f"Pictures: {output / 'pictures'}", soft_wrap=True, markup=False)
-    console.print(f"Every figure: {output / 'results.jsonl'}", soft_wrap=True, markup=False)
+    console.print(f"All results: {output / 'results.jsonl'}", soft_wrap=True, markup=False)

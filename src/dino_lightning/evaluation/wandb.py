@@ -1,4 +1,4 @@
-"""An evaluation at Weights & Biases: a run of its own, with all results in a table and the weights that they are of."""
+"""An evaluation at Weights & Biases: a separate run, with all results in a table and a link to the weights."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ COLUMNS = ["network", "metric", "value", "unit", "main", "details"]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The run at W&B that trained a network."""
+    """The W&B run that trained a network."""
 
     id: str
     project: str
@@ -27,15 +27,15 @@ class TrainingRun:
 
     @property
     def weights(self) -> str:
-        """The latest version of its artifact, as W&B names it."""
-        place = f"{self.entity}/{self.project}" if self.entity else self.project
-        return f"{place}/{weights_name(self.id)}:latest"
+        """The name of the latest version of its artifact."""
+        project = f"{self.entity}/{self.project}" if self.entity else self.project
+        return f"{project}/{weights_name(self.id)}:latest"
 
 
 def training_run(checkpoint: str) -> TrainingRun | None:
-    """What the folder of a run, or of a file in it, says about its run at W&B; None where that is nothing."""
+    """The W&B run of a run's folder or a file in it; None if there is none."""
     path = Path(checkpoint).expanduser()
-    if not path.exists():  # `timm:NAME` is not of the run in whose folder it is evaluated
+    if not path.exists():  # such as `timm:NAME`; a run in the working folder is unrelated
         return None
     for folder in (path, *path.parents[:2]):
         try:
@@ -54,14 +54,14 @@ def start_evaluation(
     checkpoint: str,
     digest: str,
     hyperparameters: dict[str, Any],
-    given: Sequence[str],
+    overrides: Sequence[str],
 ) -> FaultTolerantWandbLogger:
-    """A run of job type `evaluation`, that names the run and the artifact of the weights where `checkpoint` has them.
+    """Start a run of job type `evaluation` that refers to the run which trained `checkpoint` and to its artifact.
 
-    It stands in the project of that run, unless `given`, the words of the command line, name another.
+    It belongs to the project of that run, unless `overrides` (of the command line) name another one.
     """
     trained = training_run(checkpoint)
-    if trained is not None and not any(word.startswith(("logger.project=", "logger.entity=")) for word in given):
+    if trained is not None and not any(word.startswith(("logger.project=", "logger.entity=")) for word in overrides):
         config = replace(config, project=trained.project, entity=trained.entity)
     logger = wandb_logger(
         config, folder=folder, run_id=None, name=folder.name, group=sweep_name(), job_type="evaluation"
@@ -78,9 +78,9 @@ def _use_weights(logger: FaultTolerantWandbLogger, trained: TrainingRun) -> None
     run = logger.experiment
     if run.disabled:
         return
-    instead = "the config of this run names the run that trained it and the digest of the weights instead"
+    instead = "the config of this run contains the training run and the digest of the weights instead"
     if run.offline:
-        warn(f"W&B notes offline for no run which artifact it uses; {instead}.")
+        warn(f"W&B cannot record used artifacts offline; {instead}.")
         return
     try:
         run.use_artifact(trained.weights)
@@ -90,7 +90,7 @@ def _use_weights(logger: FaultTolerantWandbLogger, trained: TrainingRun) -> None
 
 
 def log_results(logger: FaultTolerantWandbLogger, name: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
-    """All results of evaluation `name` in a table, and the first network's as numbers, which W&B can chart."""
+    """Log all results of evaluation `name` as a table, and those of the first network as numbers for charts."""
     rows = [
         [network, result.metric, result.value, result.unit, result.main, json.dumps(result.details)]
         for network, results in columns

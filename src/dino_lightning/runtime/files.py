@@ -19,12 +19,13 @@ OVERRIDES = "overrides.yaml"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, unique: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block ends, complete and synced to disk.
 
     If the block raises, `path` keeps its content. A killed process leaves `PATH.tmp`, which the next one overwrites.
+    With `unique`, several processes may write the same file at the same time; a killed one leaves `PATH.<hex>.tmp`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

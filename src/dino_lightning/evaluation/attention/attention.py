@@ -1,11 +1,11 @@
-"""Attention of the last block's class token as segmentation (figure 4), and as pictures (figures 1 and 3).
+"""`eval=attention`: attention of the last block's class token, as segmentation (figure 4) and as pictures (figure 1).
 
-Where objects are known (`data=voc`, the built-in images) each head's thresholded attention is compared with them; other
-images, and clips, are drawn alone.
+For images with masks (`data=voc`, the built-in images), the thresholded attention of each head is compared with the
+objects; other images, and clips, are only drawn.
 
-The Jaccard index follows the snippet that the authors published (issue 54 of their repository): for each object the
-head that fits best, averaged over the objects of an image, then over images. It is taken at the resolution that the
-network sees, the mask resized by nearest neighbor and cut like the image. An object of VOC is a class of an image.
+The Jaccard index follows the snippet that the authors published (issue 54 of their repository): the best head of each
+object, averaged over the objects of an image, then over images. It is computed at the resolution of the network's
+input; the mask is resized by nearest neighbor and cropped like the image. An object of VOC is a class of an image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,79 +22,81 @@ from dino_lightning.data.module import SEEN_OF_A_STREAM
 from dino_lightning.data.sources import ImageSource
 from dino_lightning.data.sources.base import FirstImages
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.attention.images import Looker, WholeImages, WholeView, look_through
-from dino_lightning.evaluation.attention.masks import attended_area, image_jaccards
-from dino_lightning.evaluation.attention.pictures import picture_names, save_clip, save_picture, save_sheets
+from dino_lightning.evaluation.attention.images import AttentionExtractor, FullImages, FullImageView, extract_attention
+from dino_lightning.evaluation.attention.masks import attended_area, jaccard_indices
+from dino_lightning.evaluation.attention.pictures import picture_names, save_clip, save_image_page, save_sheets
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import subset_indices
 from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.models.tokens import has_attention, patch_size
 from dino_lightning.runtime.collectives import all_gather_concat
 
-PHOTOGRAPHS = 480
+PAPER_SIDE = 480
 """The paper's shorter side (pixels)."""
-SMALL = 128
-"""A network trained on smaller images than this sees training images in its own size."""
+SMALL_SIDE = 128
+"""For networks trained on images with a smaller side than this (pixels), training images keep the network's size."""
 
 
+@register_evaluation("attention", AttentionEval, data=(VOCData, PicturesData, BuiltinData, DataConfig))
 def evaluate(config: AttentionEval, task: Task) -> Iterator[Result]:
-    """With objects `jaccard_best_head_60`, `jaccard_mean_head_60`, …; for VOC also `foreground_best_head_60`, …, all
-    classes of an image as one object and void pixels not counted. Without, `area_60`: the share of an image that 60 %
-    of a head's attention takes, averaged over heads and images.
+    """With masks `jaccard_best_head_60`, `jaccard_mean_head_60`, …; for VOC also `foreground_best_head_60`, …, with all
+    classes of an image as one object and without void pixels. Without masks `area_60`: the share of an image that
+    contains 60 % of a head's attention, averaged over heads and images.
     """
-    view = WholeView(task.network, size=checked_side(config, task))
+    view = FullImageView(task.network, size=checked_side(config, task))
     match task.data:
         case VOCData() as data:
             yield from segmentation(config, task, open_voc(data), view)
         case BuiltinData():
-            yield from segmentation(config, task, cast(ImageSource, task.sources.val), view)
+            yield from segmentation(config, task, cast(ImageSource, task.splits.val), view)
         case PicturesData() as data:
-            found = open_pictures(data)
-            if found.clip is None:
-                names = picture_names(found.images, root=found.root)
-                yield from drawn(config, task, ImageFiles(found.images), view, names=names)
+            pictures = open_pictures(data)
+            if pictures.clip is None:
+                names = picture_names(pictures.images, root=pictures.root)
+                yield from draw(config, task, ImageFiles(pictures.images), view, names=names)
             else:
-                yield from clip(config, task, found.clip, view)
+                yield from draw_clip(config, task, pictures.clip, view)
         case _:
-            yield from drawn(config, task, some_source(task), view)
+            yield from draw(config, task, indexed_images(task), view)
 
 
 def checked_side(config: AttentionEval, task: Task) -> int:
-    """The shorter side of the images. Raises `UserError` for a network without attention, and for too small a side."""
+    """The shorter side of the images. Raises `UserError` for a network without attention or too small a side."""
     network = task.network
     if not has_attention(network.backbone):
         raise UserError(
-            f"checkpoint: {network.name} ({type(network.backbone).__name__}) has no class token that "
-            "attends at any resolution; eval=attention needs a Vision Transformer."
+            f"checkpoint: {network.name} ({type(network.backbone).__name__}) has no class token with "
+            "attention at any resolution; eval=attention needs a Vision Transformer."
         )
     side = config.image_size
     if side is None:
-        training = isinstance(task.data, DataConfig)
-        own = isinstance(task.data, BuiltinData) or (training and network.size < SMALL)
-        side = network.size if own else PHOTOGRAPHS
+        is_small = isinstance(task.data, DataConfig) and network.size < SMALL_SIDE
+        side = network.size if is_small or isinstance(task.data, BuiltinData) else PAPER_SIDE
     patch = patch_size(network.backbone)
     if side < patch:
-        raise UserError(f"eval.image_size={side} is less than a patch of {network.name}; set it to {patch} or more.")
+        raise UserError(f"eval.image_size={side} is less than a patch of {network.name}; set it to at least {patch}.")
     return side
 
 
-def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: WholeView) -> Iterator[Result]:
-    """Jaccard of all images, and sheets of some."""
-    images = whole_images(task, source, view)
+def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: FullImageView) -> Iterator[Result]:
+    """Jaccard indices of all images, and sheets of some."""
+    images = full_images(task, source, view)
     rows, indices = [], []
-    for seen in look_through(Looker(task, config.batch_size_per_device), images, what="attention"):
-        assert seen.labels is not None
-        found = image_jaccards(seen.attention, seen.labels, masses=config.masses)
-        if found is not None:
-            rows.append(torch.stack([found.best[:, None].expand_as(found.heads), found.heads, found.foreground]))
-            indices.append(seen.index)
-    # (images, 3, M, H): the best head of each object repeated, all heads, all heads on the foreground.
+    for each in extract_attention(AttentionExtractor(task, config.batch_size_per_device), images, label="attention"):
+        assert each.labels is not None
+        jaccard = jaccard_indices(each.attention, each.labels, masses=config.masses)
+        if jaccard is not None:
+            best = jaccard.best[:, None].expand_as(jaccard.heads)
+            rows.append(torch.stack([best, jaccard.heads, jaccard.foreground]))
+            indices.append(each.index)
+    # (images, 3, M, H): the best head of each object (repeated H times), all heads, all heads on the foreground.
     shape = (3, len(config.masses), number_of_heads(task))
-    table, order = gathered(rows, indices, shape=shape)
+    table, order = gather_rows(rows, indices, shape=shape)
     if not len(table):
         raise UserError(
-            f"data: none of the {len(source)} images can be read and has an object; what cannot be read is "
-            f"named in {images.bad.path}."
+            f"data: none of the {len(source)} images is readable and has an object; {images.bad.path} lists the "
+            "unreadable ones."
         )
     names = [source.describe(index) for index in order]
     for m, mass in enumerate(config.masses):
@@ -104,85 +106,85 @@ def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: W
         if isinstance(task.data, VOCData):
             yield jaccard_result("foreground_best_head", mass, foreground.amax(-1), names)
             yield jaccard_result("foreground_mean_head", mass, foreground.mean(-1), names, heads=foreground)
-    draw_some(config, task, images)
+    draw_sheets(config, task, images)
 
 
-def drawn(
-    config: AttentionEval, task: Task, source: ImageSource, view: WholeView, *, names: list[str] | None = None
+def draw(
+    config: AttentionEval, task: Task, source: ImageSource, view: FullImageView, *, names: list[str] | None = None
 ) -> Iterator[Result]:
-    """Sheets of some images; with `names` also a picture of every one, under its name."""
+    """Sheets of some images; with `names` also a picture of every image."""
     if names is None and not config.pictures:
         raise UserError(
-            "eval.pictures=0: these images have no masks, so there is nothing to do but pictures; set it to 1 or more."
+            "eval.pictures=0: these images have no masks, so the pictures are the only result; set it to at least 1."
         )
-    images = whole_images(task, source, view)
-    every = chosen(config, task, source) if names is None else None
+    images = full_images(task, source, view)
+    selected = sheet_indices(config, task, source) if names is None else None
     rows, indices = [], []
-    looker = Looker(task, config.batch_size_per_device, tokens=config.pca and names is not None)
-    for seen in look_through(looker, images, what="attention", every=every):
-        rows.append(attended_area(seen.attention, masses=config.masses))
-        indices.append(seen.index)
+    extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca and names is not None)
+    for each in extract_attention(extractor, images, label="attention", indices=selected):
+        rows.append(attended_area(each.attention, masses=config.masses))
+        indices.append(each.index)
         if names is not None:
-            save_picture(config, task, seen, name=names[seen.index])
-    table, order = gathered(rows, indices, shape=(len(config.masses),))
+            save_image_page(config, task, each, name=names[each.index])
+    table, order = gather_rows(rows, indices, shape=(len(config.masses),))
     if not len(table):
         raise UserError(f"data: none of the images can be read, see {images.bad.path}.")
     yield from area_results(config, table.mean(0).tolist(), {"images": [source.describe(i) for i in order]})
     if len(source) > 1:
-        draw_some(config, task, images)
+        draw_sheets(config, task, images)
 
 
-def clip(config: AttentionEval, task: Task, found: Clip, view: WholeView) -> Iterator[Result]:
+def draw_clip(config: AttentionEval, task: Task, clip: Clip, view: FullImageView) -> Iterator[Result]:
     """A video, and sheets of some frames."""
     bad = BadImages(task.output / "bad_images.txt", images=1, on_error="skip", max_bad_share=1.0)
-    areas, path = save_clip(config, task, found, view, on_bad=bad.add)
+    areas, path = save_clip(config, task, clip, view, on_bad=bad.add)
     if not areas:
-        raise UserError(f"data.path: no frame of {found.name} can be read, see {bad.path}.")
+        raise UserError(f"data.path: no frame of {clip.name} can be read, see {bad.path}.")
     yield from area_results(config, areas, {"video": str(path)})
 
 
-def some_source(task: Task) -> ImageSource:
-    """Validation images, or training images where there are none; of a stream the first ones."""
-    source = task.sources.val or task.sources.train
+def indexed_images(task: Task) -> ImageSource:
+    """The validation images, or the training images if there are none; of a stream the first ones."""
+    source = task.splits.val or task.splits.train
     return source if isinstance(source, ImageSource) else FirstImages(source, images=SEEN_OF_A_STREAM)
 
 
-def whole_images(task: Task, source: ImageSource, view: WholeView) -> WholeImages:
-    """The images through the view, bad ones named in the output folder."""
+def full_images(task: Task, source: ImageSource, view: FullImageView) -> FullImages:
+    """The images through the view; unreadable ones are listed in the output folder."""
     config = task.data if isinstance(task.data, DataConfig) else None
-    return WholeImages(source, view, config=config, bad_images=task.output / "bad_images.txt")
+    return FullImages(source, view, config=config, bad_images=task.output / "bad_images.txt")
 
 
-def chosen(config: AttentionEval, task: Task, source: ImageSource) -> list[int]:
-    """The images of the sheets."""
+def sheet_indices(config: AttentionEval, task: Task, source: ImageSource) -> list[int]:
+    """Indices of the images on the sheets."""
     return subset_indices(len(source), limit=config.pictures, seed=task.seed)
 
 
-def draw_some(config: AttentionEval, task: Task, images: WholeImages) -> None:
-    """Sheets of the chosen images, by the main process."""
-    if not task.runtime.is_main:
+def draw_sheets(config: AttentionEval, task: Task, images: FullImages) -> None:
+    """Draw the sheets, on the main process."""
+    if not task.context.is_main:
         return
-    looker = Looker(task, config.batch_size_per_device, tokens=config.pca)
-    samples = [images[index] for index in chosen(config, task, images.source)]
-    save_sheets(config, task, list(looker.look(samples)))
+    extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca)
+    samples = [images[index] for index in sheet_indices(config, task, images.source)]
+    save_sheets(config, task, list(extractor.extract(samples)))
 
 
 def number_of_heads(task: Task) -> int:
-    """Of the last block."""
+    """Number of heads of the last block."""
     return int(cast(Any, task.network.backbone).blocks[-1].attn.num_heads)
 
 
-def gathered(rows: Sequence[Tensor], indices: Sequence[int], *, shape: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-    """The rows of all ranks, float64 (images, *shape), and their indices, rising."""
+def gather_rows(rows: Sequence[Tensor], indices: Sequence[int], *, shape: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+    """The rows of all ranks, float64 (images, *shape), and their image indices, ascending."""
     table = torch.stack(list(rows)) if rows else torch.empty(0, *shape, dtype=torch.float64)
-    order, places = all_gather_concat(torch.tensor(indices, dtype=torch.int64)).sort()
-    return all_gather_concat(table)[places], order.tolist()
+    order, positions = all_gather_concat(torch.tensor(indices, dtype=torch.int64)).sort()
+    return all_gather_concat(table)[positions], order.tolist()
 
 
 def jaccard_result(
     name: str, mass: float, values: Tensor, names: list[str], *, main: bool = False, heads: Tensor | None = None
 ) -> Result:
-    """The mean over images in percent, with the images' own and, of `heads` (images, H), each head's mean."""
+    """The mean over images in percent; details have the value of each image and, of `heads` (images, H), each mean."""
     percent = (100 * values).tolist()
     details: dict[str, Any] = {"images": len(names), "of_image": dict(zip(names, percent, strict=True))}
     if heads is not None:

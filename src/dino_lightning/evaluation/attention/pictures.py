@@ -1,4 +1,4 @@
-"""What `eval=attention` draws: sheets of some images, a picture of each, and the video of a clip."""
+"""The pictures of `eval=attention`: sheets of some images, a page per image, and the video of a clip."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +13,10 @@ from torch import Tensor
 from dino_lightning.config import AttentionEval, CropsConfig
 from dino_lightning.data.benchmarks.pictures import Clip, OnBad
 from dino_lightning.data.crops import denormalize
-from dino_lightning.evaluation.attention.images import Looker, Sample, Seen, WholeView
+from dino_lightning.evaluation.attention.images import AttentionExtractor, FullImageView, ImageAttention, PreparedImage
 from dino_lightning.evaluation.attention.masks import VOID, attended_area, mass_masks
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.video.clips import ClipWriter, clip_writer, ending
+from dino_lightning.evaluation.video.clips import clip_suffix, clip_writer
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import GAP, MAX_HEADS
 from dino_lightning.report.pictures.tokens import (
@@ -30,131 +30,127 @@ from dino_lightning.report.pictures.tokens import (
 )
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
-SMALL = 128
-"""Pixels: pictures of larger images are drawn larger."""
+SMALL_SIDE = 128
+"""Images larger than this (pixels) are drawn larger."""
 CLIP_CELL = {".mp4": 480, ".webp": 320, ".gif": 240}
-"""Largest width of one of the pictures that stand beside each other in a clip (pixels). Formats other than video grow
-large, in memory too."""
+"""Maximum width (pixels) of each of the pictures of a clip's frame. Animations need much memory and disk space."""
 
 
-def as_shown(seen: Seen, network: FrozenNetwork, *, masses: Sequence[float]) -> AttentionFigure:
-    """What the drawing functions want."""
-    objects = None if seen.labels is None else (seen.labels != 0) & (seen.labels != VOID)
+def attention_figure(each: ImageAttention, network: FrozenNetwork, *, masses: Sequence[float]) -> AttentionFigure:
+    """The input of the drawing functions."""
+    objects = None if each.labels is None else (each.labels != 0) & (each.labels != VOID)
     return AttentionFigure(
-        denormalize(seen.image, config=CropsConfig(mean=network.mean, std=network.std)),
-        seen.attention,
-        mass_masks(seen.attention[None], masses=masses)[:, 0],
+        denormalize(each.image, config=CropsConfig(mean=network.mean, std=network.std)),
+        each.attention,
+        mass_masks(each.attention[None], masses=masses)[:, 0],
         mask=None if objects is None else objects.numpy(),
-        tokens=seen.tokens,
+        tokens=each.tokens,
     )
 
 
-def save_sheets(config: AttentionEval, task: Task, every: Sequence[Seen]) -> None:
-    """`attention`, `heads` and `pca`, one row per image."""
-    if not every:
+def save_sheets(config: AttentionEval, task: Task, images: Sequence[ImageAttention]) -> None:
+    """Save the sheets `attention`, `heads` and `pca`, with one row per image."""
+    if not images:
         return
-    shown = [as_shown(seen, task.network, masses=config.masses) for seen in every]
-    scale = 1 if max(each.image.shape[-1] for each in shown) <= SMALL else 1.5
-    task.picture(attention_figure_sheet(shown, cell=round(128 * scale)), "attention")
-    task.picture(heads_sheet(shown, masses=config.masses, cell=round(224 * scale)), "heads")
+    figures = [attention_figure(each, task.network, masses=config.masses) for each in images]
+    scale = 1 if max(each.image.shape[-1] for each in images) <= SMALL_SIDE else 1.5
+    task.save_picture(attention_figure_sheet(figures, cell=round(128 * scale)), "attention")
+    task.save_picture(heads_sheet(figures, masses=config.masses, cell=round(224 * scale)), "heads")
     if config.pca:
-        task.picture(token_sheet(shown, _colors(shown), cell=round(176 * scale)), "pca")
+        task.save_picture(token_sheet(figures, _colors(images), cell=round(176 * scale)), "pca")
 
 
-def save_picture(config: AttentionEval, task: Task, seen: Seen, *, name: str) -> None:
-    """All about one image, whichever rank has seen it."""
-    shown = as_shown(seen, task.network, masses=config.masses)
-    colors = _colors([shown]) if config.pca else None
-    rows = heads_sheet([shown], masses=config.masses, colors=colors)
-    maps = 2 + min(MAX_HEADS, len(shown.attention))
-    page = stack([attention_figure_sheet([shown], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
-    task.picture(page, name, every_rank=True)
+def save_image_page(config: AttentionEval, task: Task, each: ImageAttention, *, name: str) -> None:
+    """Save all pictures of one image as one page, on the rank that extracted it."""
+    figure = attention_figure(each, task.network, masses=config.masses)
+    colors = _colors([each]) if config.pca else None
+    rows = heads_sheet([figure], masses=config.masses, colors=colors)
+    maps = 2 + min(MAX_HEADS, len(each.attention))
+    page = stack([attention_figure_sheet([figure], cell=min(256, (rows.width - GAP) // maps - GAP)), rows])
+    task.save_picture(page, name, every_rank=True)
 
 
 def picture_names(paths: Iterable[Path], *, root: Path) -> list[str]:
-    """A file name without ending for each path below `root`, no two alike."""
-    names, taken = [], {"attention", "heads", "pca"}
+    """A unique file name without suffix for each path below `root`."""
+    names, used = [], {"attention", "heads", "pca"}
     for path in paths:
-        plain = re.sub(r"[^\w.\-]+", "_", str(path.relative_to(root).with_suffix("")))
-        name, number = plain, 1
-        while name.lower() in taken:
+        stem = re.sub(r"[^\w.\-]+", "_", str(path.relative_to(root).with_suffix("")))
+        name, number = stem, 1
+        while name.lower() in used:
             number += 1
-            name = f"{plain}_{number}"
-        taken.add(name.lower())
+            name = f"{stem}_{number}"
+        used.add(name.lower())
         names.append(name)
     return names
 
 
 def save_clip(
-    config: AttentionEval, task: Task, clip: Clip, view: WholeView, *, on_bad: OnBad
+    config: AttentionEval, task: Task, clip: Clip, view: FullImageView, *, on_bad: OnBad
 ) -> tuple[list[float], Path]:
-    """The sheets of some frames, and all of them as a video; all ranks call it.
+    """Save the sheets of some frames, and all frames as a video; called by all ranks.
 
-    Returns for each mass the share of a frame that holds it, averaged over heads and frames (nothing where no frame can
-    be read), and where the video is.
+    Returns the share of a frame that contains each mass, averaged over heads and frames (an empty list if no frame can
+    be read), and the path of the video.
     """
-    looker = Looker(task, config.batch_size_per_device, tokens=config.pca)
+    extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca)
     total = clip.count()
-    some = _spread(total, config.pictures)
-    chosen = [seen for seen in look_at_clip(looker, clip, view, on_bad=on_bad, only=set(some))] if some else []
-    shown = [as_shown(seen, task.network, masses=config.masses) for seen in chosen]
-    colors = _colors(shown) if config.pca and shown else None
-    if task.runtime.is_main:
-        save_sheets(config, task, chosen)
-    path = task.picture_path(f"{clip.name}{ending()}")
+    numbers = set(_evenly_spaced(total, config.pictures))
+    selected = list(extract_frames(extractor, clip, view, on_bad=on_bad, only=numbers)) if numbers else []
+    colors = _colors(selected) if config.pca and selected else None
+    if task.context.is_main:
+        save_sheets(config, task, selected)
+    path = task.picture_path(f"{clip.name}{clip_suffix()}")
     areas: list[Tensor] = []
-    looker = Looker(task, config.batch_size_per_device, tokens=colors is not None)
+    extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=colors is not None)
     with (
         clip_writer(path, frames_per_second=config.frames_per_second) as writer,
-        task.runtime.progress("frames", total=total) as advance,
+        task.context.progress("frames", total=total) as advance,
     ):
-        for seen in look_at_clip(looker, clip, view, on_bad=on_bad):
-            areas.append(attended_area(seen.attention, masses=config.masses))
-            if task.runtime.is_main:
-                _add(writer, as_shown(seen, task.network, masses=config.masses), colors)
+        for each in extract_frames(extractor, clip, view, on_bad=on_bad):
+            areas.append(attended_area(each.attention, masses=config.masses))
+            if task.context.is_main:
+                figure = attention_figure(each, task.network, masses=config.masses)
+                width = min(CLIP_CELL[path.suffix], each.image.shape[-1])
+                writer.add(clip_frame(figure, colors, width=width))
             advance(1)
     return (torch.stack(areas).mean(0).tolist() if areas else []), path
 
 
-def look_at_clip(
-    looker: Looker, clip: Clip, view: WholeView, *, on_bad: OnBad, only: set[int] | None = None
-) -> Iterator[Seen]:
-    """The frames, or `only` those with these numbers, on every rank; the ranks share the work."""
+def extract_frames(
+    extractor: AttentionExtractor, clip: Clip, view: FullImageView, *, on_bad: OnBad, only: set[int] | None = None
+) -> Iterator[ImageAttention]:
+    """The attention of all frames, or `only` those with these numbers, on every rank; the ranks share the work."""
     frames = (
-        Sample(number, view.image(frame), None)
+        PreparedImage(number, view.image(frame), None)
         for number, frame in clip.frames(on_bad)
         if only is None or number in only
     )
-    while samples := list(islice(frames, looker.batch_size * world_size())):
-        yield from _look_together(looker, samples)
+    while samples := list(islice(frames, extractor.batch_size * world_size())):
+        yield from _extract_together(extractor, samples)
 
 
-def _look_together(looker: Looker, samples: list[Sample]) -> list[Seen]:
-    """Each rank runs its share of samples of one shape; all get all."""
-    each = -(-len(samples) // world_size())
-    # Ranks exchange equal shapes: where frames do not suffice, the first ones are seen again.
-    repeated = [samples[i % len(samples)] for i in range(each * world_size())]
-    own = list(looker.look(repeated[rank() * each : (rank() + 1) * each]))
-    attention = all_gather_concat(torch.stack([seen.attention for seen in own]))
+def _extract_together(extractor: AttentionExtractor, samples: list[PreparedImage]) -> list[ImageAttention]:
+    """The attention of samples of one shape, on all ranks; each rank computes its share."""
+    share = -(-len(samples) // world_size())
+    # All ranks must exchange tensors of equal shapes: if there are too few frames, the first ones are repeated.
+    repeated = [samples[i % len(samples)] for i in range(share * world_size())]
+    local = list(extractor.extract(repeated[rank() * share : (rank() + 1) * share]))
+    attention = all_gather_concat(torch.stack([each.attention for each in local]))
     tokens: Sequence[Tensor | None] = [None] * len(samples)
-    if looker.tokens:
-        tokens = list(all_gather_concat(torch.stack([cast(Tensor, seen.tokens) for seen in own])))
+    if extractor.tokens:
+        tokens = list(all_gather_concat(torch.stack([cast(Tensor, each.tokens) for each in local])))
     return [
-        Seen(sample.index, cast(Tensor, sample.image), attention[i], None, tokens[i])
+        ImageAttention(sample.index, cast(Tensor, sample.image), attention[i], None, tokens[i])
         for i, sample in enumerate(samples)
     ]
 
 
-def _add(writer: ClipWriter, shown: AttentionFigure, colors: TokenColors | None) -> None:
-    writer.add(clip_frame(shown, colors, width=min(CLIP_CELL[writer.path.suffix], shown.image.shape[-1])))
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """`count` of the numbers 0 ... total - 1 at equal distances, the first and the last among them; or all."""
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` evenly spaced numbers of 0 ... total - 1, including the first and the last; all if there are fewer."""
     if count >= total:
         return list(range(total))
     return sorted(set(np.linspace(0, total - 1, count).round().astype(int).tolist()))
 
 
-def _colors(shown: Sequence[AttentionFigure]) -> TokenColors:
-    return TokenColors.fit([cast(Tensor, each.tokens) for each in shown])
+def _colors(images: Sequence[ImageAttention]) -> TokenColors:
+    return TokenColors.fit([cast(Tensor, each.tokens) for each in images])

@@ -1,16 +1,16 @@
-"""`eval=finetune`: all weights trained with labels by the recipe of DeiT, from a checkpoint or from scratch.
+"""`eval=finetune`: all weights trained with labels, with the recipe of DeiT, from a checkpoint or from scratch.
 
-AdamW with a learning rate that falls from layer to layer, a warm-up and a cosine per step, RandAugment, random erasing,
-mixup and CutMix, smoothed labels, stochastic depth, and if wanted a moving average of the weights. Gradients are not
-clipped. The figures are those of the last epoch.
+AdamW with layer-wise learning-rate decay, warm-up and cosine per step, RandAugment, random erasing, mixup and CutMix,
+label smoothing, stochastic depth, and optionally an exponential moving average (EMA) of the weights. Gradients are not
+clipped. The main figures are those of the last epoch.
 
-    finetune/last.ckpt                 after each epoch: all that the training needs to go on
-    finetune/epochs.jsonl              a line for each epoch: loss, learning rate, accuracies
-    finetune/finetuned.safetensors     the final weights by timm's names, with those of the classes
+    finetune/last.ckpt                 after each epoch: the state from which the training resumes
+    finetune/epochs.jsonl              one line per epoch: loss, learning rate, accuracies
+    finetune/finetuned.safetensors     the final weights with timm's names, including the classifier
     finetune/finetuned_ema.safetensors those of the moving average
 
-(`finetune_untrained/` for the untrained baseline.) What is drawn depends on the seed and on the epoch, step or image
-alone, so a training that goes on after an interruption ends with the weights of one without.
+(`finetune_untrained/` for the untrained baseline.) Random draws depend only on the seed and the epoch, step or image,
+so a resumed training ends with the same weights as an uninterrupted one.
 """
 
 import json
@@ -22,97 +22,113 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
-from dino_lightning.config import DataConfig, FinetuneEval
+from dino_lightning.config import FinetuneEval, ImagesConfig
 from dino_lightning.data.batches import crop_seed
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.classifiers import count_right, guesses
-from dino_lightning.evaluation.classification.finetune_files import export, read_state, settings_of, write_state
+from dino_lightning.evaluation.classification.classifiers import accuracy_topk, count_correct
+from dino_lightning.evaluation.classification.finetune_files import export, read_state, training_settings, write_state
 from dino_lightning.evaluation.classification.finetune_recipe import (
-    Augmentation,
+    FinetuneAugmentation,
     Targets,
-    check_whole_batch,
-    optimizer_of,
-    schedule,
-    set_rate,
-    with_classifier,
+    add_classifier,
+    build_optimizer,
+    check_full_batch,
+    learning_rate_schedule,
+    set_learning_rate,
 )
-from dino_lightning.evaluation.classification.splits import Labeled, labeled_sources
-from dino_lightning.evaluation.classification.training_images import TrainingImages, TrainingLoader
+from dino_lightning.evaluation.classification.splits import LabeledSplits, open_labeled, split_images
+from dino_lightning.evaluation.classification.training_images import training_loader
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.evaluation.features.extract import features_of_batches
-from dino_lightning.evaluation.features.images import BROKEN, ViewedImages, center_view
+from dino_lightning.evaluation.features.extract import extract_batches
+from dino_lightning.evaluation.features.images import BROKEN, center_view
+from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.runtime.collectives import all_reduce_mean, all_reduce_sum, rank, world_size
 from dino_lightning.runtime.files import write_atomically
 
-CHOSEN = "the test images: too good by the choice"
+
+def check(config: FinetuneEval, data: ImagesConfig) -> None:
+    """Raise `UserError` for a warm-up that is longer than the training."""
+    if config.warmup_epochs > config.epochs:
+        raise UserError(
+            f"eval.warmup_epochs={config.warmup_epochs} is longer than eval.epochs={config.epochs}; set it to at most "
+            f"{config.epochs}."
+        )
 
 
+@register_evaluation("finetune", FinetuneEval, check=check)
 def evaluate(config: FinetuneEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` after the last epoch, `top1_ema` and `top5_ema` with a moving average, `top1_best_epoch`."""
-    images = labeled_sources(task)
+    images = open_labeled(task)
     training = Finetuning(config, task, images)
     history = training.run()
-    files = training.export()
     details = {
         "classes": len(images.classes),
-        "train_images": len(images.known("train")),
+        "train_images": len(images.labeled_indices("train")),
         "val_images": history[-1]["val_images"],
         "epochs": history,
-        **files,
+        **training.export(),
     }
-    for metric in history[-1]["accuracy"]:
-        yield Result(metric, history[-1]["accuracy"][metric], main=True, details=details)
+    for metric, value in history[-1]["accuracy"].items():
+        yield Result(metric, value, main=True, details=details)
         details = {}
     best = max((entry for entry in history if "accuracy" in entry), key=lambda entry: entry["accuracy"]["top1"])
-    yield Result("top1_best_epoch", best["accuracy"]["top1"], details={"epoch": best["epoch"], "chosen_on": CHOSEN})
+    details = {"epoch": best["epoch"], "chosen_on": "the test images: biased upwards"}
+    yield Result("top1_best_epoch", best["accuracy"]["top1"], details=details)
 
 
 class Finetuning:
-    """Network, optimizer, schedule, images, and the file that holds them between epochs."""
+    """Network, optimizer, schedule, images, and the file that stores the state between epochs."""
 
-    def __init__(self, config: FinetuneEval, task: Task, images: Labeled) -> None:
+    def __init__(self, config: FinetuneEval, task: Task, images: LabeledSplits) -> None:
         self.config, self.task, self.images = config, task, images
-        self.device, network = task.runtime.device, task.network
-        self.side = config.image_size or network.size
-        known = len(images.known("train"))
-        check_whole_batch(known, batch_size=config.batch_size_per_device, ranks=world_size())
-        augmentation = Augmentation(config, network, size=self.side)
-        self.model, self.classifier = with_classifier(
+        self.device, network = task.context.device, task.network
+        side = config.image_size or network.size
+        labeled = len(images.labeled_indices("train"))
+        check_full_batch(labeled, batch_size=config.batch_size_per_device, ranks=world_size())
+        augmentation = FinetuneAugmentation(config, network, size=side)
+        self.model, self.classifier = add_classifier(
             network, drop_path_rate=config.drop_path_rate, classes=len(images.classes), seed=task.seed
         )
-        self.adamw = optimizer_of(self.model, config)
-        self.loader = self._loader(augmentation)
-        self.rate = schedule(config, steps_per_epoch=len(self.loader), world_size=world_size())
+        self.adamw = build_optimizer(self.model, config)
+        self.loader = training_loader(
+            task,
+            images.train,
+            augmentation,
+            side=side,
+            batch_size=config.batch_size_per_device,
+            drop_last=True,
+            repeats=config.repeated_augmentation,
+        )
+        self.lr = learning_rate_schedule(config, steps_per_epoch=len(self.loader), world_size=world_size())
         self.targets = Targets(config, classes=len(images.classes), seed=task.seed)
-        self.module, self.optimizer = cast(tuple[Any, Any], task.runtime.fabric.setup(self.model, self.adamw))
+        self.module, self.optimizer = cast(tuple[Any, Any], task.context.fabric.setup(self.model, self.adamw))
         self.ema = ModelEmaV3(self.model, config.ema_decay) if config.ema_decay else None
         self.folder = task.output / ("finetune" if network.trained else "finetune_untrained")
-        self.settings = settings_of(config, task, images)
+        self.settings = training_settings(config, task, images)
         self.epoch, self.history = 0, []
         self._resume()
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the last epoch: what is known of each, counted from 1."""
+        """Train to the last epoch; returns loss, learning rate and accuracies of each epoch, counted from 1."""
         config, steps = self.config, len(self.loader)
-        with self.task.runtime.progress("Finetuning", total=config.epochs * steps) as advance:
+        with self.task.context.progress("Finetuning", total=config.epochs * steps) as advance:
             advance(self.epoch * steps)
             for epoch in range(self.epoch, config.epochs):
                 entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": self._train(epoch, advance)}
-                entry["lr"] = self.rate((epoch + 1) * steps - 1)
+                entry["lr"] = self.lr((epoch + 1) * steps - 1)
                 if (epoch + 1) % config.val_every_n_epochs == 0 or epoch == config.epochs - 1:
-                    entry |= self._tested()
+                    entry |= self._test()
                 self.history.append(entry)
                 self.epoch = epoch + 1
                 self._save()
         return self.history
 
     def _train(self, epoch: int, advance: Callable[[int], None]) -> float:
-        """One epoch; the mean loss of its steps over all ranks."""
+        """Train for one epoch; returns the mean loss of its steps over all ranks."""
         self.module.train()
         total = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[]):
-            # For stochastic depth, of each rank its own.
-            torch.manual_seed(crop_seed(self.task.seed, epoch, rank()))
+            torch.manual_seed(crop_seed(self.task.seed, epoch, rank()))  # stochastic depth differs between ranks
             for number, (images_BCHW, labels_B) in enumerate(self.loader.epoch(epoch)):
                 step = epoch * len(self.loader) + number
                 total += self._step(images_BCHW.to(self.device, non_blocking=True), labels_B, step=step)
@@ -123,89 +139,64 @@ class Finetuning:
         loss = float(all_reduce_mean(total)) / len(self.loader)
         if not math.isfinite(loss):
             raise UserError(
-                f"eval.lr={self.config.lr:g}: the loss is no longer a number in epoch {epoch + 1}; set a "
-                "lower one, or a longer eval.warmup_epochs."
+                f"eval.lr={self.config.lr:g}: the loss is NaN or infinite in epoch {epoch + 1}; set a lower learning "
+                "rate, or a longer eval.warmup_epochs."
             )
         return loss
 
     def _step(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int) -> Tensor:
-        set_rate(self.adamw, self.rate(step))
+        set_learning_rate(self.adamw, self.lr(step))
         loss = self._loss(images_BCHW, labels_B.to(self.device, non_blocking=True), step=step)
         self.optimizer.zero_grad()
-        self.task.runtime.fabric.backward(loss)
+        self.task.context.fabric.backward(loss)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         return loss.detach()
 
     def _loss(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int) -> Tensor:
-        if not len(labels_B):  # all broken; the other ranks still wait for this one's gradients
+        if not len(labels_B):  # all unreadable; the other ranks still wait for the gradients of this one
             return 0.0 * self.module(images_BCHW.new_zeros(2, *images_BCHW.shape[1:])).float().sum()
         images_BCHW, targets = self.targets(images_BCHW, labels_B, step=step)
         return self.targets.loss(self.module(images_BCHW).float(), targets)
 
-    def _tested(self) -> dict[str, Any]:
-        """Per cent right with one guess and, of five classes or more, five; each validation image counts once."""
-        found: dict[str, float] = {}
+    def _test(self) -> dict[str, Any]:
+        """Top-1 accuracy in percent and, of five classes or more, top-5; each validation image counts once."""
+        accuracy: dict[str, float] = {}
         images = 0
         for suffix, model in self._models().items():
-            right, images = self._count_right(model.eval())
-            found |= {f"top{k}{suffix}": 100 * n / images for k, n in right.items()}
-        return {"accuracy": found, "val_images": images}
+            correct, images = self._count_correct(model.eval())
+            accuracy |= {f"top{k}{suffix}": 100 * n / images for k, n in correct.items()}
+        return {"accuracy": accuracy, "val_images": images}
 
-    def _count_right(self, model: nn.Module) -> tuple[dict[int, int], int]:
-        runtime, topk = self.task.runtime, guesses(len(self.images.classes))
+    def _count_correct(self, model: nn.Module) -> tuple[dict[int, int], int]:
+        """The number of correct images for each k of top-k, and the number of readable images, over all ranks."""
+        context, topk = self.task.context, accuracy_topk(len(self.images.classes))
         dtype = next(model.parameters()).dtype
-        own, size = self.images.known("val")[rank() :: world_size()], self.config.batch_size_per_device
+        indices = self.images.labeled_indices("val")[rank() :: world_size()]
+        size = self.config.batch_size_per_device
         counts = torch.zeros(len(topk) + 1, dtype=torch.int64)
-        for logits_BK, labels_B in features_of_batches(
-            runtime.forward(lambda images: model(images.to(dtype))),
-            self._validation_images(),
-            batches=[own[start : start + size] for start in range(0, len(own), size)],
+        for logits_BK, labels_B in extract_batches(
+            context.forward(lambda images: model(images.to(dtype))),
+            split_images(self.task, self.images.val, self.config, split="val"),
+            batches=[indices[start : start + size] for start in range(0, len(indices), size)],
             num_workers=self.task.num_workers,
             device=self.device,
         ):
-            read = labels_B != BROKEN
-            right = count_right(logits_BK[read], labels_B[read], topk=topk)
-            counts += torch.cat([right, read.sum()[None]])
-        *right, images = all_reduce_sum(counts).tolist()
+            readable = labels_B != BROKEN
+            correct = count_correct(logits_BK[readable], labels_B[readable], topk=topk)
+            counts += torch.cat([correct, readable.sum()[None]])
+        *correct, images = all_reduce_sum(counts).tolist()
         if not images:
             raise UserError("data: none of the validation images can be read; see bad_images_val.txt.")
-        return dict(zip(topk, right, strict=True)), images
-
-    def _loader(self, augmentation: Augmentation) -> TrainingLoader:
-        augmented = TrainingImages(
-            self.images.train,
-            augmentation,
-            seed=self.task.seed,
-            blank=(self.task.network.channels, self.side, self.side),
-            config=cast(DataConfig, self.task.data),
-            bad_images=self.task.output / "bad_images_train.txt",
-        )
-        return TrainingLoader(
-            augmented,
-            batch_size=self.config.batch_size_per_device,
-            num_workers=self.task.num_workers,
-            device=self.device,
-            drop_last=True,
-            repeats=self.config.repeated_augmentation,
-        )
-
-    def _validation_images(self) -> ViewedImages:
-        return ViewedImages(
-            self.images.val,
-            center_view(self.task.network, resize=self.config.image_resize, size=self.config.image_size),
-            blank=(self.task.network.channels, self.side, self.side),
-            config=cast(DataConfig, self.task.data),
-            bad_images=self.task.output / "bad_images_val.txt",
-        )
+        return dict(zip(topk, correct, strict=True)), images
 
     def _models(self) -> dict[str, nn.Module]:
-        """The network, and its moving average; by the ends of their metrics' names."""
+        """The network and its moving average, by the suffix of their metrics."""
         return {"": self.model} | ({"_ema": self.ema.module} if self.ema is not None else {})
 
     def _save(self) -> None:
-        if not self.task.runtime.is_main:
+        if not self.task.context.is_main:
             return
         state = {
             "settings": self.settings,
@@ -214,32 +205,32 @@ class Finetuning:
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.adamw.state_dict(),
-            "precision": self.task.runtime.fabric.strategy.precision.state_dict(),
+            "precision": self.task.context.fabric.strategy.precision.state_dict(),
         }
         write_state(self.folder / "last.ckpt", state)
         write_atomically(self.folder / "epochs.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _resume(self) -> None:
-        runtime = self.task.runtime
-        state = read_state(self.folder / "last.ckpt", runtime, settings=self.settings)
+        context = self.task.context
+        state = read_state(self.folder / "last.ckpt", context, settings=self.settings)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.adamw.load_state_dict(state["optimizer"])
-        runtime.fabric.strategy.precision.load_state_dict(state["precision"])
+        context.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history = state["epoch"], state["history"]
-        runtime.say(f"Going on after epoch {self.epoch} of {self.config.epochs}: {self.folder / 'last.ckpt'}")
+        context.say(f"Resuming after epoch {self.epoch} of {self.config.epochs}: {self.folder / 'last.ckpt'}")
 
     def export(self) -> dict[str, str]:
-        """Write the final weights: their names and files."""
+        """Write the final weights; returns `weights` and, with a moving average, `weights_ema`: their paths."""
         view = center_view(self.task.network, resize=self.config.image_resize, size=self.config.image_size).config
-        files = {}
+        size, classes = [view.eval_resize, view.eval_size], self.images.classes
+        paths = {}
         for suffix, model in self._models().items():
-            path = files[f"weights{suffix}"] = self.folder / f"finetuned{suffix}.safetensors"
-            if self.task.runtime.is_main:
-                size = [view.eval_resize, view.eval_size]
-                classes = self.images.classes
+            path = self.folder / f"finetuned{suffix}.safetensors"
+            paths[f"weights{suffix}"] = str(path)
+            if self.task.context.is_main:
                 export(model, path, task=self.task, classes=classes, classifier=self.classifier, size=size)
-        return {name: str(path) for name, path in files.items()}
+        return paths

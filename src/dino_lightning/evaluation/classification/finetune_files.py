@@ -1,4 +1,4 @@
-"""What a finetuning leaves on disk: the state it goes on from, and the final weights."""
+"""The files of a finetuning: the state from which it resumes, and the final weights."""
 
 import json
 from dataclasses import asdict
@@ -12,81 +12,79 @@ from torch import nn
 from dino_lightning.config import FinetuneEval
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.splits import Labeled
+from dino_lightning.evaluation.classification.splits import LabeledSplits
 from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.runtime.collectives import world_size
 from dino_lightning.runtime.files import atomic_file
 
 State = dict[str, Any]
-FREE = ("val_every_n_epochs",)
-"""Settings that may change on the way: no weight depends on them."""
+CHANGEABLE = ("val_every_n_epochs",)
+"""Settings that may change on resuming because the weights do not depend on them."""
 
 
-def settings_of(config: FinetuneEval, task: Task, images: Labeled) -> dict[str, Any]:
-    """By their keys on the command line, all that the weights depend on: the same on every rank."""
-    fabric = task.runtime.fabric
+def training_settings(config: FinetuneEval, task: Task, images: LabeledSplits) -> dict[str, Any]:
+    """All settings that the weights depend on, by their keys on the command line; the same on every rank."""
+    fabric = task.context.fabric
     names = json.dumps(images.classes).encode()
-    data = content_digest(images.train.fingerprint().encode(), names) if task.runtime.is_main else ""
+    data = content_digest(images.train.fingerprint().encode(), names) if task.context.is_main else ""
     return {
         "checkpoint": task.network.digest,
         "data": fabric.broadcast(data),
         "seed": task.seed,
         "trainer.devices": world_size(),
         "trainer.precision": str(fabric.strategy.precision.precision),
-        **{f"eval.{key}": value for key, value in asdict(config).items() if key not in FREE},
+        **{f"eval.{key}": value for key, value in asdict(config).items() if key not in CHANGEABLE},
     }
 
 
 def write_state(path: Path, state: State) -> None:
-    """Whole or not at all; the caller is the main process."""
+    """Write the state completely or not at all; only for the main process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         torch.save(state, file)
 
 
-def read_state(path: Path, runtime: EvalContext, *, settings: dict[str, Any]) -> State | None:
-    """The state on the CPU of every rank, read by the main process; None where there is none.
+def read_state(path: Path, context: EvalContext, *, settings: dict[str, Any]) -> State | None:
+    """The state, on the CPU of every rank but read by the main process; None if there is no file.
 
-    Raises `UserError` where it cannot be read, or belongs to a training with other settings.
+    Raises `UserError` if the file cannot be read or belongs to a training with other settings.
     """
-    found: State | str | None = None
-    if runtime.is_main and path.is_file():
+    state: State | str | None = None
+    if context.is_main and path.is_file():
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise anything; the other ranks must hear of it
-            found = f"{path} is not a whole checkpoint ({type(error).__name__}); remove it to train anew."
-    found = cast(State | str | None, runtime.fabric.broadcast(found))
-    if isinstance(found, str):
-        raise UserError(found)
-    if found is None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise anything; all ranks must raise
+            state = f"{path} is not a complete checkpoint ({type(error).__name__}); delete it to restart the training."
+    state = cast(State | str | None, context.fabric.broadcast(state))
+    if isinstance(state, str):
+        raise UserError(state)
+    if state is None:
         return None
-    kept = found["settings"]
     for key, value in settings.items():
-        if kept.get(key) != value:
+        saved = state["settings"].get(key)
+        if saved != value:
             raise UserError(
-                f"{key}={value}: {path} belongs to a training with {key}={kept.get(key)}; set another "
-                "output_dir, or remove the file."
+                f"{key}={value}: {path} belongs to a training with {key}={saved}; set another output_dir, or delete "
+                "the file."
             )
-    return found
+    return state
 
 
 def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], classifier: str, size: list[int]) -> None:
-    """Weights by timm's names, and in the metadata what belongs to them.
+    """Write the weights with timm's names, and metadata.
 
-    `classifier` is the name of the top layer. As JSON: `classes`, the names of its rows; `mean` and `std` of the
-    images; `eval`, their shorter side and center (pixels); `network`, the architecture, by which `checkpoint=` takes
-    the file, too.
+    The metadata are `classifier`, the name of the top layer, and as JSON: `classes`, the names of its outputs; `mean`
+    and `std` of the images; `eval`, their shorter side and center crop (pixels); `network`, the architecture, so that
+    `checkpoint=` can load the file.
     """
     resize, side = size
-    described = task.network.description
-    if described is not None:
-        described = described | {"resize": resize, "size": side}
+    network = task.network.description
     values: dict[str, Any] = {
         "classes": classes,
         "mean": task.network.mean,
         "std": task.network.std,
         "eval": {"resize": resize, "size": side},
-        **({} if described is None else {"network": described}),
+        **({} if network is None else {"network": network | {"resize": resize, "size": side}}),
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", "classifier": classifier} | {key: json.dumps(value) for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""The parts of DeiT's recipe, made of timm's: network and classifier, augmentation, mixing, loss, optimizer, schedule.
+"""The parts of DeiT's recipe, built from timm: classifier, augmentation, mixing, loss, optimizer, schedule.
 
 B images of C channels, K classes.
 """
@@ -20,26 +20,27 @@ from torch import Tensor, nn
 from dino_lightning.config import FinetuneEval
 from dino_lightning.data.batches import crop_seed
 from dino_lightning.errors import UserError, did_you_mean
-from dino_lightning.evaluation.classification.training_images import random_states
+from dino_lightning.evaluation.classification.training_images import seeded_rngs
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.optim.schedules import Cosine
 from dino_lightning.runtime.collectives import rank
 
 LR_IMAGES = 512
-"""Images per step for which `eval.lr` holds; with more it grows in proportion."""
+"""Images per step for which `eval.lr` is defined; the learning rate is proportional to the images per step."""
 STD_FRESH, STD_TRAINED = 0.02, 2e-5
-"""Of the classifier's first weights: DeiT's, and on a trained network that of BEiT and MAE. The paper's authors started
-it far below DeiT's there, too (facebookresearch/dino issue 31)."""
+"""Standard deviations of the classifier's initial weights: DeiT's, and on a trained network that of BEiT and MAE. The
+paper's authors also used far less than DeiT's there (facebookresearch/dino issue 31)."""
 POLICIES = ("rand-m9-mstd0.5-inc1", "original-mstd0.5", "v0-mstd0.5", "3a", "augmix-m5-w4-d2")
 
 
-def with_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: int, seed: int) -> tuple[nn.Module, str]:
-    """The network anew with its weights and a classifier on its features, trainable, and the classifier's name.
+def add_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: int, seed: int) -> tuple[nn.Module, str]:
+    """A trainable copy of the network with a classifier on its features, and the name of the classifier.
 
-    It is timm's network for `classes` classes, and its state dict has timm's names. An untrained network brings the
-    fresh weights that stand for `seed`. Raises `UserError` where the architecture has no stochastic depth.
+    It is timm's network for `classes` classes, and its state dict has timm's names. An untrained network keeps its
+    fresh weights, which depend on its own seed. Raises `UserError` if the
+    architecture does not support stochastic depth.
     """
-    with random_states(crop_seed(seed)):
+    with seeded_rngs(crop_seed(seed)):
         model: Any = network.rebuild(drop_path_rate=drop_path_rate)
         model.load_state_dict(network.backbone.state_dict())
         model.reset_classifier(classes)
@@ -50,59 +51,59 @@ def with_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: i
             nn.init.zeros_(layer.bias)
     if not names:
         raise UserError(
-            f"checkpoint: {network.name} ({type(model).__name__}) has no place for a linear classifier; "
-            "finetuning needs one."
+            f"checkpoint: {network.name} ({type(model).__name__}) cannot have a linear classifier, which finetuning "
+            "needs."
         )
     return model.requires_grad_(True), names[0]
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
-    """One, or two of a network with a token for distillation."""
-    found = model.get_classifier()
-    return [layer for layer in (found if isinstance(found, tuple) else (found,)) if isinstance(layer, nn.Linear)]
+    """The classifier; networks with a distillation token have two."""
+    layers = model.get_classifier()
+    return [layer for layer in (layers if isinstance(layers, tuple) else (layers,)) if isinstance(layer, nn.Linear)]
 
 
-class Augmentation:
-    """Image -> a random crop (bicubic), perhaps mirrored, by the policy, normalized, partly erased: (C, size, size)."""
+class FinetuneAugmentation:
+    """Image -> a random crop (bicubic), flip, the policy, normalization and random erasing: (C, size, size)."""
 
     def __init__(self, config: FinetuneEval, network: FrozenNetwork, *, size: int) -> None:
         self.config = config
-        self.transform = cast(Callable[[Any], Tensor], self._checked(network, size))
+        self.transform = cast(Callable[[Any], Tensor], self._build_checked(network, size))
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Draws from `random`, `numpy.random` and PyTorch."""
         return self.transform(image / 255 if isinstance(image, Tensor) else image)
 
-    def _checked(self, network: FrozenNetwork, size: int) -> Any:
+    def _build_checked(self, network: FrozenNetwork, size: int) -> Any:
         policy, channels = self.config.auto_augment, network.channels
         if policy and channels not in (1, 3):
             raise UserError(
-                f"eval.auto_augment={policy}: timm's policies know no images of {channels} channels; set "
+                f"eval.auto_augment={policy}: timm's policies do not support images with {channels} channels; set "
                 "eval.auto_augment=null."
             )
         try:
-            transform = self._built(network, size)
+            transform = self._build(network, size)
             if policy:
-                # Some names turn out to mean nothing when an operator is drawn.
+                # Some invalid names raise only when an operator is drawn.
                 example = Image.new("L" if channels == 1 else "RGB", (size, size))
-                with random_states(0):
+                with seeded_rngs(0):
                     for _ in range(20):
                         transform(example)
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise UserError(
-                f"eval.auto_augment={policy}: timm {timm.__version__} makes no policy of it ({reason}); "
+                f"eval.auto_augment={policy}: timm {timm.__version__} rejects this policy ({reason}); "
                 f"{did_you_mean(str(policy), POLICIES)}"
             ) from error
         return transform
 
-    def _built(self, network: FrozenNetwork, size: int) -> Any:
+    def _build(self, network: FrozenNetwork, size: int) -> Any:
         policy = self.config.auto_augment or None
         transform: Any = create_transform(
             (network.channels, size, size),
             is_training=True,
             auto_augment=policy,
-            # timm takes it with those policies alone that need it, such as 3a.
+            # timm uses it only with policies that need it, such as 3a.
             color_jitter=0.3 if policy else None,  # type: ignore[arg-type]
             interpolation="bicubic",
             mean=tuple(network.mean),
@@ -118,15 +119,15 @@ class Augmentation:
 
 
 def posterize_or_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """Keep `bits` of each value; with none of them the image is black.
+    """Keep `bits` of each value; with 0 bits the image is black.
 
-    DeiT's policy asks for that in one of 600 images. Pillow gave black, as timm expects, and in new versions refuses.
+    DeiT's policy does that to one of 600 images. timm expects black, as old versions of Pillow gave; new ones raise.
     """
     return posterize(image, bits, **options) if bits >= 1 else Image.new(image.mode, image.size)
 
 
 def _operators(parts: Any) -> Iterator[AugmentOp]:
-    """Operators inside the policies of timm, which nest lists."""
+    """The operators in timm's policies, which are nested lists."""
     for part in parts:
         if isinstance(part, AugmentOp):
             yield part
@@ -137,7 +138,7 @@ def _operators(parts: Any) -> Iterator[AugmentOp]:
 
 
 class Targets:
-    """Mixup or CutMix of a batch, smoothed targets, and the loss between them and logits (B, K)."""
+    """Mixup or CutMix of a batch, label smoothing, and the loss of logits (B, K)."""
 
     def __init__(self, config: FinetuneEval, *, classes: int, seed: int) -> None:
         self.seed, self.classes, self.smoothing = seed, classes, config.label_smoothing
@@ -148,23 +149,23 @@ class Targets:
             self.loss = SoftTargetCrossEntropy()
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Images, which are overwritten, and targets: (B, K) where images are mixed, else the labels (B,).
+        """The images, mixed in place, and targets: (B, K) for mixed images, else the labels (B,).
 
-        What is drawn depends on the seed, the step and the rank alone. The last image of an odd number stays as it is,
-        because timm mixes pairs.
+        Random draws depend only on the seed, the step and the rank. Of an odd number of images the last one is not
+        mixed, because timm mixes pairs.
         """
         if self.mixup is None:
             return images_BCHW, labels_B
         even = len(labels_B) // 2 * 2
         targets_BK = mixup_target(labels_B, self.classes, smoothing=self.smoothing)
         if even:
-            with random_states(crop_seed(self.seed, step, rank())):
+            with seeded_rngs(crop_seed(self.seed, step, rank())):
                 images_BCHW[:even], targets_BK[:even] = self.mixup(images_BCHW[:even], labels_B[:even])
         return images_BCHW, targets_BK
 
 
-def optimizer_of(model: nn.Module, config: FinetuneEval) -> torch.optim.Optimizer:
-    """AdamW in groups with `lr_scale`, the factor of their layer; neither vectors nor position embeddings decay."""
+def build_optimizer(model: nn.Module, config: FinetuneEval) -> torch.optim.Optimizer:
+    """AdamW with the factor of its layer as `lr_scale` of each group; vectors and position embeddings do not decay."""
     layer_decay = None if config.layer_decay == 1 else config.layer_decay
     try:
         return create_optimizer_v2(
@@ -174,24 +175,19 @@ def optimizer_of(model: nn.Module, config: FinetuneEval) -> torch.optim.Optimize
         if layer_decay is None:
             raise
         raise UserError(
-            f"eval.layer_decay={layer_decay}: timm does not know the layers of {type(model).__name__}; set "
+            f"eval.layer_decay={layer_decay}: timm does not define the layers of {type(model).__name__}; set "
             "eval.layer_decay=1."
         ) from error
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the top layer; the others have their factors of it."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the top layer to `rate`, and that of other layers in proportion to their `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def schedule(config: FinetuneEval, *, steps_per_epoch: int, world_size: int) -> Cosine:
-    """The learning rate of each step: warm-up and cosine. Raises `UserError` for a warm-up longer than the training."""
-    if config.warmup_epochs > config.epochs:
-        raise UserError(
-            f"eval.warmup_epochs={config.warmup_epochs} is longer than eval.epochs={config.epochs}; give "
-            f"at most {config.epochs}."
-        )
+def learning_rate_schedule(config: FinetuneEval, *, steps_per_epoch: int, world_size: int) -> Cosine:
+    """The learning rate of each step: warm-up and cosine."""
     return Cosine(
         config.lr * config.batch_size_per_device * world_size / LR_IMAGES,
         config.lr_end,
@@ -200,12 +196,12 @@ def schedule(config: FinetuneEval, *, steps_per_epoch: int, world_size: int) -> 
     )
 
 
-def check_whole_batch(images: int, *, batch_size: int, ranks: int) -> None:
-    """Raises `UserError` where there is no whole batch: incomplete ones are left out, as in DeiT."""
-    own = math.ceil(images / ranks)
-    if own < batch_size:
+def check_full_batch(images: int, *, batch_size: int, ranks: int) -> None:
+    """Raise `UserError` if there is no full batch; incomplete ones are dropped, as in DeiT."""
+    images_per_rank = math.ceil(images / ranks)
+    if images_per_rank < batch_size:
         each = f" for each of {ranks} processes" if ranks > 1 else ""
         raise UserError(
-            f"eval.batch_size_per_device={batch_size}: {images} labeled training images make no whole "
-            f"batch{each}; give at most {own}."
+            f"eval.batch_size_per_device={batch_size}: {images} labeled training images are fewer than one "
+            f"batch{each}; set it to at most {images_per_rank}."
         )

@@ -1,4 +1,4 @@
-"""The nearest neighbors of some images as a picture: the first thing people check on their own data."""
+"""`eval=neighbors`: a picture of the nearest neighbors of some images, a quick check of features on your own data."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,122 +9,109 @@ from dino_lightning.config import CropsConfig, NeighborsEval
 from dino_lightning.data.crops import denormalize
 from dino_lightning.data.sources import ImageSource
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.splits import viewed
+from dino_lightning.evaluation.classification.splits import LABELS, split_images
 from dino_lightning.evaluation.context import Result, Task
-from dino_lightning.evaluation.features.cache import cached_features
-from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
+from dino_lightning.evaluation.features.cache import cached_features, require_readable
+from dino_lightning.evaluation.features.images import ViewedImages, class_names
 from dino_lightning.evaluation.features.knn import nearest_neighbors
+from dino_lightning.evaluation.features.spec import NETWORK_OUTPUT
+from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.report.pictures.sheets import neighbor_sheet, to_picture
 
 Neighbors = Sequence[Sequence[tuple[int, float]]]
-"""Of each query, position and similarity of the images found, nearest first."""
+"""Index and similarity of the neighbors of each query, nearest first."""
 
 
+@register_evaluation("neighbors", NeighborsEval)
 def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
-    """`same_class_share` of the neighbors in percent where there are labels, `mean_similarity` in any case.
+    """`mean_similarity`, and for labeled images `same_class_share`, the percentage of neighbors of the query's class.
 
-    Queries are validation images, looked for among the training images; without validation images they are training
-    images, each looked for among the others.
+    Queries are validation images and neighbors are training images. Without validation images, queries are training
+    images, and their neighbors are other training images.
     """
-    train = task.sources.train
+    train, val = task.splits.train, task.splits.val
     if not isinstance(train, ImageSource):
-        raise UserError("data: neighbors are looked up by index, which a stream cannot; download the data.")
-    val = task.sources.val
-    source = train if val is None else val
-    queries = query_positions(config, source, seed=task.seed)
-    enough = len(train) - (val is None)
-    if config.neighbors > enough:
+        raise UserError("data: neighbors are read by index, which streams do not support; download the data.")
+    source, split = (train, "train") if val is None else (val, "val")
+    queries = query_indices(config, source, seed=task.seed)
+    candidates = len(train) - (val is None)
+    if config.neighbors > candidates:
         raise UserError(
-            f"eval.neighbors={config.neighbors}: there are {enough} images to choose from; set it to at most {enough}."
+            f"eval.neighbors={config.neighbors}: there are {candidates} images to choose from; set it to at most "
+            f"{candidates}."
         )
-
-    forward, batch_size = task.runtime.forward(task.network.backbone), config.batch_size_per_device
-    split = "train" if val is None else "val"
-    bank_images, query_images = viewed(task, train, config, split="train"), viewed(task, source, config, split=split)
-    bank_ND, _, positions_N = cached_features(
-        task, forward, bank_images, what="training images", kind="backbone", batch_size=batch_size
+    bank_images = split_images(task, train, config, split="train")
+    query_images = split_images(task, source, config, split=split)
+    options = {
+        "forward": task.context.forward(task.network.backbone),
+        "kind": NETWORK_OUTPUT.cache_key,
+        "batch_size": config.batch_size_per_device,
+    }
+    bank_ND, _, bank_N = cached_features(task, images=bank_images, label=LABELS["train"], **options)
+    queries_MD, _, queries_M = cached_features(task, images=query_images, label="queries", indices=queries, **options)
+    require_readable(queries_M, task, label="query images", split=split)
+    require_readable(bank_N[int(val is None) :], task, label="images to choose from", split="train")
+    similarity_MK, positions_MK = nearest_neighbors(
+        bank_ND, queries_MD, k=config.neighbors + (val is None), device=task.context.search_device
     )
-    queries_MD, _, found_M = cached_features(
-        task, forward, query_images, what="queries", kind="backbone", batch_size=batch_size, indices=queries
-    )
-    if not len(found_M):
-        raise UserError(f"data: none of the query images can be read, see {task.output / f'bad_images_{split}.txt'}.")
-    if len(positions_N) <= (val is None):
-        raise UserError(f"data: no image to choose from can be read, see {task.output / 'bad_images_train.txt'}.")
-    similarity_MK, rows_MK = nearest_neighbors(
-        bank_ND, queries_MD, k=config.neighbors + (val is None), device=task.runtime.search_device
-    )
-    neighbors = [
-        [(int(positions_N[row]), float(value)) for row, value in zip(rows, values, strict=True)]
-        for rows, values in zip(rows_MK, similarity_MK, strict=True)
+    neighbors: Neighbors = [
+        [
+            (index, similarity)
+            for index, similarity in zip(bank_N[positions_K].tolist(), similarity_K.tolist(), strict=True)
+            if val is not None or index != query  # a query is its own nearest neighbor
+        ][: config.neighbors]
+        for query, positions_K, similarity_K in zip(queries_M.tolist(), positions_MK, similarity_MK, strict=True)
     ]
-    if val is None:
-        neighbors = [
-            [pair for pair in row if pair[0] != int(query)][: config.neighbors]
-            for query, row in zip(found_M, neighbors, strict=True)
-        ]
-    task.picture(_sheet(task, query_images, bank_images, found_M.tolist(), neighbors), "neighbors")
-    details = {"queries": found_M.tolist(), "neighbors": [[position for position, _ in row] for row in neighbors]}
-    same = _same_class(source, train, found_M.tolist(), neighbors)
+    queries = queries_M.tolist()
+    task.save_picture(_sheet(task, query_images, bank_images, queries, neighbors), "neighbors")
+    details = {"queries": queries, "neighbors": [[index for index, _ in pairs] for pairs in neighbors]}
+    same = _same_class(source, train, queries, neighbors)
     if same:
         yield Result("same_class_share", 100 * float(np.mean(same)), main=True, details=details)
-    mean = float(np.mean([value for row in neighbors for _, value in row]))
+    mean = float(np.mean([similarity for pairs in neighbors for _, similarity in pairs]))
     yield Result("mean_similarity", mean, unit="", main=not same, details=details)
 
 
-def query_positions(config: NeighborsEval, source: ImageSource, *, seed: int) -> list[int]:
-    """The chosen positions, or some drawn by seed: of labeled images one of each class before a second of any."""
+def query_indices(config: NeighborsEval, source: ImageSource, *, seed: int) -> list[int]:
+    """The configured indices, or some drawn by seed: of labeled images one per class before a second of any class."""
     if config.queries is not None:
-        wrong = [position for position in config.queries if not 0 <= position < len(source)]
-        if wrong or not config.queries:
+        if not config.queries or not all(0 <= index < len(source) for index in config.queries):
             raise UserError(f"eval.queries={config.queries}: expected positions from 0 to {len(source) - 1}.")
         return sorted(set(config.queries))
     order = np.random.default_rng(seed).permutation(len(source))
     if source.labels is not None:
-        seen: dict[int, int] = {}
-        turn = []
-        for position in order:
-            label = int(source.labels[position])
-            turn.append(seen.get(label, 0))
-            seen[label] = turn[-1] + 1
-        order = order[np.argsort(turn, kind="stable")]
+        counts: dict[int, int] = {}
+        rounds = []
+        for label in source.labels[order].tolist():
+            rounds.append(counts.get(label, 0))
+            counts[label] = rounds[-1] + 1
+        order = order[np.argsort(rounds, kind="stable")]
     return sorted(order[: config.random_queries].tolist())
 
 
 def _same_class(source: ImageSource, train: ImageSource, queries: list[int], neighbors: Neighbors) -> list[bool]:
-    """For each pair whose classes are known whether they are the same."""
-    pairs = [
-        (_class_name(source, query), _class_name(train, position))
-        for query, row in zip(queries, neighbors, strict=True)
-        for position, _ in row
+    """For each pair with known classes, whether they are equal."""
+    return [
+        name == neighbor_name
+        for name, pairs in zip(class_names(source, queries), neighbors, strict=True)
+        for neighbor_name in class_names(train, [index for index, _ in pairs])
+        if name is not None and neighbor_name is not None
     ]
-    return [own == other for own, other in pairs if own is not None and other is not None]
-
-
-def _class_name(source: ImageSource, position: int) -> str | None:
-    label = -1 if source.labels is None else int(source.labels[position])
-    return source.classes[label] if source.classes and label >= 0 else None
 
 
 def _sheet(
-    task: Task,
-    queries: ViewedImages,
-    bank: ViewedImages,
-    positions: list[int],
-    neighbors: Neighbors,
+    task: Task, query_images: ViewedImages, bank_images: ViewedImages, queries: list[int], neighbors: Neighbors
 ) -> Image.Image:
     config = CropsConfig(mean=task.network.mean, std=task.network.std)
 
-    def shown(images: ViewedImages, position: int) -> Image.Image:
-        image, label = images[position]
-        assert label != BROKEN, "features of a broken image"
-        return to_picture(denormalize(image, config=config))
+    def picture(images: ViewedImages, index: int) -> Image.Image:
+        return to_picture(denormalize(images[index][0], config=config))
 
-    own = [_class_name(queries.source, position) for position in positions]
-    others = [[_class_name(bank.source, position) for position, _ in row] for row in neighbors]
+    query_labels = class_names(query_images.source, queries)
+    neighbor_labels = [class_names(bank_images.source, [index for index, _ in pairs]) for pairs in neighbors]
     return neighbor_sheet(
-        [shown(queries, position) for position in positions],
-        [[shown(bank, position) for position, _ in row] for row in neighbors],
-        query_labels=own if any(own) else None,
-        neighbor_labels=others if any(map(any, others)) else None,
+        [picture(query_images, query) for query in queries],
+        [[picture(bank_images, index) for index, _ in pairs] for pairs in neighbors],
+        query_labels=query_labels if any(query_labels) else None,
+        neighbor_labels=neighbor_labels if any(map(any, neighbor_labels)) else None,
     )

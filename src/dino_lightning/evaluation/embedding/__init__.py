@@ -1,1 +1,1 @@
-"""Features in other people's programs: `load_backbone`, `embed`, `DinoFeatures`, and the command `dino embed`."""
+"""Features for your own programs: `load_backbone`, `embed`, `DinoFeatures`, and the command `dino embed`."""

@@ -1,4 +1,4 @@
-"""A frozen network in a program of one's own.
+"""A frozen network for your own programs.
 
     backbone = load_backbone("outputs/RUN", device="cuda")
     images = torch.stack([backbone.prepare(path) for path in paths]).to("cuda")
@@ -18,18 +18,18 @@ from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import Decoder
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, given_source
+from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, input_source
 from dino_lightning.evaluation.features.images import center_view
 
 
 class Backbone(nn.Module):
-    """A frozen network that knows how its images are prepared; always in eval mode, never with gradients."""
+    """A frozen network and the preparation of its images; always in eval mode, without gradients."""
 
     def __init__(self, checkpoint: str | Path, *, key: str | None = None) -> None:
         super().__init__()
         self.network = load_network(str(checkpoint), key=key)
         self.backbone = self.network.backbone
-        """The network itself, a module of timm's kind."""
+        """The network itself, with the interface of timm."""
         channels = self.network.channels
         self._view, self._decoder = center_view(self.network), Decoder(DataConfig(channels=channels))
 
@@ -44,12 +44,12 @@ class Backbone(nn.Module):
         return self.network.size
 
     def prepare(self, image: ImageInput) -> Tensor:
-        """A path, a PIL image or pixels (H, W, C) uint8 as (C, size, size): resized, center, normalized; on the CPU.
+        """A path, a PIL image or pixels (H, W, C) uint8 as (C, size, size): resized, cropped, normalized, on the CPU.
 
         Raises `UserError` for an image that cannot be read.
         """
         channels = self.network.channels
-        source = given_source(as_image_list([image]), channels)
+        source = input_source(as_image_list([image]), channels)
         decode = self._decoder.pil if channels in (1, 3) else self._decoder.pixels
         try:
             return self._view(decode(source.read(0)))
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         return self.backbone(images_BCHW)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, also as part of a network that is trained."""
+        """Do nothing: the network stays in eval mode, also inside a network that is trained."""
         return super().train(False)
 
 
@@ -71,16 +71,16 @@ def load_backbone(
 ) -> Backbone:
     """The frozen network of a checkpoint, ready for images.
 
-    `checkpoint` is whatever `checkpoint=` takes: a run's folder, an exported file, a `.ckpt`, a `.pth` of the original,
-    `timm:NAME`, `untrained:NAME`. `key` is `teacher` or `student` of what holds both, None the one that the run
-    evaluated. `device` None is the CPU. Raises `UserError` for whatever is none of these.
+    `checkpoint` is a value of `checkpoint=`: a run's folder, an exported file, a `.ckpt`, a `.pth` of the original,
+    `timm:NAME`, `untrained:NAME`. `key` selects `teacher` or `student` of a file with both; None is the one that the
+    run evaluated. `device` None is the CPU. Raises `UserError` for anything else.
     """
     backbone = Backbone(checkpoint, key=key).eval()
     return backbone if device is None else backbone.to(usable_device(device))
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device; `auto` is the first GPU, or else the CPU. Raises `UserError` for one that this machine lacks."""
+    """The device; `auto` is the first GPU, or the CPU. Raises `UserError` for a device that PyTorch cannot use."""
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -88,6 +88,6 @@ def usable_device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"device={name}: this machine has none that PyTorch can use; expected auto, cpu or cuda."
+            f"device={name}: PyTorch cannot use such a device on this machine; expected auto, cpu or cuda."
         ) from error
     return device

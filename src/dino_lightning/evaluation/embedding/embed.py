@@ -1,4 +1,4 @@
-"""Features of many images in a program of one's own: `embed`."""
+"""Features of many images for your own programs: `embed`."""
 
 import os
 from collections.abc import Sequence
@@ -39,16 +39,17 @@ def embed(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Embeddings:
-    """Features (N, D), names and labels of images, of which those that cannot be read are left out and named.
+    """Features (N, D), names and labels of images; unreadable images are left out and listed.
 
     `images` is a folder, a list (`.txt`, `.csv`, `.tsv`), a `.zip` or `.tar`, a folder of parquet files; a list of
     paths, PIL images or arrays (H, W, C) uint8; or a data configuration of the project, such as
-    `ParquetData(path=DIR, label_column="class")`. `output` is a `.parquet`, or a `.npy` with a `.csv` beside it.
-    Finished blocks of 1024 images stand in `feature_cache`: the same call goes on where one was killed, to the same
-    bits; None keeps nothing. `devices`, `accelerator` and `precision` are those of `lightning.Fabric`, the other
-    arguments the keys of `dino embed` (docs/configuration.md). Raises `UserError` for what is wrong with any of them.
+    `ParquetData(path=DIR, label_column="class")`. `output` is a `.parquet`, or a `.npy` and a `.csv` of the same name.
+    Features are cached in `feature_cache` in blocks of 1024 images, so the same call resumes after an interruption with
+    a bit-identical result; None disables the cache. `devices`, `accelerator` and `precision` are those of
+    `lightning.Fabric`; the other arguments are the keys of `dino embed` (docs/configuration.md). Raises `UserError` for
+    wrong arguments.
     """
-    data, given = _data(images)
+    data, inputs = _data(images)
     workers: dict[str, Any] = {} if num_workers is None else {"num_workers": num_workers}
     config = EmbedConfig(
         checkpoint=str(checkpoint),
@@ -66,34 +67,34 @@ def embed(
         overwrite=overwrite,
         feature_cache=None if feature_cache is None else str(feature_cache),
     )
-    return run_embedding(config, output=usable_path("output", str(output)) if output else None, given=given)
+    return run_embedding(config, output=usable_path("output", str(output)) if output else None, inputs=inputs)
 
 
 def _data(images: str | Path | Sequence[ImageInput] | DataConfig) -> tuple[DataConfig, list[ImageInput] | None]:
-    """A data configuration, and the images themselves where they are given one by one."""
+    """A data configuration, and the images themselves if they were passed as a list."""
     if isinstance(images, DataConfig):
         return images, None
     if isinstance(images, str | Path):
-        return _by_path(str(images)), None
+        return _data_of_path(str(images)), None
     if isinstance(images, Image.Image):
         images = [images]
-    given = as_image_list(images)
-    if not given:
-        raise UserError("images: the list is empty; expected one image or more.")
+    inputs = as_image_list(images)
+    if not inputs:
+        raise UserError("images: the list is empty; expected at least one image.")
     data = DataConfig(max_bad_share=1.0)
-    if any(not isinstance(image, str | Path) for image in given):
-        data.num_workers = 0  # what is in memory already does not become faster by copies in other processes
-    return data, given
+    if any(not isinstance(image, str | Path) for image in inputs):
+        data.num_workers = 0  # loader processes would copy images that are already in memory
+    return data, inputs
 
 
-def _by_path(path: str) -> DataConfig:
-    """Whatever reads the path, as `dino data` tells it."""
-    found = existing_path(path, key="images", files=True)
+def _data_of_path(path: str) -> DataConfig:
+    """The data configuration that reads the path, as `dino data` prints it."""
+    file = existing_path(path, key="images", files=True)
     kind = cast(type[DataConfig], SCHEMAS["data"][kind_of(path)])
-    if kind is FolderData and found.is_file():
+    if kind is FolderData and file.is_file():
         raise UserError(
-            f"images={path} is a file of no known kind; expected a folder, a .zip or .tar, a list (.csv, "
+            f"images={path} is a file of an unknown type; expected a folder, a .zip or .tar, a list (.csv, "
             ".tsv, .txt), or a list of paths, such as [path]."
         )
-    options: dict[str, Any] = {"name" if kind is HuggingFaceData else "path": os.fspath(found)}
+    options: dict[str, Any] = {"name" if kind is HuggingFaceData else "path": os.fspath(file)}
     return kind(max_bad_share=1.0, **options)

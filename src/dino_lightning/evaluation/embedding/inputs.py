@@ -1,4 +1,4 @@
-"""Images that a program hands over: paths, PIL images, arrays of pixels."""
+"""Images that a program passes: paths, PIL images, arrays of pixels."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ PIL_MODES = {1: "L", 3: "RGB"}
 EXPECTED = "expected a path, a PIL image, or pixels (H, W) or (H, W, C) of type uint8"
 
 
-class PixelImages:
-    """An `ImageSource` of images in memory, some of which may be paths, for a network of `channels` channels."""
+class InputImages:
+    """An `ImageSource` of images in memory, possibly mixed with paths, for a network with `channels` channels."""
 
     classes: list[str] | None = None
     labels: np.ndarray | None = None
@@ -32,22 +32,22 @@ class PixelImages:
         return len(self.images)
 
     def read(self, index: int) -> Content:
-        """Pixels, or the file's bytes."""
+        """Pixels, or the content of the file."""
         image = self.images[index]
         if isinstance(image, str | Path):
             return Path(image).read_bytes()
         if isinstance(image, Image.Image):
-            # Transparency and palettes go as they do for files.
+            # Transparency and palettes are removed, as for files.
             return np.asarray(image.convert(PIL_MODES[self.channels]) if self.channels in PIL_MODES else image)
         return image
 
     def describe(self, index: int) -> str:
-        """The path, or the place in the list."""
+        """The path, or the index in the list."""
         image = self.images[index]
         return str(image) if isinstance(image, str | Path) else f"image {index}"
 
     def fingerprint(self) -> str:
-        """Of all pixels and files; a file that is missing counts as empty."""
+        """A digest of all pixels and files; a missing file counts as empty."""
         return content_digest(*(self._content(index) for index in range(len(self))))
 
     def _content(self, index: int) -> bytes:
@@ -60,49 +60,49 @@ class PixelImages:
         return f"{content.shape} ".encode() + np.ascontiguousarray(content).tobytes()
 
 
-def given_source(images: Sequence[ImageInput], channels: int) -> ImageSource:
-    """The images, as `given_list` made them, by index."""
+def input_source(images: Sequence[ImageInput], channels: int) -> ImageSource:
+    """The source of images from `as_image_list`."""
     if all(isinstance(image, str | Path) for image in images):
         return ImageFiles([Path(image) for image in images])  # type: ignore[arg-type]
-    return PixelImages(images, channels=channels)
+    return InputImages(images, channels=channels)
 
 
 def as_image_list(images: Any, *, key: str = "images") -> list[ImageInput]:
-    """A list, an array (N, H, W, C), or a table's column of paths as a list; an empty one where there are none.
+    """A list, an array (N, H, W, C), or a column of paths of a table as a list, possibly empty.
 
-    Raises `UserError`, which names `key`, for what holds no images.
+    Raises `UserError`, which names `key`, for anything that is not a list of images.
     """
     if isinstance(images, str | Path | Image.Image):
         raise UserError(f"{key}: {type(images).__name__} is a single image; expected a list, such as [image].")
-    if hasattr(images, "columns"):  # a data frame, whose iteration gives the names of its columns
+    if hasattr(images, "columns"):  # a data frame; iterating over it would give column names
         images = images.to_numpy()
     if isinstance(images, np.ndarray):
-        images = _rows(images, key=key)
+        images = _split_array(images, key=key)
     if not isinstance(images, Iterable):
-        raise UserError(f"{key}: {type(images).__name__} is no list; {EXPECTED} in a list.")
-    found = [_at_home(image) for image in images]
-    for place, image in enumerate(found):
+        raise UserError(f"{key}: {type(images).__name__} is not a list; {EXPECTED} in a list.")
+    images = [_expand_home(image) for image in images]
+    for i, image in enumerate(images):
         if isinstance(image, Image.Image) and image.mode[0] in "IF":
-            raise UserError(f"{key}[{place}] is a PIL image of mode {image.mode}; expected one of 8 bits.")
+            raise UserError(f"{key}[{i}] is a PIL image of mode {image.mode}; expected a mode with 8 bits.")
         if isinstance(image, str | Path | Image.Image):
             continue
         if not isinstance(image, np.ndarray):
-            raise UserError(f"{key}[{place}] is of type {type(image).__name__}; {EXPECTED}.")
+            raise UserError(f"{key}[{i}] is of type {type(image).__name__}; {EXPECTED}.")
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise UserError(f"{key}[{place}] is an array {image.shape} of {image.dtype}; {EXPECTED}.")
-    return found
+            raise UserError(f"{key}[{i}] is an array {image.shape} of {image.dtype}; {EXPECTED}.")
+    return images
 
 
-def _at_home(image: Any) -> Any:
-    """A path with the home folder in the place of `~`; whatever else it is, as it is."""
+def _expand_home(image: Any) -> Any:
+    """Expand `~` in a path; anything else is returned unchanged."""
     if not isinstance(image, str | Path):
         return image
     path = os.path.expanduser(image)
     return Path(path) if isinstance(image, Path) else path
 
 
-def _rows(images: np.ndarray, *, key: str) -> np.ndarray:
-    """An array's images one after another; what could be one image as well as many is refused."""
+def _split_array(images: np.ndarray, *, key: str) -> np.ndarray:
+    """The images of an array. Raises `UserError` for an array that could also be a single image."""
     if images.ndim == 4 or (images.ndim and images.dtype.kind in "OU"):
         return images[:, 0] if images.ndim == 2 and images.shape[1] == 1 else images
     raise UserError(

@@ -1,4 +1,4 @@
-"""What `embed` gives back."""
+"""The result of `embed`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,22 +13,22 @@ from dino_lightning.data.sources.base import ImageSource
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Features of N readable images, in the order in which their source has them."""
+    """Features of N readable images, in the order of their source."""
 
     features: np.ndarray
     """(N, D) float32."""
     names: list[str]
-    """Path, place in the list, or whatever the source calls an image."""
+    """Path, index in the list, or the name that the source gives to an image."""
     labels: list[str | None] | None
-    """Name of the class, None for a single image without one; None where the images have no labels."""
+    """Name of the class, None for an unlabeled image; None instead of the list if all images are unlabeled."""
     splits: list[str] | None
-    """`train` or `val`; None where there are not both."""
+    """`train` or `val`; None if there is only one split."""
     bad: dict[str, str]
-    """Name -> reason of the images that could not be read and were left out."""
+    """Name -> reason of the unreadable images, which are left out."""
     output: Path | None
     """The file."""
     positions: np.ndarray
-    """(N,) int64: the place of each among the images of its split, the bad ones counted."""
+    """(N,) int64: the index of each image in its split, counting the unreadable ones."""
     sources: Mapping[str, ImageSource] = field(repr=False)
     """Split -> its images."""
     decoder: Decoder = field(repr=False)
@@ -37,6 +37,6 @@ class Embeddings:
         return len(self.names)
 
     def image(self, row: int) -> Image.Image:
-        """The image of a row, read once more, in RGB or gray; for networks of 1 or 3 channels."""
+        """The image of a row, read again, in RGB or gray; for networks with 1 or 3 channels."""
         split = self.splits[row] if self.splits else next(iter(self.sources))
         return self.decoder.pil(self.sources[split].read(int(self.positions[row])))

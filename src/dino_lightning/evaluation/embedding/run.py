@@ -1,9 +1,9 @@
-"""From a configuration to features, in the order of the work."""
+"""Computes the features of many images, from the configuration to the file."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,173 +14,162 @@ from dino_lightning.config import EmbedConfig
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.context import EvalContext, Task, launched, set_threads
-from dino_lightning.evaluation.embedding.checks import check_embedding, check_machine, check_output
-from dino_lightning.evaluation.embedding.inputs import ImageInput, given_source
+from dino_lightning.evaluation.context import EvalContext, Task, launch_fabric, set_threads
+from dino_lightning.evaluation.embedding.checks import check_embedding, check_output, feature_spec
+from dino_lightning.evaluation.embedding.inputs import ImageInput, input_source
 from dino_lightning.evaluation.embedding.output import write_embeddings
 from dino_lightning.evaluation.embedding.result import Embeddings
 from dino_lightning.evaluation.features.cache import BLOCK, cached_features
-from dino_lightning.evaluation.features.choice import FeatureKind
-from dino_lightning.evaluation.features.images import ViewedImages, center_view
+from dino_lightning.evaluation.features.images import center_images, class_names
 from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
+from dino_lightning.runtime.environment import check_gpus, check_variables
 
-PIXELS = 256 * 224**2
-"""Of the images of a batch, where nobody says how many."""
+BATCH_PIXELS = 256 * 224**2
+"""Default number of pixels per batch."""
 
 
 def run_embedding(
     config: EmbedConfig,
     *,
     output: Path | None,
-    given: Sequence[ImageInput] | None = None,
+    inputs: Sequence[ImageInput] | None = None,
     overrides: Sequence[str] = (),
     own_threads: bool = False,
 ) -> Embeddings:
-    """The features as configured, on every rank, and in the file `output`, unless None.
+    """The configured features, on every rank; also written to the file `output`, unless it is None.
 
-    `given` replaces the images of `config.data`. With `own_threads` PyTorch gets the threads that the configuration
-    says; a program that calls this keeps its own.
+    `inputs` replace the images of `config.data`. With `own_threads` the number of PyTorch threads is set as configured;
+    a program that calls this keeps its own.
     """
     check_embedding(config, overrides=overrides)
-    check_machine(config)
+    check_variables()
+    check_gpus(config.trainer.accelerator)
     if output is not None:
         check_output(output, config)
     quieten_libraries()
-    runtime = EvalContext(launched(config.trainer), show_progress=config.trainer.enable_progress_bar)
+    context = EvalContext(launch_fabric(config.trainer), show_progress=config.trainer.enable_progress_bar)
     if own_threads:
-        set_threads(runtime.fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
+        set_threads(context.fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
-    if given is not None:
+    if inputs is not None:
         config = replace(config, data=replace(config.data, channels=network.channels))
     check_network(config, network)
-    sources = open_splits(config, runtime) if given is None else {"train": given_source(given, network.channels)}
-    network.backbone.to(runtime.device)
-    with bad_images_folder(runtime, output) as folder:
+    sources = open_splits(config, context) if inputs is None else {"train": input_source(inputs, network.channels)}
+    network.backbone.to(context.device)
+    with bad_images_folder(context, output) as folder:
         cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
-        task = Task(network, config.data, runtime, folder, seed=config.seed, cache=cache)
-        found = extracted(config, task, sources, output=output)
-        tell_bad(found, runtime)
+        task = Task(network, config.data, context, folder, seed=config.seed, cache=cache)
+        embeddings = embed_splits(config, task, sources, output=output)
+        report_bad_images(embeddings, context)
         if output is not None:
-            if runtime.is_main:
-                write_embeddings(found, output, about=about(config, network))
-            runtime.fabric.barrier()
-    return found
+            if context.is_main:
+                write_embeddings(embeddings, output, metadata=file_metadata(config, network))
+            context.fabric.barrier()
+    return embeddings
 
 
-def open_splits(config: EmbedConfig, runtime: EvalContext) -> dict[str, ImageSource]:
-    """The chosen splits and their images, none held out. Raises `UserError` for streams and a split that is missing."""
-    opened = open_sources(replace(config.data, holdout=0.0), seed=config.seed)
-    if not isinstance(opened.train, ImageSource):
+def open_splits(config: EmbedConfig, context: EvalContext) -> dict[str, ImageSource]:
+    """The selected splits, without held-out images. Raises `UserError` for streams and for a missing split."""
+    splits = open_sources(replace(config.data, holdout=0.0), seed=config.seed)
+    if not isinstance(splits.train, ImageSource):
         raise UserError(
-            "data: features are kept by the number of an image, which a stream does not have; local tar "
-            "files are data=archive."
+            "data: features are stored by the index of an image, which streams do not have; use data=archive for local "
+            "tar files."
         )
-    splits = {"train": opened.train} | ({} if opened.val is None else {"val": opened.val})
-    if config.split == "val" and opened.val is None:
+    if config.split == "val" and splits.val is None:
         raise UserError("split=val: there are no validation images; choose train or all.")
-    for notice in (opened.remark or "").split("; "):
-        # What lies beside the images and is not used; that nothing is held out is on purpose.
-        if notice and "held out" not in notice and runtime.show_progress:
-            runtime.say(notice)
-    return {name: source for name, source in splits.items() if config.split in ("all", name)}
+    for remark in (splits.remark or "").split("; "):
+        # Remarks about files that are not used; nothing is held out on purpose.
+        if remark and "held out" not in remark and context.show_progress:
+            context.say(remark)
+    sources = {"train": splits.train} | ({} if splits.val is None else {"val": splits.val})
+    return {split: source for split, source in sources.items() if config.split in ("all", split)}
 
 
 def check_network(config: EmbedConfig, network: FrozenNetwork) -> None:
-    """Raise `UserError` where the network does not take these images or has no such features."""
+    """Raise `UserError` if the network does not accept these images or does not have these features."""
     if network.channels != config.data.channels:
         raise UserError(
             f"data.channels={config.data.channels}: {network.name} takes images of {network.channels} channels."
         )
-    FeatureKind(config.features, config.n_last_blocks).check_network(network)
+    feature_spec(config.features, config.n_last_blocks).check(network)
     check_size(network, config.image_size or network.size, key="image_size")
 
 
 @contextmanager
-def bad_images_folder(runtime: EvalContext, output: Path | None) -> Iterator[Path]:
-    """A folder in which loader processes of all ranks note broken images: that of `output`, or one that goes again."""
+def bad_images_folder(context: EvalContext, output: Path | None) -> Iterator[Path]:
+    """The folder for the lists of unreadable images, shared by all ranks: that of `output`, or a temporary one."""
     if output is not None:
         yield output.parent
         return
-    with tempfile.TemporaryDirectory(prefix="dino-embed-") as own:
-        yield Path(runtime.fabric.broadcast(own))
-        runtime.fabric.barrier()
+    with tempfile.TemporaryDirectory(prefix="dino-embed-") as folder:
+        yield Path(context.fabric.broadcast(folder))
+        context.fabric.barrier()
 
 
-def extracted(config: EmbedConfig, task: Task, sources: dict[str, ImageSource], *, output: Path | None) -> Embeddings:
-    """Features of all splits, one after another."""
-    stem, several = "dino-embed" if output is None else output.stem, len(sources) > 1
-    parts, bad = [], {}
+def embed_splits(
+    config: EmbedConfig, task: Task, sources: dict[str, ImageSource], *, output: Path | None
+) -> Embeddings:
+    """The features of all splits, in order."""
+    stem, has_splits = "dino-embed" if output is None else output.stem, len(sources) > 1
+    features, positions, bad = [], [], {}
+    names: list[str] = []
+    labels: list[str | None] = []
+    splits: list[str] = []
     for split, source in sources.items():
-        path = task.output / f"{stem}.bad_images{f'_{split}' * several}.txt"
-        images = viewed(config, task, source, bad_images=path)
-        features_MD, positions_M = features_of(config, task, images, what=f"{split} images" if several else "images")
-        parts.append(Part(split, source, features_MD, positions_M))
-        bad |= named_in(path)
-        forget_lock(path, task.runtime)
-    if not any(len(part.positions) for part in parts):
+        bad_images = task.output / f"{stem}.bad_images{f'_{split}' * has_splits}.txt"
+        label = f"{split} images" if has_splits else "images"
+        features_MD, indices_M = embed_source(config, task, source, label=label, bad_images=bad_images)
+        features.append(features_MD)
+        positions.append(indices_M)
+        names += [source.describe(int(index)) for index in indices_M]
+        labels += class_names(source, indices_M.tolist())
+        splits += [split] * len(indices_M)
+        bad |= read_bad_images(bad_images)
+        remove_lock(bad_images, task.context)
+    if not names:
         name, reason = next(iter(bad.items()))
         raise UserError(f"data: none of the images can be read ({name}: {reason}).")
-    labels = [name for part in parts for name in part.class_names()]
     return Embeddings(
-        features=np.concatenate([part.features for part in parts if len(part.features)]),
-        names=[part.source.describe(int(position)) for part in parts for position in part.positions],
+        features=np.concatenate([features_MD for features_MD in features if len(features_MD)]),
+        names=names,
         labels=labels if any(labels) else None,
-        splits=[part.split for part in parts for _ in part.positions] if several else None,
+        splits=splits if has_splits else None,
         bad=bad,
         output=output,
-        positions=np.concatenate([part.positions for part in parts]),
+        positions=np.concatenate(positions),
         sources=sources,
         decoder=Decoder(config.data),
     )
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a split gave."""
+def embed_source(
+    config: EmbedConfig, task: Task, source: ImageSource, *, label: str, bad_images: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (M, D) float32 and indices (M,) int64 of the readable images.
 
-    split: str
-    source: ImageSource
-    features: np.ndarray
-    """(M, D) float32 of the readable images."""
-    positions: np.ndarray
-    """(M,) int64."""
-
-    def class_names(self) -> list[str | None]:
-        """Of each row; None where its class is not known."""
-        classes, labels = self.source.classes, self.source.labels
-        if classes is None or labels is None:
-            return [None] * len(self.positions)
-        return [classes[label] if label >= 0 else None for label in labels[self.positions]]
-
-
-def viewed(config: EmbedConfig, task: Task, source: ImageSource, *, bad_images: Path) -> ViewedImages:
-    """The center of each image. The file of broken ones begins anew: kept blocks name theirs once more."""
-    if task.runtime.is_main:
+    The file of unreadable images starts empty: cached blocks record theirs again.
+    """
+    if task.context.is_main:
         bad_images.unlink(missing_ok=True)
-    task.runtime.fabric.barrier()
-    size = config.image_size or task.network.size
-    view = center_view(task.network, resize=config.image_resize, size=config.image_size)
-    blank = (task.network.channels, size, size)
-    return ViewedImages(source, view, blank=blank, config=config.data, bad_images=bad_images)
-
-
-def features_of(config: EmbedConfig, task: Task, images: ViewedImages, *, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features (M, D) float32 and positions (M,) int64 of the readable images; `what` stands beside the bar."""
-    kind, size = FeatureKind(config.features, config.n_last_blocks), config.image_size or task.network.size
-    features_MD, _, positions_M = cached_features(
+    task.context.fabric.barrier()
+    size = {"resize": config.image_resize, "size": config.image_size}
+    images = center_images(task.network, source, **size, config=config.data, bad_images=bad_images)
+    spec, side = feature_spec(config.features, config.n_last_blocks), config.image_size or task.network.size
+    features_MD, _, indices_M = cached_features(
         task,
-        task.runtime.forward(kind.of(task.network.backbone)),
+        task.context.forward(spec.of(task.network.backbone)),
         images,
-        what=what,
-        kind=kind.name,
-        batch_size=config.batch_size_per_device or max(1, min(BLOCK, PIXELS // size**2)),
+        label=label,
+        kind=spec.cache_key,
+        batch_size=config.batch_size_per_device or max(1, min(BLOCK, BATCH_PIXELS // side**2)),
     )
-    return features_MD.numpy(), positions_M.numpy()
+    return features_MD.numpy(), indices_M.numpy()
 
 
-def about(config: EmbedConfig, network: FrozenNetwork) -> dict[str, str]:
-    """What made the features, for whoever finds the file."""
+def file_metadata(config: EmbedConfig, network: FrozenNetwork) -> dict[str, str]:
+    """How the features were computed."""
     return {
         "checkpoint": config.checkpoint,
         "weights": network.digest,
@@ -192,22 +181,22 @@ def about(config: EmbedConfig, network: FrozenNetwork) -> dict[str, str]:
     }
 
 
-def tell_bad(found: Embeddings, runtime: EvalContext) -> None:
-    """Say how many images were left out."""
-    if found.bad:
-        name, reason = next(iter(found.bad.items()))
-        runtime.say(f"{len(found.bad)} images could not be read and were left out, such as {name} ({reason})")
+def report_bad_images(embeddings: Embeddings, context: EvalContext) -> None:
+    """Print the number of unreadable images."""
+    if embeddings.bad:
+        name, reason = next(iter(embeddings.bad.items()))
+        context.say(f"{len(embeddings.bad)} images could not be read and were left out, such as {name} ({reason})")
 
 
-def forget_lock(bad_images: Path, runtime: EvalContext) -> None:
-    """Nobody notes broken images any more."""
-    runtime.fabric.barrier()
-    if runtime.is_main:
+def remove_lock(bad_images: Path, context: EvalContext) -> None:
+    """Remove the lock file of `bad_images`, when no rank writes to it anymore."""
+    context.fabric.barrier()
+    if context.is_main:
         bad_images.with_name(f".{bad_images.name}.lock").unlink(missing_ok=True)
 
 
-def named_in(bad_images: Path) -> dict[str, str]:
-    """Name -> reason of the broken images that a file names, which need not be there."""
+def read_bad_images(bad_images: Path) -> dict[str, str]:
+    """Name -> reason of the unreadable images in a file; empty if the file does not exist."""
     try:
         lines = bad_images.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     except FileNotFoundError:

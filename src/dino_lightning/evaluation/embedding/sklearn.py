@@ -1,4 +1,4 @@
-"""Features of images as a step of scikit-learn: `DinoFeatures`.
+"""Features of images as a scikit-learn transformer: `DinoFeatures`.
 
     make_pipeline(DinoFeatures("outputs/RUN"), LogisticRegression()).fit(paths, labels)
 
@@ -14,10 +14,10 @@ import torch
 from dino_lightning.config import DataConfig
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.backbone import Backbone, load_backbone, usable_device
-from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, given_source
-from dino_lightning.evaluation.features.choice import FeatureKind
-from dino_lightning.evaluation.features.extract import features_of_batches
-from dino_lightning.evaluation.features.images import BROKEN, ViewedImages, center_view
+from dino_lightning.evaluation.embedding.checks import feature_spec
+from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list, input_source
+from dino_lightning.evaluation.features.extract import extract_batches
+from dino_lightning.evaluation.features.images import BROKEN, center_images
 from dino_lightning.models.frozen import check_size
 
 try:
@@ -32,8 +32,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     """Images -> features (N, D) float32 of a frozen network; `fit` learns nothing.
 
     Images are paths, PIL images, or arrays (H, W, C) uint8: a list, a column of a table, or an array (N, H, W, C). All
-    must be readable, since each is a row. A copy, also in another process, has the parameters and loads the network
-    anew; `Pipeline(memory=…)` keeps features from one fit to the next.
+    must be readable, since each is a row. A copy, also in another process, loads the network again;
+    `Pipeline(memory=…)` caches features between fits.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.device = device
 
     def fit(self, X: Any, y: Any = None) -> "DinoFeatures":
-        """Load the network, so that a wrong parameter is said here. Raises `UserError`."""
+        """Load the network, so that wrong parameters raise `UserError` here."""
         network = self._backbone().network
         check_size(network, self.image_size or network.size, key="image_size")
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """Features (N, D) float32 of N images. Raises `UserError` where one cannot be read."""
+        """Features (N, D) float32 of N images. Raises `UserError` if an image cannot be read."""
         images = as_image_list(X, key="X")
         backbone = self._backbone()
         if not images:
@@ -74,55 +74,47 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _features(self, images: Sequence[ImageInput], backbone: Backbone) -> torch.Tensor:
         network, device = backbone.network, usable_device(self.device)
-        kind = FeatureKind(self.features, self.n_last_blocks)
-        size = self.image_size or network.size
-        check_size(network, size, key="image_size")  # `fit` need not have been called
-        viewed = ViewedImages(
-            given_source(images, network.channels),
-            center_view(network, size=self.image_size),
-            blank=(network.channels, size, size),
-            config=DataConfig(channels=network.channels, max_bad_share=1.0),
-        )
+        spec = feature_spec(self.features, self.n_last_blocks)
+        check_size(network, self.image_size or network.size, key="image_size")  # `fit` may not have been called
+        config = DataConfig(channels=network.channels, max_bad_share=1.0)
+        source = input_source(images, network.channels)
+        viewed = center_images(network, source, size=self.image_size, config=config)
         starts = range(0, len(images), self.batch_size)
         batches = [range(start, min(start + self.batch_size, len(images))) for start in starts]
-        found = list(
-            features_of_batches(
-                kind.of(backbone.backbone), viewed, batches=batches, num_workers=self.num_workers, device=device
+        parts = list(
+            extract_batches(
+                spec.of(backbone.backbone), viewed, batches=batches, num_workers=self.num_workers, device=device
             )
         )
-        broken = (torch.cat([labels_B for _, labels_B in found]) == BROKEN).nonzero().flatten().tolist()
+        broken = (torch.cat([labels_B for _, labels_B in parts]) == BROKEN).nonzero().flatten().tolist()
         if broken:
-            viewed[broken[0]]  # for the reason: a loader process may have met it
+            viewed[broken[0]]  # read it again for the reason, which may be in a loader process
             raise UserError(
                 f"X: {len(broken)} of {len(images)} images cannot be read {viewed.bad.examples()}; leave them out."
             )
-        return torch.cat([features_BD for features_BD, _ in found])
+        return torch.cat([features_BD for features_BD, _ in parts])
 
     def _backbone(self) -> Backbone:
-        """The network of the present parameters, loaded once."""
-        wanted = (self.checkpoint, self.checkpoint_key, self.device)
-        kind = FeatureKind(self.features, self.n_last_blocks)
-        kind.check()
-        for name, value, least in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers, 0)):
-            if value < least:
-                raise UserError(f"{name}={value}: expected at least {least}.")
+        """The network of the current parameters, loaded once."""
+        parameters = (self.checkpoint, self.checkpoint_key, self.device)
+        spec = feature_spec(self.features, self.n_last_blocks)
+        for name, value, minimum in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers, 0)):
+            if value < minimum:
+                raise UserError(f"{name}={value}: expected at least {minimum}.")
         loaded = getattr(self, "_loaded", None)
-        if loaded is None or loaded[0] != wanted:
-            loaded = wanted, load_backbone(self.checkpoint, key=self.checkpoint_key, device=self.device)
+        if loaded is None or loaded[0] != parameters:
+            loaded = parameters, load_backbone(self.checkpoint, key=self.checkpoint_key, device=self.device)
             self._loaded = loaded
-        kind.check_network(loaded[1].network)
+        spec.check(loaded[1].network)
         return loaded[1]
 
     @property
     def _n_features_out(self) -> int:
-        """Columns of the output, from which scikit-learn makes their names."""
-        network = self._backbone().network
-        if self.features == "mean_patch":  # before the layer that some networks have behind their pooling
-            return int(network.backbone.num_features)  # type: ignore[arg-type]
-        return network.width * self.n_last_blocks
+        """The number of output columns, from which scikit-learn derives their names."""
+        return feature_spec(self.features, self.n_last_blocks).width(self._backbone().network)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Parameters alone: a pickle of an estimator carries no network."""
+        """Only the parameters: a pickled estimator does not contain the network."""
         state: Any = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_loaded"}
 

@@ -1,1 +1,1 @@
-"""Features of a data set: extraction, the cache on disk, and the k-NN search."""
+"""Features of a dataset: extraction, the cache on disk, and the k-NN search."""

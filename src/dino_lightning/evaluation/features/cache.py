@@ -1,39 +1,39 @@
-"""Features of many images, kept on disk block by block: an evaluation that was interrupted goes on where it was.
+"""Features of many images, cached on disk in blocks, so that an interrupted evaluation can resume.
 
     features_MD, labels_M, indices_M = cached_features(
-        task, task.runtime.forward(task.network.backbone), images, what="training images", kind="cls", batch_size=256)
+        task, task.context.forward(task.network.backbone), images, label="training images", kind="cls", batch_size=256)
 
-The chosen images form blocks of `BLOCK`, dealt to the ranks like cards. A finished block becomes one safetensors file
-in `task.cache / KEY /`, where KEY stands for all that the features depend on; a later run reads the blocks that are
-there and extracts the others. No batch reaches over the end of a block, so neither the number of ranks nor an
-interruption changes a bit of the features.
+The images are divided into blocks of `BLOCK`, which are dealt to the ranks in turn. A finished block is one safetensors
+file in `task.cache / KEY /`; KEY is a digest of everything that the features depend on. A later run reads the existing
+blocks and extracts the others. A batch never spans two blocks, so neither the number of ranks nor an interruption
+changes a bit of the features.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dino_lightning.data.sources.base import ImageSource, content_digest
+from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.features.extract import features_of_batches, gather_by_index, with_common_width
+from dino_lightning.evaluation.features.extract import extract_batches, gather_by_index, with_common_width
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
 from dino_lightning.runtime.collectives import rank, world_size
+from dino_lightning.runtime.files import atomic_file
 
 BLOCK = 1024
-"""Images of a block: the most that an interruption costs each device."""
+"""Images per block: the most that an interruption costs each device."""
 FORMAT = "1"
-"""To be raised when the same weights and images give other features than in the version before."""
+"""Increase this when the same weights and images give other features than before."""
 
 Block = tuple[Tensor, Tensor]
 """Features (n, D) float32 and labels (n,) int64."""
@@ -46,49 +46,55 @@ def cached_features(
     forward: Callable[[Tensor], Tensor],
     images: ViewedImages,
     *,
-    what: str,
+    label: str,
     kind: str,
     batch_size: int,
     indices: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (M, D) float32, labels (M,) and indices (M,), on every rank, by rising index, broken images left out.
+    """Features (M, D) float32, labels (M,) and indices (M,) of the readable images, on every rank, by ascending index.
 
-    `indices` chooses images (default all) and names none twice. `what` stands beside the progress bar. `kind` says what
-    `forward` computes and, of a view without `config`, what it does: cached features belong to weights, kind, view,
-    source, indices and precision. A batch has `batch_size` images, at most `BLOCK`.
+    `indices` selects images (default: all), each at most once. `label` is that of the progress bar. `kind` names what
+    `forward` computes and, for a view without `config`, what the view does. Cached features are identified by weights,
+    kind, view, source, indices and precision. A batch has `batch_size` images, at most `BLOCK`.
     """
-    chosen = list(range(len(images))) if indices is None else sorted(int(index) for index in indices)
-    kept = None
+    selected = list(range(len(images))) if indices is None else sorted(int(index) for index in indices)
+    cache = None
     if task.cache is not None:
-        key = feature_key(task, images, kind=kind, indices=chosen) if task.runtime.is_main else ""
-        kept = CachedBlocks(task.cache / task.runtime.fabric.broadcast(key), say=task.runtime.say)
-    starts = range(0, len(chosen), BLOCK)[rank() :: world_size()]
-    own = {start // BLOCK: chosen[start : start + BLOCK] for start in starts}
-    with task.runtime.progress(what, total=sum(map(len, own.values()))) as advance:
-        found = {}
-        for number, block in own.items():
-            content = kept.load(number, block) if kept else None
+        key = feature_key(task, images, kind=kind, indices=selected) if task.context.is_main else ""
+        cache = BlockCache(task.cache / task.context.fabric.broadcast(key), say=task.context.say)
+    starts = range(0, len(selected), BLOCK)[rank() :: world_size()]
+    local = {start // BLOCK: selected[start : start + BLOCK] for start in starts}
+    with task.context.progress(label, total=sum(map(len, local.values()))) as advance:
+        blocks: dict[int, Block] = {}
+        for number, block in local.items():
+            content = cache.load(number, block) if cache else None
             if content is not None:
-                found[number] = content
-                _note_broken(images, block, content[1])
+                blocks[number] = content
+                _record_broken(images, block, content[1])
                 advance(len(block))
-        missing = {number: block for number, block in own.items() if number not in found}
-        for number, content in _extracted(task, forward, images, missing, batch_size=batch_size, advance=advance):
-            found[number] = content
-            if kept:
-                kept.save(number, own[number], content)
-    return _readable(*gather_by_index(*_shard(found, own)))
+        missing = {number: block for number, block in local.items() if number not in blocks}
+        for number, content in _extract(task, forward, images, missing, batch_size=batch_size, advance=advance):
+            blocks[number] = content
+            if cache:
+                cache.save(number, local[number], content)
+    return _readable(*gather_by_index(*_concatenate(blocks, local)))
+
+
+def require_readable(labels_M: Tensor, task: Task, *, label: str, split: str) -> None:
+    """Raise `UserError` if no image could be read; the reasons are in `bad_images_SPLIT.txt`."""
+    if not len(labels_M):
+        raise UserError(f"data: none of the {label} can be read, see {task.output / f'bad_images_{split}.txt'}.")
 
 
 def feature_key(task: Task, images: ViewedImages, *, kind: str, indices: Sequence[int]) -> str:
-    """A name for features: it changes with everything that they depend on, and does not tell it."""
+    """The name of features in the cache: a digest of everything that they depend on."""
     network, decoder = task.network, images.decoder
     parts = {
         "format": f"{FORMAT} {BLOCK}",
         "weights": f"{network.digest} {type(network.backbone).__qualname__}",
-        "precision": f"{task.runtime.fabric.strategy.precision.precision} {torch.get_float32_matmul_precision()}",
+        "precision": f"{task.context.fabric.strategy.precision.precision} {torch.get_float32_matmul_precision()}",
         "kind": kind,
-        "view": f"{_described(images.view)} {network.mean} {network.std} {images.blank}",
+        "view": f"{_describe_view(images.view)} {network.mean} {network.std} {images.blank}",
         "decoder": f"{decoder.channels} {decoder.value_range} {decoder.nan_value} {decoder.apply_exif_rotation}",
         "source": _fingerprint(images.source),
         "labels": content_digest(
@@ -99,8 +105,8 @@ def feature_key(task: Task, images: ViewedImages, *, kind: str, indices: Sequenc
     return content_digest(*(f"{name}={value}".encode() for name, value in parts.items()))
 
 
-class CachedBlocks:
-    """The blocks of one key. What cannot be read counts as missing; where nothing can be written, it says so once."""
+class BlockCache:
+    """The blocks of one key. An unreadable block counts as missing; a write error is reported once."""
 
     def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
         self.folder, self.say = folder, say
@@ -111,36 +117,32 @@ class CachedBlocks:
         return self.folder / f"{number:06d}.safetensors"
 
     def load(self, number: int, block: Sequence[int]) -> Block | None:
-        """The block's features and labels; None where there is no file, or a damaged one."""
+        """The features and labels of a block; None if its file is missing or damaged."""
         try:
             with safe_open(self.path(number), framework="pt") as file:
                 features_ND, labels_N, indices_N = (file.get_tensor(name) for name in ("features", "labels", "indices"))
                 checksum = (file.metadata() or {}).get("checksum")
         except (OSError, SafetensorError):
             return None
-        whole = indices_N.tolist() == list(block) and len(features_ND) == len(labels_N) == len(block)
-        return (features_ND, labels_N) if whole and checksum == _checksum(features_ND, labels_N) else None
+        complete = indices_N.tolist() == list(block) and len(features_ND) == len(labels_N) == len(block)
+        return (features_ND, labels_N) if complete and checksum == _checksum(features_ND, labels_N) else None
 
     def save(self, number: int, block: Sequence[int], content: Block) -> None:
-        """Write the block's file, whole or not at all."""
+        """Write the file of a block, completely or not at all."""
         if not self.writable:
             return
         features_ND, labels_N = content
         tensors = {"features": features_ND, "labels": labels_N, "indices": torch.tensor(block, dtype=torch.int64)}
-        written = self.folder / f".{uuid4().hex}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, written, metadata={"checksum": _checksum(features_ND, labels_N)})
-                os.replace(written, self.path(number))
-            finally:
-                written.unlink(missing_ok=True)
+            with atomic_file(self.path(number), unique=True) as file:
+                file.write(save(tensors, metadata={"checksum": _checksum(features_ND, labels_N)}))
         except (OSError, SafetensorError) as error:
             self.writable = False
-            self.say(f"feature_cache: features cannot be kept in {self.folder} ({error}); the evaluation goes on.")
+            self.say(f"feature_cache: cannot write to {self.folder} ({error}); the evaluation continues without it.")
 
 
-def _extracted(
+def _extract(
     task: Task,
     forward: Callable[[Tensor], Tensor],
     images: ViewedImages,
@@ -149,11 +151,11 @@ def _extracted(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, Block]]:
-    """Each block when it is finished. One loader for all: its processes start once."""
+    """Yields each finished block. All blocks share one loader, so its processes start only once."""
     cuts = {number: range(0, len(block), batch_size) for number, block in missing.items()}
     batches = [missing[number][start : start + batch_size] for number, starts in cuts.items() for start in starts]
-    features = features_of_batches(
-        forward, images, batches=batches, num_workers=task.num_workers, device=task.runtime.device
+    features = extract_batches(
+        forward, images, batches=batches, num_workers=task.num_workers, device=task.context.device
     )
     for number, starts in cuts.items():
         parts = []
@@ -163,14 +165,14 @@ def _extracted(
         yield number, (torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
 
 
-def _shard(found: dict[int, Block], own: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's features, labels and indices; each block is let go once it is copied."""
-    indices_N = torch.tensor([index for block in own.values() for index in block], dtype=torch.int64)
-    width = next(iter(found.values()))[0].shape[1] if found else 0
+def _concatenate(blocks: dict[int, Block], local: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The features, labels and indices of this rank; the memory of each block is freed after its copy."""
+    indices_N = torch.tensor([index for block in local.values() for index in block], dtype=torch.int64)
+    width = next(iter(blocks.values()))[0].shape[1] if blocks else 0
     features_ND, labels_N = torch.empty(len(indices_N), width), torch.empty(len(indices_N), dtype=torch.int64)
     done = 0
-    for number in own:
-        features_nD, labels_n = found.pop(number)
+    for number in local:
+        features_nD, labels_n = blocks.pop(number)
         rows = slice(done, done + len(labels_n))
         features_ND[rows], labels_N[rows] = features_nD, labels_n
         done = rows.stop
@@ -178,25 +180,25 @@ def _shard(found: dict[int, Block], own: dict[int, list[int]]) -> tuple[Tensor, 
 
 
 def _readable(features_MD: Tensor, labels_M: Tensor, indices_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    good_M = labels_M != BROKEN
-    if good_M.all():  # almost always, and it saves a copy
+    readable_M = labels_M != BROKEN
+    if readable_M.all():  # almost always; saves a copy
         return features_MD, labels_M, indices_M
-    return features_MD[good_M], labels_M[good_M], indices_M[good_M]
+    return features_MD[readable_M], labels_M[readable_M], indices_M[readable_M]
 
 
-def _note_broken(images: ViewedImages, block: Sequence[int], labels_N: Tensor) -> None:
-    """Name the broken images of a cached block, which nobody tries to read again."""
-    for place in (labels_N == BROKEN).nonzero().flatten().tolist():
-        name = images.source.describe(block[place])
-        images.bad.note(name, "it could not be read when the features of its neighbors were kept")
+def _record_broken(images: ViewedImages, block: Sequence[int], labels_N: Tensor) -> None:
+    """Record the unreadable images of a cached block, which are not read again."""
+    for position in (labels_N == BROKEN).nonzero().flatten().tolist():
+        name = images.source.describe(block[position])
+        images.bad.note(name, "it could not be read when the features of its block were cached")
 
 
-def _described(view: Any) -> str:
+def _describe_view(view: Any) -> str:
     return f"{type(view).__module__}.{type(view).__qualname__} {getattr(view, 'config', '')!r}"
 
 
 def _fingerprint(source: ImageSource) -> str:
-    """Once for each source: it may look at every file."""
+    """The fingerprint of a source, computed once because it may read the state of every file."""
     if source not in _fingerprints:
         _fingerprints[source] = source.fingerprint()
     return _fingerprints[source]

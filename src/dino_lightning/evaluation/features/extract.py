@@ -1,37 +1,42 @@
-"""Features of a whole data set, each image once, shared by all ranks.
+"""Features of a whole dataset; the ranks share the work and see each image once.
 
     indices = subset_indices(len(dataset), limit=10_000, seed=0)
     shard = extract_features(backbone, dataset, indices=indices, batch_size=256, num_workers=4, device=device)
     features, labels, indices = gather_by_index(*shard)
 
-Nothing here touches a global random state or a module's train / eval mode: an evaluation in the middle of training
-leaves the training as it was.
+The global random state and the train / eval mode of modules do not change, so an evaluation during training does not
+affect the training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 
-from dino_lightning.data.batches import WorkerError, WorkerLoader
-from dino_lightning.errors import UserError
+from dino_lightning.evaluation.features.images import BatchLoader
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
 GATHER_ROWS = 16_384
-"""Rows per rank and collective in `gather_by_index`: bounds what passes through GPU memory under NCCL."""
+"""Images per rank and collective in `gather_by_index`: limits the GPU memory that NCCL needs."""
 
 
 def subset_indices(n: int, *, limit: int | None, seed: int) -> list[int]:
-    """`limit` of the numbers 0 ... n - 1 in rising order, each equally likely; all where `limit` is None or above n.
+    """A random subset of `limit` of the numbers 0 ... n - 1, ascending; all of them if `limit` is None or above n.
 
-    The same on every rank.
+    The subset depends only on `seed`, so all ranks draw the same.
     """
     if limit is None or limit >= n:
         return list(range(n))
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:limit]
     return sorted(drawn.tolist())
+
+
+def labeled_subset(labels_N: np.ndarray, *, limit: int | None, seed: int) -> list[int]:
+    """Indices of `limit` random labeled images (label 0 or above), ascending: the bank of k-NN."""
+    labeled = np.flatnonzero(labels_N >= 0)
+    return [int(labeled[i]) for i in subset_indices(len(labeled), limit=limit, seed=seed)]
 
 
 def extract_features(
@@ -46,30 +51,30 @@ def extract_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's features (n, D) float32, labels (n,) int64 and indices (n,) int64, all on the CPU.
 
-    `dataset[i]` is an image (C, H, W) and a label. Rank r of R takes `indices[r::R]` (of all images by default), which
-    must not repeat: together the ranks see each image once. A rank without images returns (0, D). `batch_size` is per
-    device, `on_batch` hears the number of images of each finished batch, and train / eval mode is the caller's matter.
+    `dataset[i]` is an image (C, H, W) and a label. Rank r of R processes `indices[r::R]` (default: all images); indices
+    must not repeat. A rank without images returns features of shape (0, D). `batch_size` is per device. `on_batch` is
+    called with the number of images of each finished batch. The caller sets train / eval mode.
     """
-    chosen = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
-    own = [int(i) for i in chosen[rank() :: world_size()]]
+    selected = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
+    local = [int(i) for i in selected[rank() :: world_size()]]
     features_ND = torch.empty(0, 0)
-    labels_N = torch.empty(len(own), dtype=torch.int64)
+    labels_N = torch.empty(len(local), dtype=torch.int64)
     done = 0
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    for features_BD, labels_B in features_of_batches(
+    batches = [local[start : start + batch_size] for start in range(0, len(local), batch_size)]
+    for features_BD, labels_B in extract_batches(
         forward, dataset, batches=batches, num_workers=num_workers, device=device
     ):
         if done == 0:
-            features_ND = torch.empty(len(own), features_BD.shape[1])
+            features_ND = torch.empty(len(local), features_BD.shape[1])
         rows = slice(done, done + len(labels_B))
         features_ND[rows], labels_N[rows] = features_BD, labels_B
         done += len(labels_B)
         if on_batch is not None:
             on_batch(len(labels_B))
-    return with_common_width(features_ND), labels_N, torch.tensor(own, dtype=torch.int64)
+    return with_common_width(features_ND), labels_N, torch.tensor(local, dtype=torch.int64)
 
 
-def features_of_batches(
+def extract_batches(
     forward: Callable[[Tensor], Tensor],
     dataset: Dataset,
     *,
@@ -77,70 +82,34 @@ def features_of_batches(
     num_workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (B, D) float32 and labels (B,) int64 of each batch of indices in turn, on the CPU.
-
-    Raises the `UserError` of a loader process as it was.
-    """
-    for batch in _loader(dataset, batches=batches, workers=num_workers, on=device):
-        if isinstance(batch, WorkerError):
-            raise UserError(batch.message)
-        images_B3HW, labels_B = batch
+    """Features (B, D) float32 and labels (B,) int64 of each batch of indices, in order, on the CPU."""
+    for images_BCHW, labels_B in BatchLoader(dataset, batches, num_workers=num_workers, device=device):
         # Not inference_mode: a backbone may cache a tensor of its forward pass, and training cannot use an inference
         # tensor.
         with torch.no_grad():
-            features_BD = forward(images_B3HW.to(device, non_blocking=True))
+            features_BD = forward(images_BCHW.to(device, non_blocking=True))
         assert features_BD.ndim == 2, f"features of shape {tuple(features_BD.shape)}, not (B, D)"
         yield features_BD.detach().float().cpu(), labels_B
 
 
 def with_common_width(features_ND: Tensor) -> Tensor:
-    """The features of a rank, which learns D from the others where it has no images, and gets (0, D)."""
+    """The features, reshaped to (0, D) on a rank without images, which does not know D."""
     width = int(all_gather_concat(torch.tensor([features_ND.shape[1]])).max())
     return features_ND.reshape(len(features_ND), width)
 
 
 def gather_by_index(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All ranks' features, labels and indices, on every rank and in rising order of the index.
+    """The features, labels and indices of all ranks, on every rank, by ascending index.
 
-    Takes 4 M D bytes of memory per rank for M images in all, besides the shard.
+    Needs 4 M D bytes of memory per rank for M images, in addition to the rank's own features.
     """
     indices_M, order = all_gather_concat(indices_N).sort()
-    assert (indices_M.diff() > 0).all(), "an image stands in the set twice"
+    assert (indices_M.diff() > 0).all(), "an image occurs twice"
     labels_M = all_gather_concat(labels_N)[order]
     features_MD = features_ND.new_empty(len(indices_M), features_ND.shape[1])
-    most = int(all_gather_concat(torch.tensor([len(indices_N)])).max())
-    for start in range(0, most, GATHER_ROWS):
+    longest = int(all_gather_concat(torch.tensor([len(indices_N)])).max())
+    for start in range(0, longest, GATHER_ROWS):
         rows = slice(start, start + GATHER_ROWS)
-        places = torch.searchsorted(indices_M, all_gather_concat(indices_N[rows]))
-        features_MD[places] = all_gather_concat(features_ND[rows])
+        positions = torch.searchsorted(indices_M, all_gather_concat(indices_N[rows]))
+        features_MD[positions] = all_gather_concat(features_ND[rows])
     return features_MD, labels_M, indices_M
-
-
-class _Images(Dataset[Any]):
-    """A data set whose `UserError` comes back as a value."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, indices: list[int]) -> list[Any] | WorkerError:
-        """PyTorch's loader hands over all indices of a batch at once."""
-        try:
-            return [self.dataset[index] for index in indices]
-        except UserError as error:
-            return WorkerError(str(error))
-
-
-def _collated(samples: list[Any] | WorkerError) -> Any:
-    return samples if isinstance(samples, WorkerError) else default_collate(samples)
-
-
-def _loader(dataset: Dataset, *, batches: Sequence[Sequence[int]], workers: int, on: torch.device) -> DataLoader:
-    return WorkerLoader(
-        _Images(dataset),
-        batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_collated,
-        num_workers=min(workers, len(batches)),
-        pin_memory=on.type == "cuda",
-        # Without its own generator every iterator draws a seed from the global one.
-        generator=torch.Generator().manual_seed(0),
-    )

@@ -1,10 +1,12 @@
-"""Images as evaluations see them: each once, with its label, and a broken one named and left out.
+"""The images of an evaluation: each exactly once, with its label; an unreadable image is recorded and left out.
 
-Training replaces an image that cannot be read by the next; here that would count the next one twice.
+Training replaces an unreadable image with the next one, but an evaluation would then count that one twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +16,49 @@ from torch.utils.data import Dataset, default_collate
 
 from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, BadImages, why_unreadable
-from dino_lightning.data.batches import WorkerError
+from dino_lightning.data.batches import WorkerError, WorkerLoader
 from dino_lightning.data.crops import EvalView
+from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource, content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
 BROKEN = -2
-"""The label of an image that could not be read; its pixels are zeros. -1 is that of an image without a label."""
+"""The label of an image that could not be read; its pixels are zeros. -1 is the label of an unlabeled image."""
 
 View = Callable[[Image.Image | Tensor], Tensor]
-"""Decoded image -> what the network takes, (C, H, W)."""
+"""Converts a decoded image to the network's input (C, H, W)."""
 
 
-class ViewedImages(Dataset[tuple[Tensor, int]]):
-    """(image, label) of a source through a view; of an unreadable image (zeros of `blank`, `BROKEN`)."""
+class SourceImages(Dataset[Any]):
+    """Reads and decodes the images of a source, and records unreadable ones in the file `bad_images`."""
+
+    def __init__(
+        self, source: ImageSource, *, config: DataConfig | None = None, bad_images: Path | None = None
+    ) -> None:
+        self.source = source
+        config = config or DataConfig()
+        self.decoder = Decoder(config)
+        self.decode: Callable[[Any], Any] = self.decoder.pil if config.channels in (1, 3) else self.decoder.pixels
+        self.bad = BadImages(
+            bad_images, images=len(source), on_error=config.on_error, max_bad_share=config.max_bad_share
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Any:
+        """A PIL image, or a tensor (C, H, W) if there are other than 1 or 3 channels; None for an unreadable image."""
+        try:
+            return self.decode(self.source.read(index))
+        except UNREADABLE as error:
+            self.bad.note(self.source.describe(index), why_unreadable(error))
+            return None
+
+
+class ViewedImages(SourceImages):
+    """(image, label) of a source through a view; (zeros of shape `blank`, `BROKEN`) for an unreadable image."""
 
     def __init__(
         self,
@@ -40,38 +69,67 @@ class ViewedImages(Dataset[tuple[Tensor, int]]):
         config: DataConfig | None = None,
         bad_images: Path | None = None,
     ) -> None:
-        self.source, self.view, self.blank = source, view, blank
-        config = config or DataConfig()
-        self.decoder = Decoder(config)
-        self.decode = self.decoder.pil if config.channels in (1, 3) else self.decoder.pixels
-        self.decoding = repr((config.channels, config.value_range, config.nan_value, config.apply_exif_rotation))
-        self.bad = BadImages(
-            bad_images, images=len(source), on_error=config.on_error, max_bad_share=config.max_bad_share
-        )
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source, config=config, bad_images=bad_images)
+        self.view, self.blank = view, blank
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            image = self.decode(self.source.read(index))
-        except UNREADABLE as error:
-            self.bad.note(self.source.describe(index), why_unreadable(error))
+        image, labels = self.read(index), self.source.labels
+        if image is None:
             return torch.zeros(self.blank), BROKEN
-        labels = self.source.labels
         return self.view(image), -1 if labels is None else int(labels[index])
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | WorkerError:
-        """A batch, uncollated: see `collated`. A loader process has no other way to tell a user's error in one line."""
+
+class BatchLoader:
+    """Batches of a dataset from loader processes, without a change of the global random state.
+
+    `batches` is a sequence or sampler of lists of keys. A `UserError` in a loader process is raised again here.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batches: Any,
+        *,
+        num_workers: int,
+        device: torch.device,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        persistent: bool = False,
+    ) -> None:
+        workers = min(num_workers, len(batches))
+        self.loader = WorkerLoader(
+            _ErrorsAsValues(dataset),
+            batch_sampler=batches,
+            collate_fn=partial(_collate_unless_failed, collate),
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=device.type == "cuda",
+            # Without its own generator every iterator draws a seed from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if isinstance(batch, WorkerError):
+                raise UserError(batch.message)
+            yield batch
+
+
+class _ErrorsAsValues(Dataset[Any]):
+    """A dataset that returns a `WorkerError` instead of raising: PyTorch would wrap the error into a traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Any]) -> list[Any] | WorkerError:
+        """The samples of a batch; PyTorch's loader passes all keys of a batch at once."""
         try:
-            return [self[index] for index in indices]
+            return [self.dataset[key] for key in keys]
         except UserError as error:
             return WorkerError(str(error))
 
 
-def collated(samples: list[tuple[Tensor, int]] | WorkerError) -> list[Tensor] | WorkerError:
-    """`collate_fn` for a loader of `ViewedImages`: [images (B, C, H, W), labels (B,)], or what went wrong."""
-    return samples if isinstance(samples, WorkerError) else default_collate(samples)
+def _collate_unless_failed(collate: Callable[[list[Any]], Any], samples: list[Any] | WorkerError) -> Any:
+    return samples if isinstance(samples, WorkerError) else collate(samples)
 
 
 class ImageFiles:
@@ -87,7 +145,7 @@ class ImageFiles:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file's bytes."""
+        """The content of the file."""
         return Path(str(self.paths[index])).read_bytes()
 
     def describe(self, index: int) -> str:
@@ -95,7 +153,7 @@ class ImageFiles:
         return str(self.paths[index])
 
     def fingerprint(self) -> str:
-        """Of paths, sizes and times of change; a file that is missing counts as empty."""
+        """A digest of paths, sizes and modification times; a missing file counts as empty."""
         states = (_state(Path(str(path))) for path in self.paths)
         return content_digest(*(f"{path}\0{state}".encode() for path, state in zip(self.paths, states, strict=True)))
 
@@ -103,13 +161,40 @@ class ImageFiles:
 def center_view(network: FrozenNetwork, *, resize: int | None = None, size: int | None = None) -> EvalView:
     """Shorter side to `resize` (bicubic), center of `size`, normalized; by default as the checkpoint says.
 
-    With `size` alone, the ratio of the two stays the checkpoint's.
+    With only `size`, the ratio of `resize` to `size` remains that of the checkpoint.
     """
     if size is None:
         size = network.size
         resize = resize or network.resize
     resize = resize or round(size * network.resize / network.size)
     return EvalView(CropsConfig(mean=network.mean, std=network.std, eval_resize=resize, eval_size=size))
+
+
+def center_images(
+    network: FrozenNetwork,
+    source: ImageSource,
+    *,
+    resize: int | None = None,
+    size: int | None = None,
+    config: DataConfig | None = None,
+    bad_images: Path | None = None,
+) -> ViewedImages:
+    """The images of a source through `center_view`."""
+    view, side = center_view(network, resize=resize, size=size), size or network.size
+    blank = (network.channels, side, side)
+    return ViewedImages(source, view, blank=blank, config=config, bad_images=bad_images)
+
+
+def class_names(source: ImageSource, indices: Sequence[int]) -> list[str | None]:
+    """The class of each image, None if unknown."""
+    if source.classes is None or source.labels is None:
+        return [None] * len(indices)
+    return [source.classes[label] if label >= 0 else None for label in source.labels[list(indices)].tolist()]
+
+
+def normalization(network: FrozenNetwork) -> Normalized:
+    """Converts an image to the network's normalized input."""
+    return Normalized(CropsConfig(mean=network.mean, std=network.std))
 
 
 def _state(path: Path) -> str:

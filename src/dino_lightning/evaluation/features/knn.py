@@ -1,12 +1,12 @@
 """Weighted k-NN classification, the paper's first evaluation (section 4.1; the protocol of Wu et al., 2018).
 
-A query's class is voted for by the k bank images whose features have the largest cosine similarity to its own:
+The k bank images whose features have the largest cosine similarity to those of a query vote for its class:
 
     votes(c) = sum over neighbors i of class c of exp(similarity_i / temperature)
 
-Two rules make the result a function of the features alone. Among equal similarities the lower bank index is nearer;
-among equal votes the lower class wins. A query whose similarities are not numbers, from a network that has diverged, is
-classified wrong. N bank images, M queries, D width, C classes.
+Two rules make the result depend only on the features: among equal similarities the lower bank index is nearer, and
+among equal votes the lower class wins. A query whose similarities are not finite (after a divergence) counts as wrong.
+N bank images, M queries, D width, C classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from dino_lightning.runtime.collectives import all_reduce_sum
 
 LAST = torch.iinfo(torch.int64).max
-"""Rank of a class that is not among any number of guesses."""
+"""The rank of a class that is never among the first ones."""
 
 
 @torch.no_grad()
@@ -39,9 +39,9 @@ def knn_accuracy(
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent for each k: `{20: {"top1": 74.5, "top5": 89.3}, ...}`.
 
-    Every rank holds the whole bank and its own shard of the queries (perhaps none); the counts are summed over ranks.
-    A k above N is cut to N. Of j guesses (top-j) at most min(k, C) are made, as in the original. `device` finds the
-    neighbors (see `nearest` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
+    Every rank has the whole bank and its part of the queries, possibly none; counts are summed over ranks. A k above N
+    is reduced to N. Top-j uses at most min(k, C) classes, as in the original. `device` finds the neighbors (see
+    `nearest_neighbors` for its memory); votes are counted on the CPU, where the order of a sum is fixed.
     """
     similarity_MK, neighbors_MK = nearest_neighbors(
         bank_ND, queries_MD, k=max(k), device=device, bank_chunk=bank_chunk, query_chunk=query_chunk
@@ -71,29 +71,29 @@ def vote_accuracy(
     topk: Sequence[int] = (1, 5),
     query_chunk: int = 1024,
 ) -> dict[int, dict[str, float]]:
-    """What `knn_accuracy` returns, from neighbors that `nearest` has found: for several temperatures at one search."""
+    """The result of `knn_accuracy` for given neighbors, so that one search serves several temperatures."""
     for labels in (bank_labels_N, query_labels_M):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(f"labels {labels.min()} ... {labels.max()} are not within 0 ... {num_classes - 1}")
+            raise ValueError(f"labels {labels.min()} ... {labels.max()} are outside 0 ... {num_classes - 1}")
     classes_N, targets_M = bank_labels_N.cpu(), query_labels_M.cpu()
-    cut = [min(wanted, len(classes_N)) for wanted in k]
+    effective_k = [min(n, len(classes_N)) for n in k]
     counts = torch.zeros(len(k), len(topk), dtype=torch.int64)
     for rows in torch.arange(len(targets_M)).split(query_chunk):
         ranks = _target_ranks(
             similarity_MK[rows],
             classes_N[neighbors_MK[rows]],
             targets_M[rows],
-            k=sorted(set(cut)),
+            k=sorted(set(effective_k)),
             temperature=temperature,
             num_classes=num_classes,
         )
-        counts += torch.tensor([[int((ranks[n] < min(guesses, n)).sum()) for guesses in topk] for n in cut])
+        counts += torch.tensor([[int((ranks[n] < min(j, n)).sum()) for j in topk] for n in effective_k])
     counts, total = all_reduce_sum(counts), int(all_reduce_sum(torch.tensor(len(targets_M))))
     if total == 0:
         raise ValueError("k-NN needs at least one query")
     return {
-        wanted: {f"top{guesses}": 100 * int(count) / total for guesses, count in zip(topk, row, strict=True)}
-        for wanted, row in zip(k, counts, strict=True)
+        n: {f"top{j}": 100 * int(count) / total for j, count in zip(topk, row, strict=True)}
+        for n, row in zip(k, counts, strict=True)
     }
 
 
@@ -107,11 +107,11 @@ def nearest_neighbors(
     bank_chunk: int = 8192,
     query_chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest bank rows of each query, nearest first: cosine similarities and indices, both (M, min(k, N)).
+    """The k nearest bank images of each query, nearest first: cosine similarities and indices, both (M, min(k, N)).
 
-    They come back on the CPU. The bank passes through `device` in chunks, once. At its peak the device holds about
-    24 bytes x bank_chunk x query_chunk (200 MB by default), 8 bytes x M x k, and 4 D bytes per query and row of a
-    chunk; N does not matter.
+    Both are on the CPU. The bank passes through `device` once, in chunks. The peak memory of the device is about
+    24 bytes x bank_chunk x query_chunk (200 MB by default) + 8 bytes x M x k + 4 D bytes per query and image of a
+    chunk; it does not depend on N.
     """
     if not len(bank_ND):
         raise ValueError("k-NN needs at least one image in the bank")
@@ -131,13 +131,13 @@ def nearest_neighbors(
     return _unpack(best_MK.cpu())
 
 
-# A neighbor is one integer: the similarity in the upper 32 bits, the bank index, counted downwards, in the lower. No
-# two are equal, so `topk` has no ties to break as it likes, and the result does not hang on device or chunk.
+# A neighbor is one integer: the similarity in the upper 32 bits and the bank index, counted downwards, in the lower.
+# No two are equal, so `topk` has no ties to break, and the result does not depend on device or chunk size.
 _LOW = 0xFFFFFFFF
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Between the bits of a float32, read as int32, and an int32 of the same order: its own inverse."""
+    """Map the bits of a float32, read as int32, to an int32 of the same order, and back: its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -162,25 +162,25 @@ def _target_ranks(
     temperature: float,
     num_classes: int,
 ) -> dict[int, Tensor]:
-    """For each k (rising), how many classes stand before the right one: (Q,), 0 where the query is classified right."""
-    # Dividing a query's votes by its largest changes no ranking and cannot overflow at low temperatures.
+    """For each k (ascending), how many classes are ranked before the true one: (Q,), 0 for a correct query."""
+    # Dividing the votes of a query by the largest weight keeps the ranking and avoids overflow at low temperatures.
     similarity_QK = similarity_QK.double()
     weights_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
     votes_QC = torch.zeros(len(targets_Q), num_classes, dtype=torch.float64)
     earlier_QC = torch.arange(num_classes) < targets_Q[:, None]
     ranks, counted = {}, 0
-    for upto in k:
-        votes_QC.scatter_add_(1, classes_QK[:, counted:upto], weights_QK[:, counted:upto])
+    for n in k:
+        votes_QC.scatter_add_(1, classes_QK[:, counted:n], weights_QK[:, counted:n])
         target_Q1 = votes_QC.gather(1, targets_Q[:, None])
         ahead_QC = (votes_QC > target_Q1) | ((votes_QC == target_Q1) & earlier_QC)
-        right_Q = votes_QC.isfinite().all(dim=1)
-        ranks[upto], counted = torch.where(right_Q, ahead_QC.sum(dim=1), LAST), upto
+        finite_Q = votes_QC.isfinite().all(dim=1)
+        ranks[n], counted = torch.where(finite_Q, ahead_QC.sum(dim=1), LAST), n
     return ranks
 
 
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Products in full float32 also under autocast or TF32, whose error of 1e-3 moves a vote by 1.4 % at T = 0.07."""
+    """Full float32 products, without autocast or TF32, whose error of 1e-3 changes a vote by 1.4 % at T = 0.07."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

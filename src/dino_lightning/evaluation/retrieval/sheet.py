@@ -1,4 +1,4 @@
-"""The picture of what a search found."""
+"""The picture of the images that a search retrieved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +15,26 @@ CELL = 128
 
 
 @dataclass(frozen=True)
-class Row:
-    """A query and what was found for it, nearest first."""
+class RetrievedRow:
+    """A query and the retrieved images, nearest first."""
 
     query: int
-    """Position among the queries."""
+    """Index among the queries."""
     caption: str
-    found: list[int]
-    """Positions in the database."""
+    retrieved: list[int]
+    """Indices in the database."""
     verdicts: list[bool | None]
-    """Right, wrong, or None for neither."""
+    """Correct, wrong, or None for neither."""
 
 
-def found_sheet(rows: Sequence[Row], *, queries: ImageFiles, database: ImageFiles) -> Image.Image:
-    """One row for each query, its findings framed green (right), orange (wrong) or gray (neither). All are readable."""
+def retrieval_sheet(rows: Sequence[RetrievedRow], *, queries: ImageFiles, database: ImageFiles) -> Image.Image:
+    """One row per query, with retrieved images framed green (correct), orange (wrong) or gray (neither).
+
+    All images must be readable.
+    """
     return neighbor_sheet(
         [_cell(queries, row.query) for row in rows],
-        [[_cell(database, i) for i in row.found] for row in rows],
+        [[_cell(database, i) for i in row.retrieved] for row in rows],
         query_labels=[row.caption for row in rows],
         verdicts=[row.verdicts for row in rows],
         cell=CELL,

@@ -1,1 +1,1 @@
-"""DAVIS video object segmentation: `eval=video`."""
+"""`eval=video`: DAVIS video object segmentation."""

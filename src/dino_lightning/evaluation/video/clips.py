@@ -1,4 +1,4 @@
-"""Clips as files: MP4 (H.264) by PyAV where it is installed, else an animated WebP or GIF by PIL."""
+"""Clip files: MP4 (H.264) with PyAV if it is installed, else an animated WebP or GIF with PIL."""
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image, features
 
 CODECS = ("libx264", "mpeg4")
-"""Encoders of PyAV, the better one first: not every build has it."""
-QUALITY = 80
-"""Of WebP (0 to 100)."""
+"""Encoders of PyAV, the better one first; some builds do not have it."""
+WEBP_QUALITY = 80
+"""From 0 to 100."""
 
 
 class ClipWriter(ABC):
-    """A file that grows by frames of one size; use it in a `with`."""
+    """A clip of frames of one size; a context manager."""
 
     def __init__(self, path: Path, *, frames_per_second: float) -> None:
         self.path, self.frames_per_second = path, frames_per_second
@@ -29,15 +29,15 @@ class ClipWriter(ABC):
 
     @abstractmethod
     def add(self, frame: Image.Image) -> None:
-        """The next frame (RGB)."""
+        """Append a frame (RGB)."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the file. Without a frame there is none."""
+        """Finish the file. Without frames, no file is written."""
 
 
 class VideoWriter(ClipWriter):
-    """MP4 by PyAV, written as the frames come."""
+    """MP4 with PyAV, written frame by frame."""
 
     def __init__(self, path: Path, *, frames_per_second: float) -> None:
         super().__init__(path, frames_per_second=frames_per_second)
@@ -45,19 +45,19 @@ class VideoWriter(ClipWriter):
         self.stream: Any = None
 
     def add(self, frame: Image.Image) -> None:
-        """A column or row is cut off where the size is odd: H.264 has colors for pairs of pixels."""
+        """Append a frame, cropped to an even size, which H.264 needs for its subsampled colors."""
         import av  # pyright: ignore[reportMissingImports]
 
         pixels = np.asarray(frame.convert("RGB"))
         pixels = np.ascontiguousarray(pixels[: len(pixels) // 2 * 2, : pixels.shape[1] // 2 * 2])
-        started = self.container is not None
-        if not started:
+        is_open = self.container is not None
+        if not is_open:
             self._open(av, width=pixels.shape[1], height=pixels.shape[0])
         for packet in self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
             self.container.mux(packet)
 
     def close(self) -> None:
-        """Write what the encoder still holds."""
+        """Write the frames that the encoder has buffered."""
         if self.container is None:
             return
         for packet in self.stream.encode(None):
@@ -74,35 +74,35 @@ class VideoWriter(ClipWriter):
 
 
 class AnimationWriter(ClipWriter):
-    """Animated WebP or GIF by PIL, which needs all frames at the end: they are kept in memory."""
+    """Animated WebP or GIF with PIL, which needs all frames at the end, so they are in memory until then."""
 
     def __init__(self, path: Path, *, frames_per_second: float) -> None:
         super().__init__(path, frames_per_second=frames_per_second)
         self.frames: list[Image.Image] = []
 
     def add(self, frame: Image.Image) -> None:
-        """Kept until `close`."""
+        """Store a frame until `close`."""
         self.frames.append(frame.convert("RGB"))
 
     def close(self) -> None:
-        """Write all of it."""
+        """Write the file."""
         if not self.frames:
             return
         first, *others = self.frames
         duration = round(1000 / self.frames_per_second)
-        options: dict[str, Any] = {"quality": QUALITY} if self.path.suffix == ".webp" else {}
+        options: dict[str, Any] = {"quality": WEBP_QUALITY} if self.path.suffix == ".webp" else {}
         first.save(self.path, save_all=True, append_images=others, duration=duration, loop=0, **options)
         self.frames = []
 
 
-def ending() -> str:
-    """`.mp4`, `.webp` or `.gif`: the best that can be written here."""
+def clip_suffix() -> str:
+    """The best of `.mp4`, `.webp` and `.gif` that can be written on this machine."""
     if importlib.util.find_spec("av") is not None:
         return ".mp4"
     return ".webp" if features.check("webp") else ".gif"
 
 
 def clip_writer(path: Path, *, frames_per_second: float) -> ClipWriter:
-    """For a path with one of the endings above."""
-    kind = VideoWriter if path.suffix == ".mp4" else AnimationWriter
-    return kind(path, frames_per_second=frames_per_second)
+    """The writer for a path with one of these suffixes."""
+    writer = VideoWriter if path.suffix == ".mp4" else AnimationWriter
+    return writer(path, frames_per_second=frames_per_second)

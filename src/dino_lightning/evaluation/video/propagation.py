@@ -1,10 +1,10 @@
-"""Labels that travel from frame to frame of a video by the similarity of patches (section 4.2.2).
+"""Propagation of labels from frame to frame of a video by the similarity of patches (section 4.2.2).
 
-A patch takes its label from the most similar patches around its place in the first frame and in the last few. Each
-frame depends on the ones before; within a frame all patches are computed at once.
+A patch takes its label from the most similar patches near its position in the first frame and in the last few frames.
+Each frame depends on the previous ones; within a frame all patches are computed together.
 
-h, w patches of a frame in rows and columns, D width, C labels; a frame is cut into G tiles of Q queries each, which
-look into a window of S sources in each of the F context frames. K sources are taken of all.
+h, w patches of a frame in rows and columns, D width, C labels; a frame is divided into G tiles of Q queries each, which
+are compared with a window of S sources in each of the F context frames. K sources are selected.
 """
 
 import math
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 10
-"""Patches along the side of a tile, at most: larger tiles compute more similarities that the neighborhood excludes,
-smaller ones make smaller matrices. The quickest of 4 to 26 on a CPU, for patches of 8 and of 16 pixels."""
+"""Maximum number of patches along the side of a tile. Larger tiles compute more similarities outside the neighborhood,
+smaller ones have smaller matrices. The fastest value from 4 to 26 on a CPU, for patches of 8 and of 16 pixels."""
 SPARE = 8
-"""Sources fetched beyond `top`, for entries that equal the last of them."""
+"""Additional sources beyond `top`, for scores that are equal to the last of them."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """How rows or columns are cut: `count` tiles of `tile` places, the windows `reach` wider on both sides."""
+class TiledAxis:
+    """Rows or columns of a frame: `count` tiles of `tile` patches, with windows that extend `reach` on both sides."""
 
     length: int
     count: int
@@ -32,30 +32,30 @@ class Axis:
 
     @property
     def window(self) -> int:
-        """Places of a window."""
+        """Patches of a window."""
         return self.tile + 2 * self.reach
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Empty places before the first and after the last one that the windows need."""
+        """Padding before the first and after the last patch that the windows need."""
         return self.reach, self.reach + self.count * self.tile - self.length
 
 
-def cut(length: int, *, neighborhood: int) -> Axis:
-    """Tiles for an axis; a single one where a window would reach over the whole axis anyway."""
+def tile_axis(length: int, *, neighborhood: int) -> TiledAxis:
+    """The tiles of an axis; a single one if a window would span the whole axis anyway."""
     count = math.ceil(length / TILE)
     tile = math.ceil(length / count)
     if tile + 2 * neighborhood >= length:
-        return Axis(length, count=1, tile=length, reach=0)
-    return Axis(length, count=math.ceil(length / tile), tile=tile, reach=neighborhood)
+        return TiledAxis(length, count=1, tile=length, reach=0)
+    return TiledAxis(length, count=math.ceil(length / tile), tile=tile, reach=neighborhood)
 
 
 class Propagation:
-    """The labels of frames one after another, from those of the first.
+    """The labels of successive frames, starting from those of the first.
 
-    Source j of frame f weighs exp(similarity / temperature) if it is among the `top` of all context frames together,
-    those equal to the last of them included, and at most `neighborhood` rows and columns away (0: anywhere). Weights
-    sum to 1. The context is the first frame and the `last_frames` before this one.
+    Source j of frame f has the weight exp(similarity / temperature) if it is among the `top` sources of all context
+    frames together (including those equal to the last of them) and at most `neighborhood` rows and columns away (0:
+    anywhere). Weights sum to 1. The context is the first frame and the `last_frames` frames before the current one.
     """
 
     def __init__(
@@ -70,14 +70,16 @@ class Propagation:
     ) -> None:
         self.h, self.w, D = features_hwD.shape
         self.last_frames, self.top, self.temperature = last_frames, top, temperature
-        self.rows, self.columns = (cut(length, neighborhood=neighborhood or length) for length in (self.h, self.w))
+        self.rows, self.columns = (
+            tile_axis(length, neighborhood=neighborhood or length) for length in (self.h, self.w)
+        )
         self.excluded_GQS = ~_allowed(self.rows, self.columns, neighborhood=neighborhood or max(self.h, self.w))
         self.excluded_GQS = self.excluded_GQS.to(features_hwD.device)
         G, _, S = self.excluded_GQS.shape
-        # Windows of a frame are cut once and serve all frames that look back at it. Slot 0 is the first frame's.
+        # The windows of a frame are computed once, for all frames that use it as context. Slot 0 is the first frame.
         self._features_GFSD = features_hwD.new_zeros(G, 1 + last_frames, S, D)
         self._labels_GFSC = labels_hwC.new_zeros(G, 1 + last_frames, S, labels_hwC.shape[-1])
-        self._keep(F.normalize(features_hwD, dim=-1), labels_hwC, slot=0)
+        self._store(F.normalize(features_hwD, dim=-1), labels_hwC, slot=0)
         self._frames = 1
 
     @torch.no_grad()
@@ -93,11 +95,11 @@ class Propagation:
         weights_GQK = weights_GQK / weights_GQK.sum(dim=-1, keepdim=True)
         labels_GSC = self._labels_GFSC[:, :context].flatten(1, 2)
         G, Q, K = sources_GQK.shape
-        places = sources_GQK.reshape(G, Q * K, 1).expand(-1, -1, labels_GSC.shape[-1])
-        taken_GQKC = labels_GSC.gather(1, places).unflatten(1, (Q, K))
-        labels_hwC = self._untile((weights_GQK.unsqueeze(-1) * taken_GQKC).sum(dim=2))
+        indices = sources_GQK.reshape(G, Q * K, 1).expand(-1, -1, labels_GSC.shape[-1])
+        selected_GQKC = labels_GSC.gather(1, indices).unflatten(1, (Q, K))
+        labels_hwC = self._untile((weights_GQK.unsqueeze(-1) * selected_GQKC).sum(dim=2))
         if self.last_frames:
-            self._keep(normalized_hwD, labels_hwC, slot=1 + (self._frames - 1) % self.last_frames)
+            self._store(normalized_hwD, labels_hwC, slot=1 + (self._frames - 1) % self.last_frames)
         self._frames += 1
         return labels_hwC
 
@@ -110,7 +112,7 @@ class Propagation:
         return scores_GQS
 
     def _best(self, scores_GQS: Tensor) -> tuple[Tensor, Tensor]:
-        """The `top` largest scores, falling, and all that equal the last of them; maybe a few more."""
+        """At least the `top` largest scores, descending, and all that are equal to the last of them."""
         count = min(self.top + SPARE, scores_GQS.shape[-1])
         while True:
             values_GQK, sources_GQK = scores_GQS.topk(count)
@@ -118,18 +120,18 @@ class Propagation:
                 return values_GQK, sources_GQK
             edge_GQ = values_GQK[..., -1]
             ties = (edge_GQ == values_GQK[..., self.top - 1]) & (edge_GQ > -torch.inf)
-            # Frames that repeat, or patches of one color, can have any number of ties.
+            # Repeated frames or patches of one color can have any number of ties.
             if not ties.any():
                 return values_GQK, sources_GQK
             count = min(4 * count, scores_GQS.shape[-1])
 
-    def _keep(self, normalized_hwD: Tensor, labels_hwC: Tensor, *, slot: int) -> None:
-        for kept_GFSX, new_hwX in ((self._features_GFSD, normalized_hwD), (self._labels_GFSC, labels_hwC)):
+    def _store(self, normalized_hwD: Tensor, labels_hwC: Tensor, *, slot: int) -> None:
+        for stored_GFSX, new_hwX in ((self._features_GFSD, normalized_hwD), (self._labels_GFSC, labels_hwC)):
             padded = F.pad(new_hwX, (0, 0, *self.columns.padding, *self.rows.padding))
             rows, columns = self.rows, self.columns
             windows = padded.unfold(0, rows.window, rows.tile).unfold(1, columns.window, columns.tile)
             shape = (rows.count, columns.count, rows.window, columns.window, -1)
-            kept_GFSX[:, slot].view(shape).copy_(windows.permute(0, 1, 3, 4, 2))
+            stored_GFSX[:, slot].view(shape).copy_(windows.permute(0, 1, 3, 4, 2))
 
     def _tile(self, map_hwX: Tensor) -> Tensor:
         rows, columns = self.rows, self.columns
@@ -145,14 +147,14 @@ class Propagation:
         return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: self.h, : self.w]
 
 
-def _allowed(rows: Axis, columns: Axis, *, neighborhood: int) -> Tensor:
-    """Which source of a window each query may look at: (G, Q, S)."""
+def _allowed(rows: TiledAxis, columns: TiledAxis, *, neighborhood: int) -> Tensor:
+    """Which sources of a window are in the neighborhood of each query: (G, Q, S)."""
     near = []
     for axis in (rows, columns):
         starts = torch.arange(axis.count)[:, None] * axis.tile
         queries = (starts + torch.arange(axis.tile))[:, :, None]
         sources = (starts - axis.reach + torch.arange(axis.window))[:, None, :]
-        # Queries beyond the last place look at nothing: their similarities, all 0, would be ties.
+        # Padded queries have no sources: their similarities, all 0, would be ties.
         inside = (sources >= 0) & (sources < axis.length) & (queries < axis.length)
         near.append(inside & ((queries - sources).abs() <= neighborhood))
     rows_RqS, columns_RqS = near
@@ -161,19 +163,19 @@ def _allowed(rows: Axis, columns: Axis, *, neighborhood: int) -> Tensor:
 
 
 def one_hot_labels(labels_HW: Tensor, *, count: int) -> Tensor:
-    """Numbers 0 ... count - 1 of each place as labels (H, W, count), float32."""
+    """Labels 0 ... count - 1 as one-hot vectors (H, W, count), float32."""
     return F.one_hot(labels_HW.long(), count).float()
 
 
 @torch.no_grad()
 def label_maps(labels_BhwC: Tensor, *, size: tuple[int, int]) -> Tensor:
-    """The label of each pixel (B, H, W), uint8, H and W given by `size`.
+    """The label of each pixel (B, H, W), uint8, with H and W from `size`.
 
-    Each label's map is enlarged bilinearly and stretched to 0 ... 1; the largest takes the pixel.
+    The map of each label is upsampled bilinearly and scaled to 0 ... 1; a pixel gets the label with the largest value.
     """
     maps_BChw = labels_BhwC.permute(0, 3, 1, 2)
     maps_BCHW = F.interpolate(maps_BChw, size=size, mode="bilinear", align_corners=False)
     low, high = maps_BCHW.amin(dim=(2, 3), keepdim=True), maps_BCHW.amax(dim=(2, 3), keepdim=True)
-    # A map of one value above 0 becomes 0 / 0, and NaN wins the comparison: the label that fills the frame keeps it.
-    stretched = torch.where(high > 0, (maps_BCHW - low) / (high - low), maps_BCHW)
-    return stretched.argmax(dim=1).to(torch.uint8)
+    # A constant map above 0 becomes 0 / 0 = NaN, which is the largest value: a label that fills the frame keeps it.
+    scaled = torch.where(high > 0, (maps_BCHW - low) / (high - low), maps_BCHW)
+    return scaled.argmax(dim=1).to(torch.uint8)

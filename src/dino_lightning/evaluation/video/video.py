@@ -1,4 +1,4 @@
-"""Video object segmentation on DAVIS: the first frame's masks, carried on by the similarity of patches (table 5)."""
+"""`eval=video`: video object segmentation on DAVIS, by propagating the masks of the first frame (table 5)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,21 +14,24 @@ from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.data.benchmarks.davis import Davis, Sequence, open_davis
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scores
-from dino_lightning.evaluation.video.frames import STEP, Frames, frame_size
-from dino_lightning.evaluation.video.sheet import colored, plain_palette, video_sheet
-from dino_lightning.evaluation.video.tracking import Segmented, segmented
+from dino_lightning.evaluation.video.frames import SIDE_MULTIPLE, Frames, frame_size
+from dino_lightning.evaluation.video.sheet import default_palette, overlay_masks, video_sheet
+from dino_lightning.evaluation.video.tracking import SegmentedSequence, segment_sequences
 from dino_lightning.models.tokens import is_vit, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
-ROWS_SHOWN, FRAMES_SHOWN = 4, 5
+SHEET_ROWS, SHEET_FRAMES = 4, 5
+"""Number of sequences in the picture, and of frames per sequence."""
 
 Scores = dict[str, list[ObjectScores]]
-"""Name of a sequence -> of its objects."""
+"""Name of a sequence -> the scores of its objects."""
 
 
+@register_evaluation("video", VideoEval, data=(DavisData,))
 def evaluate(config: VideoEval, task: Task) -> Iterator[Result]:
-    """J&F and its parts in per cent, means over all objects of all sequences."""
+    """J&F and its parts in percent, means over all objects of all sequences."""
     data, backbone = cast(DavisData, task.data), task.network.backbone
     patch = patch_size(backbone) if is_vit(backbone) else 1
     shorter = config.image_size or task.network.size
@@ -38,21 +41,21 @@ def evaluate(config: VideoEval, task: Task) -> Iterator[Result]:
     check_network(task, size=sizes[0])
     bad_images = task.output / f"bad_images_{data.split}.txt"
     frames = Frames(davis.sequences, sizes=sizes, bad_images=bad_images)
-    if task.runtime.is_main:
+    if task.context.is_main:
         for path, reason in davis.broken.values():
             frames.bad.add(path, reason)
-    scores = gathered(evaluate_share(config, task, frames), davis)
+    scores = gather_scores(evaluate_share(config, task, frames), davis)
     left_out = [*davis.broken, *(sequence.name for sequence in davis.sequences if sequence.name not in scores)]
     for name in left_out:
-        task.runtime.say(f"Left out: {escape(name)}, of which a file cannot be read; see {bad_images.name}")
+        task.context.say(f"Left out: {escape(name)}, because a file cannot be read; see {bad_images.name}")
     if not scores:
         raise UserError(f"data.path={data.path}: none of the sequences can be read; see {bad_images}.")
     yield from results(scores, davis, left_out=left_out)
 
 
 def check_shorter_side(shorter: int, *, patch: int) -> None:
-    """Raises `UserError` where patches do not fit."""
-    least = max(STEP, patch)
+    """Raise `UserError` for a side that is too small, or not a multiple of the patch size."""
+    least = max(SIDE_MULTIPLE, patch)
     if shorter < least:
         raise UserError(f"eval.image_size={shorter}: expected at least {least} pixels for the shorter side of a frame.")
     if shorter % patch:
@@ -63,61 +66,61 @@ def check_shorter_side(shorter: int, *, patch: int) -> None:
 
 
 def check_network(task: Task, *, size: tuple[int, int]) -> None:
-    """Raises `UserError` where the network does not take frames of this height and width."""
+    """Raise `UserError` if the network does not accept frames of this height and width."""
     try:
         with torch.no_grad():
-            patch_tokens(task.network.backbone, torch.zeros(1, 3, *size, device=task.runtime.device))
+            patch_tokens(task.network.backbone, torch.zeros(1, 3, *size, device=task.context.device))
     except UserError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"checkpoint: {task.network.name} does not take frames of {size[1]} x {size[0]} pixels ({reason})."
+            f"checkpoint: {task.network.name} does not accept frames of {size[1]} x {size[0]} pixels ({reason})."
         ) from error
 
 
 def evaluate_share(config: VideoEval, task: Task, frames: Frames) -> dict[int, list[ObjectScores]]:
-    """Position of a sequence -> scores, of this rank's share that could be read; masks and a picture on the way."""
-    own = shares([len(sequence) for sequence in frames.sequences], ranks=world_size())[rank()]
+    """Index -> scores of the readable sequences of this rank's share; also writes their masks and a picture."""
+    local = balance_sequences([len(sequence) for sequence in frames.sequences], ranks=world_size())[rank()]
     folder = task.output / ("masks" if task.network.trained else "masks_untrained")
     scores, rows = {}, []
-    with task.runtime.progress("frames", total=sum(len(frames.sequences[number]) for number in own)) as advance:
-        for number, done in segmented(config, task, frames, own, on_frames=advance):
+    with task.context.progress("frames", total=sum(len(frames.sequences[number]) for number in local)) as advance:
+        for number, done in segment_sequences(config, task, frames, local, on_frames=advance):
             sequence = frames.sequences[number]
             scores[number] = done.scores
             if config.write_masks:
                 write_masks(done.masks, sequence, folder / sequence.name)
-            if task.runtime.is_main and len(rows) < ROWS_SHOWN:
+            if task.context.is_main and len(rows) < SHEET_ROWS:
                 rows.append(picture_row(sequence, done))
     if rows:
-        task.picture(video_sheet(rows), "video")
+        task.save_picture(video_sheet(rows), "video")
     return scores
 
 
-def shares(lengths: list[int], *, ranks: int) -> list[list[int]]:
-    """The sequences of each rank: the longest first, each to the rank that has the fewest frames so far."""
-    taken: list[list[int]] = [[] for _ in range(ranks)]
+def balance_sequences(lengths: list[int], *, ranks: int) -> list[list[int]]:
+    """The sequences of each rank: from the longest on, each goes to the rank with the fewest frames so far."""
+    assigned: list[list[int]] = [[] for _ in range(ranks)]
     frames = [0] * ranks
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        least = frames.index(min(frames))
-        taken[least].append(number)
-        frames[least] += lengths[number]
-    return [sorted(numbers) for numbers in taken]
+        target = frames.index(min(frames))
+        assigned[target].append(number)
+        frames[target] += lengths[number]
+    return [sorted(numbers) for numbers in assigned]
 
 
-def gathered(own: dict[int, list[ObjectScores]], davis: Davis) -> Scores:
-    """The scores of all ranks, in the order of the list."""
+def gather_scores(local: dict[int, list[ObjectScores]], davis: Davis) -> Scores:
+    """The scores of all ranks, in the order of the benchmark's list."""
     width = 2 + len(ObjectScores.__dataclass_fields__)
-    rows = [[number, place, *each.values()] for number, scores in own.items() for place, each in enumerate(scores)]
-    everyone = all_gather_concat(torch.tensor(rows, dtype=torch.float64).reshape(-1, width))
-    found: Scores = {}
-    for number, _, *values in sorted(everyone.tolist()):
-        found.setdefault(davis.sequences[int(number)].name, []).append(ObjectScores(*values))
-    return found
+    rows = [[number, i, *each.values()] for number, scores in local.items() for i, each in enumerate(scores)]
+    gathered = all_gather_concat(torch.tensor(rows, dtype=torch.float64).reshape(-1, width))
+    scores: Scores = {}
+    for number, _, *values in sorted(gathered.tolist()):
+        scores.setdefault(davis.sequences[int(number)].name, []).append(ObjectScores(*values))
+    return scores
 
 
 def results(scores: Scores, davis: Davis, *, left_out: list[str]) -> Iterator[Result]:
-    """The figures, each object with the same weight."""
+    """The figures, with equal weights for all objects."""
     overall = mean_scores([each for objects in scores.values() for each in objects])
     frames = {sequence.name: len(sequence) for sequence in davis.sequences}
     details: dict[str, Any] = {
@@ -137,22 +140,22 @@ def results(scores: Scores, davis: Davis, *, left_out: list[str]) -> Iterator[Re
 
 
 def write_masks(masks_THW: np.ndarray, sequence: Sequence, folder: Path) -> None:
-    """Indexed PNGs, named and colored as the benchmark's."""
+    """Write indexed PNGs with the names and colors of the benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
-    palette = sequence.palette or plain_palette()
+    palette = sequence.palette or default_palette()
     for path, mask_HW in zip(sequence.masks, masks_THW, strict=True):
         image = Image.fromarray(mask_HW)
         image.putpalette(palette)
         image.save(folder / path.name)
 
 
-def picture_row(sequence: Sequence, done: Segmented) -> tuple[str, list[tuple[str, Image.Image]]]:
+def picture_row(sequence: Sequence, done: SegmentedSequence) -> tuple[str, list[tuple[str, Image.Image]]]:
     """The first frame with its mask and a few later ones with theirs, for `video_sheet`."""
-    figure = mean_scores(done.scores).j_and_f_mean
-    shown = np.linspace(0, len(sequence) - 1, min(FRAMES_SHOWN, len(sequence))).round().astype(int).tolist()
+    j_and_f = mean_scores(done.scores).j_and_f_mean
+    indices = np.linspace(0, len(sequence) - 1, min(SHEET_FRAMES, len(sequence))).round().astype(int).tolist()
     cells = []
-    for index in shown:
+    for index in indices:
         with Image.open(sequence.frames[index]) as frame:
             caption = f"{sequence.frames[index].stem}{', given' if index == 0 else ''}"
-            cells.append((caption, colored(frame, done.masks[index])))
-    return f"{sequence.name}, J&F {figure:.1f} %", cells
+            cells.append((caption, overlay_masks(frame, done.masks[index])))
+    return f"{sequence.name}, J&F {j_and_f:.1f} %", cells
