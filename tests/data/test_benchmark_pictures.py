@@ -12,7 +12,7 @@ from dino_lightning.config import PicturesData
 from dino_lightning.data.benchmarks import pictures
 from dino_lightning.data.benchmarks.pictures import Animation, Clip, FrameFiles, Video, open_pictures
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.video.clips import AnimationWriter, VideoWriter, clip_writer, clip_suffix
+from dino_lightning.evaluation.video.clips import AnimationWriter, VideoWriter, clip_suffix, clip_writer
 
 WITH_AV = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV: pip install av")
 
