@@ -129,7 +129,7 @@ def unlike(folder: Path, reference: Path) -> list[str]:
 
     What each rank saw before each micro-batch is compared for every time that it was done.
     """
-    found = differences(folder, reference)
+    messages = differences(folder, reference)
     own, other = (path.with_name(f"{path.name}-notes") for path in (folder, reference))
     files = sorted(path.name for path in other.glob("rank*.jsonl"))
     for name in files:
@@ -138,19 +138,19 @@ def unlike(folder: Path, reference: Path) -> list[str]:
         done = defaultdict(list)
         for note in read(own / name):
             done[note["number"]].append(note)
-        found += [f"{name}: micro-batch {number} was left out" for number in wanted.keys() - done.keys()]
+        messages += [f"{name}: micro-batch {number} was left out" for number in wanted.keys() - done.keys()]
         for number, notes in sorted(done.items()):
             for note in notes:
-                found += [
+                messages += [
                     f"{name}: {key} of micro-batch {number} differs" for key in note if note[key] != wanted[number][key]
                 ]
-    found += [
+    messages += [
         f"{path}: a loader process has drawn"
         for path in (own, other)
         if any(note["drawn"] for note in read(path / "loaders.jsonl"))
     ]
     left = {path.name for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"}
-    return found + [f"{name} is left over" for name in sorted(left)]
+    return messages + [f"{name} is left over" for name in sorted(left)]
 
 
 def drawn_kills(seed: str, *, accumulate: int = 1, ranks: int = 1, workers: int = 0, count: int = 3) -> list[str]:

@@ -1,17 +1,17 @@
-"""Imported by runs of `test_kills.py` with `imports=[FILE]`: ends them at a named moment, and logs each rank's images.
+"""A plugin (`imports=[FILE]`) for the runs of `test_kills.py`: ends them at a named moment and logs each rank's data.
 
-`KILL` is `MOMENT@NUMBER=HOW`, with ` on RANK` behind it where it is not rank 0.
+The variable `KILL` is `MOMENT@NUMBER=HOW`, followed by ` on RANK` if the rank is not 0.
 
-- Moments with the number of a micro-batch, counted over epochs: `forward`, `backward`, `step`, `batch`.
-- Moments with how often they came before in this process: `write` (the middle of a checkpoint), `rename` (a checkpoint
-  is written and has not its name yet), `row` (half of a row of metrics.csv is on the disk), `knn` (a batch of the k-NN
-  evaluation), `loader` (a batch in a loader process), `export`, `import` (of this file, before anything is built),
-  `exit` (all is written, and Python ends).
-- How: the name of a signal, which the process sends to itself; `parent`, which a loader process sends its parent as
-  SIGKILL; `raise`, an error that nobody foresaw; `full`, what a full disk answers.
+- Moments whose NUMBER is that of a micro-batch, counted over epochs: `forward`, `backward`, `step`, `batch`.
+- Moments whose NUMBER is how often they happened before in this process: `write` (in the middle of a checkpoint),
+  `rename` (a checkpoint is written but not renamed), `row` (half of a row of metrics.csv is written), `knn` (a batch of the
+  k-NN evaluation), `loader` (a batch in a loader process), `export`, `import` (of this file, before anything is built),
+  `exit` (all files are written, and Python exits).
+- HOW: the name of a signal that the process sends to itself; `parent`: a loader process sends SIGKILL to its parent;
+  `raise`: an unexpected error; `full`: the error of a full disk.
 
-Notes: `rankR.jsonl` has, for each micro-batch, checksums of its crops and of the random states before it;
-`loaders.jsonl` whether a loader process has drawn from its random states; `kills.jsonl` the kills.
+Files in `NOTES`: `rankR.jsonl` has checksums of the crops and of the random states before each micro-batch;
+`loaders.jsonl`, whether a loader process has used its global random states; `kills.jsonl`, the kills.
 """
 
 import atexit
@@ -35,21 +35,21 @@ from dino_lightning.checkpoints import run_checkpoint as files
 from dino_lightning.data.batches import MultiCropDataset, MultiCropStream
 from dino_lightning.loggers import csv as metrics_file
 from dino_lightning.runtime.collectives import rank
-from dino_lightning.training import build, run
-from dino_lightning.training.callbacks.knn import KNNCallback
+from dino_lightning.training import build, summary
+from dino_lightning.training.callbacks.knn import EvaluationProgress
 
 FORM = re.compile(r"(\w+)@(\d+)=(\w+)(?: on (\d+))?")
 KILL = FORM.fullmatch(os.environ.get("KILL", ""))
 NOTES = Path(os.environ["NOTES"])
 MIDDLE = 20
 """The chunk of a checkpoint that counts as its middle."""
-seen: dict[str, int] = {}
+counts: dict[str, int] = {}
 
 
 def here(moment: str, number: int | None = None) -> bool:
     """Whether to end at this moment; without a number, occurrences are counted."""
     if number is None:
-        number = seen[moment] = seen.get(moment, -1) + 1
+        number = counts[moment] = counts.get(moment, -1) + 1
     return KILL is not None and KILL[1] == moment and int(KILL[2]) == number and int(KILL[4] or 0) == rank()
 
 
@@ -59,7 +59,7 @@ def end() -> None:
     note("kills", kill=KILL[0])
     match KILL[3]:
         case "raise":
-            raise RuntimeError("a failure that nobody foresaw")
+            raise RuntimeError("an unexpected failure")
         case "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "parent":
@@ -129,23 +129,23 @@ class Draws:
 
 
 draws = Draws()
-_items, _batches, _push_back = MultiCropDataset.__getitems__, MultiCropStream._batches, files.SafeCheckpointIO._rotate
-_write, _write_checkpoint, _save = files._HashingFile.write, files.write_checkpoint, metrics_file._AtomicWriter.save
-_counter, _export, _callbacks = KNNCallback._counter, run.export_backbone, build.build_callbacks
+_getitems, _batches, _rotate = MultiCropDataset.__getitems__, MultiCropStream._batches, files.SafeCheckpointIO._rotate
+_write, _save = files._HashingFile.write, metrics_file._AtomicWriter.save
+_progress, _export, _callbacks = EvaluationProgress.__call__, summary.export_backbone, build.build_callbacks
 
 
-def items(self: Any, keys: Any) -> Any:
+def getitems(self: Any, keys: Any) -> Any:
     draws.check(before=True)
-    made = _items(self, keys)
+    crops = _getitems(self, keys)
     draws.check(before=False)
-    return made
+    return crops
 
 
 def stream_batches(self: Any, samples: Any) -> Iterator[Any]:
     draws.check(before=True)
-    for made in _batches(self, samples):
+    for batch in _batches(self, samples):
         draws.check(before=False)
-        yield made
+        yield batch
 
 
 def write(self: Any, data: Any) -> int:
@@ -154,13 +154,13 @@ def write(self: Any, data: Any) -> int:
         try:
             end()
         except OSError as error:
-            self.error = error  # as its own `write` would
+            self.error = error  # as the original `write` does
             raise
     return _write(self, data)
 
 
-def push_back(self: Any, path: Path) -> None:
-    _push_back(self, path)
+def rotate(self: Any, path: Path) -> None:
+    _rotate(self, path)
     if here("rename"):
         end()
 
@@ -174,15 +174,10 @@ def save(writer: Any) -> None:
     _save(writer)
 
 
-def counter(self: Any, total: int, **options: Any) -> Any:
-    count = _counter(self, total, **options)
-
-    def counted(images: int) -> None:
-        if here("knn"):
-            end()
-        count(images)
-
-    return counted
+def progress(self: Any, images: int) -> None:
+    if here("knn"):
+        end()
+    _progress(self, images)
 
 
 def export(*arguments: Any, **options: Any) -> Any:
@@ -200,11 +195,11 @@ if here("import"):
     end()
 atexit.register(at_exit)
 
-MultiCropDataset.__getitems__ = items
+MultiCropDataset.__getitems__ = getitems
 MultiCropStream._batches = stream_batches
 files._HashingFile.write = write
-files.SafeCheckpointIO._rotate = push_back
+files.SafeCheckpointIO._rotate = rotate
 metrics_file._AtomicWriter.save = save
-KNNCallback._counter = counter
-run.export_backbone = export
-build.build_callbacks = lambda *given: [*_callbacks(*given), Watch()]
+EvaluationProgress.__call__ = progress
+summary.export_backbone = export
+build.build_callbacks = lambda *arguments: [*_callbacks(*arguments), Watch()]
