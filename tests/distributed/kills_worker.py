@@ -4,9 +4,9 @@ The variable `KILL` is `MOMENT@NUMBER=HOW`, followed by ` on RANK` if the rank i
 
 - Moments whose NUMBER is that of a micro-batch, counted over epochs: `forward`, `backward`, `step`, `batch`.
 - Moments whose NUMBER is how often they happened before in this process: `write` (in the middle of a checkpoint),
-  `rename` (a checkpoint is written but not renamed), `row` (half of a row of metrics.csv is written), `knn` (a batch of the
-  k-NN evaluation), `loader` (a batch in a loader process), `export`, `import` (of this file, before anything is built),
-  `exit` (all files are written, and Python exits).
+  `rename` (a checkpoint is written but not renamed), `row` (half of a row of metrics.csv is written), `knn` (a batch of
+  the k-NN evaluation), `loader` (a batch in a loader process), `export`, `import` (of this file, before anything is
+  built), `exit` (all files are written, and Python exits).
 - HOW: the name of a signal that the process sends to itself; `parent`: a loader process sends SIGKILL to its parent;
   `raise`: an unexpected error; `full`: the error of a full disk.
 
