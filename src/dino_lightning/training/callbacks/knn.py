@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dino_lightning.config import KNNConfig
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
+from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, labeled_subset, subset_indices
 from dino_lightning.evaluation.features.knn import knn_accuracy
 from dino_lightning.runtime.sharding import gathered
 
@@ -138,7 +138,7 @@ class KNNCallback(Callback):
         """The accuracies of the backbone and, from the same pass over the images, those of raw pixels."""
         images = _images(trainer)
         train, val = images.eval_dataset("train"), images.eval_dataset("val")
-        bank_indices = self._bank_indices(images)
+        bank_indices = labeled_subset(images.train_labels, limit=self.config.bank, seed=self.seed)
         query_indices = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
         backbone = cast(nn.Module, cast(Any, pl_module).evaluated.backbone)
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
@@ -177,10 +177,6 @@ class KNNCallback(Callback):
             )
             for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True)
         ]
-
-    def _bank_indices(self, images: LabeledImages) -> list[int]:
-        known = np.flatnonzero(images.train_labels >= 0)
-        return [int(known[i]) for i in subset_indices(len(known), limit=self.config.bank, seed=self.seed)]
 
     def _by_metric(self, accuracy: dict[int, dict[str, float]]) -> dict[str, float]:
         by_k = {f"{name}_k{k}": value for k, both in accuracy.items() for name, value in both.items()}
