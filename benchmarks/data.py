@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, default_collate
 from dino_lightning.config import CropsConfig, FolderData
 from dino_lightning.data.batches import MultiCropDataset, start_worker
 from dino_lightning.data.crops import RawCrops
-from dino_lightning.data.crops.backends import cut, draw_crops
-from dino_lightning.data.crops.device_plan import make_plan
+from dino_lightning.data.crops.backends import raw_crop, sample_crops
+from dino_lightning.data.crops.device_plan import make_device_plan
 from dino_lightning.data.crops.numba import Finisher
 from dino_lightning.data.crops.sampling import FastRNG
 from dino_lightning.data.module import MultiCropDataModule
@@ -185,19 +185,19 @@ def print_breakdown(files: list[Path]) -> None:
     decoder, config = data.images.decode, CropsConfig(backend="device")
     contents = [path.read_bytes() for path in files[:16]]
     images = [decoder(content) for content in contents]
-    parameters = [draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))]
+    parameters = [sample_crops(config, width=SIZE[0], height=SIZE[1], rng=FastRNG(i)) for i in range(len(images))]
     flat = [crop for crops in parameters for crop in crops]
-    small = [cut(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops]
+    small = [raw_crop(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops]
     finish, outs = Finisher(config), [torch.empty(crop.shape) for crop in small]
     steps: dict[str, Callable[[], Any]] = {
         "read the file": lambda: [path.read_bytes() for path in files[:16]],
         "decode": lambda: [decoder(content) for content in contents],
         "sample the parameters": lambda: [
-            draw_crops(config, width=SIZE[0], height=SIZE[1], dice=FastRNG(i)) for i in range(len(images))
+            sample_crops(config, width=SIZE[0], height=SIZE[1], rng=FastRNG(i)) for i in range(len(images))
         ],
-        "plan (device only)": lambda: make_plan(flat),
+        "plan (device only)": lambda: make_device_plan(flat),
         "cut and resize ten crops": lambda: [
-            cut(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops
+            raw_crop(image, crop) for image, crops in zip(images, parameters, strict=True) for crop in crops
         ],
         "flip, colors, blur, normalize": lambda: [
             finish(image, crop, out=out) for image, crop, out in zip(small, flat, outs, strict=True)

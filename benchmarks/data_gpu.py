@@ -14,9 +14,9 @@ from torchvision.io import decode_jpeg
 from dino_lightning.config import CropsConfig, DINOConfig, ViTConfig
 from dino_lightning.config.model import AdamWConfig
 from dino_lightning.data.crops.backends import DeviceBatches
-from dino_lightning.data.crops.device_plan import make_plan
+from dino_lightning.data.crops.device_plan import make_device_plan
 from dino_lightning.data.crops.photometric import augment
-from dino_lightning.data.crops.sampling import Crop, FastRNG, draw_crops
+from dino_lightning.data.crops.sampling import Crop, FastRNG, sample_crops
 from dino_lightning.methods.dino import DINO
 from dino_lightning.methods.parts import MethodParts
 from dino_lightning.models.backbones import build_backbone
@@ -77,13 +77,13 @@ def decode_and_cut(encoded: list[torch.Tensor], config: CropsConfig, device: tor
     """Decode with nvJPEG, cut ten crops per image and augment them, all on the GPU."""
     images = decode_jpeg(encoded, device=device)
     parameters = [
-        draw_crops(config, width=image.shape[2], height=image.shape[1], dice=FastRNG(i))
+        sample_crops(config, width=image.shape[2], height=image.shape[1], rng=FastRNG(i))
         for i, image in enumerate(images)
     ]
     finished = []
     for views in (slice(0, 2), slice(2, None)):
         crops = [(image, crop) for image, boxes in zip(images, parameters, strict=True) for crop in boxes[views]]
-        plan = make_plan([crop for _, crop in crops])
+        plan = make_device_plan([crop for _, crop in crops])
         cut = torch.stack([cut_float(*crops[i]) for i in plan.order])
         finished.append(augment(cut, plan.to(device), config))
     return finished

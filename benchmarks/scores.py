@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_lightning.data.benchmarks.revisited import load_plain
+from dino_lightning.data.benchmarks.revisited import load_data_pickle
 from dino_lightning.evaluation.retrieval.ranking import average_precision_at_top, rank_database
 from dino_lightning.evaluation.retrieval.whitening import learn_whitening
 from dino_lightning.evaluation.video.davis_scores import object_scores
@@ -73,7 +73,7 @@ def retrieval(options: argparse.Namespace) -> None:
     worst = {"AP": 0.0, "mAP": 0.0, "P@k": 0.0}
     for name in ("roxford5k", "rparis6k"):
         with open(options.truth / name / f"gnd_{name}.pkl", "rb") as file:
-            truth = load_plain(file)
+            truth = load_data_pickle(file)
         queries = truth["gnd"]
         for number in range(options.rankings):
             similarity_QN = similarities((len(queries), len(truth["imlist"])), ties=number % 2 == 1)

@@ -11,7 +11,7 @@ from PIL import Image
 from programs import run_program
 
 from dino_lightning.cli.data import main
-from dino_lightning.data.sources.detect import kind_of
+from dino_lightning.data.sources.detect import detect_source
 
 
 def draw(path: Path, *, seed: int, size: tuple[int, int] = (48, 40), **options: Any) -> Path:
@@ -143,7 +143,7 @@ def test_stats(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
-    assert kind_of(str(photos)) == "folder"
+    assert detect_source(str(photos)) == "folder"
     for name, expected in (
         ("a.csv", "listing"),
         ("a.txt", "listing"),
@@ -153,13 +153,13 @@ def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
         ("a.parquet", "parquet"),
         ("nowhere", "folder"),
     ):
-        assert kind_of(str(tmp_path / name)) == expected
+        assert detect_source(str(tmp_path / name)) == expected
     for inside, expected in (("data/train-0.parquet", "parquet"), ("n01.tar", "archive"), ("state.json", "parquet")):
         folder = tmp_path / f"of {expected} {inside[:2]}"
         (folder / inside).parent.mkdir(parents=True)
         (folder / "README.md").touch()
         (folder / inside).touch()
-        assert kind_of(str(folder)) == expected
+        assert detect_source(str(folder)) == expected
 
 
 def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

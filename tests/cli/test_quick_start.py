@@ -17,7 +17,7 @@ from dino_lightning.cli.overrides import prepare_overrides, with_home_folders
 from dino_lightning.cli.quick_start import with_quick_start
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
-from dino_lightning.data.sources.detect import kind_of
+from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError
 from dino_lightning.training.autoconfig.apply import autoconfigure
 
@@ -80,10 +80,10 @@ def test_a_path_that_cannot_be_one() -> None:
 def test_an_archive_among_photographs_is_not_the_data(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg", "backup.zip"):
         (tmp_path / name).touch()
-    assert kind_of(str(tmp_path)) == "folder"
+    assert detect_source(str(tmp_path)) == "folder"
     for name in ("a.zip", "b.zip"):
         (tmp_path / name).touch()
-    assert kind_of(str(tmp_path)) == "archive"
+    assert detect_source(str(tmp_path)) == "archive"
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="the device is there")

@@ -133,8 +133,8 @@ class TestLayout:
         [
             (["a.png", "b.png"], "no class folders"),
             (["top/a.png", "top/b.png"], "no class folders"),
-            (["top/cat/a.png", "top/cat/b.png"], "one folder only"),
-            (["cat/a.png", "dog/b.png", "c.png"], "images lie beside the folders"),
+            (["top/cat/a.png", "top/cat/b.png"], "only one class folder"),
+            (["cat/a.png", "dog/b.png", "c.png"], "contains images next to its folders"),
         ],
     )
     def test_no_labels(self, tmp_path, names, words):
@@ -192,7 +192,7 @@ class TestLayout:
                 f"{path}/{name}/{file}": content for name, files in classes.items() for file, content in files.items()
             }
         sources = opened(tmp_path, holdout=0.4)
-        assert "not used: val" in sources.remark
+        assert "': val" in sources.remark
         assert len(sources.val) == 4
 
     def test_a_tar_in_a_tar_in_a_tar(self, tmp_path):
@@ -205,7 +205,7 @@ class TestLayout:
 
     def test_what_is_not_used_is_named(self, tmp_path):
         (tmp_path / "x.zip").write_bytes(zip_bytes(images("train/a.png", "val/b.png", "extra/c.png")))
-        assert "not used: extra, val" in opened(tmp_path / "x.zip").remark
+        assert "': extra, val" in opened(tmp_path / "x.zip").remark
 
 
 class TestRefusals:
@@ -228,8 +228,8 @@ class TestRefusals:
             ("x.tar", b"", ["x.tar' is not a tar file that can be read (empty file)"]),
             ("x.tar", b"hello" * 999, ["x.tar' is not a tar file that can be read"]),
             ("x.tar", tar_bytes(images("a.png", "b.png"))[:1600], ["x.tar' is not a tar file that can be read"]),
-            ("x.tar", tar_bytes({"a.txt": b"x"}), ["holds no image"]),
-            ("x.rar", b"x", ["x.rar' is no .zip or .tar"]),
+            ("x.tar", tar_bytes({"a.txt": b"x"}), ["contains no image"]),
+            ("x.rar", b"x", ["x.rar' is not a .zip or .tar"]),
             ("x.zip", zip_bytes(images("val/a/1.png", "test/b/2.png")), ["has 'test' but no 'train'"]),
             (
                 "x.zip",
@@ -251,7 +251,7 @@ class TestRefusals:
         (tmp_path / name).write_bytes(content)
         for path in (tmp_path / name, tmp_path):
             if path == tmp_path and name == "x.rar":
-                words = ["holds no .zip or .tar", "data=folder"]
+                words = ["contains no .zip or .tar", "data=folder"]
             with pytest.raises(UserError) as caught:
                 opened(path)
             message = str(caught.value)
@@ -264,7 +264,7 @@ class TestRefusals:
         whole = bytearray(tar_bytes(images("a.png", "b.png", "c.png")))
         whole[whole.index(b"b.png") + 3] ^= 1
         (tmp_path / "x.tar").write_bytes(whole)
-        with pytest.raises(UserError, match=r"x\.tar' is not a tar file that can be read \(damaged at byte \d+\)"):
+        with pytest.raises(UserError, match=r"x\.tar' is not a readable tar file \(damaged at byte \d+\)"):
             opened(tmp_path / "x.tar")
 
     def test_a_wrong_name(self, tmp_path):

@@ -1,4 +1,4 @@
-"""Archives and several processes; the tables of their members, kept on disk."""
+"""Archives and several processes; the stored indices of their images."""
 
 import multiprocessing
 import os
@@ -10,13 +10,13 @@ from archive_cases import contents, images, opened, tar_bytes, zip_bytes
 from source_cases import check_consistent
 
 from dino_lightning.data.sources import archive
-from dino_lightning.data.sources import archive_index as members
+from dino_lightning.data.sources import archive_index as index
 
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> dict:
     """Tables are kept whatever their size; gives the option for `opened` that says where."""
-    monkeypatch.setattr(members, "KEPT_FROM", 0)
+    monkeypatch.setattr(index, "STORED_FROM_BYTES", 0)
     return {"cache_dir": str(tmp_path / "cache")}
 
 
@@ -24,13 +24,13 @@ def kept(tmp_path, monkeypatch) -> dict:
 def scans(monkeypatch) -> list[Path]:
     """The archives that were scanned so far."""
     done: list[Path] = []
-    scan = members._folders
+    scan = index._folders
 
     def counted(path, **options):
         done.append(path)
         return scan(path, **options)
 
-    monkeypatch.setattr(members, "_folders", counted)
+    monkeypatch.setattr(index, "_folders", counted)
     return done
 
 
@@ -80,7 +80,7 @@ class TestProcesses:
         small, large = (opened(tmp_path / f"{count}.zip", **kept).train for count in (10, 1000))
         assert len(pickle.dumps(large)) < len(pickle.dumps(small)) + 10
         copy = pickle.loads(pickle.dumps(large))
-        assert not copy.members["places"].flags.owndata
+        assert not copy.index["ranges"].flags.owndata
         assert [copy.describe(i) for i in range(1000)] == [large.describe(i) for i in range(1000)]
 
 
@@ -158,7 +158,7 @@ class TestKept:
         opened(tmp_path / "x.zip")
         assert capfd.readouterr() == ("", "")
         clock = iter(range(0, 1000, 10))
-        monkeypatch.setattr(members.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(index.time, "monotonic", lambda: next(clock))
         opened(tmp_path / "x.zip")
         monkeypatch.undo()
         out, err = capfd.readouterr()

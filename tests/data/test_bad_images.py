@@ -142,7 +142,7 @@ class TestWhatCounts:
 
     @pytest.mark.parametrize(
         ("wrong", "sentence"),
-        [({"on_error": "skp"}, r"data\.on_error=skp .*did you mean 'skip'"), ({"share": 1.5}, r"max_bad_share=1\.5")],
+        [({"on_error": "skp"}, r"data\.on_error=skp: did you mean 'skip'"), ({"share": 1.5}, r"max_bad_share=1\.5")],
     )
     def test_settings_are_checked(self, wrong, sentence):
         with pytest.raises(UserError, match=sentence):

@@ -140,14 +140,14 @@ def test_nothing_there(tmp_path: Path):
     with pytest.raises(UserError, match=r"does not exist.*did you mean 'photo.png'"):
         opened(tmp_path / "phto.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no images"):
+    with pytest.raises(UserError, match="contains no images"):
         opened(tmp_path / "empty")
 
 
 def test_video_without_pyav_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"a\.mp4 is no image that PIL knows.*pip install av"):
+    with pytest.raises(UserError, match=r"a\.mp4 is not an image format that PIL supports.*pip install av"):
         opened(tmp_path / "a.mp4")
 
 

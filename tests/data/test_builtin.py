@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from source_cases import check_consistent
 
-from dino_lightning.data.sources.builtin import SPECIES, BuiltinImages, Dice, Species, draw
+from dino_lightning.data.sources.builtin import SPECIES, BuiltinImages, PictureRNG, Species, draw
 from dino_lightning.errors import UserError
 
 
@@ -82,9 +82,9 @@ def test_objects_are_in_sight(train: BuiltinImages) -> None:
 @pytest.mark.parametrize("species", SPECIES, ids=lambda species: species.name)
 def test_the_mask_is_where_the_palette_shows(species: Species) -> None:
     seeds = [[7, 0, index] for index in range(8)]
-    images, masks = draw(species, Dice(seeds), 64)
+    images, masks = draw(species, PictureRNG(seeds), 64)
     recolored = replace(species, palette=[(255 - r, 128, 255 - b) for r, _, b in species.palette])
-    others, same_masks = draw(recolored, Dice(seeds), 64)
+    others, same_masks = draw(recolored, PictureRNG(seeds), 64)
     changed = (images != others).any(axis=-1)
     assert np.array_equal(masks, same_masks)
     assert changed[masks].all()

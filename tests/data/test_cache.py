@@ -10,8 +10,8 @@ from cache_cases import FORK, RESIZE, GeneratedImages, expected, folders, keep, 
 
 from dino_lightning.data.bad_images import ReadableImages
 from dino_lightning.data.cache import CachedImages
-from dino_lightning.data.cache_build import CHUNK
 from dino_lightning.data.decode import Decoder, UnreadableImageError
+from dino_lightning.data.parallel import CHUNK
 from dino_lightning.data.sources.base import ImageSource, Splits, Subset, content_digest, hold_out
 from dino_lightning.errors import UserError
 
@@ -176,9 +176,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("wrong", "sentence"),
         [
-            ({"cache": "rma"}, r"data\.cache=rma .*did you mean 'ram'"),
+            ({"cache": "rma"}, r"data\.cache=rma: did you mean 'ram'"),
             ({"cache_resize": 0}, r"data\.cache_resize=0"),
-            ({"cache_dir": "/proc/nowhere"}, r"data\.cache_dir=/proc/nowhere cannot be made"),
+            ({"cache_dir": "/proc/nowhere"}, r"data\.cache_dir=/proc/nowhere cannot be created"),
         ],
     )
     def test_wrong_ones(self, tmp_path, wrong, sentence):
@@ -186,7 +186,7 @@ class TestSettings:
             keep(GeneratedImages(), settings(tmp_path, **wrong))
 
     @pytest.mark.parametrize(
-        ("cache", "way_out"), [("ram", r"take data\.cache=disk"), ("disk", r"give a roomier data\.cache_dir")]
+        ("cache", "way_out"), [("ram", r"use data\.cache=disk"), ("disk", r"choose a data\.cache_dir with more space")]
     )
     def test_too_little_room(self, tmp_path, cache, way_out):
         sentence = rf"^data\.cache={cache} needs about \d+\.\d GB in /.*, where .* GB are free; {way_out} or "
@@ -197,7 +197,7 @@ class TestSettings:
         limited = FORK.Process(target=build_with_little_room, args=(tmp_path,))
         limited.start()
         limited.join()
-        assert "cannot be kept" in (tmp_path / "said").read_text()
+        assert "cannot be written" in (tmp_path / "said").read_text()
         assert folders(tmp_path) == []
 
 

@@ -48,14 +48,14 @@ class TestProcesses:
         os.killpg(builder.pid, signal.SIGKILL)
         builder.join()
         (remains,) = folders(tmp_path)
-        assert ".part-" in remains.name
+        assert ".part" in remains.name
         assert (remains / "pixels.bin").stat().st_size > 0
         assert source.reads.value < 2 * len(source)
 
         kept = keep(GeneratedImages(), settings(tmp_path))
         assert all(kept.read(i).shape == expected(i).shape for i in range(70))
         (folder,) = folders(tmp_path)
-        assert ".part-" not in folder.name
+        assert ".part" not in folder.name
 
     def test_an_interrupted_build_cleans_up(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):
@@ -163,7 +163,7 @@ def memory_folder(source, config):
 
 
 def forget(kept):
-    del kept.user
+    del kept.claim
     assert kept.read(3).shape == (80, 16, 3)
 
 

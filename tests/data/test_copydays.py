@@ -62,14 +62,14 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "data.distractors_path" in lost
     assert "did you mean 'original'?" in lost
     file = tmp_path / "strong/200001.jpg"
-    assert "is a file, not a folder" in refused(CopydaysData(path=config.path, distractors_path=str(file)))
+    assert "is a file; expected a folder" in refused(CopydaysData(path=config.path, distractors_path=str(file)))
     for copy in (tmp_path / "strong").iterdir():
         copy.rename(copy.with_name("x" + copy.name))
-    assert "no image of strong/ begins with the 4 characters of one of original/" in refused()
+    assert "no image in strong/ has the first 4 characters of an image in original/" in refused()
     shutil.rmtree(tmp_path / "strong")
-    assert "has no folder strong; it has crops, jpegqual, original." in refused()
+    assert "has no folder strong; it contains crops, jpegqual, original." in refused()
     (tmp_path / "strong").mkdir()
-    assert "strong has no images; expected files that end in .jpg" in refused()
+    assert "strong contains no images; expected files with the extensions .jpg" in refused()
     shutil.rmtree(tmp_path / "original")
     shutil.rmtree(tmp_path / "strong")
     assert "has no folder original and no strong" in refused()

@@ -16,7 +16,7 @@ from torch import Tensor
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import RawCrops, crop_backend, without_color
 from dino_lightning.data.crops.backends import CPUBatches
-from dino_lightning.data.crops.sampling import FastRNG, draw_crops
+from dino_lightning.data.crops.sampling import FastRNG, sample_crops
 from dino_lightning.errors import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -47,7 +47,7 @@ def test_shapes_and_types(count: int, local_count: int, backend: str) -> None:
 def test_cpu_and_device_are_equal(count: int) -> None:
     cpu, device = (finished(backend, SMALL, _pictures(count), range(count)) for backend in ("cpu", "device"))
     crops = [
-        draw_crops(SMALL, width=image.width, height=image.height, dice=FastRNG(seed))
+        sample_crops(SMALL, width=image.width, height=image.height, rng=FastRNG(seed))
         for seed, image in enumerate(_pictures(count))
     ]
     for view, (ours, theirs) in enumerate(zip(cpu, device, strict=True)):

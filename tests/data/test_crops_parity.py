@@ -14,21 +14,21 @@ from torch import Tensor
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import without_color
-from dino_lightning.data.crops.backends import cut
-from dino_lightning.data.crops.sampling import FastRNG, draw_crops
+from dino_lightning.data.crops.backends import raw_crop
+from dino_lightning.data.crops.sampling import FastRNG, sample_crops
 
 
 def _cutting_difference(image: Image.Image) -> tuple[Tensor, Tensor]:
     """Against PIL's resizing of rows, then of columns; and against its `resize`."""
     exact, usual = [], []
     for seed in range(3):
-        for drawn in draw_crops(CropsConfig(), width=image.width, height=image.height, dice=FastRNG(seed)):
+        for drawn in sample_crops(CropsConfig(), width=image.width, height=image.height, rng=FastRNG(seed)):
             crop = crop_of(drawn.size, box=drawn.box)
             top, left, height, width = crop.box
             box = image.crop((left, top, left + width, top + height))
             rows = box.resize((crop.size, height), Image.Resampling.BICUBIC)
             columns = rows.resize((crop.size, crop.size), Image.Resampling.BICUBIC)
-            ours = cut(pixels(image), crop).float()
+            ours = raw_crop(pixels(image), crop).float()
             exact.append((ours - pixels(columns)).abs().flatten())
             usual.append((ours - with_pil([crop], [image])[0]).abs().flatten())
     return torch.cat(exact), torch.cat(usual)
@@ -56,7 +56,7 @@ def _check_like_pil(config: CropsConfig, images: list[Image.Image]) -> None:
     """`cpu` against the operators of PIL with the same parameters, from image to crop."""
     ours = finished("cpu", config, images, range(len(images)))
     drawn = [
-        draw_crops(config, width=image.width, height=image.height, dice=FastRNG(seed))
+        sample_crops(config, width=image.width, height=image.height, rng=FastRNG(seed))
         for seed, image in enumerate(images)
     ]
     for view, crops in zip(ours, zip(*drawn, strict=True), strict=True):

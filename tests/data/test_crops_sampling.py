@@ -1,4 +1,4 @@
-"""The random parameters of crops: those of torchvision, and the fast dice's against the original's."""
+"""The random parameters of crops: those of torchvision, and the fast rng's against the original's."""
 
 import dataclasses
 import math
@@ -26,10 +26,10 @@ from dino_lightning.data.crops.sampling import (
     CropRNG,
     FastRNG,
     ReferenceRNG,
-    draw_crop,
-    draw_crops,
-    draw_jitter,
     random_box,
+    sample_crop,
+    sample_crops,
+    sample_jitter,
 )
 
 WIDTH, HEIGHT = 2000, 1500
@@ -38,15 +38,15 @@ UNLIKELY = 1e-3
 """Smallest p-value of two samples of one distribution; the samples are the same in every run."""
 NAMES = ("brightness", "contrast", "saturation", "hue")
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
-DICE = [ReferenceRNG, FastRNG]
+RNGS = [ReferenceRNG, FastRNG]
 
 
 @cache
-def _sample(dice: type, view: int) -> list[Crop]:
+def _sample(rng: type, view: int) -> list[Crop]:
     """One crop per seed; no seed comes twice, so that the samples are independent."""
-    first = DRAWS * (2 * view + DICE.index(dice))
+    first = DRAWS * (2 * view + RNGS.index(rng))
     return [
-        draw_crop(CropsConfig(), view, width=WIDTH, height=HEIGHT, dice=dice(first + number)) for number in range(DRAWS)
+        sample_crop(CropsConfig(), view, width=WIDTH, height=HEIGHT, rng=rng(first + number)) for number in range(DRAWS)
     ]
 
 
@@ -84,13 +84,13 @@ def _pvalue_of_counts(*samples: list) -> float:
     return chi2_contingency([[count[kind] for kind in kinds] for count in counts]).pvalue  # type: ignore[attr-defined]
 
 
-# ------------------------------------------------------------------------------ the fast dice against the original's
+# ------------------------------------------------------------------------------ the fast rng against the original's
 
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("parameter", CONTINUOUS)
 def test_fast_dice_have_the_distribution_of_continuous_parameters(parameter: str, view: int) -> None:
-    original, fast = (_values(_sample(dice, view), CONTINUOUS[parameter]) for dice in DICE)
+    original, fast = (_values(_sample(rng, view), CONTINUOUS[parameter]) for rng in RNGS)
     assert min(len(original), len(fast)) > 200
     assert ks_2samp(original, fast).pvalue > UNLIKELY  # type: ignore[attr-defined]
 
@@ -98,13 +98,13 @@ def test_fast_dice_have_the_distribution_of_continuous_parameters(parameter: str
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("parameter", DISCRETE)
 def test_fast_dice_have_the_probabilities(parameter: str, view: int) -> None:
-    assert _pvalue_of_counts(*([DISCRETE[parameter](crop) for crop in _sample(dice, view)] for dice in DICE)) > UNLIKELY
+    assert _pvalue_of_counts(*([DISCRETE[parameter](crop) for crop in _sample(rng, view)] for rng in RNGS)) > UNLIKELY
 
 
 def test_every_order_of_the_jitter_is_as_likely() -> None:
     orders = [
-        [tuple(part for part, _ in crop.jitter) for view in VIEWS for crop in _sample(dice, view) if crop.jitter]
-        for dice in DICE
+        [tuple(part for part, _ in crop.jitter) for view in VIEWS for crop in _sample(rng, view) if crop.jitter]
+        for rng in RNGS
     ]
     assert _pvalue_of_counts(*orders) > UNLIKELY
     for sample in orders:
@@ -113,14 +113,14 @@ def test_every_order_of_the_jitter_is_as_likely() -> None:
         assert chisquare(list(counts.values())).pvalue > UNLIKELY
 
 
-@pytest.mark.parametrize("dice", DICE)
-def test_positions_reach_both_ends(dice: type[CropRNG]) -> None:
+@pytest.mark.parametrize("rng", RNGS)
+def test_positions_reach_both_ends(rng: type[CropRNG]) -> None:
     """In small images a position off by one is seen."""
-    generator = dice(0)  # type: ignore[call-arg]
+    generator = rng(0)  # type: ignore[call-arg]
     counts = Counter(generator.integer(3) for _ in range(3000))
     assert sorted(counts) == [0, 1, 2]
     assert chisquare(list(counts.values())).pvalue > UNLIKELY
-    boxes = [random_box(8, 6, scale=[0.2, 0.4], ratio=[3 / 4, 4 / 3], dice=generator) for _ in range(1000)]
+    boxes = [random_box(8, 6, scale=[0.2, 0.4], ratio=[3 / 4, 4 / 3], rng=generator) for _ in range(1000)]
     assert {top + height for top, _, height, _ in boxes if top} >= {4, 5, 6}
     assert {left + width for _, left, _, width in boxes} == {3, 4, 5, 6, 7, 8}
     assert min(top for top, *_ in boxes) == min(left for _, left, *_ in boxes) == 0
@@ -131,7 +131,7 @@ def test_parameters_of_the_fast_dice_are_independent() -> None:
     config = dataclasses.replace(CropsConfig(), jitter_p=1.0, blur_p=[1.0] * 3, solarize_p=[0.5] * 3)
     rows = []
     for seed in range(DRAWS):
-        crop = draw_crop(config, LOCAL, width=WIDTH, height=HEIGHT, dice=FastRNG(seed))
+        crop = sample_crop(config, LOCAL, width=WIDTH, height=HEIGHT, rng=FastRNG(seed))
         drawn = (parameter(crop) for parameter in (*CONTINUOUS.values(), *DISCRETE.values()))
         place = [part for part, _ in crop.jitter].index(HUE)
         rows.append([*(0.0 if value is None else float(value) for value in drawn), float(place)])
@@ -152,29 +152,29 @@ def test_boxes_are_torchvision_s(size: tuple[int, int], scale: list[float]) -> N
     for seed in range(20):
         torch.manual_seed(seed)
         theirs = RandomResizedCrop.get_params(image, scale, ratio)
-        assert random_box(*size, scale=scale, ratio=ratio, dice=ReferenceRNG(seed)) == tuple(theirs)
+        assert random_box(*size, scale=scale, ratio=ratio, rng=ReferenceRNG(seed)) == tuple(theirs)
 
 
-@pytest.mark.parametrize("dice", DICE)
+@pytest.mark.parametrize("rng", RNGS)
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (40, 30), (1, 1), (2, 3), (3, 500)])
-def test_boxes_lie_in_the_image(size: tuple[int, int], dice: type) -> None:
+def test_boxes_lie_in_the_image(size: tuple[int, int], rng: type) -> None:
     width, height = size
     for seed in range(50):
         for view in (GLOBAL_1, LOCAL):
-            top, left, h, w = draw_crop(CropsConfig(), view, width=width, height=height, dice=dice(seed)).box
+            top, left, h, w = sample_crop(CropsConfig(), view, width=width, height=height, rng=rng(seed)).box
             assert 0 <= top <= top + h <= height
             assert 0 <= left <= left + w <= width
             assert min(h, w) >= 1
 
 
-@pytest.mark.parametrize("dice", DICE)
-def test_long_images_give_the_largest_central_box(dice: type) -> None:
+@pytest.mark.parametrize("rng", RNGS)
+def test_long_images_give_the_largest_central_box(rng: type) -> None:
     """Nothing of 40 % of the area fits within the ratios: 10 pixels by 4/3, and by 3/4, of them."""
     global_box = {"scale": [0.4, 1.0], "ratio": [3 / 4, 4 / 3]}
-    assert random_box(1000, 10, **global_box, dice=dice(0)) == (0, 493, 10, 13)
-    assert random_box(10, 1000, **global_box, dice=dice(0)) == (493, 0, 13, 10)
+    assert random_box(1000, 10, **global_box, rng=rng(0)) == (0, 493, 10, 13)
+    assert random_box(10, 1000, **global_box, rng=rng(0)) == (493, 0, 13, 10)
     # Too small an area for a whole pixel, in an image whose ratio is fine: all of it.
-    assert random_box(4, 4, scale=[1e-4, 1e-3], ratio=[3 / 4, 4 / 3], dice=dice(0)) == (0, 0, 4, 4)
+    assert random_box(4, 4, scale=[1e-4, 1e-3], ratio=[3 / 4, 4 / 3], rng=rng(0)) == (0, 0, 4, 4)
 
 
 # ----------------------------------------------------------------------------------------------- jitter and seeds
@@ -191,23 +191,23 @@ def test_jitter_is_torchvision_s(off: tuple[str, ...]) -> None:
         torch.manual_seed(seed)
         order, *factors = theirs.get_params(*(getattr(theirs, name) for name in NAMES))
         expected = [(part, factors[part]) for part in order.tolist() if factors[part] is not None]
-        assert draw_jitter(config, dice=ReferenceRNG(seed)) == tuple(expected)
+        assert sample_jitter(config, rng=ReferenceRNG(seed)) == tuple(expected)
 
 
 def test_strong_jitter_does_not_turn_negative() -> None:
     config = dataclasses.replace(CropsConfig(), brightness=3.0)
-    factors = [dict(draw_jitter(config, dice=FastRNG(seed)))[BRIGHTNESS] for seed in range(200)]
+    factors = [dict(sample_jitter(config, rng=FastRNG(seed)))[BRIGHTNESS] for seed in range(200)]
     assert 0 <= min(factors) < 0.2
     assert 3.8 < max(factors) <= 4
 
 
-@pytest.mark.parametrize("dice", DICE)
+@pytest.mark.parametrize("rng", RNGS)
 @pytest.mark.parametrize("local_count", [0, 8])
-def test_equal_seeds_give_equal_crops(local_count: int, dice: type) -> None:
+def test_equal_seeds_give_equal_crops(local_count: int, rng: type) -> None:
     config = dataclasses.replace(CropsConfig(), local_count=local_count)
 
     def drawn(seed: int) -> list[Crop]:
-        return draw_crops(config, width=WIDTH, height=HEIGHT, dice=dice(seed))
+        return sample_crops(config, width=WIDTH, height=HEIGHT, rng=rng(seed))
 
     assert drawn(5) == drawn(5)
     assert len(drawn(5)) == 2 + local_count
@@ -215,10 +215,10 @@ def test_equal_seeds_give_equal_crops(local_count: int, dice: type) -> None:
     assert len({crop.box for seed in range(100) for crop in drawn(seed)}) == 100 * (2 + local_count)
 
 
-@pytest.mark.parametrize("dice", DICE)
-def test_dice_leave_the_process_s_own_random_numbers_alone(dice: type) -> None:
+@pytest.mark.parametrize("rng", RNGS)
+def test_rngs_leave_the_process_s_own_random_numbers_alone(rng: type) -> None:
     before = random.getstate(), torch.get_rng_state()
-    draw_crops(CropsConfig(), width=WIDTH, height=HEIGHT, dice=dice(0))
+    sample_crops(CropsConfig(), width=WIDTH, height=HEIGHT, rng=rng(0))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -227,7 +227,7 @@ def test_the_original_draws_no_solarisation_where_there_is_none() -> None:
     """Its first global view has no such operator: the second one starts with the same number of Python's stream."""
     without, never = (dataclasses.replace(CropsConfig(), solarize_p=[p, 0.2, 0.0]) for p in (0.0, 1e-9))
     seconds = [
-        [draw_crops(config, width=WIDTH, height=HEIGHT, dice=ReferenceRNG(seed))[1].blur for seed in range(50)]
+        [sample_crops(config, width=WIDTH, height=HEIGHT, rng=ReferenceRNG(seed))[1].blur for seed in range(50)]
         for config in (without, never)
     ]
     assert seconds[0] != seconds[1]
@@ -236,6 +236,6 @@ def test_the_original_draws_no_solarisation_where_there_is_none() -> None:
 @pytest.mark.parametrize(("size", "ratio"), [((1, 1), [3.0, 4.0]), ((1, 9), [5.0, 5.0]), ((9, 1), [0.01, 0.02])])
 def test_a_box_is_never_empty(size: tuple[int, int], ratio: list[float]) -> None:
     """torchvision's fallback has no pixels here."""
-    for dice in DICE:
-        _, _, h, w = random_box(*size, scale=[1.0, 1.0], ratio=ratio, dice=dice(0))
+    for rng in RNGS:
+        _, _, h, w = random_box(*size, scale=[1.0, 1.0], ratio=ratio, rng=rng(0))
         assert (h, w) == (1, 1)

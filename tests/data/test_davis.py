@@ -138,40 +138,44 @@ def list_wrongly(root: Path, text: str) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], object], dict, str]] = {
     "no folder": (lambda root: None, {"path": "nowhere"}, "data.path=nowhere"),
-    "no lists": (lambda root: lose(root, "ImageSets"), {}, "has no ImageSets; give the folder as it unpacks"),
+    "no lists": (lambda root: lose(root, "ImageSets"), {}, "has no ImageSets; expected the extracted folder"),
     "the folder above": (lambda root: None, {"path": "above"}, "has no ImageSets; did you mean "),
-    "year": (lambda root: None, {"year": 2071}, "data.year=2071: .* has no such folder; did you mean '2017'?"),
+    "year": (lambda root: None, {"year": 2071}, "data.year=2071 is not a folder in .*; did you mean '2017'?"),
     "split": (lambda root: None, {"split": "vla"}, r"data.split=vla: .* has no vla.txt; did you mean 'val'\?"),
-    "empty list": (lambda root: list_wrongly(root, "\n"), {}, "data.split=val: .*val.txt names no sequences"),
+    "empty list": (
+        lambda root: list_wrongly(root, "\n"),
+        {},
+        "data.split=val: .*val.txt contains no names of sequences",
+    ),
     "resolution": (lambda root: None, {"resolution": "480"}, r"data.resolution=480: .*did you mean '480p'\?"),
     "no annotations": (lambda root: lose(root, "Annotations"), {}, "has no Annotations"),
     "sequence": (lambda root: list_wrongly(root, "cwo"), {}, r"no frames of the sequence cwo; did you mean 'cow'\?"),
     "masks": (
         lambda root: lose(root, "Annotations/480p/cow"),
         {},
-        "6 of 6 masks of cow are missing, first .*00000.png",
+        "6 of 6 masks of cow are missing, such as .*00000.png",
     ),
     "a mask": (
         lambda root: mask_path(root, "cow", 4).unlink(),
         {},
-        "1 of 6 masks of cow are missing, first .*00004.png",
+        "1 of 6 masks of cow are missing, such as .*00004.png",
     ),
     "short": (lambda root: write_davis(root, sequences={"cat": 2}), {}, "sequence cat has 2 frames; .*at least 3"),
     "size of a mask": (
         lambda root: write_mask(root, "cow", 4, np.ones((WIDTH, HEIGHT))),
         {},
-        "cow/00004.png has 66 x 100 pixels; expected those of .*cow/00000.jpg, 100 x 66",
+        "cow/00004.png has 66 x 100 pixels; expected the size of .*cow/00000.jpg, 100 x 66",
     ),
     "size of a frame": (
         lambda root: write_frame(root, "bus", 2, Image.new("RGB", (90, 66))),
         {},
         "bus/00002.jpg has 90 x 66 pixels; expected",
     ),
-    "no object": (lambda root: write_mask(root, "bus", 0, np.zeros((HEIGHT, WIDTH))), {}, "shows no object to follow"),
+    "no object": (lambda root: write_mask(root, "bus", 0, np.zeros((HEIGHT, WIDTH))), {}, "contains no object"),
     "colors": (
         lambda root: Image.new("RGB", (WIDTH, HEIGHT), "red").save(mask_path(root, "cow", 3)),
         {},
-        "cow/00003.png is an image of mode RGB; expected a number for each pixel",
+        r"cow/00003.png is a color image \(mode RGB\); expected one number per pixel",
     ),
 }
 

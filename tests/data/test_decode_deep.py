@@ -85,7 +85,7 @@ def test_a_single_pixel_is_refused() -> None:
 def test_16_bit_color_png(channels: int) -> None:
     upper = values(channels, np.uint16, 65536) >> 8
     assert np.array_equal(as_hwc(decoder(channels=channels).pixels(deep_png(channels))), upper)
-    with pytest.raises(UnreadableImageError, match="16-bit color PNG, read in 8 bits: unset"):
+    with pytest.raises(UnreadableImageError, match="16-bit color PNG can only be read with 8 bits; unset"):
         decoder(channels=channels, value_range=[0, 4095]).pixels(deep_png(channels))
 
 
@@ -118,7 +118,7 @@ def test_five_channels(name: str, dtype: Any) -> None:
     assert np.array_equal(as_hwc(pixels), stored)
     if value_range is not None:
         return
-    with pytest.raises(UnreadableImageError, match=r"5 channels are stored, but data\.channels=4|43 .*channels=4"):
+    with pytest.raises(UnreadableImageError, match=r"the image has 5 channels, but data\.channels=4|43 .*channels=4"):
         decoder(channels=4).pixels(content)
     with pytest.raises(UnreadableImageError, match=r"PIL has no images of data\.channels=5"):
         decoder(channels=5).pil(content)
@@ -151,7 +151,7 @@ def test_two_and_four_channels() -> None:
 def test_other_numbers_of_channels_are_refused(channels: int, content: Any, stored: int) -> None:
     with pytest.raises(UnreadableImageError) as caught:
         decoder(channels=channels).pixels(content())
-    assert str(caught.value) == f"{stored} channels are stored, but data.channels={channels}"
+    assert str(caught.value) == f"the image has {stored} channels, but data.channels={channels}"
 
 
 def test_channels_in_front_get_a_hint() -> None:

@@ -13,7 +13,7 @@ from dino_lightning.config import FolderData
 from dino_lightning.data.sources import file_index as index
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.file_index import folder_contents, index_files
-from dino_lightning.data.sources.mapped_arrays import UNUSED_DAYS, MappedArrays, Paths, packed, store
+from dino_lightning.data.sources.mapped_arrays import UNUSED_DAYS, MappedArrays, Paths, pack_paths, store
 
 FILES = [f"{name}/{number}.png" for name in ("a", "a/deep", "b") for number in range(4)]
 
@@ -21,7 +21,7 @@ FILES = [f"{name}/{number}.png" for name in ("a", "a/deep", "b") for number in r
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
     monkeypatch.setattr(index, "LARGE", 6)
-    monkeypatch.setattr(index, "TRUSTED_AFTER_NS", 0)
+    monkeypatch.setattr(index, "MIN_AGE_NS", 0)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ class TestKeptList:
         assert ("b/late.png", 1) in listed(root)
 
     def test_what_has_just_changed_is_not_trusted(self, root, read, monkeypatch):
-        monkeypatch.setattr(index, "TRUSTED_AFTER_NS", 3600 * 10**9)
+        monkeypatch.setattr(index, "MIN_AGE_NS", 3600 * 10**9)
         first = listed(root)
         read.clear()
         assert listed(root) == first
@@ -166,10 +166,10 @@ class TestKeptList:
         for _ in range(2):
             found = index_files(root, below=["a", "b"], cache_dir=str(root.parent / "cache"))
             assert len(found.paths) == 8
-            assert found.notice() == "left out, cannot be opened: 'a/deep'"
+            assert found.remark() == "left out, cannot be opened: 'a/deep'"
 
     def test_progress_is_shown_on_the_terminal(self, root, monkeypatch, capsys):
-        monkeypatch.setattr(index, "SHOWN_AFTER", -1.0)
+        monkeypatch.setattr(index, "PROGRESS_DELAY_S", -1.0)
         monkeypatch.setenv("FORCE_COLOR", "1")
         listed(root)
         shown = capsys.readouterr()
@@ -246,7 +246,7 @@ class TestSharing:
         assert not list(root.parent.glob("cache/indices/*/.*"))
 
     def test_arrays_without_a_file_pickle_whole(self, tmp_path):
-        paths = Paths(MappedArrays(packed([b"a", b"", "é".encode()])))
+        paths = Paths(MappedArrays(pack_paths([b"a", b"", "é".encode()])))
         copy = pickle.loads(pickle.dumps(paths))
         assert [copy[i] for i in range(len(copy))] == ["a", "", "é"]
         with pytest.raises(IndexError):
@@ -254,7 +254,7 @@ class TestSharing:
 
     def test_kept_arrays_cannot_be_written(self, tmp_path):
         kept = store({"x": np.arange(4)}, under=tmp_path / "arrays")
-        assert kept.place is not None
+        assert kept.folder is not None
         with pytest.raises(ValueError, match="read-only"):
             kept["x"][0] = 1
 

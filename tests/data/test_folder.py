@@ -53,14 +53,14 @@ class TestFolder:
         write(tmp_path / "data" / "images" / "a.png")
         sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
         assert sources.train.labels is None
-        assert "one folder only" in sources.remark
+        assert "only one class folder" in sources.remark
 
     def test_what_is_not_used_is_named(self, tmp_path):
         for name in ("train/a.png", "val/b.png", "extra/c.png"):
             write(tmp_path / "data" / name)
         sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
         assert sources.val is None
-        assert "not used: extra, val" in sources.remark
+        assert "': extra, val" in sources.remark
 
     def test_hidden_files_and_other_endings_do_not_count(self, tmp_path):
         for number, name in enumerate(["a/0.png", "b/1.png", "a/._2.png", ".git/3.png", "b/.cache/4.png"]):
@@ -127,8 +127,8 @@ class TestFolder:
         [
             (["imagenet/a/0.png"], "imagnet/train", ["data.path=", "no 'imagnet'", "did you mean 'imagenet'"]),
             (["imagenet/a/0.png"], "imagenet/a/0.png", ["data.path=", "is a file"]),
-            (["data/readme.txt"], "data", ["'{root}/data' holds no image", ".jpeg"]),
-            (["data/a/0.png", "data/b/readme.txt"], "data", ["class folder '{root}/data/b' holds no image"]),
+            (["data/readme.txt"], "data", ["'{root}/data' contains no image", ".jpeg"]),
+            (["data/a/0.png", "data/b/readme.txt"], "data", ["class folder '{root}/data/b' contains no image"]),
             (["train/a/0.png", "train/b/0.png", "val/a/0.png"], ".", ["class folder 'b' is in '{root}/train'"]),
             (
                 ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png", "val/dgo/0.png"],

@@ -226,15 +226,15 @@ class TestWrongSettings:
         [
             ({"image_column": "imag"}, r"data\.image_column=imag is not a column .* did you mean 'image'"),
             ({"label_column": "labels"}, r"data\.label_column=labels is not .* did you mean 'label'"),
-            ({"image_column": "label"}, r"data\.image_column=label .* does not hold encoded images"),
-            ({"label_column": "extra"}, r"data\.label_column=extra .* does not hold whole numbers"),
+            ({"image_column": "label"}, r"data\.image_column=label .* expected encoded images"),
+            ({"label_column": "extra"}, r"data\.label_column=extra .* expected integers"),
             ({"train_split": "tran"}, r"data\.train_split=tran is not a split of .* did you mean 'train'"),
             ({"subset": "defualt"}, r"data\.subset=defualt is not a subset of .* did you mean 'default'"),
             (
                 {"folder": "nobody/nothing"},
-                r"data\.name=nobody/nothing is no folder .*not found on the Hugging Face Hub",
+                r"data\.name=nobody/nothing is not a folder .*not found on the Hugging Face Hub",
             ),
-            ({"folder": "/no/such/folder"}, r"data\.name=/no/such/folder is no folder"),
+            ({"folder": "/no/such/folder"}, r"data\.name=/no/such/folder is not a folder"),
         ],
     )
     def test_are_named(self, folder, options, words, streaming):

@@ -7,7 +7,7 @@ import pytest
 from source_cases import check_consistent, numbers, write
 
 from dino_lightning.config import LandmarksData
-from dino_lightning.data.sources import landmarks, open_sources
+from dino_lightning.data.sources import mapped_arrays, open_sources
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
 
@@ -62,7 +62,7 @@ def test_a_missing_image_shows_when_it_is_read(tmp_path):
 
 
 def test_large_tables_pickle_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(landmarks, "LARGE", 100)
+    monkeypatch.setattr(mapped_arrays, "LARGE", 100)
     fill(tmp_path)
     drawn = np.random.default_rng(0).integers(0, 2**64, 2000, dtype=np.uint64)
     names = [IDS[0], *(f"{name:016x}" for name in drawn)]
@@ -79,11 +79,11 @@ def test_large_tables_pickle_by_name(tmp_path, monkeypatch):
     [
         ({"csv": "trian.csv"}, TRAIN, ["data.csv=trian.csv", "did you mean 'train.csv'"]),
         ({}, "id,url\n1,2\n", ["has the columns id, url", "landmark_id"]),
-        ({}, "id,url,landmark_id\n", ["lists no image"]),
+        ({}, "id,url,landmark_id\n", ["lists no images"]),
         ({}, f"id,url,landmark_id\n{IDS[0]},x,1\n0123,x,1\n", ["lists '0123'", "16 digits"]),
         ({}, f"id,url,landmark_id\n{IDS[0]},x,1\n{IDS[1].upper()},x,1\n", ["lists 'FEDCBA9876543210'"]),
         ({}, f"id,url,landmark_id\n{IDS[0]},x,Rome\n", ["cannot be read as a table", "Rome"]),
-        ({}, "id,url,landmark_id\n1111111111111111,x,1\n", ["neither '1/1/1/1111111111111111.jpg' nor 'train/1/1/1"]),
+        ({}, "id,url,landmark_id\n1111111111111111,x,1\n", ["such as '1/1/1/1111111111111111.jpg' or 'train/1/1/1"]),
     ],
 )
 def test_wrong_tables_are_explained(tmp_path, options, table, words):

@@ -8,7 +8,7 @@ import pytest
 from source_cases import check_consistent, numbers, write
 
 from dino_lightning.config import ListingData
-from dino_lightning.data.sources import listing, open_sources
+from dino_lightning.data.sources import mapped_arrays, open_sources
 from dino_lightning.data.sources.listing import column_bytes
 from dino_lightning.errors import UserError
 
@@ -91,7 +91,7 @@ class TestTable:
 
 
 def test_large_lists_pickle_by_name(images, monkeypatch):
-    monkeypatch.setattr(listing, "LARGE", 100)
+    monkeypatch.setattr(mapped_arrays, "LARGE", 100)
     text = "path,y\n" + "".join(f"{n % 6}.png,{n % 6}\n" for n in range(3000))
     source = opened(images / "list.csv", text, label_column="y", cache_dir=str(images / "cache")).train
     state = pickle.dumps(source)
@@ -132,7 +132,7 @@ def test_the_fingerprint_follows_list_and_files(images):
             "l.txt",
             "#\n\nimages/0.png\nx.png",
             {},
-            ["line 3", "'images/0.png'", "none of 2 files", "data.root"],
+            ["line 3", "'images/0.png'", "none of the 2 tested files", "data.root"],
         ),
         ("l.csv", "path\nimages/0.png", {}, ["row 1", "'images/0.png'", "data.root"]),
         ("l.csv", "path\n0.png", {"root": "/nowhere"}, ["data.root=/nowhere does not exist"]),

@@ -137,15 +137,15 @@ def test_the_same_images_are_left_for_other_batches_and_ranks() -> None:
 
 def test_a_stream_read_by_another_number_of_processes_is_refused(folder: Path) -> None:
     state = module("webdataset", folder).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="read by 1 loader processes and would now be read by 2"):
+    with pytest.raises(UserError, match="written with 1 loader processes, but the run has 2"):
         module("webdataset", folder, workers=2).train_dataloader().load_state_dict(state)
 
 
 def test_a_stream_in_another_order_is_refused(folder: Path) -> None:
     state = module("webdataset", folder).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="read with seed=0, not seed=1"):
+    with pytest.raises(UserError, match="written with seed=0, but the run has seed=1"):
         module("webdataset", folder, seed=1).train_dataloader().load_state_dict(state)
-    with pytest.raises(UserError, match=r"read with data\.shuffle_buffer=9, not data\.shuffle_buffer=5"):
+    with pytest.raises(UserError, match=r"written with data\.shuffle_buffer=9, but the run has data\.shuffle_buffer=5"):
         module("webdataset", folder).train_dataloader().load_state_dict({**state, "shuffle_buffer": 9})
 
 

@@ -217,7 +217,7 @@ def test_a_place_is_found_again_by_a_loader_that_is_there_already(early: bool, t
     """Under FSDP Lightning makes loaders first and reads the checkpoint then; elsewhere it is the other way round."""
     root = _folder(tmp_path, images=12)
     whole = _epoch(_module(root), epoch=3)
-    module, state = _module(root), {"place": {"epoch": 3, "images": 4}}
+    module, state = _module(root), {"position": {"epoch": 3, "images": 4}}
     if early:
         module.train_dataloader()
         module.load_state_dict(state)

@@ -194,8 +194,8 @@ class TestParquet:
         [
             ({"image_column": "imag"}, r"data\.image_column=imag is not a column .* did you mean 'image'"),
             ({"label_column": "labels"}, r"data\.label_column=labels is not .* did you mean 'label'"),
-            ({"image_column": "label"}, r"data\.image_column=label .* does not hold encoded images but .*int64"),
-            ({"label_column": "extra"}, r"data\.label_column=extra .* does not hold whole numbers but .*string"),
+            ({"image_column": "label"}, r"data\.image_column=label .* int64 values; expected encoded images"),
+            ({"label_column": "extra"}, r"data\.label_column=extra .* string values; expected integers"),
             ({"path": "nowhere"}, r"data\.path=nowhere does not exist"),
         ],
     )
@@ -210,7 +210,7 @@ class TestParquet:
             (
                 "train.parquet",
                 {"labels": [0, 2], "classes": ["cat", "dog"]},
-                "holds the label 2, but there are 2 class names",
+                "contains the label 2, but there are 2 class names",
             ),
             ("train.parquet", {"labels": [0, 10**6]}, "class numbers from 0"),
             ("val.parquet", {}, "no train"),
@@ -224,7 +224,7 @@ class TestParquet:
 
     def test_broken_file_is_named(self, tmp_path):
         (tmp_path / "train.parquet").write_bytes(b"PAR1 but not really")
-        with pytest.raises(UserError, match=r"train\.parquet' is not a parquet file"):
+        with pytest.raises(UserError, match=r"train\.parquet' is not a readable parquet file"):
             open_sources(ParquetData(path=str(tmp_path)), seed=0)
 
     def test_cifar10(self):

@@ -12,7 +12,7 @@ import pytest
 from landmark_cases import LANDMARKS, VIEWS, write_revisited, write_truth
 
 from dino_lightning.config import RevisitedData
-from dino_lightning.data.benchmarks.revisited import load_plain, open_revisited
+from dino_lightning.data.benchmarks.revisited import load_data_pickle, open_revisited
 from dino_lightning.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_the_real_ground_truth(name: str, images: int, shared_data: Path, tmp_pa
     (tmp_path / name / "jpg").mkdir(parents=True)
     file = shutil.copy(shared_data / "retrieval" / name / f"gnd_{name}.pkl", tmp_path / name)
     with open(file, "rb") as opened:
-        truth = load_plain(opened)
+        truth = load_data_pickle(opened)
     for image in (*truth["imlist"], *truth["qimlist"]):
         (tmp_path / name / "jpg" / f"{image}.jpg").touch()
     benchmark = open_revisited(RevisitedData(path=str(tmp_path), name=name))
@@ -57,15 +57,17 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     config = write_revisited(tmp_path)
     write_truth(tmp_path / "roxford5k" / "gnd_roxford5k.pkl", {"imlist": Evil()})
-    with pytest.raises(UserError, match=r"cannot be read \(it names \w+\.system, and a ground truth needs no code\)"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(it refers to \w+\.system, but a ground truth contains no code\)"
+    ):
         open_revisited(config)
     assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize("name", [b"cos\nsystem\n(S'touch evil'\ntR.", b"cbuiltins\neval\n(S'1'\ntR."])
 def test_no_global_is_loaded(name: bytes) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="needs no code"):
-        load_plain(io.BytesIO(name))
+    with pytest.raises(pickle.UnpicklingError, match="contains no code"):
+        load_data_pickle(io.BytesIO(name))
 
 
 @pytest.mark.parametrize("broken", [b"", b"\x80\x02}q", b"no pickle at all", b"\x80\x02]K\x01\x85R."])
@@ -84,24 +86,24 @@ def _query(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("truth", "expected"),
     [
-        ([1, 2], "expected a dict of imlist, qimlist and gnd"),
-        ({"imlist": ["a"], "gnd": []}, "expected a dict of imlist, qimlist and gnd"),
+        ([1, 2], "expected a dict with imlist, qimlist and gnd"),
+        ({"imlist": ["a"], "gnd": []}, "expected a dict with imlist, qimlist and gnd"),
         (_query() | {"imlist": [1, 2]}, "imlist and qimlist are not lists of names"),
         (_query() | {"qimlist": []}, "imlist and qimlist are not lists of names"),
         (_query() | {"gnd": []}, "gnd does not have one entry for each of the 1 queries"),
         (_query() | {"gnd": [{"easy": [0]}]}, "gnd of q lacks bbx, easy, hard or junk"),
-        (_query(easy=3), "gnd of q holds something else than lists"),
-        (_query(bbx=[5, 0, 5, 9]), "bbx of q is no box"),
-        (_query(bbx=[0, 0, 5]), "bbx of q is no box"),
-        (_query(easy=[2]), "easy, hard or junk of q names an image that is none of the 2"),
-        (_query(easy=[-1]), "easy, hard or junk of q names an image that is none of the 2"),
-        (_query(easy=[1]), "easy, hard and junk of q name an image twice"),
-        (_query(easy=[]), "no query has an image to find"),
+        (_query(easy=3), "gnd of q contains values that are not lists"),
+        (_query(bbx=[5, 0, 5, 9]), "bbx of q is not a box"),
+        (_query(bbx=[0, 0, 5]), "bbx of q is not a box"),
+        (_query(easy=[2]), "easy, hard or junk of q contains an index that is not among the 2"),
+        (_query(easy=[-1]), "easy, hard or junk of q contains an index that is not among the 2"),
+        (_query(easy=[1]), "easy, hard and junk of q contain an image twice"),
+        (_query(easy=[]), "no query has a matching image"),
     ],
 )
 def test_another_content_is_one_sentence(truth: Any, expected: str, tmp_path: Path) -> None:
     write_truth(tmp_path / "roxford5k" / "gnd_roxford5k.pkl", truth)
-    with pytest.raises(UserError, match=f"is no ground truth of revisited Oxford or Paris: {expected}"):
+    with pytest.raises(UserError, match=f"is not a ground truth of revisited Oxford or Paris: {expected}"):
         open_revisited(RevisitedData(path=str(tmp_path)))
 
 
@@ -117,9 +119,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
     assert "data.name=roxford: did you mean 'roxford5k'?" in refused(name="roxford")
     assert f"data.path={tmp_path / 'dota'} does not exist" in refused(path=str(tmp_path / "dota"))
-    assert f"give the one above, {place.parent}." in refused(path=str(place))
-    assert "has no rparis6k/gnd_rparis6k.pkl" in refused(name="rparis6k")
-    assert "There is roxford5k: set data.name=roxford5k." in refused(name="rparis6k")
+    assert f"use its parent folder {place.parent}." in refused(path=str(place))
+    assert "does not contain the ground truth rparis6k/gnd_rparis6k.pkl" in refused(name="rparis6k")
+    assert "It contains roxford5k: set data.name=roxford5k." in refused(name="rparis6k")
     for name in ("place1_2", "query4", "place0_0"):
         (place / "jpg" / f"{name}.jpg").unlink()
     assert "3 of 30 images are missing in roxford5k/jpg: place0_0.jpg, place1_2.jpg, query4.jpg." in refused()

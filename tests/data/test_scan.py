@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dino_lightning.config import FolderData
-from dino_lightning.data.scan import CHUNK, ScanResult, content_hash, duplicates, kind, moments, scan, shared
+from dino_lightning.data.parallel import CHUNK
+from dino_lightning.data.scan import ScanResult, content_hash, duplicates, kind, moments, scan, shared_images
 from dino_lightning.data.sources.base import Content
 
 
@@ -100,9 +101,9 @@ def test_kinds_rotations_and_deep_values() -> None:
             "array 3 channels uint8": 1,
         }
     )
-    assert whole.turned == 1
+    assert whole.rotated == 1
     assert whole.sizes[:2].tolist() == [[4, 8], [8, 4]]  # as it is used: the first one turned
-    assert whole.deep == {"uint16": (7.0, 65005.0), "float32": (-0.5, 2.0)}
+    assert whole.value_ranges == {"uint16": (7.0, 65005.0), "float32": (-0.5, 2.0)}
     assert sorted(bad) == [3, 4, 5]
     assert list(scanned(contents, value_range=[0.0, 65535.0])[1]) == [5]  # NaN and infinite
     assert scanned(contents, value_range=[0.0, 65535.0], nan_value=0.0)[1] == {}
@@ -122,8 +123,8 @@ def test_duplicates_are_found_within_and_between() -> None:
     train, _ = scanned([a, b, a, c, a, b"", b""])
     assert duplicates(train) == (2, [(2, 0), (4, 2)])
     val, _ = scanned([d, c, b, b"", d])
-    assert shared(train, val) == (2, [(1, 3), (2, 1)])
-    assert shared(scanned([b""])[0], val) == (0, [])
+    assert shared_images(train, val) == (2, [(1, 3), (2, 1)])
+    assert shared_images(scanned([b""])[0], val) == (0, [])
     assert duplicates(scanned([a])[0]) == (0, [])
 
 

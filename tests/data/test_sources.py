@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from source_cases import check_consistent, numbers, write
 
-from dino_lightning.config import BuiltinData, DataConfig, FolderData
+from dino_lightning.config import BuiltinData, FolderData
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
@@ -53,8 +53,3 @@ def test_builtin_pictures():
     assert (sources.train.read(0) != sources.val.read(0)).any()
     check_consistent(sources.train)
     check_consistent(sources.val)
-
-
-def test_a_configuration_without_a_reader_is_a_bug():
-    with pytest.raises(TypeError, match="no reader for DataConfig"):
-        open_sources(DataConfig(), seed=0)

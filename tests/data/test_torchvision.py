@@ -60,7 +60,7 @@ def check_files(sources: Splits, *, train: list[Path], val: list[Path]) -> None:
 
 class TestTorchvision:
     def test_every_name_has_a_reader(self):
-        assert tuple(named.KNOWN) == TORCHVISION_NAMES
+        assert tuple(named.SPECS) == TORCHVISION_NAMES
 
     @pytest.mark.parametrize(
         ("name", "kind", "key", "meta", "count"),
@@ -200,7 +200,7 @@ class TestTorchvision:
         class Foreign:
             labels = ()
 
-        with pytest.raises(UserError, match=r"torchvision .* keeps the files of Foreign"):
+        with pytest.raises(UserError, match=r"Foreign of this torchvision .* has no attribute _image_files or _images"):
             named._attribute(Foreign(), "_image_files", "_images")
 
     @pytest.mark.parametrize("name", TORCHVISION_NAMES)
@@ -214,7 +214,7 @@ class TestTorchvision:
 
     def test_failed_download(self, tmp_path, monkeypatch):
         monkeypatch.setattr(CIFAR10, "url", (tmp_path / "absent" / "cifar-10-python.tar.gz").as_uri())
-        with pytest.raises(UserError, match=r"data\.download=true could not bring cifar10"):
+        with pytest.raises(UserError, match=r"data\.download=true: cifar10 cannot be downloaded"):
             open_sources(TorchvisionData(name="cifar10", path=str(tmp_path / "x")), seed=0)
 
     def test_wrong_name(self):

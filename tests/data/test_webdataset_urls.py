@@ -49,7 +49,7 @@ class Server(SimpleHTTPRequestHandler):
 @pytest.fixture
 def url(tmp_path, monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(reader, "WAIT", 0.001)
+    monkeypatch.setattr(reader, "FIRST_WAIT_S", 0.001)
     for name, value in {"requests": [], "cut": 10**9, "ranges": False, "busy": 0}.items():
         monkeypatch.setattr(Server, name, value, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path))) as server:
@@ -86,7 +86,7 @@ class TestUrls:
         monkeypatch.setattr(Server, "cut", 20_000)
         *samples, last = stream(f"{url}/s.tar").read_shard(0)
         assert 10 < len(samples) < 14
-        assert "broke off" in last.name
+        assert "broke" in last.name
 
     def test_a_busy_server_is_asked_again(self, tmp_path, url, monkeypatch):
         write_shards(tmp_path, 2)

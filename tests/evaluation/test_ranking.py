@@ -10,7 +10,7 @@ from oracles_ranking import AT, area, definition, ranked
 from slow_params import first
 from torch import Tensor
 
-from dino_lightning.data.benchmarks.revisited import load_plain
+from dino_lightning.data.benchmarks.revisited import load_data_pickle
 from dino_lightning.evaluation.retrieval.ranking import NOT_RETRIEVABLE, average_precision_at_top, rank_database
 
 
@@ -51,7 +51,7 @@ def test_average_precision_is_that_of_the_definition(queries: int, images: int, 
 )
 def test_average_precision_on_the_real_ground_truth(name: str, levels: int, shared_data: Path) -> None:
     with open(shared_data / "retrieval" / name / f"gnd_{name}.pkl", "rb") as file:
-        truth = load_plain(file)
+        truth = load_data_pickle(file)
     rng = np.random.default_rng(levels)
     chosen = sorted(rng.permutation(70)[:12].tolist())
     gnd = [truth["gnd"][i] for i in chosen]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import RawCrops, crop_backend, pil
-from dino_lightning.data.crops.device_plan import make_plan
+from dino_lightning.data.crops.device_plan import make_device_plan
 from dino_lightning.data.crops.numba import Finisher
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.sampling import CONTRAST, Crop
@@ -61,7 +61,7 @@ def crop_of(size: int, **changes: Any) -> Crop:
 
 def with_tensors(crops: list[Crop], cut_NCSS: Tensor, config: CropsConfig = RAW) -> Tensor:
     """Cut crops, in the order of the batch, augmented as one tensor; also checks that the compiled loops agree."""
-    plan = make_plan(crops)
+    plan = make_device_plan(crops)
     ours = augment(cut_NCSS[plan.order].clone(), plan, config)
     check_agree(ours, with_loops(crops, cut_NCSS, config), crops=crops, config=config)
     return ours

@@ -14,7 +14,7 @@ from test_wrong_settings import sentence_for
 from torch import Tensor
 
 from dino_lightning.config import CropsConfig, FolderData
-from dino_lightning.data.batch import LabeledCrops, images_in
+from dino_lightning.data.batch import LabeledCrops, num_images
 from dino_lightning.data.module import MultiCropDataModule
 
 STEP, CLASSES = 5, "abc"
@@ -92,7 +92,7 @@ def test_other_methods_see_no_label(backend: str, tmp_path: Path) -> None:
 
 def test_images_in_a_batch() -> None:
     crops = [torch.zeros(5, 3, 8, 8)] * 2
-    assert images_in(crops) == images_in(LabeledCrops(crops, torch.zeros(5))) == 5
+    assert num_images(crops) == num_images(LabeledCrops(crops, torch.zeros(5))) == 5
 
 
 # ------------------------------------------------------------------------------------------------------------ method

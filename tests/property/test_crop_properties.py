@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from dino_lightning.config import CropsConfig
 from dino_lightning.config.constraints import ranges_of
 from dino_lightning.data.crops import pil
-from dino_lightning.data.crops.backends import cut
+from dino_lightning.data.crops.backends import raw_crop
 from dino_lightning.data.crops.sampling import CropRNG, FastRNG, ReferenceRNG, random_box
 
 Box = tuple[int, int, int, int]
@@ -59,14 +59,14 @@ def fallback(width: int, height: int, ratio: list[float]) -> Box:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def box_by_definition(width: int, height: int, scale: list[float], ratio: list[float], dice: Any) -> Box:
+def box_by_definition(width: int, height: int, scale: list[float], ratio: list[float], rng: Any) -> Box:
     for _ in range(10):
-        area = width * height * dice.uniform(*scale)
-        aspect = dice.log_uniform(*ratio)
+        area = width * height * rng.uniform(*scale)
+        aspect = rng.log_uniform(*ratio)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 1 <= w <= width and 1 <= h <= height:
-            top = dice.integer(height - h + 1)
-            return top, dice.integer(width - w + 1), h, w
+            top = rng.integer(height - h + 1)
+            return top, rng.integer(width - w + 1), h, w
     return fallback(width, height, ratio)
 
 
@@ -83,10 +83,10 @@ def explains(box: Box, width: int, height: int, scale: list[float], ratio: list[
 
 @examples(few=300, many=20_000)
 def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
-    def holds(width: int, height: int, scale: list[float], ratio: list[float], dice: CropRNG) -> None:
+    def holds(width: int, height: int, scale: list[float], ratio: list[float], rng: CropRNG) -> None:
         assert RANGES["global_scale"].contains(scale)
         assert RANGES["ratio"].contains(ratio)
-        box = top, left, h, w = random_box(width, height, scale=scale, ratio=ratio, dice=dice)
+        box = top, left, h, w = random_box(width, height, scale=scale, ratio=ratio, rng=rng)
         assert min(top, left) >= 0
         assert 1 <= h <= height - top
         assert 1 <= w <= width - left
@@ -98,7 +98,7 @@ def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
 @examples(few=300, many=20_000)
 def test_a_box_is_that_of_its_definition(examples: Any) -> None:
     def holds(width: int, height: int, scale: list[float], ratio: list[float], tapes: tuple[Any, Any]) -> None:
-        ours = random_box(width, height, scale=scale, ratio=ratio, dice=tapes[0])
+        ours = random_box(width, height, scale=scale, ratio=ratio, rng=tapes[0])
         assert ours == box_by_definition(width, height, scale, ratio, tapes[1])
 
     check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, TAPES), examples)
@@ -113,7 +113,7 @@ def test_a_box_is_torchvision_s(examples: Any) -> None:
         image = torch.empty(1, height, width, device="meta")
         theirs = RandomResizedCrop.get_params(image, scale, ratio)
         assume(min(theirs[2:]) > 0)  # torchvision's fallback may be empty
-        ours = random_box(width, height, scale=scale, ratio=ratio, dice=ReferenceRNG(seed))
+        ours = random_box(width, height, scale=scale, ratio=ratio, rng=ReferenceRNG(seed))
         assert ours == theirs
         if not explains(ours, width, height, scale, ratio):
             assert ours == fallback(width, height, ratio)
@@ -144,7 +144,7 @@ def test_a_cut_is_the_reference_interpolation(examples: Any) -> None:
         picture = random_image(width, height, seed)
         inside = pixels(picture)[:, top : top + h, left : left + w]
         by_rows, by_columns = (interpolated(inside, size, size, rows_first=first) for first in (True, False))
-        ours = cut(pixels(picture), crop_of(size, box=box))
+        ours = raw_crop(pixels(picture), crop_of(size, box=box))
         assert tuple(ours.shape) == (3, size, size)
         assert (ours - by_rows).abs().max() <= 2  # each axis is rounded
         # Pillow 13 resizes the cheaper axis first; earlier versions resize the rows first.
@@ -163,7 +163,7 @@ def test_pixels_outside_the_box_do_not_matter(examples: Any) -> None:
         other[top : top + h, left : left + w] = first[top : top + h, left : left + w]
         a, b = Image.fromarray(first), Image.fromarray(other)
         crop = crop_of(size, box=box)
-        assert torch.equal(cut(pixels(a), crop), cut(pixels(b), crop))
+        assert torch.equal(raw_crop(pixels(a), crop), raw_crop(pixels(b), crop))
         assert torch.equal(by_pil(a, box, size), by_pil(b, box, size))
 
     check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)
@@ -182,8 +182,8 @@ def test_a_flip_is_the_mirrored_crop(examples: Any) -> None:
         assert torch.equal(flipped.flip(-1), unflipped)
         mirrored_box = (top, width - left - w, h, w)
         assert (by_pil(mirrored, mirrored_box, size, flip=True).int() - unflipped.int()).abs().max() <= 1
-        ours = cut(pixels(picture), crop_of(size, box=box))
-        theirs = cut(pixels(mirrored), crop_of(size, box=mirrored_box))
+        ours = raw_crop(pixels(picture), crop_of(size, box=box))
+        theirs = raw_crop(pixels(mirrored), crop_of(size, box=mirrored_box))
         assert (ours.int() - theirs.flip(-1).int()).abs().max() <= 1
 
     check(holds, given(boxes(), st.integers(1, 24), st.integers(0, 99)), examples)

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import EvalView, denormalize, pil
-from dino_lightning.data.crops.sampling import GLOBAL_1, GLOBAL_2, LOCAL, ReferenceRNG, draw_crop
+from dino_lightning.data.crops.sampling import GLOBAL_1, GLOBAL_2, LOCAL, ReferenceRNG, sample_crop
 
 SMALL = CropsConfig(global_size=24, local_size=12, local_count=3, eval_resize=32, eval_size=24)
 VIEWS = [GLOBAL_1, GLOBAL_2, LOCAL]
@@ -34,9 +34,9 @@ def _after_seeding(transform: Callable[[Image.Image], Any], image: Image.Image, 
     return transform(image)
 
 
-def _view(config: CropsConfig, view: int, image: Image.Image, dice: ReferenceRNG) -> Tensor:
+def _view(config: CropsConfig, view: int, image: Image.Image, rng: ReferenceRNG) -> Tensor:
     """One view of an image, finished."""
-    crop = draw_crop(config, view, width=image.width, height=image.height, dice=dice)
+    crop = sample_crop(config, view, width=image.width, height=image.height, rng=rng)
     return pil.Normalized(config)(pil.apply(crop, image, threshold=config.solarize_threshold))
 
 
@@ -113,8 +113,8 @@ def _calm(**changes: Any) -> CropsConfig:
 
 def _changes(view: int, *, draws: int, **changes: Any) -> int:
     """How many of `draws` views of one picture are not that picture."""
-    image, config, dice = picture(8, 8), _calm(**changes), ReferenceRNG(0)
-    crops = (draw_crop(config, view, width=8, height=8, dice=dice) for _ in range(draws))
+    image, config, rng = picture(8, 8), _calm(**changes), ReferenceRNG(0)
+    crops = (sample_crop(config, view, width=8, height=8, rng=rng) for _ in range(draws))
     return sum(pil.apply(crop, image, threshold=128).tobytes() != image.tobytes() for crop in crops)
 
 
@@ -169,9 +169,9 @@ def test_scales_and_ratios_of_the_crops(view: int) -> None:
     scales: dict[str, Any] = {"global_scale": [0.3, 0.4], "local_scale": [0.1, 0.2]}
     config = dataclasses.replace(_calm(), global_size=size, local_size=size, ratio=[0.5, 2.0], **scales)
     low, high = scales["local_scale" if view == LOCAL else "global_scale"]
-    dice, areas, ratios = ReferenceRNG(0), [], []
+    rng, areas, ratios = ReferenceRNG(0), [], []
     for _ in range(300):
-        red, green, _ = _view(config, view, image, dice) * 255
+        red, green, _ = _view(config, view, image, rng) * 255
         width, height = ((c.max() - c.min()).item() + 1 for c in (red, green))
         areas.append(width * height / side**2)
         ratios.append(width / height)

@@ -41,85 +41,85 @@ def damaged_cifar(path: Path) -> list[str]:
     return ["data=cifar10", f"data.path={path}", "data.download=false"]
 
 
-EXPECTED = "expected samples with an image that data.image_keys or data.image_column names."
-NO_IMAGE = "data: no image was found in the stream"
+EXPECTED = "expected samples with an image in data.image_keys or data.image_column."
+NO_IMAGE = "data: the stream contains no image"
 CUT_OFF = f"{NO_IMAGE} (a.tar (truncated or unreadable after 0 samples: …) has none); {EXPECTED}"
 AGAIN = "copy or download it again"
 
 ROWS = [
     Wrong(
-        "a zip that is cut off",
+        "a truncated zip",
         archive(lambda path: cut(zipped(path / "a.zip"))),
-        f"data.path: 'DIR/a.zip' is not a zip file that can be read (File is not a zip file); {AGAIN}",
+        f"data.path: 'DIR/a.zip' is not a readable zip file (File is not a zip file); {AGAIN}",
     ),
     Wrong(
-        "a tar that is cut off within an image",
+        "a tar truncated within an image",
         archive(lambda path: cut(tarred(path / "a.tar"), 5000)),
-        f"data.path: 'DIR/a.tar' is not a tar file that can be read (unexpected end of data); {AGAIN}",
+        f"data.path: 'DIR/a.tar' is not a readable tar file (unexpected end of data); {AGAIN}",
     ),
     Wrong(
-        "a tar that is cut off between two images",
+        "a tar truncated between two images",
         archive(cut_between),
-        f"data.path: 'DIR/a.tar' is not a tar file that can be read (cut off at byte …); {AGAIN}",
+        f"data.path: 'DIR/a.tar' is not a readable tar file (truncated at byte …); {AGAIN}",
     ),
     Wrong(
         "a compressed tar",
         archive(lambda path: tarred(path / "a.tar.gz", mode="w:gz")),
-        "data.path: 'DIR/a.tar.gz' is compressed, so it cannot be read from the middle; decompress it (gunzip)",
+        "data.path: 'DIR/a.tar.gz' is compressed, so single images cannot be read from it; decompress it (gunzip)",
     ),
     Wrong(
         "an encrypted zip",
         archive(lambda path: encrypted(path / "a.zip")),
-        "data.path: 'DIR/a.zip' is encrypted; unpack it with its password and take data=folder",
+        "data.path: 'DIR/a.zip' is encrypted; extract it with its password and use data=folder",
     ),
     Wrong(
         "a zip without images",
         archive(lambda path: zipped(path / "a.zip", name="{}.txt")),
-        "data.path: 'DIR/a.zip' holds no image, neither in folders nor in tar files inside",
+        "data.path: 'DIR/a.zip' contains no image, neither in folders nor in tar files inside it",
     ),
     Wrong(
         "a web page saved as .zip",
         archive(lambda path: touch(path / "a.zip", HTML)),
-        f"data.path: 'DIR/a.zip' is not a zip file that can be read (File is not a zip file); {AGAIN}",
+        f"data.path: 'DIR/a.zip' is not a readable zip file (File is not a zip file); {AGAIN}",
     ),
     Wrong(
         "a tar of zero bytes",
         archive(lambda path: touch(path / "a.tar")),
-        f"data.path: 'DIR/a.tar' is not a tar file that can be read (empty file); {AGAIN}",
+        f"data.path: 'DIR/a.tar' is not a readable tar file (empty file); {AGAIN}",
     ),
     Wrong(
         "a folder without archives",
         archive(lambda path: photos(path / "in")),
-        "data.path: 'DIR/in' holds no .zip or .tar; for image files take data=folder",
+        "data.path: 'DIR/in' contains no .zip or .tar; for image files use data=folder",
     ),
     Wrong(
-        "braces of a shard pattern that do not close",
+        "unbalanced braces in a shard pattern",
         shards("DIR/a-{000..003.tar"),
         "data.shards=DIR/a-{000..003.tar is not a pattern of paths or URLs (Unbalanced braces: 'DIR/a-{000..003.tar')",
     ),
     Wrong(
-        "braces without an end number",
+        "a shard range without an end",
         shards("DIR/a-{000..}.tar"),
         "data.shards=DIR/a-{000..}.tar: 'DIR/a-{000..}.tar' does not exist, no 'a-{000..}.tar' in 'DIR'; …",
     ),
     Wrong(
-        "braces that count one shard too many",
+        "a shard range with one shard too many",
         lambda path: shards(f"{tarred(path / 'a-0.tar').with_name('a-{0..1}.tar')}")(path),
         "data.shards=DIR/a-{0..1}.tar: 'DIR/a-1.tar' does not exist, no 'a-1.tar' in 'DIR'; did you mean 'a-0.tar'?",
     ),
     Wrong(
         "a folder without shards",
         lambda path: shards(str(photos(path / "in")))(path),
-        "data.shards=DIR/in: the folder 'DIR/in' holds no *.tar",
+        "data.shards=DIR/in: the folder 'DIR/in' contains no *.tar",
     ),
     Wrong(
-        "a scheme that nothing opens",
+        "an unsupported URL scheme",
         shards("s4://bucket/a.tar"),
-        "data.shards=s4://bucket/a.tar: 's4' cannot be opened, choose one of …; a command that prints the shard can be "
-        "given as 'pipe:COMMAND'",
+        "data.shards=s4://bucket/a.tar: the scheme 's4' is not supported; choose one of …, or 'pipe:COMMAND' with a "
+        "command that prints the shard",
     ),
     Wrong(
-        "a shard that is cut off in its first image",
+        "a shard truncated in its first image",
         shard(lambda file: cut(tarred(file), 1000)),
         CUT_OFF,
     ),
@@ -129,42 +129,42 @@ ROWS = [
         CUT_OFF,
     ),
     Wrong(
-        "a shard of zero bytes",
+        "an empty shard",
         shard(touch),
         CUT_OFF,
     ),
     Wrong(
-        "a shard of text files",
+        "a shard with text files",
         shard(lambda file: tarred(file, name="{}.txt")),
-        f"data: no image was found in the stream (a.tar 0 has none); {EXPECTED}",
+        f"data: the stream contains no image (a.tar 0 has none); {EXPECTED}",
     ),
     Wrong(
-        "a stream of no images",
+        "a stream without images",
         shard(tarred, "data.images=0"),
         "data.images=0: expected at least 1.",
     ),
     Wrong(
-        "method=supervised on a stream",
+        "method=supervised with a stream",
         shard(tarred, "method=supervised"),
         "method=supervised reads labels by index, which streams do not support; choose another method, or "
         "data=folder, parquet, listing or archive.",
     ),
     Wrong(
-        "a data set of a hub that does not exist",
+        "a Hugging Face dataset that does not exist",
         lambda path: ["data=huggingface", f"data.name={path}/none"],
-        "data.name=DIR/none is no folder of images and was not found on the Hugging Face Hub (…); give another name, "
-        "or the network to reach it",
+        "data.name=DIR/none is not a folder of images and was not found on the Hugging Face Hub (…); check the name "
+        "and the network connection",
     ),
     Wrong(
-        "CIFAR-10 that is not there, with data.download=false",
+        "missing CIFAR-10, with data.download=false",
         lambda path: ["data=cifar10", f"data.path={path}", "data.download=false"],
-        "data.path=DIR holds no complete 'cifar-10-batches-py' of cifar10; give the folder that holds it or set "
-        "data.download=true",
+        "data.path=DIR contains no complete 'cifar-10-batches-py' of cifar10; choose the folder that contains "
+        "it, or set data.download=true",
     ),
     Wrong(
         "a damaged CIFAR-10, with data.download=false",
         damaged_cifar,
-        "data.path=DIR holds no complete 'cifar-10-batches-py' of cifar10; give the folder that holds it or set "
-        "data.download=true",
+        "data.path=DIR contains no complete 'cifar-10-batches-py' of cifar10; choose the folder that contains "
+        "it, or set data.download=true",
     ),
 ]

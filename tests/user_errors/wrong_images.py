@@ -13,7 +13,7 @@ Make = Callable[[Path], list[str]]
 NOBODY = 65534
 """User without rights."""
 ENDINGS = ".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp"
-NONE = "data: none of the images that were tried can be used (DIR/in/0"
+NONE = "data: none of the tested images can be read (DIR/in/0"
 RANGE = "data.value_range=[0,1]"
 
 
@@ -102,54 +102,54 @@ ROWS = [
     Wrong(
         "an empty folder",
         empty,
-        f"data.path: 'DIR/in' holds no image ({ENDINGS} are looked for, at any depth)",
+        f"data.path: 'DIR/in' contains no image (searched recursively for {ENDINGS})",
     ),
     Wrong(
         "a folder of text files",
         each(b"hello", name="{}.txt"),
-        f"data.path: 'DIR/in' holds no image ({ENDINGS} are looked for, at any depth)",
+        f"data.path: 'DIR/in' contains no image (searched recursively for {ENDINGS})",
     ),
     Wrong(
         "a folder of parquet files, read by data=folder",
         lambda path: folder(parquet(path / "in")),
-        f"data.path: 'DIR/in' holds no image ({ENDINGS} are looked for, at any depth)",
+        f"data.path: 'DIR/in' contains no image (searched recursively for {ENDINGS})",
     ),
     Wrong(
         "an image instead of a folder",
         lambda path: folder(touch(path / "x.jpg", image())),
-        "data.path=DIR/x.jpg is a file; give the folder of the images",
+        "data.path=DIR/x.jpg is a file; expected the folder of the images",
     ),
     Wrong(
         "an archive instead of a folder",
         lambda path: folder(zipped(path / "x.zip")),
-        "data.path=DIR/x.zip is a file; give the folder of the images",
+        "data.path=DIR/x.zip is a file; expected the folder of the images",
     ),
     Wrong(
-        "a folder that is not there, with one of a similar name beside it",
+        "a folder that does not exist, next to one with a similar name",
         lambda path: folder(photos(path / "photos").with_name("photso")),
         "data.path=DIR/photso does not exist: no 'photso' in 'DIR'; did you mean 'photos'?",
     ),
     Wrong(
         "an empty class folder",
         empty_class,
-        f"data.path: the class folder 'DIR/in/c' holds no image ({ENDINGS}); fill it or move it away",
+        f"data.path: the class folder 'DIR/in/c' contains no image ({ENDINGS}); add images or remove the folder",
     ),
     Wrong(
-        "class folders that may not be read",
+        "class folders without read permission",
         unreadable,
-        "data.path: the class folder 'DIR/in/a' cannot be opened; fill it or move it away",
+        "data.path: the class folder 'DIR/in/a' cannot be opened; change its permissions or remove it",
         around=as_nobody,
         needs_root=True,
     ),
     Wrong(
         "val/ without train/",
         splits(0, 2),
-        "data.path=DIR/in has 'val/' but no 'train/'; add it or give the folder itself",
+        "data.path=DIR/in has 'val/' but no 'train/'; add 'train/' or choose a folder of images",
     ),
     Wrong(
         "a class of train/ that is not in val/",
         splits(3, 2),
-        "data.path: the class folder 'c' is in 'DIR/in/train' but not in 'DIR/in/val' (1 such); choose one of a, b",
+        "data.path: the class folder 'c' is in 'DIR/in/train' but not in 'DIR/in/val' (1 class); choose one of a, b",
     ),
     Wrong(
         "val/ without class folders",
@@ -161,18 +161,20 @@ ROWS = [
     Wrong(
         "web pages saved as .jpg",
         each(HTML),
-        f"{NONE}.jpg: no image that PIL knows; the file begins with b'<!DOCTYPE ht')",
+        f"{NONE}.jpg: not an image format that PIL supports; the file begins with b'<!DOCTYPE ht')",
     ),
-    Wrong("JPEGs that are cut off", each(image()[:600]), f"{NONE}.jpg: …runcated…)"),
-    Wrong("PNGs that are cut off", each(image(form="PNG")[:600], name="{}.png"), f"{NONE}.png: …truncated…)"),
-    Wrong("links to files that are gone", broken_links, f"{NONE}.jpg: no such file or directory)"),
+    Wrong("truncated JPEGs", each(image()[:600]), f"{NONE}.jpg: …runcated…)"),
+    Wrong("truncated PNGs", each(image(form="PNG")[:600], name="{}.png"), f"{NONE}.png: …truncated…)"),
+    Wrong("symbolic links to deleted files", broken_links, f"{NONE}.jpg: no such file or directory)"),
     Wrong(
-        "images of a single pixel", each(image(side=1)), f"{NONE}.jpg: a single pixel, of which all crops are alike)"
+        "images with a single pixel",
+        each(image(side=1)),
+        f"{NONE}.jpg: a single pixel, so all crops would be identical)",
     ),
     Wrong(
-        "a PNG of 88 bytes that claims 3,600 megapixels",
+        "a PNG with 88 bytes that claims to have 3,600 megapixels",
         each(bomb(60_000), name="{}.png"),
-        f"{NONE}.png: 3600.0 megapixels; more than PIL's limit of 89.5)",
+        f"{NONE}.png: 3600.0 megapixels; PIL's limit is 89.5)",
     ),
     Wrong(
         "a float TIFF without a range",
@@ -185,19 +187,19 @@ ROWS = [
         f"{NONE}.tif: 16-bit image; set data.value_range, such as [0,65535])",
     ),
     Wrong(
-        "NaN in a float TIFF",
+        "a float TIFF with NaN",
         each(tiff(gray(np.nan, np.nan)), RANGE, name="{}.tif"),
-        f"{NONE}.tif: 2 of 1600 values are NaN or infinite; set data.nan_value to what they stand for)",
+        f"{NONE}.tif: 2 of 1600 values are NaN or infinite; set data.nan_value to the value that replaces them)",
     ),
     Wrong(
-        "infinity in a float TIFF",
+        "a float TIFF with infinity",
         each(tiff(gray(-np.inf)), RANGE, name="{}.tif"),
-        f"{NONE}.tif: 1 of 1600 values are NaN or infinite; set data.nan_value to what they stand for)",
+        f"{NONE}.tif: 1 of 1600 values are NaN or infinite; set data.nan_value to the value that replaces them)",
     ),
     Wrong(
-        "RGB images for data.channels=4",
+        "RGB images with data.channels=4",
         each(image(), "crops=cpu", "data.channels=4", "crops.mean=[0,0,0,0]", "crops.std=[1,1,1,1]"),
-        f"{NONE}.jpg: 3 channels are stored, but data.channels=4)",
+        f"{NONE}.jpg: the image has 3 channels, but data.channels=4)",
     ),
     Wrong(
         "a single image",
@@ -205,14 +207,14 @@ ROWS = [
         "data.batch_size_per_device=4 on 1 device(s) is larger than the 1 training images; set it to at most 1.",
     ),
     Wrong(
-        "a fifth of the images of zero bytes",
+        "a fifth of the images have zero bytes",
         one_in_five(b""),
         "data.max_bad_share=0.05: 1 of 18 images cannot be read (DIR/in/a/bad….jpg: the file is empty), see "
-        "DIR/run/bad_images.txt; mend or remove them, or go on without them with data.max_bad_share=1",
+        "DIR/run/bad_images.txt; repair or remove them, or set data.max_bad_share=1 to continue without them",
         while_training=True,
     ),
     Wrong(
-        "images that are cut off, with data.on_error=raise",
+        "truncated images, with data.on_error=raise",
         one_in_five(image()[:600], "data.on_error=raise"),
         "data.on_error=raise: DIR/in/a/bad….jpg cannot be read (…runcated…)",
         while_training=True,
@@ -220,6 +222,6 @@ ROWS = [
     Wrong(
         "data.cache_dir is a file",
         lambda path: folder(photos(path / "in"), "data.cache=disk", f"data.cache_dir={touch(path / 'c')}"),
-        "data.cache_dir=DIR/c cannot be made ([Errno 20] Not a directory: 'DIR/c/images'); give a folder of yours",
+        "data.cache_dir=DIR/c cannot be created ([Errno 20] Not a directory: 'DIR/c/images'); choose a folder that you can write to",
     ),
 ]

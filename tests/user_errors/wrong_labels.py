@@ -55,65 +55,65 @@ def numbers_for_images(path: Path) -> list[str]:
 
 ROWS = [
     Wrong(
-        "method=supervised on one class folder",
+        "method=supervised with one class folder",
         lambda path: folder(photos(path / "in", classes=1), "method=supervised"),
-        f"{TWO_CLASSES} 0 (no labels: 'DIR/in' has one folder only); choose method=dino.",
+        f"{TWO_CLASSES} 0 (no labels: 'DIR/in' has only one class folder); choose method=dino.",
     ),
     Wrong(
-        "method=supervised on images without folders",
+        "method=supervised with images without folders",
         lambda path: folder(filled(path / "in", image()), "method=supervised"),
         f"{TWO_CLASSES} 0 (no labels: 'DIR/in' has no class folders); choose method=dino.",
     ),
     Wrong(
-        "method=supervised on a list of one class",
+        "method=supervised with a list of one class",
         listed(paths("x"), LABELS, "method=supervised"),
         f"{TWO_CLASSES} 1; choose method=dino.",
     ),
     Wrong(
-        "method=supervised on labels that are all -1",
+        "method=supervised with labels that are all -1",
         rows("method=supervised", labels=[-1] * 16),
         f"{TWO_CLASSES} 0 (no labels: no k-NN evaluation); choose method=dino.",
     ),
     Wrong(
-        "labels below -1",
+        "a label below -1",
         rows("method=supervised", labels=[-3, 0] * 8),
-        "data.label_column=label holds the label -3; class numbers from 0 are expected, and -1 or nothing for an image "
-        "without one",
+        "data.label_column=label contains the label -3; expected class numbers from 0, and -1 or an empty cell for an "
+        "unlabeled image",
     ),
     Wrong(
-        "labels beyond the names of the classes",
+        "a label without a class name",
         rows(labels=[0, 1, 2, 3] * 4, classes=["cat", "dog"]),
-        "data.label_column=label holds the label 3, but there are 2 class names",
+        "data.label_column=label contains the label 3, but there are 2 class names",
     ),
     Wrong(
-        "identifiers for labels",
+        "large identifiers as labels",
         rows(labels=[0, 10**9] * 8),
-        "data.label_column=label holds the label 1000000000, but class numbers from 0 are expected",
+        "data.label_column=label contains the label 1000000000; expected class numbers from 0",
     ),
     Wrong(
-        "texts for labels in a parquet file",
+        "text labels in a parquet file",
         rows(labels=["cat", "dog"] * 8),
-        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but string",
+        "data.label_column=label of 'DIR/in/train.parquet' contains string values; expected integers",
     ),
     Wrong(
-        "fractions for labels in a parquet file",
+        "fractional labels in a parquet file",
         rows(labels=[0.5, 1.0] * 8),
-        "data.label_column=label of 'DIR/in/train.parquet' does not hold whole numbers but float64",
+        "data.label_column=label of 'DIR/in/train.parquet' contains float64 values; expected integers",
     ),
     Wrong(
-        "a parquet file without the column of labels",
+        "a parquet file without the label column",
         rows(),
-        "data.label_column=label is not a column of 'DIR/in/train.parquet'; choose one of image; null for no labels",
+        "data.label_column=label is not a column of 'DIR/in/train.parquet'; choose one of image, or null for no labels",
     ),
     Wrong(
-        "a misspelt column of images",
+        "a misspelled image column",
         rows("data.image_column=imge", labels=[0, 1] * 8),
         "data.image_column=imge is not a column of 'DIR/in/train.parquet'; did you mean 'image'?",
     ),
     Wrong(
-        "numbers in the column of images",
+        "numbers in the image column",
         numbers_for_images,
-        "data.image_column=image of 'DIR/in/train.parquet' does not hold encoded images but int64",
+        "data.image_column=image of 'DIR/in/train.parquet' contains int64 values; expected encoded images",
     ),
     Wrong(
         "a parquet file without rows",
@@ -123,59 +123,59 @@ ROWS = [
     Wrong(
         "rows without an image",
         rows(images=[None] * 16, labels=[0, 1] * 8),
-        "data: none of the images that were tried can be used (train.parquet row 0: ValueError: the row has no image)",
+        "data: none of the tested images can be read (train.parquet row 0: ValueError: the row has no image)",
     ),
     Wrong(
-        "web pages in the column of images",
+        "web pages in the image column",
         rows(images=[HTML] * 16, labels=[0, 1] * 8),
-        "data: none of the images that were tried can be used (train.parquet row 0: no image that PIL knows; the file "
+        "data: none of the tested images can be read (train.parquet row 0: not an image format that PIL supports; the file "
         "begins with b'<!DOCTYPE ht')",
     ),
     Wrong(
-        "a parquet file that is cut off",
+        "a truncated parquet file",
         spoilt(cut),
-        "data.path: 'DIR/in/train.parquet' is not a parquet file that can be read (…)",
+        "data.path: 'DIR/in/train.parquet' is not a readable parquet file (…)",
     ),
     Wrong(
         "a web page saved as .parquet",
         spoilt(lambda file: touch(file, HTML)),
-        "data.path: 'DIR/in/train.parquet' is not a parquet file that can be read (…)",
+        "data.path: 'DIR/in/train.parquet' is not a readable parquet file (…)",
     ),
     Wrong(
         "CIFAR-10 as parquet without its training split",
         rows(labels=[0, 1] * 8, name="test.parquet"),
-        "data.path=DIR/in has no train*.parquet, only files such as 'test.parquet'",
+        "data.path=DIR/in contains no train*.parquet, only other files such as 'test.parquet'",
     ),
     Wrong(
         "a folder without parquet files",
         lambda path: ["data=parquet", f"data.path={photos(path / 'in')}"],
-        "data.path=DIR/in holds neither *.parquet files nor a folder written by save_to_disk",
+        "data.path=DIR/in contains neither *.parquet files nor a folder written by save_to_disk",
     ),
     Wrong(
-        "a list without the column of paths",
+        "a list without the path column",
         listed("file,label\na/0.jpg,1\n"),
         "data.path_column=path is not a column of 'DIR/list.csv'; choose one of file, label",
     ),
     Wrong(
-        "a list without the column of labels",
+        "a list without the label column",
         listed(paths("x", "y"), "data.label_column=labels"),
-        "data.label_column=labels is not a column of 'DIR/list.csv'; did you mean 'label'?; null for no labels",
+        "data.label_column=labels is not a column of 'DIR/list.csv'; did you mean 'label'? Use null for no labels",
     ),
     Wrong(
-        "a list of zero bytes",
+        "an empty list file",
         listed(""),
-        "data.path_column=path is not a column of 'DIR/list.csv': it is empty; expected a header and a row for each "
-        "image",
+        "data.path_column=path is not a column of 'DIR/list.csv': the file is empty; expected a header and "
+        "one row per image",
     ),
-    Wrong("a list of a header alone", listed("path,label\n"), "data.path=DIR/list.csv lists no image"),
+    Wrong("a list with only a header", listed("path,label\n"), "data.path=DIR/list.csv lists no images"),
     Wrong(
         "a list whose files are all missing",
         listed("path\nx/1.jpg\nx/2.jpg\n"),
-        "data.path: row 1 of the list names 'x/1.jpg', but none of 2 files looked for exists, such as 'DIR/x/1.jpg'; "
+        "data.path: row 1 of the list names 'x/1.jpg', but none of the 2 tested files exists, such as 'DIR/x/1.jpg'; "
         "set data.root to the folder that the paths are relative to",
     ),
     Wrong(
-        "a list of which some files are missing",
+        "a list with some missing files",
         listed(paths("x") + "".join(f"gone/{index}.jpg,x\n" for index in range(4))),
         "data.max_bad_share=0.05: 2 of 20 images cannot be read (DIR/gone/….jpg: no such file or directory; "
         "DIR/gone/….jpg: no such file or directory), see DIR/run/bad_images.txt; mend or remove them, or go on without "
@@ -195,31 +195,31 @@ ROWS = [
     Wrong(
         "semicolons in a .csv",
         listed(paths("x", delimiter=";")),
-        "data.path: the columns of 'DIR/list.csv' are separated by ';', and .csv stands for ','; save it with that",
+        "data.path: the columns of 'DIR/list.csv' are separated by ';', but .csv files need ','; save it with commas",
     ),
     Wrong(
         "a list in UTF-16, as Excel saves it",
         listed(paths("x").encode("utf-16")),
-        "data.path: 'DIR/list.csv' is UTF-16; save the list as text in UTF-8",
+        "data.path: 'DIR/list.csv' is UTF-16; save the list as UTF-8 text",
     ),
     Wrong(
-        "an image for a list",
+        "an image instead of a list",
         listed(image(), name="x.jpg"),
-        "data.path: 'DIR/x.jpg' is no text; save the list as text in UTF-8",
+        "data.path: 'DIR/x.jpg' is not a text file; save the list as UTF-8 text",
     ),
     Wrong(
-        "a web page for a list",
+        "a web page instead of a list",
         listed(HTML, name="list.txt"),
         "data.path: 'DIR/list.txt' is a web page; download the list itself",
     ),
     Wrong(
-        "a folder for a list",
+        "a folder instead of a list",
         lambda path: ["data=listing", f"data.path={photos(path / 'in')}"],
-        "data.path=DIR/in is a folder; give the list, or read the folder with data=folder",
+        "data.path=DIR/in is a folder; expected a list file, or use data=folder",
     ),
     Wrong(
-        "labels of a list without columns",
+        "data.label_column for a list without columns",
         listed("a/0.jpg\n", LABELS, name="list.txt"),
-        "data.label_column=label needs a table (.csv or .tsv), but data.path=DIR/list.txt is none",
+        "data.label_column=label needs a table (.csv or .tsv), but data.path=DIR/list.txt is not a table",
     ),
 ]

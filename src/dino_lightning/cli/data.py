@@ -23,7 +23,7 @@ from dino_lightning.cli.errors import EXPLAINED, message_for, refuse_number
 from dino_lightning.cli.overrides import register_timm_networks, with_settings_for_data
 from dino_lightning.cli.train import CONF
 from dino_lightning.config import CropsConfig, DataConfig, register
-from dino_lightning.data.sources.detect import kind_of
+from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError
 
 EXAMPLES = """examples:
@@ -96,7 +96,7 @@ def compose_config(words: list[str], *, kind: str | None) -> Chosen:
     if named and kind:
         raise UserError(f"--data {kind} and data=… say the same; leave one out")
     if not named:
-        overrides.append(f"data={kind or kind_of(paths[0])}")
+        overrides.append(f"data={kind or detect_source(paths[0])}")
     register()
     register_timm_networks(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

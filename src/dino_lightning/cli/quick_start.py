@@ -5,7 +5,7 @@ The words that are put in are overrides like any other: Hydra shows them, and `c
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dino_lightning.data.sources.detect import kind_of
+from dino_lightning.data.sources.detect import detect_source
 
 DECIDED = ("data", "experiment", "preset", "sweep")
 """Groups with any of which a command says for itself what it wants."""
@@ -28,7 +28,7 @@ def with_quick_start(words: list[str], *, fast: bool | None = None) -> list[str]
     # A network of the user's own wants crops of its own, which the rule for small data chooses.
     if fast is None:
         fast = "backbone" in given or has_accelerator(given.get("trainer.accelerator", "auto"))
-    chosen = [f"data={kind_of(path)}", f"experiment={SMALL if fast else ON_CPU}"]
+    chosen = [f"data={detect_source(path)}", f"experiment={SMALL if fast else ON_CPU}"]
     if "auto.machine" not in given:
         chosen.append("auto.machine=true")
     # Beside its cause: Hydra refuses overrides that do not stand together, such as one behind `--multirun`.

@@ -1,8 +1,8 @@
-"""What loader processes do: read, decode and crop the images of a batch.
+"""The datasets that run in loader processes: they read, decode and crop the images of a batch.
 
-The crops of an image depend on the run's seed, the epoch and the image alone. So they are the same whichever process
-makes them, they differ between all ranks, processes and epochs, and a run that goes on in the middle of an epoch gets
-the crops that it would have got.
+The crops of an image depend only on the run's seed, the epoch and the image. So every process creates the same crops
+for an image, crops differ between ranks, processes and epochs, and a run that resumes in the middle of an epoch gets
+the same crops as an uninterrupted one.
 """
 
 import struct
@@ -20,7 +20,7 @@ from dino_lightning.data.batch import LabeledCrops
 from dino_lightning.data.crops import CropBackend
 from dino_lightning.data.shard_order import StreamPosition, read_stream
 from dino_lightning.data.sources.base import Content, ImageStream, Sample
-from dino_lightning.data.worker_signals import held_back, obey_parent_alone
+from dino_lightning.data.worker_signals import ignore_foreign_signals, sigterm_blocked
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.memory import keep_freed_memory
 
@@ -30,24 +30,24 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class WorkerError:
-    """A `UserError` on its way out of a loader process, where PyTorch would wrap it into a traceback."""
+    """A `UserError` of a loader process, returned as a batch because PyTorch would wrap it in a traceback."""
 
     message: str
 
 
 def crop_seed(*numbers: int) -> int:
-    """63 bits that stand for the numbers."""
+    """A hash of the numbers with 63 bits."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 class MultiCropDataset(Dataset[Any]):
-    """Keys -> a batch of crops. PyTorch's loader hands over all keys of a batch at once."""
+    """The keys of a batch -> a batch of crops."""
 
     def __init__(
         self, images: ReadableImages[Any], crops: CropBackend, *, seed: int, labels: np.ndarray | None = None
     ) -> None:
-        """With the labels (n,) of all images, batches are `LabeledCrops`."""
+        """With `labels` (n,) of all images, batches are `LabeledCrops`."""
         self.images, self.crops, self.seed, self.labels = images, crops, seed, labels
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class MultiCropDataset(Dataset[Any]):
 
     def __getitems__(self, keys: list[Key]) -> Any:
         try:
-            # An image that cannot be read is replaced, and its label with it.
+            # An unreadable image is replaced together with its label.
             images, positions = zip(*(self.images[index] for _, index in keys), strict=True)
         except UserError as error:
             return WorkerError(str(error))
@@ -64,9 +64,9 @@ class MultiCropDataset(Dataset[Any]):
 
 
 class MultiCropStream(IterableDataset[Any]):
-    """Endless batches of crops from a stream, each with the place in the stream behind it.
+    """Endless batches of crops from a stream, each with the stream position after it.
 
-    Every loader process of every rank reads its own part: process w of W on rank r reads as number r W + w.
+    Every loader process of every rank reads a different part: process w of W on rank r is reader r W + w.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class MultiCropStream(IterableDataset[Any]):
         self.stream, self.decode, self.crops, self.bad = stream, decode, crops, bad
         self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
         self.rank, self.world_size = rank, world_size
-        self.places: list[StreamPosition | None] | None = None
-        """Where each process of this rank goes on."""
-        self.first = 0
-        """The process whose turn is first: PyTorch's loader begins with its number 0."""
+        self.positions: list[StreamPosition | None] | None = None
+        """Start position of each process of this rank."""
+        self.first_worker = 0
+        """The process that provides the first batch; PyTorch's loader always starts with its process 0."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
-        own = (number + self.first) % workers
+        worker = (number + self.first_worker) % workers
         samples = read_stream(
             self.stream,
             seed=self.seed,
-            reader=self.rank * workers + own,
+            reader=self.rank * workers + worker,
             readers=self.world_size * workers,
             shuffle_buffer=self.shuffle_buffer,
-            start=self.places[own] if self.places else None,
+            start=self.positions[worker] if self.positions else None,
         )
         try:
             yield from self._batches(samples)
@@ -109,18 +109,18 @@ class MultiCropStream(IterableDataset[Any]):
 
     def _batches(self, samples: Iterator[Any]) -> Iterator[Any]:
         images, seeds = [], []
-        for sample, key, place in samples:
+        for sample, key, position in samples:
             image = self._decoded(sample)
             if image is None:
                 continue
             images.append(image)
             seeds.append(crop_seed(self.seed, *key))
             if len(images) == self.batch_size:
-                yield self.crops(images, seeds), place
+                yield self.crops(images, seeds), position
                 images, seeds = [], []
 
     def _decoded(self, sample: Sample) -> Any | None:
-        """None where the image cannot be read: the next one of the stream takes its place."""
+        """The decoded image; None if it cannot be read, so that the next one of the stream replaces it."""
         try:
             if sample.content is not None:
                 return self.decode(sample.content)
@@ -132,18 +132,18 @@ class MultiCropStream(IterableDataset[Any]):
 
 
 def start_worker(_: int) -> None:
-    """One thread per loader process, memory that is kept, and signals that are left to the main process."""
-    obey_parent_alone()
+    """Use one thread in a loader process, keep freed memory, and leave signals to the main process."""
+    ignore_foreign_signals()
     torch.set_num_threads(1)
     keep_freed_memory()
 
 
 class WorkerLoader(DataLoader[Any]):
-    """PyTorch's loader, whose processes leave signals to the main process from their first moment on."""
+    """PyTorch's loader, whose processes leave signals to the main process from their start."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, worker_init_fn=start_worker, **options)
 
     def __iter__(self) -> Any:
-        with held_back():
+        with sigterm_blocked():
             return super().__iter__()

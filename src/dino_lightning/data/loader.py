@@ -1,7 +1,7 @@
-"""Batches in an order that can be left and found again.
+"""Loaders that resume in the middle of an epoch.
 
-A `PlacedLoader` is a sized loader with a place: Lightning keeps it in a checkpoint (`state_dict`), and a run that goes
-on gets the batches that were left of its epoch, crops included.
+Lightning saves the position of a `ResumableLoader` in checkpoints (`state_dict`), and a resumed run gets the remaining
+batches of its epoch with the same crops.
 """
 
 import time
@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dino_lightning.data.batches import Key, MultiCropDataset, MultiCropStream, WorkerError, WorkerLoader
+from dino_lightning.data.parallel import identity
 from dino_lightning.data.shard_order import StreamPosition
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import all_gather_concat
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
-    """Batches of (epoch, index) of one rank, from batch `start` on; an incomplete last batch is left out.
+    """Batches of (epoch, index) of one rank, from batch `start` on, without an incomplete last batch.
 
-    The order is that of PyTorch's `DistributedSampler`, as in the original.
+    The order is that of PyTorch's `DistributedSampler`, like in the original DINO.
     """
 
     def __init__(self, images: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        # It asks a data set for its length alone.
+        # The sampler uses only the length of its dataset.
         self.sampler = DistributedSampler(range(images), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.batch_size, self.start = batch_size, 0
         self.world_size = world_size
@@ -36,27 +37,26 @@ class EpochBatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, indices = self.sampler.epoch, torch.tensor(list(self.sampler))
         for batch in range(self.start, len(self)):
-            own = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in own.tolist()]
+            yield [(epoch, i) for i in indices[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()]
 
 
 class ResumableLoader:
-    """Epochs of `len` batches; what map-style data and streams have in common."""
+    """Base of the loaders: epochs of `len` batches, and the position in the current epoch."""
 
     def __init__(self, loader: DataLoader[Any], *, images_per_batch: int) -> None:
         self.loader = loader
         self.images_per_batch = images_per_batch
         """Images of one batch on all ranks."""
         self.epoch = self.done = 0
-        """Epoch, and its batches that were handed out."""
+        """The epoch, and the number of its batches that were yielded."""
         self.waited_s = 0.0
-        """Seconds in which whoever asked for a batch waited for it, since the loader was built."""
+        """Time that the training has waited for batches since the loader was created."""
 
     @property
     def _iterator(self) -> Any:
-        """The running iterator: Lightning looks here for loader processes to end, when a run ends in any way.
+        """The active iterator. Lightning reads this attribute to stop loader processes when a run ends.
 
-        Left to Python's own end, they and the thread that pins memory are waited for seconds each.
+        Otherwise Python would wait several seconds each for them and for the thread that pins memory.
         """
         return self.loader._iterator
 
@@ -66,42 +66,42 @@ class ResumableLoader:
 
     @property
     def sampler(self) -> "ResumableLoader":
-        """What has `set_epoch`: Lightning looks here."""
+        """The object on which Lightning calls `set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch; Lightning calls it before each, also before the rest of one."""
+        """Start an epoch; Lightning calls it before each one, also before it resumes one."""
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
 
     def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        asked = time.perf_counter()
+        start = time.perf_counter()
         for batch in batches:
-            self.waited_s += time.perf_counter() - asked
+            self.waited_s += time.perf_counter() - start
             yield batch
-            asked = time.perf_counter()
+            start = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place, in plain numbers: on as many or other devices, and with any batch size."""
+        """The position, valid for any number of devices and any batch size."""
         return {"epoch": self.epoch, "images": self.done * self.images_per_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue at this position."""
         self.epoch, self.done = state["epoch"], state["images"] // self.images_per_batch
 
 
 class MapLoader(ResumableLoader):
-    """Batches of crops of images that are read by index."""
+    """Batches of crops of a source with random access."""
 
     def __init__(self, dataset: MultiCropDataset, order: EpochBatchSampler, **options: Any) -> None:
-        loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, **loader_options(**options))
+        loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=identity, **loader_options(**options))
         super().__init__(loader, images_per_batch=order.batch_size * order.world_size)
         self.order = order
 
     def __len__(self) -> int:
         return len(self.order)
 
-    # A generator: nothing is read before the first batch is asked for, when the epoch is known.
+    # A generator, so that nothing is read before the first batch is requested, when the epoch is known.
     def __iter__(self) -> Iterator[Any]:
         if self.done >= len(self):
             self.done = 0
@@ -113,16 +113,16 @@ class MapLoader(ResumableLoader):
 
 
 class StreamLoader(ResumableLoader):
-    """Batches of crops of a stream: an epoch is a number of images, and the stream goes on where the last one ended."""
+    """Batches of crops of a stream: an epoch is a number of images, and the next one continues the stream."""
 
     def __init__(self, dataset: MultiCropStream, **options: Any) -> None:
         loader = WorkerLoader(dataset, batch_size=None, **loader_options(**options))
         super().__init__(loader, images_per_batch=dataset.batch_size * dataset.world_size)
         self.dataset = dataset
-        self.places: list[StreamPosition | None] = [None] * max(1, loader.num_workers)
-        """Where each loader process stands, by its number."""
-        self.turn = 0
-        """The process that gives the next batch."""
+        self.positions: list[StreamPosition | None] = [None] * max(1, loader.num_workers)
+        """Position of each loader process."""
+        self.next_worker = 0
+        """The process that provides the next batch."""
         self._batches: Iterator[Any] | None = None
 
     def __len__(self) -> int:
@@ -132,42 +132,43 @@ class StreamLoader(ResumableLoader):
         if self.done >= len(self):
             self.done = 0
         if self._batches is None:
-            self.dataset.places, self.dataset.first = self.places, self.turn
+            self.dataset.positions, self.dataset.first_worker = self.positions, self.next_worker
             self._batches = self._timed(self.loader)
         while self.done < len(self):
-            batch, place = next(self._batches)
+            batch, position = next(self._batches)
             batch = raise_worker_error(batch)
-            self.places[self.turn] = place
-            self.turn = (self.turn + 1) % len(self.places)
+            self.positions[self.next_worker] = position
+            self.next_worker = (self.next_worker + 1) % len(self.positions)
             self.done += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of every loader process of every rank; all ranks call it."""
+        """The positions of all loader processes of all ranks; all ranks call it."""
         unread = (-1,) * len(StreamPosition._fields)
-        own = torch.tensor([tuple(place) if place else unread for place in self.places])
-        everywhere: Tensor = all_gather_concat(own)
+        local = torch.tensor([tuple(position) if position else unread for position in self.positions])
+        positions: Tensor = all_gather_concat(local)
         order = {"seed": self.dataset.seed, "shuffle_buffer": self.dataset.shuffle_buffer}
-        return {**super().state_dict(), **order, "turn": self.turn, "places": everywhere.tolist()}
+        return {**super().state_dict(), **order, "next_worker": self.next_worker, "positions": positions.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises `UserError` where the order of the stream would be another."""
+        """Continue at this position. Raises `UserError` if the order of the stream would change."""
         super().load_state_dict(state)
         for name, key in (("seed", "seed"), ("shuffle_buffer", "data.shuffle_buffer")):
-            if state[name] != (now := getattr(self.dataset, name)):
+            if state[name] != (current := getattr(self.dataset, name)):
                 raise UserError(
-                    f"resume=true: the stream was read with {key}={state[name]}, not {key}={now}; set it back."
+                    f"resume=true: the checkpoint was written with {key}={state[name]}, but the run has "
+                    f"{key}={current}; set {key}={state[name]} to resume."
                 )
-        workers, readers = len(self.places), len(self.places) * self.dataset.world_size
-        if len(state["places"]) != readers:
+        workers, readers = len(self.positions), len(self.positions) * self.dataset.world_size
+        if len(state["positions"]) != readers:
             raise UserError(
-                f"resume=true: the stream was read by {len(state['places'])} loader processes and would now be read by "
-                f"{readers}; set devices and data.num_workers as they were."
+                f"resume=true: the checkpoint was written with {len(state['positions'])} loader processes, but the run "
+                f"has {readers}; restore the number of devices and data.num_workers."
             )
         first = self.dataset.rank * workers
-        rows = state["places"][first : first + workers]
-        self.places = [None if row[0] < 0 else StreamPosition(*row) for row in rows]
-        self.turn, self._batches = state["turn"], None
+        local = state["positions"][first : first + workers]
+        self.positions = [None if numbers[0] < 0 else StreamPosition(*numbers) for numbers in local]
+        self.next_worker, self._batches = state["next_worker"], None
 
 
 def loader_options(*, num_workers: int, prefetch_batches: int, pin_memory: bool) -> dict[str, Any]:
@@ -177,17 +178,13 @@ def loader_options(*, num_workers: int, prefetch_batches: int, pin_memory: bool)
         "persistent_workers": num_workers > 0,
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": pin_memory and torch.cuda.is_available(),
-        # Without its own generator every iterator draws a seed from the global one.
+        # Otherwise every iterator would draw a seed from the global generator.
         "generator": torch.Generator().manual_seed(0),
     }
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def raise_worker_error(batch: Any) -> Any:
-    """Raise the error of a loader process here; return any other batch unchanged."""
+    """Raise the error of a loader process; return any other batch unchanged."""
     if isinstance(batch, WorkerError):
         raise UserError(batch.message)
     return batch

@@ -1,4 +1,4 @@
-"""The LightningDataModule: multi-crop batches for training, plain images for evaluation."""
+"""The LightningDataModule: multi-crop batches for training, single views for evaluation."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -24,12 +24,12 @@ from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import rank, world_size
 
-SEEN_OF_A_STREAM = 256
-"""First images of a stream that pictures are made of."""
+STREAM_PREVIEW_IMAGES = 256
+"""First images of a stream, which checks and pictures use."""
 
 
 class EvalImages(Dataset[tuple[Tensor, int]]):
-    """Readable images of a source as evaluation sees them, with labels (-1 for none)."""
+    """Images (C, H, W) of a source, transformed for evaluation, with labels (-1 for an unlabeled image)."""
 
     def __init__(self, images: ReadableImages[Any], view: EvalView) -> None:
         self.images, self.view, self.source = images, view, images.source
@@ -44,10 +44,7 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
 
 class MultiCropDataModule(L.LightningDataModule):
-    """Batches of V crops, each (B, C, size, size); labels reach training only where `labels` asks for them.
-
-    For evaluation it offers `eval_dataset("train" | "val")` of (image (C, H, W), label).
-    """
+    """Batches of V crops, each (B, C, size, size), and `eval_dataset("train" | "val")` for evaluation."""
 
     def __init__(
         self,
@@ -58,33 +55,33 @@ class MultiCropDataModule(L.LightningDataModule):
         bad_images: Path | None = None,
         labels: bool = False,
     ) -> None:
-        """With `labels`, training batches are `LabeledCrops`."""
+        """With `labels`, training batches are `LabeledCrops`; otherwise they contain no labels."""
         super().__init__()
         self.config, self.seed, self.bad_images, self.labels = config, seed, bad_images, labels
         self.crops = crops
         self.decoder = Decoder(config)
         self._loader: ResumableLoader | None = None
-        self._place: dict[str, Any] | None = None
+        self._position: dict[str, Any] | None = None
 
     @cached_property
     def sources(self) -> Splits:
-        """Training and validation images, opened at first use."""
+        """Training and validation images, opened on first access."""
         return open_sources(self.config, seed=self.seed)
 
     @cached_property
     def backend(self) -> CropBackend:
-        """What makes the crops."""
+        """The back end that creates the crops."""
         return crop_backend(self.crops, channels=self.config.channels)
 
     @property
     def num_images(self) -> int:
-        """Training images of an epoch."""
+        """Training images per epoch."""
         train = self.sources.train
         return train.images if isinstance(train, ImageStream) else len(train)
 
     @property
     def labeled(self) -> bool:
-        """Whether a k-NN evaluation is possible: labels on both sides."""
+        """Whether a k-NN evaluation is possible, because both splits have labels."""
         train, val = self.sources.train, self.sources.val
         return (
             isinstance(train, ImageSource) and train.labels is not None and val is not None and val.labels is not None
@@ -92,7 +89,7 @@ class MultiCropDataModule(L.LightningDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; empty without labels."""
+        """Class names; empty without labels."""
         return self.sources.train.classes or []
 
     @property
@@ -102,80 +99,75 @@ class MultiCropDataModule(L.LightningDataModule):
 
     @property
     def train_labels(self) -> np.ndarray:
-        """Labels of the training images, int64 (n,); -1 marks an image without."""
+        """Labels of the training images, int64 (n,); -1 for an unlabeled image."""
         train = self._train_images
         return np.full(len(train), -1) if train.labels is None else train.labels
 
     @cached_property
     def _train_images(self) -> ImageSource:
-        """The training images by index; of a stream, the first ones."""
+        """The training images with random access; of a stream, the first ones."""
         train = self.sources.train
-        return FirstImages(train, images=SEEN_OF_A_STREAM) if isinstance(train, ImageStream) else train
+        return FirstImages(train, images=STREAM_PREVIEW_IMAGES) if isinstance(train, ImageStream) else train
 
     @cached_property
-    def _kept_images(self) -> ImageSource:
-        """The training images, or their decoded copies. Evaluation reads the images themselves, so that a cache does
-        not change its figures."""
-        config = self.config
-        workers = max(1, config.num_workers)
+    def _cached_images(self) -> ImageSource:
+        """The training images, or `data.cache` of them. Evaluation reads the original images, so that a cache does not
+        change its results."""
         return cached(
-            self._train_images, config=config, decoder=self.decoder, bad_images=self.bad_images, workers=workers
+            self._train_images,
+            config=self.config,
+            decoder=self.decoder,
+            bad_images=self.bad_images,
+            workers=max(1, self.config.num_workers),
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled multi-crop batches, from the place that a checkpoint had."""
+        """Shuffled multi-crop batches, from the position in the checkpoint on."""
         self._loader = self._train_loader()
-        self._go_to_place()
+        self._restore_position()
         return self._loader
 
-    # Lightning keeps the place of a loader, too, but gives it back only in the middle of an epoch.
+    # Lightning saves the position of a loader, too, but restores it only in the middle of an epoch.
     def state_dict(self) -> dict[str, Any]:
-        """The place in the images, for a checkpoint; all ranks call it."""
-        return {} if self._loader is None else {"place": self._loader.state_dict()}
+        """The position of the loader, for a checkpoint; all ranks call it."""
+        return {} if self._loader is None else {"position": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The loader goes on from there: under FSDP it is there already when a checkpoint is read, or the next one."""
-        self._place = state_dict.get("place")
-        self._go_to_place()
+        """Restore the position, in the existing loader (with FSDP) or in the next one."""
+        self._position = state_dict.get("position")
+        self._restore_position()
 
-    def _go_to_place(self) -> None:
-        if self._loader is not None and self._place is not None:
-            self._loader.load_state_dict(self._place)
-            self._place = None
+    def _restore_position(self) -> None:
+        if self._loader is not None and self._position is not None:
+            self._loader.load_state_dict(self._position)
+            self._position = None
 
     def _train_loader(self) -> ResumableLoader:
-        config, train = self.config, self.sources.train
-        crops, decode = self.backend, self._decode(self.backend.decoding)
+        config, train, crops = self.config, self.sources.train, self.backend
         options: dict[str, Any] = {
-            "num_workers": config.num_workers,
-            "prefetch_batches": config.prefetch_batches,
-            "pin_memory": config.pin_memory,
+            name: getattr(config, name) for name in ("num_workers", "prefetch_batches", "pin_memory")
         }
-        ranks: dict[str, Any] = {"batch_size": config.batch_size_per_device, "seed": self.seed}
-        ranks |= {"rank": rank(), "world_size": world_size()}
+        ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+        ranks |= {"batch_size": config.batch_size_per_device, "seed": self.seed}
         if isinstance(train, ImageStream):
-            bad = BadImages(
-                self.bad_images,
-                images=train.images,
-                on_error=config.on_error,
-                max_bad_share=config.max_bad_share,
-            )
+            policy: dict[str, Any] = {"on_error": config.on_error, "max_bad_share": config.max_bad_share}
+            bad = BadImages(self.bad_images, images=train.images, **policy)
             buffer: int = config.shuffle_buffer  # type: ignore[attr-defined]
-            return StreamLoader(
-                MultiCropStream(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks), **options
-            )
-        images = self._readable(self._kept_images, crops.decoding)
+            decode = self._decode(crops.decoding)
+            stream = MultiCropStream(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks)
+            return StreamLoader(stream, **options)
+        images = self._readable(self._cached_images, crops.decoding)
         batches = MultiCropDataset(images, crops, seed=self.seed, labels=train.labels if self.labels else None)
         return MapLoader(batches, EpochBatchSampler(len(images), **ranks), **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """`crops=device`: the rest of the augmentation, where the batch is now."""
+        """Augment the batch on its device (`crops=device`)."""
         if isinstance(batch, LabeledCrops):
             return batch._replace(crops=self.on_after_batch_transfer(batch.crops, dataloader_idx))
         return batch.augment(self.crops) if isinstance(batch, RawCrops) else batch
 
     def example_crops(self, indices: list[int]) -> list[list[Tensor]]:
-        """The V crops of training images as the first epoch has them."""
+        """The V crops of training images, as in the first epoch."""
         images = self._readable(self._train_images, self.backend.decoding)
         batch = self.backend(
             [images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices]
@@ -184,31 +176,31 @@ class MultiCropDataModule(L.LightningDataModule):
         return [list(sample) for sample in zip(*views, strict=True)]
 
     def eval_dataset(self, split: str) -> EvalImages:
-        """The images of `train` or `val` as evaluation sees them, with labels."""
+        """The images of `train` or `val`, transformed for evaluation, with labels."""
         source = self._train_images if split == "train" else self.sources.val
         if source is None:
             raise UserError("data: there are no validation images; set data.holdout to a share of the images.")
         decoding = "pil" if self.config.channels in (1, 3) else "pixels"
-        # A file for each split: the share of bad images is one of its images.
+        # A file for each split, because the share of bad images is computed for each.
         bad_images = self.bad_images
         if bad_images is not None and split == "val":
             bad_images = bad_images.with_stem(f"{bad_images.stem}_val")
         return EvalImages(self._readable(source, decoding, bad_images=bad_images), EvalView(self.crops))
 
     def object_mask(self, index: int) -> np.ndarray | None:
-        """The pixels of the object in validation image `index` (bool (H, W)), where the data has masks."""
-        # A mask fits the picture only where evaluation shows the whole of it.
-        whole = self.crops.eval_resize == self.crops.eval_size
+        """The object's pixels in validation image `index` (bool (H, W)); None if the data has no masks."""
+        # The mask matches the transformed image only if that is not cropped.
+        uncropped = self.crops.eval_resize == self.crops.eval_size
         val = self.sources.val
-        return val.mask(index) if whole and isinstance(val, BuiltinImages) else None
+        return val.mask(index) if uncropped and isinstance(val, BuiltinImages) else None
 
     def check_some_images(self, count: int = 8) -> None:
-        """Raise `UserError` where none of some training images can be used: a wrong setting, not a broken file."""
+        """Raise `UserError` if none of a few training images can be decoded, which means that a setting is wrong."""
         train, reason = self._train_images, ""
         if isinstance(train, FirstImages) and not len(train):
             raise UserError(
-                f"data: no image was found in the stream ({train.why_empty}); expected samples with an "
-                "image that data.image_keys or data.image_column names."
+                f"data: the stream contains no image ({train.empty_reason}); expected samples with an image in "
+                "data.image_keys or data.image_column."
             )
         decode = self._decode(self.backend.decoding)
         for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
@@ -217,7 +209,7 @@ class MultiCropDataModule(L.LightningDataModule):
                 return
             except UNREADABLE as error:
                 reason = reason or f"{train.describe(index)}: {why_unreadable(error)}"
-        raise UserError(f"data: none of the images that were tried can be used ({reason})")
+        raise UserError(f"data: none of the tested images can be read ({reason})")
 
     def _decode(self, decoding: str) -> Callable[[Content], Any]:
         return self.decoder.pil if decoding == "pil" else self.decoder.pixels

@@ -1,13 +1,13 @@
-"""Which samples of a stream a reader sees, in which order: for ever, and again from any place.
+"""The endless, resumable order in which readers read the samples of a stream.
 
-A reader is one loader process of one rank. In pass p the shards are permuted, alike for all readers, and dealt out: to
-reader r of R goes every R-th shard from the r-th on. Where there are fewer shards than readers, several readers share
-a shard and each takes every n-th row of it. So in each pass exactly one reader sees a sample. Readers go from pass to
-pass on their own and may drift apart.
+A reader is one loader process of one rank. In pass p the shards are permuted, identically in all readers, and assigned:
+reader r of R gets every R-th shard from the r-th on. With fewer shards than readers, several readers share a shard and
+each takes every n-th row of it. So exactly one reader reads a sample in each pass. Readers start their passes
+independently and may drift apart.
 
-A reader mixes its samples in chunks, across its shards but not across passes. While a chunk is given out, the next one
-is read, a sample for a sample, so that there is no halt between them; only the last chunk of a pass may be too
-short for that.
+A reader shuffles its samples in chunks, across its shards but not across passes. While the samples of a chunk are
+emitted, the next chunk is read, one sample for each emitted one, so that there is no pause between them; only the last
+chunk of a pass may be too short for that.
 """
 
 from collections.abc import Iterator
@@ -20,39 +20,35 @@ from dino_lightning.data.sources.base import ImageStream, Sample
 from dino_lightning.errors import UserError
 
 EMPTY_PASSES = 10
-"""Passes in a row without a sample after which a reader gives up. A single one can be bad luck: an empty shard."""
+"""Passes in a row without a sample after which a reader raises an error; a single one can be an empty shard."""
 
 
 class StreamPosition(NamedTuple):
-    """How far a reader has come. `tuple(place)` goes into a checkpoint, `Place(*numbers)` comes back from it.
+    """The position of a reader, which a checkpoint stores as a tuple.
 
-    It holds for the same stream, seed, number of readers and `shuffle_buffer` only.
+    It is valid only for the same stream, seed, number of readers and `shuffle_buffer`.
     """
 
-    turn: int = 0
+    epoch: int = 0
     """Pass over all shards."""
     position: int = 0
-    """Where the chunk begins: position in the reader's shards of the pass."""
+    """Start of the chunk: position among the reader's shards of the pass."""
     row: int = 0
-    """Where the chunk begins: row of that shard."""
+    """Start of the chunk: row in that shard."""
     chunk: int = 0
     """Number of the chunk in the pass."""
     emitted: int = 0
-    """Samples of the chunk that were given out."""
+    """Samples of the chunk that were emitted."""
 
 
-class _Read(NamedTuple):
-    """A sample as it comes from its shard."""
+class StreamSample(NamedTuple):
+    """A sample and its position."""
 
     sample: Sample
     key: tuple[int, int, int]
-    """Pass, shard, row."""
-    start: StreamPosition
-    """The place from which this sample is the next one, where it is the first of its chunk."""
-
-
-Read = tuple[Sample, tuple[int, int, int], StreamPosition]
-"""The sample; its pass, shard and row, from which its crops are seeded; the place to go on from after it."""
+    """Pass, shard and row, which seed its crops."""
+    position: StreamPosition
+    """As `read_stream` yields it, the position after the sample; in a chunk, the start of the chunk."""
 
 
 def read_stream(
@@ -63,35 +59,34 @@ def read_stream(
     readers: int,
     shuffle_buffer: int,
     start: StreamPosition | None = None,
-) -> Iterator[Read]:
-    """The samples of `reader` (from 0) of `readers`, without end, in chunks of `shuffle_buffer`; 1 or less: as stored.
+) -> Iterator[StreamSample]:
+    """The endless samples of `reader` (from 0) of `readers`, in chunks of `shuffle_buffer` (1 or less: stored order).
 
-    From `start` on the order is the one that follows it without an interruption. Raises `UserError` where the reader
-    gets no sample at all.
+    From `start` on the order is the same as without an interruption. Raises `UserError` if the reader gets no samples.
     """
     start = start or StreamPosition()
     chunks = _chunks(stream, seed=seed, reader=reader, readers=readers, size=max(shuffle_buffer, 1), start=start)
-    chunk: list[_Read | None] = [*iter(lambda: next(chunks), None)]
+    chunk: list[StreamSample | None] = [*iter(lambda: next(chunks), None)]
     emitted = start.emitted
     while chunk[0] is not None:
-        following, complete = [], False
-        begin = chunk[0].start
-        # numpy takes [seed, turn] for [seed, turn, 0, 0]: `reader + 1` keeps this from the generator of the shards.
-        order = np.random.default_rng([seed, begin.turn, reader + 1, begin.chunk]).permutation(len(chunk))
-        for number, index in enumerate(order.tolist()):
+        next_chunk, complete = [], False
+        chunk_start = chunk[0].position
+        # numpy treats [seed, epoch] like [seed, epoch, 0, 0]; `reader + 1` avoids the generator of the shards.
+        rng = np.random.default_rng([seed, chunk_start.epoch, reader + 1, chunk_start.chunk])
+        for number, index in enumerate(rng.permutation(len(chunk)).tolist()):
             if not complete:
-                complete = _take(chunks, into=following)
-            read, chunk[index] = chunk[index], None  # its memory goes to the next chunk
-            if read is not None and number >= emitted:
-                yield read.sample, read.key, begin._replace(emitted=number + 1)
+                complete = _append_next(chunks, to=next_chunk)
+            item, chunk[index] = chunk[index], None  # frees the memory for the next chunk
+            if item is not None and number >= emitted:
+                yield item._replace(position=chunk_start._replace(emitted=number + 1))
         while not complete:
-            complete = _take(chunks, into=following)
-        chunk, emitted = following, 0
+            complete = _append_next(chunks, to=next_chunk)
+        chunk, emitted = next_chunk, 0
 
 
-def shards_of_reader(*, shards: int, seed: int, turn: int, reader: int, readers: int) -> tuple[list[int], int, int]:
-    """The reader's shards in pass `turn`, the number of readers that share them, and its position among those."""
-    order = np.random.default_rng([seed, turn]).permutation(shards).tolist()
+def shards_of_reader(*, shards: int, seed: int, epoch: int, reader: int, readers: int) -> tuple[list[int], int, int]:
+    """The reader's shards in a pass, the number of readers that share them, and its index among those."""
+    order = np.random.default_rng([seed, epoch]).permutation(shards).tolist()
     if shards >= readers:
         return order[reader::readers], 1, 0
     if shards == 0:
@@ -100,30 +95,31 @@ def shards_of_reader(*, shards: int, seed: int, turn: int, reader: int, readers:
     return [order[slot]], len(range(slot, readers, shards)), reader // shards
 
 
-def _take(chunks: Iterator[_Read | None], *, into: list[_Read | None]) -> bool:
-    """Read one more sample; True at the end of the chunk."""
-    read = next(chunks)
-    if read is not None:
-        into.append(read)
-    return read is None
+def _append_next(chunks: Iterator[StreamSample | None], *, to: list[StreamSample | None]) -> bool:
+    """Append one more sample; True at the end of the chunk."""
+    item = next(chunks)
+    if item is not None:
+        to.append(item)
+    return item is None
 
 
 def _chunks(
     stream: ImageStream, *, seed: int, reader: int, readers: int, size: int, start: StreamPosition
-) -> Iterator[_Read | None]:
-    """The reader's samples in stored order, with None after the last one of each chunk (never of none)."""
+) -> Iterator[StreamSample | None]:
+    """The reader's samples in stored order, with None after the last one of each chunk; chunks are never empty."""
     empty = 0
-    for turn in count(start.turn):
-        owned, sharers, part = shards_of_reader(
-            shards=stream.shards, seed=seed, turn=turn, reader=reader, readers=readers
+    for epoch in count(start.epoch):
+        shards, sharers, part = shards_of_reader(
+            shards=stream.shards, seed=seed, epoch=epoch, reader=reader, readers=readers
         )
         taken, first, chunk = 0, start.row, start.chunk
-        for position in range(start.position, len(owned)):
-            samples = stream.read_shard(owned[position], start=first)
+        for position in range(start.position, len(shards)):
+            samples = stream.read_shard(shards[position], start=first)
             for row, sample in enumerate(samples, start=first):
                 if row % sharers == part:
                     taken += 1
-                    yield _Read(sample, (turn, owned[position], row), StreamPosition(turn, position, row, chunk))
+                    key = (epoch, shards[position], row)
+                    yield StreamSample(sample, key, StreamPosition(epoch, position, row, chunk))
                     if taken % size == 0:
                         chunk += 1
                         yield None
@@ -135,5 +131,5 @@ def _chunks(
         if empty == EMPTY_PASSES:
             raise UserError(
                 f"data: loader process {reader + 1} of {readers} gets no image from {stream.shards} shards; "
-                "give fewer data.num_workers or more images"
+                "reduce data.num_workers, or use more images"
             )

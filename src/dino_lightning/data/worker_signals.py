@@ -1,7 +1,7 @@
-"""Loader processes leave it to their main process to obey signals.
+"""Loader processes leave OS signals to their main process.
 
-A scheduler that takes a machine away sends its signal to every process of a job, and Ctrl-C reaches every process of a
-terminal. A loader process that died of it would take the main one down before that has saved.
+A scheduler that preempts a job signals every process of the job, and Ctrl-C reaches every process of a terminal. If a
+loader process died, the main process would fail before it has saved a checkpoint.
 """
 
 import os
@@ -10,30 +10,30 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LEFT_TO_OTHERS = ("SIGINT", "SIGUSR1", "SIGUSR2")
+IGNORED = ("SIGINT", "SIGUSR1", "SIGUSR2")
 
 
-def obey_parent_alone() -> None:
-    """Ignore what asks a run to end, unless the parent sends it: PyTorch ends its loader processes with SIGTERM.
+def ignore_foreign_signals() -> None:
+    """Ignore signals that stop a run, except SIGTERM from the parent, with which PyTorch ends its loader processes.
 
-    Called in a new process by its main thread, before it starts other threads. Where the system cannot tell who has
-    sent a signal (macOS, Windows), SIGTERM keeps its effect.
+    Call it in the main thread of a new process, before other threads start. If the system does not report the sender of
+    a signal (macOS, Windows), SIGTERM always ends the process.
     """
-    for name in LEFT_TO_OTHERS:
+    for name in IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        # Blocked here and in the threads to come, it goes to the one that waits for it.
+        # Blocked in this and all later threads, so that the waiting thread receives it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Hold SIGTERM back from this thread, so that processes started within begin like that.
+def sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, and so in processes that are started in the block.
 
-    Libraries such as OpenBLAS start threads in a new process before anything of ours runs there. One that took the
-    signal would end the process.
+    Libraries such as OpenBLAS start threads in a new process before our code runs there, and an unblocked signal in one
+    of them would end the process.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -48,4 +48,4 @@ def held_back() -> Iterator[None]:
 def _wait_for_parent() -> None:
     while True:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
-            os._exit(0)  # as PyTorch's own handler does; nothing of a loader process is worth keeping
+            os._exit(0)  # like PyTorch's handler; a loader process has nothing to save

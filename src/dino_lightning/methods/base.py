@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.config.duration import Duration
-from dino_lightning.data.batch import images_in
+from dino_lightning.data.batch import num_images
 from dino_lightning.losses.centering import Centering
 from dino_lightning.losses.feature_queue import FeatureQueue
 from dino_lightning.methods.clock import StepClock, TrainerClock
@@ -192,7 +192,7 @@ class Method(L.LightningModule, ABC):
             self.metrics.drain(self._publish)
         logged = self.is_logging_step
         self.metrics.begin(
-            step=self.clock.step, epoch=self.trainer.current_epoch, images=images_in(batch), logged=logged
+            step=self.clock.step, epoch=self.trainer.current_epoch, images=num_images(batch), logged=logged
         )
         loss = self.loss(batch)
         if logged:

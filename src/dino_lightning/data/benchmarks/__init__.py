@@ -1,1 +1,1 @@
-"""Benchmarks in their own layouts on disk."""
+"""Benchmark datasets in their original layouts on disk."""

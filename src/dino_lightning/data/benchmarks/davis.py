@@ -1,13 +1,12 @@
-"""DAVIS 2016 and 2017 (Perazzi et al., CVPR 2016; Pont-Tuset et al., 2017) as they unpack: videos and masks of objects.
+"""DAVIS 2016 and 2017 (Perazzi et al., CVPR 2016; Pont-Tuset et al., 2017): videos with object masks.
 
     PATH/ImageSets/YEAR/SPLIT.txt                      names of the sequences
     PATH/JPEGImages/RESOLUTION/SEQUENCE/00000.jpg      frames
-    PATH/Annotations/RESOLUTION/SEQUENCE/00000.png     a number for each pixel: 0 background, then the objects; 255 void
+    PATH/Annotations/RESOLUTION/SEQUENCE/00000.png     one number per pixel: 0 background, then the objects; 255 void
 
-2016 has one object, all objects of 2017 together. Its own release paints it 255.
+2016 has a single object, the union of the objects of 2017; its original release stores it as 255.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +16,18 @@ from PIL import Image
 
 from dino_lightning.config import DavisData
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
-from dino_lightning.data.benchmarks.files import existing_folder
+from dino_lightning.data.benchmarks.files import INDEXED_MODES, existing_folder
+from dino_lightning.data.sources.folder import subfolders
 from dino_lightning.errors import UserError, did_you_mean
 
 VOID = 255
-NUMBERED = ("P", "L", "1")
-"""PIL's modes of images with a number for each pixel."""
-YEAR_OF_ONE_OBJECT = 2016
-FEWEST_FRAMES = 3
-"""The first frame is given and the last is not scored."""
+SINGLE_OBJECT_YEAR = 2016
+MIN_FRAMES = 3
+"""The mask of the first frame is given, and the last frame is not scored."""
 
 
 class BrokenSequenceError(ValueError):
-    """A frame or a mask that cannot be read: (path, reason)."""
+    """An unreadable frame or mask: (path, reason)."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Sequence:
     name: str
     frames: list[Path]
     masks: list[Path]
-    one_object: bool
-    """All objects are one."""
+    single_object: bool
+    """Whether all objects count as one."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -52,22 +50,22 @@ class Sequence:
 
     @cached_property
     def palette(self) -> list[int] | None:
-        """The colors of the first mask, r, g, b of 0, then of 1, ...; None where it has none."""
+        """The palette of the first mask: r, g, b of 0, then of 1, ...; None if it has no palette."""
         with Image.open(self.masks[0]) as image:
             return image.getpalette("RGB") if image.mode == "P" else None
 
     @cached_property
     def objects(self) -> int:
-        """The largest number of an object in the first mask; objects that appear later do not count."""
+        """The largest object number in the first mask; objects that appear later do not count."""
         return int(self.labels(0).max())
 
     def labels(self, index: int) -> np.ndarray:
-        """The objects of a frame (H, W) uint8; void is background, as in the official evaluation.
+        """The object numbers of a frame (H, W) uint8; void is background, as in the official evaluation.
 
         Raises `BrokenSequenceError`.
         """
         values = _read_mask(self.masks[index])
-        if not self.one_object:
+        if not self.single_object:
             return np.where(values == VOID, 0, values).astype(np.uint8)
         return ((values > 0) & ((values != VOID) | self._void_is_object)).astype(np.uint8)
 
@@ -83,24 +81,25 @@ class Davis:
 
     sequences: list[Sequence]
     broken: dict[str, tuple[str, str]]
-    """Sequences that are left out: the file that cannot be read, and why. What only decoding tells is not here."""
+    """Name of an omitted sequence -> its unreadable file and the reason. Only the headers of files have been read."""
 
 
 def open_davis(config: DavisData) -> Davis:
-    """The sequences of `data.split`, with the sizes of all their frames and masks looked at.
+    """The sequences of `data.split`, after checking the sizes of all frames and masks.
 
-    Raises `UserError` where a folder, the year, the split, a sequence or a mask is missing, where a mask has not the
-    size of its frame, and where no sequence can be read.
+    Raises `UserError` if a folder, the year, the split, a sequence or a mask is missing, if the sizes of a mask and its
+    frame differ, and if no sequence can be read.
     """
     root = existing_folder(config.path, key="data.path")
-    names = _listed(_list(root, config))
-    frames_at = _resolution(root, "JPEGImages", config)
-    masks_at = _resolution(root, "Annotations", config)
+    split_file = _split_file(root, config)
+    names = _sequence_names(split_file)
+    frames_root = _resolution_folder(root, "JPEGImages", config)
+    masks_root = _resolution_folder(root, "Annotations", config)
     if not names:
-        raise UserError(f"data.split={config.split}: {_list(root, config)} names no sequences.")
+        raise UserError(f"data.split={config.split}: {split_file} contains no names of sequences.")
     sequences, broken = [], {}
     for name in names:
-        sequence = _sequence(name, frames_at, masks_at, config)
+        sequence = _sequence(name, frames_root, masks_root, config)
         try:
             _check(sequence, config)
         except BrokenSequenceError as error:
@@ -113,27 +112,27 @@ def open_davis(config: DavisData) -> Davis:
     return Davis(sequences, broken)
 
 
-def _list(root: Path, config: DavisData) -> Path:
-    """The file that names the sequences."""
+def _split_file(root: Path, config: DavisData) -> Path:
+    """The file with the names of the sequences."""
     sets = root / "ImageSets"
     if not sets.is_dir():
         below = next((path.parent for path in sorted(root.glob("*/ImageSets"))), None)
-        hint = f"did you mean {below}?" if below else "give the folder as it unpacks, with JPEGImages and Annotations."
+        hint = f"did you mean {below}?" if below else "expected the extracted folder with JPEGImages and Annotations."
         raise UserError(f"data.path={config.path} has no ImageSets; {hint}")
     year = sets / str(config.year)
     if not year.is_dir():
         raise UserError(
-            f"data.year={config.year}: {sets} has no such folder; {did_you_mean(str(config.year), _inside(sets))}"
+            f"data.year={config.year} is not a folder in {sets}; {did_you_mean(str(config.year), subfolders(sets))}"
         )
     path = year / f"{config.split}.txt"
     if not path.is_file():
-        known = [found.stem for found in year.glob("*.txt")]
-        raise UserError(f"data.split={config.split}: {year} has no {path.name}; {did_you_mean(config.split, known)}")
+        splits = [file.stem for file in year.glob("*.txt")]
+        raise UserError(f"data.split={config.split}: {year} has no {path.name}; {did_you_mean(config.split, splits)}")
     return path
 
 
-def _listed(path: Path) -> list[str]:
-    """Each name once, of lines like `bear` or, in the release of 2016, `/JPEGImages/480p/bear/00000.jpg /Annot…`."""
+def _sequence_names(path: Path) -> list[str]:
+    """The unique names in lines like `bear` or, in the release of 2016, `/JPEGImages/480p/bear/00000.jpg /Annot…`."""
     names = {}
     for line in path.read_text().splitlines():
         first = Path(line.split()[0]) if line.split() else None
@@ -142,39 +141,38 @@ def _listed(path: Path) -> list[str]:
     return list(names)
 
 
-def _resolution(root: Path, kind: str, config: DavisData) -> Path:
+def _resolution_folder(root: Path, kind: str, config: DavisData) -> Path:
     folder = root / kind / config.resolution
     if not (root / kind).is_dir():
-        raise UserError(f"data.path={config.path} has no {kind}; give the folder of DAVIS as it unpacks.")
+        raise UserError(f"data.path={config.path} has no {kind}; expected the extracted folder of DAVIS.")
     if not folder.is_dir():
         raise UserError(
-            f"data.resolution={config.resolution}: {root / kind} has no such folder; "
-            f"{did_you_mean(config.resolution, _inside(root / kind))}"
+            f"data.resolution={config.resolution} is not a folder in {root / kind}; "
+            f"{did_you_mean(config.resolution, subfolders(root / kind))}"
         )
     return folder
 
 
-def _sequence(name: str, frames_at: Path, masks_at: Path, config: DavisData) -> Sequence:
-    frames = sorted((frames_at / name).glob("*.jpg"))
+def _sequence(name: str, frames_root: Path, masks_root: Path, config: DavisData) -> Sequence:
+    frames = sorted((frames_root / name).glob("*.jpg"))
     if not frames:
         raise UserError(
-            f"data.split={config.split}: {frames_at} has no frames of the sequence {name}; "
-            f"{did_you_mean(name, _inside(frames_at))}"
+            f"data.split={config.split}: {frames_root} has no frames of the sequence {name}; "
+            f"{did_you_mean(name, subfolders(frames_root))}"
         )
-    if len(frames) < FEWEST_FRAMES:
+    if len(frames) < MIN_FRAMES:
         raise UserError(
-            f"data.split={config.split}: the sequence {name} has {len(frames)} frames; a score takes at "
-            f"least {FEWEST_FRAMES}."
+            f"data.split={config.split}: the sequence {name} has {len(frames)} frames; expected at least {MIN_FRAMES}."
         )
-    masks = [masks_at / name / f"{frame.stem}.png" for frame in frames]
-    here = {path.name for path in (masks_at / name).glob("*.png")}
-    lost = [mask for mask in masks if mask.name not in here]
-    if lost:
+    masks = [masks_root / name / f"{frame.stem}.png" for frame in frames]
+    existing = {path.name for path in (masks_root / name).glob("*.png")}
+    missing = [mask for mask in masks if mask.name not in existing]
+    if missing:
         raise UserError(
-            f"data.split={config.split}: {len(lost)} of {len(masks)} masks of {name} are missing, first "
-            f"{lost[0]}; the figures need a mask for every frame."
+            f"data.split={config.split}: {len(missing)} of {len(masks)} masks of {name} are missing, such as "
+            f"{missing[0]}; expected a mask for every frame."
         )
-    return Sequence(name, frames, masks, one_object=config.year == YEAR_OF_ONE_OBJECT)
+    return Sequence(name, frames, masks, single_object=config.year == SINGLE_OBJECT_YEAR)
 
 
 def _check(sequence: Sequence, config: DavisData) -> None:
@@ -182,16 +180,16 @@ def _check(sequence: Sequence, config: DavisData) -> None:
         (height, width), mode = _header(path)
         if (height, width) != sequence.size:
             raise UserError(
-                f"data.path={config.path}: {path} has {width} x {height} pixels; expected those of "
+                f"data.path={config.path}: {path} has {width} x {height} pixels; expected the size of "
                 f"{sequence.frames[0]}, {sequence.size[1]} x {sequence.size[0]}."
             )
-        if path.suffix == ".png" and mode not in NUMBERED and not sequence.one_object:
+        if path.suffix == ".png" and mode not in INDEXED_MODES and not sequence.single_object:
             raise UserError(
-                f"data.path={config.path}: {path} is an image of mode {mode}; expected a number for each "
-                "pixel, modes P or L."
+                f"data.path={config.path}: {path} is a color image (mode {mode}); expected one number per "
+                "pixel (mode P or L)."
             )
     if not sequence.objects:
-        raise UserError(f"data.path={config.path}: {sequence.masks[0]} shows no object to follow.")
+        raise UserError(f"data.path={config.path}: {sequence.masks[0]} contains no object.")
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
@@ -204,13 +202,9 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """Numbers of pixels (H, W) uint8; colors become gray."""
+    """The numbers of the pixels (H, W) uint8; colors are converted to gray."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image if image.mode in NUMBERED else image.convert("L")).astype(np.uint8)
+            return np.asarray(image if image.mode in INDEXED_MODES else image.convert("L")).astype(np.uint8)
     except UNREADABLE as error:
         raise BrokenSequenceError(str(path), why_unreadable(error)) from error
-
-
-def _inside(folder: Path) -> Iterable[str]:
-    return [path.name for path in folder.iterdir() if path.is_dir()]

@@ -1,4 +1,4 @@
-"""Image files of a benchmark's folder."""
+"""Image files in the folder of a benchmark."""
 
 import os
 from pathlib import Path
@@ -7,33 +7,36 @@ from PIL import Image
 
 from dino_lightning.data.bad_images import UNREADABLE
 from dino_lightning.data.sources.file_index import is_image
-from dino_lightning.data.sources.folder import existing_path, extensions
+from dino_lightning.data.sources.folder import EXTENSIONS, existing_path
 from dino_lightning.errors import UserError
+
+INDEXED_MODES = ("P", "L", "1")
+"""PIL's modes of images with one number per pixel, such as masks."""
 
 
 def existing_folder(path: str | Path, *, key: str) -> Path:
-    """The folder of the setting `key`. Raises `UserError` where there is none."""
+    """The folder in the setting `key`. Raises `UserError` if it does not exist."""
     folder = existing_path(str(path), key=key)
     if not folder.is_dir():
-        raise UserError(f"{key}={path} is a file, not a folder.")
+        raise UserError(f"{key}={path} is a file; expected a folder.")
     return folder
 
 
-def images_in(folder: str | Path, *, key: str, below: bool = False) -> list[Path]:
-    """The folder's image files, sorted by path; with `below`, those of its subfolders too.
+def list_images(folder: str | Path, *, key: str, recursive: bool = False) -> list[Path]:
+    """The image files in a folder, sorted by path; with `recursive`, also those in its subfolders.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` if there are none.
     """
     root = existing_folder(folder, key=key)
-    walked = os.walk(root) if below else [next(os.walk(root))]
-    found = sorted(Path(at) / name for at, _, names in walked for name in names if is_image(name))
-    if not found:
-        raise UserError(f"{key}={folder} has no images; expected files that end in {extensions()}.")
-    return found
+    folders = os.walk(root) if recursive else [next(os.walk(root))]
+    images = sorted(Path(parent) / name for parent, _, names in folders for name in names if is_image(name))
+    if not images:
+        raise UserError(f"{key}={folder} contains no images; expected files with the extensions {EXTENSIONS}.")
+    return images
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Width and height of an image; None of a broken file, which is left out later."""
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image; None for a broken file, which is left out later."""
     try:
         with Image.open(path) as image:
             return image.size

@@ -1,4 +1,4 @@
-"""The multi-crop augmentation: parameters drawn in one place, and three back ends that apply them."""
+"""The multi-crop augmentation: `sampling` draws all random parameters, and three back ends apply them."""
 
 from dino_lightning.data.crops.backends import CropBackend, RawCrops, crop_backend, without_color
 from dino_lightning.data.crops.pil import EvalView, denormalize

@@ -1,8 +1,7 @@
-"""The three back ends of `crops`: images and seeds in, a batch of crops out.
+"""The three back ends of `crops`: images and seeds -> a batch of crops.
 
-`pil` and `cpu` finish a batch where they are called, in a loader process; `device` returns `CutCrops`, which
-`CutCrops.augment` finishes on the accelerator. A batch is V tensors (B, C, size, size): two global crops, then
-`local_count` local ones.
+`pil` and `cpu` augment a batch in the loader process; `device` returns `RawCrops`, which `RawCrops.augment` augments on
+the accelerator. A batch is V tensors (B, C, size, size): two global crops, then `local_count` local ones.
 """
 
 from collections.abc import Sequence
@@ -15,16 +14,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dino_lightning.config import CropsConfig
-from dino_lightning.data.crops.device_plan import Plan, make_plan
+from dino_lightning.data.crops.device_plan import DevicePlan, make_device_plan
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.pil import PILCrops
-from dino_lightning.data.crops.sampling import Crop, FastRNG, draw_crops
+from dino_lightning.data.crops.sampling import Crop, FastRNG, sample_crops
 from dino_lightning.errors import UserError, did_you_mean
 
 GLOBAL_COUNT = 2
 
 Decoding: TypeAlias = Literal["pil", "pixels"]
-"""What a back end takes: PIL images, or tensors (C, H, W) uint8."""
+"""Input of a back end: PIL images, or tensors (C, H, W) uint8."""
 
 
 class CropBackend(Protocol):
@@ -33,12 +32,12 @@ class CropBackend(Protocol):
     decoding: Decoding
 
     def __call__(self, images: Sequence[Any], seeds: Sequence[int]) -> "list[Tensor] | RawCrops":
-        """Images as `decoding` says, each with the seed of its crops."""
+        """Images of the type in `decoding`, each with the seed of its crops."""
         ...
 
 
 def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
-    """The configured back end, without operators that need color where there is none."""
+    """The configured back end, without color operators unless images have three channels."""
     config = config if channels == 3 else without_color(config)
     match config.backend:
         case "pil":
@@ -52,7 +51,7 @@ def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
 
 
 def without_color(config: CropsConfig) -> CropsConfig:
-    """The augmentation of images that are not RGB: no saturation, no hue, no grayscale."""
+    """The augmentation of images that are not RGB: without saturation, hue and grayscale."""
     return replace(config, saturation=0.0, hue=0.0, grayscale_p=0.0)
 
 
@@ -76,7 +75,7 @@ class PILBatches:
 
 
 class DeviceBatches:
-    """`crops=device`: decoded images are cut here, everything else happens later."""
+    """`crops=device`: only crops and resizes here; the rest follows on the device."""
 
     decoding: Decoding = "pixels"
 
@@ -84,63 +83,54 @@ class DeviceBatches:
         self.config = config
 
     def __call__(self, images: Sequence[Tensor], seeds: Sequence[int]) -> "RawCrops":
-        """The cut crops and what is to be done with them."""
-        drawn = [draw(self.config, image, seed) for image, seed in zip(images, seeds, strict=True)]
-        return RawCrops([cut_views(images, drawn, views) for views in view_groups(self.config)])
+        """The raw crops and their augmentation parameters."""
+        crops = [image_crops(self.config, image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return RawCrops([raw_crop_group(images, crops, views) for views in view_groups(self.config)])
 
 
 class CPUBatches:
-    """`crops=cpu`: every crop is finished where it was cut."""
+    """`crops=cpu`: compiled loops augment each crop."""
 
     decoding: Decoding = "pixels"
 
     def __init__(self, config: CropsConfig) -> None:
-        from dino_lightning.data.crops.numba import Finisher  # numba: only who needs it pays for the import
+        from dino_lightning.data.crops.numba import Finisher  # numba imports slowly
 
         self.config, self.finish = config, Finisher(config)
 
     def __call__(self, images: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor]:
         """V tensors (B, C, size, size), views of one tensor per size."""
-        drawn = [draw(self.config, image, seed) for image, seed in zip(images, seeds, strict=True)]
+        crops = [image_crops(self.config, image, seed) for image, seed in zip(images, seeds, strict=True)]
         batch: list[Tensor] = []
         for views in view_groups(self.config):
-            size = drawn[0][views[0]].size
-            whole_BV = torch.empty(len(images), len(views), len(images[0]), size, size)
-            for image, crops, out_V in zip(images, drawn, whole_BV, strict=True):
-                for view, out in zip(views, out_V, strict=True):
-                    self.finish(cut(image, crops[view]), crops[view], out=out)
-            batch += whole_BV.unbind(1)
+            size = crops[0][views[0]].size
+            out_BVCSS = torch.empty(len(images), len(views), len(images[0]), size, size)
+            for image, crops_V, out_VCSS in zip(images, crops, out_BVCSS, strict=True):
+                for view, out_CSS in zip(views, out_VCSS, strict=True):
+                    self.finish(raw_crop(image, crops_V[view]), crops_V[view], out=out_CSS)
+            batch += out_BVCSS.unbind(1)
         return batch
 
 
 @dataclass
 class RawCropGroup:
-    """Some views of B images at one size: crops (B × views, C, size, size) uint8 in the order of their plan."""
+    """Some views of B images with one size: crops (B × views, C, size, size) uint8 in the order of the plan."""
 
     crops: Tensor
-    plan: Plan
+    plan: DevicePlan
     views: int
 
 
 @dataclass
 class RawCrops:
-    """A batch on its way to the accelerator."""
+    """A batch that is augmented on the accelerator."""
 
     groups: list[RawCropGroup]
 
     def to(self, device: torch.device | str) -> "RawCrops":
         """The batch on a device; Lightning calls it."""
-        non_blocking = torch.device(device).type == "cuda"
-        return RawCrops(
-            [
-                RawCropGroup(
-                    group.crops.to(device, non_blocking=non_blocking),
-                    group.plan.to(device, non_blocking=non_blocking),
-                    group.views,
-                )
-                for group in self.groups
-            ]
-        )
+        options: dict[str, Any] = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
+        return RawCrops([RawCropGroup(g.crops.to(**options), g.plan.to(**options), g.views) for g in self.groups])
 
     def pin_memory(self) -> "RawCrops":
         """The batch in page-locked memory; PyTorch's loader calls it."""
@@ -148,37 +138,37 @@ class RawCrops:
 
     @torch.no_grad()
     def augment(self, config: CropsConfig) -> list[Tensor]:
-        """The finished batch; overwrites the crops."""
-        finished = ((group, augment(group.crops, group.plan, config)) for group in self.groups)
-        return [view for group, crops in finished for view in crops.unflatten(0, (-1, group.views)).unbind(1)]
+        """The augmented batch; overwrites the crops."""
+        augmented = ((group, augment(group.crops, group.plan, config)) for group in self.groups)
+        return [view for group, crops in augmented for view in crops.unflatten(0, (-1, group.views)).unbind(1)]
 
 
-def draw(config: CropsConfig, image_CHW: Tensor, seed: int) -> list[Crop]:
-    """The crops of one image."""
+def image_crops(config: CropsConfig, image_CHW: Tensor, seed: int) -> list[Crop]:
+    """The parameters of the crops of one image."""
     _, height, width = image_CHW.shape
-    return draw_crops(config, width=width, height=height, dice=FastRNG(seed))
+    return sample_crops(config, width=width, height=height, rng=FastRNG(seed))
 
 
 def view_groups(config: CropsConfig) -> list[range]:
-    """Views of one size each."""
+    """The views, grouped by size."""
     groups = range(GLOBAL_COUNT), range(GLOBAL_COUNT, GLOBAL_COUNT + config.local_count)
     return [views for views in groups if views]
 
 
-def cut_views(images: Sequence[Tensor], drawn: list[list[Crop]], views: range) -> RawCropGroup:
-    """Cut some views of every image, in the order of their plan."""
-    crops = [(image, one[view]) for image, one in zip(images, drawn, strict=True) for view in views]
-    plan = make_plan([crop for _, crop in crops])
-    size = crops[0][1].size
-    out = torch.empty(len(crops), len(images[0]), size, size, dtype=torch.uint8, memory_format=torch.channels_last)
+def raw_crop_group(images: Sequence[Tensor], crops: list[list[Crop]], views: range) -> RawCropGroup:
+    """Some views of every image, in the order of their plan."""
+    pairs = [(image, crops_V[view]) for image, crops_V in zip(images, crops, strict=True) for view in views]
+    plan = make_device_plan([crop for _, crop in pairs])
+    size = pairs[0][1].size
+    out = torch.empty(len(pairs), len(images[0]), size, size, dtype=torch.uint8, memory_format=torch.channels_last)
     for position, i in enumerate(plan.order):
-        out[position] = cut(*crops[i])
+        out[position] = raw_crop(*pairs[i])
     return RawCropGroup(out, plan, len(views))
 
 
-def cut(image_CHW: Tensor, crop: Crop) -> Tensor:
-    """Cut out and resize one crop (C, size, size): the bicubic interpolation of PIL."""
+def raw_crop(image_CHW: Tensor, crop: Crop) -> Tensor:
+    """One crop, resized with the bicubic interpolation of PIL (C, size, size)."""
     top, left, height, width = crop.box
     box = image_CHW[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    # What torchvision's `resize` calls in the end, without its dispatch, which a small crop feels.
+    # torchvision's `resize` calls this, too, but its dispatch is slow for a small crop.
     return interpolate(box, size=(crop.size, crop.size), mode="bicubic", antialias=True)[0]

@@ -1,4 +1,4 @@
-"""The parameters of a batch of crops as tensors: made by loader workers, used where the crops are augmented."""
+"""The parameters of a batch of crops as tensors: created in loader processes, used on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from dino_lightning.data.crops.blur import padded_weights
 from dino_lightning.data.crops.sampling import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crop
 
 BLENDS = 3
-"""Brightness, contrast and saturation: each blends the image with something."""
+"""Brightness, contrast and saturation: each blends the image with another one."""
 
 
 @dataclass
 class Packed:
-    """Named one-dimensional tensors in one: a batch travels between processes and devices as a few large pieces."""
+    """Named one-dimensional tensors in a single tensor, so that a batch is copied in a few large pieces."""
 
     tensor: Tensor
     bounds: dict[str, tuple[int, int]]
 
     @classmethod
     def pack(cls, parts: dict[str, list[int]] | dict[str, list[float]], *, dtype: torch.dtype) -> Self:
-        """Lists of numbers by name."""
+        """Pack lists of numbers by name."""
         bounds, flat = {}, []
         for name, values in parts.items():
             bounds[name] = (len(flat), len(flat) + len(values))
@@ -35,53 +35,53 @@ class Packed:
         return self.tensor[start:end]
 
     def to(self, device: torch.device | str, *, non_blocking: bool) -> "Packed":
-        """The same on a device."""
+        """The tensors on a device."""
         return Packed(self.tensor.to(device, non_blocking=non_blocking), self.bounds)
 
     def pin_memory(self) -> "Packed":
-        """The same in page-locked memory."""
+        """The tensors in page-locked memory."""
         return Packed(self.tensor.pin_memory(), self.bounds)
 
 
 @dataclass
-class Plan:
-    """What to do with N crops of one size.
+class DevicePlan:
+    """The augmentation of N crops with one size.
 
-    The crops are sorted: those without color jitter first, then those whose hue turns before the three blends of the
-    jitter, after one, two and three of them. So the hue turns in four slices, with the blends between them.
+    The crops are sorted: first those without color jitter, then those whose hue changes before the three blends of the
+    jitter, after one, two and three of them. So the hue changes in four slices, with the blends between them.
 
-    `indices` holds positions in this order:
+    `indices` contains sorted positions:
         inverse                position in the batch -> sorted position (N,)
-        flip, gray, solarize   the crops that are flipped, lose their color, are solarised
+        flip, gray, solarize   crops that are flipped, converted to gray, solarized
         saturation_k           crops whose blend k is the saturation
         blur                   crops that are blurred
-    `numbers` holds, for the J crops with jitter,
-        keep, mean    blend k multiplies by `keep` (3 J,) and adds `mean` times the mean luminance: 0 where it is not
-                      the contrast that blends
-        hue           turns (J,); empty where no hue turns
-        saturation_k  the share of the image that stays
-        blur          weights of the boxes (blurred crops × longest,), zeros behind them
+    `numbers` contains, for the J crops with jitter,
+        keep, mean    blend k multiplies by `keep` (3 J,) and adds `mean` times the mean luminance; `mean` is 0 unless
+                      the blend is the contrast
+        hue           turns (J,); empty if no hue changes
+        saturation_k  the share of the image that is kept
+        blur          weights of the boxes (blurred crops × longest,), padded with zeros
     """
 
     order: list[int]
     """Sorted position -> position in the batch (N,)."""
     hue_bounds: list[int]
-    """The hue of the crops from `hue_bounds[k]` to `hue_bounds[k + 1]` turns after k blends (5,)."""
+    """The hue of the crops from `hue_bounds[k]` to `hue_bounds[k + 1]` changes after k blends (5,)."""
     indices: Packed
     numbers: Packed
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Plan":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "DevicePlan":
         """The plan on a device."""
         moved = (part.to(device, non_blocking=non_blocking) for part in (self.indices, self.numbers))
-        return Plan(self.order, self.hue_bounds, *moved)
+        return DevicePlan(self.order, self.hue_bounds, *moved)
 
-    def pin_memory(self) -> "Plan":
+    def pin_memory(self) -> "DevicePlan":
         """The plan in page-locked memory."""
-        return Plan(self.order, self.hue_bounds, self.indices.pin_memory(), self.numbers.pin_memory())
+        return DevicePlan(self.order, self.hue_bounds, self.indices.pin_memory(), self.numbers.pin_memory())
 
 
-def make_plan(crops: Sequence[Crop]) -> Plan:
-    """The plan of N crops of one size."""
+def make_device_plan(crops: Sequence[Crop]) -> DevicePlan:
+    """The plan of N crops with one size."""
     stages = [_hue_stage(crop) for crop in crops]
     order = sorted(range(len(crops)), key=stages.__getitem__)
     ordered = [crops[i] for i in order]
@@ -92,7 +92,7 @@ def make_plan(crops: Sequence[Crop]) -> Plan:
     jitter_indices, jitter_numbers = _jitter(ordered[bounds[0] :], first=bounds[0])
     blurred = [i for i, crop in enumerate(ordered) if crop.blur]
     weights = padded_weights([ordered[i].blur for i in blurred])
-    return Plan(
+    return DevicePlan(
         order=order,
         hue_bounds=bounds,
         indices=Packed.pack(
@@ -114,36 +114,31 @@ def make_plan(crops: Sequence[Crop]) -> Plan:
 
 
 def _jitter(crops: list[Crop], *, first: int) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
-    """Indices and numbers of the crops with jitter, which stand from position `first` on."""
+    """Indices and numbers of the crops with jitter, whose sorted positions start at `first`."""
     saturated: list[list[int]] = [[] for _ in range(BLENDS)]
-    stays: list[list[float]] = [[] for _ in range(BLENDS)]
+    shares: list[list[float]] = [[] for _ in range(BLENDS)]
     keep, mean = [1.0] * (BLENDS * len(crops)), [0.0] * (BLENDS * len(crops))
     turns = [0.0] * len(crops)
     for position, crop in enumerate(crops):
         k = 0
-        for part, factor in crop.jitter:
-            if part == HUE:
+        for operation, factor in crop.jitter:
+            if operation == HUE:
                 turns[position] = factor
                 continue
-            if part == SATURATION:
+            if operation == SATURATION:
                 saturated[k].append(first + position)
-                stays[k].append(factor)
+                shares[k].append(factor)
             else:
-                assert part in (BRIGHTNESS, CONTRAST)
+                assert operation in (BRIGHTNESS, CONTRAST)
                 keep[k * len(crops) + position] = factor
-                mean[k * len(crops) + position] = 1 - factor if part == CONTRAST else 0.0
+                mean[k * len(crops) + position] = 1 - factor if operation == CONTRAST else 0.0
             k += 1
-    hue = {"hue": turns if any(turns) else []}
     names = [f"saturation_{k}" for k in range(BLENDS)]
-    return dict(zip(names, saturated, strict=True)), {
-        "keep": keep,
-        "mean": mean,
-        **hue,
-        **dict(zip(names, stays, strict=True)),
-    }
+    numbers = {"keep": keep, "mean": mean, "hue": turns if any(turns) else [], **dict(zip(names, shares, strict=True))}
+    return dict(zip(names, saturated, strict=True)), numbers
 
 
 def _hue_stage(crop: Crop) -> int:
-    """-1 without jitter, else the number of blends before the hue; without a hue, 0."""
-    parts = [part for part, _ in crop.jitter]
-    return parts.index(HUE) if HUE in parts else min(len(parts), 1) - 1
+    """-1 without jitter, otherwise the number of blends before the hue; 0 without a hue."""
+    operations = [operation for operation, _ in crop.jitter]
+    return operations.index(HUE) if HUE in operations else min(len(operations), 1) - 1

@@ -1,8 +1,8 @@
-"""The operators of one crop as compiled loops: `crops=cpu`.
+"""`crops=cpu`: the operators of one crop as compiled loops.
 
-They compute what `photometric` does, in float32 and without cutting to whole numbers between the steps. A crop stays in
-the processor's cache from the first loop to the last, and each loop does in one pass what takes a tensor library many.
-numba compiles them at first use, in seconds, and keeps the result on disk.
+They compute the same as `photometric`, in float32 without rounding between operators. A crop stays in the processor's
+cache from the first loop to the last, and each loop does in one pass what needs several in a tensor library. numba
+compiles them at first use, in seconds, and stores the result on disk.
 
 Arrays: x (C, S, S) float32 of values from 0 to 255.
 """
@@ -27,34 +27,34 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """The function in machine code."""
+    """Compile the function to machine code."""
     options: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy"}
     try:
         return cast(F, njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep the result in: compile it in every run
+    except RuntimeError:  # there is no writable folder for the result, so every run compiles it
         return cast(F, njit(**options)(function))
 
 
 class Finisher:
-    """Cut crop uint8 (C, S, S) and its parameters -> augmented and normalized float32.
+    """Raw crop uint8 (C, S, S) and its parameters -> augmented and normalized float32.
 
-    Loops that no cache has are compiled when it is made: loader processes that start afterwards have them.
+    The constructor compiles loops that are not cached, so that loader processes start with compiled ones.
     """
 
     def __init__(self, config: CropsConfig) -> None:
         self.mean = np.array(config.mean, np.float32) * WHITE
         self.scale: Floats = np.float32(1) / (np.array(config.std, np.float32) * WHITE)
-        self.threshold = config.solarize_threshold - 0.5  # what rounds to it counts
-        nothing = Crop(box=(0, 0, 8, 8), size=8, flip=False, jitter=(), gray=False, blur=0.0, solarize=False)
+        self.threshold = config.solarize_threshold - 0.5  # as if values were rounded first
+        identity = Crop(box=(0, 0, 8, 8), size=8, flip=False, jitter=(), gray=False, blur=0.0, solarize=False)
         channels = len(config.mean)
-        self(torch.zeros(channels, 8, 8, dtype=torch.uint8), nothing, out=torch.empty(channels, 8, 8))
+        self(torch.zeros(channels, 8, 8, dtype=torch.uint8), identity, out=torch.empty(channels, 8, 8))
 
     def __call__(self, image_CSS: Tensor, crop: Crop, *, out: Tensor) -> None:
-        """Write the finished crop to `out` (C, S, S), which lies in one piece. Fastest with channels last in memory."""
+        """Write the augmented crop to the contiguous `out` (C, S, S). Fastest with channels last in memory."""
         _finish(
             np.ascontiguousarray(image_CSS.permute(1, 2, 0).numpy()),
             crop.flip,
-            np.array([part for part, _ in crop.jitter], np.int64),
+            np.array([operation for operation, _ in crop.jitter], np.int64),
             np.array([factor for _, factor in crop.jitter], np.float32),
             crop.gray,
             np.array(box_weights(crop.blur) if crop.blur else [1], np.float32),
@@ -67,9 +67,9 @@ class Finisher:
 
 @compiled
 def _finish(
-    cut: NDArray[np.uint8],
+    raw_crop: NDArray[np.uint8],
     flip: bool,
-    parts: NDArray[np.int64],
+    operations: NDArray[np.int64],
     factors: Floats,
     gray: bool,
     box: Floats,
@@ -78,14 +78,14 @@ def _finish(
     scale: Floats,
     x: Floats,
 ) -> None:
-    """All operators in their order; `x` is scratch and result."""
-    _load(cut, flip, x)
-    for i in range(len(parts)):
-        if parts[i] == BRIGHTNESS:
+    """Apply all operators in their order; `x` is work space and result."""
+    _load(raw_crop, flip, x)
+    for i in range(len(operations)):
+        if operations[i] == BRIGHTNESS:
             _blend(x, factors[i], np.float32(0))
-        elif parts[i] == CONTRAST:
+        elif operations[i] == CONTRAST:
             _blend(x, factors[i], (1 - factors[i]) * _mean_luminance(x))
-        elif parts[i] == SATURATION:
+        elif operations[i] == SATURATION:
             _saturate(x, factors[i])
         else:
             _turn_hue(x, factors[i])
@@ -102,13 +102,13 @@ def _finish(
 
 
 @compiled
-def _load(cut: NDArray[np.uint8], flip: bool, x: Floats) -> None:
-    size = cut.shape[1]
-    for c in range(cut.shape[2]):
-        for i in range(cut.shape[0]):
+def _load(raw_crop: NDArray[np.uint8], flip: bool, x: Floats) -> None:
+    size = raw_crop.shape[1]
+    for c in range(raw_crop.shape[2]):
+        for i in range(raw_crop.shape[0]):
             line = x[c, i, ::-1] if flip else x[c, i]
             for j in range(size):
-                line[j] = cut[i, j, c]
+                line[j] = raw_crop[i, j, c]
 
 
 @compiled
@@ -120,13 +120,13 @@ def _blend(x: Floats, keep: np.float32, added: np.float32) -> None:
 
 @compiled
 def _luminance(red: np.float32, green: np.float32, blue: np.float32) -> np.float32:
-    """ITU-R 601, as in PIL."""
+    """ITU-R 601, like PIL."""
     return np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
 
 
 @compiled
 def _mean_luminance(x: Floats) -> np.float32:
-    """A whole number, as in PIL; with other than three channels, their mean."""
+    """Rounded to an integer, like in PIL; unless there are three channels, the mean of all."""
     C = x.shape[0]
     means = np.empty(C, np.float32)
     for c in range(C):
@@ -147,9 +147,9 @@ def _saturate(x: Floats, keep: np.float32) -> None:
 
 @compiled
 def _turn_hue(x: Floats, turn: np.float32) -> None:
-    """By a share of the full circle; the formula of `photometric.turn_hue`."""
+    """Rotate the hue by a share of the full circle, with the formula of `photometric.turn_hue`."""
     red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
-    at_red, at_green, at_blue = _turned(RED, turn), _turned(GREEN, turn), _turned(BLUE, turn)
+    at_red, at_green, at_blue = _turned_position(RED, turn), _turned_position(GREEN, turn), _turned_position(BLUE, turn)
     for p in range(len(red)):
         r, g, b = red[p], green[p], blue[p]
         upper, lower = max(g, b), min(g, b)
@@ -165,7 +165,7 @@ def _turn_hue(x: Floats, turn: np.float32) -> None:
 
 
 @compiled
-def _turned(position: float, turn: np.float32) -> np.float32:
+def _turned_position(position: float, turn: np.float32) -> np.float32:
     return np.float32((position - 6 * turn) % 6)
 
 
@@ -183,10 +183,10 @@ def _gray(x: Floats) -> None:
 
 @compiled
 def _blur_rows(x: Floats, box: Floats) -> None:
-    """Three boxes along each row; the edge pixels go on beyond it."""
+    """Apply three boxes along each row, which is extended by its edge pixels."""
     reach, size = len(box) - 1, x.shape[2]
     row = np.empty(size + 2 * reach, np.float32)
-    # Slices, not sums of indices, which numba checks for being negative in every turn.
+    # Slices instead of sums of indices, because numba would test in every iteration whether those are negative.
     middle, left, right = row[reach : reach + size], row[reach - 1 :], row[reach + 1 :]
     for c in range(x.shape[0]):
         for i in range(x.shape[1]):
@@ -206,7 +206,7 @@ def _blur_rows(x: Floats, box: Floats) -> None:
 
 @compiled
 def _blur_columns(x: Floats, box: Floats) -> None:
-    """The same along each column, a row of pixels at a time."""
+    """Apply three boxes along each column, by whole rows of pixels."""
     reach, rows = len(box) - 1, x.shape[1]
     before = np.empty_like(x[0])
     for c in range(x.shape[0]):

@@ -1,7 +1,7 @@
-"""Flip, color jitter, grayscale, blur, solarisation and normalization of a whole batch of crops at once.
+"""Flip, color jitter, grayscale, blur, solarization and normalization of a batch of crops on the device.
 
-They compute what PIL computes, in float32 and without cutting to whole numbers between the steps. Every crop has its
-own parameters; how many crops an operator touches is known beforehand, so that nothing waits for the accelerator.
+The operators compute the same as PIL, in float32 without rounding between them. Every crop has its own parameters; the
+number of crops that an operator changes is known in advance, so that nothing synchronizes with the accelerator.
 Shapes: N crops in the order of their plan, C channels, S side; values from 0 to 255.
 """
 
@@ -13,31 +13,31 @@ from torch import Tensor
 
 from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops.blur import blur
-from dino_lightning.data.crops.device_plan import BLENDS, Plan
+from dino_lightning.data.crops.device_plan import BLENDS, DevicePlan
 
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in a gray picture (ITU-R 601, as in PIL)."""
+"""Weights of red, green and blue in a gray image (ITU-R 601, like PIL)."""
 WHITE = 255.0
 TINY = 1e-6
-"""Kept from zero, where a gray pixel has no hue."""
+"""Avoids divisions by zero for gray pixels, which have no hue."""
 RED, GREEN, BLUE = 3.0, 5.0, 1.0
-"""The hue opposite to red, and those that are as far from green and blue (sixths of a circle)."""
+"""The hue opposite to red, and those at the same distance from green and blue (sixths of a circle)."""
 
 
-def augment(images_NCSS: Tensor, plan: Plan, config: CropsConfig) -> Tensor:
+def augment(images_NCSS: Tensor, plan: DevicePlan, config: CropsConfig) -> Tensor:
     """Crops uint8 in the order of the plan -> augmented, normalized float32 in the order of the batch.
 
     Overwrites the crops.
     """
-    change(images_NCSS, plan.indices["flip"], lambda some: some.flip(-1))
+    change(images_NCSS, plan.indices["flip"], lambda images: images.flip(-1))
     x = images_NCSS.to(torch.float32, memory_format=torch.contiguous_format)
     jitter(x, plan)
-    change(x, plan.indices["gray"], lambda some: luminance(some).expand_as(some))
+    change(x, plan.indices["gray"], lambda images: luminance(images).expand_as(images))
     blurred = plan.indices["blur"]
     if len(blurred):
         weights_NR = plan.numbers["blur"].view(len(blurred), -1)
-        change(x, blurred, lambda some: blur(some, weights_NR))
-    change(x, plan.indices["solarize"], lambda some: solarize(some, threshold=config.solarize_threshold))
+        change(x, blurred, lambda images: blur(images, weights_NR))
+    change(x, plan.indices["solarize"], lambda images: solarize(images, threshold=config.solarize_threshold))
     mean, std = (constant(tuple(values), x.device).view(-1, 1, 1) * WHITE for values in (config.mean, config.std))
     return x.sub_(mean).div_(std).index_select(0, plan.indices["inverse"])
 
@@ -48,11 +48,11 @@ def change(x: Tensor, indices: Tensor, operator: Callable[[Tensor], Tensor]) -> 
         x.index_copy_(0, indices, operator(x.index_select(0, indices)))
 
 
-def jitter(x: Tensor, plan: Plan) -> None:
-    """Brightness, contrast, saturation and hue, in the order that each crop has drawn; in place.
+def jitter(x: Tensor, plan: DevicePlan) -> None:
+    """Brightness, contrast, saturation and hue, in the random order of each crop; in place.
 
     for k in 0, 1, 2, 3:
-        the hue of the crops of slice k turns
+        the hue of the crops in slice k changes
         blend k of all crops:  x <- keep x + (1 - keep) (black | mean luminance | luminance of the pixel)
     """
     first = plan.hue_bounds[0]
@@ -68,61 +68,61 @@ def jitter(x: Tensor, plan: Plan) -> None:
         if k < BLENDS:
             added = mean[k] * mean_luminance(colored)
             colored.mul_(column(keep[k])).add_(column(added)).clamp_(0, WHITE)
-            stays = column(plan.numbers[f"saturation_{k}"])
-            change(x, plan.indices[f"saturation_{k}"], lambda some, stays=stays: saturate_(some, stays))
+            share = column(plan.numbers[f"saturation_{k}"])
+            change(x, plan.indices[f"saturation_{k}"], lambda images, share=share: saturate_(images, share))
 
 
 @lru_cache(maxsize=16)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers that stay on the device: to send them there would wait for its queue."""
+    """A constant on the device, cached because copying it would synchronize with the device."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def column(values_N: Tensor) -> Tensor:
-    """One number per image, against (N, C, S, S)."""
+    """One number per image, broadcast to (N, C, S, S)."""
     return values_N.view(-1, 1, 1, 1)
 
 
 def luminance(x: Tensor) -> Tensor:
-    """Gray pictures (N, 1, S, S) of color ones (N, 3, S, S)."""
+    """Gray images (N, 1, S, S) of color images (N, 3, S, S)."""
     red, green, blue = LUMINANCE
     return (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue)
 
 
 def mean_luminance(x: Tensor) -> Tensor:
-    """Of each image (N,), a whole number as in PIL; with other than three channels, their mean."""
+    """Mean of each image (N,), rounded like in PIL; unless there are three channels, the mean of all."""
     means_NC = x.mean((2, 3))
     weights = LUMINANCE if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
     return (means_NC @ constant(weights, x.device)).round_()
 
 
-def saturate_(x: Tensor, stays: Tensor | float) -> Tensor:
-    """Blend with the gray picture, in place; `stays` is a share for all crops, or one for each (N, 1, 1, 1)."""
-    gray = luminance(x).mul_(1 - stays)
-    return x.mul_(stays).add_(gray).clamp_(0, WHITE)
+def saturate_(x: Tensor, share: Tensor | float) -> Tensor:
+    """Blend a share of the image, one for all or one for each (N, 1, 1, 1), with its gray version, in place."""
+    gray = luminance(x).mul_(1 - share)
+    return x.mul_(share).add_(gray).clamp_(0, WHITE)
 
 
 def solarize(x: Tensor, *, threshold: int) -> Tensor:
     """Invert the values at or above the threshold: 127.5 ± (x - 127.5)."""
-    # Half a step below the threshold, so that the sign is never 0 for whole numbers.
+    # Half below the threshold, so that the sign is never 0 for integers.
     side = x.sub(threshold - 0.5).sign_().neg_()
     return x.sub(WHITE / 2).mul_(side).add_(WHITE / 2)
 
 
 def turn_hue(x: Tensor, turns: Tensor | float) -> None:
-    """Turn the hue of color images (N, 3, S, S) by a share of the full circle, value and saturation kept; in place.
+    """Rotate the hue of color images (N, 3, S, S) by a share of the full circle, with constant value and saturation.
 
-    `turns` is one number for all crops, or one for each (N, 1, 1).
+    In place. `turns` is one number for all crops, or one for each (N, 1, 1).
     With u and l the larger and the smaller of green and blue, m the smaller of red and u, c the largest minus the
     smallest channel, and the signs s of (green - blue) and t of (red - u), the hue in sixths of a circle is
         h = | t (3 s - 2) - 1 + (m - l) / c |
-    and a channel at the position b (`RED`, `GREEN`, `BLUE`), turned the other way and taken from 0 to 6, becomes
+    and a channel at the position b (`RED`, `GREEN`, `BLUE`), rotated in the other direction modulo 6, becomes
         smallest + 2c - c clamp(| | h - b | - 3 |, 1, 2).
     """
     red, green, blue = x.unbind(1)
     upper, lower = torch.maximum(green, blue), torch.minimum(green, blue)
     largest, middle = torch.maximum(red, upper), torch.minimum(red, upper)
-    # TINY stands for the sign of 0.
+    # TINY makes the sign of 0 positive.
     s, t = (difference.add_(TINY).sign_() for difference in (green - blue, torch.sub(red, upper, out=upper)))
     k = s.mul_(3).sub_(2).mul_(t).sub_(1)
     smallest = torch.minimum(middle, lower, out=t)

@@ -1,8 +1,8 @@
-"""Random parameters of the multi-crop augmentation: the one place where they are drawn, whatever applies them.
+"""Samples all parameters of the multi-crop augmentation. The back ends only apply them.
 
-A crop is: cut and resize (bicubic), flip, color jitter, grayscale, blur, solarise, normalize. `draw_crops` makes the
-`Crop`s of one image from its size and a `Dice`. With `OriginalDice` the numbers come from the generators of PyTorch and
-Python in the order in which the original's transforms consume them: after the same seeds, the same crops to the bit.
+The operators are: crop and resize (bicubic), flip, color jitter, grayscale, blur, solarize, normalize. `sample_crops`
+samples the `Crop`s of one image from its size and a `CropRNG`. `ReferenceRNG` uses the generators of PyTorch and Python
+in the order of the original DINO's transforms, so the same seeds give bit-identical crops.
 """
 
 import math
@@ -15,16 +15,16 @@ import torch
 from dino_lightning.config import CropsConfig
 
 GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2
-"""Positions of a kind of view in `crops.blur_p` and `crops.solarize_p`."""
+"""Inrngs of the kinds of views in `crops.blur_p` and `crops.solarize_p`."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-"""The four parts of the color jitter, as numbered by torchvision."""
-TRIES = 10
-"""Boxes drawn before the fallback of `random_box`."""
+"""The four operations of the color jitter, as numbered by torchvision."""
+MAX_ATTEMPTS = 10
+"""Boxes that are sampled before the fallback of `random_box`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """What happens to one crop."""
+    """The parameters of one crop."""
 
     box: tuple[int, int, int, int]
     """Top, left, height and width in the image (pixels)."""
@@ -32,84 +32,84 @@ class Crop:
     """Side after resizing (pixels)."""
     flip: bool
     jitter: tuple[tuple[int, float], ...]
-    """Parts of the color jitter in their order, each with its factor (hue: turns); empty for none."""
+    """Operations of the color jitter in their order, each with its factor (hue: turns); empty without jitter."""
     gray: bool
     blur: float
-    """Standard deviation of the blur (pixels); 0 for none."""
+    """Standard deviation of the blur (pixels); 0 without blur."""
     solarize: bool
 
 
 class CropRNG(Protocol):
-    """Random numbers from two streams, as the original has them: PyTorch's and Python's."""
+    """Random numbers of two generators, like in the original: PyTorch's and Python's."""
 
     def uniform(self, low: float, high: float, /) -> float:
-        """PyTorch's, from `low` to `high`."""
+        """From `low` to `high`, by PyTorch."""
         ...
 
     def log_uniform(self, low: float, high: float, /) -> float:
-        """PyTorch's, from `low` to `high`, uniform in the logarithm."""
+        """From `low` to `high`, uniform in the logarithm, by PyTorch."""
         ...
 
     def integer(self, below: int, /) -> int:
-        """PyTorch's, from 0 to `below` - 1."""
+        """From 0 to `below` - 1, by PyTorch."""
         ...
 
     def order(self) -> list[int]:
-        """A permutation of 0 to 3 from PyTorch's stream."""
+        """A permutation of 0 to 3, by PyTorch."""
         ...
 
     def chance(self) -> float:
-        """PyTorch's, from 0 to 1."""
+        """From 0 to 1, by PyTorch."""
         ...
 
     def python_chance(self) -> float:
-        """Python's, from 0 to 1."""
+        """From 0 to 1, by Python."""
         ...
 
     def python_uniform(self, low: float, high: float, /) -> float:
-        """Python's, from `low` to `high`."""
+        """From `low` to `high`, by Python."""
         ...
 
 
 class ReferenceRNG:
-    """The original's generators, of one seed and apart from the process's own."""
+    """The original's two generators with one seed, separate from the global ones."""
 
     def __init__(self, seed: int) -> None:
         self._torch = torch.Generator().manual_seed(seed)
         self._python = random.Random(seed)
 
     def uniform(self, low: float, high: float) -> float:
-        """A float32, as `Tensor.uniform_` draws it."""
+        """A float32, like `Tensor.uniform_`."""
         return torch.empty(1).uniform_(low, high, generator=self._torch).item()
 
     def log_uniform(self, low: float, high: float) -> float:
-        """In float32, as torchvision draws aspect ratios."""
+        """In float32, like torchvision's aspect ratios."""
         logarithms = torch.log(torch.tensor([low, high])).tolist()
         return torch.exp(torch.empty(1).uniform_(*logarithms, generator=self._torch)).item()
 
     def integer(self, below: int) -> int:
-        """As `torch.randint`."""
+        """Like `torch.randint`."""
         return int(torch.randint(below, (1,), generator=self._torch).item())
 
     def order(self) -> list[int]:
-        """As `torch.randperm`."""
+        """Like `torch.randperm`."""
         return torch.randperm(4, generator=self._torch).tolist()
 
     def chance(self) -> float:
-        """As `torch.rand`."""
+        """Like `torch.rand`."""
         return torch.rand(1, generator=self._torch).item()
 
     def python_chance(self) -> float:
-        """As `random.random`."""
+        """Like `random.random`."""
         return self._python.random()
 
     def python_uniform(self, low: float, high: float) -> float:
-        """As `random.uniform`."""
+        """Like `random.uniform`."""
         return self._python.uniform(low, high)
 
 
 class FastRNG:
-    """Python's generator alone, several times as fast as scalars of PyTorch: the same distributions, other numbers."""
+    """Only Python's generator, several times faster than PyTorch scalars: the same distributions, other numbers."""
 
     def __init__(self, seed: int) -> None:
         generator = random.Random(seed)
@@ -132,43 +132,43 @@ class FastRNG:
         return order
 
 
-def draw_crops(config: CropsConfig, *, width: int, height: int, dice: CropRNG) -> list[Crop]:
-    """The V crops of an image of this size: two global ones, then `local_count` local ones."""
+def sample_crops(config: CropsConfig, *, width: int, height: int, rng: CropRNG) -> list[Crop]:
+    """The V crops of an image with this size: two global ones, then `local_count` local ones."""
     views = [GLOBAL_1, GLOBAL_2] + [LOCAL] * config.local_count
-    return [draw_crop(config, view, width=width, height=height, dice=dice) for view in views]
+    return [sample_crop(config, view, width=width, height=height, rng=rng) for view in views]
 
 
-def draw_crop(config: CropsConfig, view: int, *, width: int, height: int, dice: CropRNG) -> Crop:
-    """One crop: `GLOBAL_1`, `GLOBAL_2` or `LOCAL`. The arguments below are evaluated, and draw, in their order."""
+def sample_crop(config: CropsConfig, view: int, *, width: int, height: int, rng: CropRNG) -> Crop:
+    """The crop of a view `GLOBAL_1`, `GLOBAL_2` or `LOCAL`. Random numbers are drawn in the order of the arguments."""
     local = view == LOCAL
     scale = config.local_scale if local else config.global_scale
     return Crop(
-        box=random_box(width, height, scale=scale, ratio=config.ratio, dice=dice),
+        box=random_box(width, height, scale=scale, ratio=config.ratio, rng=rng),
         size=config.local_size if local else config.global_size,
-        flip=dice.chance() < config.flip_p,
-        # torchvision's RandomApply compares the other way round than its flip.
-        jitter=() if config.jitter_p < dice.chance() else draw_jitter(config, dice=dice),
-        gray=dice.chance() < config.grayscale_p,
-        blur=0.0 if dice.python_chance() > config.blur_p[view] else dice.python_uniform(*config.blur_radius),
-        # A view without solarisation draws nothing, as in the original, which has no such operator there.
-        solarize=bool(config.solarize_p[view]) and dice.python_chance() < config.solarize_p[view],
+        flip=rng.chance() < config.flip_p,
+        # torchvision's RandomApply compares in the other direction than its flip.
+        jitter=() if config.jitter_p < rng.chance() else sample_jitter(config, rng=rng),
+        gray=rng.chance() < config.grayscale_p,
+        blur=0.0 if rng.python_chance() > config.blur_p[view] else rng.python_uniform(*config.blur_radius),
+        # A view without solarization draws no number, because the original has no such operator there.
+        solarize=bool(config.solarize_p[view]) and rng.python_chance() < config.solarize_p[view],
     )
 
 
 def random_box(
-    width: int, height: int, *, scale: list[float], ratio: list[float], dice: CropRNG
+    width: int, height: int, *, scale: list[float], ratio: list[float], rng: CropRNG
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a box with an area and an aspect ratio drawn from their ranges.
+    """Top, left, height and width of a box whose area and aspect ratio are sampled from their ranges.
 
-    The ratio is uniform in its logarithm. A box that does not fit is drawn again; after ten of them it is the largest
-    central one within the ratios.
+    The ratio is uniform in its logarithm. A box that does not fit is sampled again, at most ten times; then it is the
+    largest central box within the ratios.
     """
     area, (narrowest, widest) = width * height, ratio
-    for _ in range(TRIES):
-        target, shape = area * dice.uniform(*scale), dice.log_uniform(narrowest, widest)
+    for _ in range(MAX_ATTEMPTS):
+        target, shape = area * rng.uniform(*scale), rng.log_uniform(narrowest, widest)
         w, h = round(math.sqrt(target * shape)), round(math.sqrt(target / shape))
         if 0 < w <= width and 0 < h <= height:
-            return dice.integer(height - h + 1), dice.integer(width - w + 1), h, w
+            return rng.integer(height - h + 1), rng.integer(width - w + 1), h, w
     w, h = width, height
     if width / height < narrowest:
         h = max(1, round(w / narrowest))
@@ -177,11 +177,11 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_jitter(config: CropsConfig, *, dice: CropRNG) -> tuple[tuple[int, float], ...]:
-    """Brightness, contrast, saturation and hue in random order; a part of strength 0 is left out."""
-    order = dice.order()
+def sample_jitter(config: CropsConfig, *, rng: CropRNG) -> tuple[tuple[int, float], ...]:
+    """Brightness, contrast, saturation and hue in random order; an operation with strength 0 is omitted."""
+    order = rng.order()
     strengths = ((BRIGHTNESS, config.brightness), (CONTRAST, config.contrast), (SATURATION, config.saturation))
-    factors = {part: dice.uniform(max(0.0, 1 - by), 1 + by) for part, by in strengths if by}
+    factors = {operation: rng.uniform(max(0.0, 1 - s), 1 + s) for operation, s in strengths if s}
     if config.hue:
-        factors[HUE] = dice.uniform(-config.hue, config.hue)
-    return tuple((part, factors[part]) for part in order if part in factors)
+        factors[HUE] = rng.uniform(-config.hue, config.hue)
+    return tuple((operation, factors[operation]) for operation in order if operation in factors)

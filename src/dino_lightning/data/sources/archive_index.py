@@ -1,7 +1,7 @@
-"""Where the images lie inside zip and tar files: read once, kept in `data.cache_dir` where that takes long.
+"""The positions of the images in zip and tar files, read once and stored in `data.cache_dir` for large archives.
 
 A tar has no table of contents: its headers are found one after the other, which takes minutes for a terabyte. A zip has
-one at its end, but only the header beside an entry says where its data begins.
+a table at its end, but only the header in front of an entry says where its data starts.
 """
 
 import contextlib
@@ -21,133 +21,134 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.data.sources.file_index import is_image
-from dino_lightning.data.sources.mapped_arrays import MappedArrays, offsets_of, open_stored, store
+from dino_lightning.data.sources.mapped_arrays import MappedArrays, offsets_from, open_stored, store
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.locks import exclusive
 
-KEPT_FROM = 100_000_000
-"""Bytes of all archives from which on the table is kept."""
-FORMAT = b"1"
-"""Changes when a kept table would be read wrongly."""
+STORED_FROM_BYTES = 100_000_000
+"""Size of all archives from which on the index is stored."""
+FORMAT = b"2"
+"""Changes if a stored index would be read incorrectly."""
 THREADS = 8
-"""Archives that are read at once: on a network file system each header costs a round trip."""
-STEP = 256
-"""Members between two reports of the progress."""
+"""Archives that are read concurrently: on a network file system each header costs a round trip."""
+PROGRESS_INTERVAL = 256
+"""Members between two progress updates."""
+PROGRESS_DELAY_S = 1
+"""Time after which the progress is shown."""
 BLOCK = 512
-"""A tar is made of blocks of this many bytes; one of zeros ends it."""
+"""Bytes per block of a tar; a block of zeros ends it."""
 ENCRYPTED, UTF8_NAME = 1 << 0, 1 << 11
 """Flags of a zip entry."""
 LOCAL_HEADER = struct.Struct("<26xHH")
-"""The header before a zip entry's data: what follows it are a name and an extra field of these lengths."""
+"""The header in front of a zip entry's data: a name and an extra field of these lengths follow it."""
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of a compressed file -> the command that decompresses it."""
 
 ByteRange = tuple[int, int, int]
-"""Where an image's data begins in its archive, how long it is there, and its length unpacked, -1 where it is not packed
+"""Start of an image's data in its archive, its length there, and its uncompressed length, -1 if it is not compressed
 (bytes)."""
-Report = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 """Called with the position reached in an archive (bytes)."""
 
 
 @dataclass
 class ArchiveFolder:
-    """The images of one folder in an archive, by name; each path in the archive is a piece of `blob`."""
+    """The images of one folder in an archive, sorted by name; `blob` contains their paths in the archive."""
 
-    path: str
     blob: bytes
     lengths: np.ndarray
     """Lengths of the paths (n,) int64."""
-    places: np.ndarray
-    """(n, 3) int64, the `Place` of each."""
+    ranges: np.ndarray
+    """The `ByteRange` of each image (n, 3) int64."""
 
 
-def read_members(files: list[Path], *, of: Path, cache_dir: str) -> MappedArrays:
+def index_archives(files: list[Path], *, of: Path, cache_dir: str) -> MappedArrays:
     """The images inside the archives `files`, folder by folder.
 
-    `blob` and `offsets` hold their paths inside the archive, `places` (n, 3) where their data is. A folder's images are
-    the rows from `starts[i]` to `starts[i + 1]`, by name, of the archive `archives[i]`. `states` (files, 2) are sizes
-    and times of the archives. The table is kept for `of`, until one of the archives changes.
+    `blob` and `offsets` contain their paths inside the archive, `ranges` (n, 3) their `ByteRange`s. Folder i
+    is the rows `starts[i]` to `starts[i + 1]`, sorted by name, of the archive `archives[i]`. `stats` (files, 2) are the
+    sizes and times of the archives. The index is stored under the name `of` until one of the archives changes.
     """
-    states = np.array([(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)], dtype=np.int64)
-    if states[:, 0].sum() < KEPT_FROM:
-        return MappedArrays(_scan(files, states=states, of=of))
-    key = content_digest(FORMAT, *(os.fsencode(file) for file in files), states.tobytes()).encode()
-    place = Path(cache_dir).expanduser() / "archives" / content_digest(os.fsencode(of))
-    known = _known(place, key=key)
-    if known is None:
-        with _alone(place):  # whoever waited finds the other's table
-            known = _known(place, key=key)
-            if known is None:
-                arrays = _scan(files, states=states, of=of)
-                known = store({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=place)
-    return known
+    stats = np.array([(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)], dtype=np.int64)
+    if stats[:, 0].sum() < STORED_FROM_BYTES:
+        return MappedArrays(_scan(files, stats=stats, of=of))
+    key = content_digest(FORMAT, *(os.fsencode(file) for file in files), stats.tobytes()).encode()
+    cache = Path(cache_dir).expanduser() / "archives" / content_digest(os.fsencode(of))
+    index = _stored_index(cache, key=key)
+    if index is None:
+        with exclusive(cache / "lock", required=False):
+            index = _stored_index(cache, key=key)  # another process may have written it meanwhile
+            if index is None:
+                arrays = _scan(files, stats=stats, of=of)
+                index = store({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=cache)
+    return index
 
 
-def _known(place: Path, *, key: bytes) -> MappedArrays | None:
-    """The kept table with this key, marked as used. Damaged tables are removed."""
-    for folder in place.glob("[!.]*/"):  # hidden ones are being written
+def _stored_index(cache: Path, *, key: bytes) -> MappedArrays | None:
+    """The stored index with this key, marked as used. Damaged ones are removed."""
+    for folder in cache.glob("[!.]*/"):  # hidden folders are being written
         try:
-            kept = open_stored(folder)
-            count = len(kept["places"])
-            if (len(kept["offsets"]), kept["offsets"][-1], kept["starts"][-1]) != (count + 1, len(kept["blob"]), count):
-                raise ValueError(f"'{folder}' is not a table of members")
+            index = open_stored(folder)
+            count = len(index["ranges"])
+            if (len(index["offsets"]), index["offsets"][-1], index["starts"][-1]) != (
+                count + 1,
+                len(index["blob"]),
+                count,
+            ):
+                raise ValueError(f"'{folder}' is not an index of archives")
         except OSError:
             continue
         except (ValueError, EOFError, KeyError):
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        if kept["key"].tobytes() == key:
+        if index["key"].tobytes() == key:
             with contextlib.suppress(OSError):
                 os.utime(folder)
-            return kept
+            return index
     return None
 
 
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process at a time, where the cache can be written."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):  # the latter: a file system without locks
-            place.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(place / "lock"))
-        yield
-
-
-def _scan(files: list[Path], *, states: np.ndarray, of: Path) -> dict[str, np.ndarray]:
-    """The arrays of `read_members`."""
-    with _progress(int(states[:, 0].sum()), of=of) as moved, ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda file: _folders(file, moved=moved), files))
-    folders = [folder for one in found for folder in one]
+def _scan(files: list[Path], *, stats: np.ndarray, of: Path) -> dict[str, np.ndarray]:
+    """The arrays of `index_archives`."""
+    with _progress(int(stats[:, 0].sum()), of=of) as advance, ThreadPoolExecutor(THREADS) as pool:
+        by_file = list(pool.map(lambda file: _folders(file, advance=advance), files))
+    folders = [folder for file_folders in by_file for folder in file_folders]
     if not folders:
-        raise UserError(f"data.path: '{of}' holds no image, neither in folders nor in tar files inside")
+        raise UserError(f"data.path: '{of}' contains no image, neither in folders nor in tar files inside it")
     return {
         "blob": np.frombuffer(b"".join(folder.blob for folder in folders), dtype=np.uint8),
-        "offsets": offsets_of(np.concatenate([folder.lengths for folder in folders])),
-        "places": np.concatenate([folder.places for folder in folders]),
-        "starts": offsets_of(np.array([len(folder.lengths) for folder in folders])),
-        "archives": np.repeat(np.arange(len(files), dtype=np.int32), [len(one) for one in found]),
-        "states": states,
+        "offsets": offsets_from(np.concatenate([folder.lengths for folder in folders])),
+        "ranges": np.concatenate([folder.ranges for folder in folders]),
+        "starts": offsets_from(np.array([len(folder.lengths) for folder in folders])),
+        "archives": np.repeat(np.arange(len(files), dtype=np.int32), [len(folders) for folders in by_file]),
+        "stats": stats,
     }
 
 
-def _folders(path: Path, *, moved: Report) -> list[ArchiveFolder]:
-    """The folders of one archive; `moved` is told how many bytes were passed."""
+def _folders(path: Path, *, advance: ProgressCallback) -> list[ArchiveFolder]:
+    """The folders of one archive; `advance` is called with the number of bytes since its last call."""
     position = 0
 
     def report(reached: int) -> None:
         nonlocal position
-        moved(reached - position)
+        advance(reached - position)
         position = reached
 
     try:
         with open(path, "rb") as file:
-            _check_start(path, file.read(6))
+            start = file.read(6)
+            for magic, command in COMPRESSED.items():
+                if start.startswith(magic):
+                    raise UserError(
+                        f"data.path: '{path}' is compressed, so single images cannot be read from it; decompress it "
+                        f"({command})"
+                    )
             file.seek(0)
             read = zip_folders if path.suffix.lower() == ".zip" else tar_folders
             folders = read(file, report=report)
@@ -155,49 +156,42 @@ def _folders(path: Path, *, moved: Report) -> list[ArchiveFolder]:
             return folders
     except UserError:
         raise
-    except Exception as error:  # the standard library stumbles over damaged tables in many ways
+    except Exception as error:  # the standard library raises many kinds of errors for damaged tables
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data.path: '{path}' is not a {path.suffix[1:]} file that can be read ({reason}); copy or download it "
-            "again"
+            f"data.path: '{path}' is not a readable {path.suffix[1:]} file ({reason}); copy or download it again"
         ) from error
 
 
-def _check_start(path: Path, start: bytes) -> None:
-    for magic, command in COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"data.path: '{path}' is compressed, so it cannot be read from the middle; decompress it ({command})"
-            )
-
-
-def tar_folders(file: IO[bytes], *, report: Report, below: str = "", begin: int = 0) -> list[ArchiveFolder]:
-    """The folders of a tar that begins at byte `begin` of its archive; a tar inside it counts as a folder."""
-    found: dict[str, dict[str, ByteRange]] = {}
-    inside: list[ArchiveFolder] = []
+def tar_folders(file: IO[bytes], *, report: ProgressCallback, below: str = "", start: int = 0) -> list[ArchiveFolder]:
+    """The folders of a tar that starts at byte `start` of its archive; a tar inside it counts as a folder."""
+    ranges: dict[str, dict[str, ByteRange]] = {}
+    nested_folders: list[ArchiveFolder] = []
     links: list[tarfile.TarInfo] = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in _members(tar, report=lambda reached: report(begin + reached)):
+        for member in _members(tar, report=lambda reached: report(start + reached)):
             folder, name = split_path(member.name, below=below)
             if member.isreg() and name.lower().endswith(".tar"):
                 nested = tar.extractfile(member)
                 assert nested is not None
-                deeper = os.path.join(folder, name[: -len(".tar")])
-                inside += tar_folders(nested, report=report, below=deeper, begin=begin + member.offset_data)
+                nested_path = os.path.join(folder, name[: -len(".tar")])
+                nested_folders += tar_folders(
+                    nested, report=report, below=nested_path, start=start + member.offset_data
+                )
             elif member.isreg() and is_image(name):
-                found.setdefault(folder, {})[name] = (begin + member.offset_data, member.size, -1)
+                ranges.setdefault(folder, {})[name] = (start + member.offset_data, member.size, -1)
             elif member.islnk() and is_image(name):
                 links.append(member)
-    for link in links:  # a further name of an image that was packed before
+    for link in links:  # a hard link: another name of an earlier image
         folder, name = split_path(link.linkname, below=below)
-        if name in found.get(folder, {}):
-            other, alias = split_path(link.name, below=below)
-            found.setdefault(other, {})[alias] = found[folder][name]
-    return [*_packed(found), *inside]
+        if name in ranges.get(folder, {}):
+            link_folder, link_name = split_path(link.name, below=below)
+            ranges.setdefault(link_folder, {})[link_name] = ranges[folder][name]
+    return [*_archive_folders(ranges), *nested_folders]
 
 
-def _members(tar: tarfile.TarFile, *, report: Report) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Raises `TarError` where it is damaged."""
+def _members(tar: tarfile.TarFile, *, report: ProgressCallback) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar. Raises `TarError` if it is damaged."""
     assert tar.fileobj is not None
     for count in itertools.count():
         member = tar.next()
@@ -205,101 +199,100 @@ def _members(tar: tarfile.TarFile, *, report: Report) -> Iterator[tarfile.TarInf
             break
         if member.issparse() and is_image(os.path.basename(member.name)):
             raise tarfile.TarError(f"'{member.name}' is stored as a sparse file")
-        if count % STEP == 0:
+        if count % PROGRESS_INTERVAL == 0:
             report(member.offset)
         yield member
-        tar.members.clear()  # type: ignore[attr-defined]  # else it holds an object for each of a million members
+        tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps an object for each of a million members
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(BLOCK)
-    if end.strip(b"\0"):  # tarfile takes a damaged header for the end
+    if end.strip(b"\0"):  # tarfile treats a damaged header as the end
         raise tarfile.TarError(f"damaged at byte {tar.offset}")
-    if len(end) < BLOCK:  # and the end of the file for that of the tar
-        raise tarfile.TarError(f"cut off at byte {tar.offset}")
+    if len(end) < BLOCK:  # and the end of the file as that of the tar
+        raise tarfile.TarError(f"truncated at byte {tar.offset}")
 
 
-def zip_folders(file: IO[bytes], *, report: Report) -> list[ArchiveFolder]:
-    """The folders of a zip. Raises `UserError` for an encrypted one."""
-    found: dict[str, dict[str, ByteRange]] = {}
+def zip_folders(file: IO[bytes], *, report: ProgressCallback) -> list[ArchiveFolder]:
+    """The folders of a zip. Raises `UserError` if it is encrypted."""
+    ranges: dict[str, dict[str, ByteRange]] = {}
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     for count, entry in enumerate(entries):
-        if count % STEP == 0:
+        if count % PROGRESS_INTERVAL == 0:
             report(entry.header_offset)
         folder, name = split_path(_zip_name(entry))
         if not entry.is_dir() and is_image(name) and not stat.S_ISLNK(entry.external_attr >> 16):
-            found.setdefault(folder, {})[name] = _zip_place(entry, file)
-    return _packed(found)
+            ranges.setdefault(folder, {})[name] = _zip_range(entry, file)
+    return _archive_folders(ranges)
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:
     name = entry.filename
     if not entry.flag_bits & UTF8_NAME:
-        with contextlib.suppress(UnicodeError):  # Info-ZIP writes UTF-8 without saying so
+        with contextlib.suppress(UnicodeError):  # Info-ZIP writes UTF-8 without this flag
             name = name.encode("cp437").decode()
-    return name.replace("\\", "/")  # as some programs of Windows write it
+    return name.replace("\\", "/")  # written by some Windows programs
 
 
-def _zip_place(entry: zipfile.ZipInfo, file: IO[bytes]) -> ByteRange:
+def _zip_range(entry: zipfile.ZipInfo, file: IO[bytes]) -> ByteRange:
     if entry.flag_bits & ENCRYPTED:
-        raise UserError(f"data.path: '{file.name}' is encrypted; unpack it with its password and take data=folder")
+        raise UserError(f"data.path: '{file.name}' is encrypted; extract it with its password and use data=folder")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"data.path: '{file.name}' is packed by method {entry.compress_type}, only 0 (stored) and 8 (deflated) can "
-            "be read; pack it again with zip -0"
+            f"data.path: '{file.name}' uses compression method {entry.compress_type}; expected 0 (stored) or 8 "
+            "(deflated), so create it again with zip -0"
         )
     header = os.pread(file.fileno(), LOCAL_HEADER.size, entry.header_offset)
     if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-        raise zipfile.BadZipFile(f"'{entry.filename}' is not where its table says")
-    # The table repeats name and extra field, but the latter's length may differ from the one here.
-    begin = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
-    if begin + entry.compress_size > os.fstat(file.fileno()).st_size:
-        raise zipfile.BadZipFile(f"'{entry.filename}' reaches beyond the end")
-    return begin, entry.compress_size, -1 if entry.compress_type == zipfile.ZIP_STORED else entry.file_size
+        raise zipfile.BadZipFile(f"'{entry.filename}' is not at its position in the table")
+    # The table at the end repeats the extra field, but its length may differ from the one here.
+    start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
+    if start + entry.compress_size > os.fstat(file.fileno()).st_size:
+        raise zipfile.BadZipFile(f"'{entry.filename}' extends beyond the end of the file")
+    return start, entry.compress_size, -1 if entry.compress_type == zipfile.ZIP_STORED else entry.file_size
 
 
 def split_path(path: str, *, below: str = "") -> tuple[str, str]:
-    """Folder and name of a member; both empty for a hidden one and for what macOS adds."""
+    """Folder and name of a member; both empty for hidden members and for metadata of macOS."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return "", ""
     return "/".join([below, *parts[:-1]] if below else parts[:-1]), parts[-1]
 
 
-def _packed(found: dict[str, dict[str, ByteRange]]) -> list[ArchiveFolder]:
+def _archive_folders(ranges: dict[str, dict[str, ByteRange]]) -> list[ArchiveFolder]:
     folders = []
-    for path, images in found.items():
+    for path, images in ranges.items():
         names = sorted(images)
         paths = [os.fsencode(os.path.join(path, name)) for name in names]
         lengths = np.fromiter(map(len, paths), dtype=np.int64, count=len(paths))
-        places = np.array([images[name] for name in names], dtype=np.int64)
-        folders.append(ArchiveFolder(path, b"".join(paths), lengths, places))
+        folders.append(ArchiveFolder(b"".join(paths), lengths, np.array([images[n] for n in names], dtype=np.int64)))
     return folders
 
 
 @contextlib.contextmanager
-def _progress(total: int, *, of: Path) -> Iterator[Report]:
-    """What to call with every number of bytes passed; after a second, a bar or, in a log, one line is shown."""
+def _progress(total: int, *, of: Path) -> Iterator[ProgressCallback]:
+    """The function to call with every number of bytes read; after a second, it shows a bar or, in a log, one line."""
     console = Console(stderr=True, force_jupyter=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(f"listing the images in {escape(str(of))}", total=total)
-    lock, shows_at = threading.Lock(), time.monotonic() + 1
-    shown = False
+    lock, show_time = threading.Lock(), time.monotonic() + PROGRESS_DELAY_S
+    visible = False
 
-    def moved(count: int) -> None:
-        nonlocal shown
+    def advance(count: int) -> None:
+        nonlocal visible
         bar.advance(task, count)
         with lock:
-            if shown or time.monotonic() < shows_at:
+            if visible or time.monotonic() < show_time:
                 return
-            shown = True
+            visible = True
         if console.is_terminal:
             bar.start()
         else:
             console.print(f"listing the images in {of}", highlight=False, markup=False)
 
     try:
-        yield moved
+        yield advance
     finally:
         if bar.live.is_started:
             bar.stop()

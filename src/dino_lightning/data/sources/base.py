@@ -1,8 +1,8 @@
-"""What a source of images is, and what it can be cut into.
+"""The interface of image sources, and subsets of a source.
 
-A source gives an image as it is stored, a file's bytes or an array of pixels, and its label; `data.decode` makes pixels
-of it. Wrong settings raise `UserError` when a source is opened. A file that is not there raises `OSError` when it is
-read, and `describe` says which image it was.
+A source returns images as they are stored (the bytes of a file, or an array of pixels) with their labels; `data.decode`
+decodes them. Opening a source raises `UserError` for wrong settings. Reading an image raises `OSError` if its file is
+missing, and `describe` names that image.
 """
 
 import hashlib
@@ -19,19 +19,20 @@ Content: TypeAlias = bytes | np.ndarray
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Images that are counted and read by index, picklable for loader processes.
+    """Images with random access. Sources are pickled for loader processes.
 
-    A loader process must not copy it: what grows with the number of images stands in arrays, not in Python objects.
+    Data that grows with the number of images must be in arrays, not in Python objects: a forked loader process would
+    copy the objects when it changes their reference counts.
     """
 
     @property
     def classes(self) -> list[str] | None:
-        """Class names, the label being the index; None without labels."""
+        """Class names, indexed by label; None without labels."""
         ...
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Labels (n,) int64, -1 for a single image without one; None without labels."""
+        """Labels (n,) int64, -1 for an unlabeled image; None without labels."""
         ...
 
     def __len__(self) -> int: ...
@@ -41,11 +42,11 @@ class ImageSource(Protocol):
         ...
 
     def describe(self, index: int, /) -> str:
-        """How to name the image to a person."""
+        """Name of the image for messages."""
         ...
 
     def fingerprint(self) -> str:
-        """A short text that changes when the images change; may look at every file."""
+        """A short text that changes if the images change; may stat every file."""
         ...
 
 
@@ -53,48 +54,48 @@ class Sample(NamedTuple):
     """One image of a stream."""
 
     content: Content | None
-    """None where the sample has no image."""
+    """None if the sample has no image."""
     label: int
-    """-1 where there is none."""
+    """-1 if it is unlabeled."""
     name: str
-    """How to name the image to a person."""
+    """Name of the image for messages."""
 
 
 @runtime_checkable
 class ImageStream(Protocol):
-    """Images that can only be read one after another, in shards; picklable for loader processes."""
+    """Images in shards that are read sequentially. Streams are pickled for loader processes."""
 
     @property
     def classes(self) -> list[str] | None:
-        """Class names, the label being the index; None without labels."""
+        """Class names, indexed by label; None without labels."""
         ...
 
     @property
     def images(self) -> int:
-        """Images of an epoch: of all shards, or the number that the user gave."""
+        """Images per epoch: the size of all shards, or the number that the user set."""
         ...
 
     @property
     def shards(self) -> int:
-        """Number of pieces that can be read on their own."""
+        """Number of shards."""
         ...
 
     def read_shard(self, shard: int, /, *, start: int = 0) -> Iterator[Sample]:
-        """The samples of a shard from number `start` on, in the order in which they are stored."""
+        """The samples of a shard from number `start` on, in stored order."""
         ...
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The opened images: `val` holds the k-NN queries, None where there are no labels or none were kept.
+    """The opened images. `val` contains the k-NN queries; None without labels or if none are held out.
 
-    Single training images may have the label -1 (`stl10`): they train, but a k-NN bank leaves them out.
+    A labeled training set may contain unlabeled images, such as in `stl10`: they train, but are not in the k-NN bank.
     """
 
     train: ImageSource | ImageStream
     val: ImageSource | None
     remark: str | None
-    """One line on how the images were read, where a person should know."""
+    """One line about how the images were read, for the user."""
 
 
 class Subset:
@@ -110,38 +111,38 @@ class Subset:
         return len(self.indices)
 
     def read(self, index: int) -> Content:
-        """The other source's image."""
+        """The image as it is stored."""
         return self.source.read(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
-        """The other source's name of the image."""
+        """The source's name of the image."""
         return self.source.describe(int(self.indices[index]))
 
     def fingerprint(self) -> str:
-        """The other source's, and which images."""
+        """Digest of the source's fingerprint and the indices."""
         return content_digest(self.source.fingerprint().encode(), self.indices.tobytes())
 
 
 class FirstImages:
-    """The first images of a stream, kept in memory to be read by index."""
+    """The first images of a stream, in memory, with random access."""
 
     def __init__(self, stream: ImageStream, *, images: int):
-        every = chain.from_iterable(stream.read_shard(shard) for shard in range(stream.shards))
-        self.why_empty = "its shards have no samples"
-        """Of the first sample without an image, where no other was found."""
-        self.samples = list(islice(self._with_images(every), images))
+        samples = chain.from_iterable(stream.read_shard(shard) for shard in range(stream.shards))
+        self.empty_reason = "its shards have no samples"
+        """Why there are no images, if there are none."""
+        self.samples = list(islice(self._with_images(samples), images))
         self.classes = stream.classes
         labels = np.array([sample.label for sample in self.samples], dtype=np.int64)
         self.labels = labels if (labels >= 0).any() else None
 
     def _with_images(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        first = None
+        first_empty = None
         for sample in samples:
             if sample.content is not None:
                 yield sample
-            elif first is None:
-                first = sample.name
-                self.why_empty = f"{first} has none"
+            elif first_empty is None:
+                first_empty = sample.name
+                self.empty_reason = f"{first_empty} has none"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,39 +158,45 @@ class FirstImages:
         return self.samples[index].name
 
     def fingerprint(self) -> str:
-        """Of the names."""
+        """Digest of the names."""
         return content_digest(*(sample.name.encode() for sample in self.samples))
 
 
 def content_digest(*parts: bytes) -> str:
-    """A short text that stands for the parts, for `fingerprint`."""
+    """A short digest of the parts, for `fingerprint`."""
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
 
 
+def join_remarks(*remarks: str | None) -> str | None:
+    """The remarks in one line; None if there are none."""
+    return "; ".join(filter(None, remarks)) or None
+
+
 def hold_out(opened: Splits, *, share: float, seed: int) -> Splits:
-    """Move `share` of the labeled training images to `val`; the notice says so."""
+    """Move `share` of the labeled training images to `val`, and say so in the remark."""
     source = opened.train
     assert isinstance(source, ImageSource)
     assert source.labels is not None
     held = held_out(source.labels, share=share, seed=seed)
-    before = f"{opened.remark}; " if opened.remark else ""
     if not held.any():
-        return Splits(source, None, f"{before}no validation split and nothing held out: no k-NN evaluation")
-    notice = f"{before}no validation split: {share:.0%} of the images ({held.sum()}) are held out as k-NN queries"
+        remark = join_remarks(opened.remark, "no validation split and nothing held out: no k-NN evaluation")
+        return Splits(source, None, remark)
+    remark = f"no validation split: {share:.0%} of the images ({held.sum()}) are held out as k-NN queries"
     train, val = (Subset(source, indices=np.flatnonzero(mask)) for mask in (~held, held))
-    return Splits(train, val, notice)
+    return Splits(train, val, join_remarks(opened.remark, remark))
 
 
 def held_out(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:
-    """Mask (n,) of a stratified draw: `share` of each class, of two images or more at least one held and one left.
+    """Mask (n,) of a stratified sample: `share` of each class, but at least one image, and never the whole class.
 
-    Images labeled -1 stay. The draw depends on `labels`, `share` and `seed` only, so every process agrees.
+    Images labeled -1 are never held out. The sample depends only on `labels`, `share` and `seed`, so all processes
+    select the same images.
     """
     generator = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)
     if not share:
         return held
-    # Sorted once: to look for each of 200,000 classes among four million images would take hours.
+    # Sorted once: searching for each of 200,000 classes among four million images would take hours.
     by_label = np.flatnonzero(labels >= 0)
     by_label = by_label[np.argsort(labels[by_label], kind="stable")]
     for members in np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1):

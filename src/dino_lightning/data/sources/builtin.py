@@ -1,15 +1,15 @@
-"""The built-in data set: twelve species drawn from curves, each picture with its label and its mask.
+"""The built-in dataset: procedurally drawn pictures of twelve species, with labels and object masks.
 
-A picture is one animal or plant, turned, mirrored, bent, shaded and placed anew each time, before a mosaic. It is made
-so that DINO has something to find and nothing else does:
+A picture is one animal or plant in front of a mosaic, with random rotation, mirroring, bending, shading and position.
+It is designed so that DINO can learn the species, and nothing simpler identifies a picture:
 
-- A species is palette, markings and silhouette together. Two crops of a picture share these, and the augmentation
-  spares them; of two species with the same main color, one has light markings and one has dark ones.
-- Little else is common to a whole picture. Each cell of the mosaic has a color of its own, and light and shade change
-  across the picture. One background palette, exposure or tint per picture would be shared by its crops just as well,
-  and the network would learn to tell pictures apart by it instead.
-- The object lies anywhere, in any direction, and covers a quarter of a picture on average. Comparing pictures pixel
-  by pixel, or by their mean color, names about half of them.
+- A species is a combination of palette, markings and silhouette. Two crops of a picture share these, and the
+  augmentation preserves them; of two species with the same main color, one has light and one has dark markings.
+- A whole picture has little else in common. Each cell of the mosaic has its own color, and light and shade vary within
+  the picture. Crops would also share a background palette, an exposure or a tint per picture, and the network would
+  learn to distinguish pictures by it instead.
+- The object has any position and direction, and covers a quarter of a picture on average. Nearest neighbors by pixels,
+  or by mean color, have the correct species for about half of the pictures.
 
 All drawing is in relative coordinates: a picture has the same content at every size.
 """
@@ -23,21 +23,22 @@ from numpy.typing import NDArray
 
 from dino_lightning.config import BuiltinData
 from dino_lightning.data.sources.base import Splits, content_digest
+from dino_lightning.data.sources.registry import register_source
 from dino_lightning.errors import UserError
 
 Field: TypeAlias = NDArray[np.floating]
-"""One number per pixel (n, H, W), or of a shape that broadcasts to it. A shape is a field that is positive inside and
+"""One number per pixel (n, H, W), or an array that broadcasts to it. A shape is a field that is positive inside and
 negative outside: about the distance to its edge, in half-lengths of the object."""
 Parts: TypeAlias = list[tuple[Field, int]]
-"""What to paint, back to front: a shape and the place of its color in the species' palette."""
+"""Shapes to paint, back to front, each with the index of its color in the species' palette."""
 
 SPLITS = ("train", "val")
 DRAWS = 176
-"""Random numbers behind one picture; a species with five parts, the most so far, uses 153."""
-PIXELS_AT_ONCE = 1 << 18
-"""Pixels drawn in one pass: few enough to stay in the processor's cache."""
+"""Random numbers per picture; a species with five parts, the maximum so far, uses 153."""
+CHUNK_PIXELS = 1 << 18
+"""Pixels that are drawn together: few enough to stay in the processor's cache."""
 CELLS = 6
-"""The mosaic repeats after this many cells; fewer are in sight."""
+"""Period of the mosaic; fewer cells are visible."""
 OUTLINE = 0.1
 """Width of the dark line around an object (half-lengths), which is not part of its mask."""
 OUTLINE_COLOR = np.array([0.08, 0.07, 0.1], np.float32)
@@ -46,8 +47,8 @@ OUTLINE_COLOR = np.array([0.08, 0.07, 0.1], np.float32)
 class BuiltinImages:
     """`images` pictures of `image_size` pixels square, with labels and object masks.
 
-    A picture depends on `draw_seed`, the split and its index alone: number 7 of 10 is number 7 of 6,000. Labels are
-    balanced (index modulo the number of classes). Raises `UserError` for sizes and seeds that cannot be drawn.
+    A picture depends only on `draw_seed`, the split and its index: number 7 of 10 equals number 7 of 6,000. Labels are
+    balanced (index modulo the number of classes). Raises `UserError` for invalid sizes and seeds.
     """
 
     def __init__(self, split: Literal["train", "val"], *, images: int, image_size: int, draw_seed: int) -> None:
@@ -57,13 +58,13 @@ class BuiltinImages:
         self.labels = np.arange(images, dtype=np.int64) % len(SPECIES)
         self.images = np.empty((images, image_size, image_size, 3), np.uint8)
         self.masks = np.empty((images, image_size, image_size), bool)
-        at_once = max(1, PIXELS_AT_ONCE // image_size**2)
+        chunk_size = max(1, CHUNK_PIXELS // image_size**2)
         for label, species in enumerate(SPECIES):
             indices = np.arange(label, images, len(SPECIES))
-            for start in range(0, len(indices), at_once):
-                some = indices[start : start + at_once]
-                dice = Dice([[draw_seed, SPLITS.index(split), int(index)] for index in some])
-                self.images[some], self.masks[some] = draw(species, dice, image_size)
+            for start in range(0, len(indices), chunk_size):
+                chunk = indices[start : start + chunk_size]
+                rng = PictureRNG([[draw_seed, SPLITS.index(split), int(index)] for index in chunk])
+                self.images[chunk], self.masks[chunk] = draw(species, rng, image_size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,14 +78,15 @@ class BuiltinImages:
         return self.masks[index]
 
     def describe(self, index: int) -> str:
-        """The picture's name, for a person."""
+        """Name of the picture for messages."""
         return f"built-in {self.split} picture {index} ({self.classes[self.labels[index]]})"
 
     def fingerprint(self) -> str:
-        """Of the pixels themselves."""
+        """Digest of the pixels."""
         return content_digest(self.images.tobytes())
 
 
+@register_source("builtin", BuiltinData)
 def open_builtin(config: BuiltinData) -> Splits:
     """Training and validation pictures."""
     options = {"image_size": config.image_size, "draw_seed": config.draw_seed}
@@ -97,11 +99,11 @@ def _check(split: str, *, images: int, image_size: int, draw_seed: int) -> None:
     key = f"data.{split}_images"
     for name, value, least in ((key, images, 1), ("data.image_size", image_size, 16), ("data.draw_seed", draw_seed, 0)):
         if value < least:
-            raise UserError(f"{name}={value} cannot be drawn; give {least} or more.")
+            raise UserError(f"{name}={value}: expected at least {least}.")
 
 
-class Dice:
-    """Uniform random numbers for n pictures at a time; each picture has a stream of its own."""
+class PictureRNG:
+    """Uniform random numbers for n pictures together; each picture has its own random stream."""
 
     def __init__(self, seeds: list[list[int]]) -> None:
         streams = [np.random.default_rng(seed).random(DRAWS, np.float32) for seed in seeds]
@@ -129,61 +131,61 @@ class Species:
     """Colors (RGB, 0 to 255)."""
 
 
-def draw(species: Species, dice: Dice, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def draw(species: Species, rng: PictureRNG, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Pictures (n, size, size, 3) of one species and their masks (n, size, size)."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = axis[None, None, :], -axis[None, :, None]
-    scale, u, v = object_frame(dice, x, y)
-    canvas = mosaic(dice, x, y)
+    scale, u, v = object_frame(rng, x, y)
+    canvas = mosaic(rng, x, y)
     parts = species.shape(u, v)
     silhouette = union(*(part for part, _ in parts))
-    light = dice.uniform(0.7, 1.2) * (1 + 0.2 * v)
+    light = rng.uniform(0.7, 1.2) * (1 + 0.2 * v)
     pixels = scale * size / 2
     paint(canvas, (silhouette + OUTLINE) * pixels, OUTLINE_COLOR)
-    for part, place in parts:
-        noise = np.stack([dice.uniform(-0.08, 0.08) for _ in "rgb"], axis=-1)
-        color = np.array(species.palette[place], np.float32) / 255 + noise
+    for part, color_index in parts:
+        noise = np.stack([rng.uniform(-0.08, 0.08) for _ in "rgb"], axis=-1)
+        color = np.array(species.palette[color_index], np.float32) / 255 + noise
         paint(canvas, part * pixels, color * light[..., None])
-    canvas *= shade(dice, x, y)[..., None]
+    canvas *= shade(rng, x, y)[..., None]
     return (canvas.clip(0, 1) * 255).astype(np.uint8), silhouette > 0
 
 
 def paint(canvas: Field, shape: Field, color: Field) -> None:
-    """Lay a color over the canvas (n, H, W, 3) inside a shape in pixels, with a soft edge of one pixel."""
+    """Paint the inside of a shape, in pixels, on the canvas (n, H, W, 3), with a soft edge of one pixel."""
     canvas += (shape + 0.5).clip(0, 1)[..., None] * (color - canvas)
 
 
-def object_frame(dice: Dice, x: Field, y: Field) -> tuple[Field, Field, Field]:
+def object_frame(rng: PictureRNG, x: Field, y: Field) -> tuple[Field, Field, Field]:
     """The object's half-length in half-pictures (n, 1, 1), and the coordinates u and v of its shape."""
-    scale, angle, bend = dice.uniform(0.55, 0.9), dice.uniform(-np.pi, np.pi), dice.uniform(-0.2, 0.2)
-    mirror = np.where(dice.uniform(0, 1) < 0.5, np.float32(-1), np.float32(1))
-    x, y = (x - dice.uniform(-0.55, 0.55)) / scale, (y - dice.uniform(-0.55, 0.55)) / scale
+    scale, angle, bend = rng.uniform(0.55, 0.9), rng.uniform(-np.pi, np.pi), rng.uniform(-0.2, 0.2)
+    mirror = np.where(rng.uniform(0, 1) < 0.5, np.float32(-1), np.float32(1))
+    x, y = (x - rng.uniform(-0.55, 0.55)) / scale, (y - rng.uniform(-0.55, 0.55)) / scale
     u, v = (np.cos(angle) * x + np.sin(angle) * y) * mirror, np.cos(angle) * y - np.sin(angle) * x
-    stretch = dice.uniform(0.88, 1.12)
+    stretch = rng.uniform(0.88, 1.12)
     u, v = u * stretch, v / stretch
     return scale, u, v + bend * (u * u - 0.3)
 
 
-def mosaic(dice: Dice, x: Field, y: Field) -> Field:
-    """Wavy cells, each of a color of its own, with a weave over them (n, H, W, 3)."""
-    cells = [dice.color(saturation=(0.1, 0.9), value=(0.1, 1.0)) for _ in range(CELLS**2)]
-    turn, pace = dice.uniform(0, 2 * np.pi), dice.uniform(2.0, 2.6)
-    along = pace * (np.cos(turn) * x + np.sin(turn) * y) + 0.35 * wave(dice, x, y, (1, 2)) + dice.uniform(0, CELLS)
-    across = pace * (np.cos(turn) * y - np.sin(turn) * x) + 0.35 * wave(dice, x, y, (1, 2)) + dice.uniform(0, CELLS)
+def mosaic(rng: PictureRNG, x: Field, y: Field) -> Field:
+    """Wavy cells with random colors, modulated by a woven pattern (n, H, W, 3)."""
+    cells = [rng.color(saturation=(0.1, 0.9), value=(0.1, 1.0)) for _ in range(CELLS**2)]
+    turn, pace = rng.uniform(0, 2 * np.pi), rng.uniform(2.0, 2.6)
+    along = pace * (np.cos(turn) * x + np.sin(turn) * y) + 0.35 * wave(rng, x, y, (1, 2)) + rng.uniform(0, CELLS)
+    across = pace * (np.cos(turn) * y - np.sin(turn) * x) + 0.35 * wave(rng, x, y, (1, 2)) + rng.uniform(0, CELLS)
     cell = (np.floor(along) % CELLS * CELLS + np.floor(across) % CELLS).astype(int)
-    weave = wave(dice, x, y, (3, 7)) * wave(dice, x, y, (3, 7))
+    weave = wave(rng, x, y, (3, 7)) * wave(rng, x, y, (3, 7))
     return np.stack(cells, axis=1)[np.arange(len(cell))[:, None, None], cell] * (1 + 0.25 * weave)[..., None]
 
 
-def shade(dice: Dice, x: Field, y: Field) -> Field:
-    """Light and shade as under a tree, a factor for the colors."""
-    return 0.85 + 0.25 * (wave(dice, x, y, (0.7, 1.6)) + wave(dice, x, y, (0.7, 1.6)))
+def shade(rng: PictureRNG, x: Field, y: Field) -> Field:
+    """Brightness that varies like the light under a tree, a factor for the colors."""
+    return 0.85 + 0.25 * (wave(rng, x, y, (0.7, 1.6)) + wave(rng, x, y, (0.7, 1.6)))
 
 
-def wave(dice: Dice, x: Field, y: Field, periods: tuple[float, float]) -> Field:
-    """A plane wave from -1 to 1 of any direction, with `periods` (lowest, highest) in a picture's side."""
-    turn, pace = dice.uniform(0, 2 * np.pi), dice.uniform(*periods) * np.pi
-    return np.sin(pace * (np.cos(turn) * x + np.sin(turn) * y) + dice.uniform(0, 2 * np.pi))
+def wave(rng: PictureRNG, x: Field, y: Field, periods: tuple[float, float]) -> Field:
+    """A plane wave from -1 to 1 in a random direction, with `periods` (minimum, maximum) per side of the picture."""
+    turn, pace = rng.uniform(0, 2 * np.pi), rng.uniform(*periods) * np.pi
+    return np.sin(pace * (np.cos(turn) * x + np.sin(turn) * y) + rng.uniform(0, 2 * np.pi))
 
 
 def ellipse(u: Field, v: Field, center: tuple[float, float], radii: tuple[float, float]) -> Field:
@@ -193,17 +195,17 @@ def ellipse(u: Field, v: Field, center: tuple[float, float], radii: tuple[float,
 
 
 def petals(u: Field, v: Field, count: int, radius: float, depth: float, *, turn: float = 0.0) -> Field:
-    """A star or flower: the radius swings by `depth` to either side."""
+    """A star or flower, whose radius varies by ± `depth`."""
     return radius + depth * np.cos(count * (np.arctan2(v, u) - turn)) - np.hypot(u, v)
 
 
 def union(*shapes: Field) -> Field:
-    """Where any of the shapes is."""
+    """The union of the shapes."""
     return np.maximum.reduce(shapes)
 
 
 def common(*shapes: Field) -> Field:
-    """Where all of the shapes are."""
+    """The intersection of the shapes."""
     return np.minimum.reduce(np.broadcast_arrays(*shapes))
 
 
@@ -212,9 +214,9 @@ def bands(w: Field, *, period: float, share: float, phase: float = 0.0) -> Field
     return (share / 2 - np.abs((w / period + phase) % 1 - 0.5)) * period
 
 
-def dots(u: Field, v: Field, places: list[tuple[float, float]], radius: float) -> Field:
-    """Discs of one radius."""
-    return union(*(ellipse(u, v, place, (radius, radius)) for place in places))
+def dots(u: Field, v: Field, centers: list[tuple[float, float]], radius: float) -> Field:
+    """Discs with the same radius."""
+    return union(*(ellipse(u, v, center, (radius, radius)) for center in centers))
 
 
 def fish(u: Field, v: Field) -> Parts:
@@ -222,9 +224,9 @@ def fish(u: Field, v: Field) -> Parts:
     body = ellipse(u, v, (0.15, 0), (0.8, 0.52))
     tail = common(-0.4 - u, 1 + u, -0.1 - 0.9 * u - np.abs(v))
     fins = common(ellipse(u, v, (0.0, 0), (0.55, 0.8)), 0.45 - np.abs(u - 0.05))
-    whole = union(body, tail, fins)
-    marks = common(whole, bands(u + 0.15 * v * v, period=0.5, share=0.42, phase=0.1))
-    return [(whole, 0), (marks, 1), (ellipse(u, v, (0.66, 0.12), (0.11, 0.11)), 2)]
+    outline = union(body, tail, fins)
+    marks = common(outline, bands(u + 0.15 * v * v, period=0.5, share=0.42, phase=0.1))
+    return [(outline, 0), (marks, 1), (ellipse(u, v, (0.66, 0.12), (0.11, 0.11)), 2)]
 
 
 def butterfly(u: Field, v: Field) -> Parts:
@@ -250,8 +252,8 @@ def ladybird(u: Field, v: Field) -> Parts:
     """Round wing cases with spots, seen from above."""
     head = ellipse(u, v, (0.72, 0), (0.28, 0.36))
     wings = ellipse(u, v, (-0.08, 0), (0.8, 0.72))
-    places = [(0.3, 0.36), (0.3, -0.36), (-0.2, 0.42), (-0.2, -0.42), (-0.6, 0.25), (-0.6, -0.25)]
-    return [(head, 2), (wings, 0), (common(wings, union(dots(u, v, places, 0.16), 0.05 - np.abs(v))), 1)]
+    spots = [(0.3, 0.36), (0.3, -0.36), (-0.2, 0.42), (-0.2, -0.42), (-0.6, 0.25), (-0.6, -0.25)]
+    return [(head, 2), (wings, 0), (common(wings, union(dots(u, v, spots, 0.16), 0.05 - np.abs(v))), 1)]
 
 
 def bee(u: Field, v: Field) -> Parts:
@@ -326,4 +328,4 @@ SPECIES = [
     Species("owl", owl, [(40, 38, 42), (245, 245, 245), (250, 190, 30)]),
     Species("daisy", daisy, [(250, 250, 250), (250, 180, 15), (190, 110, 10)]),
 ]
-"""The classes; a label is a place in this list."""
+"""The classes, in the order of the labels."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Recognizes the source that reads a path from file extensions, for commands that do not name it."""
 
 import os
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 
-ENDINGS = {
+SOURCE_BY_SUFFIX = {
     ".csv": "listing",
     ".tsv": "listing",
     ".txt": "listing",
@@ -15,39 +15,37 @@ ENDINGS = {
     ".tar": "archive",
     ".parquet": "parquet",
 }
-"""Ending of a file -> option of `data`."""
+"""File extension -> name of the source (`data=NAME`)."""
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-"""Endings that tell a folder of images."""
+def detect_source(path: str) -> str:
+    """The name of the source that reads the path, from its extension or from the first conclusive folder below it.
 
-
-def kind_of(path: str) -> str:
-    """The option of `data` that reads the path, from its ending or the first file below it that says so.
-
-    Raises `UserError` where archives lie beside folders with images: one of the two would be left out.
+    Raises `UserError` if a folder contains both archives and folders with images, because one of them would be ignored.
     """
     root = usable_path("data.path", path)
     if not root.is_dir():
-        return ENDINGS.get(root.suffix.lower(), "folder")
-    for folder, inside, files in os.walk(root):
-        inside.sort()
+        return SOURCE_BY_SUFFIX.get(root.suffix.lower(), "folder")
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
         if "state.json" in files or "dataset_dict.json" in files:
             return "parquet"
-        found = Counter(Path(folder, name).suffix.lower() for name in files if not name.startswith("."))
-        images = sum(count for ending, count in found.items() if ending not in (*ENDINGS, ".json", ".md", ""))
-        for ending in (".parquet", ".tar", ".zip"):
-            if found[ending] and found[ending] >= images:  # one of them among photographs is not the data
-                beside = next(filter(_has_images, (Path(folder, name) for name in inside)), None)
-                if beside is not None:
-                    found_here = f"there are {ending} files in '{folder}' and images in '{beside}'"
-                    kinds = f"data={ENDINGS[ending]} or data=folder"
-                    raise UserError(f"data.path={path}: {found_here}; say which ({kinds}), or give one of them.")
-                return ENDINGS[ending]
+        counts = Counter(Path(folder, name).suffix.lower() for name in files if not name.startswith("."))
+        images = sum(count for suffix, count in counts.items() if suffix not in (*SOURCE_BY_SUFFIX, ".json", ".md", ""))
+        for suffix in (".parquet", ".tar", ".zip"):
+            if counts[suffix] and counts[suffix] >= images:  # a single archive among photographs is not the data
+                with_images = next(filter(_has_images, (Path(folder, name) for name in subfolders)), None)
+                if with_images is not None:
+                    raise UserError(
+                        f"data.path={path}: there are {suffix} files in '{folder}' and images in '{with_images}'; set "
+                        f"data={SOURCE_BY_SUFFIX[suffix]} or data=folder, or choose the path of one of them."
+                    )
+                return SOURCE_BY_SUFFIX[suffix]
         if images:
             return "folder"
     return "folder"
 
 
 def _has_images(folder: Path) -> bool:
-    return any(Path(name).suffix.lower() in IMAGES for _, _, files in os.walk(folder) for name in files)
+    return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, files in os.walk(folder) for name in files)

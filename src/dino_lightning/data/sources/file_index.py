@@ -1,9 +1,9 @@
-"""The list of the image files below a folder, made once and kept in `data.cache_dir`.
+"""The list of the image files below a folder, stored in `data.cache_dir` for large folders.
 
-Listing a million files takes seconds on a local disk and minutes on a network. What is kept is trusted as long as every
-folder has the times (modified, changed) that it had when it was listed, so a start looks at the folders only; of a
-folder that changed, and of new ones, the files are listed again. File systems that show made-up times (some mounts of
-object stores) defeat this: there, remove `indices` in the cache after a change.
+Listing a million files takes seconds on a local disk and minutes on a network. A stored list is trusted while every
+folder has the times (modified, changed) that it had when it was listed, so a later start only stats the folders; the
+files of new and changed folders are listed again. File systems with artificial times (some mounts of object stores)
+break this: there, remove `indices` in the cache after a change.
 """
 
 import contextlib
@@ -17,40 +17,42 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.text import Text
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from dino_lightning.data.sources.base import join_remarks
 from dino_lightning.data.sources.mapped_arrays import (
     LARGE,
     MappedArrays,
     Paths,
-    cache_place,
-    offsets_of,
+    index_folder,
+    offsets_from,
     open_stored,
     store,
 )
+from dino_lightning.runtime.locks import exclusive
 
-TRUSTED_AFTER_NS = 2_000_000_000
-"""A folder that changed so shortly before it was listed may change again without a new time; it is listed again."""
-SHOWN_AFTER = 1.0
-"""Seconds after which the progress is shown."""
-STEP = 4096
-"""Files between two reports of the progress."""
-READ, LOOP, CLOSED = range(3)
-"""What became of a folder: its files are listed; it is a link to a folder above it; it cannot be opened."""
+MIN_AGE_NS = 2_000_000_000
+"""Age at which the time of a folder is trusted: a folder may change again without a new time shortly after a change."""
+PROGRESS_DELAY_S = 1.0
+"""Time after which the progress is shown."""
+PROGRESS_INTERVAL = 4096
+"""Files between two progress updates."""
+LISTED, LOOP, CLOSED = range(3)
+"""State of a folder: its files are listed; it is a link to a folder above it; it cannot be opened."""
 BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-"""What reading a damaged or foreign list raises."""
+"""Errors of reading a damaged or foreign list."""
 UNKNOWN = (-1, -1)
-"""Times that no folder has."""
+"""A stamp that no folder has."""
 
 Stamp = tuple[int, int]
+"""Times at which a folder was modified and changed (ns)."""
 
 
 @dataclass
 class IndexedFolder:
-    """A folder: its path relative to the root ("" for the root), and its images' paths one after another in `blob`."""
+    """A folder: its path relative to the root ("" for the root), and the concatenated paths of its images in `blob`."""
 
     path: str
     group: int
@@ -61,44 +63,44 @@ class IndexedFolder:
 
 
 class FileIndex:
-    """The images below some folders of `root`.
+    """The images below some folders of a root.
 
-    `paths` are relative to `root`; `groups` (n,) int64 says below which of the folders a file lies. Both are pickled by
-    name where they are kept in files. `loops` and `closed` are the folders that could not be followed or opened.
+    `paths` are relative to the root; `groups` (n,) int64 is the index of the folder that contains the file. `loops` and
+    `closed` are folders that could not be followed or opened.
     """
 
-    def __init__(self, kept: MappedArrays, *, loops: list[str], closed: list[str]):
-        self.kept, self.loops, self.closed = kept, loops, closed
-        self.paths = Paths(kept)
+    def __init__(self, arrays: MappedArrays, *, loops: list[str], closed: list[str]):
+        self.arrays, self.loops, self.closed = arrays, loops, closed
+        self.paths = Paths(arrays)
 
     @property
     def groups(self) -> np.ndarray:
-        """Number of the folder (n,) int64."""
-        return self.kept["groups"]
+        """Index of the folder (n,) int64."""
+        return self.arrays["groups"]
 
-    def notice(self) -> str | None:
-        """One line on the folders that were left out."""
-        told = []
+    def remark(self) -> str | None:
+        """One line about the folders that were left out."""
+        remarks = []
         for names, reason in ((self.loops, "a link to a folder above it"), (self.closed, "cannot be opened")):
             if names:
                 others = f" and {len(names) - 1} more" * (len(names) > 1)
-                told.append(f"left out, {reason}: '{names[0]}'{others}")
-        return "; ".join(told) or None
+                remarks.append(f"left out, {reason}: '{names[0]}'{others}")
+        return join_remarks(*remarks)
 
 
-class KnownFolders:
-    """A list of files as it was kept in `place`. Raises one of `BROKEN` where it is damaged."""
+class StoredIndex:
+    """A stored list of files. Raises one of `BROKEN` if it is damaged."""
 
-    def __init__(self, place: Path):
-        self.place, self.kept = place, open_stored(place)
-        with np.load(place / "folders.npz") as table:
-            self.below, self.names = _names(table["below"]), _names(table["names"])
+    def __init__(self, folder: Path):
+        self.folder, self.arrays = folder, open_stored(folder)
+        with np.load(folder / "folders.npz") as table:
+            self.below, self.names = _split_names(table["below"]), _split_names(table["names"])
             self.stamps, self.states, self.starts = table["stamps"], table["states"], table["starts"]
-        offsets, count = self.kept["offsets"], len(self.kept["groups"])
+        offsets, count = self.arrays["offsets"], len(self.arrays["groups"])
         sizes = (len(self.stamps), len(self.states), len(self.starts) - 1, len(offsets) - 1, int(offsets[-1]))
-        rows = len(self.names)
-        if sizes != (rows, rows, rows, count, len(self.kept["blob"])) or self.starts[-1] != count:
-            raise ValueError(f"'{place}' is not a list of files")
+        folders = len(self.names)
+        if sizes != (folders, folders, folders, count, len(self.arrays["blob"])) or self.starts[-1] != count:
+            raise ValueError(f"'{folder}' is not a list of files")
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -106,71 +108,71 @@ class KnownFolders:
         return {name: row for row, name in enumerate(self.names)}
 
     @cached_property
-    def inside(self) -> dict[str, list[str]]:
+    def subfolders(self) -> dict[str, list[str]]:
         """Paths of the folders directly in a folder."""
-        found: dict[str, list[str]] = {}
+        children: dict[str, list[str]] = {}
         for name in filter(None, self.names):
-            found.setdefault(os.path.dirname(name), []).append(name)
-        return found
+            children.setdefault(os.path.dirname(name), []).append(name)
+        return children
 
-    def unchanged(self, root: str, *, below: list[str]) -> bool:
-        """Whether the list is what listing `below` again would give."""
+    def is_current(self, root: str, *, below: list[str]) -> bool:
+        """Whether listing `below` now would give the same list."""
         return self.below == below and all(
             _stamp_of(os.path.join(root, name)) == tuple(stamp)
             for name, stamp in zip(self.names, self.stamps.tolist(), strict=True)
         )
 
     def row(self, path: str, *, stamp: Stamp) -> int | None:
-        """The row of a folder that has not changed since."""
+        """The row of a folder, if it has not changed since."""
         row = self.rows.get(path)
-        known = row is not None and tuple(self.stamps[row].tolist()) == stamp != UNKNOWN
-        return row if known and self.states[row] != LOOP else None
+        unchanged = row is not None and tuple(self.stamps[row].tolist()) == stamp != UNKNOWN
+        return row if unchanged and self.states[row] != LOOP else None
 
     def files(self, row: int) -> tuple[bytes, np.ndarray]:
         """Blob and lengths of a folder's files."""
-        offsets = self.kept["offsets"][self.starts[row] : self.starts[row + 1] + 1]
-        return self.kept["blob"][offsets[0] : offsets[-1]].tobytes(), np.diff(offsets)
+        offsets = self.arrays["offsets"][self.starts[row] : self.starts[row + 1] + 1]
+        return self.arrays["blob"][offsets[0] : offsets[-1]].tobytes(), np.diff(offsets)
 
-    def index(self) -> FileIndex:
-        """The list itself, marked as used."""
+    def file_index(self) -> FileIndex:
+        """The list, marked as used."""
         with contextlib.suppress(OSError):
-            os.utime(self.place)
+            os.utime(self.folder)
         loops, closed = ([self.names[row] for row in np.flatnonzero(self.states == state)] for state in (LOOP, CLOSED))
-        return FileIndex(self.kept, loops=loops, closed=closed)
+        return FileIndex(self.arrays, loops=loops, closed=closed)
 
 
 def index_files(root: str | Path, *, below: list[str], cache_dir: str) -> FileIndex:
-    """The images at any depth under the folders `below` (relative to `root`; "" is `root`), hidden ones left out.
+    """The images at any depth in the folders `below` (relative to `root`; "" is `root`), without hidden ones.
 
-    They stand by number of the folder, then by the path of the folder that holds them, then by name: the order of
-    torchvision's `ImageFolder`, so that a seed means the same images there. Links are followed.
+    They are sorted by index of the folder, then by the path of their folder, then by name, which is the order of
+    torchvision's `ImageFolder`, so that a seed selects the same images. Symbolic links are followed.
     """
     root = os.path.abspath(root)
-    place = cache_place(cache_dir, of=root)
-    known = _newest(place)
-    if known and known.unchanged(root, below=below):
-        return known.index()
-    walk = Walk(root, below=below, known=known)
-    steps = walk.steps()
-    if not any(count >= LARGE for count in steps):
-        return _index(walk.folders, below=below, place=None)
-    with _alone(place):  # whoever waited finds the other's list
-        known = _newest(place)
-        if known and known.unchanged(root, below=below):
-            return known.index()
-        _finish(steps, root=root)
-        return _index(walk.folders, below=below, place=place)
+    cache = index_folder(cache_dir, of=root)
+    stored = _newest(cache)
+    if stored and stored.is_current(root, below=below):
+        return stored.file_index()
+    walker = FolderWalker(root, below=below, stored=stored)
+    counts = walker.walk()
+    if not any(count >= LARGE for count in counts):
+        return _index(walker.folders, below=below, cache=None)
+    with exclusive(cache / "lock", required=False):
+        stored = _newest(cache)  # another process may have written it meanwhile
+        if stored and stored.is_current(root, below=below):
+            return stored.file_index()
+        _finish(counts, root=root)
+        return _index(walker.folders, below=below, cache=cache)
 
 
 def folder_contents(root: str | Path, *, cache_dir: str) -> tuple[list[str], bool]:
-    """Sorted names of the folders directly under `root`, and whether an image lies beside them; hidden ones left out.
+    """Sorted names of the folders directly in `root`, and whether it also contains an image; without hidden ones.
 
-    Where all files of `root` are listed and it has not changed, this is known without reading it.
+    If all files of `root` are in a current list, the folder is not read.
     """
-    known = _newest(cache_place(cache_dir, of=root))
-    row = known.row("", stamp=_stamp_of(os.path.abspath(root))) if known else None
-    if known and row is not None:
-        return sorted(known.inside.get("", [])), bool(known.starts[row + 1] > known.starts[row])
+    stored = _newest(index_folder(cache_dir, of=root))
+    row = stored.row("", stamp=_stamp_of(os.path.abspath(root))) if stored else None
+    if stored and row is not None:
+        return sorted(stored.subfolders.get("", [])), bool(stored.starts[row + 1] > stored.starts[row])
     folders, has_image = [], False
     with os.scandir(root) as entries:
         for entry in entries:
@@ -184,68 +186,68 @@ def folder_contents(root: str | Path, *, cache_dir: str) -> tuple[list[str], boo
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the ending of an image and is not hidden."""
+    """Whether a file name has an image extension and is not hidden."""
     return not name.startswith(".") and has_file_allowed_extension(name, IMG_EXTENSIONS)
 
 
-class Walk:
-    """All folders under `below`; those that `known` has as they are now are not read again."""
+class FolderWalker:
+    """Lists all folders in `below`; folders that are unchanged in `stored` are not read again."""
 
-    def __init__(self, root: str, *, below: list[str], known: KnownFolders | None):
-        self.root, self.below, self.known = root, below, known
+    def __init__(self, root: str, *, below: list[str], stored: StoredIndex | None):
+        self.root, self.below, self.stored = root, below, stored
         self.folders: list[IndexedFolder] = []
         self.count = 0
 
-    def steps(self) -> Iterator[int]:
-        """Walk, giving the number of files found so far every now and then."""
+    def walk(self) -> Iterator[int]:
+        """List the folders, yielding the number of files from time to time."""
         status = os.stat(self.root)
-        top = frozenset([(status.st_dev, status.st_ino)])
-        waiting = [(name, group, top if name else frozenset()) for group, name in enumerate(self.below)]
-        while waiting:
-            path, group, above = waiting.pop()
+        root_identity = frozenset([(status.st_dev, status.st_ino)])
+        pending = [(name, group, root_identity if name else frozenset()) for group, name in enumerate(self.below)]
+        while pending:
+            path, group, ancestors = pending.pop()
             now = time.time_ns()
             try:
                 status = os.stat(os.path.join(self.root, path))
             except OSError:
                 self._add(path, group, stamp=UNKNOWN, state=CLOSED)
                 continue
-            # Before its files are read: what changes meanwhile shows at the next start.
+            # Taken before the files are read, so that the next start notices changes meanwhile.
             stamp = _stamp(status)
-            row = self.known.row(path, stamp=stamp) if self.known else None
-            stamp = UNKNOWN if now - max(stamp) < TRUSTED_AFTER_NS else stamp
+            row = self.stored.row(path, stamp=stamp) if self.stored else None
+            stamp = UNKNOWN if now - max(stamp) < MIN_AGE_NS else stamp
             identity = (status.st_dev, status.st_ino)
-            if identity in above:
+            if identity in ancestors:
                 self._add(path, group, stamp=stamp, state=LOOP)
                 continue
-            if self.known and row is not None:
-                inside = self.known.inside.get(path, [])
-                self._add(path, group, stamp=stamp, state=int(self.known.states[row]), files=self.known.files(row))
+            if self.stored and row is not None:
+                subfolders = self.stored.subfolders.get(path, [])
+                self._add(path, group, stamp=stamp, state=int(self.stored.states[row]), files=self.stored.files(row))
             else:
-                inside = yield from self._read(path, group, stamp=stamp)
-            waiting += ((name, group, above | {identity}) for name in inside)
+                subfolders = yield from self._read(path, group, stamp=stamp)
+            pending += ((name, group, ancestors | {identity}) for name in subfolders)
             yield self.count
 
     def _read(self, path: str, group: int, *, stamp: Stamp) -> Iterator[int]:
-        """Add a folder, giving the count as `steps` does; returns the paths of the folders in it."""
+        """Add a folder, yielding the count like `walk`; returns the paths of its subfolders."""
         prefix = f"{path}/" if path else ""
-        inside, names, state = [], [], READ
+        subfolders, names, state = [], [], LISTED
         try:
             with os.scandir(os.path.join(self.root, path)) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir():
-                        inside.append(prefix + entry.name)
+                        subfolders.append(prefix + entry.name)
                     elif is_image(entry.name):
                         names.append(entry.name)
-                        if len(names) % STEP == 0:
+                        if len(names) % PROGRESS_INTERVAL == 0:
                             yield self.count + len(names)
         except OSError:
             state = CLOSED
         encoded = [os.fsencode(prefix + name) for name in sorted(names)]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         self._add(path, group, stamp=stamp, state=state, files=(b"".join(encoded), lengths))
-        return inside
+        return subfolders
 
     def _add(
         self,
@@ -260,79 +262,62 @@ class Walk:
         self.count += len(files[1])
 
 
-def _finish(steps: Iterator[int], *, root: str) -> None:
-    """Walk to the end; where that takes longer, the number of images found is shown."""
+def _finish(counts: Iterator[int], *, root: str) -> None:
+    """Walk to the end; after a while, the number of images is shown."""
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         status = None
-        for count in steps:
-            if status is None and time.monotonic() - start > SHOWN_AFTER:
+        for count in counts:
+            if status is None and time.monotonic() - start > PROGRESS_DELAY_S:
                 status = stack.enter_context(Console(stderr=True, force_jupyter=False).status(""))
             if status is not None:
                 status.update(Text(f"{count:,} images found in {root}"))
 
 
-def _index(folders: list[IndexedFolder], *, below: list[str], place: Path | None) -> FileIndex:
-    """The list of the walked folders, kept below `place`."""
+def _index(folders: list[IndexedFolder], *, below: list[str], cache: Path | None) -> FileIndex:
+    """The list of the walked folders, stored in `cache`."""
     folders.sort(key=lambda folder: (folder.group, folder.path))
     counts = [len(folder.lengths) for folder in folders]
     arrays = {
         "blob": np.frombuffer(b"".join(folder.blob for folder in folders), dtype=np.uint8),
-        "offsets": offsets_of(np.concatenate([folder.lengths for folder in folders])),
+        "offsets": offsets_from(np.concatenate([folder.lengths for folder in folders])),
         "groups": np.repeat(np.array([folder.group for folder in folders], dtype=np.int64), counts),
     }
-    kept = store(arrays, under=place) if place else MappedArrays(arrays)
-    if kept.place:
+    stored = store(arrays, under=cache) if cache else MappedArrays(arrays)
+    if stored.folder:
         with contextlib.suppress(OSError):
-            _write_folders(kept.place, folders, below=below, starts=offsets_of(np.array(counts)))
+            _write_folders(stored.folder, folders, below=below, starts=offsets_from(np.array(counts)))
     loops, closed = ([folder.path for folder in folders if folder.state == state] for state in (LOOP, CLOSED))
-    return FileIndex(kept, loops=loops, closed=closed)
+    return FileIndex(stored, loops=loops, closed=closed)
 
 
-def _write_folders(place: Path, folders: list[IndexedFolder], *, below: list[str], starts: np.ndarray) -> None:
-    unfinished = place / f".{uuid.uuid4().hex}.npz"
+def _write_folders(target: Path, folders: list[IndexedFolder], *, below: list[str], starts: np.ndarray) -> None:
+    unfinished = target / f".{uuid.uuid4().hex}.npz"
     try:
         np.savez(
             unfinished,
-            below=_joined(below),
-            names=_joined([folder.path for folder in folders]),
+            below=_join_names(below),
+            names=_join_names([folder.path for folder in folders]),
             stamps=np.array([folder.stamp for folder in folders], dtype=np.int64),
             states=np.array([folder.state for folder in folders], dtype=np.int8),
             starts=starts,
         )
-        os.replace(unfinished, place / "folders.npz")
+        os.replace(unfinished, target / "folders.npz")
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _newest(place: Path) -> KnownFolders | None:
-    """The list that was used last, of those that can be read."""
+def _newest(cache: Path) -> StoredIndex | None:
+    """The readable list that was used last."""
     with contextlib.suppress(OSError):
-        for folder in sorted(place.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
+        for folder in sorted(cache.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
             with contextlib.suppress(*BROKEN):
-                return KnownFolders(folder)
+                return StoredIndex(folder)
     return None
 
 
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process at a time, where the cache can be written."""
-    lock = None
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place / "lock")
-        lock.acquire()
-    except (OSError, NotImplementedError):  # the latter: a file system without locks
-        lock = None
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-
-
 def _stamp(status: os.stat_result) -> Stamp:
-    # The second one catches tools that copy times, such as rsync, when they add a file and set the old time again.
+    # The second time catches tools such as rsync that restore the first one after they add a file.
     return status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -343,9 +328,9 @@ def _stamp_of(folder: str) -> Stamp:
         return (-2, -2)
 
 
-def _joined(names: list[str]) -> np.ndarray:
+def _join_names(names: list[str]) -> np.ndarray:
     return np.frombuffer(os.fsencode("\0".join(names)), dtype=np.uint8)
 
 
-def _names(joined: np.ndarray) -> list[str]:
+def _split_names(joined: np.ndarray) -> list[str]:
     return os.fsdecode(joined.tobytes()).split("\0")

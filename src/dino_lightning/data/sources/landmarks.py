@@ -1,7 +1,7 @@
-"""Google Landmarks v2: a table of image identifiers, and files in folders named by an identifier's first characters.
+"""Google Landmarks v2: a table of image identifiers, and image files in folders named by their first characters.
 
-The image "0123456789abcdef" is `0/1/2/0123456789abcdef.jpg` below `path`, or below its `train/`. Of the four million
-images no path is kept, only the identifiers' 64 bits each.
+The image "0123456789abcdef" is `0/1/2/0123456789abcdef.jpg` below `path`, or below its `train/`. Only the 64 bits of
+each identifier are stored, instead of the paths of the four million images.
 """
 
 import os
@@ -16,100 +16,97 @@ from dino_lightning.config import LandmarksData
 from dino_lightning.data.sources.base import Splits
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.data.sources.listing import column_bytes, column_names, probes, read_table
-from dino_lightning.data.sources.mapped_arrays import LARGE, MappedArrays, cache_place, files_digest, store
+from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, store_if_large
+from dino_lightning.data.sources.registry import register_source
 from dino_lightning.errors import UserError, did_you_mean
 
-compute: Any = pc  # its functions are made at import, which pyright cannot see
+compute: Any = pc  # pyright does not know its functions, which are created at import
 DIGITS = 16
 """Length of an identifier, in hexadecimal digits."""
 TABLES = (("id", "landmark_id"), ("landmark_id", "images"))
-"""Columns of `train.csv`, one image a row, and of `train_clean.csv`, a landmark with all of its images a row."""
+"""Columns of `train.csv` (one image per row) and of `train_clean.csv` (one landmark with all its images per row)."""
 
 
-class LandmarkImages:
-    """Images `ids` (n,) uint64 with `labels` (n,) int64, both in `kept`; the classes are the landmarks' numbers."""
+class LandmarkImages(ImageFiles):
+    """Images `ids` (n,) uint64 with `labels` (n,) int64, both in `arrays`; the classes are the landmark numbers."""
 
-    def __init__(self, root: Path, *, kept: MappedArrays, classes: list[str]):
+    def __init__(self, root: Path, *, arrays: MappedArrays, classes: list[str]):
         self.root = str(root)
         self.classes = classes
-        self._kept = kept
+        self._arrays = arrays
 
     @property
     def labels(self) -> np.ndarray:
-        """Number of the class (n,) int64."""
-        return self._kept["labels"]
+        """Index of the class (n,) int64."""
+        return self._arrays["labels"]
 
     def __len__(self) -> int:
-        return len(self._kept["ids"])
-
-    def read(self, index: int) -> bytes:
-        """The file."""
-        with open(self.describe(index), "rb") as file:
-            return file.read()
+        return len(self._arrays["ids"])
 
     def describe(self, index: int) -> str:
         """Path of the file."""
-        name = f"{int(self._kept['ids'][index]):0{DIGITS}x}"
+        name = f"{int(self._arrays['ids'][index]):0{DIGITS}x}"
         return os.path.join(self.root, name[0], name[1], name[2], f"{name}.jpg")
 
-    def fingerprint(self) -> str:
-        """Of the identifiers and the files' sizes and times."""
-        return files_digest([self._kept["ids"]], files=map(self.describe, range(len(self))))
+    def path_arrays(self) -> list[np.ndarray]:
+        """The identifiers."""
+        return [self._arrays["ids"]]
 
 
+@register_source("landmarks", LandmarksData)
 def open_landmarks(config: LandmarksData) -> Splits:
-    """The images of the table; they have labels and no validation split."""
+    """The labeled images of the table; there is no validation split."""
     root = existing_path(config.path)
     file = root / config.csv
     if not file.is_file():
         tables = sorted(path.name for path in root.glob("*.csv"))
-        hint = did_you_mean(config.csv, tables) if tables else "there is no CSV at all"
+        hint = did_you_mean(config.csv, tables) if tables else "it contains no CSV file"
         raise UserError(f"data.csv={config.csv} is not a file in data.path={config.path}; {hint}")
     ids, landmarks = _read(file)
     if not len(ids):
-        raise UserError(f"data.csv={config.csv} lists no image")
+        raise UserError(f"data.csv={config.csv} lists no images")
     numbers, labels = np.unique(landmarks, return_inverse=True)
     arrays = {"ids": ids, "labels": labels.reshape(-1).astype(np.int64)}
-    kept = MappedArrays(arrays) if len(ids) < LARGE else store(arrays, under=cache_place(config.cache_dir, of=file))
+    stored = store_if_large(arrays, images=len(ids), cache_dir=config.cache_dir, of=file)
     classes = [str(number) for number in numbers.tolist()]
     for folder in (root, root / "train"):
-        train = LandmarkImages(folder, kept=kept, classes=classes)
+        train = LandmarkImages(folder, arrays=stored, classes=classes)
         if any(os.path.exists(train.describe(i)) for i in probes(len(train))):
             return Splits(train, None, None)
-    first = os.path.relpath(LandmarkImages(root, kept=kept, classes=classes).describe(0), root)
+    first = os.path.relpath(LandmarkImages(root, arrays=stored, classes=classes).describe(0), root)
     raise UserError(
-        f"data.path={config.path} lacks the images of {config.csv}: neither '{first}' nor 'train/{first}' is there, "
-        "for one of several that were looked for"
+        f"data.path={config.path} does not contain the images of {config.csv}: none of the tested files exists, such "
+        f"as '{first}' or 'train/{first}'"
     )
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Identifiers (n,) uint64 and landmarks (n,) int64."""
+    """Identifiers (n,) uint64 and landmark numbers (n,) int64."""
     header = column_names(file, delimiter=",")
     columns = next((names for names in TABLES if set(names) <= set(header)), None)
     if columns is None:
         raise UserError(
-            f"data.csv={file.name} has the columns {', '.join(header)}; expected are id and landmark_id (train.csv), "
-            "or landmark_id and images (train_clean.csv)"
+            f"data.csv={file.name} has the columns {', '.join(header)}; expected id and landmark_id (train.csv), or "
+            "landmark_id and images (train_clean.csv)"
         )
-    # Named types: identifiers of digits alone would be read as numbers, without their leading zeros.
+    # Explicit types, because identifiers with only digits would be read as numbers, without their leading zeros.
     types = {name: pa.int64() if name == "landmark_id" else pa.large_string() for name in columns}
     table = read_table(file, types)
     landmarks = table["landmark_id"].to_numpy()
     if "images" not in columns:
-        return _numbers(table["id"], file=file), landmarks
+        return _identifier_bits(table["id"], file=file), landmarks
     names: Any = compute.utf8_split_whitespace(table["images"])
     counts = compute.list_value_length(names).to_numpy()
-    return _numbers(compute.list_flatten(names), file=file), np.repeat(landmarks, counts)
+    return _identifier_bits(compute.list_flatten(names), file=file), np.repeat(landmarks, counts)
 
 
-def _numbers(names: pa.ChunkedArray, *, file: Path) -> np.ndarray:
-    """The 64 bits (n,) uint64 of identifiers. Raises `UserError` with the first that is none."""
-    right: Any = compute.match_substring_regex(names, f"^[0-9a-f]{{{DIGITS}}}$")
-    if len(names) and not compute.all(right).as_py():
-        wrong = names[compute.index(right, False).as_py()].as_py()
-        raise UserError(f"data.csv={file.name} lists '{wrong}', which is no identifier ({DIGITS} digits 0-9, a-f)")
-    # All have the same length, so the column's memory is a matrix.
+def _identifier_bits(names: pa.ChunkedArray, *, file: Path) -> np.ndarray:
+    """The 64 bits (n,) uint64 of the identifiers. Raises `UserError` for the first invalid one."""
+    valid: Any = compute.match_substring_regex(names, f"^[0-9a-f]{{{DIGITS}}}$")
+    if len(names) and not compute.all(valid).as_py():
+        invalid = names[compute.index(valid, False).as_py()].as_py()
+        raise UserError(f"data.csv={file.name} lists '{invalid}'; expected identifiers with {DIGITS} digits 0-9, a-f")
+    # All identifiers have the same length, so the column's memory is a matrix.
     letters = column_bytes(names)["blob"].reshape(-1, DIGITS)
     values = np.where(letters >= ord("a"), letters - (ord("a") - 10), letters - ord("0"))
     pairs = values[:, ::2] << 4 | values[:, 1::2]

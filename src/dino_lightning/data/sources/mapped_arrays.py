@@ -1,13 +1,12 @@
-"""Arrays that grow with the number of images, shared by all processes: mapped from files where a cache can be written.
+"""Arrays that grow with the number of images, memory-mapped from a cache so that all processes share them.
 
-A loader process that is forked shares its parent's arrays anyway. One that is spawned, and every other rank, would have
-a copy of its own; with a file behind them the arrays are pickled by name and all processes map the same pages.
+A forked loader process shares its parent's arrays. A spawned one, and every other rank, would have its own copy; arrays
+that are files are pickled by name instead, and all processes map the same pages.
 """
 
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,38 @@ from typing import Any
 import numpy as np
 
 from dino_lightning.data.sources.base import content_digest
+from dino_lightning.runtime.files import atomic_folder
 
 LARGE = 10_000
-"""Images from which on a list is worth keeping in files."""
+"""Number of images from which on a list is stored in files."""
 UNUSED_DAYS = 30
-"""Kept arrays that nobody opened for longer are removed when new ones are written beside them."""
-
+"""Days after which stored arrays that nobody opened are removed, when new ones are written next to them."""
 BROKEN = (OSError, ValueError, EOFError)
-"""What `np.load` raises on files that are gone, damaged or empty."""
+"""Errors of `np.load` for missing, damaged and empty files."""
 
 
 class MappedArrays:
-    """Named arrays, read-only where they are mapped from the folder `place`."""
+    """Named arrays; read-only and pickled by name if they are mapped from `folder`."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], *, place: Path | None = None):
-        self.arrays, self.place = arrays, place
+    def __init__(self, arrays: dict[str, np.ndarray], *, folder: Path | None = None):
+        self.arrays, self.folder = arrays, folder
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
     def __reduce__(self) -> tuple[Callable[..., "MappedArrays"], tuple[Any, ...]]:
-        return (MappedArrays, (self.arrays,)) if self.place is None else (open_stored, (self.place,))
+        return (MappedArrays, (self.arrays,)) if self.folder is None else (open_stored, (self.folder,))
 
 
 class Paths:
-    """The paths `blob[offsets[i]:offsets[i + 1]]` of `kept`: n Python strings would be copied into every process."""
+    """The paths `blob[offsets[i]:offsets[i + 1]]` of `arrays`: n Python strings would be copied into every process."""
 
-    def __init__(self, kept: MappedArrays):
-        self.kept = kept
-        self.blob, self.offsets = kept["blob"], kept["offsets"]
+    def __init__(self, arrays: MappedArrays):
+        self.arrays = arrays
+        self.blob, self.offsets = arrays["blob"], arrays["offsets"]
 
     def __reduce__(self) -> tuple[type["Paths"], tuple[MappedArrays]]:
-        return Paths, (self.kept,)
+        return Paths, (self.arrays,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -57,90 +56,111 @@ class Paths:
         return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
 
-def packed(paths: Iterable[bytes]) -> dict[str, np.ndarray]:
+class ImageFiles:
+    """Base of the sources whose images are files. `describe` returns an image's path."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Path of the file."""
+        raise NotImplementedError
+
+    def path_arrays(self) -> list[np.ndarray]:
+        """Arrays that determine all paths."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """The bytes of the file."""
+        with open(self.describe(index), "rb") as file:
+            return file.read()
+
+    def fingerprint(self) -> str:
+        """Digest of the files' paths, sizes and times."""
+        stats = (number for i in range(len(self)) for number in _size_and_time(self.describe(i)))
+        arrays = [*self.path_arrays(), np.fromiter(stats, dtype=np.int64)]
+        return content_digest(*(array.tobytes() for array in arrays))
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1  # impossible for an existing file
+    return status.st_size, status.st_mtime_ns
+
+
+def pack_paths(paths: Iterable[bytes]) -> dict[str, np.ndarray]:
     """`blob` uint8 and `offsets` int64 (n + 1,) of the paths, for `Paths`."""
-    known = list(paths)
-    lengths = np.fromiter(map(len, known), dtype=np.int64, count=len(known))
-    return {"blob": np.frombuffer(b"".join(known), dtype=np.uint8), "offsets": offsets_of(lengths)}
+    listed = list(paths)
+    return {
+        "blob": np.frombuffer(b"".join(listed), dtype=np.uint8),
+        "offsets": offsets_from(np.fromiter(map(len, listed), dtype=np.int64, count=len(listed))),
+    }
 
 
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Where each piece begins and the last one ends (n + 1,) int64."""
+def offsets_from(lengths: np.ndarray) -> np.ndarray:
+    """Start of each piece, and the end of the last one (n + 1,) int64."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def cache_place(cache_dir: str, *, of: str | Path) -> Path:
-    """The folder of the arrays that belong to the folder or file `of`."""
+def index_folder(cache_dir: str, *, of: str | Path) -> Path:
+    """The cache folder of the arrays that belong to the folder or file `of`."""
     return Path(cache_dir).expanduser() / "indices" / content_digest(os.fsencode(os.path.abspath(of)))
 
 
 def store(arrays: dict[str, np.ndarray], *, under: Path) -> MappedArrays:
-    """The arrays from files below `under`, written first where they are new; as they are where that cannot be done.
+    """Store the arrays in a folder below `under` and map them; return them unmapped if that fails.
 
-    The folder's name comes from the contents: whoever opened other contents before can open them again.
+    The folder's name is a digest of the contents, so a process with older arrays keeps its files.
     """
     parts = (part for name, array in sorted(arrays.items()) for part in (name.encode(), array.tobytes()))
-    place = under / content_digest(*parts)
+    folder = under / content_digest(*parts)
     try:
-        if not _holds(place, arrays):
+        if not _contains(folder, arrays):
             under.mkdir(parents=True, exist_ok=True)
             _remove_unused(under)
-            _write(place, arrays)
-        os.utime(place)
-        return open_stored(place)
+            _write(folder, arrays)
+        os.utime(folder)
+        return open_stored(folder)
     except BROKEN:
         return MappedArrays(arrays)
 
 
-def open_stored(place: Path) -> MappedArrays:
-    """The arrays of a folder. Raises one of `BROKEN` where they are gone or damaged."""
-    files = sorted(place.glob("*.npy"))
+def store_if_large(arrays: dict[str, np.ndarray], *, images: int, cache_dir: str, of: Path) -> MappedArrays:
+    """The arrays that list the images of the file `of`, stored in the cache from `LARGE` images on."""
+    return MappedArrays(arrays) if images < LARGE else store(arrays, under=index_folder(cache_dir, of=of))
+
+
+def open_stored(folder: Path) -> MappedArrays:
+    """Map the arrays of a folder. Raises one of `BROKEN` if they are missing or damaged."""
+    files = sorted(folder.glob("*.npy"))
     if not files:
-        raise FileNotFoundError(place)
-    # A plain array over the mapping: indexing an `np.memmap` is several times slower.
-    return MappedArrays({file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}, place=place)
+        raise FileNotFoundError(folder)
+    # asarray, because indexing an `np.memmap` is several times slower than indexing an array on top of it.
+    return MappedArrays({file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}, folder=folder)
 
 
-def files_digest(names: list[np.ndarray], *, files: Iterable[str]) -> str:
-    """A text that changes with `names` and with the size or the time of any of the files."""
-    states = np.fromiter((number for file in files for number in _state(file)), dtype=np.int64)
-    return content_digest(*(array.tobytes() for array in names), states.tobytes())
-
-
-def _state(file: str) -> tuple[int, int]:
-    """Size and time; of a file that is not there, numbers that no file has."""
+def _contains(folder: Path, arrays: dict[str, np.ndarray]) -> bool:
     try:
-        status = os.stat(file)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _holds(place: Path, arrays: dict[str, np.ndarray]) -> bool:
-    try:
-        kept = open_stored(place).arrays
+        stored = open_stored(folder).arrays
     except BROKEN:
         return False
-    return kept.keys() == arrays.keys() and all(
-        kept[name].dtype == array.dtype and np.array_equal(kept[name], array) for name, array in arrays.items()
+    return stored.keys() == arrays.keys() and all(
+        stored[name].dtype == array.dtype and np.array_equal(stored[name], array) for name, array in arrays.items()
     )
 
 
-def _write(place: Path, arrays: dict[str, np.ndarray]) -> None:
-    unfinished = place.parent / f".{uuid.uuid4().hex}"
-    unfinished.mkdir()
+def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
-        for name, array in arrays.items():
-            np.save(unfinished / f"{name}.npy", array)
-        if place.exists():
-            shutil.rmtree(place)  # damaged
-        try:
-            os.rename(unfinished, place)
-        except OSError:
-            if not _holds(place, arrays):  # else another process came first
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with atomic_folder(folder) as unfinished:
+            for name, array in arrays.items():
+                np.save(unfinished / f"{name}.npy", array)
+            if folder.exists():  # damaged
+                shutil.rmtree(folder)
+    except OSError:
+        if not _contains(folder, arrays):  # otherwise another process was faster
+            raise
 
 
 def _remove_unused(under: Path) -> None:

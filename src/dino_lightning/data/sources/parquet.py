@@ -1,9 +1,8 @@
 """Parquet files in the Hugging Face image layout, and folders written by `save_to_disk`.
 
-Rows come from `datasets`' memory-mapped Arrow files: the first run converts the parquet files into its cache
-(`HF_DATASETS_CACHE`), later ones open in a tenth of a second, and the memory is shared between processes. Reading the
-parquet files with pyarrow alone needs all encoded images in the memory of every process, so it is the way out only
-where the cache cannot be written.
+Rows come from the memory-mapped Arrow files of `datasets`: the first run converts the parquet files into its cache
+(`HF_DATASETS_CACHE`), later ones open in a tenth of a second, and processes share the memory. If the cache cannot be
+written, pyarrow reads the parquet files, which needs all encoded images in the memory of every process.
 """
 
 import glob
@@ -22,29 +21,31 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 from dino_lightning.config import HuggingFaceData, ParquetData
-from dino_lightning.data.sources.base import Splits, content_digest
+from dino_lightning.data.sources.base import Splits, content_digest, join_remarks
 from dino_lightning.data.sources.folder import existing_path
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.data.sources.listing import check_columns_exist
+from dino_lightning.data.sources.registry import register_source
+from dino_lightning.errors import UserError
 
 Columns = ParquetData | HuggingFaceData
-"""What has `image_column` and `label_column`."""
+"""Configurations with `image_column` and `label_column`."""
 VAL_PREFIXES = ("val", "test")
-"""Beginnings of a validation split's name, in the order in which they are looked for (`val` finds `validation`)."""
-MOST_CLASSES = 1_000_000
-"""More is taken for a column of identifiers."""
+"""Prefixes of a validation split's name, in order of precedence (`val` matches `validation`)."""
+MAX_CLASSES = 1_000_000
+"""A column with larger numbers contains identifiers instead of labels."""
 
 
 class ParquetImages:
-    """The rows of one split. `labels` is int64 (n,), -1 where the row has none; None for no labels at all.
+    """The rows of one split. `labels` is int64 (n,), -1 for an unlabeled row; None without any labels.
 
-    `parts` names the files that hold the rows and their row counts, in order, for `describe`. `state` changes when the
-    rows do; None for the fingerprint that `datasets` gives them.
+    `parts` are the names of the files and their numbers of rows, in order, for `describe`. `state` changes if the rows
+    change; None for the fingerprint of `datasets`.
     """
 
     def __init__(
         self, rows: datasets.Dataset, *, config: Columns, parts: list[tuple[str, int]], state: str | None = None
     ):
-        image_type = datasets.Image(decode=False)  # decoded here: `datasets` would apply the EXIF rotation
+        image_type = datasets.Image(decode=False)  # because `datasets` would apply the EXIF rotation
         self._images = rows.select_columns([config.image_column]).cast_column(config.image_column, image_type)
         self._column = config.image_column
         self._parts = parts
@@ -60,7 +61,7 @@ class ParquetImages:
         return len(self._images)
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises `ValueError` where the row has none."""
+        """The encoded image. Raises `ValueError` if the row has none."""
         encoded = self._images[int(index)][self._column] or {}
         if encoded.get("bytes") is not None:
             return encoded["bytes"]
@@ -69,7 +70,7 @@ class ParquetImages:
         return Path(encoded["path"]).read_bytes()
 
     def describe(self, index: int) -> str:
-        """File and row in it."""
+        """Name of the file and row in it."""
         row = int(index)
         for name, count in self._parts:
             if row < count:
@@ -78,58 +79,61 @@ class ParquetImages:
         raise IndexError(index)
 
     def fingerprint(self) -> str:
-        """Of the files' paths, sizes and times, or of `datasets`' own, and of the column."""
+        """Digest of the files' paths, sizes and times (or of the fingerprint of `datasets`) and of the column."""
         return content_digest(self._state.encode(), self._column.encode())
 
 
+@register_source("parquet", ParquetData)
 def open_parquet(config: ParquetData) -> Splits:
-    """Training images, validation images where there are labeled ones, and what the user should know."""
+    """Training images, and validation images if there are labeled ones."""
     root = existing_path(config.path)
     saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    with _silent():
-        train, val, names, notice = _open_saved(root, config) if saved else _open_files(root, config)
-    return with_classes(train, val, names=names, notice=notice, config=config)
+    with _without_progress_bars():
+        train, val, names, remark = _open_saved(root, config) if saved else _open_files(root, config)
+    return with_classes(train, val, names=names, remark=remark, config=config)
 
 
 def with_classes(
-    train: ParquetImages, val: ParquetImages | None, *, names: list[str] | None, notice: str | None, config: Columns
+    train: ParquetImages, val: ParquetImages | None, *, names: list[str] | None, remark: str | None, config: Columns
 ) -> Splits:
-    """Give both the class names; `val` without labels goes. Raises `UserError` for labels beyond them."""
+    """Set the class names of both splits; an unlabeled `val` is dropped. Raises `UserError` for invalid labels."""
     if train.labels is None:
-        return Splits(train, None, _join(notice, "no labels: no k-NN evaluation"))
+        return Splits(train, None, join_remarks(remark, "no labels: no k-NN evaluation"))
     if val is not None and val.labels is None:
-        val, notice = None, _join(notice, "the validation split has no labels and is not used")
-    lowest = min(int(part.labels.min()) for part in (train, val) if part is not None and part.labels is not None)
+        val, remark = None, join_remarks(remark, "the validation split has no labels and is not used")
+    labels = [split.labels for split in (train, val) if split is not None and split.labels is not None]
+    lowest, highest = min(int(part.min()) for part in labels), max(int(part.max()) for part in labels)
+    column = f"data.label_column={config.label_column}"
     if lowest < -1:
         raise UserError(
-            f"data.label_column={config.label_column} holds the label {lowest}; class numbers from 0 are "
-            "expected, and -1 or nothing for an image without one"
+            f"{column} contains the label {lowest}; expected class numbers from 0, and -1 or an empty cell for an "
+            "unlabeled image"
         )
-    top = max(int(part.labels.max()) for part in (train, val) if part is not None and part.labels is not None)
-    if top >= (len(names) if names else MOST_CLASSES):
-        known = f"there are {len(names)} class names" if names else "class numbers from 0 are expected"
-        raise UserError(f"data.label_column={config.label_column} holds the label {top}, but {known}")
-    train.classes = names or [str(label) for label in range(top + 1)]
+    if names and highest >= len(names):
+        raise UserError(f"{column} contains the label {highest}, but there are {len(names)} class names")
+    if highest >= MAX_CLASSES:
+        raise UserError(f"{column} contains the label {highest}; expected class numbers from 0")
+    train.classes = names or [str(label) for label in range(highest + 1)]
     if val is not None:
         val.classes = train.classes
-    return Splits(train, val, notice)
+    return Splits(train, val, remark)
 
 
 Opened = tuple[ParquetImages, ParquetImages | None, list[str] | None, str | None]
-"""Training images, validation images, class names, notice."""
+"""Training images, validation images, class names, remark."""
 
 
 def _open_saved(root: Path, config: ParquetData) -> Opened:
-    """A `Dataset` (all of it trains) or a `DatasetDict` from `save_to_disk`."""
+    """A `Dataset` (all training images) or a `DatasetDict`, written by `save_to_disk`."""
     saved = datasets.load_from_disk(str(root))
     splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if "train" not in splits:
-        raise UserError(f"data.path={config.path} has the splits {', '.join(map(str, splits))}; 'train' is missing")
+        raise UserError(f"data.path={config.path} has the splits {', '.join(map(str, splits))}, but no 'train'")
     val_name = next((str(name) for start in VAL_PREFIXES for name in splits if str(name).startswith(start)), None)
     opened = {}
     for name in filter(None, ("train", val_name)):
         rows = splits[name]
-        check_columns(rows.features, config, where=f"the split '{name}'")
+        check_columns(rows.features, config, table=f"the split '{name}'")
         if not len(rows):
             raise UserError(f"data.path={config.path}: the split '{name}' has no rows")
         opened[name] = ParquetImages(rows, config=config, parts=[(f"{root.name} {name}", len(rows))])
@@ -137,50 +141,52 @@ def _open_saved(root: Path, config: ParquetData) -> Opened:
 
 
 def _open_files(root: Path, config: ParquetData) -> Opened:
-    train_files, val_files, notice = split_files(root, config)
+    train_files, val_files, remark = split_files(root, config)
     names = None
     for file in [*train_files, *val_files]:
         try:
             schema = pq.read_schema(file)
             features = datasets.Features.from_arrow_schema(schema)
-        except Exception as error:  # of Arrow, and of `datasets`, which reads its own words in the file
+        except Exception as error:  # of Arrow, and of `datasets`, which parses its metadata in the file
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data.path: '{file}' is not a parquet file that can be read ({reason})") from error
-        check_columns(features, config, where=f"'{file}'")
+            raise UserError(f"data.path: '{file}' is not a readable parquet file ({reason})") from error
+        check_columns(features, config, table=f"'{file}'")
         if names is None:
             names = label_names(features, config) or _schema_classes(schema, file=file)
     base = root if root.is_dir() else root.parent
-    train, trouble = _read(train_files, config=config, base=base)
+    train, cache_remark = _read(train_files, config=config, base=base)
     val = _read(val_files, config=config, base=base)[0] if val_files else None
-    return train, val, names, _join(notice, trouble)
+    return train, val, names, join_remarks(remark, cache_remark)
 
 
 def split_files(root: Path, config: ParquetData) -> tuple[list[Path], list[Path], str | None]:
-    """Parquet files of the training and the validation split, sorted, and a notice of those that belong to neither.
+    """Sorted parquet files of the training and the validation split, and a remark about files of neither.
 
-    A file belongs to the split with which its name begins, else to that of the closest folder above it. Where no file
-    belongs to any, all of them train.
+    A file belongs to the split that its name starts with, or else the name of the closest folder above it. If no file
+    belongs to a split, all of them are training files.
     """
     if root.is_file():
         return [root], [], None
     groups: dict[str | None, list[Path]] = {}
+    prefixes = ("train", *VAL_PREFIXES)
     for file in sorted(root.rglob("*.parquet")):
-        inside = file.relative_to(root).parts
-        if not any(part.startswith(".") for part in inside):
-            starts = (
-                start for part in reversed(inside) for start in ("train", *VAL_PREFIXES) if part.startswith(start)
-            )
-            groups.setdefault(next(starts, None), []).append(file)
+        parts = file.relative_to(root).parts
+        if not any(part.startswith(".") for part in parts):
+            matches = (prefix for part in reversed(parts) for prefix in prefixes if part.startswith(prefix))
+            groups.setdefault(next(matches, None), []).append(file)
     if not groups:
-        raise UserError(f"data.path={config.path} holds neither *.parquet files nor a folder written by save_to_disk")
-    loose = groups.pop(None, [])
+        raise UserError(
+            f"data.path={config.path} contains neither *.parquet files nor a folder written by save_to_disk"
+        )
+    unassigned = groups.pop(None, [])
     if not groups:
-        return loose, [], None
+        return unassigned, [], None
     if "train" not in groups:
-        found = next(iter(groups.values()))[0].name
-        raise UserError(f"data.path={config.path} has no train*.parquet, only files such as '{found}'")
-    val = next((groups[start] for start in VAL_PREFIXES if start in groups), [])
-    return groups["train"], val, f"not used, of no split: {loose[0]} ({len(loose)} such)" if loose else None
+        other = next(iter(groups.values()))[0].name
+        raise UserError(f"data.path={config.path} contains no train*.parquet, only other files such as '{other}'")
+    val = next((groups[prefix] for prefix in VAL_PREFIXES if prefix in groups), [])
+    remark = f"not used, in no split: {unassigned[0]} ({len(unassigned)} files)" if unassigned else None
+    return groups["train"], val, remark
 
 
 def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[ParquetImages, str | None]:
@@ -188,20 +194,21 @@ def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[Parque
     parts = [(str(file.relative_to(base)), pq.read_metadata(file).num_rows) for file in files]
     if not sum(count for _, count in parts):
         raise UserError(f"data.path: '{files[0]}' has no rows")
-    trouble = None
+    remark = None
     try:
-        # `datasets` takes paths for patterns; escaped, a folder called "[a]" is found.
+        # `datasets` treats paths as patterns, so a folder called "[a]" must be escaped.
         rows = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], columns=columns)
     except OSError as error:
         rows = datasets.Dataset(pa.concat_tables(pq.read_table(file, columns=columns) for file in files))
-        trouble = (
-            f"images are kept in memory, the cache {datasets.config.HF_DATASETS_CACHE} cannot be written ({error})"
+        remark = (
+            f"images are kept in memory, because the cache {datasets.config.HF_DATASETS_CACHE} cannot be written "
+            f"({error})"
         )
     except DatasetGenerationError as error:
         reason = " ".join(str(error.__cause__).split())
-        raise UserError(f"data.path: '{files[0]}' and its split cannot be read ({reason})") from error
+        raise UserError(f"data.path: '{files[0]}' or another file of its split cannot be read ({reason})") from error
     assert isinstance(rows, datasets.Dataset)
-    return ParquetImages(rows, config=config, parts=parts, state=_state(files)), trouble
+    return ParquetImages(rows, config=config, parts=parts, state=_state(files)), remark
 
 
 def _state(files: list[Path]) -> str:
@@ -209,24 +216,21 @@ def _state(files: list[Path]) -> str:
     return str([(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files])
 
 
-def check_columns(features: datasets.Features, config: Columns, *, where: str) -> None:
-    """Raises `UserError` where the columns of `config` are not there or hold something else."""
-    for key in ("image_column", "label_column"):
-        name = getattr(config, key)
-        if name is not None and name not in features:
-            off = "; null for no labels" if key == "label_column" else ""
-            raise UserError(f"data.{key}={name} is not a column of {where}; {did_you_mean(name, features)}{off}")
+def check_columns(features: datasets.Features, config: Columns, *, table: str) -> None:
+    """Raise `UserError` if the columns of `config` do not exist or have another type."""
+    check_columns_exist(config, ("image_column", "label_column"), features, table=table)
     image: Any = features[config.image_column]
     encoded = isinstance(image, datasets.Value) and image.dtype in ("binary", "large_binary", "string")
     if not (encoded or isinstance(image, datasets.Image) or (isinstance(image, dict) and "bytes" in image)):
         raise UserError(
-            f"data.image_column={config.image_column} of {where} does not hold encoded images but {_type(image)}"
+            f"data.image_column={config.image_column} of {table} contains {_type(image)} values; expected encoded "
+            "images"
         )
     label: Any = None if config.label_column is None else features[config.label_column]
-    whole = isinstance(label, datasets.Value) and "int" in label.dtype
-    if not (label is None or whole or isinstance(label, datasets.ClassLabel)):
+    integer = isinstance(label, datasets.Value) and "int" in label.dtype
+    if not (label is None or integer or isinstance(label, datasets.ClassLabel)):
         raise UserError(
-            f"data.label_column={config.label_column} of {where} does not hold whole numbers but {_type(label)}"
+            f"data.label_column={config.label_column} of {table} contains {_type(label)} values; expected integers"
         )
 
 
@@ -235,13 +239,13 @@ def _type(feature: Any) -> str:
 
 
 def label_names(features: datasets.Features, config: Columns) -> list[str] | None:
-    """Class names where the label column knows them."""
+    """The class names of a `ClassLabel` column, or None."""
     label = features.get(config.label_column)
     return list(label.names) if isinstance(label, datasets.ClassLabel) else None
 
 
 def _schema_classes(schema: pa.Schema, *, file: Path) -> list[str] | None:
-    """Class names from the schema's metadata key `classes`, a JSON list of strings."""
+    """The class names from the schema's metadata key `classes`, a JSON list of strings, or None."""
     text = (schema.metadata or {}).get(b"classes")
     if text is None:
         return None
@@ -254,17 +258,13 @@ def _schema_classes(schema: pa.Schema, *, file: Path) -> list[str] | None:
     return names
 
 
-def _join(*notices: str | None) -> str | None:
-    return "; ".join(filter(None, notices)) or None
-
-
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which would run into those of the training."""
-    shown = not datasets.are_progress_bars_disabled()
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets`, which would overlap with those of the training."""
+    were_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if were_enabled:
             datasets.enable_progress_bars()

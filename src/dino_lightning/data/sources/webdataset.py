@@ -1,8 +1,8 @@
-"""WebDataset shards: tar files, local or at URLs, whose neighboring members of one name are a sample.
+"""WebDataset shards: local or remote tar files, in which neighboring members with one name are a sample.
 
-The `webdataset` library expands patterns, opens everything but http(s), walks through the tar files and groups their
-members. For http(s) it starts `curl`; here Python reads the URL, so that no other program is needed and a connection
-that breaks off is taken up again where it stopped.
+The `webdataset` library expands patterns, opens everything except http(s), reads the tar files and groups their
+members. It would start `curl` for http(s); here Python reads the URL, which needs no other program and resumes a broken
+connection where it stopped.
 """
 
 import glob
@@ -26,24 +26,25 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dino_lightning.config import WebDatasetData
 from dino_lightning.config.paths import usable_path
-from dino_lightning.data.npy import read_npy
+from dino_lightning.data.decode_formats import read_npy
 from dino_lightning.data.sources.base import Content, Sample, Splits
+from dino_lightning.data.sources.registry import register_source
 from dino_lightning.errors import UserError, did_you_mean
 
 BROKEN = (OSError, EOFError, HTTPException, tarfile.TarError, zlib.error)
-"""What reading a damaged or interrupted shard raises."""
+"""Errors of reading a damaged or interrupted shard."""
 BLOCK = 512
-"""Bytes of a block of a tar file."""
-TRIES = 5
-"""Attempts without a single byte after which a URL is given up."""
-WAIT = 0.25
-"""Seconds before the second attempt, twice as many before each later one."""
-TIMEOUT = 60
-"""Seconds without an answer after which a connection counts as broken off."""
+"""Bytes per block of a tar file."""
+MAX_ATTEMPTS = 5
+"""Attempts in a row to read from a URL."""
+FIRST_WAIT_S = 0.25
+"""Time before the second attempt; it doubles before each later one."""
+TIMEOUT_S = 60
+"""Time without an answer after which a connection is considered broken."""
 
 
 class WebDatasetImages:
-    """The samples of tar shards; `image_keys` are the endings, in lower case, that make a member an image."""
+    """The samples of tar shards; members with an extension in `image_keys` are images."""
 
     classes = None
 
@@ -58,17 +59,17 @@ class WebDatasetImages:
         return len(self.urls)
 
     def read_shard(self, shard: int, *, start: int = 0) -> Iterator[Sample]:
-        """The samples from number `start` on. A damaged shard ends with a sample without content that says so."""
-        name, trouble = shard_name(self.urls[shard]), []
-        files = _files(self.urls[shard], note=trouble.append)
+        """The samples from number `start` on. If the shard is damaged, the last sample has no content and says so."""
+        name, errors = shard_name(self.urls[shard]), []
+        files = _files(self.urls[shard], on_error=errors.append)
         count = 0
-        # Of two neighbors of one name, the library would stop at the second; here the first one counts.
+        # The library would stop at the second of two neighbors with one name; the handler ignores it.
         for members in group_by_keys(files, suffixes={*self.image_keys, "cls"}, handler=ignore_and_continue):
             if count >= start:
                 yield self._sample(members, shard=name)
             count += 1
-        if trouble and count >= start:
-            yield Sample(None, -1, f"{name} (truncated or unreadable after {count} samples: {trouble[0]})")
+        if errors and count >= start:
+            yield Sample(None, -1, f"{name} (truncated or unreadable after {count} samples: {errors[0]})")
 
     def _sample(self, members: dict[str, Any], *, shard: str) -> Sample:
         image = next((key for key in members if key in self.image_keys), None)
@@ -79,44 +80,47 @@ class WebDatasetImages:
         )
 
 
+@register_source("webdataset", WebDatasetData)
 def open_webdataset(config: WebDatasetData) -> Splits:
-    """The shards as a training stream; there is no validation split."""
+    """The shards as a training stream, without a validation split."""
     if config.images < 1:
-        raise UserError(f"data.images={config.images} is not a number of images; give 1 or more")
+        raise UserError(f"data.images={config.images}: expected at least 1 image per epoch")
     if not config.image_keys:
-        raise UserError("data.image_keys=[] finds no images; give the endings of the members that are images")
+        raise UserError("data.image_keys=[] selects no images; expected the extensions of the members that are images")
     urls = expand_shards(config.shards)
     stream = WebDatasetImages(urls, images=config.images, image_keys=list(config.image_keys))
     return Splits(stream, None, f"{len(urls)} shards, read as a stream: no k-NN evaluation")
 
 
 def expand_shards(shards: str) -> list[str]:
-    """URLs and absolute paths: braces, `::` between patterns, `*` in local ones, and a folder for the tars in it.
+    """URLs and absolute paths of a pattern: braces, `::` between patterns, `*` in local ones, or a folder of tar files.
 
-    Raises `UserError` for a local shard that is not there and for URLs that cannot be opened.
+    Raises `UserError` for a local shard that does not exist and for unsupported URLs.
     """
     try:
         patterns = expand_urls(shards)
     except (ValueError, AssertionError) as error:
         raise UserError(f"data.shards={shards} is not a pattern of paths or URLs ({error})") from error
-    found: list[str] = []
+    urls: list[str] = []
     for pattern in patterns:
         match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*):", pattern)
         scheme = match[1].lower() if match else ""
         if scheme in ("", "file"):
             path = url2pathname(urlsplit(pattern).path) if scheme else pattern
-            found += _local(usable_path("data.shards", path).absolute(), shards=shards)
+            urls += _local(usable_path("data.shards", path).absolute(), shards=shards)
         elif scheme in gopen_schemes:
-            found.append(pattern)
+            urls.append(pattern)
         else:
-            known = sorted(set(gopen_schemes) - {"__default__"})
-            way = "; a command that prints the shard can be given as 'pipe:COMMAND'"
-            raise UserError(f"data.shards={shards}: '{scheme}' cannot be opened, {did_you_mean(scheme, known)}{way}")
-    return found
+            supported = sorted(set(gopen_schemes) - {"__default__"})
+            raise UserError(
+                f"data.shards={shards}: the scheme '{scheme}' is not supported; {did_you_mean(scheme, supported)}, or "
+                "'pipe:COMMAND' with a command that prints the shard"
+            )
+    return urls
 
 
 def shard_name(url: str) -> str:
-    """File name of a shard; a command as it is. What follows in a URL, such as an access key, is left out."""
+    """File name of a shard, without the query of a URL, which may contain an access key; a command is unchanged."""
     return url if url.startswith("pipe:") else Path(urlsplit(url).path if "://" in url else url).name
 
 
@@ -124,46 +128,46 @@ def _local(path: Path, *, shards: str) -> list[str]:
     if path.is_dir():
         tars = [str(file) for file in sorted(path.iterdir()) if _is_tar(file.name)]
         if not tars:
-            raise UserError(f"data.shards={shards}: the folder '{path}' holds no *.tar")
+            raise UserError(f"data.shards={shards}: the folder '{path}' contains no *.tar")
         return tars
-    if path.exists():  # also a pipe or a name with brackets
+    if path.exists():  # including named pipes and names with brackets
         return [str(path)]
     matches = sorted(glob.glob(str(path)))
     if matches:
         return matches
     folder = next(parent for parent in path.parents if parent.is_dir())
-    lost = path.relative_to(folder).parts[0]
-    beside = [file.name for file in folder.iterdir() if file.is_dir() or _is_tar(file.name)]
-    hint = did_you_mean(lost, beside) if beside else "it holds no *.tar"
-    raise UserError(f"data.shards={shards}: '{path}' does not exist, no '{lost}' in '{folder}'; {hint}")
+    missing = path.relative_to(folder).parts[0]
+    siblings = [file.name for file in folder.iterdir() if file.is_dir() or _is_tar(file.name)]
+    hint = did_you_mean(missing, siblings) if siblings else "it contains no *.tar"
+    raise UserError(f"data.shards={shards}: '{path}' does not exist, no '{missing}' in '{folder}'; {hint}")
 
 
 def _is_tar(name: str) -> bool:
     return name.endswith((".tar", ".tar.gz", ".tgz")) and not name.startswith(".")
 
 
-def _files(url: str, *, note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Members of a tar file, as far as it can be read; `note` gets the reason where that is not to its end."""
+def _files(url: str, *, on_error: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The readable members of a tar file; `on_error` is called with the reason if it cannot be read to its end."""
     source = None
     try:
         source = _open(url)
-        # The library's pipe drops what it has just read when its command has failed meanwhile; `close` tells as well.
-        stream = _Watched(getattr(source, "stream", source))
+        # Not the library's pipe, which drops its last data if the command has failed; `close` reports that, too.
+        stream = _TarStream(getattr(source, "stream", source))
         for member in tar_file_iterator(stream):  # type: ignore[arg-type]  # any file will do
             yield {**member, "__url__": url}
-        while stream.read(1 << 20):  # the padding: a command that is cut off there would report a failure
+        while stream.read(1 << 20):  # the padding, because a command that cannot write it would report a failure
             pass
-        source.close()  # raises where a command has failed
-        if stream.cut_off:
-            note("it lacks the end mark of a tar file")
+        source.close()  # raises if a command has failed
+        if stream.is_truncated:
+            on_error("it lacks the end mark of a tar file")
     except BROKEN as error:
         reason = str(error).partition(" @ ")[0] or type(error).__name__
         try:
             if source is not None:
                 source.close()
-        except BROKEN as failed:  # "empty file" alone does not tell that the command was not found
+        except BROKEN as failed:  # "empty file" alone does not say that the command was not found
             reason = f"{reason}; {failed}" if str(failed) not in reason else reason
-        note(reason)
+        on_error(reason)
     finally:
         if source is not None:
             with suppress(*BROKEN):
@@ -174,23 +178,23 @@ def _open(url: str) -> Any:
     return HttpFile(url) if url.lower().startswith(("http://", "https://")) else gopen(url)
 
 
-class _Watched:
-    """A stream that remembers its beginning and end: `tarfile` takes a broken header for the end of the file."""
+class _TarStream:
+    """A stream that remembers its first and last bytes, because `tarfile` treats a broken header as the end."""
 
     def __init__(self, source: Any):
         self._source = source
         self._head = self._tail = b""
 
     def read(self, size: int) -> bytes:
-        """The next bytes, `size` or fewer; none at the end."""
+        """At most `size` bytes; none at the end."""
         data = self._source.read(size)
         self._head = self._head or data[:6]
         self._tail = (self._tail + data if len(data) < BLOCK else data)[-BLOCK:]
         return data
 
     @property
-    def cut_off(self) -> bool:
-        """Whether a tar file that is not compressed ends without a block of zeros."""
+    def is_truncated(self) -> bool:
+        """Whether an uncompressed tar file ends without a block of zeros."""
         return any(self._tail) and not self._head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
 
 
@@ -211,30 +215,30 @@ def _label(text: bytes | None) -> int:
 
 
 class HttpFile:
-    """A URL read from beginning to end. Raises `OSError` where it cannot be."""
+    """A URL that is read sequentially. Raises `OSError` if it cannot be read."""
 
     def __init__(self, url: str):
         self.url = url
-        self._at = 0
+        self._position = 0
         self._total: int | None = None
         self._response: Any = None
 
     def read(self, size: int) -> bytes:
-        """The next bytes, `size` or fewer; none at the end."""
-        for attempt in range(TRIES):
+        """At most `size` bytes; none at the end."""
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 response = self._response or self._connect()
                 data = response.read(size)
-                if not data and self._total is not None and self._at < self._total:
-                    raise ConnectionError(f"the connection broke off after {self._at} of {self._total} bytes")
+                if not data and self._total is not None and self._position < self._total:
+                    raise ConnectionError(f"the connection broke after {self._position} of {self._total} bytes")
             except (OSError, HTTPException) as error:
                 self.close()
                 final = isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 429)
-                if final or attempt == TRIES - 1:
+                if final or attempt == MAX_ATTEMPTS - 1:
                     raise
-                time.sleep(WAIT * 2**attempt)
+                time.sleep(FIRST_WAIT_S * 2**attempt)
             else:
-                self._at += len(data)
+                self._position += len(data)
                 return data
         raise AssertionError
 
@@ -245,15 +249,15 @@ class HttpFile:
             self._response = None
 
     def _connect(self) -> Any:
-        headers = {"Range": f"bytes={self._at}-"} if self._at else {}
-        self._response = response = urlopen(Request(self.url, headers=headers), timeout=TIMEOUT)
+        headers = {"Range": f"bytes={self._position}-"} if self._position else {}
+        self._response = response = urlopen(Request(self.url, headers=headers), timeout=TIMEOUT_S)
         length = response.headers.get("Content-Length")
-        if self._at == 0:
+        if self._position == 0:
             self._total = None if length is None else int(length)
-        left = 0 if response.status == 206 else self._at  # a server without ranges sends everything again
-        while left:
-            skipped = response.read(min(left, 1 << 20))
+        remaining = 0 if response.status == 206 else self._position  # a server without ranges sends everything again
+        while remaining:
+            skipped = response.read(min(remaining, 1 << 20))
             if not skipped:
-                raise ConnectionError(f"the connection broke off before byte {self._at}")
-            left -= len(skipped)
+                raise ConnectionError(f"the connection broke before byte {self._position}")
+            remaining -= len(skipped)
         return response

@@ -18,7 +18,7 @@ from dino_lightning.config import AttentionEval, BuiltinData, DataConfig, Pictur
 from dino_lightning.data.bad_images import BadImages
 from dino_lightning.data.benchmarks.pictures import Clip, open_pictures
 from dino_lightning.data.benchmarks.voc import open_voc
-from dino_lightning.data.module import SEEN_OF_A_STREAM
+from dino_lightning.data.module import STREAM_PREVIEW_IMAGES
 from dino_lightning.data.sources import ImageSource
 from dino_lightning.data.sources.base import FirstImages
 from dino_lightning.errors import UserError
@@ -146,7 +146,7 @@ def draw_clip(config: AttentionEval, task: Task, clip: Clip, view: FullImageView
 def indexed_images(task: Task) -> ImageSource:
     """The validation images, or the training images if there are none; of a stream the first ones."""
     source = task.splits.val or task.splits.train
-    return source if isinstance(source, ImageSource) else FirstImages(source, images=SEEN_OF_A_STREAM)
+    return source if isinstance(source, ImageSource) else FirstImages(source, images=STREAM_PREVIEW_IMAGES)
 
 
 def full_images(task: Task, source: ImageSource, view: FullImageView) -> FullImages:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dino_lightning.config import SCHEMAS, DataConfig, DevicesConfig, EmbedConfig, FolderData, HuggingFaceData
 from dino_lightning.config.paths import usable_path
-from dino_lightning.data.sources.detect import kind_of
+from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list
@@ -90,7 +90,7 @@ def _data(images: str | Path | Sequence[ImageInput] | DataConfig) -> tuple[DataC
 def _data_of_path(path: str) -> DataConfig:
     """The data configuration that reads the path, as `dino data` prints it."""
     file = existing_path(path, key="images", files=True)
-    kind = cast(type[DataConfig], SCHEMAS["data"][kind_of(path)])
+    kind = cast(type[DataConfig], SCHEMAS["data"][detect_source(path)])
     if kind is FolderData and file.is_file():
         raise UserError(
             f"images={path} is a file of an unknown type; expected a folder, a .zip or .tar, a list (.csv, "

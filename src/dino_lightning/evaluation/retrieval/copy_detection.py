@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dino_lightning.config import CopydaysData, CopyDetectionEval
 from dino_lightning.data.benchmarks.copydays import Copydays, open_copydays
-from dino_lightning.data.benchmarks.files import images_in
+from dino_lightning.data.benchmarks.files import list_images
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
@@ -51,7 +51,7 @@ def evaluate(config: CopyDetectionEval, task: Task) -> Iterator[Result]:
     whitening, whitening_images = "none", None
     if task.data.whitening_path is not None and config.whitening != "none":
         whitening = config.whitening
-        whitening_images = images_in(task.data.whitening_path, key="data.whitening_path", below=True)
+        whitening_images = list_images(task.data.whitening_path, key="data.whitening_path", recursive=True)
 
     queries_QD, queries_Q = _extract(config, task, files, split="images")
     is_original_Q = queries_Q < originals

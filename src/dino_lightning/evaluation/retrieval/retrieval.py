@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import RetrievalEval, RevisitedData
-from dino_lightning.data.benchmarks.files import images_in
+from dino_lightning.data.benchmarks.files import list_images
 from dino_lightning.data.benchmarks.revisited import Query, Revisited, open_revisited
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
@@ -55,7 +55,7 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
     benchmark = open_revisited(task.data)
     whitening_images = None
     if task.data.whitening_path is not None:
-        whitening_images = images_in(task.data.whitening_path, key="data.whitening_path", below=True)
+        whitening_images = list_images(task.data.whitening_path, key="data.whitening_path", recursive=True)
     extract = _Extraction(config, task)
     extract.check()
 

@@ -180,5 +180,5 @@ class SequenceCache:
     def _name(self, frames: Frames, number: int) -> str:
         sequence = frames.sequences[number]
         files = ImageFiles([*sequence.frames, *sequence.masks]).fingerprint()
-        parts = (*self.key_parts, str(frames.sizes[number]), str(sequence.one_object), files)
+        parts = (*self.key_parts, str(frames.sizes[number]), str(sequence.single_object), files)
         return f"{content_digest(*(part.encode() for part in parts))}.npz"

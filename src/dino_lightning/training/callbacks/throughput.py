@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from dino_lightning.data.batch import images_in
+from dino_lightning.data.batch import num_images
 from dino_lightning.runtime.console import warn
 
 DTYPES = {"16": torch.float16, "bf": torch.bfloat16, "64": torch.float64}
@@ -67,7 +67,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a micro-batch."""
         now = time.perf_counter()
-        images, seconds = images_in(batch) * trainer.world_size, now - self._last
+        images, seconds = num_images(batch) * trainer.world_size, now - self._last
         self._last = now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         self._row_images, self._row_seconds = self._row_images + images, self._row_seconds + seconds
