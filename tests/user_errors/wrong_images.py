@@ -222,6 +222,7 @@ ROWS = [
     Wrong(
         "data.cache_dir is a file",
         lambda path: folder(photos(path / "in"), "data.cache=disk", f"data.cache_dir={touch(path / 'c')}"),
-        "data.cache_dir=DIR/c cannot be created ([Errno 20] Not a directory: 'DIR/c/images'); choose a folder that you can write to",
+        "data.cache_dir=DIR/c cannot be created ([Errno 20] Not a directory: 'DIR/c/images'); choose a folder that "
+        "you can write to",
     ),
 ]

@@ -128,8 +128,8 @@ ROWS = [
     Wrong(
         "web pages in the image column",
         rows(images=[HTML] * 16, labels=[0, 1] * 8),
-        "data: none of the tested images can be read (train.parquet row 0: not an image format that PIL supports; the file "
-        "begins with b'<!DOCTYPE ht')",
+        "data: none of the tested images can be read (train.parquet row 0: not an image format that PIL supports; the "
+        "file begins with b'<!DOCTYPE ht')",
     ),
     Wrong(
         "a truncated parquet file",
