@@ -147,7 +147,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict, str]] = {
         {},
         "data.split=val: .*val.txt contains no names of sequences",
     ),
-    "resolution": (lambda root: None, {"resolution": "480"}, r"data.resolution=480: .*did you mean '480p'\?"),
+    "resolution": (lambda root: None, {"resolution": "480"}, r"data.resolution=480 is .*did you mean '480p'\?"),
     "no annotations": (lambda root: lose(root, "Annotations"), {}, "has no Annotations"),
     "sequence": (lambda root: list_wrongly(root, "cwo"), {}, r"no frames of the sequence cwo; did you mean 'cow'\?"),
     "masks": (
