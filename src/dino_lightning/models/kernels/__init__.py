@@ -1,1 +1,1 @@
-"""Faster forms of what PyTorch has; each knows the plain form it equals."""
+"""Faster implementations of PyTorch operations; each names the reference implementation that it equals."""

@@ -19,9 +19,9 @@ from dino_lightning.models.kernels.packing import Shapes, constant
 
 aten = torch.ops.aten
 
-Kept = tuple[Tensor | None, ...]
-"""What the backward pass needs besides q, k, v and the output: `KEPT` tensors per kernel call."""
-KEPT = 3
+Saved = tuple[Tensor | None, ...]
+"""What the backward pass needs besides q, k, v and the output: `SAVED_PER_CALL` tensors per kernel call."""
+SAVED_PER_CALL = 3
 
 
 @cache
@@ -34,30 +34,30 @@ def is_supported(qkv_type: torch.dtype, device: torch.device, *, heads: int, wid
     return device.type in ("cuda", "cpu")
 
 
-def attention(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, varlen: bool) -> tuple[Tensor, Kept, Sequence[int]]:
+def attention(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, varlen: bool) -> tuple[Tensor, Saved, Sequence[int]]:
     """Output (M, D), tensors for the backward pass, and the kernels (`SDPBackend`) that were called."""
     if varlen:
         ends, longest = _ends(shapes, qkv_M3D.device)
         lengths = ends, ends, longest, longest
         q_Mhd, k_Mhd, v_Mhd = qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
-        out_Mhd, *kept, _ = aten._flash_attention_forward(q_Mhd, k_Mhd, v_Mhd, *lengths, 0.0, False, False)
-        return out_Mhd.flatten(1), tuple(kept), ()
+        out_Mhd, *saved, _ = aten._flash_attention_forward(q_Mhd, k_Mhd, v_Mhd, *lengths, 0.0, False, False)
+        return out_Mhd.flatten(1), tuple(saved), ()
     out_MD = qkv_M3D.new_empty(len(qkv_M3D), qkv_M3D.shape[1] // 3)
-    kept, kernels = [], []
+    saved, kernels = [], []
     for rows, shape in _parts(shapes):
         q, k, v = _heads(qkv_M3D[rows], shape, heads)
         kernels.append(_chosen(q, k, v))
         out_BhNd, *numbers = _forward(q, k, v, kernels[-1])
         out_MD[rows].view(*shape, heads, -1).copy_(out_BhNd.transpose(1, 2))
-        kept += [*numbers, *[None] * (KEPT - len(numbers))]
-    return out_MD, tuple(kept), kernels
+        saved += [*numbers, *[None] * (SAVED_PER_CALL - len(numbers))]
+    return out_MD, tuple(saved), kernels
 
 
 def attention_backward(
     dout_MD: Tensor,
     qkv_M3D: Tensor,
     out_MD: Tensor,
-    kept: Kept,
+    saved: Saved,
     kernels: Sequence[int],
     shapes: Shapes,
     *,
@@ -67,7 +67,7 @@ def attention_backward(
     """Gradients of q, k and v, (B N, D) each, of each resolution in turn; of all crops at once where `varlen`."""
     if varlen:
         ends, longest = _ends(shapes, qkv_M3D.device)
-        lse, seed, unused = kept
+        lse, seed, unused = saved
         dout_Mhd, out_Mhd = (x.unflatten(-1, (heads, -1)) for x in (dout_MD, out_MD))
         parts = aten._flash_attention_backward(
             dout_Mhd,
@@ -86,9 +86,9 @@ def attention_backward(
         return [tuple(part.flatten(1) for part in parts)]
     gradients = []
     for index, (rows, shape) in enumerate(_parts(shapes)):
-        own = kept[index * KEPT : (index + 1) * KEPT]
+        of_call = saved[index * SAVED_PER_CALL : (index + 1) * SAVED_PER_CALL]
         dout_BhNd, out_BhNd = (x[rows].view(*shape, heads, -1).transpose(1, 2) for x in (dout_MD, out_MD))
-        parts = _backward(dout_BhNd, _heads(qkv_M3D[rows], shape, heads), out_BhNd, own, kernels[index])
+        parts = _backward(dout_BhNd, _heads(qkv_M3D[rows], shape, heads), out_BhNd, of_call, kernels[index])
         gradients.append(tuple(part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts))
     return gradients
 
@@ -111,8 +111,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kernel: int) -> Any:
     return out, lse, seed, offset
 
 
-def _backward(dout: Tensor, qkv: Sequence[Tensor], out: Tensor, kept: Kept, kernel: int) -> Any:
-    (q, k, v), (lse, seed, offset) = qkv, kept
+def _backward(dout: Tensor, qkv: Sequence[Tensor], out: Tensor, saved: Saved, kernel: int) -> Any:
+    (q, k, v), (lse, seed, offset) = qkv, saved
     N = q.shape[2]
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)

@@ -59,7 +59,7 @@ class _Block(torch.autograd.Function):
             wq, bq, wp, bp, w1, c1, w2, c2 = _cast([*weights[2:6], *weights[8:]], ctx.half)
             _, a, mean1, rstd1 = block_triton.add_and_norm(x, None, None, g1, b1, eps=eps1, half=ctx.half)
             qkv = F.linear(a, wq, bq)
-            o, kept, ctx.kernels = attention(qkv, shapes, heads=heads, varlen=varlen)
+            o, saved, ctx.kernels = attention(qkv, shapes, heads=heads, varlen=varlen)
             u = F.linear(o, wp, bp)
             x2, a, mean2, rstd2 = block_triton.add_and_norm(x, u, s1, g2, b2, eps=eps2, half=ctx.half)
             del u
@@ -67,13 +67,13 @@ class _Block(torch.autograd.Function):
             del a
             y = block_triton.add(x2, F.linear(F.gelu(h), w2, c2), s2)
         matrices = wq, wp, w1, w2
-        ctx.save_for_backward(x, s1, s2, x2, qkv, o, h, mean1, rstd1, mean2, rstd2, g1, b1, g2, b2, *matrices, *kept)
+        ctx.save_for_backward(x, s1, s2, x2, qkv, o, h, mean1, rstd1, mean2, rstd2, g1, b1, g2, b2, *matrices, *saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s1, s2, x2, qkv, o, h, mean1, rstd1, mean2, rstd2, g1, b1, g2, b2, wq, wp, w1, w2, *kept = ctx.saved_tensors
+        x, s1, s2, x2, qkv, o, h, mean1, rstd1, mean2, rstd2, g1, b1, g2, b2, wq, wp, w1, w2, *saved = ctx.saved_tensors
         shapes, heads, varlen, _ = ctx.how
         half, sums = ctx.half, block_triton.norm_backward
         with without_autocast(x):
@@ -89,7 +89,7 @@ class _Block(torch.autograd.Function):
             del dh, a
             dwp = _weight_gradient(du, o)
             kind = {"heads": heads, "varlen": varlen}
-            parts = attention_backward(du @ wp, qkv, o, tuple(kept), ctx.kernels, shapes, **kind)
+            parts = attention_backward(du @ wp, qkv, o, tuple(saved), ctx.kernels, shapes, **kind)
             del du
             dqkv, dbq = block_triton.pack_with_sums(parts)
             del parts

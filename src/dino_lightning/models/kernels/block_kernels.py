@@ -33,15 +33,15 @@ def add_and_norm(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows[:, None] < M) & (columns[None, :] < D)
-    places = rows[:, None].to(tl.int64) * D + columns[None, :]
-    x = tl.load(x_MD + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+    x = tl.load(x_MD + offsets, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        y = tl.load(y_MD + places, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_MD + offsets, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             y *= tl.load(scale_M + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        # What is normed is what is kept: the backward pass sees the rounded sum.
+        # Normalize the rounded sum, because the backward pass reads that one.
         rounded = (x + y).to(sum_MD.dtype.element_ty)
-        tl.store(sum_MD + places, rounded, mask=inside)
+        tl.store(sum_MD + offsets, rounded, mask=inside)
         x = rounded.to(tl.float32)
     if NORM:
         mean = tl.sum(x, axis=1) / D
@@ -50,7 +50,7 @@ def add_and_norm(
         weight = tl.load(weight_D + columns, mask=columns < D, other=0.0).to(tl.float32)
         bias = tl.load(bias_D + columns, mask=columns < D, other=0.0).to(tl.float32)
         normed = distance * rstd[:, None] * weight[None, :] + bias[None, :]
-        tl.store(normed_MD + places, normed.to(normed_MD.dtype.element_ty), mask=inside)
+        tl.store(normed_MD + offsets, normed.to(normed_MD.dtype.element_ty), mask=inside)
         tl.store(mean_M + rows, mean, mask=rows < M)
         tl.store(rstd_M + rows, rstd, mask=rows < M)
 
@@ -90,25 +90,25 @@ def norm_backward(
     for start in range(program * ROWS, M, programs * ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows[:, None] < M) & (columns[None, :] < D)
-        places = rows[:, None].to(tl.int64) * D + columns[None, :]
-        dy = tl.load(dnormed_MD + places, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_MD + places, mask=inside, other=0.0).to(tl.float32)
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        dy = tl.load(dnormed_MD + offsets, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_MD + offsets, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_M + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         rstd = tl.load(rstd_M + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         normal = tl.where(inside, (x - mean) * rstd, 0.0)
-        tl.store(normed_MD + places, (normal * weight + bias).to(normed_MD.dtype.element_ty), mask=inside)
+        tl.store(normed_MD + offsets, (normal * weight + bias).to(normed_MD.dtype.element_ty), mask=inside)
         dweight += dy * normal
         dbias += dy
         inner = dy * weight
         along = (tl.sum(inner * normal, axis=1) / D)[:, None]
         level = (tl.sum(inner, axis=1) / D)[:, None]
-        residual = tl.load(residual_MD + places, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_MD + offsets, mask=inside, other=0.0).to(tl.float32)
         dx = residual + (inner - level - normal * along) * rstd
-        tl.store(dx_MD + places, dx.to(dx_MD.dtype.element_ty), mask=inside)
+        tl.store(dx_MD + offsets, dx.to(dx_MD.dtype.element_ty), mask=inside)
         if BRANCH:
             if SCALED:
                 dx *= tl.load(scale_M + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-            tl.store(branch_MD + places, dx.to(branch_MD.dtype.element_ty), mask=inside)
+            tl.store(branch_MD + offsets, dx.to(branch_MD.dtype.element_ty), mask=inside)
             dbranch += tl.where(inside, dx, 0.0)
     own = sums_3PD + program * D + columns
     tl.store(own, tl.sum(dweight, axis=0), mask=columns < D)
@@ -128,11 +128,11 @@ def scaled_with_sums(
     for start in range(program * ROWS, M, programs * ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows[:, None] < M) & (columns[None, :] < D)
-        places = rows[:, None].to(tl.int64) * D + columns[None, :]
-        x = tl.load(x_MD + places, mask=inside, other=0.0).to(tl.float32)
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        x = tl.load(x_MD + offsets, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             x *= tl.load(scale_M + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_MD + places, x.to(out_MD.dtype.element_ty), mask=inside)
+        tl.store(out_MD + offsets, x.to(out_MD.dtype.element_ty), mask=inside)
         total += x
     tl.store(sums_PD + program * D + columns, tl.sum(total, axis=0), mask=columns < D)
 
@@ -146,14 +146,14 @@ def gelu_backward(h_MI, d_MI, gelu_MI, sums_PI, M, D, programs, ROWS: tl.constex
     for start in range(program * ROWS, M, programs * ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows[:, None] < M) & (columns[None, :] < D)
-        places = rows[:, None].to(tl.int64) * D + columns[None, :]
-        h = tl.load(h_MI + places, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(d_MI + places, mask=inside, other=0.0).to(tl.float32)
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        h = tl.load(h_MI + offsets, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(d_MI + offsets, mask=inside, other=0.0).to(tl.float32)
         below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
-        tl.store(gelu_MI + places, (h * below).to(gelu_MI.dtype.element_ty), mask=inside)
+        tl.store(gelu_MI + offsets, (h * below).to(gelu_MI.dtype.element_ty), mask=inside)
         d *= below + h * density
-        tl.store(d_MI + places, d.to(d_MI.dtype.element_ty), mask=inside)
+        tl.store(d_MI + offsets, d.to(d_MI.dtype.element_ty), mask=inside)
         total += d
     tl.store(sums_PI + program * D + columns, tl.sum(total, axis=0), mask=columns < D)
 
@@ -175,8 +175,8 @@ def pack_with_sums(q_MD, k_MD, v_MD, out_M3D, sums_P3D, M, D, programs, ROWS: tl
         inside = (rows[:, None] < M) & (columns[None, :] < D)
         offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
         x = tl.load(source + offsets, mask=inside, other=0.0)
-        places = rows[:, None].to(tl.int64) * (3 * D) + (which * D + columns)[None, :]
-        tl.store(out_M3D + places, x, mask=inside)
+        offsets = rows[:, None].to(tl.int64) * (3 * D) + (which * D + columns)[None, :]
+        tl.store(out_M3D + offsets, x, mask=inside)
         total += x.to(tl.float32)
     own = sums_P3D + program * (3 * D) + which * D + columns
     tl.store(own, tl.sum(total, axis=0), mask=columns < D)

@@ -107,7 +107,7 @@ def norm_backward(
     scale_M1: Tensor | None = None,
     branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Backward pass of y = LayerNorm(x) and of x = x' + scale * branch, where x goes on as a residual too.
+    """Backward pass of y = LayerNorm(x) and of x = x' + scale * branch, where x is also the residual.
 
     Returns the gradient of x, y once more in the type of its gradient, with `branch` the branch's gradient in that
     type, and the sums over rows (3, D): the gradients of weight and bias, and the sum of the branch's.
@@ -165,7 +165,7 @@ def scaled_with_sums(x_MD: Tensor, scale_M1: Tensor | None, *, half: torch.dtype
 
 
 def gelu_backward_(h_MI: Tensor, d_MI: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU(h) and the sums (I,) of h's gradient, which takes the place of `d_MI`, the gradient of GELU(h)."""
+    """GELU(h) and the sums (I,) of h's gradient, which overwrites `d_MI`, the gradient of GELU(h)."""
     kernels = _kernels()
     gelu_MI = torch.empty_like(h_MI)
     sums_PI, grid, shape = _column_sums(h_MI)

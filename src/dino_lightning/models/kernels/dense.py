@@ -53,7 +53,7 @@ def _call(x: Tensor, layer: nn.Linear, norm: nn.LayerNorm | None, *, gelu: bool)
 
 
 class _Dense(torch.autograd.Function):
-    """forward:  a = f(x);  y = a W' + b          kept: x, W, and of LayerNorm the mean and 1 / deviation of each row
+    """forward:  a = f(x);  y = a W' + b          saved: x, W, and of LayerNorm the mean and 1 / deviation of each row
     backward: a = f(x) again;  dW = dy' a;  db = sum dy;  da = dy W;  dx = f'(x) da
     """
 
