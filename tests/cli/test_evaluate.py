@@ -52,7 +52,7 @@ WRONG = [
     ("checkpoint=timm:resnet5O", "did you mean 'resnet50'?"),
     ("checkpoint=untrained:vit_smal", "did you mean 'vit_small'?"),
     ("checkpoint=untrained:vit_tiny eval.image_size=30", "eval.image_size=30 is not a multiple of the patch size 16"),
-    ("checkpoint=untrained:vit_micro data.channels=1", "data.channels=1: untrained"),
+    ("checkpoint=untrained:vit_micro data.channels=1", "data.channels=1: the network untrained"),
 ]
 
 

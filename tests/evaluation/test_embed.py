@@ -240,7 +240,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([GRAY], {"accelerator": "cuda"}, "trainer.accelerator=cuda: this machine has no GPU"),
     ([GRAY], {"checkpoint_key": "techer"}, "checkpoint_key=techer: did you mean 'teacher'?"),
     ([GRAY], {"checkpoint": "/nowhere.pth"}, "checkpoint=/nowhere.pth: this file does not exist"),
-    (BuiltinData(channels=1), {}, "data.channels=1: untrained takes images of 3 channels."),
+    (BuiltinData(channels=1), {}, "data.channels=1: the network untrained expects images with 3 channels."),
 ]
 
 

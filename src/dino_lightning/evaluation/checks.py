@@ -22,6 +22,7 @@ from dino_lightning.config.dotted import format_value
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.registry import find_evaluation
+from dino_lightning.models.frozen import FrozenNetwork
 
 TRAINING_KEYS = ("batch_size_per_device", "prefetch_batches", "cache", "cache_resize", "shuffle_buffer")
 """Keys of `data` that only training uses."""
@@ -73,6 +74,14 @@ def check_trainer(trainer: DevicesConfig, *, program: str) -> None:
     check_devices(trainer)
 
 
+def check_channels(network: FrozenNetwork, channels: int) -> None:
+    """Raise `UserError` if the network does not accept images with this number of channels."""
+    if network.channels != channels:
+        raise UserError(
+            f"data.channels={channels}: the network {network.name} expects images with {network.channels} channels."
+        )
+
+
 def _check_data(config: EvaluateConfig) -> None:
     kinds = find_evaluation(config.eval).data
     if not isinstance(config.data, kinds):
@@ -102,7 +111,7 @@ def _check_images_of_run(config: EvaluateConfig, overrides: Sequence[str]) -> No
         return  # loading the network reports the problem
     if images:
         raise UserError(
-            f"checkpoint={config.checkpoint} was trained on {' '.join(sorted(images))}: choose the images for the "
+            f"checkpoint={config.checkpoint} was trained on {' '.join(sorted(images))}; choose the images for the "
             "evaluation with data=, or use data=builtin for the built-in images."
         )
 

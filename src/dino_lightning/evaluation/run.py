@@ -12,8 +12,7 @@ from rich.markup import escape
 from dino_lightning.checkpoints import load_network, with_fresh_weights
 from dino_lightning.config import ClassificationEval, DataConfig, EvaluateConfig, WandbLoggerConfig
 from dino_lightning.config.constraints import check_keys
-from dino_lightning.errors import UserError
-from dino_lightning.evaluation.checks import check_evaluation
+from dino_lightning.evaluation.checks import check_channels, check_evaluation
 from dino_lightning.evaluation.context import EvalContext, Result, Task, launch_fabric, set_threads
 from dino_lightning.evaluation.registry import Evaluation, find_evaluation
 from dino_lightning.evaluation.results import ResultsFile, results_table
@@ -79,8 +78,7 @@ def launch_context(config: EvaluateConfig) -> EvalContext:
 def check_network(config: EvaluateConfig, network: FrozenNetwork) -> None:
     """Raise `UserError` where the network does not accept the number of channels or the image size."""
     channels = config.data.channels if isinstance(config.data, DataConfig) else 3
-    if network.channels != channels:
-        raise UserError(f"data.channels={channels}: {network.name} takes images of {network.channels} channels.")
+    check_channels(network, channels)
     if isinstance(config.eval, ClassificationEval):
         check_size(network, config.eval.image_size or network.size, key="eval.image_size")
 

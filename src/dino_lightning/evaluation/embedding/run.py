@@ -14,6 +14,7 @@ from dino_lightning.config import EmbedConfig
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 from dino_lightning.errors import UserError
+from dino_lightning.evaluation.checks import check_channels
 from dino_lightning.evaluation.context import EvalContext, Task, launch_fabric, set_threads
 from dino_lightning.evaluation.embedding.checks import check_embedding, check_output, feature_spec
 from dino_lightning.evaluation.embedding.inputs import ImageInput, input_source
@@ -89,10 +90,7 @@ def open_splits(config: EmbedConfig, context: EvalContext) -> dict[str, ImageSou
 
 def check_network(config: EmbedConfig, network: FrozenNetwork) -> None:
     """Raise `UserError` if the network does not accept these images or does not have these features."""
-    if network.channels != config.data.channels:
-        raise UserError(
-            f"data.channels={config.data.channels}: {network.name} takes images of {network.channels} channels."
-        )
+    check_channels(network, config.data.channels)
     feature_spec(config.features, config.n_last_blocks).check(network)
     check_size(network, config.image_size or network.size, key="image_size")
 
