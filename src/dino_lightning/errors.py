@@ -1,4 +1,4 @@
-"""The error that a user can cause: one sentence that names the key, the value, what was expected and a way out."""
+"""Errors that a user can cause: one sentence with the key, its value, what was expected and a solution."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,22 +9,22 @@ class UserError(ValueError):
 
 
 class RanksDifferError(UserError):
-    """A wrong setting that all processes of a run have found together, so that one of them may say it."""
+    """A wrong setting that all processes of a run have detected, so that only one of them has to print it."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A clause that names the closest of `choices`, or lists them where none is close."""
+    """A clause that names the closest of `choices`, or lists them if none is close."""
     known = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
-    shown = ", ".join(sorted(known)[:20])
-    return f"choose one of {shown}{', …' if len(known) > 20 else ''}"
+    listed = ", ".join(sorted(known)[:20])
+    return f"choose one of {listed}{', …' if len(known) > 20 else ''}"
 
 
 def cannot_be_written(key: str, path: object, error: OSError) -> UserError:
-    """What to say of a folder, the value `path` of `key`, that `error` kept from being made or written."""
+    """The error for a folder, the value `path` of `key`, that cannot be created or written because of `error`."""
     reason = error.strerror or str(error)
     if isinstance(error, FileExistsError | NotADirectoryError):
-        reason = f"'{error.filename or path}' is a file or lies in one"
-    return UserError(f"{key}={path} cannot be written ({reason}); choose a folder of yours.")
+        reason = f"'{error.filename or path}' is a file or inside a file"
+    return UserError(f"{key}={path} cannot be written ({reason}); choose a folder that you can write to.")

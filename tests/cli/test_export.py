@@ -299,7 +299,7 @@ def test_refusals(
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main([f"checkpoint={exported(tmp_path)}", "format=timm", f"output={tmp_path / 'file' / 'network'}"]) == 2
-    assert "is a file or lies in one" in capsys.readouterr().err
+    assert "is a file or inside a file" in capsys.readouterr().err
 
 
 def test_paths_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def sends(name: str) -> str:
 def test_it_leaves_at_once_with_the_status_for_another_start(name: str) -> None:
     done = ended(sends(name))
     assert (done.returncode, done.stdout) == (PREEMPTED, "")
-    assert f"{name} outside of training: nothing to save, leaving at once with status 75" in done.stderr
+    assert f"{name} outside of training: nothing to save, exiting immediately with status 75" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.runtime.watchdog import OWN_END_S, STARTED_BY, end_with_first_process
+from dino_lightning.runtime.watchdog import FIRST_EXIT_S, STARTED_BY, end_with_first_process
 
 FIRST = """
 import subprocess, sys, threading, time
 from dino_lightning.runtime import watchdog
-watchdog.LOOK_S = 0.1
+watchdog.POLL_INTERVAL_S = 0.1
 codes = ["import sys, time; time.sleep(0.3); sys.exit(%s)" % word for word in sys.argv[2:]]
 started = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
 started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(%s)" % sys.argv[1]]))
@@ -30,7 +30,7 @@ finally:
 KILLED = """
 import os, signal, sys, time
 from dino_lightning.runtime import watchdog
-watchdog.LOOK_S, watchdog.FAREWELL_S = 0.1, 0.5
+watchdog.POLL_INTERVAL_S, watchdog.OTHERS_EXIT_S = 0.1, 0.5
 os.environ[watchdog.STARTED_BY] = str(os.getpid())
 if os.fork():
     time.sleep(1)
@@ -79,7 +79,7 @@ def test_one_that_fails_ends_all_with_its_status(left_with: str, status: int) ->
 
 def test_one_that_leaves_on_request_does_not_end_the_first() -> None:
     """It still writes its checkpoint, or asks SLURM."""
-    assert OWN_END_S < 5
+    assert FIRST_EXIT_S < 5
     done = ended(FIRST, "0.2", "75", "130", "0")
     assert done.returncode == 7
     assert done.stdout.endswith("not ended\n")
@@ -88,7 +88,7 @@ def test_one_that_leaves_on_request_does_not_end_the_first() -> None:
 STOPPED = """
 import atexit, os, signal, subprocess, sys, time
 from dino_lightning.runtime import watchdog
-watchdog.FAREWELL_S = 0.5
+watchdog.OTHERS_EXIT_S = 0.5
 started = [subprocess.Popen([sys.executable, "-c", "pass"]),
            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])]
 os.kill(started[-1].pid, signal.SIGSTOP)
@@ -109,7 +109,7 @@ def test_one_that_is_stopped_does_not_outlive_the_first() -> None:
 LEARNS = """
 import atexit, subprocess, sys
 from dino_lightning.runtime import watchdog
-watchdog.FAREWELL_S = 5
+watchdog.OTHERS_EXIT_S = 5
 waits = "import sys; sys.stdin.read(); print('learned', flush=True)"
 started = [subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE)]
 atexit.register(watchdog.end_started, started)

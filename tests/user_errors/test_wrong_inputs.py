@@ -161,7 +161,8 @@ def test_the_command_line_says_it_and_leaves_with_2(tmp_path: Path) -> None:
     program = f"FILE = {str(file)!r}\n{program}"
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
-    sentence = f"output_dir={file} cannot be written ('{file}' is a file or lies in one); choose a folder of yours."
+    reason = f"'{file}' is a file or inside a file"
+    sentence = f"output_dir={file} cannot be written ({reason}); choose a folder that you can write to."
     lines = [line.partition(": ")[2] for line in done.stderr.splitlines()]
     assert lines == [sentence] * 4, done.stderr
     assert done.stdout.split() == ["2"] * 4

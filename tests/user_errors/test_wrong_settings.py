@@ -21,7 +21,6 @@ from dino_lightning.config.constraints import check_keys
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.checks import check_evaluation
-from dino_lightning.runtime.environment import check_variables
 from dino_lightning.training.build import build_data
 from dino_lightning.training.preflight import check_data, check_environment
 from dino_lightning.training.resume import check_output_dir
@@ -147,11 +146,6 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
     except EXPLAINED as error:
         return message_for(error, conf=CONF)
     return ""
-
-
-def test_a_job_of_slurm_without_a_gpu_may_train_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")
-    check_variables()
 
 
 @pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])

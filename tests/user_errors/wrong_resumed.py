@@ -84,8 +84,7 @@ ROWS = [
     Wrong(
         "a second run in a folder while the first is active",
         lambda _: [],
-        "output_dir=DIR/run is in use by a run that has not ended (process … on …); wait for its end, or choose "
-        "another folder.",
+        "output_dir=DIR/run is in use by an active run (process … on …); wait for its end, or choose another folder.",
         around=a_run_in_the_folder,
     ),
     Wrong(

@@ -115,7 +115,8 @@ def _unknown_key(key: str) -> str:
         options = [name for name, schema in SCHEMAS[group].items() if any(issubclass(schema, o) for o in owners)]
         return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
     group = key.split(".")[0]
-    own = {name for name in known if name.startswith(f"{group}.")} or known
+    roots = {*(name for name in known if "." not in name), "auto.data", "auto.machine", "preset", "sweep"}
+    own = {name for name in known if name.startswith(f"{group}.")} or (known if "." in key else roots)
     return f"{key} is not a key of the configuration; {did_you_mean(key, own)}"
 
 

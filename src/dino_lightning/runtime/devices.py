@@ -1,4 +1,4 @@
-"""TODO."""
+"""Properties of devices."""
 
 import torch
 
@@ -10,5 +10,5 @@ def trains_on_cpu(accelerator: str) -> bool:
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether a program that asks this device for a number waits for work that it could have added to meanwhile."""
+    """Whether this device runs asynchronously, so that reading a value from it stalls the program."""
     return device.type == "cuda"

@@ -1,9 +1,9 @@
-"""Lightning's launcher of processes, which watch each other as `processes` says instead of as Lightning does.
+"""Lightning's launcher of processes, with `runtime.watchdog` instead of Lightning's own supervision.
 
-Lightning watches the processes that it has started every five seconds, and at the first that fails it kills all by
-SIGKILL, itself included: the command then ends with status 137 whatever was wrong, and a process that has saved and
-left on request counts as failed while the first one is still writing. Nobody watches the first process: when that is
-killed while the others are on their way to it, they wait for `collective_timeout_s`.
+Lightning checks the started processes every five seconds, and if one fails it kills all with SIGKILL, including itself.
+The command then always ends with status 137, and a process that has saved and exited on request counts as failed while
+the first one still writes. Nothing watches the first process: if it is killed, the others wait for
+`collective_timeout_s`.
 """
 
 import atexit
@@ -19,16 +19,16 @@ from dino_lightning.runtime.watchdog import end_started, started_by_this_one, wa
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Starts a process for each further device, and ends all when one of them fails, with its exit status."""
+    """Starts a process for each additional device; if one fails, ends all with its exit status."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the others where nobody else has, then call `function`."""
+        """Start the other processes unless a scheduler has, then call `function`."""
         try:
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         except ValueError as error:
             raise UserError(
-                f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} are not what "
-                f"the SLURM job has: {' '.join(str(error).split())}"
+                f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} do not match "
+                f"the SLURM job: {' '.join(str(error).split())}"
             ) from error
         if not self.cluster_environment.creates_processes_externally:
             with started_by_this_one():

@@ -1,4 +1,4 @@
-"""Memory of a process on a CPU."""
+"""Memory allocation on a CPU."""
 
 import ctypes
 
@@ -11,9 +11,9 @@ KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensors of this process.
 
-    For large tensors glibc asks the system each time and gives the memory back at once. The system clears each page
-    before it hands it out, which takes longer than most operators do with it. Not where large tensors
-    of many sizes come and go: the gaps between them grow from step to step before glibc 2.38.
+    glibc requests the memory of each large tensor from the system and returns it when the tensor is freed. The system
+    clears each new page, which takes longer than most operators need for it. Do not use this if large tensors of many different
+    sizes are allocated: before glibc 2.38, the fragmentation grows with each step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The versions, machine, commit and command line of a run."""
 
 import os
 import platform
@@ -14,8 +14,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """What the run was made with: versions, machine, commit, command line."""
-
+    """The versions, machine, commit and command line of this process."""
     packages = ("dino-lightning", "torch", "torchvision", "lightning", "timm", "hydra-core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -30,9 +29,9 @@ def environment() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """Commit of the checkout that the code runs from, with `+` where it was changed; None for an installed wheel.
+    """Commit of the checkout that the code runs from, with `+` if it was modified; None for an installed wheel.
 
-    Asked at the start of a run and kept: by its end the checkout may have moved on.
+    Cached at the start of a run, because the checkout may have changed by its end.
     """
     folder = Path(__file__).parent
     try:

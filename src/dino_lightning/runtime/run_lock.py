@@ -1,7 +1,7 @@
-"""One run at a time in a folder: a lock that the running process holds and that ends with it, however it ends.
+"""A lock that allows one run at a time in a folder. It ends with its process, also if that is killed.
 
-The lock is one of a process (`fcntl.lockf`), not of an open file (`flock`): loader processes, which may live a few
-seconds longer than the process that was killed, do not inherit it, so that the next run can begin at once.
+The lock belongs to a process (`fcntl.lockf`), not to an open file (`flock`). Loader processes may live a few seconds
+longer than a killed process; they do not inherit the lock, so that the next run can start immediately.
 """
 
 import os
@@ -17,53 +17,52 @@ from dino_lightning.errors import UserError, cannot_be_written
 from dino_lightning.runtime.ranks import is_first_process
 
 LOCK = ".running"
-"""File in the folder of a run that goes on: host and number of its process."""
+"""File in the folder of an active run, with its process number and host."""
 PATIENCE_S = 1.0
-"""Seconds for a run that is about to end, such as one that was told to leave just now."""
+"""Time to wait for a run that is about to end, such as one that was just asked to stop."""
 
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Make the folder of a run and keep other runs out of it; a folder that is empty afterwards goes again.
+    """Create and lock the output folder; remove it at the end if it is still empty.
 
-    Raises `UserError` where another run is in it and where it cannot be written. The processes of the other devices
-    do nothing here.
+    Raises `UserError` if another run uses the folder or if it cannot be written. Only the first process does this.
     """
     if not is_first_process():
         yield
         return
     path = Path(folder).expanduser().absolute()
     try:
-        made = not path.exists()
+        is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        lock = _opened(path / LOCK)
+        lock = _open_lock(path / LOCK)
     except OSError as error:
         raise cannot_be_written("output_dir", folder, error) from error
     try:
         yield
     finally:
-        # The file goes first: whoever has opened it meanwhile sees that it is another one, and opens anew.
+        # The file is deleted before it is unlocked: a process that has opened it then notices, and opens a new one.
         with suppress(OSError):
             os.unlink(path / LOCK)
         lock.close()
-        if made:
+        if is_new:
             with suppress(OSError):
                 path.rmdir()
 
 
-def _opened(path: Path) -> IO[str]:
-    """The lock file, held by this process."""
-    until = time.monotonic() + PATIENCE_S
+def _open_lock(path: Path) -> IO[str]:
+    """The lock file, open and locked by this process."""
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         file = path.open("a+")
         try:
             if not _lock(file):
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     file.seek(0)
                     owner = file.read().strip() or "another process"
                     raise UserError(
-                        f"output_dir={path.parent} is in use by a run that has not ended ({owner}); wait "
-                        "for its end, or choose another folder."
+                        f"output_dir={path.parent} is in use by an active run ({owner}); wait until it "
+                        "ends, or choose another folder."
                     )
                 file.close()
                 time.sleep(0.1)
@@ -81,7 +80,7 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether this process has the lock now; yes where the system or the disk knows none."""
+    """Whether this process has the lock now; True if the system or the disk does not support locks."""
     if sys.platform == "win32":
         return True
     import fcntl

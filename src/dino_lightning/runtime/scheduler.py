@@ -1,7 +1,4 @@
-"""Runs that a scheduler or launcher starts again: how a run knows, and how it asks for it.
-
-Floor 0: needs the environment variables of SLURM, submitit and torchrun alone.
-"""
+"""Restarts by SLURM, submitit and torchrun: how a run detects one, and how it asks for one."""
 
 import os
 import subprocess
@@ -12,55 +9,55 @@ from pathlib import Path
 from dino_lightning.errors import UserError
 
 PREEMPTED = 75
-"""Exit status of a run that was told to end (SIGTERM, SIGUSR1, SIGUSR2) and has saved: start it again."""
+"""Exit status of a run that was asked to stop (SIGTERM, SIGUSR1, SIGUSR2) and has saved: start it again."""
 INTERRUPTED = 130
-"""Exit status of a run that was told to end by Ctrl-C (SIGINT) and has saved."""
+"""Exit status of a run that was stopped with Ctrl-C (SIGINT) and has saved."""
 
 INTERACTIVE = ("bash", "interactive")
-"""Names of SLURM jobs in which a person types: there is no script to start again."""
+"""Names of interactive SLURM jobs, which have no script to start again."""
 
 
 def starts_again() -> bool:
     """Whether this process may be a later start of the same run, with the same arguments.
 
-    SLURM counts its starts. submitit does not. torchrun does so for each host by itself: on a host whose processes were
-    fine, or that came in place of another, the second start of a run has the number 0. That is why torchrun's leave to
-    restart counts, not its number.
+    SLURM counts its starts; submitit does not. torchrun counts them separately on each host: on a host whose processes
+    did not fail, or that replaces another, the second start of a run has the number 0. So torchrun's permission to
+    restart is decisive, not its number.
     """
     counted = _number("SLURM_RESTART_COUNT") > 0 or _number("TORCHELASTIC_RESTART_COUNT") > 0
     return counted or _number("TORCHELASTIC_MAX_RESTARTS") > 0 or inside_submitit()
 
 
 def inside_submitit() -> bool:
-    """Whether submitit has started this process, and starts it again after its own signal."""
+    """Whether submitit has started this process, and restarts it after its own signal."""
     return bool(os.environ.get("SUBMITIT_EXECUTOR"))
 
 
 def first_start() -> float:
-    """When the run was started, in seconds since 1970, alike in all processes that torchrun has started.
+    """Start time of the run (seconds since 1970), the same in all processes that torchrun has started.
 
-    With `--rdzv-id` they have a name in common; without, on one machine, torchrun itself, which outlives them.
+    Without `--rdzv-id`, the processes of one machine have only torchrun itself in common, so its start time is used.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return time.time()
     if _number("GROUP_WORLD_SIZE") > 1:
         raise UserError(
-            "output_dir has no value that all machines share: give torchrun a name, --rdzv-id=NAME, or set "
+            "output_dir has no value that is the same on all machines: set torchrun's --rdzv-id=NAME, or set "
             "output_dir=FOLDER."
         )
     try:
         ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
     except OSError:
-        raise UserError("output_dir: give torchrun a name, --rdzv-id=NAME, or set output_dir=FOLDER.") from None
+        raise UserError("output_dir: set torchrun's --rdzv-id=NAME, or set output_dir=FOLDER.") from None
     return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def requeue_slurm_job() -> bool:
-    """Ask SLURM to start this job again; whether it will. For one process of the job, when all is written.
+    """Ask SLURM to requeue this job, and return whether it will. Call it in one process, after everything is written.
 
-    Not for SIGTERM: `scancel` sends that, and a preemption after which SLURM requeues by itself. For the signal that
-    the job has asked for (`#SBATCH --signal=USR1@300`). Within submitit, submitit's own handler does it.
+    Use it for the signal that the job has requested (`#SBATCH --signal=USR1@300`), not for SIGTERM: `scancel` sends
+    that, and after a preemption SLURM requeues without being asked. In submitit, submitit's own handler does it.
     """
     job = slurm_job()
     if job is None or inside_submitit():
@@ -73,15 +70,15 @@ def requeue_slurm_job() -> bool:
         failure = str(error)
     if failure:
         print(
-            f"dino-lightning: `{' '.join(command)}` has failed ({failure}): submit the job again; it goes on from "
-            "checkpoints/last.ckpt with resume=true.",
+            f"dino-lightning: `{' '.join(command)}` has failed ({failure}): submit the job again; with resume=true "
+            "it continues from checkpoints/last.ckpt.",
             file=sys.stderr,
         )
     return not failure
 
 
 def slurm_job() -> str | None:
-    """What `scontrol` calls this job, `123` or `120_4` for one of an array; None outside SLURM's batch jobs."""
+    """Id of this job for `scontrol`, such as `123`, or `120_4` in an array; None outside SLURM's batch jobs."""
     if os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return None
     if os.environ.get("SLURM_ARRAY_JOB_ID") and os.environ.get("SLURM_ARRAY_TASK_ID"):

@@ -1,9 +1,9 @@
-"""Signals of schedulers before training has begun and after it has ended.
+"""Signals of schedulers before training starts and after it ends.
 
-Then there is nothing to save: what is on the disk is whole, and the next start does the rest. So the process leaves at
-once, with the status that has it started again instead of that of a process which was killed.
+There is nothing to save then: all files are complete, and the next start continues from them. The process exits
+immediately, with the status that requests a restart instead of the status of a killed process.
 
-Floor 0: needs none of the libraries that take long to import, and listens while they are imported.
+This module imports no slow libraries, so that its handlers are active while those are imported.
 """
 
 import os
@@ -18,10 +18,10 @@ NAMES = ("SIGTERM", "SIGUSR1")
 
 
 def install_early_handlers() -> None:
-    """From now on a signal ends this process by `leave_at_once`, unless somebody else listens to it already.
+    """Install `exit_on_signal` for signals that have no other handler.
 
-    Not in a process that the first one of a machine has started: if it alone gets the signal, the first has to see that
-    it is lost, or would wait for it.
+    Processes that the first one of a machine has started do not: if only such a process gets the signal, the first one
+    has to notice that it is lost instead of waiting for it.
     """
     if STARTED_BY not in os.environ:
         _replace(signal.SIG_DFL, by=exit_on_signal)
@@ -30,22 +30,22 @@ def install_early_handlers() -> None:
 
 
 def _forget() -> None:
-    """A process that this one has forked is to end as its parent wants it to."""
+    """Remove the handler in a forked process, which its parent ends."""
     _replace(exit_on_signal, by=signal.SIG_DFL)
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Say why, ask SLURM for another start if that was its signal, and leave with `PREEMPTED`."""
+    """Print the reason, ask SLURM to requeue the job if that was its signal, and exit with `PREEMPTED`."""
     name = signal.Signals(number).name
-    said = f"\n{name} outside of training: nothing to save, leaving at once with status {PREEMPTED}.\n"
-    os.write(sys.stderr.fileno(), said.encode())  # not `print`: a handler may interrupt one
+    message = f"\n{name} outside of training: nothing to save, exiting immediately with status {PREEMPTED}.\n"
+    os.write(sys.stderr.fileno(), message.encode())  # not `print`: a handler may interrupt one
     if name == "SIGUSR1" and os.environ.get("SLURM_PROCID", "0") == "0":
         requeue_slurm_job()
     os._exit(PREEMPTED)
 
 
 def ignore_at_shutdown() -> None:
-    """All is written: no signal makes a failure of the seconds in which Python takes its libraries apart."""
+    """Ignore signals while Python shuts down: everything is written, and a signal must not make the run fail."""
     _replace(exit_on_signal, by=signal.SIG_IGN)
 
 

@@ -1,6 +1,7 @@
-"""Processes of one machine that watch each other: none outlives another that has failed.
+"""Processes of one machine that watch each other, so that none keeps running after another has failed.
 
-Floor 0: needs the standard library alone.
+`prctl(PR_SET_PDEATHSIG)` cannot replace it: SIGTERM does not reach a process that waits in a collective, and SIGKILL
+would end the others before they can report the lost rank.
 """
 
 import os
@@ -15,20 +16,20 @@ from contextlib import contextmanager
 from dino_lightning.runtime.scheduler import INTERRUPTED, PREEMPTED
 
 STARTED_BY = "DINO_LIGHTNING_STARTED_BY"
-"""Environment variable of the started processes: number of the process that started them."""
-LOOK_S = 0.5
-"""Seconds between two looks at the other processes."""
-OWN_END_S = 3.0
-"""Seconds in which the first process may end by itself, with words of its own, after another has failed."""
-FAREWELL_S = 10.0
-"""Seconds in which the other processes may come to their end after the first one."""
-WELL = (0, PREEMPTED, INTERRUPTED)
-"""Exit statuses that end nobody else."""
+"""Environment variable of the started processes: the id of the process that started them."""
+POLL_INTERVAL_S = 0.5
+"""Time between two checks of the other processes."""
+FIRST_EXIT_S = 3.0
+"""Time in which the first process can end with its own message after another has failed."""
+OTHERS_EXIT_S = 10.0
+"""Time in which the other processes can end after the first one."""
+SUCCESSFUL = (0, PREEMPTED, INTERRUPTED)
+"""Exit statuses that do not end the other processes."""
 
 
 @contextmanager
 def started_by_this_one() -> Iterator[None]:
-    """Processes that are started within know that it was this one."""
+    """Tell the processes that are started within the block which process started them."""
     os.environ[STARTED_BY] = str(os.getpid())
     try:
         yield
@@ -37,19 +38,19 @@ def started_by_this_one() -> Iterator[None]:
 
 
 def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until all have ended well or left on request; at the first that has not, end all and this process."""
+    """Wait until all have ended successfully or on request; if one fails, kill all and end this process."""
     while True:
         statuses = [process.poll() for process in processes]
-        failed = next((rank for rank, status in enumerate(statuses, 1) if status not in (None, *WELL)), None)
+        failed = next((rank for rank, status in enumerate(statuses, 1) if status not in (None, *SUCCESSFUL)), None)
         if failed is not None:
             break
         if None not in statuses:
             return
-        time.sleep(LOOK_S)
-    time.sleep(OWN_END_S)
+        time.sleep(POLL_INTERVAL_S)
+    time.sleep(FIRST_EXIT_S)
     status = statuses[failed - 1] or 1
     for process in processes:
-        process.kill()  # one that waits in a collective does not hear SIGTERM
+        process.kill()  # a process that waits in a collective does not handle SIGTERM
     name = signal.Signals(-status).name if status < 0 else f"status {status}"
     end_now(
         f"process {failed} of this machine has ended with {name}, and all end with it",
@@ -57,7 +58,7 @@ def watch_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     )
 
 
-LAST_WATCH = """
+CLEANUP_PROGRAM = """
 import os, signal, sys, time
 def there(number):
     try:
@@ -68,50 +69,50 @@ def there(number):
 first, seconds, numbers = int(sys.argv[1]), float(sys.argv[2]), [int(word) for word in sys.argv[3:]]
 while os.getppid() == first:
     time.sleep(0.05)
-until = time.monotonic() + seconds
-while any(map(there, numbers)) and time.monotonic() < until:
+deadline = time.monotonic() + seconds
+while any(map(there, numbers)) and time.monotonic() < deadline:
     time.sleep(0.05)
 for number in filter(there, numbers):
     os.kill(number, signal.SIGKILL)
 """
-"""A program that gives processes some seconds to come to their end, from when the one that has started it is gone."""
+"""A program that waits for the end of its parent, gives processes some seconds to end, and kills the rest."""
 
 
 def end_started(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """For the end of the first process: let the others come to theirs, then kill those that do not.
+    """At the end of the first process, wait for the others to end, then kill those that have not.
 
-    They watch this one themselves, but not while they are stopped. After an error they wait for this one in a
-    collective, and learn that it is lost when it is gone: then somebody else does the rest.
+    They watch this process, but cannot while they are stopped. After an error they wait for this process in a
+    collective and notice only its end, so a separate program kills those that remain.
     """
-    here = [process for process in processes if process.poll() is None]
-    if here and hasattr(sys, "last_type") and os.name == "posix":  # an error that nobody caught
-        numbers = map(str, [os.getpid(), FAREWELL_S, *(process.pid for process in here)])
-        subprocess.Popen([sys.executable, "-c", LAST_WATCH, *numbers], start_new_session=True)
+    running = [process for process in processes if process.poll() is None]
+    if running and hasattr(sys, "last_type") and os.name == "posix":  # an uncaught error
+        numbers = map(str, [os.getpid(), OTHERS_EXIT_S, *(process.pid for process in running)])
+        subprocess.Popen([sys.executable, "-c", CLEANUP_PROGRAM, *numbers], start_new_session=True)
         return
-    until = time.monotonic() + FAREWELL_S
-    while any(process.poll() is None for process in processes) and time.monotonic() < until:
+    deadline = time.monotonic() + OTHERS_EXIT_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in processes:
-        process.kill()  # nothing happens to those that have ended
+        process.kill()  # has no effect on those that have ended
 
 
 def end_with_first_process() -> None:
-    """In a process that another has started: end when the first process is gone. Once for each process."""
+    """In a started process, end when the first process is gone. Later calls have no effect."""
     first = os.environ.pop(STARTED_BY, "")
     if first:
         threading.Thread(target=watch_first, args=(int(first),), daemon=True).start()
 
 
 def watch_first(number: int) -> None:
-    """Wait until the process `number` is no longer the parent of this one, and end this one."""
+    """Wait until the process `number` is no longer the parent of this one, then end this one."""
     while os.getppid() == number:
-        time.sleep(LOOK_S)
-    time.sleep(FAREWELL_S)
+        time.sleep(POLL_INTERVAL_S)
+    time.sleep(OTHERS_EXIT_S)
     end_now("the first process of this machine has ended, and this one ends with it", status=1)
 
 
 def end_now(reason: str, *, status: int) -> None:
-    """Say why, and end; the main thread may wait in a collective for ever, so that it cannot be asked."""
+    """Print the reason and exit immediately: the main thread may wait in a collective and cannot be asked to end."""
     print(f"dino-lightning: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
