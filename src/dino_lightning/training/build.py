@@ -42,7 +42,7 @@ from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.nonfinite import NonfiniteSteps
 from dino_lightning.training.callbacks.norms import Norms
-from dino_lightning.training.callbacks.pictures import Pictures
+from dino_lightning.training.callbacks.pictures import PictureSheets
 from dino_lightning.training.callbacks.preemption import PreemptionHandler
 from dino_lightning.training.callbacks.progress import RunProgress
 from dino_lightning.training.callbacks.pruning import Pruning
@@ -130,7 +130,7 @@ def build_callbacks(config: TrainConfig, io: SafeCheckpointIO) -> list[Callback]
     if trainer.enable_progress_bar:
         callbacks.append(RunProgress(throughput))
     if config.callbacks.pictures.enabled:
-        callbacks.append(Pictures(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
+        callbacks.append(PictureSheets(config.callbacks.pictures, folder=output / "pictures", seed=config.seed))
     if trainer.enable_checkpointing:
         checkpointing = Checkpointing(
             config.callbacks.checkpoint, folder=output / "checkpoints", io=io, preemption=preemption, knn=knn

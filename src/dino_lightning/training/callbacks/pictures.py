@@ -28,7 +28,7 @@ BANK_IMAGES = 2000
 NEIGHBORS = 6
 
 
-class Pictures(L.Callback):
+class PictureSheets(L.Callback):
     """Writes `pictures/{crops,attention,pca,neighbors}.png`, and numbered ones every N epochs."""
 
     def __init__(self, config: PicturesConfig, *, folder: Path, seed: int) -> None:
