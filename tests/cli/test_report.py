@@ -79,9 +79,9 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["alon"], "alon: there is no such folder; did you mean 'alone'?"),
-        (["z*"], "z*: no folder has such a name."),
-        (["eval-1"], "eval-1: expected the folder of a run or of a sweep, and there is no run in it."),
+        (["alon"], "alon: this folder does not exist; did you mean 'alone'?"),
+        (["z*"], "z*: no folder matches."),
+        (["eval-1"], "eval-1: expected the folder of a run or of a sweep, but it contains no run."),
         (["alone", "--output", "x.pdf"], "--output x.pdf: the page is an HTML file; name it x.html"),
         (["alone", "--output", "."], "--output .: the page is an HTML file; name it report.html"),
         (["alone", "--output", "no/x.html"], "--output no/x.html: there is no folder no; name a file in a folder"),
@@ -147,7 +147,7 @@ def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
     one = made(tmp_path / "1", config={**nested, "seed": 0, "output_dir": "x", "resume": None})
     two = made(tmp_path / "2", config={**nested, "optim": {"lr": 1e-3}, "seed": 1, "output_dir": "y", "resume": True})
     runs = [read_run(one), read_run(two)]
-    assert differing_settings(runs) == {"optim.betas": ["[0.9, 0.999]", ""], "seed": ["0", "1"]}
+    assert differing_settings(runs) == {"optim.betas": ["[0.9,0.999]", ""], "seed": ["0", "1"]}
     three = made(tmp_path / "3", config={**nested, "seed": 0}, summary={"commit": "f" * 40})
     assert differing_settings([runs[0], read_run(three)]) == {"commit": ["3f2a9c1e8b7", "f" * 11]}
 

@@ -178,8 +178,8 @@ def test_errors_name_the_nearest_folder(tmp_path: Path, capsys: pytest.CaptureFi
     plan(tmp_path / "table7-1", "ablation/dino")
     plan(tmp_path / "empty", "")
     for folder, said in (
-        (tmp_path / "table7-2", "there is no such folder; did you mean 'table7-1'?"),
-        (tmp_path / "no" / "where", "there is no such folder"),
+        (tmp_path / "table7-2", "this folder does not exist; did you mean 'table7-1'?"),
+        (tmp_path / "no" / "where", "this folder does not exist"),
         (tmp_path, "expected the folder of a sweep (--multirun) or of a run; "),
         (tmp_path / "empty", "no run has started yet."),
     ):
@@ -216,7 +216,7 @@ def test_curves(tmp_path: Path) -> None:
 def test_curves_need_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "dino", steps=0)
     assert compare.main([str(tmp_path), "--curves", str(tmp_path / "c.svg")]) == 2
-    assert "none of these runs has a value of collapse/teacher_entropy" in capsys.readouterr().err
+    assert "none of these runs has logged collapse/teacher_entropy" in capsys.readouterr().err
     assert not (tmp_path / "c.svg").exists()
 
 

@@ -176,7 +176,7 @@ def started(folder: Path, **config: Any) -> FaultTolerantWandbLogger:
     with wandb_session():
         logger.start()
         logger.log_metrics({"loss": 1.0}, 0)
-        logger.conclude({"knn_top1": 1.0}, weights=None)
+        logger.log_summary({"knn_top1": 1.0}, weights=None)
     return logger
 
 
@@ -186,7 +186,9 @@ def warning_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("key", "reason"), [("x" * 40, "401"), ("12345", "characters"), (None, "no key for")], ids=["bad", "short", "no"]
+    ("key", "reason"),
+    [("x" * 40, "401"), ("12345", "characters"), (None, "no API key for")],
+    ids=["bad", "short", "no"],
 )
 def test_a_key_that_does_not_open(
     at_server: Any,
@@ -204,7 +206,7 @@ def test_a_key_that_does_not_open(
         assert not server.runs
     warning = warning_of(capsys)
     assert reason in warning
-    assert f"goes on offline, and `wandb sync {tmp_path}/wandb/offline-run-*-abc` uploads it later." in warning
+    assert f"continues offline. Upload it later with `wandb sync {tmp_path}/wandb/offline-run-*-abc`." in warning
     (row,) = history(offline_records(tmp_path))
     assert row["loss"] == 1
 
@@ -221,7 +223,7 @@ def test_a_server_that_is_not_there(
         begin = time.monotonic()
         started(tmp_path, start_timeout_s=2.0)
         assert time.monotonic() - begin < 40
-    assert "goes on offline" in warning_of(capsys)
+    assert "continues offline" in warning_of(capsys)
     assert logged(offline_records(tmp_path))["loss"] == [1]
 
 
@@ -271,12 +273,12 @@ def test_a_terminal_is_asked_nothing(tmp_path: Path) -> None:
     )
     os.close(ours)
     assert done.returncode == 0, done.stderr
-    assert "no key for http://127.0.0.1:9 is known" in done.stderr
+    assert "there is no API key for http://127.0.0.1:9" in done.stderr
     assert logged(offline_records(tmp_path))["loss"] == [1]
 
 
 def test_disabled(tmp_path: Path) -> None:
-    assert not started(tmp_path, mode="disabled").lost
+    assert not started(tmp_path, mode="disabled").disconnected
     assert wandb.run is None
     assert not list(tmp_path.rglob("*.wandb"))
 

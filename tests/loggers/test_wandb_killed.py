@@ -21,7 +21,7 @@ def children():
 logger = LastingWandbLogger(project="test", name="test", mode="offline", save_dir=sys.argv[1])
 logger.log_hyperparams({"seed": 0})
 logger.log_metrics({"loss": 1.0}, 0)
-assert not logger.lost
+assert not logger.disconnected
 if sys.argv[2] == "kill":
     services = children()
     for pid in services:
@@ -32,7 +32,7 @@ if sys.argv[2] == "kill":
 for step in range(1, 4):
     logger.log_metrics({"loss": 1.0}, step)
 logger.finish()
-print("lost" if logger.lost else "kept", flush=True)
+print("lost" if logger.disconnected else "kept", flush=True)
 os._exit(0)  # as a run that was told to end
 """
 
@@ -49,11 +49,11 @@ def run(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Completed:
 def test_its_process_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(tmp_path, "kill", monkeypatch)
     assert done.stdout.endswith("lost\n")
-    assert done.stderr.count("W&B's process does not answer") == 1
+    assert done.stderr.count("W&B's process does not respond") == 1
 
 
 @pytest.mark.slow
 def test_its_process_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(tmp_path, "leave", monkeypatch)
     assert done.stdout.endswith("kept\n")
-    assert "does not answer" not in done.stderr
+    assert "does not respond" not in done.stderr

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks before the run that the logger can start."""
 
 import os
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
 
 
 def check_logger(logger: LoggerConfig) -> None:
-    """Refuse a logger that cannot start. That W&B is out of reach is no reason: the run goes on offline then."""
+    """Raise `UserError` if the logger cannot start. An unreachable W&B server is no error: the run is then offline."""
     match logger:
         case TensorBoardLoggerConfig():
             if not (find_spec("tensorboard") or find_spec("tensorboardX")):

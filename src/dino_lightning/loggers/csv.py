@@ -1,4 +1,4 @@
-"""`metrics.csv`: a row for every logged step, which kills leave whole and a resumed run goes on with."""
+"""`metrics.csv`: one row per logged step. A kill never leaves a partial row, and a resumed run continues the file."""
 
 import csv
 import errno
@@ -19,17 +19,17 @@ METRICS_FILE = "metrics.csv"
 
 
 class MetricsCSVLogger(CSVLogger):
-    """Lightning's CSV logger, but it keeps the rows of the run that goes on, and changes the header in one stroke."""
+    """Lightning's CSV logger, but a resumed run keeps its rows and the header changes atomically."""
 
     def __init__(self, output: Path, *, before_step: int | None = None) -> None:
-        """Rows of a run that ended at `before_step` optimizer steps are kept up to there; None starts anew."""
+        """Keep existing rows before optimizer step `before_step`, where the run resumes; None starts a new file."""
         super().__init__(save_dir=output, name="", version="")
         self.before_step = before_step
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """What writes."""
+        """The writer of the rows."""
         if not isinstance(self._experiment, _AtomicWriter):
             self._experiment = _AtomicWriter(Path(self.log_dir), before_step=self.before_step)
         return self._experiment
@@ -39,8 +39,8 @@ class _AtomicWriter(ExperimentWriter):
     def __init__(self, folder: Path, *, before_step: int | None) -> None:
         super().__init__(log_dir=str(folder))
         self.path = folder / METRICS_FILE
-        self.rows_wait = False
-        """Whether the latest rows could not be written."""
+        self.has_unwritten_rows = False
+        """Whether the latest rows could not be written and are still in memory."""
         rows = [] if before_step is None else [row for row in read_rows(self.path) if int(row["step"]) < before_step]
         self.metrics_keys = sorted(set().union(*rows))
         if rows:
@@ -49,10 +49,10 @@ class _AtomicWriter(ExperimentWriter):
             self.path.unlink(missing_ok=True)
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning would delete the file here."""
+        """Do nothing: Lightning would delete the file here."""
 
     def save(self) -> None:
-        """Append the rows that were logged since the last call; those for which there is no room wait for the next."""
+        """Append the rows logged since the last call. If the disk is full, they stay in memory until the next call."""
         if not self.metrics:
             return
         keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
@@ -63,18 +63,16 @@ class _AtomicWriter(ExperimentWriter):
             else:
                 _append(self.path, _to_csv(keys, self.metrics, header=False).encode())
         except OSError as error:
-            if not self.rows_wait:
-                warn(
-                    f"{self.path} could not be written ({error.strerror or error}); rows wait in memory, and training "
-                    "goes on."
-                )
-            self.rows_wait = True
+            if not self.has_unwritten_rows:
+                reason = error.strerror or error
+                warn(f"{self.path} could not be written ({reason}); rows stay in memory and training continues.")
+            self.has_unwritten_rows = True
             return
-        self.metrics_keys, self.metrics, self.rows_wait = keys, [], False
+        self.metrics_keys, self.metrics, self.has_unwritten_rows = keys, [], False
 
 
 def _append(path: Path, rows: bytes) -> None:
-    """All or nothing: a kill comes before the one call or after it, and a full disk leaves no half of a row."""
+    """Append rows in a single write, which a kill cannot split; a full disk leaves no partial row."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -86,7 +84,7 @@ def _append(path: Path, rows: bytes) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows without their empty fields; a last row that was cut off is left out."""
+    """The rows without empty fields; a truncated last row is skipped."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -96,8 +94,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def has_row(path: Path, *, step: int, keys: Iterable[str]) -> bool:
     """Whether one row of a step has all these columns."""
-    wanted = set(keys)
-    return any(int(row["step"]) == step and wanted <= row.keys() for row in read_rows(path))
+    columns = set(keys)
+    return any(int(row["step"]) == step and columns <= row.keys() for row in read_rows(path))
 
 
 def _to_csv(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:

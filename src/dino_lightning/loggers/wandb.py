@@ -1,4 +1,4 @@
-"""Weights & Biases as a logger whose trouble is not that of the run: at its start, on the way or at its end."""
+"""A Weights & Biases logger whose failures never end the run, at its start, during it or at its end."""
 
 import hashlib
 import netrc
@@ -24,27 +24,27 @@ DEFAULT_HOST = "https://api.wandb.ai"
 STEP_METRIC = "trainer/global_step"
 """Lightning's name for the optimizer step, the x axis of all charts."""
 RUN_ID_FILE = "wandb_run_id.txt"
-"""In the folder of a run: its id at W&B."""
+"""File in a run's folder with its W&B id."""
 
 
 class FaultTolerantWandbLogger(WandbLogger):
-    """Lightning's logger, but a run starts where W&B cannot be reached, and goes on when W&B's own process is gone.
+    """Lightning's logger, but the run starts if W&B is unreachable and continues if W&B's process dies.
 
-    That process dies of the signals that a scheduler sends to all processes of a job, when the run itself has yet to
-    save, and of the lack of memory. Signals can't be kept from it: it asks for them itself.
+    That process can run out of memory, and it dies of the signals that a scheduler sends to all processes of a job,
+    while the run still has to save. They cannot be blocked, because it installs its own handlers.
     """
 
-    lost = False
-    """Whether something could not be sent; nothing is, from then on."""
+    disconnected = False
+    """Whether sending failed; nothing is sent afterwards."""
     started: ClassVar["FaultTolerantWandbLogger | None"] = None
-    """The one that `closed_wandb` will close."""
+    """The logger that `wandb_session` will close."""
 
     @rank_zero_only
     def start(self, *, best: Sequence[str] = ()) -> None:
-        """Start W&B's run; offline, where it is to be online and cannot. `best` are metrics whose maximum counts."""
+        """Start the W&B run, offline if W&B is unreachable. `best` are metrics summarized by their maximum."""
         problem = None
         if self._wandb_init.get("mode") == "online":
-            problem = missing_key_message()  # W&B would ask for one, and wait for an answer
+            problem = missing_key_message()  # W&B would ask for one and wait
             if problem is None:
                 try:
                     _ = self.experiment
@@ -57,25 +57,25 @@ class FaultTolerantWandbLogger(WandbLogger):
             self.experiment.define_metric(name, step_metric=STEP_METRIC, step_sync=True, summary="max")
 
     def _go_offline(self, problem: str) -> None:
-        wandb.teardown(exit_code=1)  # its process holds the id of the run that did not start
+        wandb.teardown(exit_code=1)  # its process still has the id of the failed run
         self._experiment, self._wandb_init["mode"] = None, "offline"
         path = Path(self.save_dir or ".") / "wandb" / f"offline-run-*-{self.version}"
-        warn(f"logger.mode=online: {problem}; the run goes on offline, and `wandb sync {path}` uploads it later.")
+        warn(f"logger.mode=online: {problem}; the run continues offline. Upload it later with `wandb sync {path}`.")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Send a row. Pictures come this way too."""
-        if self.lost:
+        """Send metrics or pictures."""
+        if self.disconnected:
             return
         try:
             super().log_metrics(metrics, step)
         except Exception as error:
-            self._lose(error)
+            self._disconnect(error)
 
     @rank_zero_only
-    def conclude(self, summary: Mapping[str, Any], *, weights: Path | None) -> None:
-        """Show `summary`, plain types, as the run's, and upload exported weights with it as an artifact, `model`."""
-        if self.lost:
+    def log_summary(self, summary: Mapping[str, Any], *, weights: Path | None) -> None:
+        """Set the run's summary and upload its exported weights as an artifact of type `model`."""
+        if self.disconnected:
             return
         try:
             self.experiment.summary.update({f"summary/{name}": value for name, value in summary.items()})
@@ -85,30 +85,30 @@ class FaultTolerantWandbLogger(WandbLogger):
             artifact.add_file(str(weights))
             self.experiment.log_artifact(artifact)
         except Exception as error:
-            self._lose(error)
+            self._disconnect(error)
 
     @rank_zero_only
     def finish(self, *, failed: bool = False) -> None:
-        """Close the run: the next job of a sweep is another one."""
-        if self.lost or self._experiment is None:
+        """Close the run, so that the next job of a sweep starts its own."""
+        if self.disconnected or self._experiment is None:
             return
         try:
             self.experiment.finish(exit_code=int(failed))
-            self._experiment = None  # whoever leaves by a signal has closed it already
+            self._experiment = None  # so that a second call does nothing
         except Exception as error:
-            self._lose(error)
+            self._disconnect(error)
 
-    def _lose(self, error: Exception) -> None:
-        self.lost = True
+    def _disconnect(self, error: Exception) -> None:
+        self.disconnected = True
         warn(
-            f"W&B's process does not answer ({_reason(error)}); training goes on, and metrics.csv has all rows. A "
-            "start with resume=true goes on with the charts."
+            f"W&B's process does not respond ({_reason(error)}); training continues and metrics.csv has all rows. "
+            "resume=true continues the charts."
         )
 
 
 @contextmanager
 def wandb_session() -> Iterator[None]:
-    """Close the run that is started within, however the block ends: the next job of a sweep is another one at W&B."""
+    """Close the W&B run that was started in the block, also after an error; each job of a sweep is a separate run."""
     failed = True
     try:
         yield
@@ -122,11 +122,11 @@ def wandb_session() -> Iterator[None]:
 def wandb_logger(
     config: WandbLoggerConfig, *, folder: Path, run_id: str | None, name: str, group: str | None, job_type: str
 ) -> FaultTolerantWandbLogger:
-    """The logger of a run that writes to `folder`; `start` starts it. `name` and `group` are used where none is set."""
-    if config.mode != "online":  # W&B sends statistics of its own use also then, unless told not to
+    """The logger of a run in `folder`; call `start` to start it. `name` and `group` apply if the config sets none."""
+    if config.mode != "online":  # W&B would send usage statistics even offline
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     timeouts: dict[str, Any] = {"init_timeout": config.start_timeout_s, "finish_timeout": config.end_timeout_s}
-    known = {key: value for key, value in timeouts.items() if key in wandb.Settings.model_fields}
+    supported = {key: value for key, value in timeouts.items() if key in wandb.Settings.model_fields}
     logger = FaultTolerantWandbLogger(
         entity=config.entity,
         project=config.project,
@@ -138,9 +138,9 @@ def wandb_logger(
         id=run_id,
         resume="allow",
         job_type=job_type,
-        settings=wandb.Settings(**known),
+        settings=wandb.Settings(**supported),
     )
-    logger._wandb_init.pop("anonymous")  # W&B says of each run that it has no such setting any more
+    logger._wandb_init.pop("anonymous")  # W&B warns about this removed setting
     return logger
 
 
@@ -159,7 +159,7 @@ def wandb_run_id(output: Path, *, resume: bool) -> str:
 
 
 def sweep_name() -> str | None:
-    """Name of the folder of the sweep (`--multirun`) that this run belongs to; None where it is none."""
+    """Folder name of this run's sweep (`--multirun`); None for a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return Path(HydraConfig.get().sweep.dir).name
@@ -176,11 +176,11 @@ def _reason(error: Exception) -> str:
 
 
 def missing_key_message() -> str | None:
-    """What to do about a key that is missing; None where there is one."""
+    """A message about a missing API key; None if there is one."""
     host = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host):
         return None
-    return f"no key for {host} is known (`wandb login` or WANDB_API_KEY)"
+    return f"there is no API key for {host} (use `wandb login` or WANDB_API_KEY)"
 
 
 def _in_netrc(host: str) -> bool:

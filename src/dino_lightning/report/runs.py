@@ -1,4 +1,4 @@
-"""Which runs a command means: folders of runs or of sweeps, and patterns of such; and how to call them."""
+"""Finds the runs that a command names, and makes their labels and the list of differing settings."""
 
 import glob
 import os
@@ -6,39 +6,41 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dino_lightning.config.dotted import flatten, format_value
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.report.run_folder import Run, to_finite
 from dino_lightning.runtime.files import FAILED
 
 RUN_FILES = ("config.yaml", "metrics.csv", "summary.json", FAILED)
-"""What makes a folder that of a run."""
+"""A folder with one of these files is the folder of a run."""
 LOCATION_KEYS = ("output_dir", "resume")
-"""Settings that say where a run is, not what it is."""
+"""Settings with the location of a run, which do not distinguish runs."""
 MAX_SETTING_CHARS = 24
-"""Characters of a setting in the name of a run."""
+"""Longer settings do not appear in the label of a run."""
 MAX_NUMBER_CHARS = 8
+"""Longer numbers are rounded to four digits in a label."""
 
 
-def find_runs(words: Iterable[str]) -> list[Path]:
-    """The folders of runs that are named, each once, in the order of the words.
+def find_runs(patterns: Iterable[str]) -> list[Path]:
+    """The folders of the named runs, each once, in the given order.
 
-    A word is the folder of a run, or one with runs directly in it, such as a sweep's, or a pattern of both. Raises
-    `UserError` where one is neither.
+    A pattern is the folder of a run, a folder that directly contains runs, such as a sweep's, or a glob of these.
+    Raises `UserError` if it matches no run.
     """
-    found: dict[Path, Path] = {}
-    for word in words:
-        path = Path(word).expanduser()
+    folders: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         runs = [run for match in matches for run in _runs_in(match)]
         if not runs:
-            raise UserError(_not_found(word, path, matches))
+            raise UserError(_not_found(pattern, path, matches))
         for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+            folders.setdefault(run.resolve(), run)
+    return list(folders.values())
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has written anything there; an evaluation's folder, which has results alone, is none."""
+    """Whether a run wrote this folder; an evaluation's folder, which contains only results, is not a run."""
     return any((folder / name).exists() for name in RUN_FILES)
 
 
@@ -52,95 +54,81 @@ def _by_number(path: Path) -> tuple[bool, int, str]:
     return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
 
 
-def _not_found(word: str, path: Path, matches: Sequence[Path]) -> str:
+def _not_found(pattern: str, path: Path, matches: Sequence[Path]) -> str:
     if matches:
-        return f"{word}: expected the folder of a run or of a sweep, and there is no run in it."
-    if glob.has_magic(word):
-        return f"{word}: no folder has such a name."
-    beside = [other.name for other in path.parent.glob("*/")] if path.parent.is_dir() else []
-    return f"{word}: there is no such folder; {did_you_mean(path.name, beside) if beside else 'name that of a run'}"
+        return f"{pattern}: expected the folder of a run or of a sweep, but it contains no run."
+    return f"{pattern}: no folder matches." if glob.has_magic(pattern) else missing_folder(path)
+
+
+def missing_folder(path: Path) -> str:
+    """A message for a folder that does not exist, with a similar name next to it."""
+    siblings = [sibling.name for sibling in path.parent.glob("*/")] if path.parent.is_dir() else []
+    return f"{path}: this folder does not exist{f'; {did_you_mean(path.name, siblings)}' if siblings else '.'}"
 
 
 def run_status(run: Run) -> str:
-    """How far a run has come, whether it was pruned, and whether it has collapsed, in words."""
+    """Progress of a run, whether it was pruned and whether it collapsed, in words."""
     failed, pruned, collapse = run.folder / FAILED, run.summary.get("pruned"), run.summary.get("collapse")
     epoch, epochs = max((epoch for _, epoch in run.epochs), default=0), run.setting("trainer.max_epochs")
     if failed.exists():
         lines = failed.read_text("utf-8", errors="replace").splitlines() or ["without a reason"]
         return f"failed: {lines[0].strip()}"
     if run.summary:
-        ended = f"pruned {pruned}" if pruned else "finished"
-        return f"{ended}; collapse: {collapse}" if collapse else ended
+        status = f"pruned {pruned}" if pruned else "finished"
+        return f"{status}; collapse: {collapse}" if collapse else status
     return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
-    """The innermost folder that all of them lie in."""
+    """The innermost folder that contains all of them."""
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
 def flat_settings(run: Run) -> dict[str, Any]:
-    """The configuration by dotted keys, without what says only where the run is."""
-    found: dict[str, Any] = {}
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict) and value:
-                walk(value, f"{prefix}{key}.")
-            else:
-                found[f"{prefix}{key}"] = value
-
-    walk({key: value for key, value in run.config.items() if key not in LOCATION_KEYS}, "")
-    return found
+    """The configuration by dotted keys, without the location of the run."""
+    return flatten({key: value for key, value in run.config.items() if key not in LOCATION_KEYS})
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Key -> its value in each run, as text, of the keys that are not the same in all; empty where a run lacks one.
+    """Key -> its value in each run, as text, of the settings that differ; empty if a run does not have the key.
 
-    The commit of the code counts as one.
+    The commit of the code is one of them, if all runs have ended and recorded it.
     """
-    known = [{**flat_settings(run), "commit": str(run.summary.get("commit") or "")[:11]} for run in runs]
-    # A run that has not ended has not said its commit: that is no difference.
-    if any(not each["commit"] for each in known):
-        known = [{key: value for key, value in each.items() if key != "commit"} for each in known]
-    keys = dict.fromkeys(key for each in known for key in each)
-    told = {key: [plain(each[key]) if key in each else "" for each in known] for key in keys}
-    return {key: values for key, values in told.items() if len(set(values)) > 1}
-
-
-def plain(value: Any) -> str:
-    """A setting as the command line takes it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    settings = [flat_settings(run) for run in runs]
+    commits = [str(run.summary.get("commit") or "")[:11] for run in runs]
+    if all(commits):
+        settings = [{**of_run, "commit": commit} for of_run, commit in zip(settings, commits, strict=True)]
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    values = {key: [format_value(of_run[key]) if key in of_run else "" for of_run in settings] for key in keys}
+    return {key: of_key for key, of_key in values.items() if len(set(of_key)) > 1}
 
 
 def relative_folders(runs: Sequence[Run]) -> list[str]:
-    """Each run's folder, from the innermost one that all lie in."""
+    """Each run's folder, relative to the innermost folder that contains all of them."""
     folders = [run.folder.resolve() for run in runs]
-    above = common_folder(folders)
-    return [str(folder.relative_to(above)) for folder in folders]
+    common = common_folder(folders)
+    return [str(folder.relative_to(common)) for folder in folders]
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its folder, and the settings that differ where these are few and short."""
-    names, found = relative_folders(runs), differing_settings(runs)
-    ends = [key.rpartition(".")[2] for key in found]
-    told = {
-        end if ends.count(end) == 1 else key: [_brief(value) for value in values]
-        for (key, values), end in zip(found.items(), ends, strict=True)
+    """A label for each run: its folder and, if they are few and short, the settings that differ."""
+    folders, differences = relative_folders(runs), differing_settings(runs)
+    names = [key.rpartition(".")[2] for key in differences]
+    settings = {
+        name if names.count(name) == 1 else key: [_round(value) for value in values]
+        for (key, values), name in zip(differences.items(), names, strict=True)
     }
-    short = all(len(f"{key}={value}") <= MAX_SETTING_CHARS for key, values in told.items() for value in values)
-    if not (short and 0 < len(told) <= 2):
-        return names
-    said = [
-        ", ".join(f"{key}={value}" for key, value in zip(told, row, strict=True) if value)
-        for row in zip(*told.values(), strict=True)
+    are_short = all(len(f"{key}={value}") <= MAX_SETTING_CHARS for key, values in settings.items() for value in values)
+    if not (are_short and 0 < len(settings) <= 2):
+        return folders
+    suffixes = [
+        ", ".join(f"{key}={value}" for key, value in zip(settings, values, strict=True) if value)
+        for values in zip(*settings.values(), strict=True)
     ]
-    return [f"{name} ({words})" if words else name for name, words in zip(names, said, strict=True)]
+    return [f"{folder} ({suffix})" if suffix else folder for folder, suffix in zip(folders, suffixes, strict=True)]
 
 
-def _brief(value: str) -> str:
-    """Four digits of a number with more characters than a hand would type."""
+def _round(value: str) -> str:
+    """Four digits of a long number."""
     number = to_finite(value)
     return f"{number:.4g}" if number is not None and len(value) > MAX_NUMBER_CHARS else value

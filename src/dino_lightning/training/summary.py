@@ -138,7 +138,7 @@ def upload_results(config: TrainConfig, trainer: L.Trainer, weights_file: Path) 
     for logger in trainer.loggers:
         if isinstance(logger, FaultTolerantWandbLogger) and isinstance(config.logger, WandbLoggerConfig):
             summary = json.loads((weights_file.parent / "summary.json").read_text())
-            logger.conclude(summary, weights=weights_file if config.logger.artifacts else None)
+            logger.log_summary(summary, weights=weights_file if config.logger.artifacts else None)
 
 
 def finish_loggers(trainer: L.Trainer) -> None:

@@ -1,9 +1,9 @@
-"""Two keys of a sweep as a map: few values of each make cells, others points; the color is the k-NN figure."""
+"""A map of two keys of a sweep, with cells for few values and points otherwise; colors show k-NN accuracies."""
 
 from statistics import mean
 
-from dino_lightning.report.sweeps.collapse_curves import INK
 from dino_lightning.report.sweeps.marks import (
+    INK,
     axis_label_height,
     axis_labels,
     best_marker,
@@ -13,41 +13,41 @@ from dino_lightning.report.sweeps.marks import (
 )
 from dino_lightning.report.sweeps.points import Axis, Point, Sweep, axis_of
 
-WIDTH, SIDE_MOST, SIDE_LEAST = 520, 64, 30
-"""Pixels: of the map, and of a cell's height."""
+WIDTH, MAX_SIDE, MIN_SIDE = 520, 64, 30
+"""Width of the map, maximum and minimum height of a cell (pixels)."""
 LEFT, TOP, PLOT = 110, 24, 300
-"""Pixels: margins, and height of a map of points."""
+"""Margins and height of a map of points (pixels)."""
 LOW, HIGH = (219, 233, 248), (8, 62, 132)
-"""Colors of the least and the greatest figure."""
+"""Colors of the lowest and the highest accuracy."""
 
 
 def map_svg(sweep: Sweep) -> tuple[str, int]:
     """The map and its height in pixels."""
     across, up = (axis_of([point.values[key] for point in sweep.points], few_as_names=True) for key in sweep.keys)
-    height = max(SIDE_LEAST, min(SIDE_MOST, PLOT // len(up.names))) * len(up.names) if up.names else PLOT
-    cells = bool(across.names and up.names)
-    room = axis_label_height([across], width=WIDTH - LEFT)
+    height = max(MIN_SIDE, min(MAX_SIDE, PLOT // len(up.names))) * len(up.names) if up.names else PLOT
+    has_cells = bool(across.names and up.names)
+    label_height = axis_label_height([across], width=WIDTH - LEFT)
     parts = [
-        _frame(across, up, sweep.keys, height, room),
-        _cells(sweep, across, up, height) if cells else _points(sweep, across, up, height),
+        _frame(across, up, sweep.keys, height, label_height),
+        _cells(sweep, across, up, height) if has_cells else _points(sweep, across, up, height),
     ]
-    return "\n".join(parts), TOP + height + room
+    return "\n".join(parts), TOP + height + label_height
 
 
 def color(value: float, *, low: float, high: float) -> tuple[str, str]:
-    """Of a figure between the least and the greatest, and of words on it."""
+    """The color of a value between `low` and `high`, and of text on it."""
     share = (value - low) / (high - low) if high > low else 1.0
     channels = [round(a + (b - a) * share) for a, b in zip(LOW, HIGH, strict=True)]
     return "#" + "".join(f"{channel:02x}" for channel in channels), "#ffffff" if share > 0.5 else "#101010"
 
 
-def _frame(across: Axis, up: Axis, keys: list[str], height: int, room: int) -> str:
+def _frame(across: Axis, up: Axis, keys: list[str], height: int, label_height: int) -> str:
     width = WIDTH - LEFT
     parts = [f'<path d="M{LEFT} {TOP}V{TOP + height}H{WIDTH}" fill="none" stroke="{INK}"/>']
-    parts.append(axis_labels(across, keys[0], left=LEFT, width=width, y=TOP + height, room=room))
-    for place, name in up.ticks():
-        shown = name if len(name) <= 15 else f"{name[:14]}…"
-        parts.append(svg_text(LEFT - 6, TOP + (1 - place) * height + 4, shown, anchor="end"))
+    parts.append(axis_labels(across, keys[0], left=LEFT, width=width, y=TOP + height, label_height=label_height))
+    for position, name in up.ticks():
+        label = name if len(name) <= 15 else f"{name[:14]}…"
+        parts.append(svg_text(LEFT - 6, TOP + (1 - position) * height + 4, label, anchor="end"))
     return "\n".join([*parts, svg_text(12, TOP - 10, keys[1], anchor="start")])
 
 
@@ -57,15 +57,15 @@ def _bounds(points: list[Point]) -> dict[str, float]:
 
 
 def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
-    """A cell has the mean of the runs that have finished or, where none has, what the others have so far."""
+    """A cell shows the mean of its finished runs or, if there are none, of the others so far."""
     wide, high = (WIDTH - LEFT) / len(across.names), height / len(up.names)
-    by_place: dict[tuple[float, float], list[Point]] = {}
+    by_position: dict[tuple[float, float], list[Point]] = {}
     for point in sweep.points:
         x = LEFT + across.position(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
         y = TOP + (1 - up.position(point.values[sweep.keys[1]])) * height
-        by_place.setdefault((x, y), []).append(point)
+        by_position.setdefault((x, y), []).append(point)
     parts = []
-    for (x, y), points in by_place.items():
+    for (x, y), points in by_position.items():
         others = [point for point in points if point.state != "failed"] or points
         finished = [point for point in points if point.state == "finished"] or others
         known = [point.knn for point in finished if point.knn is not None]

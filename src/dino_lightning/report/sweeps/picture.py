@@ -1,38 +1,39 @@
-"""k-NN over the settings of a sweep, as one SVG file: a curve for one key, a map for two, a panel each for more."""
+"""k-NN over the settings of a sweep, as an SVG file: a curve for one key, a map for two, one panel each for more."""
 
 import math
 from dataclasses import dataclass
-from html import escape
 from statistics import mean
 
 from dino_lightning.report.svg import ticks
-from dino_lightning.report.sweeps.collapse_curves import COLORS, INK
 from dino_lightning.report.sweeps.jobs import format_setting
 from dino_lightning.report.sweeps.map import WIDTH as MAP_WIDTH
 from dino_lightning.report.sweeps.map import map_svg
 from dino_lightning.report.sweeps.marks import (
+    COLORS,
+    INK,
     axis_label_height,
     axis_labels,
     best_marker,
     legend,
     state_marker,
+    svg_document,
     svg_text,
     with_tooltip,
 )
 from dino_lightning.report.sweeps.points import STATES, Axis, Point, Sweep, axis_of
 
 WIDTH, PLOT, LEFT, TOP, RIGHT = 400, 230, 60, 24, 16
-"""Pixels: width of a panel, height of its plot, margins."""
+"""Width of a panel, height of its plot, margins (pixels)."""
 COLUMNS = 3
-HEAD, LEGEND, LEAST_WIDTH = 70, 34, 560
-"""Pixels above and below the panels, and of the picture."""
+HEAD, LEGEND, MIN_WIDTH = 70, 34, 560
+"""Heights above and below the panels, minimum width of the picture (pixels)."""
 LINE = 16
-"""Pixels of a line of text."""
+"""Height of a line of text (pixels)."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """k-NN over one key: where its runs go, in pixels."""
+    """Maps the values of one key and k-NN accuracies to pixels."""
 
     key: str
     axis: Axis
@@ -40,35 +41,28 @@ class Panel:
     high: float
 
     def x(self, point: Point) -> float:
-        """From the left."""
+        """Pixels from the left."""
         return LEFT + self.axis.position(point.values[self.key]) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """From the top; `value` in percent."""
+        """Pixels from the top; `value` in percent."""
         return TOP + (self.high - value) / (self.high - self.low) * PLOT
 
 
 def sweep_svg(sweep: Sweep) -> str:
-    """The picture; runs that were pruned, failed or are under way look different from those that finished."""
+    """The picture; pruned, failed and running runs have other markers than finished ones."""
     body, width, height = _panels(sweep)
-    width, whole = max(width, LEAST_WIDTH), HEAD + height + LEGEND
-    said = _said(sweep)
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
-            'font-family="system-ui, sans-serif" font-size="12" role="img">',
-            f"<title>{escape(' '.join(said))}</title>",
-            *(svg_text(12, 20 + LINE * row, words, anchor="start") for row, words in enumerate(said)),
-            f'<g transform="translate(0 {HEAD})">{body}</g>',
-            f'<g transform="translate(0 {HEAD + height})">{legend()}</g>',
-            "</svg>",
-            "",
-        ]
-    )
+    summary = _summary(sweep)
+    parts = [
+        *(svg_text(12, 20 + LINE * index, line, anchor="start") for index, line in enumerate(summary)),
+        f'<g transform="translate(0 {HEAD})">{body}</g>',
+        f'<g transform="translate(0 {HEAD + height})">{legend()}</g>',
+    ]
+    return svg_document(parts, title=" ".join(summary), width=max(width, MIN_WIDTH), height=HEAD + height + LEGEND)
 
 
-def _said(sweep: Sweep) -> list[str]:
-    """How many runs there are, which is the best, and what the untrained network has."""
+def _summary(sweep: Sweep) -> list[str]:
+    """The number of runs by state, the best run, and the k-NN accuracy of the untrained network."""
     counts = {state: sum(point.state == state for point in sweep.points) for state in STATES}
     runs = "1 run" if len(sweep.points) == 1 else f"{len(sweep.points)} runs"
     lines = [f"{runs}: {', '.join(f'{number} {state}' for state, number in counts.items() if number)}."]
@@ -81,19 +75,19 @@ def _said(sweep: Sweep) -> list[str]:
 
 
 def _panels(sweep: Sweep) -> tuple[str, int, int]:
-    """What stands between head and legend, its width and its height."""
+    """The panels, their total width and height."""
     if len(sweep.keys) == 2:
-        drawn, height = map_svg(sweep)
-        return drawn, MAP_WIDTH + RIGHT, height
+        drawing, height = map_svg(sweep)
+        return drawing, MAP_WIDTH + RIGHT, height
     figures = [point.knn for point in sweep.points if point.knn is not None]
     low, high = _range([*figures, *([] if sweep.untrained is None else [sweep.untrained])])
-    panels = [Panel(key, axis_of([one.values[key] for one in sweep.points]), low, high) for key in sweep.keys]
-    room = axis_label_height([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
-    columns, height = min(COLUMNS, len(panels)), TOP + PLOT + room
+    panels = [Panel(key, axis_of([point.values[key] for point in sweep.points]), low, high) for key in sweep.keys]
+    label_height = axis_label_height([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
+    columns, height = min(COLUMNS, len(panels)), TOP + PLOT + label_height
     parts = [
-        f'<g transform="translate({WIDTH * (place % columns)} {height * (place // columns)})">'
-        f"{_panel(panel, sweep, room=room)}</g>"
-        for place, panel in enumerate(panels)
+        f'<g transform="translate({WIDTH * (index % columns)} {height * (index // columns)})">'
+        f"{_panel(panel, sweep, label_height=label_height)}</g>"
+        for index, panel in enumerate(panels)
     ]
     return "\n".join(parts), WIDTH * columns, height * math.ceil(len(panels) / columns)
 
@@ -104,8 +98,8 @@ def _range(figures: list[float]) -> tuple[float, float]:
     return max(0.0, low - pad), high + pad
 
 
-def _panel(panel: Panel, sweep: Sweep, *, room: int) -> str:
-    parts = [_axes(panel, room=room)]
+def _panel(panel: Panel, sweep: Sweep, *, label_height: int) -> str:
+    parts = [_axes(panel, label_height=label_height)]
     if sweep.untrained is not None:
         y = panel.y(sweep.untrained)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-dasharray="4 4"/>')
@@ -115,29 +109,30 @@ def _panel(panel: Panel, sweep: Sweep, *, room: int) -> str:
     return "\n".join([*parts, *(_point(panel, point, best=point is sweep.best) for point in sweep.points)])
 
 
-def _axes(panel: Panel, *, room: int) -> str:
+def _axes(panel: Panel, *, label_height: int) -> str:
     bottom = TOP + PLOT
     parts = [f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" fill="none" stroke="{INK}"/>']
     for value in ticks(panel.low, panel.high):
         y = panel.y(value)
         parts.append(svg_text(LEFT - 6, y + 4, f"{value:.5g}", anchor="end"))
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-opacity="0.2"/>')
-    parts.append(axis_labels(panel.axis, panel.key, left=LEFT, width=WIDTH - LEFT - RIGHT, y=bottom, room=room))
+    width = WIDTH - LEFT - RIGHT
+    parts.append(axis_labels(panel.axis, panel.key, left=LEFT, width=width, y=bottom, label_height=label_height))
     return "\n".join([*parts, svg_text(12, TOP - 10, "k-NN, %", anchor="start")])
 
 
 def _means(panel: Panel, sweep: Sweep) -> str:
-    """The curve of one key, through the means of the runs that have finished."""
-    by_place: dict[float, list[float]] = {}
+    """The curve of one key through the means of its finished runs."""
+    by_x: dict[float, list[float]] = {}
     for point in sweep.points:
         if point.knn is not None and point.state == "finished":
-            by_place.setdefault(panel.x(point), []).append(point.knn)
-    corners = " ".join(f"{x:.1f},{panel.y(mean(figures)):.1f}" for x, figures in sorted(by_place.items()))
+            by_x.setdefault(panel.x(point), []).append(point.knn)
+    corners = " ".join(f"{x:.1f},{panel.y(mean(figures)):.1f}" for x, figures in sorted(by_x.items()))
     return f'<polyline fill="none" stroke="{COLORS[0]}" stroke-width="1.5" points="{corners}"/>'
 
 
 def _point(panel: Panel, point: Point, *, best: bool) -> str:
-    """A run; one that failed stands at the bottom, whatever it had reached."""
+    """The marker of a run; failed runs are at the bottom."""
     if point.knn is None and point.state != "failed":
         return ""
     x = panel.x(point)

@@ -13,9 +13,9 @@ from dino_lightning.report.sweeps.published import PUBLISHED
 
 STATES = ("finished", "pruned", "under way", "failed")
 LOG_FACTOR = 8
-"""A positive quantity whose largest value is this many times its smallest gets a logarithmic axis."""
+"""A positive quantity whose maximum is at least this many times its minimum gets a logarithmic axis."""
 MAX_CATEGORIES = 8
-"""Most values of a key that stand beside each other as names, in a map of two keys."""
+"""Maximum number of values that a map of two keys shows as categories."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Point:
     """One run."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     values: dict[str, Any]
     """Swept key -> value."""
     knn: float | None
-    """k-NN top-1 in percent, the run's or the latest."""
+    """k-NN top-1 in percent: the final one, or the latest so far."""
     state: str
     """One of `STATES`."""
 
@@ -43,7 +43,7 @@ class Sweep:
 
     @property
     def best(self) -> Point | None:
-        """The run with the highest figure among those that have finished or, while there is none, among all."""
+        """The finished run with the highest k-NN accuracy or, while none has finished, the best of all."""
         known = [point for point in self.points if point.knn is not None and point.state != "failed"]
         finished = [point for point in known if point.state == "finished"]
         return max(finished or known, key=lambda point: point.knn or 0.0, default=None)
@@ -51,36 +51,36 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the values of a key go, as shares of an axis from 0 to 1."""
+    """Positions of the values of a key, from 0 to 1 along the axis."""
 
     names: dict[Any, float]
-    """Value -> place, where values stand beside each other as names; empty for a scale of numbers."""
+    """Value -> position of a category; empty for a numeric scale."""
     low: float = 0.0
     high: float = 1.0
     log: bool = False
 
     @property
     def numbers(self) -> bool:
-        """Whether there is a way from one value to the next."""
+        """Whether all categories are numbers, so that a curve may connect them."""
         return all(isinstance(value, int | float) for value in self.names)
 
     def position(self, value: Any) -> float:
-        """Share of the axis."""
+        """Position of a value, from 0 to 1."""
         if self.names:
             return self.names[value]
-        low, high, here = (math.log(x) if self.log else x for x in (self.low, self.high, float(value)))
-        return (here - low) / (high - low)
+        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, float(value)))
+        return (value - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Places and what is written there."""
+        """Positions and labels of the ticks."""
         if self.names:
-            return [(place, format_setting(value)) for value, place in self.names.items()]
+            return [(position, format_setting(value)) for value, position in self.names.items()]
         numbers = log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, count=4)
         return [(self.position(number), f"{number:.4g}") for number in numbers]
 
 
 def sweep_of(jobs: Sequence[Job]) -> Sweep:
-    """The runs as points. Raises `UserError` where they differ in nothing that could be an axis."""
+    """The runs as points. Raises `UserError` if they do not differ in any setting."""
     jobs = list(jobs)
     keys = swept_keys(jobs)
     if len({job.experiment for job in jobs}) > 1:
@@ -88,19 +88,19 @@ def sweep_of(jobs: Sequence[Job]) -> Sweep:
     if not keys and len({job.seed for job in jobs}) > 1:
         keys = ["seed"]
     if not keys:
-        raise UserError("--plot: these runs do not differ in any setting.")
+        raise UserError("plot: these runs do not differ in any setting.")
     untrained = [value for job in jobs if (value := job.run.number("knn_top1_untrained")) is not None]
     points = [Point(job.run.name, {key: _value(job, key) for key in keys}, job.knn, _state(job)) for job in jobs]
     return Sweep(keys, points, mean(untrained) if untrained else None)
 
 
 def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
-    """Numbers get a scale; other values, two at most, or `few_as_names`, stand beside each other."""
-    different = _in_order(values)
-    numbers = [value for value in different if isinstance(value, int | float) and not isinstance(value, bool)]
-    usable = len(numbers) == len(different) and all(map(math.isfinite, numbers))
-    if not usable or len(different) <= (MAX_CATEGORIES if few_as_names else 2):
-        return Axis({value: (place + 0.5) / len(different) for place, value in enumerate(different)})
+    """A scale for numbers; categories for other values, for at most two values and, with `few_as_names`, for a few."""
+    distinct = _in_order(values)
+    numbers = [value for value in distinct if isinstance(value, int | float) and not isinstance(value, bool)]
+    usable = len(numbers) == len(distinct) and all(map(math.isfinite, numbers))
+    if not usable or len(distinct) <= (MAX_CATEGORIES if few_as_names else 2):
+        return Axis({value: (index + 0.5) / len(distinct) for index, value in enumerate(distinct)})
     low, high = min(numbers), max(numbers)
     if low > 0 and high >= LOG_FACTOR * low:
         pad = (high / low) ** 0.06
@@ -110,9 +110,9 @@ def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
 
 
 def _in_order(values: Sequence[Any]) -> list[Any]:
-    """Different values: numbers by size, others as they came."""
-    different = list(dict.fromkeys(values))
-    return sorted(different) if all(isinstance(value, int | float) for value in different) else different
+    """Distinct values: numbers sorted, others in their order."""
+    distinct = list(dict.fromkeys(values))
+    return sorted(distinct) if all(isinstance(value, int | float) for value in distinct) else distinct
 
 
 def _value(job: Job, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""The table of a sweep next to the paper's figures: for the terminal and as Markdown."""
+"""The table of a sweep with the paper's figures, for the terminal and as Markdown."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from dino_lightning.report.sweeps.jobs import Job, Row
 from dino_lightning.report.sweeps.published import PUBLISHED
 
 COLUMNS = ("", "n", "k-NN, %", "paper's\nk-NN / linear", "loss", "entropy", "KL", "status")
-"""Run; seeds behind the figures; mean and deviation over them; last values of the teacher's entropy and of its
-divergence from the student, in nats."""
+"""Run; number of seeds; mean and deviation over seeds; the paper's figures; last loss, entropy of the teacher and its
+divergence from the student (nats); status."""
 
 
 def row_cells(row: Row) -> list[str]:
-    """The row's text for each of `COLUMNS`; empty where a figure is missing."""
+    """The row's text for each of `COLUMNS`; empty for missing figures."""
     jobs = row.evaluated_jobs
     published = PUBLISHED.get(row.experiment)
     return [
@@ -34,7 +34,7 @@ def row_cells(row: Row) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What all rows are read against: the untrained network, and the entropy of a uniform output."""
+    """Baselines for all rows: the untrained network, and the entropy of a uniform output."""
     jobs = [job for row in rows for job in row.jobs]
     untrained: dict[str, dict[int | None, float]] = {}
     for job in jobs:
@@ -54,26 +54,26 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def _best(rows: list[Row]) -> list[str]:
-    """The best of rows that differ in settings, not in the experiment alone."""
-    several = [row for row in rows if sum(other.experiment == row.experiment for other in rows) > 1]
-    figures = [([knn for job in row.evaluated_jobs if (knn := job.knn) is not None], row) for row in several]
+    """The best of the rows that share their experiment with other rows."""
+    searched = [row for row in rows if sum(other.experiment == row.experiment for other in rows) > 1]
+    figures = [([knn for job in row.evaluated_jobs if (knn := job.knn) is not None], row) for row in searched]
     known = [(mean(values), row) for values, row in figures if values]
     if not known:
         return []
-    value, best = max(known, key=lambda one: one[0])
+    value, best = max(known, key=lambda pair: pair[0])
     return [
         f"best: k-NN {value:.1f} % of {best.name} (folder {', '.join(job.run.name for job in best.evaluated_jobs)})"
     ]
 
 
 def prototypes(job: Job) -> int | None:
-    """K, where the run has it."""
+    """The number of prototypes K, if the method has any."""
     K = job.run.setting("method.out_dim")
     return K if isinstance(K, int) and K > 1 else None
 
 
 def mean_and_deviation(values: list[float | None]) -> str:
-    """Mean and, from two values on, standard deviation of the sample."""
+    """Mean and, for at least two values, the sample's standard deviation."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -81,8 +81,8 @@ def mean_and_deviation(values: list[float | None]) -> str:
 
 
 def terminal_table(rows: list[Row]) -> Table:
-    """For `rich`."""
-    # Without lines between the columns, a row of figures fits into 80 characters; names and states may wrap.
+    """The table for the terminal."""
+    # Without lines between the columns, the figures fit into 80 characters; names and states may wrap.
     table = Table(caption=escape("\n".join(notes(rows))) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     titles, lines = table_cells(rows)
     for index, title in enumerate(titles):
@@ -93,35 +93,35 @@ def terminal_table(rows: list[Row]) -> Table:
             broken, justify="right" if figure else "left", no_wrap=figure, overflow="fold", min_width=least
         )
     for line in lines:
-        table.add_row(*map(escape, line))  # text from files is no markup
+        table.add_row(*map(escape, line))  # text from files may look like markup
     return table
 
 
 def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Titles and lines: those of `COLUMNS` or, where one experiment is searched, a column for each key."""
+    """Titles and rows: those of `COLUMNS` or, for the search of a single experiment, one column per key."""
     keys = dict.fromkeys(key for row in rows for key in row.settings)
     if not keys or len({row.experiment for row in rows}) > 1 or any(row.experiment in PUBLISHED for row in rows):
         return list(COLUMNS), [row_cells(row) for row in rows]
-    several = any(len(row.jobs) > 1 for row in rows)
+    has_seeds = any(len(row.jobs) > 1 for row in rows)
     lines = []
     for row in rows:
         _, n, knn, *_, status = row_cells(row)
         folders = ", ".join(job.run.name for job in row.jobs)
         values = [row.settings.get(key, "") for key in keys]
-        lines.append([folders, *values, *([n] if several else []), knn, status])
-    return ["folder", *keys, *(["n"] if several else []), "k-NN, %", "status"], lines
+        lines.append([folders, *values, *([n] if has_seeds else []), knn, status])
+    return ["folder", *keys, *(["n"] if has_seeds else []), "k-NN, %", "status"], lines
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """For documents; the notes stand below."""
+    """The table as Markdown, with notes below."""
     titles, figures = table_cells(rows)
     lines = [
         _markdown_line([title.replace("\n", " ") for title in titles]),
         "|---|" + "---:|" * (len(titles) - 2) + "---|",
     ]
     lines += [_markdown_line(line) for line in figures]
-    said = [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
-    return "\n".join([*lines, *(["", " ".join(said)] if said else [])])
+    sentences = [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
+    return "\n".join([*lines, *(["", " ".join(sentences)] if sentences else [])])
 
 
 def _markdown_line(texts: list[str]) -> str:
@@ -137,5 +137,5 @@ def _mean(values: list[float | None]) -> str:
 
 
 def _network_and_images(job: Job) -> str:
-    """What the k-NN figure of an untrained network depends on besides its seed."""
+    """The settings, besides the seed, that the k-NN accuracy of an untrained network depends on."""
     return json.dumps([job.run.setting(group) for group in ("backbone", "data", "callbacks.knn")], default=str)
