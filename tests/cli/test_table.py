@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from dino_lightning.cli import table as compare
-from dino_lightning.report.sweeps.collapse_curves import COLORS, INK, ticks
+from dino_lightning.report.svg import ticks
 from dino_lightning.report.sweeps.jobs import read_rows
+from dino_lightning.report.sweeps.marks import COLORS, INK
 from dino_lightning.report.sweeps.table import markdown_table, notes, row_cells, terminal_table
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -242,7 +243,7 @@ def test_colors_stand_out_from_white_and_from_dark_pages(color: str) -> None:
 
 @pytest.mark.parametrize("top", [0.0003, 0.07, 1.0, 2.77, 5.545, 9.99, 100.0, 743.0, 120_000.0])
 def test_ticks_are_few_and_round(top: float) -> None:
-    found = ticks(top)
+    found = ticks(0, top, count=7)
     assert found[0] == 0
     assert 0.7 * top < found[-1] <= top
     assert 4 <= len(found) <= 8

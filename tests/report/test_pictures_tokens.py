@@ -7,7 +7,7 @@ from PIL import Image
 
 from dino_lightning.report.pictures.sheets import GAP, PAPER
 from dino_lightning.report.pictures.tokens import (
-    KEY,
+    LEGEND_HEIGHT,
     AttentionFigure,
     TokenColors,
     attention_figure_sheet,
@@ -140,7 +140,7 @@ def test_heads_sheet_has_a_column_for_each_mass_and_a_key():
     every = [shown(seed=seed) for seed in range(3)]
     sheet = heads_sheet(every, masses=[0.6, 0.8], cell=60)
     assert sheet.width == GAP + 3 * (60 + GAP)
-    key = np.asarray(sheet)[-KEY:]
+    key = np.asarray(sheet)[-LEGEND_HEIGHT:]
     for color in head_colors(2):
         assert (key == color).all(-1).sum() > 100
     colors = TokenColors.fit([each.tokens for each in every if each.tokens is not None])

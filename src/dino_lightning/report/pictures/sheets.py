@@ -1,4 +1,4 @@
-"""Contact sheets of attention maps, nearest neighbors and crops, drawn with PIL alone.
+"""Contact sheets of attention maps, nearest neighbors and crops, drawn with PIL.
 
 Shapes: B images, C channels, H and W pixels, h and w patches.
 """
@@ -18,7 +18,7 @@ Pixels: TypeAlias = NDArray[np.uint8]
 Color: TypeAlias = tuple[int, int, int]
 
 MAX_HEADS = 6
-"""Attention heads shown one by one; the mean is over all."""
+"""Maximum number of attention heads with their own map; the mean is over all heads."""
 GAP = 6
 """Pixels between the cells of a sheet."""
 PAPER: Color = (255, 255, 255)
@@ -26,24 +26,24 @@ INK: Color = (32, 34, 40)
 FAINT: Color = (200, 202, 208)
 AGREES: Color = (0, 145, 110)
 DIFFERS: Color = (213, 94, 0)
-"""Bluish green and vermilion stay apart under every common color blindness; a tick and a cross say the same."""
+"""Bluish green and vermilion are distinguishable with every common color blindness; a tick and a cross say the same."""
 UNJUDGED: Color = (150, 152, 158)
 COLORS: dict[bool | None, Color] = {True: AGREES, False: DIFFERS, None: UNJUDGED}
 
 COLOR_MAP_ANCHORS = np.array(
     [(7, 6, 32), (52, 18, 105), (117, 29, 127), (185, 50, 108), (232, 98, 68), (249, 166, 50), (252, 245, 170)]
 )
-"""Equally spaced colors from dark to bright. Lightness grows all the way, so the map also reads in gray."""
+"""Equally spaced colors from dark to bright. Lightness increases monotonically, so the map also works in gray."""
 
 
 def attention_sheet(
     images_BCHW: Tensor, attention_BHhw: Tensor, masks: Sequence[np.ndarray] | None = None, *, cell: int = 128
 ) -> Image.Image:
-    """One row per image: the picture, the mean over heads laid over it, and up to six heads.
+    """One row per image: the image, the mean over heads blended with it, and up to six heads.
 
-    Images are RGB in 0 to 1; `attention_BHhw` is (B, heads, h, w), of any scale: each map is shown from its smallest to
-    its largest value. `masks`, boolean and of the images' shape, are drawn as outlines on the maps. `cell` is the width
-    of a panel in pixels.
+    Images are RGB in 0 to 1; `attention_BHhw` is (B, heads, h, w) and may have any scale, because each map is shown
+    from its minimum to its maximum. `masks`, boolean and of the images' shape, are drawn as outlines on the maps.
+    `cell` is the width of a panel in pixels.
     """
     H, W = images_BCHW.shape[-2:]
     size = (cell, max(1, round(cell * H / W)))
@@ -68,19 +68,21 @@ def neighbor_sheet(
     verdicts: Sequence[Sequence[bool | None]] | None = None,
     cell: int = 96,
 ) -> Image.Image:
-    """One row per query: the picture and its nearest neighbors, nearest first.
+    """One row per query: the image and its nearest neighbors, nearest first.
 
-    With labels, each stands below its picture, and a neighbor has a green frame and a tick where its label is the
-    query's, an orange frame and a cross where not; None is a label that nobody knows. `verdicts` say so in the labels'
-    place: right, wrong, or None for neither, framed gray. `cell` is the side of a picture in pixels.
+    Labels are written below the images; a neighbor with the query's label has a green frame and a tick, one with
+    another label an orange frame and a cross. None is an unknown label. `verdicts` replace the comparison of labels:
+    right, wrong, or None for a gray frame. `cell` is the side of an image in pixels.
     """
     caption = _font_size(cell) + 6 if query_labels or neighbor_labels else 0
-    own = query_labels or [None] * len(queries)
-    others = neighbor_labels or [[None] * len(found) for found in neighbors]
+    query_labels = query_labels or [None] * len(queries)
+    neighbor_labels = neighbor_labels or [[None] * len(of_query) for of_query in neighbors]
     rows = []
-    for i, (query, label, found, labels) in enumerate(zip(queries, own, neighbors, others, strict=True)):
+    for i, (query, label, of_query, labels) in enumerate(
+        zip(queries, query_labels, neighbors, neighbor_labels, strict=True)
+    ):
         row = [_captioned(query, label, cell=cell, caption=caption)]
-        for j, (neighbor, other) in enumerate(zip(found, labels, strict=True)):
+        for j, (neighbor, other) in enumerate(zip(of_query, labels, strict=True)):
             agrees = None if label is None or other is None else label == other
             frame = None if agrees is None else COLORS[agrees]
             if verdicts is not None:
@@ -97,7 +99,7 @@ def crop_sheet(
 ) -> Image.Image:
     """Crops (C, H, W), normalized by `mean` and `std`, `per_row` in a row.
 
-    All are shown at one scale, the largest at `cell` pixels, so that local crops look as small as they are.
+    All have the same scale, with the largest at `cell` pixels, so that local crops appear smaller.
     """
     largest = max((max(crop.shape[-2:]) for crop in crops), default=1)
     rows = []
@@ -105,11 +107,11 @@ def crop_sheet(
         row = []
         for crop in crops[start : start + per_row]:
             H, W = crop.shape[-2:]
-            shown = (max(1, round(cell * W / largest)), max(1, round(cell * H / largest)))
+            size = (max(1, round(cell * W / largest)), max(1, round(cell * H / largest)))
             picture = to_picture(crop * crop.new_tensor(std)[:, None, None] + crop.new_tensor(mean)[:, None, None])
             panel = Image.new("RGB", (cell, cell), PAPER)
-            resized = picture.resize(shown, Image.Resampling.LANCZOS)
-            panel.paste(resized, ((cell - shown[0]) // 2, (cell - shown[1]) // 2))
+            resized = picture.resize(size, Image.Resampling.LANCZOS)
+            panel.paste(resized, ((cell - size[0]) // 2, (cell - size[1]) // 2))
             row.append(panel)
         rows.append(row)
     titles = [f"{max(crop.shape[-2:])} px" for crop in crops[:per_row]]
@@ -117,25 +119,25 @@ def crop_sheet(
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:
-    """A tensor in 0 to 1 as a picture; values outside are cut off.
+    """A tensor in 0 to 1 as an image; other values are clipped.
 
-    One channel is shown in gray; of two or more, the first three are red, green and blue.
+    A single channel is gray; otherwise the first three channels are red, green and blue.
     """
     C = image_CHW.shape[0]
-    shown_3HW = image_CHW.expand(3, -1, -1) if C == 1 else F.pad(image_CHW[:3], (0, 0, 0, 0, 0, max(0, 3 - C)))
-    pixels = (shown_3HW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    rgb_3HW = image_CHW.expand(3, -1, -1) if C == 1 else F.pad(image_CHW[:3], (0, 0, 0, 0, 0, max(0, 3 - C)))
+    pixels = (rgb_3HW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.numpy())
 
 
 def color_map(values_HW: np.ndarray) -> Pixels:
     """Values in 0 to 1 as colors (H, W, 3), from near black over purple and orange to pale yellow."""
-    places = np.linspace(0, 1, len(COLOR_MAP_ANCHORS))
-    channels = [np.interp(values_HW, places, COLOR_MAP_ANCHORS[:, channel]) for channel in range(3)]
+    positions = np.linspace(0, 1, len(COLOR_MAP_ANCHORS))
+    channels = [np.interp(values_HW, positions, COLOR_MAP_ANCHORS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def mask_border(mask_HW: np.ndarray) -> NDArray[np.bool_]:
-    """The pixels of a mask that have a neighbor outside it, the picture's border not counting as outside."""
+    """The pixels of a mask with a neighbor outside it; the image's border does not count as outside."""
     padded = np.pad(mask_HW.astype(bool), 1, mode="edge")
     inner = padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
     return padded[1:-1, 1:-1] & ~inner
@@ -150,14 +152,14 @@ def rescale_map(map_hw: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def blend_map(picture: Pixels, values_HW: np.ndarray) -> Pixels:
-    """A map from 0 to 1 in colors, laid over a picture."""
-    # In gray, because the picture's own colors would read as attention.
+    """A colored map of values in 0 to 1, blended with an image."""
+    # In gray, because the image's colors would look like attention.
     gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
     return (gray * 0.45 + color_map(values_HW) * 0.55).round().astype(np.uint8)
 
 
 def draw_outline(panel: Pixels, mask: np.ndarray) -> Pixels:
-    """White on a dark rim, to be seen on every color."""
+    """Draw the outline of a mask in white with a dark rim, which is visible on every color."""
     height, width = panel.shape[:2]
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     inside = np.asarray(resized) >= 128
@@ -189,7 +191,7 @@ def _captioned(
 
 
 def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -> None:
-    """A tick or a cross in the lower right corner, drawn: not every font has the signs."""
+    """Draw a tick or a cross in the lower right corner; not every font has these characters."""
     left, top = corner - side, corner - side
     draw.rectangle((left, top, corner - 1, corner - 1), fill=AGREES if agrees else DIFFERS)
     strokes = [[(0.22, 0.52), (0.42, 0.72), (0.78, 0.28)]] if agrees else [[(0.27, 0.27), (0.73, 0.73)]]
@@ -202,7 +204,7 @@ def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -
 def grid_sheet(
     rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], size: tuple[int, int], split: int = 0
 ) -> Image.Image:
-    """Panels of one size in rows under column titles; `split` pixels and a line set the first column apart."""
+    """Panels of one size in rows under column titles; `split` adds pixels and a line after the first column."""
     width, height = size
     top = _font_size(width) + 10
     columns = max(len(titles), 1)
@@ -223,8 +225,8 @@ def grid_sheet(
 def _draw_centered(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
     font = ImageFont.load_default(size=size)
     left, top, right, bottom = box
-    shown = _shortened(draw, " ".join(text.split()), font=font, width=right - left)
-    draw.text(((left + right) / 2, (top + bottom) / 2), shown, fill=INK, font=font, anchor="mm")
+    shortened = _shortened(draw, " ".join(text.split()), font=font, width=right - left)
+    draw.text(((left + right) / 2, (top + bottom) / 2), shortened, fill=INK, font=font, anchor="mm")
 
 
 def _shortened(
@@ -235,7 +237,7 @@ def _shortened(
         for length in range(len(text) - 1, 0, -1):
             yield text[:length].rstrip() + "…"
 
-    return next((shown for shown in candidates() if draw.textlength(shown, font=font) <= width), "")
+    return next((candidate for candidate in candidates() if draw.textlength(candidate, font=font) <= width), "")
 
 
 def _font_size(width: int) -> int:

@@ -1,6 +1,6 @@
-"""Pictures of what a network's last tokens know: each head's attention in a color of its own, and patch tokens.
+"""Pictures of a network's last tokens: the attention of each head in its own color, and patch tokens.
 
-Images of one sheet may differ in shape. H, W pixels, h, w patches, M masses, D width of a token.
+Images in one sheet may differ in shape. H, W pixels, h, w patches, M attention masses, D width of a token.
 """
 
 import colorsys
@@ -35,24 +35,24 @@ HEAD_COLORS: list[Color] = [
     (213, 94, 0),
     (204, 121, 167),
 ]
-"""Okabe and Ito's, told apart under color blindness; more heads than these take hues at equal distances."""
+"""Okabe and Ito's palette for color blindness; with more heads, hues at equal distances are used."""
 COMPONENTS = 3
 OUTLIERS = 0.01
-"""Share of the tokens at either end of a component that do not stretch its scale."""
-KEY, KEY_WIDTH = 24, 76
-"""Height of a line that names the heads' colors, and width of a head in it (pixels)."""
+"""Share of the tokens at either end of a component that is ignored for its scale."""
+LEGEND_HEIGHT, LEGEND_WIDTH = 24, 76
+"""Size of one head in the legend (pixels)."""
 
 
 @dataclass(frozen=True)
 class AttentionFigure:
-    """One image and what is drawn of it."""
+    """One image with its attention and tokens."""
 
     image: Tensor
     """(C, H, W) in 0 to 1."""
     attention: Tensor
     """(heads, h, w)."""
     top_patches: Tensor
-    """Which patches make up each mass: bool (M, heads, h, w)."""
+    """The patches with the most attention that sum up to each mass: bool (M, heads, h, w)."""
     mask: np.ndarray | None = None
     """The object's pixels, bool (H, W)."""
     tokens: Tensor | None = None
@@ -61,24 +61,24 @@ class AttentionFigure:
 
 @dataclass(frozen=True)
 class TokenColors:
-    """A red, a green and a blue for tokens: their first three principal components, each from 0 to 1."""
+    """Colors of tokens: the first three principal components as red, green and blue in 0 to 1."""
 
     mean: Tensor
     """(D,)."""
     axes: Tensor
-    """(D, 3), of unit length; the entry of the largest size is positive."""
+    """(D, 3), with unit length and a positive entry of largest magnitude."""
     low: Tensor
     high: Tensor
-    """(3,): what becomes 0 and 1."""
+    """(3,): the values that are mapped to 0 and 1."""
 
     @classmethod
     def fit(cls, tokens: Sequence[Tensor]) -> "TokenColors":
-        """Of the tokens (h, w, D) of images that are shown together."""
+        """Fit the components to the tokens (h, w, D) of images that are shown together."""
         tokens_ND = torch.cat([each.detach().double().cpu().flatten(0, 1) for each in tokens])
         mean_D = tokens_ND.mean(0)
         _, vectors_DD = torch.linalg.eigh((tokens_ND - mean_D).T.cov(correction=0))
         axes_D3 = vectors_DD.flip(-1)[:, :COMPONENTS]
-        # An eigenvector's sign is arbitrary, and would differ from library to library.
+        # The sign of an eigenvector is arbitrary and differs between libraries.
         largest_13 = axes_D3.gather(0, axes_D3.abs().argmax(0, keepdim=True))
         axes_D3 = axes_D3 * largest_13.sign()
         values_N3 = (tokens_ND - mean_D) @ axes_D3
@@ -86,31 +86,31 @@ class TokenColors:
         return cls(mean_D, axes_D3, low_3, high_3)
 
     def __call__(self, tokens_hwD: Tensor) -> Tensor:
-        """Colors (3, h, w) in 0 to 1, values beyond the scale cut off; 0.5 where a component is constant."""
+        """Clipped colors (3, h, w) in 0 to 1; 0.5 for constant components."""
         values_hw3 = (tokens_hwD.detach().double().cpu() - self.mean) @ self.axes
         width_3 = self.high - self.low
         scaled = torch.where(width_3 > 1e-9, (values_hw3 - self.low) / width_3.clamp(min=1e-9), 0.5)
         return scaled.clamp(0, 1).permute(2, 0, 1).float()
 
 
-def attention_figure_sheet(shown: Sequence[AttentionFigure], *, cell: int = 128) -> Image.Image:
-    """`attention_sheet` of images that may differ in shape."""
+def attention_figure_sheet(figures: Sequence[AttentionFigure], *, cell: int = 128) -> Image.Image:
+    """`attention_sheet` for images that may differ in shape."""
     sheets = []
-    for each in shown:
+    for each in figures:
         masks = None if each.mask is None else [each.mask]
         sheets.append(attention_sheet(each.image[None], each.attention[None], masks, cell=cell))
-    return _stack_rows(sheets, heights=[_height(each, cell) for each in shown])
+    return _stack_rows(sheets, heights=[_height(each, cell) for each in figures])
 
 
 def heads_sheet(
-    shown: Sequence[AttentionFigure], *, masses: Sequence[float], colors: TokenColors | None = None, cell: int = 256
+    figures: Sequence[AttentionFigure], *, masses: Sequence[float], colors: TokenColors | None = None, cell: int = 256
 ) -> Image.Image:
-    """One row per image: the picture, and for each mass the heads' masks in their colors over it.
+    """One row per image: the image, and for each mass the heads' masks in their colors on top of it.
 
-    Below stands which color is whose. With `colors`, the patch tokens follow at the right.
+    A legend shows the colors of the heads. With `colors`, the patch tokens are added at the right.
     """
     sheets = []
-    for each in shown:
+    for each in figures:
         size = (cell, _height(each, cell))
         picture = to_picture(each.image).resize(size, Image.Resampling.LANCZOS)
         row = [picture, *(color_heads(each, mass=m, size=size) for m in range(len(masses)))]
@@ -119,17 +119,17 @@ def heads_sheet(
             row.append(_token_picture(each, colors, size=size))
             titles.append("patch tokens")
         sheets.append(grid_sheet([row], titles=titles, size=size))
-    sheet = _stack_rows(sheets, heights=[_height(each, cell) for each in shown])
-    return stack([sheet, _head_legend(shown[0].attention.shape[0], width=sheet.width)])
+    sheet = _stack_rows(sheets, heights=[_height(each, cell) for each in figures])
+    return stack([sheet, _head_legend(figures[0].attention.shape[0], width=sheet.width)])
 
 
 def token_sheet(
-    shown: Sequence[AttentionFigure], colors: TokenColors, *, per_row: int = 2, cell: int = 192
+    figures: Sequence[AttentionFigure], colors: TokenColors, *, per_row: int = 2, cell: int = 192
 ) -> Image.Image:
-    """Each image beside its patch tokens in color, `per_row` such pairs beside each other."""
+    """Each image next to its patch tokens in color, with `per_row` such pairs per row."""
     rows = []
-    for start in range(0, len(shown), per_row):
-        some = shown[start : start + per_row]
+    for start in range(0, len(figures), per_row):
+        some = figures[start : start + per_row]
         size = (cell, max(_height(each, cell) for each in some))
         row = []
         for each in some:
@@ -139,13 +139,13 @@ def token_sheet(
                 _token_picture(each, colors, size=own),
             ]
         rows.append((row, size))
-    pairs = min(per_row, len(shown))
+    pairs = min(per_row, len(figures))
     sheets = [grid_sheet([row], titles=["image", "patch tokens"] * pairs, size=size) for row, size in rows]
     return _stack_rows(sheets, heights=[size[1] for _, size in rows])
 
 
 def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, cell: int = 128) -> Image.Image:
-    """Images of one shape, RGB in 0 to 1, each beside its patch tokens in color; `per_row` such pairs in a row."""
+    """Images of one shape, RGB in 0 to 1, next to their patch tokens in color, with `per_row` such pairs per row."""
     size = (cell, max(1, round(cell * images_BCHW.shape[-2] / images_BCHW.shape[-1])))
     colors = TokenColors.fit(list(tokens_BhwD))
     pairs = []
@@ -157,40 +157,39 @@ def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, c
     return grid_sheet(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
 
 
-def clip_frame(shown: AttentionFigure, colors: TokenColors | None, *, width: int) -> Image.Image:
+def clip_frame(figure: AttentionFigure, colors: TokenColors | None, *, width: int) -> Image.Image:
     """Side by side: the frame, the mean attention, the heads' first mass in color, and with `colors` the tokens.
 
-    Each is `width` pixels wide.
+    Each panel is `width` pixels wide.
     """
-    size = (width, _height(shown, width))
-    picture = to_picture(shown.image).resize(size, Image.Resampling.LANCZOS)
-    mean = blend_map(np.asarray(picture), rescale_map(shown.attention.mean(0), size))
-    panels = [picture, Image.fromarray(mean), color_heads(shown, mass=0, size=size)]
+    size = (width, _height(figure, width))
+    picture = to_picture(figure.image).resize(size, Image.Resampling.LANCZOS)
+    mean = blend_map(np.asarray(picture), rescale_map(figure.attention.mean(0), size))
+    panels = [picture, Image.fromarray(mean), color_heads(figure, mass=0, size=size)]
     if colors is not None:
-        panels.append(_token_picture(shown, colors, size=size))
+        panels.append(_token_picture(figure, colors, size=size))
     frame = Image.new("RGB", (len(panels) * width, size[1]))
     for i, panel in enumerate(panels):
         frame.paste(panel, (i * width, 0))
     return frame
 
 
-def color_heads(shown: AttentionFigure, *, mass: int, size: tuple[int, int]) -> Image.Image:
-    """The masks of one mass, each head's in its color over the picture in gray, at `size` = (width, height).
+def color_heads(figure: AttentionFigure, *, mass: int, size: tuple[int, int]) -> Image.Image:
+    """The masks of one mass, in the heads' colors on top of the gray image, at `size` = (width, height).
 
-    The more attention a patch has in its head the stronger is the color. Where heads meet, the patch belongs to the
-    one that thinks most of it, measured by the head's own strongest patch: mixed colors would be nobody's. The object,
-    where there is one, is outlined.
+    More attention gives a stronger color. A patch in several masks gets the color of the head with the most attention,
+    relative to the head's maximum, because mixed colors would belong to no head. The object, if any, is outlined.
     """
-    attention, kept = shown.attention.detach().float().cpu(), shown.top_patches[mass].cpu()
+    attention, top_patches = figure.attention.detach().float().cpu(), figure.top_patches[mass].cpu()
     strongest = attention.amax((-2, -1), keepdim=True).clamp(min=1e-12)
-    # From the weakest kept patch on: a mask's rim should be seen, too.
-    strength_hw, head_hw = (kept * (0.4 + 0.6 * attention / strongest)).max(0)
+    # At least 0.4, so that the rim of a mask is visible.
+    strength_hw, head_hw = (top_patches * (0.4 + 0.6 * attention / strongest)).max(0)
     color_hw3 = np.array(head_colors(len(attention)))[head_hw.numpy()]
     alpha_hw = 0.8 * strength_hw.numpy()
     tint, alpha = (_enlarged(values, size) for values in (color_hw3, alpha_hw))
-    gray = np.asarray(to_picture(shown.image).resize(size, Image.Resampling.LANCZOS).convert("L"))[..., None]
+    gray = np.asarray(to_picture(figure.image).resize(size, Image.Resampling.LANCZOS).convert("L"))[..., None]
     pixels = (gray * (1 - alpha[..., None]) + tint * alpha[..., None]).round().astype(np.uint8)
-    return Image.fromarray(pixels if shown.mask is None else draw_outline(pixels, shown.mask))
+    return Image.fromarray(pixels if figure.mask is None else draw_outline(pixels, figure.mask))
 
 
 def head_colors(heads: int) -> list[Color]:
@@ -202,7 +201,7 @@ def head_colors(heads: int) -> list[Color]:
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets below each other."""
+    """Stack sheets vertically."""
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     page, top = Image.new("RGB", (width, height), PAPER), 0
     for sheet in sheets:
@@ -212,7 +211,7 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def _stack_rows(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Image:
-    """Sheets of one row each, panels of `heights`, as one: only the first keeps its titles."""
+    """Stack sheets with one row each and panels of `heights`; only the first keeps its titles."""
     cut = [
         sheet.crop((0, sheet.height - height - GAP, sheet.width, sheet.height))
         for sheet, height in zip(sheets[1:], heights[1:], strict=True)
@@ -221,27 +220,27 @@ def _stack_rows(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Ima
 
 
 def _head_legend(heads: int, *, width: int) -> Image.Image:
-    per_line = max(1, (width - GAP) // KEY_WIDTH)
-    key = Image.new("RGB", (width, KEY * math.ceil(heads / per_line)), PAPER)
+    per_line = max(1, (width - GAP) // LEGEND_WIDTH)
+    key = Image.new("RGB", (width, LEGEND_HEIGHT * math.ceil(heads / per_line)), PAPER)
     draw, font = ImageDraw.Draw(key), ImageFont.load_default(size=13)
     for i, color in enumerate(head_colors(heads)):
-        left, top = GAP + i % per_line * KEY_WIDTH, i // per_line * KEY
+        left, top = GAP + i % per_line * LEGEND_WIDTH, i // per_line * LEGEND_HEIGHT
         draw.rectangle((left, top + 5, left + 13, top + 18), fill=color)
-        draw.text((left + 18, top + KEY / 2), f"head {i + 1}", fill=INK, font=font, anchor="lm")
+        draw.text((left + 18, top + LEGEND_HEIGHT / 2), f"head {i + 1}", fill=INK, font=font, anchor="lm")
     return key
 
 
-def _token_picture(shown: AttentionFigure, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
-    assert shown.tokens is not None, "nothing to color"
-    return to_picture(colors(shown.tokens)).resize(size, Image.Resampling.NEAREST)
+def _token_picture(figure: AttentionFigure, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
+    assert figure.tokens is not None, "there are no tokens"
+    return to_picture(colors(figure.tokens)).resize(size, Image.Resampling.NEAREST)
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h, w) or (h, w, 3) at (width, height), each patch a rectangle: a mask's edges are where it has them."""
+    """(h, w) or (h, w, 3) enlarged to (width, height), with each patch as a rectangle and sharp edges."""
     columns, rows = (np.arange(n) * part // n for n, part in zip(size, values.shape[1::-1], strict=True))
     return values[rows][:, columns]
 
 
-def _height(shown: AttentionFigure, width: int) -> int:
-    """The rows of a picture that is `width` pixels wide."""
-    return max(1, round(width * shown.image.shape[-2] / shown.image.shape[-1]))
+def _height(figure: AttentionFigure, width: int) -> int:
+    """Height of a picture that is `width` pixels wide."""
+    return max(1, round(width * figure.image.shape[-2] / figure.image.shape[-1]))

@@ -85,10 +85,10 @@ def _axes(panel: Panel, title: str) -> str:
         svg_text(panel.left + PANEL_WIDTH / 2, bottom + 34, "step"),
         f'<path d="M{panel.left} {TOP}V{bottom}H{panel.left + PANEL_WIDTH}" fill="none" stroke="{INK}"/>',
     ]
-    for step in ticks(0, panel.right):
+    for step in ticks(0, panel.right, count=7):
         x, _ = panel.point(step, 0)
         parts.append(svg_text(x, bottom + 16, f"{step:,.10g}"))
-    for value in ticks(0, panel.top):
+    for value in ticks(0, panel.top, count=7):
         _, y = panel.point(0, value)
         parts.append(svg_text(panel.left - 6, y + 4, f"{value:.10g}", anchor="end"))
         parts.append(f'<path d="M{panel.left} {y:.1f}h{PANEL_WIDTH}" stroke="{INK}" stroke-opacity="0.25"/>')
