@@ -1,6 +1,8 @@
-"""Train: `python train.py` for the built-in images, `python train.py --help` for the rest."""
+"""`python train.py ARGS` is `dino train ARGS`, without an installation of the package's commands."""
 
-from dino_lightning.cli.train import train
+import sys
+
+from dino_lightning.cli.main import main
 
 if __name__ == "__main__":
-    train()
+    sys.exit(main(["train", *sys.argv[1:]]))

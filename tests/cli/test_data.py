@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from programs import run_program
 
-from dino_lightning.cli.data import main
+from dino_lightning.cli.main import main
 from dino_lightning.data.sources.detect import detect_source
 
 
@@ -32,14 +32,14 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main([*map(str, words), "--workers", "0"])
+    status = main(["data", *map(str, words), "workers=0"])
     done = capsys.readouterr()
     return status, done.out, done.err
 
 
 def test_check_of_good_images(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    status, text, _ = run("check", photos, "--output", output, capsys=capsys)
+    status, text, _ = run("check", photos, f"output={output}", capsys=capsys)
     assert status == 0
     assert "6 train, 6 val" in text
     assert "all 48 × 40 px" in text
@@ -69,7 +69,7 @@ def test_check_of_everything_that_can_be_wrong(
     draw(cats / "small.png", seed=51, size=(20, 90))
 
     output = tmp_path / "out"
-    status, text, _ = run("check", photos, "--output", output, capsys=capsys)
+    status, text, _ = run("check", photos, f"output={output}", capsys=capsys)
     assert status == 1
     assert f"exact copies in train: 1 of 12 images\n{'':14}{photos / 'train' / 'dog' / '5.jpg'} = " in text
     assert "val images that are in train too: 1 of 7" in text
@@ -96,11 +96,11 @@ def test_a_later_check_does_not_leave_an_old_list(
     broken = photos / "train" / "cat" / "empty.png"
     broken.touch()
     output = tmp_path / "out"
-    status, text, _ = run("check", photos, "--output", output, capsys=capsys)
+    status, text, _ = run("check", photos, f"output={output}", capsys=capsys)
     assert status == 1
     assert "data.max_bad_share=1" in text
     broken.unlink()
-    assert run("check", photos, "--output", output, capsys=capsys)[0] == 0
+    assert run("check", photos, f"output={output}", capsys=capsys)[0] == 0
     assert not (output / "bad_images.txt").exists()
 
 
@@ -110,13 +110,13 @@ def test_five_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for index in range(3):
         array = np.random.default_rng(index).integers(0, 900, (40, 40, 5)).astype(np.uint16)
         tifffile.imwrite(root / f"{index}.tif", array, photometric="minisblack", planarconfig="contig")
-    status, text, _ = run("check", root, "--output", output, capsys=capsys)
+    status, text, _ = run("check", root, f"output={output}", capsys=capsys)
     assert status == 1
     assert "data.value_range=[0,1023]" in text
     assert "data.channels=5" in text
     assert not (output / "crops.png").exists()
     settings = ("data.channels=5", "data.value_range=[0,1023]")
-    status, text, _ = run("check", root, "--output", output, *settings, capsys=capsys)
+    status, text, _ = run("check", root, f"output={output}", *settings, capsys=capsys)
     assert status == 0
     assert text.rstrip().endswith("Nothing to set.")
     assert (output / "crops.png").exists()
@@ -136,10 +136,10 @@ def test_stats(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
         np.testing.assert_allclose([float(v) for v in lines[key].strip("[]").split(",")], expected, atol=5e-5)
     assert text.startswith("# 6 of 6 training images")
     assert "ImageNet's, the default: [0.485,0.456,0.406] and [0.229,0.224,0.225]" in text
-    _, sampled, _ = run("stats", photos, "--images", "2", capsys=capsys)
+    _, sampled, _ = run("stats", photos, "images=2", capsys=capsys)
     assert sampled.startswith("# 2 of 6 training images")
-    assert sampled == run("stats", photos, "--images", "2", capsys=capsys)[1]  # the seed draws them
-    assert sampled != run("stats", photos, "--images", "2", "seed=1", capsys=capsys)[1]
+    assert sampled == run("stats", photos, "images=2", capsys=capsys)[1]  # the seed draws them
+    assert sampled != run("stats", photos, "images=2", "seed=1", capsys=capsys)[1]
 
 
 def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
@@ -171,22 +171,22 @@ def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.Capture
     table.write_text("path\n" + "".join(f"{path}\n" for path in files[:4]))
     assert "# 6 of 6" in run("stats", archive, f"data.cache_dir={tmp_path}", "data.holdout=0", capsys=capsys)[1]
     assert "# 4 of 4" in run("stats", table, f"data.cache_dir={tmp_path}", capsys=capsys)[1]
-    assert "# 6 of 6" in run("stats", "--data", "folder", photos / "train", "data.holdout=0", capsys=capsys)[1]
+    assert "# 6 of 6" in run("stats", "data=folder", photos / "train", "data.holdout=0", capsys=capsys)[1]
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["check"], "expected one PATH and overrides such as data.channels=1, got: nothing"),
+        (["check"], "expected one PATH and settings such as data.channels=1, got: nothing"),
         (["check", "a", "b"], "expected one PATH"),
         (["check", "/nowhere-at-all"], "data.path=/nowhere-at-all does not exist"),
         (["check", "x", "data.chanels=1"], "data.chanels is not a key of the configuration"),
-        (["check", "x", "--data", "foldr"], "data=foldr is not an option of data; did you mean 'folder'?"),
-        (["check", "x", "--data", "folder", "data=parquet"], "--data folder and data=… say the same; leave one out"),
+        (["check", "x", "data=foldr"], "data=foldr is not an option of data; did you mean 'folder'?"),
+        (["x", "--images"], "--images: settings are written key=value, without dashes; write images=…"),
         (["check", "x", "data=builtin"], "this data has no PATH; leave out 'x'"),
         (["check", "data=folder"], "data.path has no value"),
         (["check", "some", "data.value_range=[5,1]"], "data.value_range=[5.0, 1.0] is not a range"),
-        (["stats", "some", "--images", "0"], "--images 0"),
+        (["stats", "some", "images=0"], "images=0"),
     ],
 )
 def test_wrong_settings(
@@ -206,10 +206,8 @@ def test_wrong_settings(
 def test_the_command_itself(photos: Path, tmp_path: Path) -> None:
     """With processes, and into the folder that the name of the data gives."""
     (photos / "train" / "cat" / "cut.jpg").write_bytes((photos / "train" / "cat" / "1.jpg").read_bytes()[:-9])
-    script = tmp_path / "dino-data.py"
-    script.write_text("import sys; from dino_lightning.cli.data import main; sys.exit(main())")
-    words = ["check", str(photos), "--workers", "2", "crops.local_count=3"]
-    done = run_program(str(script), *words, cwd=tmp_path)
+    words = ["data", "check", str(photos), "workers=2", "crops.local_count=3"]
+    done = run_program("dino_lightning", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip() == ""  # earlier versions of rich end an empty bar with lines
     assert "dino-data-photos/bad_images.txt" in done.stdout

@@ -17,11 +17,10 @@ from composing import composed_embedding
 from omegaconf import OmegaConf
 
 from dino_lightning import embed
-from dino_lightning.cli.embed import embed_as
+from dino_lightning.cli.embed import prepare, write_features
 from dino_lightning.cli.errors import EXPLAINED, message_for
+from dino_lightning.cli.help import group_options
 from dino_lightning.cli.overrides import with_home_folders
-from dino_lightning.cli.resolvers import options
-from dino_lightning.cli.train import CONF
 from dino_lightning.config import BuiltinData, EmbedConfig
 from dino_lightning.evaluation.embedding.checks import check_embedding, check_output
 
@@ -38,7 +37,10 @@ WRONG = [
     ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; its groups stand in --help."),
     ("checkpoint=x data=builtin feature=class", "feature is not a key of the configuration; did you mean 'features'?"),
     ("checkpoint=x data=builtin +foo=1", "foo is not a key"),
-    ("checkpoint=x data=builtin output_dir=x", "output_dir is a key of training (train.py) and evaluation (dino eval)"),
+    (
+        "checkpoint=x data=builtin output_dir=x",
+        "output_dir is a key of training (dino train) and evaluation (dino",
+    ),
     ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino embed does"),
     ("checkpoint=x data=builtin data.batch_size_per_device=2", "not use it; set batch_size_per_device."),
     ("checkpoint=x data=builtin trainer=default", "trainer=lightning does not belong to this program"),
@@ -54,14 +56,14 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     words = overrides.split()
     with pytest.raises(EXPLAINED) as caught:
-        embed_as(composed_embedding(*words, output="x.parquet"), overrides=words)
-    sentence = message_for(caught.value, conf=CONF).replace(str(tmp_path), "…")
+        write_features(composed_embedding(*words, output="x.parquet"), overrides=words)
+    sentence = message_for(caught.value).replace(str(tmp_path), "…")
     assert expected in sentence
     assert "\n" not in sentence
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", options("embed")["data"])
+@pytest.mark.parametrize("option", group_options("embed")["data"])
 def test_every_kind_of_images_composes(option: str) -> None:
     assert composed_embedding(f"data={option}", "checkpoint=x").data.max_bad_share == 1
 
@@ -72,7 +74,7 @@ def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
     commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino embed")]
     assert len(commands) >= 3
     for command in commands:
-        words = [word for word in with_home_folders(shlex.split(command)[1:]) if "trainer." not in word]
+        words = [word for word in prepare(shlex.split(command)[2:]) if "trainer." not in word]
         config = cast(EmbedConfig, OmegaConf.to_object(composed_embedding(*words)))
         check_embedding(config, overrides=words)
         check_output(tmp_path / config.output, config)
@@ -89,7 +91,7 @@ def test_the_home_folder_in_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "x.parquet"
     words = [*NETWORK, *FEW, "n_last_blocks=2", "batch_size_per_device=4"]
-    embed_as(composed_embedding(*words, output=output), overrides=words)
+    write_features(composed_embedding(*words, output=output), overrides=words)
     want = embed(
         BuiltinData(train_images=12, val_images=5, num_workers=0),
         "untrained:vit_micro",
@@ -106,7 +108,7 @@ def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dino_lightning.cli.embed", *map(str, words), "trainer.accelerator=cpu"]
+    return [sys.executable, "-m", "dino_lightning", "embed", *map(str, words), "trainer.accelerator=cpu"]
 
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from programs import run_program
 
 from dino_lightning.cli.errors import EXPLAINED, message_for
-from dino_lightning.cli.resolvers import options
-from dino_lightning.cli.train import CONF
+from dino_lightning.cli.help import group_options
 from dino_lightning.config import SCHEMAS, EvaluateConfig
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
@@ -22,7 +21,7 @@ from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.evaluation.wandb import TrainingRun, training_run
 from dino_lightning.training.run import train
 
-EVALUATIONS = options("evaluate")["eval"]
+EVALUATIONS = group_options("eval")["eval"]
 ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"]
 """The built-in images, few."""
 
@@ -63,7 +62,7 @@ def sentence_for(overrides: str, *, output_dir: Path) -> str:
         cfg = composed_evaluation(*words, output_dir=output_dir)
         run_evaluation(cfg, overrides=words)
     except EXPLAINED as error:
-        return message_for(error, conf=CONF)
+        return message_for(error)
     return ""
 
 
@@ -119,7 +118,7 @@ def test_every_evaluation_has_an_option() -> None:
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = ["checkpoint=x", "eval=video", "data=builtin", f"output_dir={output}"]
-    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
+    done = run_program("dino_lightning", "eval", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("dino eval: eval=video does not work with data=builtin")
     assert not output.exists()
@@ -147,7 +146,7 @@ QUICK: dict[str, list[str]] = {
 def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=nowhere.pth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
-    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path)
+    done = run_program("dino_lightning", "eval", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "dino eval: 1 run failed:\n" in done.stderr
     assert (tmp_path / "both" / "0" / "failed.txt").read_text().startswith("checkpoint=nowhere.pth: there is no such")
@@ -161,7 +160,7 @@ def test_another_process_goes_past_a_failure_that_the_first_one_has_seen(tmp_pat
     reason.parent.mkdir(parents=True)
     reason.write_text("eval.k=[0]: …\n", "utf-8")
     words = ["--multirun", "checkpoint=untrained:vit_micro", "eval.k=[0]", "output_dir=both"]
-    done = run_program("dino_lightning.cli.evaluate", *words, cwd=tmp_path, variables={"LOCAL_RANK": "1"})
+    done = run_program("dino_lightning", "eval", *words, cwd=tmp_path, variables={"LOCAL_RANK": "1"})
     assert done.returncode == 1, done.stderr
     assert reason.read_text("utf-8") == "eval.k=[0]: …\n"
 

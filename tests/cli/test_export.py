@@ -16,7 +16,7 @@ from slow_params import first
 from torch import Tensor, nn
 
 from dino_lightning.checkpoints import load_network
-from dino_lightning.cli.export import main
+from dino_lightning.cli.main import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.models.vit import OriginalViT
@@ -25,7 +25,7 @@ REGISTERS = ViTConfig(width=64, depth=1, heads=1, patch_size=8, registers=2)
 
 
 def write(checkpoint: Path, output: Path, *words: str, format: str) -> None:
-    assert main([f"checkpoint={checkpoint}", f"output={output}", f"format={format}", *words]) == 0
+    assert main(["export", f"checkpoint={checkpoint}", f"output={output}", f"format={format}", *words]) == 0
 
 
 def images(count: int, height: int, width: int | None = None) -> Tensor:
@@ -288,7 +288,7 @@ def test_refusals(
         pytest.importorskip("transformers")
     (tmp_path / "here").mkdir()
     checkpoint = exported(tmp_path, config)
-    assert main([f"checkpoint={checkpoint}", *words.split()]) == 2
+    assert main(["export", f"checkpoint={checkpoint}", *words.split()]) == 2
     told = capsys.readouterr().err
     assert told.startswith("dino export: ")
     assert sentence in told
@@ -298,7 +298,8 @@ def test_refusals(
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main([f"checkpoint={exported(tmp_path)}", "format=timm", f"output={tmp_path / 'file' / 'network'}"]) == 2
+    words = [f"checkpoint={exported(tmp_path)}", "format=timm", f"output={tmp_path / 'file' / 'network'}"]
+    assert main(["export", *words]) == 2
     assert "is a file or inside a file" in capsys.readouterr().err
 
 
@@ -309,5 +310,5 @@ def test_paths_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     folder.mkdir()
     exported(folder, ViTConfig(width=64, depth=1, heads=1, patch_size=8))
     words = [f"checkpoint={folder / 'weights.safetensors'}", "output=~/it's.pth", "format=original"]
-    assert main(words) == 0
+    assert main(["export", *words]) == 0
     assert (tmp_path / "it's.pth").is_file()

@@ -15,7 +15,6 @@ from composing import SMALL, composed
 
 import dino_lightning
 from dino_lightning.cli.errors import EXPLAINED, message_for
-from dino_lightning.cli.train import CONF
 from dino_lightning.config.constraints import check_keys
 
 PROJECT = Path(__file__).parents[2]
@@ -150,17 +149,17 @@ def begin(phase, **keys):
 begin("imports")
 for name in todo["modules"]:
     importlib.import_module(name)
-from dino_lightning.cli import evaluate, train
+from dino_lightning.cli.main import main
 begin("training")
-sys.argv = ["train.py", *todo["training"]]
-train.train()
+sys.argv = ["dino", "train", *todo["training"]]
+main()
 begin("evaluation")
-sys.argv = ["dino eval", *todo["evaluation"]]
-evaluate.main()
+sys.argv = ["dino", "eval", *todo["evaluation"]]
+main()
 os.environ.pop("DINO_LIGHTNING_RUN", None)
 begin("with keys", **todo["keys"])
-sys.argv = ["train.py", *todo["with keys"]]
-train.train()
+sys.argv = ["dino", "train", *todo["with keys"]]
+main()
 """
 KEYS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
 
@@ -230,6 +229,6 @@ def test_keys_on_the_command_line_are_refused(word: str) -> None:
     key = secrets.token_hex(20)
     with pytest.raises(EXPLAINED) as caught:
         check_keys(composed("logger=wandb", f"{word}{key}"))
-    sentence = message_for(caught.value, conf=CONF)
+    sentence = message_for(caught.value)
     assert f"{word.strip('+=')} is not a key of the configuration" in sentence
     assert key not in sentence

@@ -1,4 +1,4 @@
-"""`dino-train data.path=DIR` alone: what is chosen, what is left alone, the run itself, and tab completion."""
+"""`dino train DIR` alone: what is chosen, what is left alone, the run itself, and tab completion."""
 
 import os
 import subprocess
@@ -13,8 +13,7 @@ from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dino_lightning.cli.overrides import prepare_overrides, with_home_folders
-from dino_lightning.cli.quick_start import with_quick_start
+from dino_lightning.cli.overrides import prepare_training, with_home_folders, with_quick_start
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.config.checks.training import check_config
 from dino_lightning.data.sources.detect import detect_source
@@ -41,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(words: list[str], *, fast: bool, output: Path) -> Any:
     """The configuration of the run that the words start, with everything that is chosen for it."""
     register()
-    given = prepare_overrides(words, fast=fast)
+    given = prepare_training(words, fast=fast)
     config = composition("config", *given, f"output_dir={output}")
     autoconfigure(config, cli_overrides=given)
     return config
@@ -125,7 +124,7 @@ def test_a_flat_folder_trains_without_labels(photos: Path, tmp_path: Path) -> No
     flat.mkdir()
     for path in photos.rglob("*.jpg"):
         (flat / path.name).symlink_to(path)
-    words = [PROGRAMS / "dino-train", f"data.path={flat}", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    words = [PROGRAMS / "dino", "train", flat, "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     done = subprocess.run([*words, "cpu_threads=1"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for words_of_it in ("callbacks.knn.enabled", "no class folders", "data.cache", "80 images", "photos32"):
@@ -135,7 +134,7 @@ def test_a_flat_folder_trains_without_labels(photos: Path, tmp_path: Path) -> No
     assert str(run / "report.html") in done.stdout
 
 
-def completions(line: str, program: str = "dino-train", **variables: str) -> set[str]:
+def completions(line: str, program: str = "dino train", **variables: str) -> set[str]:
     """What bash offers after `line`, by the script that the program gives it."""
     script = f"""
     eval "$({program} -sc install=bash)"
@@ -152,17 +151,18 @@ def completions(line: str, program: str = "dino-train", **variables: str) -> set
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("dino-train backbone=vit_", "backbone=vit_small"),
-        pytest.param("dino-train crops.loc", "crops.local_count=", marks=pytest.mark.slow),
-        ("dino-train data.path=~/photos trainer.max_e", "trainer.max_epochs="),
-        pytest.param("dino-train backbone=resnet18 optim.l", "optim.lr=", marks=pytest.mark.slow),
-        pytest.param("dino-eval checkpoint=~/x eval=kn", "eval=knn", marks=pytest.mark.slow),
-        pytest.param("dino-embed data.path=~/photos batch", "batch_size_per_device=", marks=pytest.mark.slow),
+        ("dino t", "train"),
+        ("dino train backbone=vit_", "backbone=vit_small"),
+        pytest.param("dino train crops.loc", "crops.local_count=", marks=pytest.mark.slow),
+        ("dino train ~/photos trainer.max_e", "trainer.max_epochs="),
+        pytest.param("dino train backbone=resnet18 optim.l", "optim.lr=", marks=pytest.mark.slow),
+        pytest.param("dino eval ~/x eval=kn", "eval=knn", marks=pytest.mark.slow),
+        pytest.param("dino embed x ~/photos batch", "batch_size_per_device=", marks=pytest.mark.slow),
     ],
 )
 def test_tab_completion(line: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    assert expected in completions(line, program=line.split()[0], HOME=str(tmp_path))
+    assert expected in completions(line, program="dino train", HOME=str(tmp_path))
 
 
 def test_home_folders_are_replaced_before_the_kind_is_looked_for(tmp_path: Path, monkeypatch: Any) -> None:
@@ -174,6 +174,6 @@ def test_home_folders_are_replaced_before_the_kind_is_looked_for(tmp_path: Path,
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks bash")
 def test_help_may_be_cut_off() -> None:
-    command = f"{PROGRAMS / 'dino-train'} --help | head -c 1; echo ${{PIPESTATUS[0]}}"
+    command = f"{PROGRAMS / 'dino'} train --help | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("D0\n", "")
+    assert (done.stdout, done.stderr) == ("T0\n", "")

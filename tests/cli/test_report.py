@@ -12,7 +12,8 @@ from report_cases import CONFIG, SUMMARY, Page, draw, rows, write_metrics
 from safetensors.torch import save_file
 
 from dino_lightning.checkpoints.load import weights_digest
-from dino_lightning.cli.report import main, write
+from dino_lightning.cli.main import main
+from dino_lightning.cli.report import write
 from dino_lightning.errors import UserError
 from dino_lightning.report.comparison import MAX_RUNS
 from dino_lightning.report.curves import MAX_PAGE_POINTS, MAX_POINTS, MIN_POINTS, max_points, plot_runs
@@ -82,11 +83,11 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["alon"], "alon: this folder does not exist; did you mean 'alone'?"),
         (["z*"], "z*: no folder matches."),
         (["eval-1"], "eval-1: expected the folder of a run or of a sweep, but it contains no run."),
-        (["alone", "--output", "x.pdf"], "--output x.pdf: the page is an HTML file; name it x.html"),
-        (["alone", "--output", "."], "--output .: the page is an HTML file; name it report.html"),
-        (["alone", "--output", "no/x.html"], "--output no/x.html: there is no folder no; name a file in a folder"),
-        (["alone", "--results", "alone"], "results=alone: expected a results.jsonl written by dino eval"),
-        (["alone", "--results", "eval-1"], "its results are not of these runs but of /runs/other"),
+        (["alone", "output=x.pdf"], "output=x.pdf: the page is an HTML file; name it x.html"),
+        (["alone", "output=."], "output=.: the page is an HTML file; name it report.html"),
+        (["alone", "output=no/x.html"], "output=no/x.html: there is no folder no; name a file in a folder"),
+        (["alone", "results=alone"], "results=alone: expected a results.jsonl written by dino eval"),
+        (["alone", "results=eval-1"], "its results are not of these runs but of /runs/other"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(
@@ -95,7 +96,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
     made(tmp_path / "alone")
     write_results(tmp_path / "eval-1", result("/runs/other"))
     monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
+    assert main(["report", *words]) == 2
     said = capsys.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1
@@ -112,17 +113,17 @@ def test_too_many_runs_are_refused_before_they_are_read(tmp_path: Path):
 
 def test_a_folder_with_brackets_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made(tmp_path / "run [x] [/y]")
-    assert main([str(folder)]) == 0
+    assert main(["report", str(folder)]) == 0
     assert f"Report: {folder}/report.html\n" in capsys.readouterr().out
 
 
 def test_one_run_has_its_own_page_and_several_have_one_beside(pair: Path, capsys: pytest.CaptureFixture[str]):
-    assert main([str(pair / "a")]) == 0
+    assert main(["report", str(pair / "a")]) == 0
     assert "dino-lightning run" in Page(pair / "a" / "report.html").text
-    assert main([str(pair / "a"), str(pair / "b")]) == 0
+    assert main(["report", str(pair / "a"), str(pair / "b")]) == 0
     assert capsys.readouterr().out.split() == ["Report:", f"{pair}/a/report.html", "Report:", f"{pair}/report.html"]
     assert "2 dino-lightning runs" in Page(pair / "report.html").text
-    assert main([str(pair), "--output", str(pair / "b" / "both.html")]) == 0
+    assert main(["report", str(pair), f"output={pair}/b/both.html"]) == 0
     assert (pair / "b" / "both.html").read_text() == (pair / "report.html").read_text()
 
 

@@ -17,12 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from sweep_cases import arguments, group_at_wandb, make_run
 
-from dino_lightning.cli import errors as explain
-from dino_lightning.cli import table as compare
-from dino_lightning.cli import train as cli
+from dino_lightning.cli import errors
+from dino_lightning.cli.main import main
 from dino_lightning.cli.plugins import import_one
-from dino_lightning.cli.sweeps import Jobs, check_sweeper, in_own_process, runs_at_once
+from dino_lightning.cli.program import run_name
+from dino_lightning.cli.sweeps import Jobs, check_sweeper, concurrent_jobs, in_own_process
 from dino_lightning.config import TrainConfig, register
+from dino_lightning.config.conf_dir import CONF
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED
 from dino_lightning.training.resources import cpu_threads
@@ -30,17 +31,17 @@ from dino_lightning.training.run import train
 
 ROOT = Path(__file__).parents[2]
 SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false"]
-OPTUNA = pytest.mark.skipif(explain.find_spec("optuna") is None, reason='pip install "dino-lightning[optuna]"')
+OPTUNA = pytest.mark.skipif(errors.find_spec("optuna") is None, reason='pip install "dino-lightning[optuna]"')
 JOBLIB = pytest.mark.skipif(
-    explain.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason='pip install "dino-lightning[joblib]"'
+    errors.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason='pip install "dino-lightning[joblib]"'
 )
 
 
 def with_hydra(*words: str) -> DictConfig:
     """The configuration of `--multirun WORDS`, Hydra's own part included."""
     register()
-    OmegaConf.register_new_resolver("run_name", cli.run_name, replace=True)
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.CONF)):
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("config", overrides=list(words), return_hydra_config=True)
 
 
@@ -54,10 +55,10 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     words += ["callbacks.pruning.after_jobs=2", "callbacks.pruning.warmup=1ep", "hydra.sweeper.sampler.seed=1"]
     words += ["optim.lr=choice(-1,0.01)"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *words])
-        patch.setattr(cli, "JOBS", Jobs())
+        patch.setattr(sys, "argv", ["dino", "train", *words])
+        patch.setattr("dino_lightning.cli.program.JOBS", Jobs())
         with pytest.raises(SystemExit) as left:
-            cli.train()
+            main()
     return folder, cast(int, left.value.code)
 
 
@@ -88,7 +89,7 @@ def test_bad_trials_end_early_and_count_as_what_they_are(searched: tuple[Path, i
 @OPTUNA
 def test_a_search_as_table_and_picture(searched: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = searched
-    assert compare.main([str(folder), "--markdown", "--plot"]) == 0
+    assert main(["table", str(folder), "format=markdown", "plot=true"]) == 0
     states = Counter(line.split(" | ")[-1].split()[0].strip(":") for line in capsys.readouterr().out.splitlines()[2:7])
     failed = sum((folder / name / FAILED).exists() for name in "012")
     assert (states["failed"], states["pruned"], states["finished"]) == (failed, 3 - failed, 2)
@@ -118,8 +119,8 @@ def test_as_many_trials_are_drawn_as_run_at_once() -> None:
     assert with_hydra("sweep=optuna").hydra.sweeper.n_jobs == 1
     words = ("sweep=optuna", "hydra/launcher=joblib_side_by_side", "hydra.launcher.n_jobs=3")
     assert with_hydra(*words).hydra.sweeper.n_jobs == 3
-    assert runs_at_once(with_hydra(*words).hydra.launcher) == 3
-    assert runs_at_once(with_hydra().hydra.launcher) == 0
+    assert concurrent_jobs(with_hydra(*words).hydra.launcher) == 3
+    assert concurrent_jobs(with_hydra().hydra.launcher) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,16 +128,16 @@ def test_as_many_trials_are_drawn_as_run_at_once() -> None:
     [("sweeper/optuna", "optuna"), ("launcher/joblib", "joblib"), ("launcher/submitit_slurm", "submitit")],
 )
 def test_what_is_not_installed_is_named(option: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "find_spec", lambda name: None)
-    said = explain._unknown_option("hydra", option, cli.CONF)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    said = errors._unknown_option("hydra", option)
     assert said == f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
 
 
 @OPTUNA
 def test_an_unknown_option_of_hydra_gets_the_nearest() -> None:
     with_hydra()  # Hydra has read its plugins
-    assert "did you mean 'optuna_knn'?" in explain._unknown_option("hydra", "sweeper/optuna_kn", cli.CONF)
-    assert "did you mean 'tpe'?" in explain._unknown_option("hydra", "sweeper/sampler/tp", cli.CONF)
+    assert "did you mean 'optuna_knn'?" in errors._unknown_option("hydra", "sweeper/optuna_kn")
+    assert "did you mean 'tpe'?" in errors._unknown_option("hydra", "sweeper/sampler/tp")
 
 
 def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,11 +159,11 @@ def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.Captur
 
 @JOBLIB
 def test_a_process_that_is_killed_is_a_run_that_failed() -> None:
-    number, argv = cast(Any, in_own_process(arguments, OmegaConf.create({"killed": False}), given=["a=1"]))
+    number, argv = cast(Any, in_own_process(arguments, OmegaConf.create({"killed": False}), cli_overrides=["a=1"]))
     assert number != os.getpid()
-    assert argv == ["train.py", "a=1"]
+    assert argv == ["dino", "train", "a=1"]
     with pytest.raises(UserError, match=r"was killed.*hydra\.launcher\.n_jobs"):
-        in_own_process(arguments, OmegaConf.create({"killed": True}), given=[])
+        in_own_process(arguments, OmegaConf.create({"killed": True}), cli_overrides=[])
 
 
 @JOBLIB
@@ -170,7 +171,7 @@ def test_a_process_of_its_own_knows_the_sweep(tmp_path: Path, monkeypatch: pytes
     """By it W&B has the runs of a sweep in one group."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     HydraConfig.instance().set_config(with_hydra("hydra.mode=MULTIRUN", f"output_dir='{tmp_path / 'two words'}'"))
-    assert in_own_process(group_at_wandb, OmegaConf.create({}), given=[]) == "two words"
+    assert in_own_process(group_at_wandb, OmegaConf.create({}), cli_overrides=[]) == "two words"
 
 
 def test_runs_side_by_side_share_the_cores() -> None:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from dino_lightning.cli import table as compare
+from dino_lightning.cli.main import main
 from dino_lightning.report.svg import ticks
 from dino_lightning.report.sweeps.jobs import read_rows
 from dino_lightning.report.sweeps.marks import COLORS, INK
@@ -142,7 +142,7 @@ def test_several_folders_and_single_runs(tmp_path: Path) -> None:
 def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "dino", knn=60.0)
     make(tmp_path / "1", "mse", failure="a | b [c]")
-    assert compare.main([str(tmp_path), "--markdown"]) == 0
+    assert main(["table", str(tmp_path), "format=markdown"]) == 0
     header, rule, *rows = capsys.readouterr().out.splitlines()
     assert header.count("|") == rule.count("|") == 9
     assert rows[0] == "| DINO | 1 | 60.0 | 72.8 / 76.1 | 4.50 | 2.30 | 0.07 | finished |"
@@ -152,7 +152,7 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_terminal_shows_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "mse", failure="[bold]x[/]")
-    assert compare.main([str(tmp_path)]) == 0
+    assert main(["table", str(tmp_path)]) == 0
     assert "[bold]x[/]" in re.sub(r"\s+", "", capsys.readouterr().out)
 
 
@@ -164,7 +164,7 @@ def test_names_wrap_before_figures(
     for seed, knn in enumerate([79.0, 80.5]):
         make(tmp_path / str(seed), "sinkhorn", seed=seed, knn=knn)
         make(tmp_path / f"1{seed}", "no_momentum", seed=seed, knn=knn)  # a name that is too long for one line
-    assert compare.main([str(tmp_path)]) == 0
+    assert main(["table", str(tmp_path)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "Sinkhorn" in line)
     assert re.search(rf"{name} +2 +79\.8 ± 1\.1 +72\.2 / 76\.0 .* finished", line)
 
@@ -184,10 +184,10 @@ def test_errors_name_the_nearest_folder(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path, "expected the folder of a sweep (--multirun) or of a run; "),
         (tmp_path / "empty", "no run has started yet."),
     ):
-        assert compare.main([str(folder)]) == 2
+        assert main(["table", str(folder)]) == 2
         assert said in capsys.readouterr().err
     for name, said in (("c.png", "name it c.svg"), ("no/c.svg", "No such file or directory")):
-        assert compare.main([str(tmp_path / "table7-1"), "--curves", str(tmp_path / name)]) == 2
+        assert main(["table", str(tmp_path / "table7-1"), f"curves={tmp_path / name}"]) == 2
         assert said in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
@@ -197,7 +197,7 @@ def test_curves(tmp_path: Path) -> None:
         make(tmp_path / str(index), name, seed=seed, entropy=1.0 + index)
     (tmp_path / "3" / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.0\n")
     target = tmp_path / "curves.svg"
-    assert compare.main([str(tmp_path), "--curves", str(target)]) == 0
+    assert main(["table", str(tmp_path), f"curves={target}"]) == 0
     root = ElementTree.fromstring(target.read_text())
     lines = root.findall(f"{SVG}polyline")
     assert [line.get("stroke") for line in lines] == [COLORS[0], COLORS[0], COLORS[1]] * 2
@@ -216,14 +216,14 @@ def test_curves(tmp_path: Path) -> None:
 
 def test_curves_need_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "dino", steps=0)
-    assert compare.main([str(tmp_path), "--curves", str(tmp_path / "c.svg")]) == 2
+    assert main(["table", str(tmp_path), f"curves={tmp_path}/c.svg"]) == 2
     assert "none of these runs has logged collapse/teacher_entropy" in capsys.readouterr().err
     assert not (tmp_path / "c.svg").exists()
 
 
 def test_names_are_escaped_in_the_picture(tmp_path: Path) -> None:
     make(tmp_path / "0", "<a & b>", knn=1.0)
-    assert compare.main([str(tmp_path), "--curves", str(tmp_path / "c.svg")]) == 0
+    assert main(["table", str(tmp_path), f"curves={tmp_path}/c.svg"]) == 0
     assert "ablation/<a & b>" in [text.text for text in ElementTree.parse(tmp_path / "c.svg").iter(f"{SVG}text")]
 
 

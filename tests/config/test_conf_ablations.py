@@ -13,14 +13,14 @@ import yaml
 from composing import SMALL, composed
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli import table as compare
-from dino_lightning.cli import train as cli
-from dino_lightning.cli.errors import sentence
-from dino_lightning.cli.resolvers import options
+from dino_lightning.cli.help import group_options
+from dino_lightning.cli.main import main
+from dino_lightning.cli.overrides import with_photo_experiment
+from dino_lightning.cli.program import sentence
 from dino_lightning.cli.sweeps import Jobs
-from dino_lightning.cli.train import CONF
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import check_config
+from dino_lightning.config.conf_dir import CONF
 from dino_lightning.report.sweeps.jobs import read_rows
 from dino_lightning.report.sweeps.published import GRIDS, PUBLISHED, paper_row
 from dino_lightning.training.build import build_method
@@ -147,7 +147,7 @@ def test_every_ablation_is_in_a_sweep() -> None:
     assert [name for name in FILES if not any(name in path.read_text() for path in SWEEPS)] == [
         "ablation/teacher_temperature_warmup"
     ]
-    assert set(options("train")["sweep"]) == {"optuna", *(path.stem for path in SWEEPS)}
+    assert set(group_options("train")["sweep"]) == {"optuna", *(path.stem for path in SWEEPS)}
 
 
 def test_a_point_of_a_grid_composes_as_its_sweep_runs_it() -> None:
@@ -173,8 +173,8 @@ def test_the_row_of_a_point() -> None:
 
 def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
     words = ["sweep=table7", "data=parquet", "preset=photos32"]
-    assert cli.with_settings_for_data(words) == words
-    assert cli.with_settings_for_data(["sweep=optuna", "data=parquet"]) == [
+    assert with_photo_experiment(words) == words
+    assert with_photo_experiment(["sweep=optuna", "data=parquet"]) == [
         "sweep=optuna",
         "experiment=photos32",
         "data=parquet",
@@ -191,10 +191,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     words += ["seed=3", "optim.lr=-1,0.01,1e30", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
     words += ["callbacks.pictures.enabled=false", "cpu_threads=1", f"output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *words])
-        patch.setattr(cli, "JOBS", Jobs())
+        patch.setattr(sys, "argv", ["dino", "train", *words])
+        patch.setattr("dino_lightning.cli.program.JOBS", Jobs())
         with pytest.raises(SystemExit) as left:
-            cli.train()
+            main()
     return folder, cast(int, left.value.code)
 
 
@@ -211,7 +211,7 @@ def test_runs_after_a_failed_one_still_run(sweep: tuple[Path, int]) -> None:
 
 def test_the_table_of_a_sweep_with_failures(sweep: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = sweep
-    assert compare.main([str(folder), "--markdown"]) == 0
+    assert main(["table", str(folder), "format=markdown"]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| Sinkhorn")]
     assert [line[0] for line in lines] == [f"| Sinkhorn-Knopp, optim.lr={lr}" for lr in ("-1.0", "0.01", "1e+30")]
     assert [line[-1].removesuffix(" |").split(":")[0] for line in lines] == ["failed", "finished", "failed"]

@@ -16,18 +16,18 @@ from programs import TRAIN, run_program
 from slow_params import first
 
 from dino_lightning.cli import docs as reference
-from dino_lightning.cli.overrides import with_shards_in_one_piece
-from dino_lightning.cli.resolvers import options
-from dino_lightning.cli.train import CONF
+from dino_lightning.cli.help import group_options
+from dino_lightning.cli.overrides import with_joined_shards
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.checks.training import check_config
+from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.docs import all_keys
 from dino_lightning.training.build import build_method, build_trainer
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = [
     f"{group}={name}"
-    for group, names in options("train").items()
+    for group, names in group_options("train").items()
     for name in names
     if group in SCHEMAS and name != "timm"  # it has no name of its own: tested by name below
 ]
@@ -91,7 +91,7 @@ def test_braces_of_shards_need_no_quotes_of_their_own(words: list[str]) -> None:
 
 
 def test_shards_can_be_swept_over() -> None:
-    assert with_shards_in_one_piece(["-m", "data.shards=a.tar,b.tar"]) == ["-m", "data.shards=a.tar,b.tar"]
+    assert with_joined_shards(["-m", "data.shards=a.tar,b.tar"]) == ["-m", "data.shards=a.tar,b.tar"]
 
 
 def test_shards_that_the_shell_took_apart_are_put_together() -> None:

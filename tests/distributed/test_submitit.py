@@ -15,9 +15,9 @@ from launches import HERE, end_all, members, run, start, train
 from omegaconf import OmegaConf
 from test_elastic import LONG, assert_same
 
-from dino_lightning.cli.resolvers import run_name
-from dino_lightning.cli.train import CONF
+from dino_lightning.cli.program import run_name
 from dino_lightning.config import register
+from dino_lightning.config.conf_dir import CONF
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'dino-lightning[submitit]'")
 

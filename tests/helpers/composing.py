@@ -14,10 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.cli.overrides import prepare_overrides
-from dino_lightning.cli.resolvers import run_name
-from dino_lightning.cli.train import CONF
+from dino_lightning.cli.overrides import prepare_training
+from dino_lightning.cli.program import run_name
 from dino_lightning.config import register
+from dino_lightning.config.conf_dir import CONF
 
 SMALL = [
     "data.train_images=96",
@@ -37,7 +37,7 @@ def composed(*overrides: str, output_dir: Path | str = "never-written") -> DictC
     """The configuration of `python train.py OVERRIDES`."""
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    return composition("config", *prepare_overrides(list(overrides), fast=False), f"output_dir={output_dir}")
+    return composition("config", *prepare_training(list(overrides), fast=False), f"output_dir={output_dir}")
 
 
 def composed_evaluation(*overrides: str, output_dir: Path | str = "never-written") -> DictConfig:

@@ -39,14 +39,14 @@ def make_run(folder: Path, overrides: Mapping[str, Any], figures: Sequence[float
     return folder
 
 
-def arguments(cfg: Any, *, given: list[str]) -> Any:
+def arguments(cfg: Any, *, cli_overrides: list[str]) -> Any:
     """A job, in this module so that its process does not import the tests' libraries."""
     if cfg.killed:
         os.kill(os.getpid(), signal.SIGKILL)
     return [os.getpid(), sys.argv]
 
 
-def group_at_wandb(cfg: Any, *, given: list[str]) -> Any:
+def group_at_wandb(cfg: Any, *, cli_overrides: list[str]) -> Any:
     """A job that returns the name of its sweep at W&B."""
     from dino_lightning.loggers.wandb import sweep_name
 

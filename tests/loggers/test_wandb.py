@@ -19,7 +19,7 @@ from safetensors import safe_open
 from wandb_records import artifacts, configuration, description, history, logged, maxima, offline_records, records_of
 from wandb_server import ENTITY, KEY, Run, WandbServer, md5, serving
 
-from dino_lightning.cli.wandb import main as dino_wandb
+from dino_lightning.cli.main import main
 from dino_lightning.config import WandbLoggerConfig
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.loggers.wandb import STEP_METRIC, FaultTolerantWandbLogger, wandb_logger, wandb_session
@@ -149,7 +149,7 @@ def test_an_evaluation_names_the_weights(online: tuple[WandbServer, Path]) -> No
 def test_the_view_has_what_a_run_logs(online: tuple[WandbServer, Path], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb_workspaces")
     server, _ = online
-    assert dino_wandb(["--project", "photos", "--report"]) == 0
+    assert main(["wandb", "photos", "report=true"]) == 0
     view, report = server.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == (ENTITY, "photos", "DINO")
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]

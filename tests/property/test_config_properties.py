@@ -18,9 +18,9 @@ from profiles import check, examples
 
 from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.export import check as check_export
-from dino_lightning.cli.train import CONF
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 from dino_lightning.config.checks.training import check_config
+from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.config.docs import Key, all_keys
 from dino_lightning.evaluation.checks import check_evaluation
@@ -193,9 +193,9 @@ def outcome(key: Key, word: str) -> str:
     except OverflowError as error:
         if "full_key" not in str(error):  # as `refuse_number`
             raise
-        return message_for(error, conf=CONF)
+        return message_for(error)
     except EXPLAINED as error:
-        return message_for(error, conf=CONF)
+        return message_for(error)
     assert dataclasses.is_dataclass(typed)
     return ""
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from sweep_cases import make_run
 
-from dino_lightning.cli import table as compare
+from dino_lightning.cli.main import main
 from dino_lightning.errors import UserError
 from dino_lightning.report.sweeps.jobs import read_jobs, read_rows, swept_keys
 from dino_lightning.report.sweeps.map import color
@@ -156,7 +156,7 @@ def test_a_search_has_a_column_for_each_key(tmp_path: Path, capsys: pytest.Captu
     for number, state in enumerate(["finished", "pruned", "failed"]):
         words = {"optim.lr": 0.0123456789 / (number + 1), "method.out_dim": 64}
         make_run(tmp_path / str(number), words, [50.0 + number, 60.0], state=state)
-    assert compare.main([str(tmp_path), "--markdown"]) == 0
+    assert main(["table", str(tmp_path), "format=markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| folder | optim.lr | k-NN, % | status |"
     assert lines[2:5] == [
@@ -185,22 +185,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for number in range(2):
         make_run(tmp_path / "sweep" / str(number), {"optim.lr": 0.1 * (number + 1)}, [50.0])
     folder = str(tmp_path / "sweep")
-    assert compare.main([folder, "--plot"]) == 0
+    assert main(["table", folder, "plot=true"]) == 0
     assert f"Picture: {folder}/sweep.svg" in capsys.readouterr().err
     assert ElementTree.parse(tmp_path / "sweep" / "sweep.svg")
-    assert compare.main([folder, "--plot", str(tmp_path / "else.svg")]) == 0
+    assert main(["table", folder, f"plot={tmp_path}/else.svg"]) == 0
     assert (tmp_path / "else.svg").read_text() == (tmp_path / "sweep" / "sweep.svg").read_text()
-    assert compare.main([folder, "--plot", str(tmp_path / "else.png")]) == 2
+    assert main(["table", folder, f"plot={tmp_path}/else.png"]) == 2
     assert "name it" in capsys.readouterr().err
-    assert compare.main([folder, "--plot", "."]) == 2
+    assert main(["table", folder, "plot=."]) == 2
     assert "name it sweep.svg" in capsys.readouterr().err
-    assert compare.main([f"{folder}/0", "--plot"]) == 2
+    assert main(["table", f"{folder}/0", "plot=true"]) == 2
 
 
 def test_brackets_are_words_below_the_table_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(["[a]", "[/b]"]):
         make_run(tmp_path / str(number), {"backbone": name}, [50.0 + number])
-    assert compare.main([str(tmp_path)]) == 0
+    assert main(["table", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "[a]" in said
     assert said.count("[/b]") == 2

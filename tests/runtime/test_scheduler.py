@@ -120,7 +120,7 @@ def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch)
 
 NAMES = """
 import os, sys, time
-from dino_lightning.cli.train import run_name
+from dino_lightning.cli.program import run_name
 for pause in (0, 1.1):
     time.sleep(pause)
     if not os.fork():

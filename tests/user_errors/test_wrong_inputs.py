@@ -151,11 +151,10 @@ def test_the_command_line_says_it_and_leaves_with_2(tmp_path: Path) -> None:
     file = tmp_path / "o"
     file.touch()
     program = (
-        "import sys; from dino_lightning.cli import evaluate, train\n"
-        "for main in (train.train, evaluate.main):\n"
+        "from dino_lightning.cli.main import main\n"
+        "for verb in ('train', 'eval'):\n"
         "    for words in ([], ['--multirun', 'seed=1,2']):\n"
-        "        sys.argv[1:] = [*words, f'output_dir={FILE}']\n"
-        "        try: main()\n"
+        "        try: main([verb, *words, f'output_dir={FILE}'])\n"
         "        except SystemExit as end: print(end.code)\n"
     )
     program = f"FILE = {str(file)!r}\n{program}"

@@ -18,7 +18,6 @@ import lightning as L
 from composing import composed, composed_evaluation
 
 from dino_lightning.cli.errors import EXPLAINED, message_for
-from dino_lightning.cli.train import CONF
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.training.run import train as train_in_process
 
@@ -75,7 +74,7 @@ def sentence_of(row: Wrong, folder: Path) -> str:
         with row.around(folder) if row.around else nullcontext():
             run(words, output=folder / "run", to_the_end=row.while_training)
     except EXPLAINED as error:
-        return message_for(error, conf=CONF).replace(str(folder), "DIR")
+        return message_for(error).replace(str(folder), "DIR")
     except NotRefusedError:
         pass
     return ""

@@ -1,46 +1,32 @@
-"""`dino data`: look at a data set before training on it.
+"""`dino data`: inspects a data set before training on it."""
 
-    dino data check PATH    what the images are, which are broken or double, and a sheet of sample crops
-    dino data stats PATH    mean and standard deviation of each channel, for crops.mean and crops.std
-
-Exit status: 0, 1 where `check` found broken images, 2 for wrong settings.
-"""
-
-import argparse
 import os
-import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dino_lightning.cli.errors import EXPLAINED, message_for, refuse_number
-from dino_lightning.cli.overrides import register_timm_networks, with_settings_for_data
-from dino_lightning.cli.train import CONF
-from dino_lightning.config import CropsConfig, DataConfig, register
+from dino_lightning.cli.errors import as_user_errors
+from dino_lightning.cli.options import parse_options
+from dino_lightning.cli.overrides import quote_overrides, register_timm_networks, with_photo_experiment
+from dino_lightning.cli.program import compose_root
+from dino_lightning.config import CropsConfig, DataConfig
 from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError
 
-EXAMPLES = """examples:
-  dino data check /data/photos                          a folder, a list (.csv, .tsv, .txt), .zip, .tar or parquet
-  dino data check /data/photos experiment=vits16_100ep  sample crops as that experiment makes them
-  dino data check /data/scans data.value_range=[0,65535]
-  dino data stats data=cifar10
-
-exit status: 0, 1 where check found broken images, 2 for wrong settings"""
+COMMANDS = ("check", "stats")
 
 SHEET_IMAGES = 8
 """Images on the sheet of sample crops."""
 
 
 @dataclass
-class Chosen:
-    """What the command line and the configuration say."""
+class Settings:
+    """The part of a training configuration that is inspected."""
 
     data: DataConfig
     crops: CropsConfig
@@ -48,122 +34,104 @@ class Chosen:
     seed: int
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    options = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        if options.images < 1 or options.workers < 0:
-            raise UserError(f"--images {options.images} --workers {options.workers}: expected at least 1 and 0")
-        chosen = compose_config(options.words, kind=options.data)
-        return stats(chosen, options) if options.command == "stats" else check(chosen, options)
-    except EXPLAINED as error:
-        print(f"dino data: {message_for(error, conf=CONF)}", file=sys.stderr)
-        return 2
-    except OverflowError as error:
-        refuse_number(error, program="dino data")
+@dataclass
+class Options:
+    """Keys of `dino data` besides those of `dino train`."""
+
+    output: Path | None = None
+    """check: folder of the results; default: dino-data-NAME."""
+    images: int = 10_000
+    """stats: maximum number of images to read."""
+    workers: int = os.cpu_count() or 1
+    """Number of processes; default: one for each core."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; `words` holds the path and the overrides."""
-    parser = argparse.ArgumentParser(
-        prog="dino data",
-        description="Look at a data set before training on it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "command", choices=("check", "stats"), help="what is in it, or mean and deviation of its values"
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="PATH key=value", help="the images, and overrides as for dino train"
-    )
-    parser.add_argument(
-        "--data", metavar="KIND", help="how to read PATH: an option of `data`; default: by its contents"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="check: folder to write to; default: dino-data-NAME")
-    parser.add_argument("--images", type=int, default=10_000, metavar="N", help="stats: most images read (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
-    return parser.parse_intermixed_args(argv)
+def main(words: list[str]) -> int:
+    """Inspect the data; returns the exit status."""
+    command, words = (words[0], words[1:]) if words[:1] and words[0] in COMMANDS else ("check", words)
+    keys = tuple(f"{field.name}=" for field in fields(Options))
+    options = parse_options(Options, [word for word in words if word.startswith((*keys, "-"))], program="dino data")
+    if options.images < 1 or options.workers < 0:
+        raise UserError(f"images={options.images} workers={options.workers}: expected at least 1 and 0")
+    with as_user_errors():
+        settings = compose_settings([word for word in words if not word.startswith(keys)])
+        return stats(settings, options) if command == "stats" else check(settings, options)
 
 
-def compose_config(words: list[str], *, kind: str | None) -> Chosen:
+def compose_settings(words: list[str]) -> Settings:
     """The configuration of `dino train data=KIND data.path=PATH OVERRIDES`."""
     paths = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in paths]
-    named = any(word.startswith("data=") for word in overrides)
-    if len(paths) > 1 or not (paths or named or kind):
-        raise UserError(f"expected one PATH and overrides such as data.channels=1, got: {' '.join(words) or 'nothing'}")
-    if named and kind:
-        raise UserError(f"--data {kind} and data=… say the same; leave one out")
-    if not named:
-        overrides.append(f"data={kind or detect_source(paths[0])}")
-    register()
+    has_kind = any(word.startswith("data=") for word in overrides)
+    if len(paths) > 1 or not (paths or has_kind):
+        raise UserError(f"expected one PATH and settings such as data.channels=1, got: {' '.join(words) or 'nothing'}")
+    if not has_kind:
+        overrides.append(f"data={detect_source(paths[0])}")
     register_timm_networks(overrides)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides=with_settings_for_data(overrides))
+    cfg = compose_root("config", with_photo_experiment(quote_overrides(overrides)))
     if paths:
-        known = cfg.data.keys()  # `in` does not see keys without a value
+        known = cfg.data.keys()  # `in cfg.data` skips keys without a value
         key = next((key for key in ("path", "name", "shards") if key in known), None)
         if key is None:
             raise UserError(f"this data has no PATH; leave out '{paths[0]}'")
         cfg.data[key] = paths[0]
     data, crops = (cast(Any, OmegaConf.to_object(cfg[group])) for group in ("data", "crops"))
-    return Chosen(data, crops, cfg.experiment, cfg.seed)
+    return Settings(data, crops, cfg.experiment, cfg.seed)
 
 
-def open_indexed(chosen: Chosen) -> Any:
-    """The sources; refuses those that can only be read from beginning to end."""
+def open_indexed(settings: Settings) -> Any:
+    """The sources. Raises `UserError` for a stream, which can only be read from beginning to end."""
     from dino_lightning.config.constraints import check_values
     from dino_lightning.data.decode import Decoder
-    from dino_lightning.data.sources import ImageSource, open_sources  # torch loads in seconds: not needed for --help
+    from dino_lightning.data.sources import ImageSource, open_sources  # torch takes seconds to import
 
-    check_values(chosen.data, prefix="data.")
-    Decoder(chosen.data)  # refuses wrong settings before the work
-    sources = open_sources(chosen.data, seed=chosen.seed)
+    check_values(settings.data, prefix="data.")
+    Decoder(settings.data)  # raises UserError for wrong settings
+    sources = open_sources(settings.data, seed=settings.seed)
     if not isinstance(sources.train, ImageSource):
-        raise UserError("dino data reads images by number, and this is a stream; local tar files are data=archive")
+        raise UserError("dino data needs random access, and this is a stream; for local tar files use data=archive")
     return sources
 
 
-def stats(chosen: Chosen, options: argparse.Namespace) -> int:
-    """Print the moments of the training images."""
+def stats(settings: Settings, options: Options) -> int:
+    """Print mean and standard deviation of the training images."""
     from dino_lightning.data.scan import moments
 
-    source = open_indexed(chosen).train
+    source = open_indexed(settings).train
     count = min(options.images, len(source))
-    drawn = np.random.default_rng(chosen.seed).choice(len(source), count, replace=False)
-    found = moments(source, np.sort(drawn), config=chosen.data, workers=options.workers)
-    if found is None:
+    drawn = np.random.default_rng(settings.seed).choice(len(source), count, replace=False)
+    result = moments(source, np.sort(drawn), config=settings.data, workers=options.workers)
+    if result is None:
         raise UserError(f"data: none of {count} images can be read; see dino data check")
-    skipped = f", {found.unreadable:,} more cannot be read" if found.unreadable else ""
-    print(f"# {found.images:,} of {len(source):,} training images, values from 0 to 1{skipped}")
-    print(f"crops.mean={listed(found.mean)}")
-    print(f"crops.std={listed(found.std)}")
-    usual = CropsConfig()
-    if chosen.data.channels == len(usual.mean):
-        apart = [
+    skipped = f", {result.unreadable:,} more cannot be read" if result.unreadable else ""
+    print(f"# {result.images:,} of {len(source):,} training images, values from 0 to 1{skipped}")
+    print(f"crops.mean={override_value(result.mean)}")
+    print(f"crops.std={override_value(result.std)}")
+    default = CropsConfig()
+    if settings.data.channels == len(default.mean):
+        differences = [
             max(abs(a - b) for a, b in zip(*pair, strict=True))
-            for pair in ((found.mean, usual.mean), (found.std, usual.std))
+            for pair in ((result.mean, default.mean), (result.std, default.std))
         ]
         print(
-            f"# ImageNet's, the default: {listed(usual.mean)} and {listed(usual.std)}; "
-            f"apart by up to {apart[0]:.3f} and {apart[1]:.3f}"
+            f"# ImageNet's, the default: {override_value(default.mean)} and {override_value(default.std)}; "
+            f"differences of up to {differences[0]:.3f} and {differences[1]:.3f}"
         )
     return 0
 
 
-def listed(values: list[float]) -> str:
-    """Numbers as an override takes them."""
+def override_value(values: list[float]) -> str:
+    """Numbers as the value of an override."""
     return f"[{','.join(f'{value:.4g}' for value in values)}]"
 
 
-def check(chosen: Chosen, options: argparse.Namespace) -> int:
-    """Scan, print what was found, write bad_images.txt and crops.png."""
+def check(settings: Settings, options: Options) -> int:
+    """Scan the images, print the results, write bad_images.txt and crops.png."""
     from dino_lightning.data.scan import scan
     from dino_lightning.data.scan_advice import recommendations, summary
 
-    sources = open_indexed(chosen)
-    output = options.output or Path(f"dino-data-{name_of(chosen.data)}")
+    sources = open_indexed(settings)
+    output = options.output or Path(f"dino-data-{name_of(settings.data)}")
     output.mkdir(parents=True, exist_ok=True)
     reasons: Counter[str] = Counter()
     scans = {}
@@ -172,19 +140,19 @@ def check(chosen: Chosen, options: argparse.Namespace) -> int:
             if source is not None:
                 note = partial(note_unreadable, source, bad, reasons)
                 scans[split] = scan(
-                    source, config=chosen.data, workers=options.workers, title=split, on_unreadable=note
+                    source, config=settings.data, workers=options.workers, title=split, on_unreadable=note
                 )
     if not reasons:
         (output / "bad_images.txt").unlink()
-    for title, text in summary(chosen.data, chosen.crops, sources, scans):
+    for title, text in summary(settings.data, settings.crops, sources, scans):
         print_entry(title, text)
     if reasons:
-        listed = "\n".join(f"{count:>9,}  {reason}" for reason, count in reasons.most_common(10))
-        print_entry("broken", f"{reasons.total():,}, see {output / 'bad_images.txt'}\n{listed}")
-    draw_crops(chosen, sources.train, output=output)
-    settings = recommendations(chosen.data, chosen.crops, scans, bad=reasons.total())
-    print("\nto set:" if settings else "\nNothing to set.")
-    for setting, why in settings:
+        counts = "\n".join(f"{count:>9,}  {reason}" for reason, count in reasons.most_common(10))
+        print_entry("broken", f"{reasons.total():,}, see {output / 'bad_images.txt'}\n{counts}")
+    draw_crops(settings, sources.train, output=output)
+    advice = recommendations(settings.data, settings.crops, scans, bad=reasons.total())
+    print("\nto set:" if advice else "\nNothing to set.")
+    for setting, why in advice:
         print(f"  {setting:<32} {why}")
     return 1 if reasons else 0
 
@@ -194,60 +162,60 @@ def print_entry(title: str, text: str) -> None:
     print(f"{title:<11} " + text.replace("\n", f"\n{'':<12}"))
 
 
-def draw_crops(chosen: Chosen, source: Any, *, output: Path) -> None:
+def draw_crops(settings: Settings, source: Any, *, output: Path) -> None:
     """Write the sheet of sample crops, one row per image."""
     from dino_lightning.report.pictures.sheets import crop_sheet
 
-    samples = sample_crops(chosen, source)
+    samples = sample_crops(settings, source)
     if not samples:
         return
-    crops = [shown(crop) for sample in samples for crop in sample]
-    mean, std = (three(values) for values in display_moments(chosen))
+    crops = [three_channels(crop) for sample in samples for crop in sample]
+    mean, std = (three_values(values) for values in display_moments(settings))
     crop_sheet(crops, mean, std, per_row=len(samples[0])).save(output / "crops.png")
     print_entry(
-        "pictures", f"{output / 'crops.png'}: the crops of {len(samples)} images (experiment={chosen.experiment})"
+        "pictures", f"{output / 'crops.png'}: the crops of {len(samples)} images (experiment={settings.experiment})"
     )
 
 
-def sample_crops(chosen: Chosen, source: Any) -> list[list[Any]]:
+def sample_crops(settings: Settings, source: Any) -> list[list[Any]]:
     """Crops (C, size, size) of `SHEET_IMAGES` readable images drawn by the seed, as training makes them."""
     from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
     from dino_lightning.data.crops.backends import crop_backend
     from dino_lightning.data.decode import Decoder
 
-    mean, std = display_moments(chosen)
-    decoder = Decoder(chosen.data)
-    rgb = chosen.data.channels == 3
-    crops = replace(chosen.crops, mean=mean, std=std, backend="pil" if rgb else "cpu")
-    backend: Any = crop_backend(crops, channels=chosen.data.channels)
+    mean, std = display_moments(settings)
+    decoder = Decoder(settings.data)
+    rgb = settings.data.channels == 3
+    crops = replace(settings.crops, mean=mean, std=std, backend="pil" if rgb else "cpu")
+    backend: Any = crop_backend(crops, channels=settings.data.channels)
     samples: list[list[Any]] = []
-    # Some more than needed, for those that cannot be read.
-    for index in np.random.default_rng(chosen.seed).permutation(len(source))[: 10 * SHEET_IMAGES].tolist():
+    # More than needed, because some may be unreadable.
+    for index in np.random.default_rng(settings.seed).permutation(len(source))[: 10 * SHEET_IMAGES].tolist():
         try:
             content = source.read(index)
             image = decoder.pil(content) if rgb else decoder.pixels(content)
         except UNREADABLE as error:
             why_unreadable(error)
             continue
-        samples.append([view[0] for view in backend([image], [chosen.seed + index])])
+        samples.append([view[0] for view in backend([image], [settings.seed + index])])
         if len(samples) == SHEET_IMAGES:
             break
     return samples
 
 
-def display_moments(chosen: Chosen) -> tuple[list[float], list[float]]:
-    """Mean and deviation by which the sample crops are normalized and shown; any will do, if they fit the channels."""
-    channels, mean, std = chosen.data.channels, chosen.crops.mean, chosen.crops.std
+def display_moments(settings: Settings) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation to normalize and draw the sample crops with; any values do that fit the channels."""
+    channels, mean, std = settings.data.channels, settings.crops.mean, settings.crops.std
     return (mean, std) if len(mean) == len(std) == channels else ([0.5] * channels, [0.5] * channels)
 
 
-def shown(crop: Any) -> Any:
+def three_channels(crop: Any) -> Any:
     """The first three channels, or the first one three times."""
     return crop[:3] if len(crop) >= 3 else crop[:1].expand(3, -1, -1)
 
 
-def three(values: list[float]) -> list[float]:
-    """As `shown`, for numbers of channels."""
+def three_values(values: list[float]) -> list[float]:
+    """The same for one value per channel."""
     return values[:3] if len(values) >= 3 else values[:1] * 3
 
 

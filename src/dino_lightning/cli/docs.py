@@ -2,10 +2,13 @@
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from dino_lightning.cli.options import parse_options
 from dino_lightning.config import SCHEMAS, AutoConfig, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.docs import Key, all_keys
+from dino_lightning.errors import UserError
 
 TARGET = Path(__file__).parents[3] / "docs" / "configuration.md"
 
@@ -18,15 +21,26 @@ A *duration* is a string with a unit: `10ep` (epochs), `500it` (optimizer steps)
 """
 
 
-def main() -> None:
-    """Write or check the page."""
+@dataclass
+class Options:
+    """Keys of `dino docs`."""
+
+    check: bool = False
+    """Write nothing; exit with status 1 if the page is out of date."""
+
+
+def main(words: list[str]) -> int:
+    """Write or check the page; returns the exit status."""
+    options = parse_options(Options, words, program="dino docs")
     if not TARGET.parent.is_dir():
-        sys.exit("dino docs writes docs/configuration.md of a checkout, and this is an installed package")
+        raise UserError("dino docs writes docs/configuration.md of a checkout, and this is an installed package")
     page = render()
-    if "--check" not in sys.argv[1:]:
+    if not options.check:
         TARGET.write_text(page)
     elif not TARGET.exists() or TARGET.read_text() != page:
-        sys.exit("docs/configuration.md is out of date: run dino docs")
+        print("docs/configuration.md is out of date: run dino docs", file=sys.stderr)
+        return 1
+    return 0
 
 
 def render() -> str:

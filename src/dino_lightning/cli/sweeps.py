@@ -1,6 +1,6 @@
-"""Many runs by one command (`--multirun`), one after another or side by side: one that fails leaves the others alone.
+"""Many runs by one command (`--multirun`), one after another or side by side. One that fails does not end the others.
 
-Launchers start runs in other processes, so what becomes of a run is known by the files in its folder.
+Launchers start runs in other processes, so the files in its folder tell what became of a run.
 """
 
 import gc
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED, OVERRIDES, write_atomically
+from dino_lightning.runtime.ranks import is_first_on_machine
 
 Job = Callable[[DictConfig], float | None]
 
@@ -26,87 +27,93 @@ Job = Callable[[DictConfig], float | None]
 class Jobs:
     """The jobs of one command."""
 
-    def __init__(self, program: str = "dino-lightning") -> None:
-        self.program = program
-        """Who speaks of them."""
+    def __init__(self) -> None:
+        self.program = "dino"
+        """The command, for messages."""
         self.failed: dict[str, str] = {}
         """Folder -> reason of each job that failed in this process."""
         self.folder: Path | None = None
         """Folder of the sweep."""
-        self._stale: dict[Path, Any] = {}
+        self._previous_failures: dict[Path, Any] = {}
 
     def begin(self, folder: Path) -> None:
-        """Take note of what stands in the folder of a sweep: failures of an attempt before this one do not count."""
+        """Start a sweep in `folder`, whose failures of previous attempts do not count."""
         self.folder = folder.absolute()  # as jobs name theirs
-        self._stale = _failures(self.folder)
+        self._previous_failures = _failures(self.folder)
 
     def attempt(
-        self, job: Job, cfg: DictConfig, *, words: Sequence[str] = (), sentence: Callable[[Exception], str | None]
+        self,
+        job: Job,
+        cfg: DictConfig,
+        *,
+        sentence: Callable[[Exception], str | None],
+        overrides: Sequence[str] = (),
     ) -> float | None:
-        """What a job returns; None where it fails, which Optuna takes for that, with `failed.txt` in its folder.
+        """The value of a job; None if it fails, which Optuna counts as a failure, with `failed.txt` in its folder.
 
-        `words` are what the command and the sweep say of this job; the folder keeps them. `sentence` explains an error
-        that a user can cause and returns None for others. `KeyboardInterrupt` and `SystemExit` end the command.
+        `overrides` of this job are saved in its folder. `sentence` explains an error that a user can cause and returns
+        None for others. `KeyboardInterrupt` and `SystemExit` end the command.
         """
         folder = Path(cfg.output_dir)
         try:
-            if words and first_on_machine():
-                _keep(folder, words)
+            if is_first_on_machine():
+                (folder / FAILED).unlink(missing_ok=True)  # of a previous attempt; other ranks read it below
+                if overrides:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
             return job(cfg)
         except Exception as error:
-            # Processes that train together go through the jobs in step. If one of them failed alone, the others would
-            # wait for it in this job while it waited for them in the next, so that all have to end. If the first
-            # process has failed here already, it did so before it started this one, and all go on.
-            if in_step_with_others() and not (folder / FAILED).exists():
+            # Ranks go through the jobs in step. If one of them failed alone, the others would wait for it in this job
+            # while it waits for them in the next, so all have to end. If the first rank has failed here already, it
+            # did so before it started this one, and all continue.
+            if has_other_ranks() and not (folder / FAILED).exists():
                 raise
-            self._note(folder, cfg, error, reason=sentence(error))
+            self._save_failure(folder, cfg, error, reason=sentence(error))
         gc.collect()  # what the frames of the error held: loader processes, memory of the device
         return None
 
-    def _note(self, folder: Path, cfg: DictConfig, error: Exception, *, reason: str | None) -> None:
-        words = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self.failed[str(folder)] = words
-        if not first_on_machine():
+    def _save_failure(self, folder: Path, cfg: DictConfig, error: Exception, *, reason: str | None) -> None:
+        text = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.failed[str(folder)] = text
+        if not is_first_on_machine():
             return
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
-            # By it `dino table` knows which experiment this was.
-            write_atomically(folder / "config.yaml", _yaml(cfg))
+            write_atomically(folder / "config.yaml", _yaml(cfg))  # `dino table` reads the experiment's name from it
         trace = "" if reason else "\n" + "".join(traceback.format_exception(error))
-        write_atomically(folder / FAILED, f"{words}\n{trace}")
-        print(f"{self.program}: {folder}: {words}", file=sys.stderr)
+        write_atomically(folder / FAILED, f"{text}\n{trace}")
+        print(f"{self.program}: {folder}: {text}", file=sys.stderr)
 
     def failures(self) -> list[str]:
-        """Folder and reason of each job that failed, in whatever process."""
-        found = dict(self.failed)
+        """Folder and reason of each job that failed, in any process."""
+        reasons = dict(self.failed)
         for path, stamp in _failures(self.folder).items() if self.folder else ():
-            if self._stale.get(path) != stamp:
-                found.setdefault(str(path.parent), path.read_text("utf-8", errors="replace").partition("\n")[0])
-        return [f"{folder}: {words}" for folder, words in sorted(found.items(), key=lambda one: _place(one[0]))]
+            if self._previous_failures.get(path) != stamp:
+                reasons.setdefault(str(path.parent), path.read_text("utf-8", errors="replace").partition("\n")[0])
+        return [f"{folder}: {reason}" for folder, reason in sorted(reasons.items(), key=lambda item: _number(item[0]))]
 
     def finish(self) -> None:
-        """Name the jobs that failed and leave with status 1, if there are any."""
+        """If jobs failed, print them and exit with status 1."""
         failures = self.failures()
         if not failures:
             return
-        if first_on_machine():
+        if is_first_on_machine():
             runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
             print("\n  ".join([f"{self.program}: {runs} failed:", *failures]), file=sys.stderr)
         sys.exit(1)
 
 
-def first_on_machine() -> bool:
-    """Whether this process is the one of its machine that writes."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+JOBS = Jobs()
+"""The jobs of this process."""
 
 
-def in_step_with_others() -> bool:
+def has_other_ranks() -> bool:
     """Whether other processes train on the same runs, started by Lightning, torchrun or a scheduler."""
     return "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def runs_at_once(launcher: DictConfig) -> int:
-    """How many runs joblib starts side by side on this machine; 0 where it is not the launcher."""
+def concurrent_jobs(launcher: DictConfig) -> int:
+    """How many runs joblib starts side by side on this machine; 0 for other launchers."""
     if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
         return 0
     from joblib import cpu_count
@@ -115,43 +122,43 @@ def runs_at_once(launcher: DictConfig) -> int:
 
 
 def in_own_process(job: Callable[..., float | None], cfg: DictConfig, **options: Any) -> float | None:
-    """What a job returns, from a process of its own.
+    """The value of a job that runs in a new process.
 
-    Joblib gives up all runs where one of its own processes is killed, as the system does for want of memory. In this
-    one it is a run that failed.
+    Joblib gives up all runs if one of its own processes is killed, as the system does when memory runs out. If this
+    process is killed, only its run has failed.
     """
     from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
     with ProcessPoolExecutor(max_workers=1) as process:
         try:
-            arguments = ["train.py", *options["given"]]
-            return process.submit(_started, arguments, _asked_of_hydra(), partial(job, **options), cfg).result()
+            arguments = ["dino", "train", *options["cli_overrides"]]
+            return process.submit(_start, arguments, _sweep_settings(), partial(job, **options), cfg).result()
         except TerminatedWorkerError as error:
             raise UserError(
-                "the process of this run was killed, which is often the lack of memory; run fewer side by "
-                "side (hydra.launcher.n_jobs)."
+                "the process of this run was killed, often for lack of memory; run fewer side by side "
+                "(hydra.launcher.n_jobs)."
             ) from error
 
 
-def _asked_of_hydra() -> DictConfig | None:
-    """What a run asks Hydra for, resolved: its sweep, after which W&B names its group."""
+def _sweep_settings() -> DictConfig | None:
+    """Hydra's mode and the folder of the sweep, by which W&B names the group of its runs."""
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
     return OmegaConf.create({"hydra": {"mode": hydra.mode, "sweep": {"dir": hydra.sweep.dir}}})
 
 
-def _started(arguments: list[str], hydra: DictConfig | None, job: Job, cfg: DictConfig) -> float | None:
-    """A run writes down its command line, which is that of joblib in this process, where Hydra knows nothing."""
+def _start(arguments: list[str], hydra: DictConfig | None, job: Job, cfg: DictConfig) -> float | None:
+    """Call a job in a new process, with the command line that it records and the settings that it asks Hydra for."""
     sys.argv[:] = arguments
     HydraConfig.instance().cfg = hydra  # type: ignore[assignment]
     return job(cfg)
 
 
 def check_sweeper(config: DictConfig) -> None:
-    """Refuse, before the first run, a search by Optuna for something else than high k-NN accuracies."""
+    """Refuse, before the first training run, a search by Optuna for anything but the highest k-NN accuracy."""
     sweeper = config.hydra.sweeper
-    if not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+    if "callbacks" not in config or not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
         return
     logging.getLogger("optuna").setLevel(logging.WARNING)
     logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # failed runs say more themselves
@@ -163,17 +170,12 @@ def check_sweeper(config: DictConfig) -> None:
     direction = getattr(sweeper.direction, "name", sweeper.direction)  # the plugin's own default is no text
     if direction != "maximize":
         raise UserError(
-            f"hydra.sweeper.direction={direction}: the figure is the k-NN accuracy; set it to maximize, as "
+            f"hydra.sweeper.direction={direction}: the value is the k-NN accuracy; set it to maximize, as "
             "hydra/sweeper=optuna_knn does."
         )
     for key in ("n_jobs", "n_trials"):
         if sweeper[key] < 1:
             raise UserError(f"hydra.sweeper.{key}={sweeper[key]}: expected a number of runs of at least 1.")
-
-
-def _keep(folder: Path, words: Sequence[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(words))))
 
 
 def _failures(folder: Path) -> dict[Path, Any]:
@@ -184,7 +186,7 @@ def _failures(folder: Path) -> dict[Path, Any]:
     return stamps
 
 
-def _place(folder: str) -> tuple[int, str]:
+def _number(folder: str) -> tuple[int, str]:
     name = Path(folder).name
     return (int(name) if name.isdigit() else 0, folder)
 

@@ -1,14 +1,10 @@
-"""`dino replay FILE`: a step that was not finite, once more on one CPU in float32."""
+"""Repeats a saved non-finite step in float32: where it begins, as a table and a sentence."""
 
-import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -27,10 +23,6 @@ from dino_lightning.training.debug.activation_ranges import (
     record_gradient_ranges,
     record_ranges,
 )
-from dino_lightning.training.debug.step_dump import read_step
-
-REPRODUCED, NOT_REPRODUCED = 0, 3
-"""Exit status."""
 
 
 @dataclass
@@ -47,28 +39,6 @@ class Replayed:
     def reproduced(self) -> bool:
         """Whether the replay has values that are not finite, too."""
         return any((self.weights, self.forward.first, self.backward.first))
-
-
-def main(words: Sequence[str]) -> int:
-    """The command line behind `dino replay`; returns the exit status, 0 where it is seen again and 3 where not.
-
-    Raises `UserError` for a file that is none of a run's `nonfinite/`.
-    """
-    parser = argparse.ArgumentParser(prog="dino replay", description=main.__doc__)
-    parser.add_argument("file", type=Path, help="nonfinite/stepNNNNNN-rankR.pt of a run's folder")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--layers", action="store_true", help="call each layer by itself: more modules are seen")
-    given = parser.parse_args(words)
-    if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device={given.device}: expected cpu, or cuda on a machine with a GPU.")
-    saved = read_step(given.file)
-    replayed = replay(saved, source=str(given.file), device=torch.device(given.device), layers=given.layers)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table(saved, replayed))
-    console.print(verdict(saved, replayed), soft_wrap=True)
-    return REPRODUCED if replayed.reproduced else NOT_REPRODUCED
 
 
 def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: bool = False) -> Replayed:
