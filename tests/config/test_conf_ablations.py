@@ -105,7 +105,7 @@ def test_small_presets_have_a_file_with_multicrop_next_to_one_without(preset: st
 
 
 def test_the_parts_of_a_preset_are_no_options() -> None:
-    assert options("train")["preset"] == ["paper", "paper100", "paper300", "photos32", "quick"]
+    assert group_options("train")["preset"] == ["paper", "paper100", "paper300", "photos32", "quick"]
 
 
 def test_every_file_says_what_the_paper_reports() -> None:
