@@ -20,22 +20,22 @@ pytest.importorskip("material", reason='the site needs pip install -e ".[docs]"'
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = [
-    "My loss is NaN",
-    "The loss stays at 11.09",
-    "One GPU, small batches",
-    "Few epochs: what the schedules do",
-    "Which learning rate for my batch?",
-    "My numbers are not the paper's",
-    "The GPU waits for images",
-    "Small images, odd shapes, CIFAR",
-    "Gray, 16 bits, many channels",
-    "Millions of images, streams",
-    "Multi-crop with a network of timm",
-    "Several GPUs without SLURM",
-    "Is DDP right, and what does it cost?",
     "Attention maps and masks",
-    "Fine-tune, or train on from weights",
+    "Grayscale, 16-bit and multi-channel images",
+    "The loss stays at 11.09",
+    "Is DDP correct, and what does it cost?",
     "Export: ONNX, transformers, timm",
+    "Small images, unusual aspect ratios, CIFAR",
+    "Millions of images and streaming datasets",
+    "Multiple GPUs without SLURM",
+    "Which learning rate for my batch size?",
+    "Multi-crop with a timm network",
+    "My loss is NaN",
+    "Training on one GPU with small batches",
+    "My results differ from the paper",
+    "Short runs: what the schedules do",
+    "Slow data loading: the GPU waits for images",
+    "Fine-tune or continue training from weights",
 ]
 """What users have asked; a how-to page each."""
 LOADS = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src")}
