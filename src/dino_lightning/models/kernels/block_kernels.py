@@ -175,8 +175,8 @@ def pack_with_sums(q_MD, k_MD, v_MD, out_M3D, sums_P3D, M, D, programs, ROWS: tl
         inside = (rows[:, None] < M) & (columns[None, :] < D)
         offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
         x = tl.load(source + offsets, mask=inside, other=0.0)
-        offsets = rows[:, None].to(tl.int64) * (3 * D) + (which * D + columns)[None, :]
-        tl.store(out_M3D + offsets, x, mask=inside)
+        packed_offsets = rows[:, None].to(tl.int64) * (3 * D) + (which * D + columns)[None, :]
+        tl.store(out_M3D + packed_offsets, x, mask=inside)
         total += x.to(tl.float32)
     own = sums_P3D + program * (3 * D) + which * D + columns
     tl.store(own, tl.sum(total, axis=0), mask=columns < D)
