@@ -42,7 +42,7 @@ def test_it_is_the_network_of_the_checkpoint_and_stays_frozen() -> None:
 def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
     backbone = load_backbone(CHECKPOINT)
-    with pytest.raises(UserError, match=r"x\.png cannot be read \(no image that PIL knows"):
+    with pytest.raises(UserError, match=r"x\.png cannot be read \(not an image format that PIL supports"):
         backbone.prepare(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"images\[0\] is of type int; expected a path"):
         backbone.prepare(3)  # type: ignore[arg-type]

@@ -228,8 +228,8 @@ ROWS = [
             "data.cache=disk",
             f"data.cache_dir={path / 'disk'}",
         ],
-        "data.cache=disk needs about 0.0 GB in DIR/disk/images, where 0.0 GB are free; give a roomier data.cache_dir "
-        "or a data.cache_resize below 256",
+        "data.cache=disk needs about 0.0 GB in DIR/disk/images, where 0.0 GB are free; choose a data.cache_dir "
+        "with more space or a data.cache_resize below 256",
         around=small_disk,
         needs_root=True,
         while_training=True,

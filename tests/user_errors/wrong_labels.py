@@ -178,8 +178,8 @@ ROWS = [
         "a list with some missing files",
         listed(paths("x") + "".join(f"gone/{index}.jpg,x\n" for index in range(4))),
         "data.max_bad_share=0.05: 2 of 20 images cannot be read (DIR/gone/….jpg: no such file or directory; "
-        "DIR/gone/….jpg: no such file or directory), see DIR/run/bad_images.txt; mend or remove them, or go on without "
-        "them with data.max_bad_share=1",
+        "DIR/gone/….jpg: no such file or directory), see DIR/run/bad_images.txt; repair or remove them, or set "
+        "data.max_bad_share=1 to continue without them",
         while_training=True,
     ),
     Wrong(
