@@ -21,7 +21,7 @@ def build_backbone(config: BackboneConfig, *, image_size: int, drop_path: bool, 
     return BACKBONES[type(config)](config, image_size=image_size, channels=channels, drop_path_rate=rate)
 
 
-register_backbone("vit", ViTConfig)(OriginalViT)
+register_backbone("vit_small", ViTConfig)(OriginalViT)
 
 
 @register_backbone("timm", TimmConfig)

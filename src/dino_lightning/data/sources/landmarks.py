@@ -53,7 +53,7 @@ class LandmarkImages(ImageFiles):
         return [self._arrays["ids"]]
 
 
-@register_source("landmarks", LandmarksData)
+@register_source("gldv2", LandmarksData)
 def open_landmarks(config: LandmarksData) -> Splits:
     """The labeled images of the table; there is no validation split."""
     root = existing_path(config.path)
