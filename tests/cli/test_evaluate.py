@@ -1,22 +1,27 @@
 """`dino eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
 
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from composing import SMALL, composed, composed_evaluation
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from programs import run_program
 
 from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.help import group_options
+from dino_lightning.cli.plugins import with_imports
 from dino_lightning.config import SCHEMAS, EvaluateConfig
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.errors import UserError
+from dino_lightning.evaluation import registry
 from dino_lightning.evaluation.checks import check_evaluation
-from dino_lightning.evaluation.registry import MODULES, find_evaluation
+from dino_lightning.evaluation.registry import find_evaluation
 from dino_lightning.evaluation.run import run_evaluation
 from dino_lightning.evaluation.wandb import TrainingRun, training_run
 from dino_lightning.training.run import train
@@ -215,20 +220,30 @@ def evaluate(config: MeanNormEval, task: Task) -> Iterator[Result]:
 '''
 
 
-def test_an_evaluation_of_your_own(tmp_path: Path) -> None:
-    (tmp_path / "mean_norm.py").write_text(OWN_EVALUATION)
-    words = ["imports=mean_norm.py", "eval=mean_norm", "checkpoint=untrained:vit_micro", "output_dir=out"]
-    words += ["trainer.accelerator=cpu", "feature_cache=null", *ON_IMAGES]
-    done = [
-        run_program("dino_lightning.cli.evaluate", *words, word, cwd=tmp_path)
-        for word in ("eval.scale=1", "eval.scale=2", "eval.scaled=2")
+@pytest.fixture
+def own_evaluation(tmp_path: Path) -> Iterator[str]:
+    """The override that imports a file with an evaluation, which is unregistered after the test."""
+    file = tmp_path / "mean_norm.py"
+    file.write_text(OWN_EVALUATION)
+    yield from with_imports([f"imports={file}"])
+    del registry.EVALUATIONS[SCHEMAS["eval"].pop("mean_norm")]
+    for name in ("mean_norm", "schema_mean_norm"):
+        del ConfigStore.instance().repo["eval"][f"{name}.yaml"]
+    del sys.modules["dino_lightning.cli.plugins.mean_norm"]
+
+
+def test_an_evaluation_of_your_own(own_evaluation: str, tmp_path: Path) -> None:
+    words = [own_evaluation, "eval=mean_norm", "checkpoint=untrained:vit_micro", "feature_cache=null", *ON_IMAGES]
+    values = [
+        run_evaluation(composed_evaluation(*words, f"eval.scale={scale}", output_dir=tmp_path), overrides=words)
+        for scale in (1, 2)
     ]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [line["eval"] for line in lines] == ["mean_norm"] * 2, done[0].stderr
-    assert lines[1]["value"] == pytest.approx(2 * lines[0]["value"])
-    assert done[2].returncode == 2
-    assert "did you mean 'eval.scale'?" in done[2].stderr
+    assert values[1] == pytest.approx(2 * cast(float, values[0]))
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["eval"] for line in lines] == ["mean_norm"] * 2
+    sentence = sentence_for(" ".join([*words, "eval.scaled=2"]), output_dir=tmp_path / "wrong")
+    assert "did you mean 'eval.scale'?" in sentence
 
 
 def test_every_evaluation_names_its_module() -> None:
-    assert set(MODULES) == set(SCHEMAS["eval"])
+    assert set(registry.MODULES) == set(SCHEMAS["eval"])
