@@ -165,7 +165,7 @@ def test_first_and_last_frame_do_not_count() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2 * 40 * 60, 2**23], ids=["frame by frame", "two frames", "all"])
 def test_shifted_masks_by_loops(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(davis_scores, "PIXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(davis_scores, "CHUNK_PIXELS", at_once)
     predicted, true = moving(2), moving(0)
     found = object_scores(predicted, true, objects=2)
     for number, scores in enumerate(found, start=1):

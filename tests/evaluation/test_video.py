@@ -257,7 +257,7 @@ def test_nothing_can_be_read(tmp_path: Path) -> None:
         (tiny_network, 60, "eval.image_size=60: expected at least 64 pixels"),
         (tiny_network, 67, "eval.image_size=67 is not a multiple of the patch size 8; the nearest is 64"),
         (tiny_network, None, "eval.image_size=32: expected at least 64 pixels"),
-        (lambda: timm_network("vit_tiny_patch16_224", depth=1), 64, "does not take frames of 64 x 64 pixels"),
+        (lambda: timm_network("vit_tiny_patch16_224", depth=1), 64, "does not accept frames of 64 x 64 pixels"),
     ],
     ids=["small", "no multiple", "small by default", "one size only"],
 )
