@@ -1,4 +1,4 @@
-/* The charts: one range of steps, one smoothing and one step pointed at, for all of them. */
+/* All charts share the range of steps, the smoothing and the selected step. */
 const data = JSON.parse(document.getElementById("data").textContent);
 const HEIGHT = 200, TOP = 12, BOTTOM = 24, RIGHT = 10;
 const view = { from: null, to: null, smooth: 0 };
@@ -17,6 +17,7 @@ function svg(parent, tag, attributes, text) {
   return parent.appendChild(element);
 }
 
+/* The same tick rules as in report/svg.py, needed here for zooming. */
 function linearTicks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map(m => m * power).find(s => s >= rough * .999);
@@ -35,14 +36,14 @@ function logTicks(low, high) {
   return ticks;
 }
 
-/* Index of the point whose step is nearest; points are sorted by step. */
+/* Index of the point with the nearest step; points are sorted by step. */
 function nearest(points, step) {
   let low = 0, high = points.length - 1;
   while (high - low > 1) { const mid = (low + high) >> 1; if (points[mid][0] < step) low = mid; else high = mid; }
   return Math.abs(points[low][0] - step) <= Math.abs(points[high][0] - step) ? low : high;
 }
 
-/* The mean over `width` steps around each point, over fewer near the ends. */
+/* Moving average over `width` steps around each point, and over fewer near the ends. */
 function smoothed(points, width) {
   let sum = 0, from = 0, to = 0;
   return points.map(([step]) => {
@@ -78,7 +79,7 @@ class Chart {
     on("blur", () => { this.output.setAttribute("aria-live", "off"); showAll(null); });
     on("keydown", event => this.move(event));
     new ResizeObserver(() => { if (this.plot.clientWidth !== this.width) this.change(); }).observe(this.plot);
-    // Far charts are drawn when they come near: of many runs a page has a million points.
+    // Charts are drawn when they scroll into view: with many runs, a page has a million points.
     new IntersectionObserver(([entry]) => { this.near = entry.isIntersecting; this.drawIfDue(this.near); }, { rootMargin: "300px" })
       .observe(this.plot);
   }
@@ -98,7 +99,7 @@ class Chart {
 
   get shownSeries() { return this.spec.series.filter((_, i) => !this.off.has(i)); }
 
-  /* A finger reads; a mouse or pen that is drawn across the chart chooses steps. */
+  /* Touch selects a single step; dragging with a mouse or pen selects a range of steps. */
   press(event) {
     if (event.button === 0 && event.pointerType !== "touch") {
       this.pressed = this.stepAt(event.clientX, false);
@@ -156,11 +157,11 @@ class Chart {
     let low = values[0], high = values[0];
     for (const v of values) { low = Math.min(low, v); high = Math.max(high, v); }
     const pad = log ? 1.08 : (high - low) * .06 || Math.abs(high) * .1 || 1;
-    // A quantity that cannot be negative does not get an axis that says so.
+    // The axis of a non-negative quantity does not extend below 0.
     const bottom = log ? low / pad : low >= 0 ? Math.max(0, low - pad) : low - pad, top = log ? high * pad : high + pad;
     const references = this.spec.references.filter(r => usable(r.value) && r.value >= bottom && r.value <= top);
     let ticks = log ? logTicks(bottom, top) : [];
-    // Within less than a power of ten there may be no round number of it.
+    // A range of less than a power of ten may contain no logarithmic tick.
     if (ticks.length < 2) ticks = linearTicks(bottom, top, 6);
     const left = 10 + 7 * Math.max(...ticks.map(t => short(t).length), 2), f = log ? Math.log : v => v;
     this.x = s => first === last ? (left + width - RIGHT) / 2 : left + (s - first) / (last - first) * (width - RIGHT - left);
@@ -213,7 +214,7 @@ class Chart {
   show(step) {
     const shown = this.spec.series.map((series, i) => {
       const points = series.points, ends = points[points.length - 1][0];
-      // Where a curve has ended, or not begun, it has no value: a point and a half away is too far.
+      // Before its start and after its end, a curve has no value: at more than 1.5 point distances.
       const reach = points.length > 1 ? 1.5 * (ends - points[0][0]) / (points.length - 1) : Infinity;
       const point = points[step === null ? points.length - 1 : nearest(points, step)];
       const mean = this.means[i] && this.means[i][step === null ? this.means[i].length - 1 : nearest(this.means[i], step)];
@@ -242,7 +243,7 @@ data.span = Math.max(0, ...charts.map(chart => chart.steps[chart.steps.length - 
 
 addEventListener("beforeprint", () => charts.forEach(chart => chart.drawIfDue(true)));
 let asked = null, waiting = false;
-/* One step in all charts, so that they can be read together. */
+/* Select one step in all charts. */
 function showAll(step) {
   asked = step;
   if (waiting) return;
@@ -251,7 +252,7 @@ function showAll(step) {
 }
 
 const tools = document.getElementById("tools");
-/* The steps that are shown; null for the first, or the last, that a chart has. */
+/* Set the visible range of steps; null means the first or last step of each chart. */
 function look(from, to) {
   view.from = from === null ? null : Math.max(0, Math.floor(from));
   view.to = to === null ? null : Math.max(Math.ceil(to), view.from + 1);

@@ -1,4 +1,4 @@
-/* A slider over the epochs of a picture: each run shows its latest sheet up to that epoch. */
+/* The slider over the epochs of a picture selects, for each run, its latest sheet up to that epoch. */
 const end = text => text === "" ? Infinity : Number(text);
 
 for (const slider of document.querySelectorAll(".epochs input")) {
