@@ -172,7 +172,7 @@ def test_the_key_knows_what_features_depend_on(tmp_path: Path, source: BuiltinIm
         "the same": key(),
         "weights": key(task=_task(tmp_path, network=tiny_network(seed=1))),
         "kind": key(kind="patches"),
-        "precision": key(task=replace(task, runtime=EvalContext(half))),
+        "precision": key(task=replace(task, context=EvalContext(half))),
         "view": key(images=_view(network, source, size=24)),
         "normalization": key(task=_task(tmp_path, network=replace(network, mean=[0.5, 0.5, 0.5]))),
         "source": key(images=_view(network, BuiltinImages("train", images=N, image_size=32, draw_seed=1))),
@@ -243,7 +243,7 @@ def test_where_nothing_can_be_written_the_features_come_anyway(tmp_path: Path, s
     (tmp_path / "file").write_text("")
     task = replace(_task(tmp_path), cache=tmp_path / "file")
     assert _equal(_features(task, source), _features(_task(tmp_path, cache=False), source))
-    assert capsys.readouterr().err.count("cannot be kept") == 1
+    assert capsys.readouterr().err.count("cannot write") == 1
 
 
 def _run_rank(rank: int, world: int, folder: str) -> None:

@@ -254,12 +254,12 @@ def test_ranks_together_have_the_result_of_one_process(tmp_path: Path) -> None:
 
 MEMORY = """
 import resource, torch
-from dino_lightning.evaluation.features.knn import nearest
+from dino_lightning.evaluation.features.knn import nearest_neighbors
 torch.set_num_threads(1)
 bank, queries = torch.randn(200_000, 64), torch.randn(64, 64)
-nearest(bank[:8192], queries, k=200, device=torch.device("cpu"))
+nearest_neighbors(bank[:8192], queries, k=200, device=torch.device("cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-nearest(bank, queries, k=200, device=torch.device("cpu"))
+nearest_neighbors(bank, queries, k=200, device=torch.device("cpu"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
