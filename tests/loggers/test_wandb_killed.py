@@ -13,12 +13,12 @@ SCRIPT = """
 import os, signal, sys, time
 from contextlib import suppress
 from pathlib import Path
-from dino_lightning.loggers.wandb import LastingWandbLogger
+from dino_lightning.loggers.wandb import FaultTolerantWandbLogger
 
 def children():
     return [int(word) for task in Path("/proc/self/task").iterdir() for word in (task / "children").read_text().split()]
 
-logger = LastingWandbLogger(project="test", name="test", mode="offline", save_dir=sys.argv[1])
+logger = FaultTolerantWandbLogger(project="test", name="test", mode="offline", save_dir=sys.argv[1])
 logger.log_hyperparams({"seed": 0})
 logger.log_metrics({"loss": 1.0}, 0)
 assert not logger.disconnected
