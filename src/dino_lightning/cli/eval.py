@@ -6,7 +6,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dino_lightning.cli.overrides import quote_overrides, with_plain_words
-from dino_lightning.cli.plugins import with_imports
 from dino_lightning.cli.program import attempt, run
 
 
@@ -16,8 +15,8 @@ def main(words: list[str]) -> None:
 
 
 def prepare(words: list[str]) -> list[str]:
-    """Hydra's overrides, after importing the user's modules."""
-    return quote_overrides(with_plain_words(with_imports(words), "checkpoint", verb="eval"))
+    """Hydra's overrides."""
+    return quote_overrides(with_plain_words(words, "checkpoint", verb="eval"))
 
 
 def task(cfg: DictConfig) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dino_lightning.config.paths import usable_path
+from dino_lightning.config.registry import import_component
 from dino_lightning.errors import UserError
 
 KEY = "imports="
@@ -42,8 +43,12 @@ sys.meta_path.append(_Files())
 def with_imports(overrides: list[str]) -> list[str]:
     """Import what the words `imports=…` name; returns the words in the form that Hydra reads.
 
-    A name is a file, or a module that Python finds. Raises `UserError` for one that is neither, or that fails.
+    A name is a file, or a module that Python finds. Raises `UserError` for one that is neither, or that fails. Also
+    imports a method or backbone of the package that defines its configuration in its own file.
     """
+    for group, _, names in (word.partition("=") for word in overrides if word.startswith(("method=", "backbone="))):
+        for name in names.split(","):
+            import_component(group, name)
     return [_imported(word) if word.startswith(KEY) else word for word in overrides]
 
 

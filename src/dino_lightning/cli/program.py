@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dino_lightning.cli.completion import asks_for_completion, complete_after
 from dino_lightning.cli.errors import EXPLAINED, as_user_errors, explained, message_for
 from dino_lightning.cli.exit import exit_after_lost_rank, exit_with_error
+from dino_lightning.cli.plugins import with_imports
 from dino_lightning.cli.sweeps import JOBS, Job, check_sweeper
 from dino_lightning.config import register
 from dino_lightning.config.conf_dir import CONF
@@ -35,14 +36,18 @@ def run(words: list[str], task: Job, *, verb: str, root: str, prepare: Prepare) 
 
     Raises `UserError`; exits with status 1 if jobs of a sweep failed.
     """
+
+    def prepare_after_imports(words: list[str]) -> list[str]:
+        return prepare(with_imports(words))
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of exiting with status 1
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     JOBS.program = f"dino {verb}"
     if asks_for_completion(words):
-        complete_after(prepare)
+        complete_after(prepare_after_imports)
     with as_user_errors():
-        overrides = prepare(words)
+        overrides = prepare_after_imports(words)
         # Lightning starts the processes of further devices with `sys.argv`; they must make the same choices.
         start = len(sys.argv) - len(words)
         sys.argv[:] = [*(sys.argv[:start] if sys.argv[start:] == words else [sys.argv[0], verb]), *overrides]
@@ -88,10 +93,10 @@ def attempt(job: Job, cfg: DictConfig, *, verb: str, overrides: Sequence[str] = 
 
 
 def compose_root(root: str, overrides: list[str]) -> DictConfig:
-    """`conf/ROOT.yaml` with overrides."""
+    """`conf/ROOT.yaml` with overrides, after `imports`."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose(root, overrides=overrides)
+        return compose(root, overrides=with_imports(overrides))
 
 
 def sentence(error: Exception) -> str | None:

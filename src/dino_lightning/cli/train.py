@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dino_lightning.cli.overrides import prepare_training
-from dino_lightning.cli.plugins import import_one, with_imports
+from dino_lightning.cli.plugins import import_one
 from dino_lightning.cli.program import attempt, run
 from dino_lightning.cli.sweeps import concurrent_jobs, in_own_process
 from dino_lightning.config import register
@@ -33,9 +33,9 @@ def main(words: list[str]) -> None:
 
 
 def prepare(words: list[str]) -> list[str]:
-    """Hydra's overrides, after importing the user's modules."""
+    """Hydra's overrides."""
     # Completion does not look for a GPU, which takes seconds.
-    return prepare_training(with_imports(words), fast=False if "COMP_LINE" in os.environ else None)
+    return prepare_training(words, fast=False if "COMP_LINE" in os.environ else None)
 
 
 def task(cfg: DictConfig) -> float | None:

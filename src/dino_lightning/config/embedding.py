@@ -19,6 +19,8 @@ class EmbedConfig:
     checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
     """Network to use if the checkpoint contains both; null uses the one that the run evaluated, and the teacher of
     files from elsewhere."""
+    imports: list[str] = field(default_factory=list)
+    """Python files or modules with backbones of your own that `checkpoint` needs; imported first."""
     features: Annotated[str, OneOf("class", "mean_patch")] = "class"
     """Features of an image: `class` is a ViT's class token (the pooled features of other networks), `mean_patch` is the
     mean of the last block's patch tokens."""

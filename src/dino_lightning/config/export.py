@@ -1,6 +1,6 @@
 """Weights in the formats of other programs: the keys of `dino export`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from omegaconf import MISSING
@@ -20,6 +20,8 @@ class ExportConfig:
     checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
     """Network to use if the checkpoint contains both; null uses the one that the run evaluated, and the teacher of
     files from elsewhere."""
+    imports: list[str] = field(default_factory=list)
+    """Python files or modules with backbones of your own that `checkpoint` needs; imported first."""
     format: Annotated[str, OneOf(*FORMATS)] = MISSING
     """Output format: `timm` and `huggingface` write a folder with a model card that `timm.create_model` or
     `transformers.AutoModel` loads; `onnx` writes a graph for ONNX Runtime and others; `torch` writes a program of
