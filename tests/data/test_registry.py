@@ -64,7 +64,7 @@ def test_a_source_of_your_own_trains(tmp_path: Path) -> None:
     words += ["trainer.enable_progress_bar=false", "callbacks.pictures.enabled=false"]
     done = run_program(str(ROOT / "train.py"), *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "25% of the images (6) are held out" in " ".join(done.stdout.split())
+    assert "25% of the images (6) are held out" in " ".join((done.stdout + done.stderr).split())
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "size: 24" in config
     assert "noise.py" in config
