@@ -1,5 +1,6 @@
 """A user's own backbone: one file, in training, in a checkpoint and in an export."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def imported(folder: Path) -> Iterator[None]:
     del BACKBONES[SCHEMAS["backbone"].pop("conv")]
     for option in ("conv", "schema_conv"):
         del ConfigStore.instance().repo["backbone"][f"{option}.yaml"]
+    del sys.modules["dino_lightning.cli.plugins.own"]
 
 
 @pytest.mark.parametrize("file", ["teacher.safetensors", "checkpoints/last.ckpt"])
