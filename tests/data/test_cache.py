@@ -53,7 +53,7 @@ class TestPixels:
         source = GeneratedImages()
         kept = keep(source, settings(tmp_path))
         assert isinstance(kept, ImageSource)
-        assert (len(kept), kept.classes, kept.describe(4)) == (70, ["even", "odd"], "drawn 4.png")
+        assert (len(kept), kept.classes, kept.describe(4)) == (70, ["even", "odd"], "generated 4.png")
         assert (kept.labels == source.labels).all()
         assert kept.fingerprint() == source.fingerprint()
 
@@ -91,7 +91,7 @@ class TestUnreadable:
             with pytest.raises(UnreadableImageError) as remembered:
                 kept.read(index)
             assert str(remembered.value) == str(original.value)
-            reasons.append(f"drawn {index}.png\t{original.value}")
+            reasons.append(f"generated {index}.png\t{original.value}")
         assert kept.read(3).shape == (80, 16, 3)
         assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == reasons
 
@@ -147,7 +147,7 @@ class TestReuse:
             for index in {5, 20}:
                 assert (kept.read(index) == keep(source, settings(tmp_path)).read(train.indices[index])).all()
             listed = {line.split("\t")[0] for line in bad.read_text().splitlines()} if bad.exists() else set()
-            assert listed == {f"drawn {i}.png" for i in {0, 1} & set(train.indices.tolist())}
+            assert listed == {f"generated {i}.png" for i in {0, 1} & set(train.indices.tolist())}
         assert len(folders(tmp_path)) == 1
 
     def test_a_small_part_is_kept_alone(self, tmp_path):

@@ -92,7 +92,7 @@ def test_single_keys_can_be_set_beside_the_version() -> None:
 
 
 def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^method.version=4: expected 2 or 3.$"):
+    with pytest.raises(UserError, match=r"^method.version=4: choose one of 2, 3"):
         settings("data=folder", "method.version=4")
 
 

@@ -36,7 +36,7 @@ def test_only_the_micro_batch_at_hand_is_kept(tmp_path: Path) -> None:
 
     class Look(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            seen.append(len(keeper._kept))
+            seen.append(len(keeper._micro_batches))
 
     keeper = callback(tmp_path, "skip")
     fit(
