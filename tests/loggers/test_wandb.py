@@ -298,7 +298,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     words = [*EVALUATE, f"checkpoint={run / 'teacher.safetensors'}"]
     capsys.readouterr()
     run_evaluation(composed_evaluation(*words, output_dir=tmp_path / "knn"), overrides=words)
-    assert "offline for no run which artifact it uses" in warning_of(capsys)
+    assert "cannot record used artifacts offline" in warning_of(capsys)
     records = offline_records(tmp_path / "knn")
     assert description(records).job_type == "evaluation"
     assert configuration(records)["training_run"] == run_id

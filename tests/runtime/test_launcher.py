@@ -50,5 +50,5 @@ def test_a_job_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, "4")
     monkeypatch.setenv("SLURM_NNODES", "1")
     launcher = Launcher(SLURMEnvironment(auto_requeue=False), 2, 1)
-    with pytest.raises(UserError, match=r"^trainer\.devices=2 and trainer\.num_nodes=1 are not what the SLURM job has"):
+    with pytest.raises(UserError, match=r"^trainer\.devices=2 and trainer\.num_nodes=1 do not match the SLURM job: "):
         launcher.launch(lambda: None)

@@ -48,12 +48,12 @@ def test_slurm_is_asked_once_for_its_own_signal(name: str, process: str, asked: 
 
 
 def test_who_listens_already_goes_on_to() -> None:
-    code = "signal.signal(signal.SIGUSR1, lambda *_: print('heard'))\noutside_training.listen()\n"
+    code = "signal.signal(signal.SIGUSR1, lambda *_: print('heard'))\nsignals.install_early_handlers()\n"
     assert ended(code + sends("SIGUSR1")).stdout == "heard\ngoes on\n"
 
 
 def test_when_all_is_written_it_goes_on_to_its_end() -> None:
-    done = ended("outside_training.ignore()\n" + sends("SIGTERM") + sends("SIGUSR1"))
+    done = ended("signals.ignore_at_shutdown()\n" + sends("SIGTERM") + sends("SIGUSR1"))
     assert (done.returncode, done.stdout) == (0, "goes on\n" * 2)
 
 

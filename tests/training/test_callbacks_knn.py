@@ -259,7 +259,7 @@ def _run_rank(rank: int, folder: str) -> None:
     knn = KNNCallback(knn_config())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer, _ = fit(Path(folder) / "two", [knn], quiet=False, max_epochs=1, devices=2, strategy="ddp")
+        trainer, _ = fit(Path(folder) / "two", [knn], ignore_warnings=False, max_epochs=1, devices=2, strategy="ddp")
     about_us = [str(warning.message) for warning in caught if "knn/" in str(warning.message)]
     result = {"state": knn.state_dict(), "logged": float(trainer.callback_metrics["knn/top1"]), "warnings": about_us}
     torch.save(result, f"{folder}/{rank}.pt")

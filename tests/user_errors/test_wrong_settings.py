@@ -169,7 +169,7 @@ def test_unlabeled_images_and_knn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("x" * 300, "is longer than a file name can be"),
+        ("x" * 300, "is longer than file names can be"),
         ("~no-such-user/x", "'~' has no home folder"),
         ("a\0b", "contains a character that no path can have"),
     ],

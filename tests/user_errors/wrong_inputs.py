@@ -130,18 +130,18 @@ def fits(sentence: str, row: Wrong) -> bool:
 def page(tables: dict[str, list[Wrong]]) -> str:
     """The table of all rows, for `docs/wrong_inputs.md`."""
     lines = [
-        "# Wrong inputs and what is said of them",
+        "# Error messages for wrong inputs",
         "",
-        "Whatever is wrong with an input is said in one sentence that names the key or the file, and the command ends "
-        "with exit",
-        "status 2, before the first optimizer step; rows marked * take reading the images. Each row is run as a test",
-        "(`tests/user_errors/test_wrong_inputs.py`), and `python -m wrong_inputs` writes this page from them; "
-        "`tests/user_errors/test_wrong_settings.py`",
-        "has some hundred wrong values of the configuration besides. `DIR` stands for a folder, `…` for what differs "
-        "between machines.",
+        "If an input is wrong, the program prints one sentence that names the key or the file, and exits with status 2 "
+        "before the first",
+        "optimizer step. Rows marked * are detected only while images are read. A test runs each row",
+        "(`tests/user_errors/test_wrong_inputs.py`), and its table generates this page",
+        "(`PYTHONPATH=src:tests/helpers:tests/user_errors python -m wrong_inputs`). "
+        "`tests/user_errors/test_wrong_settings.py` has about a",
+        "hundred more wrong values of configuration keys. `DIR` is a folder, `…` is text that differs between machines.",
     ]
     for title, rows in tables.items():
-        lines += ["", f"## {title}", "", "| input | sentence |", "|---|---|"]
+        lines += ["", f"## {title}", "", "| input | error message |", "|---|---|"]
         for row in rows:
             star = " *" if row.while_training else ""
             program = " (`dino eval`)" if row.program == EVALUATE else ""

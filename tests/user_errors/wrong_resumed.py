@@ -84,7 +84,7 @@ ROWS = [
     Wrong(
         "a second run in a folder while the first is active",
         lambda _: [],
-        "output_dir=DIR/run is in use by an active run (process … on …); wait for its end, or choose another folder.",
+        "output_dir=DIR/run is in use by an active run (process … on …); wait until it ends, or choose another folder.",
         around=a_run_in_the_folder,
     ),
     Wrong(
@@ -128,7 +128,7 @@ ROWS = [
     Wrong(
         "a timm network instead of a built-in ViT",
         resumed("backbone=resnet50", "crops.local_size=32"),
-        f"resume: DIR/run contains a run with backbone=vit, and backbone=timm {ANOTHER_GROUP}",
+        f"resume: DIR/run contains a run with backbone=vit_micro, and backbone=resnet50 {ANOTHER_GROUP}",
     ),
     Wrong(
         "another number of prototypes",

@@ -11,8 +11,8 @@ from wrong_resumed import ROWS as RESUMED
 TABLES: dict[str, list[Wrong]] = {
     "Images": IMAGES,
     "Labels, lists and tables": LABELS,
-    "Archives, streams and named data sets": ARCHIVES,
+    "Archives, streams and named datasets": ARCHIVES,
     "Checkpoints to evaluate": CHECKPOINTS,
-    "Runs that go on": RESUMED,
+    "Resumed runs": RESUMED,
     "Machine and environment": ENVIRONMENTS,
 }

@@ -15,6 +15,7 @@ import yaml
 
 from dino_lightning.checkpoints.run_checkpoint import latest_valid, list_checkpoints
 from dino_lightning.config import SCHEMAS, TrainConfig
+from dino_lightning.config.conf_dir import CONF, backbone_config
 from dino_lightning.config.dotted import flatten, format_value
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.console import warn
@@ -53,6 +54,8 @@ FREE = (
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 NETWORK = ("backbone", "method.out_dim", "method.head_")
 """Prefixes of keys that decide which weights there are."""
+NAMING = ("name", "width", "depth", "heads")
+"""Keys of a backbone that tell its options apart."""
 GROUPS = ("backbone", "method", "data", "optim")
 """Configuration groups whose options have different keys."""
 
@@ -115,6 +118,8 @@ def check_same_run(config: Mapping[str, Any], folder: Path) -> None:
     for group in GROUPS:
         before, now = (_option(group, settings.get(group)) for settings in (saved, config))
         if before and now and before != now:
+            if group == "backbone":
+                before, now = _network(before, saved[group]), _network(now, config[group])
             raise UserError(
                 f"resume: {folder} contains a run with {group}={before}, and {group}={now} would change the training; "
                 "restore it, or start a new run in another output_dir."
@@ -167,3 +172,15 @@ def _option(group: str, settings: Any) -> str | None:
     keys = set(settings or {})
     schemas = {name: {field.name for field in fields(schema)} for name, schema in SCHEMAS[group].items()}
     return max(schemas, key=lambda name: len(keys & schemas[name]) - len(keys ^ schemas[name])) if keys else None
+
+
+def _network(option: str, settings: Mapping[str, Any]) -> str:
+    """The file of `conf/backbone/` with the dataclass of this option and the same network, else the option."""
+    schema = SCHEMAS["backbone"][option]
+    for file in sorted((CONF / "backbone").glob("*.yaml")):
+        known = backbone_config(file.stem)
+        if type(known) is schema and all(
+            settings.get(key) == getattr(known, key) for key in NAMING if hasattr(known, key)
+        ):
+            return file.stem
+    return option
