@@ -180,7 +180,7 @@ ROWS = [
         "can write to.",
     ),
     Wrong(
-        "output_dir that may not be written",
+        "output_dir without write permission",
         words("output_dir=DIR/o"),
         "output_dir=DIR/o cannot be written (Permission denied); choose a folder that you can write to.",
         around=as_nobody,

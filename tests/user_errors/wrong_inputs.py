@@ -138,7 +138,8 @@ def page(tables: dict[str, list[Wrong]]) -> str:
         "(`tests/user_errors/test_wrong_inputs.py`), and its table generates this page",
         "(`PYTHONPATH=src:tests/helpers:tests/user_errors python -m wrong_inputs`). "
         "`tests/user_errors/test_wrong_settings.py` has about a",
-        "hundred more wrong values of configuration keys. `DIR` is a folder, `…` is text that differs between machines.",
+        "hundred more wrong values of configuration keys. `DIR` is a folder, `…` is text that differs between "
+        "machines.",
     ]
     for title, rows in tables.items():
         lines += ["", f"## {title}", "", "| input | error message |", "|---|---|"]
