@@ -120,6 +120,7 @@ class OutputFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the folder of a single run."""
+        HydraConfig.instance().set_config(config)  # Hydra does so only later, and the folder's name may refer to it
         _make_folder(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
