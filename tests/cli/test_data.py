@@ -72,7 +72,7 @@ def test_check_of_everything_that_can_be_wrong(
     status, text, _ = run("check", photos, f"output={output}", capsys=capsys)
     assert status == 1
     assert f"exact copies in train: 1 of 12 images\n{'':14}{photos / 'train' / 'dog' / '5.jpg'} = " in text
-    assert "val images that are in train too: 1 of 7" in text
+    assert "val images that are also in train: 1 of 7" in text
     assert f"{photos / 'val' / 'cat' / 'known.jpg'} = {cats / '0.jpg'}" in text
     assert "1 image (6.2%) smaller than crops.global_size=32" in text
     assert "20 / 40 / 40 px, the shorter side" in text
@@ -185,7 +185,7 @@ def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.Capture
         (["x", "--images"], "--images: settings are written key=value, without dashes; write images=…"),
         (["check", "x", "data=builtin"], "this data has no PATH; leave out 'x'"),
         (["check", "data=folder"], "data.path has no value"),
-        (["check", "some", "data.value_range=[5,1]"], "data.value_range=[5.0, 1.0] is not a range"),
+        (["check", "some", "data.value_range=[5,1]"], "data.value_range=[5.0,1.0]: expected two numbers, the smaller first."),
         (["stats", "some", "images=0"], "images=0"),
     ],
 )

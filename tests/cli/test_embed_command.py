@@ -31,7 +31,7 @@ FEW = ["data=builtin", "data.train_images=12", "data.val_images=5", "data.num_wo
 WRONG = [
     ("data=builtin", "checkpoint has no value"),
     ("checkpoint=x", "data.path has no value"),
-    ("checkpoint=x data.path=/nowhere/x", "checkpoint=x: there is no such file"),
+    ("checkpoint=x data.path=/nowhere/x", "checkpoint=x: this file does not exist; … contains no checkpoint."),
     ("checkpoint=untrained:vit_micro data.path=/nowhere-at-all", "data.path=/nowhere-at-all does not exist"),
     ("checkpoint=x data=davis data.path=.", "data=davis does not belong to this program; choose data=builtin or"),
     ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; its groups stand in --help."),
@@ -43,7 +43,7 @@ WRONG = [
     ),
     ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino embed does"),
     ("checkpoint=x data=builtin data.batch_size_per_device=2", "not use it; set batch_size_per_device."),
-    ("checkpoint=x data=builtin trainer=default", "trainer=lightning does not belong to this program"),
+    ("checkpoint=x data=builtin trainer=default", "trainer=default does not belong to this program; choose trainer=devices."),
     ("checkpoint=x data=builtin image_resize=40", "image_resize=40 needs image_size"),
     ("checkpoint=x data=builtin image_resize=40 image_size=48", "image_resize=40 is smaller than image_size=48"),
     ("checkpoint=x data=builtin trainer.strategy=fsdp", "trainer.strategy=fsdp:"),

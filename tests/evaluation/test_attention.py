@@ -245,7 +245,7 @@ def test_other_networks_and_sizes_are_refused(tmp_path: Path):
     assert found == "eval.image_size=7 is less than a patch of vit0; set it to at least 8."
     root = write_voc(tmp_path / "voc", size=(40, 32))
     Image.new("L", (32, 32)).save(root / "SegmentationClass" / "2007_1.png")
-    assert "has 32 x 32 pixels, but its image 40 x 32" in refusal(tiny_network(), VOCData(path=str(root)), tmp_path)
+    assert "has 32 x 32 pixels, but its image has 40 x 32" in refusal(tiny_network(), VOCData(path=str(root)), tmp_path)
 
 
 def test_real_photographs(shared_data: Path, tmp_path: Path):
