@@ -79,7 +79,7 @@ class EvalContext:
     def say(self, text: str) -> None:
         """Print a line, on the main process only."""
         if self.is_main:
-            Console(stderr=True, highlight=False).print(text)
+            Console(stderr=True, highlight=False).print(text, soft_wrap=True)  # a path in one piece can be copied
 
 
 @dataclass

@@ -49,7 +49,7 @@ def announce(
     classes = f", {data.num_classes} classes" if data.labeled else ""
     console.print(f"[bold]Images[/]    {data.num_images} for training, {queries} as k-NN queries{classes}")
     if data.sources.remark:
-        console.print(f"          {data.sources.remark}")
+        console.print(f"          {escape(data.sources.remark)}", soft_wrap=True)
     if config.data.channels != 3:
         console.print(
             f"          {config.data.channels} channels: no saturation, hue and grayscale in the augmentation"
