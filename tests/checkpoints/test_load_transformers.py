@@ -132,7 +132,10 @@ def test_the_preparation_of_images(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "hidden_act=relu in its config.json is not supported; expected g"),
         ({"layer_norm_eps": 1e-3}, "layer_norm_eps=0.001 in its config.json is not supported"),
         ({"qkv_bias": False}, "qkv_bias=False in its config.json"),
-        ({"intermediate_size": 96}, r"does not fit the detected architecture.*mlp.fc1.weight has shape \(96, 48\) instead of \(192, 48\)"),
+        (
+            {"intermediate_size": 96},
+            r"does not fit the detected architecture.*mlp.fc1.weight has shape \(96, 48\) instead of \(192, 48\)",
+        ),
         ({"model_type": "dinov2"}, "is a transformers network of type 'dinov2'; expected one of vit, resnet"),
         ({"architecture": "vit_x", "model_type": None}, "was written by timm; load it with"),
     ],

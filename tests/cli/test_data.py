@@ -185,7 +185,10 @@ def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.Capture
         (["x", "--images"], "--images: settings are written key=value, without dashes; write images=…"),
         (["check", "x", "data=builtin"], "this data has no PATH; leave out 'x'"),
         (["check", "data=folder"], "data.path has no value"),
-        (["check", "some", "data.value_range=[5,1]"], "data.value_range=[5.0,1.0]: expected two numbers, the smaller first."),
+        (
+            ["check", "some", "data.value_range=[5,1]"],
+            "data.value_range=[5.0,1.0]: expected two numbers, the smaller first.",
+        ),
         (["stats", "some", "images=0"], "images=0"),
     ],
 )

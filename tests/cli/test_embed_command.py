@@ -43,7 +43,10 @@ WRONG = [
     ),
     ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino embed does"),
     ("checkpoint=x data=builtin data.batch_size_per_device=2", "not use it; set batch_size_per_device."),
-    ("checkpoint=x data=builtin trainer=default", "trainer=default does not belong to this program; choose trainer=devices."),
+    (
+        "checkpoint=x data=builtin trainer=default",
+        "trainer=default does not belong to this program; choose trainer=devices.",
+    ),
     ("checkpoint=x data=builtin image_resize=40", "image_resize=40 needs image_size"),
     ("checkpoint=x data=builtin image_resize=40 image_size=48", "image_resize=40 is smaller than image_size=48"),
     ("checkpoint=x data=builtin trainer.strategy=fsdp", "trainer.strategy=fsdp:"),

@@ -154,7 +154,8 @@ def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: P
     done = run_program("dino_lightning", "eval", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "dino eval: 1 run failed:\n" in done.stderr
-    assert (tmp_path / "both" / "0" / "failed.txt").read_text().startswith("checkpoint=nowhere.pth: there is no such")
+    reason = (tmp_path / "both" / "0" / "failed.txt").read_text()
+    assert reason.startswith("checkpoint=nowhere.pth: this file does not exist; ")
     assert (tmp_path / "both" / "1" / "results.jsonl").exists()
     assert not (tmp_path / "both" / "1" / "failed.txt").exists()
 

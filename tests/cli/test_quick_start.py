@@ -66,7 +66,7 @@ def test_archives_beside_folders_of_images_are_a_question(tmp_path: Path) -> Non
     (tmp_path / "2020" / "may").mkdir(parents=True)
     (tmp_path / "2020" / "may" / "1.JPG").touch()
     (tmp_path / "backup.zip").touch()
-    with pytest.raises(UserError, match=r"\.zip files .*images in '.*2020'; say which .*data=archive or data=folder"):
+    with pytest.raises(UserError, match=r"\.zip files in '.*images in '.*2020'; set data=archive or data=folder"):
         with_quick_start([f"data.path={tmp_path}"], fast=False)
     assert with_quick_start([f"data.path={tmp_path}", "data=folder"], fast=False)[-1] == "data=folder"
 
