@@ -2,7 +2,7 @@
 
     from dino_lightning import load_backbone, embed, DinoFeatures
 
-What stands here is loaded when it is asked for: `import dino_lightning` alone takes no time.
+Each name is imported when it is first used, so `import dino_lightning` alone takes no time.
 """
 
 from importlib import import_module

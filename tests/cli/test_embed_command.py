@@ -34,7 +34,7 @@ WRONG = [
     ("checkpoint=x data.path=/nowhere/x", "checkpoint=x: this file does not exist; … contains no checkpoint."),
     ("checkpoint=untrained:vit_micro data.path=/nowhere-at-all", "data.path=/nowhere-at-all does not exist"),
     ("checkpoint=x data=davis data.path=.", "data=davis does not belong to this program; choose data=builtin or"),
-    ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; its groups stand in --help."),
+    ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; --help lists its groups."),
     ("checkpoint=x data=builtin feature=class", "feature is not a key of the configuration; did you mean 'features'?"),
     ("checkpoint=x data=builtin +foo=1", "foo is not a key"),
     (

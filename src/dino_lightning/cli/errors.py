@@ -102,7 +102,7 @@ def _unknown_key(key: str) -> str:
     keys = all_keys()
     known = {found.name for found in keys} | set(SCHEMAS)
     if key in SCHEMAS:
-        return f"{key}=… is not for this program; its groups stand in --help."
+        return f"{key}=… is not for this program; --help lists its groups."
     if key in known:
         owners = [found.schema for found in keys if found.name == key]
         group = key.split(".")[0]
@@ -148,6 +148,6 @@ def as_user_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error) from error
     except OverflowError as error:
-        if "full_key" not in str(error):  # OmegaConf has no error of its own for a number of hundreds of digits
+        if "full_key" not in str(error):  # OmegaConf has no error class for a number with hundreds of digits
             raise
         raise explained(error) from error

@@ -120,7 +120,7 @@ def with_joined_shards(overrides: list[str]) -> list[str]:
 def with_quoted_paths(words: list[str]) -> list[str]:
     """The words, with Hydra's quotes around those paths that it would not take, such as `/photos/Öland (2023)`.
 
-    A shell has taken the user's quotes off. Hydra wants some of its own around most characters beyond ASCII letters.
+    The shell has removed the user's quotes. Hydra needs quotes around most characters other than ASCII letters.
     """
     multirun = any(flag in words for flag in MULTIRUN_FLAGS)
     return [_quoted(word) if _needs_quotes(word, multirun=multirun) else word for word in words]

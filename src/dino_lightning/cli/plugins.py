@@ -1,4 +1,4 @@
-"""`imports=[FILE]`: Python files of one's own, read before the configuration is composed.
+"""`imports=[FILE]`: your Python files, imported before the configuration is composed.
 
 A file registers what the configuration then knows by name, such as a method (docs/new_method.md). It becomes the module
 `dino_lightning.cli.plugins.NAME`, which processes that launchers start find by this name, too.

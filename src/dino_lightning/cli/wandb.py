@@ -41,4 +41,4 @@ def check() -> None:
     problem = missing_key_message()
     if problem is not None:
         raise UserError(f"{problem}; a view is saved online.")
-    os.environ.setdefault("WANDB_SILENT", "true")  # W&B prints addresses of its own
+    os.environ.setdefault("WANDB_SILENT", "true")  # W&B prints addresses, too

@@ -16,6 +16,7 @@ import torch
 from lightning import Fabric
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from dino_lightning.config import DataConfig, DevicesConfig, ImagesConfig
@@ -76,10 +77,11 @@ class EvalContext:
         """A progress bar on the main process; call the yielded function with the number of finished units."""
         return progress(label, total=total, show=self.show_progress and self.is_main)
 
-    def say(self, text: str) -> None:
-        """Print a line, on the main process only."""
+    def say(self, text: str, *, label: str = "") -> None:
+        """Print a line after a bold label, on the main process only; brackets in names and paths are kept."""
         if self.is_main:
-            Console(stderr=True, highlight=False).print(text, soft_wrap=True)  # a path in one piece can be copied
+            line = Text.assemble((label, "bold"), text)
+            Console(stderr=True, highlight=False).print(line, soft_wrap=True)  # a path in one piece can be copied
 
 
 @dataclass

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
 
 from dino_lightning.checkpoints import load_network, with_fresh_weights
 from dino_lightning.config import ClassificationEval, DataConfig, EvaluateConfig, WandbLoggerConfig
@@ -118,10 +117,11 @@ def print_introduction(config: EvaluateConfig, network: FrozenNetwork, context: 
     """Print the network, the devices and the output folder."""
     parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
     context.say(
-        f"[bold]Network[/]   {escape(network.name)}: {type(network.backbone).__name__}, {parameters / 1e6:.2f} M "
-        f"weights, on {context.fabric.world_size} {context.device.type.upper()}"
+        f"   {network.name}: {type(network.backbone).__name__}, {parameters / 1e6:.2f} M "
+        f"weights, on {context.fabric.world_size} {context.device.type.upper()}",
+        label="Network",
     )
-    context.say(f"[bold]Output[/]    {escape(config.output_dir)}")
+    context.say(f"    {config.output_dir}", label="Output")
 
 
 def print_results(config: EvaluateConfig, name: str, columns: list[tuple[str, list[Result]]]) -> None:

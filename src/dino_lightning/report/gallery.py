@@ -52,11 +52,11 @@ CAPTIONS = {
     ),
     "pca": Caption(
         "What the patches know",
-        "Each image beside its patch tokens: their first three principal components over all images shown, as red, "
+        "Each image next to its patch tokens: their first three principal components over all images shown, as red, "
         "green and blue. Patches of one color are alike to the network. Look for objects that stand out from what is "
-        "behind them, and for parts with a color of their own in several images. Colors of two epochs, or of two "
+        "behind them, and for parts that have the same color in several images. Colors of two epochs, or of two "
         "runs, have nothing to do with each other.",
-        "Validation images, each beside its patch tokens in color",
+        "Validation images, each next to its patch tokens in color",
     ),
     "crops": Caption(
         "What the network trains on",

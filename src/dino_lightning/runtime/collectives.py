@@ -45,7 +45,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_sum_later(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to sum over ranks and go on; what is returned waits and gives the sum, every time it is called.
+    """Start a sum over ranks and return at once; the returned function waits and gives the sum, each time it is called.
 
     The values of now are summed, whatever becomes of the argument. Over NCCL it is the current stream that waits, not
     the program.

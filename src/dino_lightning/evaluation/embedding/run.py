@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape
 
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import EmbedConfig
@@ -84,7 +83,7 @@ def open_splits(config: EmbedConfig, context: EvalContext) -> dict[str, ImageSou
     for remark in (splits.remark or "").split("; "):
         # Remarks about files that are not used; nothing is held out on purpose.
         if remark and "held out" not in remark and context.show_progress:
-            context.say(escape(remark))
+            context.say(remark)
     sources = {"train": splits.train} | ({} if splits.val is None else {"val": splits.val})
     return {split: source for split, source in sources.items() if config.split in ("all", split)}
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from rich.markup import escape
 
 from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.data.benchmarks.davis import Davis, Sequence, open_davis
@@ -47,7 +46,7 @@ def evaluate(config: VideoEval, task: Task) -> Iterator[Result]:
     scores = gather_scores(evaluate_share(config, task, frames), davis)
     left_out = [*davis.broken, *(sequence.name for sequence in davis.sequences if sequence.name not in scores)]
     for name in left_out:
-        task.context.say(f"Left out: {escape(name)}, because a file cannot be read; see {bad_images.name}")
+        task.context.say(f"Left out: {name}, because a file cannot be read; see {bad_images.name}")
     if not scores:
         raise UserError(f"data.path={data.path}: none of the sequences can be read; see {bad_images}.")
     yield from results(scores, davis, left_out=left_out)

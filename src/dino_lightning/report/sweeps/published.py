@@ -14,7 +14,7 @@ class PaperResult:
 
     @property
     def figures(self) -> str:
-        """k-NN and linear, as they stand in a table."""
+        """k-NN and linear accuracy, as written in a table."""
         if self.knn is None and self.linear is None:
             return ""
         return " / ".join("–" if value is None else f"{value:.1f}" for value in (self.knn, self.linear))

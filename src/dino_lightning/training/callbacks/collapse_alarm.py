@@ -128,7 +128,7 @@ class CollapseAlarm(L.Callback):
 
 
 def warning(kind: CollapseKind, method: Method, *, step: int, stop: bool) -> str:
-    """What the user is told about a collapse."""
+    """The message about a collapse."""
     proposals = changes(kind, method_settings(method), method=type(method).__name__)[:MAX_CHANGES]
     end = (
         "The run ends here (callbacks.collapse.stop=true)" if stop else "callbacks.collapse.stop=true would end the run"
