@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import start_fork_server
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if registry := sys.modules.get("lightning.fabric.utilities.registry"):
         registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Start the fork server of processes that run tests, not of the one that distributes them."""
+    if session.config.getoption("numprocesses", None) in (None, 0) and not session.config.option.collectonly:
+        start_fork_server()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ class RanksDifferError(UserError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A clause that names the closest of `choices`, or lists them if none is close."""
     known = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.68)
     if close:
         return f"did you mean '{close[0]}'?"
     listed = ", ".join(sorted(known)[:20])

@@ -34,12 +34,12 @@ WRONG = [
     ("checkpoint=x data.path=/nowhere/x", "checkpoint=x: this file does not exist; … contains no checkpoint."),
     ("checkpoint=untrained:vit_micro data.path=/nowhere-at-all", "data.path=/nowhere-at-all does not exist"),
     ("checkpoint=x data=davis data.path=.", "data=davis does not belong to this program; choose data=builtin or"),
-    ("checkpoint=x data=builtin eval=knn", "eval=… is not for this program; --help lists its groups."),
+    ("checkpoint=x data=builtin eval=knn", "eval=… is not for dino embed; --help lists its groups."),
     ("checkpoint=x data=builtin feature=class", "feature is not a key of the configuration; did you mean 'features'?"),
     ("checkpoint=x data=builtin +foo=1", "foo is not a key"),
     (
         "checkpoint=x data=builtin output_dir=x",
-        "output_dir is a key of training (dino train) and evaluation (dino",
+        "output_dir is a key of dino train and dino eval only",
     ),
     ("checkpoint=x data=builtin data.holdout=0.2", "data.holdout=0.2: data.holdout is for training, dino embed does"),
     ("checkpoint=x data=builtin data.batch_size_per_device=2", "not use it; set batch_size_per_device."),
@@ -60,7 +60,7 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch
     words = overrides.split()
     with pytest.raises(EXPLAINED) as caught:
         write_features(composed_embedding(*words, output="x.parquet"), overrides=words)
-    sentence = message_for(caught.value).replace(str(tmp_path), "…")
+    sentence = message_for(caught.value, verb="embed").replace(str(tmp_path), "…")
     assert expected in sentence
     assert "\n" not in sentence
     assert not list(tmp_path.iterdir())

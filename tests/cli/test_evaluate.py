@@ -67,7 +67,7 @@ def sentence_for(overrides: str, *, output_dir: Path) -> str:
         cfg = composed_evaluation(*words, output_dir=output_dir)
         run_evaluation(cfg, overrides=words)
     except EXPLAINED as error:
-        return message_for(error)
+        return message_for(error, verb="eval")
     return ""
 
 

@@ -1,6 +1,6 @@
 """Run a program of the project in a separate process that starts faster than a new Python.
 
-The process comes from the fork server that `ranks.py` uses, which has imported the libraries already; a new Python
+The process comes from the fork server (`fork_server.py`), which has imported the libraries already; a new Python
 needs seconds for the imports. Everything else is real, from `sys.argv` to the exit status. Tests of the start of
 Python, or of environment variables that are read during imports, need `subprocess` instead.
 """
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import ranks  # noqa: F401  # preloads libraries in the fork server
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRAIN = str(PROJECT / "train.py")

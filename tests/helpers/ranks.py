@@ -1,10 +1,9 @@
 """Call a function on every rank of a process group, each in its own process.
 
-The processes come from a fork server that has imported the libraries already, because imports would take longer than
-most tests.
+The processes come from a fork server that has imported the libraries already (`fork_server.py`), because imports would
+take longer than most tests.
 """
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -15,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-
-multiprocessing.set_forkserver_preload(["lightning.pytorch", "timm", "dino_lightning.training.run"])
 
 TIMEOUT_S = 240.0
 

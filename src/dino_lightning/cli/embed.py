@@ -32,7 +32,7 @@ def task(cfg: DictConfig) -> None:
     try:
         write_features(cfg, overrides=list(HydraConfig.get().overrides.task))
     except EXPLAINED as error:
-        exit_with_error(explained(error), program="dino embed")  # Hydra would print the overrides, too
+        exit_with_error(explained(error, verb="embed"), program="dino embed")  # Hydra would print the overrides, too
 
 
 def write_features(composed: DictConfig, *, overrides: list[str]) -> None:

@@ -10,17 +10,15 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.cli.exit import one_line
-from dino_lightning.config import SCHEMAS
+from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.conf_dir import CONF, option_names
-from dino_lightning.config.docs import all_keys
+from dino_lightning.config.docs import all_keys, keys_of_root
 from dino_lightning.errors import UserError, did_you_mean
 
-PROGRAMS = {
-    "TrainConfig": "training (dino train)",
-    "EvaluateConfig": "evaluation (dino eval)",
-    "EmbedConfig": "embedding (dino embed)",
-    "ExportConfig": "export (dino export)",
-}
+ROOTS = {"train": TrainConfig, "eval": EvaluateConfig, "embed": EmbedConfig, "export": ExportConfig}
+"""Verb -> the dataclass of its configuration."""
+FILE_GROUPS = {"train": {"preset", "experiment", "sweep"}}
+"""Verb -> its groups without a dataclass."""
 
 PLUGINS = {
     "sweeper/optuna": ("hydra_optuna_sweeper", "optuna"),
@@ -30,19 +28,19 @@ PLUGINS = {
 """Start of an option of Hydra's -> what brings it, and the extra of which that is."""
 
 
-def message_for(error: Exception) -> str:
-    """One sentence for the user, in one line."""
-    return one_line(_message(error))
+def message_for(error: Exception, *, verb: str = "train") -> str:
+    """One sentence for the user of `dino VERB`, in one line."""
+    return one_line(_message(error, verb))
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, verb: str) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = _whole_text(error)
     if match := re.search(r"(?:In .*?)?Could not find '(\w+)/([^']+)'", text):
         return _unknown_option(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1])
+        return _unknown_key(match[1], verb)
     if match := re.search(r"(\w+) is not a subclass of (\w+)", text):
         return _wrong_kind(match[1], match[2], key=_full_key(text))
     if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
@@ -98,22 +96,22 @@ def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
     return f"{key}: a value is {value} where a {wanted} is expected; {_doc(key)}"
 
 
-def _unknown_key(key: str) -> str:
-    keys = all_keys()
-    known = {found.name for found in keys} | set(SCHEMAS)
+def _unknown_key(key: str, verb: str) -> str:
+    own = keys_of_root(ROOTS[verb])
+    owners = [found.schema for found in all_keys() if found.name == key]
+    group = key.split(".")[0]
     if key in SCHEMAS:
-        return f"{key}=… is not for this program; --help lists its groups."
-    if key in known:
-        owners = [found.schema for found in keys if found.name == key]
-        group = key.split(".")[0]
-        if group not in SCHEMAS:
-            return f"{key} is a key of {' and '.join(PROGRAMS[owner.__name__] for owner in owners)} only."
+        return f"{key}=… is not for dino {verb}; --help lists its groups."
+    if owners and group in own:
         options = [name for name, schema in SCHEMAS[group].items() if any(issubclass(schema, o) for o in owners)]
         return f"{key} belongs to {group}={' or '.join(options)}, which is not the one chosen."
-    group = key.split(".")[0]
-    roots = {*(name for name in known if "." not in name), "auto.data", "auto.machine", "preset", "sweep"}
-    own = {name for name in known if name.startswith(f"{group}.")} or (known if "." in key else roots)
-    return f"{key} is not a key of the configuration; {did_you_mean(key, own)}"
+    if owners:
+        verbs = [f"dino {other}" for other, root in ROOTS.items() if key in keys_of_root(root)]
+        return f"{key} is a key of {' and '.join(verbs)} only."
+    known = {name for name in own if name.startswith(f"{group}.")}
+    if not known:
+        known = own if "." in key else {name for name in own if "." not in name or name.split(".")[0] not in SCHEMAS}
+    return f"{key} is not a key of the configuration; {did_you_mean(key, known | FILE_GROUPS.get(verb, set()))}"
 
 
 def _full_key(text: str) -> str:
@@ -135,19 +133,19 @@ EXPLAINED = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a user can cause; all others keep their traceback."""
 
 
-def explained(error: Exception) -> UserError:
-    """The error as a `UserError` with one sentence."""
-    return error if isinstance(error, UserError) else UserError(message_for(error))
+def explained(error: Exception, *, verb: str = "train") -> UserError:
+    """The error as a `UserError` with one sentence for the user of `dino VERB`."""
+    return error if isinstance(error, UserError) else UserError(message_for(error, verb=verb))
 
 
 @contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Raise errors of Hydra and OmegaConf as `UserError`."""
+def as_user_errors(*, verb: str = "train") -> Iterator[None]:
+    """Raise errors of Hydra and OmegaConf as `UserError` with a sentence for the user of `dino VERB`."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise explained(error) from error
+        raise explained(error, verb=verb) from error
     except OverflowError as error:
         if "full_key" not in str(error):  # OmegaConf has no error class for a number with hundreds of digits
             raise
-        raise explained(error) from error
+        raise explained(error, verb=verb) from error

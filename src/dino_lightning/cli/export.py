@@ -18,7 +18,7 @@ from dino_lightning.errors import UserError, did_you_mean
 
 def main(words: list[str]) -> None:
     """Export as the words say."""
-    with as_user_errors():
+    with as_user_errors(verb="export"):
         config = compose_config(words)
         export(config)
 

@@ -46,7 +46,7 @@ def run(words: list[str], task: Job, *, verb: str, root: str, prepare: Prepare) 
     JOBS.program = f"dino {verb}"
     if asks_for_completion(words):
         complete_after(prepare_after_imports)
-    with as_user_errors():
+    with as_user_errors(verb=verb):
         overrides = prepare_after_imports(words)
         # Lightning starts the processes of further devices with `sys.argv`; they must make the same choices.
         start = len(sys.argv) - len(words)
@@ -79,7 +79,7 @@ def attempt(job: Job, cfg: DictConfig, *, verb: str, overrides: Sequence[str] = 
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra has made the folder; remove it if it is empty
             Path(cfg.output_dir).rmdir()
-        exit_with_error(explained(error), program=program)  # Hydra would print the overrides, too
+        exit_with_error(explained(error, verb=verb), program=program)  # Hydra would print the overrides, too
     except FloatingPointError as error:  # of all ranks at the same step
         if is_first_on_machine():
             print(f"{program}: {error}", file=sys.stderr)

@@ -46,6 +46,17 @@ def all_keys() -> list[Key]:
     return keys
 
 
+def keys_of_root(root: type) -> frozenset[str]:
+    """Every key of one command, and its groups, such as {"seed", "optim", "optim.lr"}.
+
+    Keys of all options of a group are included.
+    """
+    groups = [field.name for field in dataclasses.fields(root) if field.name in SCHEMAS]
+    schemas = [(f"{group}.", schema) for group in groups for schema in SCHEMAS[group].values()]
+    keys = [key.name for prefix, schema in [("", root), *schemas] for key in _keys_of(schema, prefix=prefix)]
+    return frozenset(groups + keys)
+
+
 def _keys_of(schema: type, *, prefix: str) -> Iterator[Key]:
     types, ranges = get_type_hints(schema), ranges_of(schema)
     for field in dataclasses.fields(schema):

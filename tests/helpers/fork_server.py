@@ -1,0 +1,57 @@
+"""Python's fork server as a fork of the test process, instead of a new Python that imports the libraries again."""
+
+import logging
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import forkserver, util
+from pathlib import Path
+
+NEW_PYTHON = util.spawnv_passfds
+PRELOADED_MODULES = ["lightning.pytorch", "timm", "dino_lightning.training.run"]
+
+
+def start_fork_server() -> None:
+    """Fork the server from this process. Call it before the first test, while there are no other threads that work.
+
+    Forked processes cannot use a GPU if this process has used it, so with a GPU the server is a new Python.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+    if not Path("/dev/nvidiactl").exists():
+        util.spawnv_passfds = _fork  # type: ignore[assignment]
+        try:
+            forkserver.ensure_running()
+        finally:
+            util.spawnv_passfds = NEW_PYTHON
+
+
+def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]) -> int:
+    """Replaces `util.spawnv_passfds`, which starts Python with `arguments`."""
+    code = arguments[-1]
+    if "forkserver" not in code:  # of Python's resource tracker
+        return NEW_PYTHON(path, arguments, file_descriptors)  # type: ignore[arg-type]
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        _close_all_but({0, 1, 2, *file_descriptors})
+        logging.root.handlers.clear()  # pytest's
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
+        exec(code, {})
+        status = 0
+    except SystemExit:
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else map(str, range(256)):
+        if int(name) not in kept:
+            with suppress(OSError):
+                os.close(int(name))
