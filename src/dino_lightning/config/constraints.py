@@ -8,14 +8,12 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, get_type_hints
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.config.dotted import format_value
 from dino_lightning.config.ranges import Range
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 from dino_lightning.errors import UserError, did_you_mean
-from dino_lightning.runtime.devices import trains_on_cpu
 
 
 def check_values(config: Any, *, prefix: str = "") -> None:
@@ -50,6 +48,8 @@ def ranges_of(schema: type) -> dict[str, Range]:
 
 def check_devices(trainer: DevicesConfig | TrainerConfig) -> None:
     """Refuse devices that this machine does not have, and half precision on a CPU."""
+    from dino_lightning.runtime.devices import trains_on_cpu  # torch takes seconds to import
+
     _check_accelerator(trainer.accelerator)
     _check_count(trainer.devices, on_cpu=trains_on_cpu(trainer.accelerator), accelerator=trainer.accelerator)
     if trains_on_cpu(trainer.accelerator) and str(trainer.precision).startswith("16"):
@@ -57,6 +57,8 @@ def check_devices(trainer: DevicesConfig | TrainerConfig) -> None:
 
 
 def _check_accelerator(name: str) -> None:
+    import torch
+
     here = {
         "gpu": torch.cuda.is_available() or torch.backends.mps.is_available(),  # as Lightning understands it
         "cuda": torch.cuda.is_available(),
@@ -96,6 +98,8 @@ def _check_count(devices: Any, *, on_cpu: bool, accelerator: str) -> None:
             f"trainer.devices={format_value(devices)}: expected auto, a number of GPUs of at least 1, or a list "
             "of their indices such as [0,1]."
         )
+    import torch
+
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
