@@ -85,7 +85,7 @@ def decode_and_cut(encoded: list[torch.Tensor], config: CropsConfig, device: tor
         crops = [(image, crop) for image, boxes in zip(images, parameters, strict=True) for crop in boxes[views]]
         plan = make_device_plan([crop for _, crop in crops])
         cut = torch.stack([cut_float(*crops[i]) for i in plan.order])
-        finished.append(augment(cut, plan.to(device), config))
+        finished.append(augment(cut, plan.changed(lambda tensor: tensor.to(device)), config))
     return finished
 
 

@@ -140,14 +140,6 @@ class TestWhatCounts:
         ):
             images[3]
 
-    @pytest.mark.parametrize(
-        ("wrong", "sentence"),
-        [({"on_error": "skp"}, r"data\.on_error=skp: did you mean 'skip'"), ({"share": 1.5}, r"max_bad_share=1\.5")],
-    )
-    def test_settings_are_checked(self, wrong, sentence):
-        with pytest.raises(UserError, match=sentence):
-            readable(Stored(), None, **wrong)
-
 
 def failing(error):
     """A decoder to which the first image is as `error` says."""

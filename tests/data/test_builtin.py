@@ -7,7 +7,6 @@ import pytest
 from source_cases import check_consistent
 
 from dino_lightning.data.sources.builtin import SPECIES, BuiltinImages, PictureRNG, Species, draw
-from dino_lightning.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +126,3 @@ def test_the_object_does_know_its_species(train: BuiltinImages, val: BuiltinImag
         return (data.images * data.masks[..., None]).sum(axis=(1, 2)) / data.masks.sum(axis=(1, 2))[:, None]
 
     assert nearest_label_rate(inside(train), inside(val), labels=train.labels, truth=val.labels) > 0.85
-
-
-@pytest.mark.parametrize(
-    ("wrong", "key"),
-    [
-        ({"images": 0}, "data.train_images=0"),
-        ({"image_size": 4}, "data.image_size=4"),
-        ({"draw_seed": -1}, "draw_seed=-1"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_by_name(wrong: dict[str, int], key: str) -> None:
-    with pytest.raises(UserError, match=key):
-        BuiltinImages("train", **{"images": 12, "image_size": 32, "draw_seed": 0, **wrong})

@@ -176,8 +176,6 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("wrong", "sentence"),
         [
-            ({"cache": "rma"}, r"data\.cache=rma: did you mean 'ram'"),
-            ({"cache_resize": 0}, r"data\.cache_resize=0"),
             ({"cache_dir": "/proc/nowhere"}, r"data\.cache_dir=/proc/nowhere cannot be created"),
         ],
     )

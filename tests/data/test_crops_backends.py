@@ -17,7 +17,6 @@ from dino_lightning.config import CropsConfig
 from dino_lightning.data.crops import RawCrops, crop_backend, without_color
 from dino_lightning.data.crops.backends import CPUBatches
 from dino_lightning.data.crops.sampling import FastRNG, sample_crops
-from dino_lightning.errors import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -96,13 +95,6 @@ def test_images_are_not_overwritten_and_their_layout_does_not_matter(backend: st
     first, second = (batch.augment(config) if isinstance(batch, RawCrops) else batch for batch in batches)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(planar, copies, strict=True))
-
-
-def test_wrong_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="crops.backend=devise: did you mean 'device'"):
-        crop_backend(CropsConfig(backend="devise"), channels=3)
-    with pytest.raises(UserError, match="crops.backend=xyz: choose one of cpu, device, pil"):
-        crop_backend(CropsConfig(backend="xyz"), channels=3)
 
 
 # ------------------------------------------------------------------------------------------- probability 0, channels

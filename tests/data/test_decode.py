@@ -25,7 +25,6 @@ from decode_cases import (
 from PIL import Image, ImageOps
 
 from dino_lightning.data.decode import UnreadableImageError
-from dino_lightning.errors import UserError
 
 # The module sets them aside itself; pytest forgets that, and shows them again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -139,12 +138,6 @@ def test_too_many_pixels(name: str, factor: float, monkeypatch: pytest.MonkeyPat
     settings = {"channels": 5} if name == "five" else {}
     with pytest.raises(UnreadableImageError, match=r"0\.0 megapixels; PIL's limit is 0\.0"):
         decoder(**settings).pixels(content)
-
-
-@pytest.mark.parametrize("value_range", [[1.0], [5, 5], [float("nan"), 1], [2, 1]])
-def test_wrong_ranges(value_range: list[float]) -> None:
-    with pytest.raises(UserError, match=r"data\.value_range=.*: expected the values of black and white"):
-        decoder(value_range=value_range)
 
 
 def test_whatever_is_broken_is_refused_in_words(capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,8 @@ def fill(root: Path, names: list[str]) -> Path:
 def listed(root: Path, *, below: tuple[str, ...] = ("a", "b")) -> list[tuple[str, int]]:
     """Path and group of each file, through the cache."""
     found = index_files(root, below=list(below), cache_dir=str(root.parent / "cache"))
-    return [(found.paths[i], int(found.groups[i])) for i in range(len(found.paths))]
+    paths, groups = Paths(found.arrays), found.arrays["groups"].tolist()
+    return [(paths[i], groups[i]) for i in range(len(paths))]
 
 
 def walked(root: Path, *, below: tuple[str, ...] = ("a", "b")) -> list[tuple[str, int]]:
@@ -165,7 +166,7 @@ class TestKeptList:
         monkeypatch.setattr(index.os, "scandir", refuse)
         for _ in range(2):
             found = index_files(root, below=["a", "b"], cache_dir=str(root.parent / "cache"))
-            assert len(found.paths) == 8
+            assert len(Paths(found.arrays)) == 8
             assert found.remark() == "left out, cannot be opened: 'a/deep'"
 
     def test_progress_is_shown_on_the_terminal(self, root, monkeypatch, capsys):
@@ -246,8 +247,8 @@ class TestSharing:
         assert not list(root.parent.glob("cache/indices/*/.*"))
 
     def test_arrays_without_a_file_pickle_whole(self, tmp_path):
-        paths = Paths(MappedArrays(pack_paths([b"a", b"", "é".encode()])))
-        copy = pickle.loads(pickle.dumps(paths))
+        arrays = MappedArrays(pack_paths([b"a", b"", "é".encode()]))
+        copy = Paths(pickle.loads(pickle.dumps(arrays)))
         assert [copy[i] for i in range(len(copy))] == ["a", "", "é"]
         with pytest.raises(IndexError):
             copy[3]

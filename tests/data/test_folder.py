@@ -131,9 +131,9 @@ class TestFolder:
             (["data/a/0.png", "data/b/readme.txt"], "data", ["class folder '{root}/data/b' contains no image"]),
             (["train/a/0.png", "train/b/0.png", "val/a/0.png"], ".", ["class folder 'b' is in '{root}/train'"]),
             (
-                ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png", "val/dgo/0.png"],
+                ["train/cat/0.png", "train/mouse/0.png", "val/cat/0.png", "val/mouse/0.png", "val/muose/0.png"],
                 ".",
-                ["class folder 'dgo' is in '{root}/val'", "did you mean 'dog'"],
+                ["class folder 'muose' is in '{root}/val'", "did you mean 'mouse'"],
             ),
             (["train/a/0.png", "train/b/0.png", "val/0.png"], ".", ["'{root}/val' has none", "a, b"]),
             (["val/a/0.png", "val/b/0.png"], ".", ["'val/' but no 'train/'"]),

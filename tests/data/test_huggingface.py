@@ -246,10 +246,9 @@ class TestWrongSettings:
         with pytest.raises(UserError, match=r"data\.val_split=tests is not a split of .* did you mean 'test'"):
             opened(folder, val_split="tests")
 
-    @pytest.mark.parametrize("images", [None, 0, -3])
-    def test_number_of_images(self, folder, images):
-        with pytest.raises(UserError, match=r"data\.images"):
-            opened(folder, streaming=True, images=images)
+    def test_number_of_images(self, folder):
+        with pytest.raises(UserError, match=r"does not state its number of images; set data\.images"):
+            opened(folder, streaming=True, images=None)
 
     def test_a_file_that_is_no_table(self, tmp_path):
         (tmp_path / "d").mkdir()

@@ -9,7 +9,6 @@ from programs import run_program
 from dino_lightning.config import SCHEMAS, DataConfig
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.registry import SOURCES, source_for
-from dino_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''
@@ -82,5 +81,3 @@ def test_built_in_sources_are_registered_by_their_modules() -> None:
 def test_an_unregistered_configuration_is_named() -> None:
     with pytest.raises(TypeError, match="no source is registered for DataConfig"):
         open_sources(DataConfig(), seed=0)
-    with pytest.raises(UserError, match=r"data\.holdout=1"):
-        open_sources(DataConfig(holdout=1.0), seed=0)

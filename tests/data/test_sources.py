@@ -3,13 +3,11 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 from source_cases import check_consistent, numbers, write
 
 from dino_lightning.config import BuiltinData, FolderData
 from dino_lightning.data.sources import open_sources
 from dino_lightning.data.sources.base import held_out
-from dino_lightning.errors import UserError
 
 
 class TestHoldOut:
@@ -39,11 +37,6 @@ class TestHoldOut:
 
     def test_a_class_never_leaves_the_training_images(self):
         assert held_out(np.array([0, 0, 1, 1, 1]), share=0.99, seed=0).tolist().count(True) == 3
-
-    @pytest.mark.parametrize("share", [-0.1, 1.0, 10])
-    def test_share_is_checked(self, tmp_path, share):
-        with pytest.raises(UserError, match=r"data\.holdout="):
-            open_sources(FolderData(path=str(tmp_path), holdout=share), seed=0)
 
 
 def test_builtin_pictures():

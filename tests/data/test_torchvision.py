@@ -216,7 +216,3 @@ class TestTorchvision:
         monkeypatch.setattr(CIFAR10, "url", (tmp_path / "absent" / "cifar-10-python.tar.gz").as_uri())
         with pytest.raises(UserError, match=r"data\.download=true: cifar10 cannot be downloaded"):
             open_sources(TorchvisionData(name="cifar10", path=str(tmp_path / "x")), seed=0)
-
-    def test_wrong_name(self):
-        with pytest.raises(UserError, match=r"data\.name=cifr10 .* did you mean 'cifar10'"):
-            open_sources(TorchvisionData(name="cifr10"), seed=0)

@@ -169,7 +169,6 @@ class TestPatterns:
             ({"shards": "s3://bucket/a.tar"}, r"scheme 's3' is not supported; .*gs.*pipe:COMMAND"),
             ({"shards": "htp://bucket/a.tar"}, r"scheme 'htp' is not supported; did you mean 'http'"),
             ({"shards": "{{a,b"}, r"data\.shards=\{a,b is not a pattern"),
-            ({"shards": "{root}/a.tar", "images": 0}, r"data\.images=0"),
             ({"shards": "{root}/a.tar", "image_keys": []}, r"data\.image_keys=\[\]"),
         ],
     )

@@ -68,7 +68,7 @@ class BuiltinData(DataConfig):
     """Number of training images."""
     val_images: Annotated[int, AtLeast(1)] = 1200
     """Number of validation images."""
-    image_size: Annotated[int, AtLeast(8)] = 32
+    image_size: Annotated[int, AtLeast(16)] = 32
     """Side of an image (pixels)."""
     draw_seed: Annotated[int, AtLeast(0)] = 0
     """Random seed of the drawings (not of the training)."""

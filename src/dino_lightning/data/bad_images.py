@@ -18,7 +18,7 @@ from PIL import Image
 
 from dino_lightning.data.decode import UnreadableImageError
 from dino_lightning.data.sources.base import Content, ImageSource
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.errors import UserError
 from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.locks import exclusive
 
@@ -56,10 +56,6 @@ class BadImages:
     """
 
     def __init__(self, path: Path | None, *, images: int, on_error: str, max_bad_share: float) -> None:
-        if on_error not in ("skip", "raise"):
-            raise UserError(f"data.on_error={on_error}: {did_you_mean(on_error, ('skip', 'raise'))}")
-        if not 0 <= max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share={max_bad_share}: expected a share of the images from 0 to 1")
         self.path = path
         self.images, self.on_error, self.max_bad_share = images, on_error, max_bad_share
         self._reasons: dict[str, str] = {}

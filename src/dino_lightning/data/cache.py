@@ -29,14 +29,13 @@ from dino_lightning.data.bad_images import BadImages
 from dino_lightning.data.cache_build import bytes_needed, write_images
 from dino_lightning.data.decode import Decoder, UnreadableImageError
 from dino_lightning.data.sources.base import ImageSource, Subset, content_digest
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.errors import UserError
 from dino_lightning.runtime.console import say
 from dino_lightning.runtime.files import atomic_folder
 from dino_lightning.runtime.locks import exclusive
 
 FORMAT = 1
 """Increased when the same settings produce other pixels or other files."""
-CHOICES = ("none", "ram", "disk")
 
 
 def cached(
@@ -47,12 +46,8 @@ def cached(
     All ranks call it. The first one decodes in `workers` processes (0: in this one), the others wait for it. Unreadable
     images do not stop it: they are added to the list `bad_images`, and `read` raises an error for them.
     """
-    if config.cache not in CHOICES:
-        raise UserError(f"data.cache={config.cache}: {did_you_mean(config.cache, CHOICES)}")
     if config.cache == "none":
         return source
-    if config.cache_resize < 1:
-        raise UserError(f"data.cache_resize={config.cache_resize}: expected a size in pixels, such as 256")
     # A hold-out depends on the seed, so all images are cached: a few more images are cheaper than a cache per seed.
     subset = source if isinstance(source, Subset) and 2 * len(source) >= len(source.source) else None
     complete = source if subset is None else subset.source

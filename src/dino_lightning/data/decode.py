@@ -60,13 +60,8 @@ class Decoder:
     """Stored image -> PIL image or tensor. Raises `UnreadableImageError` for broken or unsuitable images."""
 
     def __init__(self, config: DataConfig) -> None:
-        value_range = config.value_range
-        if value_range is not None and (len(value_range) != 2 or not -math.inf < value_range[0] < value_range[1]):
-            raise UserError(
-                f"data.value_range={value_range}: expected the values of black and white, such as [0,65535]"
-            )
         self.channels = config.channels
-        self.value_range = value_range
+        self.value_range = config.value_range
         self.nan_value = config.nan_value
         self.apply_exif_rotation = config.apply_exif_rotation
 

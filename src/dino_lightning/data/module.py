@@ -47,13 +47,7 @@ class MultiCropDataModule(L.LightningDataModule):
     """Batches of V crops, each (B, C, size, size), and `eval_dataset("train" | "val")` for evaluation."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        crops: CropsConfig,
-        *,
-        seed: int,
-        bad_images: Path | None = None,
-        labels: bool = False,
+        self, config: DataConfig, crops: CropsConfig, *, seed: int, bad_images: Path | None = None, labels: bool = False
     ) -> None:
         """With `labels`, training batches are `LabeledCrops`; otherwise they contain no labels."""
         super().__init__()

@@ -4,9 +4,9 @@
 the accelerator. A batch is V tensors (B, C, size, size): two global crops, then `local_count` local ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -18,36 +18,11 @@ from dino_lightning.data.crops.device_plan import DevicePlan, make_device_plan
 from dino_lightning.data.crops.photometric import augment
 from dino_lightning.data.crops.pil import PILCrops
 from dino_lightning.data.crops.sampling import Crop, FastRNG, sample_crops
-from dino_lightning.errors import UserError, did_you_mean
 
 GLOBAL_COUNT = 2
 
 Decoding: TypeAlias = Literal["pil", "pixels"]
 """Input of a back end: PIL images, or tensors (C, H, W) uint8."""
-
-
-class CropBackend(Protocol):
-    """Images and their seeds -> a batch."""
-
-    decoding: Decoding
-
-    def __call__(self, images: Sequence[Any], seeds: Sequence[int]) -> "list[Tensor] | RawCrops":
-        """Images of the type in `decoding`, each with the seed of its crops."""
-        ...
-
-
-def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
-    """The configured back end, without color operators unless images have three channels."""
-    config = config if channels == 3 else without_color(config)
-    match config.backend:
-        case "pil":
-            return PILBatches(config)
-        case "cpu":
-            return CPUBatches(config)
-        case "device":
-            return DeviceBatches(config)
-        case other:
-            raise UserError(f"crops.backend={other}: {did_you_mean(other, ('pil', 'cpu', 'device'))}")
 
 
 def without_color(config: CropsConfig) -> CropsConfig:
@@ -112,6 +87,16 @@ class CPUBatches:
         return batch
 
 
+CropBackend: TypeAlias = PILBatches | CPUBatches | DeviceBatches
+"""Images of the type in `decoding`, each with the seed of its crops -> a batch."""
+BACKENDS: dict[str, type[CropBackend]] = {"pil": PILBatches, "cpu": CPUBatches, "device": DeviceBatches}
+
+
+def crop_backend(config: CropsConfig, *, channels: int) -> CropBackend:
+    """The configured back end, without color operators unless images have three channels."""
+    return BACKENDS[config.backend](config if channels == 3 else without_color(config))
+
+
 @dataclass
 class RawCropGroup:
     """Some views of B images with one size: crops (B × views, C, size, size) uint8 in the order of the plan."""
@@ -130,11 +115,14 @@ class RawCrops:
     def to(self, device: torch.device | str) -> "RawCrops":
         """The batch on a device; Lightning calls it."""
         options: dict[str, Any] = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
-        return RawCrops([RawCropGroup(g.crops.to(**options), g.plan.to(**options), g.views) for g in self.groups])
+        return self._changed(lambda tensor: tensor.to(**options))
 
     def pin_memory(self) -> "RawCrops":
         """The batch in page-locked memory; PyTorch's loader calls it."""
-        return RawCrops([RawCropGroup(g.crops.pin_memory(), g.plan.pin_memory(), g.views) for g in self.groups])
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "RawCrops":
+        return RawCrops([RawCropGroup(change(g.crops), g.plan.changed(change), g.views) for g in self.groups])
 
     @torch.no_grad()
     def augment(self, config: CropsConfig) -> list[Tensor]:

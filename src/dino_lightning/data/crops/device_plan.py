@@ -1,7 +1,7 @@
 """The parameters of a batch of crops as tensors: created in loader processes, used on the device."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -34,13 +34,9 @@ class Packed:
         start, end = self.bounds[name]
         return self.tensor[start:end]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool) -> "Packed":
-        """The tensors on a device."""
-        return Packed(self.tensor.to(device, non_blocking=non_blocking), self.bounds)
-
-    def pin_memory(self) -> "Packed":
-        """The tensors in page-locked memory."""
-        return Packed(self.tensor.pin_memory(), self.bounds)
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        """The tensors on another device, or in page-locked memory."""
+        return Packed(change(self.tensor), self.bounds)
 
 
 @dataclass
@@ -70,14 +66,9 @@ class DevicePlan:
     indices: Packed
     numbers: Packed
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "DevicePlan":
-        """The plan on a device."""
-        moved = (part.to(device, non_blocking=non_blocking) for part in (self.indices, self.numbers))
-        return DevicePlan(self.order, self.hue_bounds, *moved)
-
-    def pin_memory(self) -> "DevicePlan":
-        """The plan in page-locked memory."""
-        return DevicePlan(self.order, self.hue_bounds, self.indices.pin_memory(), self.numbers.pin_memory())
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "DevicePlan":
+        """The plan on another device, or in page-locked memory."""
+        return replace(self, indices=self.indices.changed(change), numbers=self.numbers.changed(change))
 
 
 def make_device_plan(crops: Sequence[Crop]) -> DevicePlan:
@@ -107,8 +98,7 @@ def make_device_plan(crops: Sequence[Crop]) -> DevicePlan:
             dtype=torch.int64,
         ),
         numbers=Packed.pack(
-            {**jitter_numbers, "blur": [weight for row in weights for weight in row]},
-            dtype=torch.float32,
+            {**jitter_numbers, "blur": [weight for row in weights for weight in row]}, dtype=torch.float32
         ),
     )
 

@@ -8,14 +8,14 @@ in the order of the original DINO's transforms, so the same seeds give bit-ident
 import math
 import random
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 
 from dino_lightning.config import CropsConfig
 
 GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2
-"""Inrngs of the kinds of views in `crops.blur_p` and `crops.solarize_p`."""
+"""Indices of the kinds of views in `crops.blur_p` and `crops.solarize_p`."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
 """The four operations of the color jitter, as numbered by torchvision."""
 MAX_ATTEMPTS = 10
@@ -39,44 +39,11 @@ class Crop:
     solarize: bool
 
 
-class CropRNG(Protocol):
-    """Random numbers of two generators, like in the original: PyTorch's and Python's."""
-
-    def uniform(self, low: float, high: float, /) -> float:
-        """From `low` to `high`, by PyTorch."""
-        ...
-
-    def log_uniform(self, low: float, high: float, /) -> float:
-        """From `low` to `high`, uniform in the logarithm, by PyTorch."""
-        ...
-
-    def integer(self, below: int, /) -> int:
-        """From 0 to `below` - 1, by PyTorch."""
-        ...
-
-    def order(self) -> list[int]:
-        """A permutation of 0 to 3, by PyTorch."""
-        ...
-
-    def chance(self) -> float:
-        """From 0 to 1, by PyTorch."""
-        ...
-
-    def python_chance(self) -> float:
-        """From 0 to 1, by Python."""
-        ...
-
-    def python_uniform(self, low: float, high: float, /) -> float:
-        """From `low` to `high`, by Python."""
-        ...
-
-
 class ReferenceRNG:
     """The original's two generators with one seed, separate from the global ones."""
 
     def __init__(self, seed: int) -> None:
-        self._torch = torch.Generator().manual_seed(seed)
-        self._python = random.Random(seed)
+        self._torch, self.python = torch.Generator().manual_seed(seed), random.Random(seed)
 
     def uniform(self, low: float, high: float) -> float:
         """A float32, like `Tensor.uniform_`."""
@@ -99,23 +66,13 @@ class ReferenceRNG:
         """Like `torch.rand`."""
         return torch.rand(1, generator=self._torch).item()
 
-    def python_chance(self) -> float:
-        """Like `random.random`."""
-        return self._python.random()
-
-    def python_uniform(self, low: float, high: float) -> float:
-        """Like `random.uniform`."""
-        return self._python.uniform(low, high)
-
 
 class FastRNG:
     """Only Python's generator, several times faster than PyTorch scalars: the same distributions, other numbers."""
 
     def __init__(self, seed: int) -> None:
-        generator = random.Random(seed)
-        self.uniform = self.python_uniform = generator.uniform
-        self.chance = self.python_chance = generator.random
-        self._generator = generator
+        self.python = random.Random(seed)
+        self.uniform, self.chance = self.python.uniform, self.python.random
 
     def log_uniform(self, low: float, high: float) -> float:
         """From `low` to `high`, uniform in the logarithm."""
@@ -123,13 +80,16 @@ class FastRNG:
 
     def integer(self, below: int) -> int:
         """From 0 to `below` - 1."""
-        return int(self._generator.random() * below)
+        return int(self.python.random() * below)
 
     def order(self) -> list[int]:
         """A permutation of 0 to 3."""
         order = [0, 1, 2, 3]
-        self._generator.shuffle(order)
+        self.python.shuffle(order)
         return order
+
+
+CropRNG: TypeAlias = ReferenceRNG | FastRNG
 
 
 def sample_crops(config: CropsConfig, *, width: int, height: int, rng: CropRNG) -> list[Crop]:
@@ -149,9 +109,9 @@ def sample_crop(config: CropsConfig, view: int, *, width: int, height: int, rng:
         # torchvision's RandomApply compares in the other direction than its flip.
         jitter=() if config.jitter_p < rng.chance() else sample_jitter(config, rng=rng),
         gray=rng.chance() < config.grayscale_p,
-        blur=0.0 if rng.python_chance() > config.blur_p[view] else rng.python_uniform(*config.blur_radius),
+        blur=0.0 if rng.python.random() > config.blur_p[view] else rng.python.uniform(*config.blur_radius),
         # A view without solarization draws no number, because the original has no such operator there.
-        solarize=bool(config.solarize_p[view]) and rng.python_chance() < config.solarize_p[view],
+        solarize=bool(config.solarize_p[view]) and rng.python.random() < config.solarize_p[view],
     )
 
 

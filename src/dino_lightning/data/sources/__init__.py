@@ -3,15 +3,12 @@
 from dino_lightning.config import DataConfig
 from dino_lightning.data.sources.base import ImageSource, ImageStream, Splits, hold_out
 from dino_lightning.data.sources.registry import register_source, source_for
-from dino_lightning.errors import UserError
 
 __all__ = ["ImageSource", "ImageStream", "Splits", "open_sources", "register_source"]
 
 
 def open_sources(config: DataConfig, *, seed: int) -> Splits:
     """Open the images of `config`; `seed` selects the images that are held out if there is no validation split."""
-    if not 0 <= config.holdout < 1:
-        raise UserError(f"data.holdout={config.holdout}: expected a share of the images of at least 0 and below 1")
     opened = source_for(config)(config)
     train = opened.train
     if opened.val is not None or not isinstance(train, ImageSource) or train.labels is None:

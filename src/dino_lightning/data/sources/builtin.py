@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from dino_lightning.config import BuiltinData
 from dino_lightning.data.sources.base import Splits, content_digest
 from dino_lightning.data.sources.registry import register_source
-from dino_lightning.errors import UserError
 
 Field: TypeAlias = NDArray[np.floating]
 """One number per pixel (n, H, W), or an array that broadcasts to it. A shape is a field that is positive inside and
@@ -48,11 +47,10 @@ class BuiltinImages:
     """`images` pictures of `image_size` pixels square, with labels and object masks.
 
     A picture depends only on `draw_seed`, the split and its index: number 7 of 10 equals number 7 of 6,000. Labels are
-    balanced (index modulo the number of classes). Raises `UserError` for invalid sizes and seeds.
+    balanced (index modulo the number of classes).
     """
 
     def __init__(self, split: Literal["train", "val"], *, images: int, image_size: int, draw_seed: int) -> None:
-        _check(split, images=images, image_size=image_size, draw_seed=draw_seed)
         self.split = split
         self.classes = [species.name for species in SPECIES]
         self.labels = np.arange(images, dtype=np.int64) % len(SPECIES)
@@ -92,14 +90,6 @@ def open_builtin(config: BuiltinData) -> Splits:
     options = {"image_size": config.image_size, "draw_seed": config.draw_seed}
     train = BuiltinImages("train", images=config.train_images, **options)
     return Splits(train, BuiltinImages("val", images=config.val_images, **options), None)
-
-
-def _check(split: str, *, images: int, image_size: int, draw_seed: int) -> None:
-    assert split in SPLITS
-    key = f"data.{split}_images"
-    for name, value, least in ((key, images, 1), ("data.image_size", image_size, 16), ("data.draw_seed", draw_seed, 0)):
-        if value < least:
-            raise UserError(f"{name}={value}: expected at least {least}.")
 
 
 class PictureRNG:

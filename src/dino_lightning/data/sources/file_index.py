@@ -9,10 +9,9 @@ break this: there, remove `indices` in the cache after a change.
 import contextlib
 import os
 import time
-import uuid
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -25,12 +24,12 @@ from dino_lightning.data.sources.base import join_remarks
 from dino_lightning.data.sources.mapped_arrays import (
     LARGE,
     MappedArrays,
-    Paths,
     index_folder,
     offsets_from,
     open_stored,
     store,
 )
+from dino_lightning.runtime.files import atomic_file
 from dino_lightning.runtime.locks import exclusive
 
 MIN_AGE_NS = 2_000_000_000
@@ -58,25 +57,21 @@ class IndexedFolder:
     group: int
     stamp: Stamp
     state: int
-    blob: bytes
-    lengths: np.ndarray
+    blob: bytes = b""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
+@dataclass(frozen=True)
 class FileIndex:
     """The images below some folders of a root.
 
-    `paths` are relative to the root; `groups` (n,) int64 is the index of the folder that contains the file. `loops` and
-    `closed` are folders that could not be followed or opened.
+    `arrays` contains their paths relative to the root (`blob`, `offsets`), and `groups` (n,) int64, the index of the
+    folder that contains the file. `loops` and `closed` are folders that could not be followed or opened.
     """
 
-    def __init__(self, arrays: MappedArrays, *, loops: list[str], closed: list[str]):
-        self.arrays, self.loops, self.closed = arrays, loops, closed
-        self.paths = Paths(arrays)
-
-    @property
-    def groups(self) -> np.ndarray:
-        """Index of the folder (n,) int64."""
-        return self.arrays["groups"]
+    arrays: MappedArrays
+    loops: list[str]
+    closed: list[str]
 
     def remark(self) -> str | None:
         """One line about the folders that were left out."""
@@ -93,14 +88,11 @@ class StoredIndex:
 
     def __init__(self, folder: Path):
         self.folder, self.arrays = folder, open_stored(folder)
+        if self.arrays.arrays.keys() != {"blob", "offsets", "groups"}:
+            raise ValueError(f"'{folder}' is not a list of files")
         with np.load(folder / "folders.npz") as table:
             self.below, self.names = _split_names(table["below"]), _split_names(table["names"])
             self.stamps, self.states, self.starts = table["stamps"], table["states"], table["starts"]
-        offsets, count = self.arrays["offsets"], len(self.arrays["groups"])
-        sizes = (len(self.stamps), len(self.states), len(self.starts) - 1, len(offsets) - 1, int(offsets[-1]))
-        folders = len(self.names)
-        if sizes != (folders, folders, folders, count, len(self.arrays["blob"])) or self.starts[-1] != count:
-            raise ValueError(f"'{folder}' is not a list of files")
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -138,7 +130,7 @@ class StoredIndex:
         with contextlib.suppress(OSError):
             os.utime(self.folder)
         loops, closed = ([self.names[row] for row in np.flatnonzero(self.states == state)] for state in (LOOP, CLOSED))
-        return FileIndex(self.arrays, loops=loops, closed=closed)
+        return FileIndex(self.arrays, loops, closed)
 
 
 def index_files(root: str | Path, *, below: list[str], cache_dir: str) -> FileIndex:
@@ -209,7 +201,7 @@ class FolderWalker:
             try:
                 status = os.stat(os.path.join(self.root, path))
             except OSError:
-                self._add(path, group, stamp=UNKNOWN, state=CLOSED)
+                self._add(IndexedFolder(path, group, UNKNOWN, CLOSED))
                 continue
             # Taken before the files are read, so that the next start notices changes meanwhile.
             stamp = _stamp(status)
@@ -217,11 +209,11 @@ class FolderWalker:
             stamp = UNKNOWN if now - max(stamp) < MIN_AGE_NS else stamp
             identity = (status.st_dev, status.st_ino)
             if identity in ancestors:
-                self._add(path, group, stamp=stamp, state=LOOP)
+                self._add(IndexedFolder(path, group, stamp, LOOP))
                 continue
             if self.stored and row is not None:
                 subfolders = self.stored.subfolders.get(path, [])
-                self._add(path, group, stamp=stamp, state=int(self.stored.states[row]), files=self.stored.files(row))
+                self._add(IndexedFolder(path, group, stamp, int(self.stored.states[row]), *self.stored.files(row)))
             else:
                 subfolders = yield from self._read(path, group, stamp=stamp)
             pending += ((name, group, ancestors | {identity}) for name in subfolders)
@@ -246,20 +238,12 @@ class FolderWalker:
             state = CLOSED
         encoded = [os.fsencode(prefix + name) for name in sorted(names)]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        self._add(path, group, stamp=stamp, state=state, files=(b"".join(encoded), lengths))
+        self._add(IndexedFolder(path, group, stamp, state, b"".join(encoded), lengths))
         return subfolders
 
-    def _add(
-        self,
-        path: str,
-        group: int,
-        *,
-        stamp: Stamp,
-        state: int,
-        files: tuple[bytes, np.ndarray] = (b"", np.zeros(0, dtype=np.int64)),
-    ) -> None:
-        self.folders.append(IndexedFolder(path, group, stamp, state, *files))
-        self.count += len(files[1])
+    def _add(self, folder: IndexedFolder) -> None:
+        self.folders.append(folder)
+        self.count += len(folder.lengths)
 
 
 def _finish(counts: Iterator[int], *, root: str) -> None:
@@ -285,26 +269,17 @@ def _index(folders: list[IndexedFolder], *, below: list[str], cache: Path | None
     }
     stored = store(arrays, under=cache) if cache else MappedArrays(arrays)
     if stored.folder:
-        with contextlib.suppress(OSError):
-            _write_folders(stored.folder, folders, below=below, starts=offsets_from(np.array(counts)))
+        with contextlib.suppress(OSError), atomic_file(stored.folder / "folders.npz", unique=True) as file:
+            np.savez(
+                file,
+                below=_join_names(below),
+                names=_join_names([folder.path for folder in folders]),
+                stamps=np.array([folder.stamp for folder in folders], dtype=np.int64),
+                states=np.array([folder.state for folder in folders], dtype=np.int8),
+                starts=offsets_from(np.array(counts)),
+            )
     loops, closed = ([folder.path for folder in folders if folder.state == state] for state in (LOOP, CLOSED))
-    return FileIndex(stored, loops=loops, closed=closed)
-
-
-def _write_folders(target: Path, folders: list[IndexedFolder], *, below: list[str], starts: np.ndarray) -> None:
-    unfinished = target / f".{uuid.uuid4().hex}.npz"
-    try:
-        np.savez(
-            unfinished,
-            below=_join_names(below),
-            names=_join_names([folder.path for folder in folders]),
-            stamps=np.array([folder.stamp for folder in folders], dtype=np.int64),
-            states=np.array([folder.state for folder in folders], dtype=np.int8),
-            starts=starts,
-        )
-        os.replace(unfinished, target / "folders.npz")
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return FileIndex(stored, loops, closed)
 
 
 def _newest(cache: Path) -> StoredIndex | None:

@@ -41,32 +41,15 @@ class FolderImages(ImageFiles):
     """
 
     def __init__(self, root: Path, *, classes: list[str] | None, cache_dir: str):
-        self.root = str(root)
-        self.classes = classes
         self.index = index_files(root, below=[""] if classes is None else classes, cache_dir=cache_dir)
+        super().__init__(root, arrays=self.index.arrays, classes=classes, labels="groups")
         if classes is not None:
             self._check_classes(classes)
         elif not len(self):
             raise UserError(f"data.path: '{root}' contains no image (searched recursively for {EXTENSIONS})")
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """Index of the first-level folder (n,) int64, or None."""
-        return None if self.classes is None else self.index.groups
-
-    def __len__(self) -> int:
-        return len(self.index.paths)
-
-    def describe(self, index: int) -> str:
-        """Path of the file."""
-        return os.path.join(self.root, self.index.paths[index])
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """The relative paths."""
-        return [self.index.paths.blob, self.index.paths.offsets]
-
     def _check_classes(self, classes: list[str]) -> None:
-        for name, count in zip(classes, np.bincount(self.index.groups, minlength=len(classes)), strict=True):
+        for name, count in zip(classes, np.bincount(self.arrays["groups"], minlength=len(classes)), strict=True):
             if not count:
                 folder = f"data.path: the class folder '{os.path.join(self.root, name)}'"
                 if name in self.index.closed:

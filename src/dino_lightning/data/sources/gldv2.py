@@ -16,7 +16,7 @@ from dino_lightning.config import LandmarksData
 from dino_lightning.data.sources.base import Splits
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.data.sources.listing import column_bytes, column_names, probes, read_table
-from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, store_if_large
+from dino_lightning.data.sources.mapped_arrays import ImageFiles, store_if_large
 from dino_lightning.data.sources.registry import register_source
 from dino_lightning.errors import UserError, did_you_mean
 
@@ -30,27 +30,15 @@ TABLES = (("id", "landmark_id"), ("landmark_id", "images"))
 class LandmarkImages(ImageFiles):
     """Images `ids` (n,) uint64 with `labels` (n,) int64, both in `arrays`; the classes are the landmark numbers."""
 
-    def __init__(self, root: Path, *, arrays: MappedArrays, classes: list[str]):
-        self.root = str(root)
-        self.classes = classes
-        self._arrays = arrays
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Index of the class (n,) int64."""
-        return self._arrays["labels"]
+    path_arrays = ("ids",)
 
     def __len__(self) -> int:
-        return len(self._arrays["ids"])
+        return len(self.arrays["ids"])
 
     def describe(self, index: int) -> str:
         """Path of the file."""
-        name = f"{int(self._arrays['ids'][index]):0{DIGITS}x}"
+        name = f"{int(self.arrays['ids'][index]):0{DIGITS}x}"
         return os.path.join(self.root, name[0], name[1], name[2], f"{name}.jpg")
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """The identifiers."""
-        return [self._arrays["ids"]]
 
 
 @register_source("gldv2", LandmarksData)

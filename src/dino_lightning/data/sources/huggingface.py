@@ -87,9 +87,11 @@ def _open_stream(config: HuggingFaceData) -> HubStream:
     check_columns(rows.features, config, table=f"'{config.name}'")
     info = (rows.info.splits or {}).get(config.train_split)
     images = config.images or (info.num_examples if info is not None else None)
-    if not images or images < 1:
-        problem = "does not state its number of images" if config.images is None else f"has data.images={config.images}"
-        raise UserError(f"data.name={config.name} {problem}; set data.images to the images per epoch, at least 1")
+    if not images:
+        raise UserError(
+            f"data.name={config.name} does not state its number of images; set data.images to the images per epoch, at "
+            "least 1"
+        )
     return HubStream(rows, config=config, images=images)
 
 

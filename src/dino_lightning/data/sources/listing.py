@@ -33,32 +33,6 @@ PROBES = 7
 """Files whose existence is tested when a list is opened."""
 
 
-class ListingImages(ImageFiles):
-    """The files `blob`, `offsets` of `arrays` below `root`; `labels` is int64 (n,), -1 if the list has none."""
-
-    def __init__(self, root: Path, *, arrays: MappedArrays, classes: list[str] | None):
-        self.root = str(root)
-        self.classes = classes
-        self._arrays = arrays
-        self._paths = Paths(arrays)
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """Index of the class (n,) int64; None without labels."""
-        return None if self.classes is None else self._arrays["labels"]
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def describe(self, index: int) -> str:
-        """Path of the file."""
-        return os.path.join(self.root, self._paths[index])
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """The listed paths."""
-        return [self._paths.blob, self._paths.offsets]
-
-
 @register_source("listing", ListingData)
 def open_listing(config: ListingData) -> Splits:
     """The listed images."""
@@ -79,7 +53,7 @@ def open_listing(config: ListingData) -> Splits:
     _check_files(Paths(MappedArrays(arrays)), root=root, first=f"{unit} {lines[0]}")
     arrays = store_if_large(arrays, images=len(lines), cache_dir=config.cache_dir, of=file)
     remark = f"no labels: data.label_column={config.label_column} is empty" if config.label_column else "no labels"
-    return Splits(ListingImages(root, arrays=arrays, classes=classes), None, None if classes else remark)
+    return Splits(ImageFiles(root, arrays=arrays, classes=classes), None, None if classes else remark)
 
 
 def _check_text(file: Path) -> None:
@@ -186,10 +160,7 @@ def column_bytes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
     values: Any = pa.concat_arrays(column.chunks)
     _, offsets, blob = values.buffers()
     bounds = np.frombuffer(offsets or bytes(8), dtype=np.int64)[values.offset :][: len(values) + 1]
-    return {
-        "blob": np.frombuffer(blob or b"", dtype=np.uint8)[bounds[0] : bounds[-1]],
-        "offsets": bounds - bounds[0],
-    }
+    return {"blob": np.frombuffer(blob or b"", dtype=np.uint8)[bounds[0] : bounds[-1]], "offsets": bounds - bounds[0]}
 
 
 def probes(count: int) -> np.ndarray:

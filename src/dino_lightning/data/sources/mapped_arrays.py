@@ -41,11 +41,7 @@ class Paths:
     """The paths `blob[offsets[i]:offsets[i + 1]]` of `arrays`: n Python strings would be copied into every process."""
 
     def __init__(self, arrays: MappedArrays):
-        self.arrays = arrays
         self.blob, self.offsets = arrays["blob"], arrays["offsets"]
-
-    def __reduce__(self) -> tuple[type["Paths"], tuple[MappedArrays]]:
-        return Paths, (self.arrays,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -57,28 +53,40 @@ class Paths:
 
 
 class ImageFiles:
-    """Base of the sources whose images are files. `describe` returns an image's path."""
+    """Images that are files below `root`, by default the `Paths` of `arrays`.
+
+    `labels` names the array of their labels (n,) int64, -1 for an unlabeled image; there are none without `classes`.
+    """
+
+    path_arrays = ("blob", "offsets")
+    """Names of the arrays that determine all paths."""
+
+    def __init__(
+        self, root: Path | str, *, arrays: MappedArrays, classes: list[str] | None, labels: str = "labels"
+    ) -> None:
+        self.root, self.arrays, self.classes, self._labels = str(root), arrays, classes, labels
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Index of the class (n,) int64; None without labels."""
+        return None if self.classes is None else self.arrays[self._labels]
 
     def __len__(self) -> int:
-        raise NotImplementedError
-
-    def describe(self, index: int) -> str:
-        """Path of the file."""
-        raise NotImplementedError
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """Arrays that determine all paths."""
-        raise NotImplementedError
+        return len(Paths(self.arrays))
 
     def read(self, index: int) -> bytes:
         """The bytes of the file."""
         with open(self.describe(index), "rb") as file:
             return file.read()
 
+    def describe(self, index: int) -> str:
+        """Path of the file."""
+        return os.path.join(self.root, Paths(self.arrays)[index])
+
     def fingerprint(self) -> str:
         """Digest of the files' paths, sizes and times."""
         stats = (number for i in range(len(self)) for number in _size_and_time(self.describe(i)))
-        arrays = [*self.path_arrays(), np.fromiter(stats, dtype=np.int64)]
+        arrays = [*(self.arrays[name] for name in self.path_arrays), np.fromiter(stats, dtype=np.int64)]
         return content_digest(*(array.tobytes() for array in arrays))
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import torchvision
 from torchvision.datasets import CIFAR10, CIFAR100, DTD, STL10, SVHN, Flowers102, Food101, OxfordIIITPet
 
-from dino_lightning.config import TORCHVISION_NAMES, TorchvisionData
+from dino_lightning.config import TorchvisionData
 from dino_lightning.config.paths import usable_path
 from dino_lightning.data.sources.base import Splits, content_digest
-from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, Paths, pack_paths
+from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, pack_paths
 from dino_lightning.data.sources.registry import register_source
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.errors import UserError
 from dino_lightning.runtime.locks import exclusive
 
 
@@ -47,27 +47,18 @@ SPECS = {
 """By `data.name`; the keys are `TORCHVISION_NAMES`."""
 
 
-class TorchvisionImages:
-    """One split, `train` or `val`, of a dataset of torchvision.
+class PixelImages:
+    """One split of a dataset of decoded images, `data` (n, H, W, 3); `name` names dataset and split.
 
     `stl10` trains on its 5,000 labeled images followed by its 100,000 unlabeled ones, whose label is -1; evaluations
     that compare labels (a k-NN bank, a probe) use only images with `labels >= 0`.
     """
 
-    def __init__(self, name: str, *, split: str, labels: np.ndarray, classes: list[str]):
-        self.name, self.split = name, split
-        self.labels, self.classes = labels, classes
+    def __init__(self, name: str, *, data: np.ndarray, labels: np.ndarray, classes: list[str]):
+        self.name, self.data, self.labels, self.classes = name, data, labels, classes
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-class PixelImages(TorchvisionImages):
-    """A dataset of decoded images, `data` (n, H, W, 3)."""
-
-    def __init__(self, name: str, *, data: np.ndarray, **options: Any):
-        super().__init__(name, **options)
-        self.data = data
 
     def read(self, index: int) -> np.ndarray:
         """The image (H, W, 3)."""
@@ -75,58 +66,38 @@ class PixelImages(TorchvisionImages):
 
     def describe(self, index: int) -> str:
         """Name of the dataset, split and row."""
-        return f"{self.name} {self.split} row {index}"
+        return f"{self.name} row {index}"
 
     def fingerprint(self) -> str:
         """Digest of name, split and size, because torchvision verifies the checksums of the files."""
-        return content_digest(f"{self.name} {self.split} {len(self)}".encode())
-
-
-class FileImages(TorchvisionImages, ImageFiles):
-    """A dataset of image files."""
-
-    def __init__(self, name: str, *, files: list[Path], **options: Any):
-        super().__init__(name, **options)
-        self.paths = Paths(MappedArrays(pack_paths(bytes(file) for file in files)))
-
-    def describe(self, index: int) -> str:
-        """Path of the file."""
-        return self.paths[index]
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """The paths."""
-        return [self.paths.blob, self.paths.offsets]
+        return content_digest(f"{self.name} {len(self)}".encode())
 
 
 @register_source("torchvision", TorchvisionData)
 def open_torchvision(config: TorchvisionData) -> Splits:
     """Training and validation images."""
-    if config.name not in TORCHVISION_NAMES:
-        raise UserError(
-            f"data.name={config.name} is not a supported dataset of torchvision; "
-            f"{did_you_mean(config.name, TORCHVISION_NAMES)}"
-        )
     train, val = (_open(config, split=split) for split in ("train", "val"))
     if train.classes != val.classes:
         raise UserError(
             f"data.path={config.path}: the splits of {config.name} have different classes; extract the dataset again"
         )
+    assert train.labels is not None
     unlabeled = int((train.labels < 0).sum())
     remark = f"{unlabeled} of the {len(train)} training images have no label: the k-NN bank contains the others"
     return Splits(train, val, remark if unlabeled else None)
 
 
-def _open(config: TorchvisionData, *, split: str) -> PixelImages | FileImages:
+def _open(config: TorchvisionData, *, split: str) -> PixelImages | ImageFiles:
     spec = SPECS[config.name]
     parts = [_read(config, arguments) for arguments in (spec.train if split == "train" else (spec.val,))]
     labels = np.concatenate([np.asarray(_attribute(part, "targets", "labels", "_labels")) for part in parts])
     # STL10 has class names only if its optional class_names.txt exists, SVHN never.
     names = getattr(parts[0], "classes", None) or map(str, range(int(labels.max()) + 1))
-    options = {"split": split, "labels": labels.astype(np.int64), "classes": list(names)}
+    labels, classes = labels.astype(np.int64), list(names)
     if spec.dataset in (CIFAR10, CIFAR100, STL10, SVHN):
-        return PixelImages(config.name, data=_pixels(parts[0]), **options)
-    files = [Path(file) for part in parts for file in _attribute(part, "_image_files", "_images")]
-    return FileImages(config.name, files=files, **options)
+        return PixelImages(f"{config.name} {split}", data=_pixels(parts[0]), labels=labels, classes=classes)
+    files = (bytes(Path(file)) for part in parts for file in _attribute(part, "_image_files", "_images"))
+    return ImageFiles("", arrays=MappedArrays({**pack_paths(files), "labels": labels}), classes=classes)
 
 
 def _pixels(part: CIFAR10 | STL10 | SVHN) -> np.ndarray:

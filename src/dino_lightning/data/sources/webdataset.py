@@ -83,8 +83,6 @@ class WebDatasetImages:
 @register_source("webdataset", WebDatasetData)
 def open_webdataset(config: WebDatasetData) -> Splits:
     """The shards as a training stream, without a validation split."""
-    if config.images < 1:
-        raise UserError(f"data.images={config.images}: expected at least 1 image per epoch")
     if not config.image_keys:
         raise UserError("data.image_keys=[] selects no images; expected the extensions of the members that are images")
     urls = expand_shards(config.shards)
