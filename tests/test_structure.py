@@ -82,6 +82,18 @@ def test_pages_name_files_that_exist(page: Path) -> None:
     assert not missing | {path for path in others if not (PROJECT / path).exists()}
 
 
+def test_every_module_says_its_purpose() -> None:
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in MODULES}
+    assert not [path for path, text in docstrings.items() if len(text) < 15 or "TODO" in text]
+
+
+def test_the_script_for_integration_names_tests_that_exist() -> None:
+    script = (PROJECT / ".ci" / "run").read_text()
+    tests = re.findall(r"(tests/[a-z_/]+\.py)::(\w+)", script)
+    assert tests
+    assert not [test for file, test in tests if f"\ndef {test}(" not in (PROJECT / file).read_text()]
+
+
 def test_the_architecture_page_names_modules_that_exist() -> None:
     page = (PROJECT / "docs" / "architecture.md").read_text()
     paths = re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[a-z_/]+", page)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Lengths of training with a unit, such as `10ep`, `500it` or `10%`."""
 
 import re
 from dataclasses import dataclass

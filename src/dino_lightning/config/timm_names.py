@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks that timm has a network of a given name."""
 
 import timm
 
