@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dino_lightning.losses.centering import Center
 from dino_lightning.losses.cross_view import SoftmaxParams, cross_view_entropy
+from dino_lightning.models.factored_logits import FactoredLogits
 
 K = 5
 
@@ -19,13 +20,18 @@ def _logits(B: int = 8) -> Tensor:
     return torch.randn(B, K, dtype=torch.float64)
 
 
+def _observe(center: Center, logits_BK: Tensor) -> None:
+    """One micro-batch, whose embeddings are the logits."""
+    center.center_for(FactoredLogits(logits_BK, torch.eye(K, dtype=logits_BK.dtype)), temperature=0.04)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
 def test_moves_as_equation_4(momentum: float) -> None:
     center, expected = _center(momentum), [0.0] * K
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
     for _ in range(5):
         batch = _logits()
-        center.observe_logits(batch)
+        _observe(center, batch)
         center.update()
         expected = oracles.move_center(expected, batch.tolist(), momentum=momentum)
         torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
@@ -33,10 +39,10 @@ def test_moves_as_equation_4(momentum: float) -> None:
 
 def test_four_micro_batches_are_one_batch() -> None:
     whole, parts, batch = _center(), _center(), _logits(16)
-    whole.observe_logits(batch)
+    _observe(whole, batch)
     whole.update()
     for part in batch.chunk(4):
-        parts.observe_logits(part)
+        _observe(parts, part)
     parts.update()
     torch.testing.assert_close(parts.center, whole.center, rtol=1e-13, atol=0)
 
@@ -45,7 +51,7 @@ def test_micro_batches_count_by_their_images() -> None:
     """A mean of means would weigh the short last batch too much."""
     center, batch = _center(), _logits(8)
     for part in batch.split([6, 2]):
-        center.observe_logits(part)
+        _observe(center, part)
     center.update()
     expected = oracles.move_center([0.0] * K, batch.tolist(), momentum=0.9)
     torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
@@ -61,7 +67,7 @@ def test_the_loss_sees_the_old_center_until_commit() -> None:
         return cross_view_entropy(student, teacher, sharpness)
 
     before = loss()
-    center.observe_logits(teacher.flatten(0, 1))
+    _observe(center, teacher.flatten(0, 1))
     assert torch.equal(loss(), before)
     center.update()
     assert not torch.equal(loss(), before)
@@ -71,7 +77,7 @@ def test_the_sum_is_all_that_is_observed() -> None:
     """As the caller may know it for less than the logits."""
     of_logits, of_sums = _center(), _center()
     for part in _logits().split([6, 2]):
-        of_logits.observe_logits(part)
+        _observe(of_logits, part)
         of_sums.observe(part.sum(0, keepdim=True), count=len(part))
     for center in (of_logits, of_sums):
         center.update()
@@ -92,7 +98,7 @@ def test_commit_without_observe_does_nothing() -> None:
     center = _center()
     center.update()
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
-    center.observe_logits(_logits())
+    _observe(center, _logits())
     center.update()
     moved = center.center.clone()
     center.update()
@@ -101,9 +107,9 @@ def test_commit_without_observe_does_nothing() -> None:
 
 def test_saved_under_the_original_name_and_nothing_else() -> None:
     center = _center()
-    center.observe_logits(_logits())
+    _observe(center, _logits())
     center.update()
-    center.observe_logits(_logits())  # pending: part of no checkpoint
+    _observe(center, _logits())  # pending: part of no checkpoint
     assert list(center.state_dict()) == ["center"]
     assert center.state_dict()["center"].shape == (1, K)
     copy = _center()
@@ -117,13 +123,13 @@ def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
     """The logits are rounded by their own precision once; their mean is good to float32."""
     center, batch = Center(K, momentum=0.0), (torch.rand(300, K) + 1).to(dtype)
     for part in batch.chunk(3):
-        center.observe_logits(part)
+        _observe(center, part)
     center.update()
     torch.testing.assert_close(center.center, batch.double().mean(0, keepdim=True).float(), rtol=1e-6, atol=0)
 
 
 def test_keeps_no_graph() -> None:
     center = _center()
-    center.observe_logits(_logits().requires_grad_())
+    _observe(center, _logits().requires_grad_())
     center.update()
     assert not center.center.requires_grad

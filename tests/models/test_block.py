@@ -21,9 +21,8 @@ from torch.nn.attention import SDPBackend
 from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import attention as attention_kernels
 from dino_lightning.models.kernels import block as whole_block
-from dino_lightning.models.kernels import patches
+from dino_lightning.models.kernels import packing, patches
 from dino_lightning.models.kernels.attention import attention, attention_backward
-from dino_lightning.models.kernels.packing import constant
 from dino_lightning.models.vit import OriginalViT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -108,7 +107,7 @@ def test_attention_has_the_kernels_signatures(kernel: str | None, monkeypatch: p
     if kernel is not None:
         chosen = SDPBackend.__members__[kernel].value
         monkeypatch.setattr(attention_kernels, "_chosen", lambda *_: chosen)
-    monkeypatch.setattr(attention_kernels, "constant", constant.__wrapped__)  # else it would keep a pretended tensor
+    monkeypatch.setattr(packing, "constant", packing.constant.__wrapped__)  # else it would keep a pretended tensor
     with FakeTensorMode():
         qkv_M3D = torch.empty(76, 3 * WIDTH, device="cuda", dtype=kind)
         out_MD, kept, kernels = attention(qkv_M3D, SHAPES, heads=HEADS, varlen=varlen)

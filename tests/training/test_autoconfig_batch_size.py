@@ -12,7 +12,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, device_index, fits_in_memory, largest_batch
+from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, fits_in_memory, largest_batch, one_device
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -42,7 +42,7 @@ def test_halves_until_it_fits() -> None:
     words = [sys.executable, "-c", LITTLE_MEMORY, str(100 << 20), *WORDS]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(composing.__file__).parent)
     found = done.stdout.split("fits ")[1].split()
-    small, told, large, told_of_large = (int(word.rpartition(":")[2]) for word in found)
+    small, told, large, told_of_large = map(int, found)
     assert (small, large) == (told, told_of_large), "the processes of other devices learn it"
     assert small == 4
     assert large in (32, 64, 128, 256)
@@ -60,18 +60,19 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
     assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
 
 
-def test_a_result_is_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_processes_of_other_devices_take_over_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of `--multirun` in one process, and those of a notebook, each find their own batch."""
-    monkeypatch.setenv(RESULT_VARIABLE, "")
+    monkeypatch.setenv(RESULT_VARIABLE, "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert largest_batch(config("data.batch_size_per_device=4")) == 2
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert largest_batch(config("data.batch_size_per_device=4")) == 4
-    training = os.environ[RESULT_VARIABLE].partition(":")[0]
-    monkeypatch.setenv(RESULT_VARIABLE, f"{training}:2")
-    assert largest_batch(config("data.batch_size_per_device=4", "optim.lr=0.0001")) == 4
-    monkeypatch.setenv(RESULT_VARIABLE, f"{training}:2")
-    assert largest_batch(config("data.batch_size_per_device=4")) == 2, "the processes of other devices learn it"
+    assert os.environ[RESULT_VARIABLE] == "4"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert largest_batch(config("data.batch_size_per_device=3")) == 3
+    assert os.environ[RESULT_VARIABLE] == "3", "not the result of an earlier run"
 
 
 def test_the_finder_uses_a_device_of_the_training() -> None:
-    assert [device_index(devices) for devices in ("auto", 2, "-1")] == [None] * 3
-    assert [device_index(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]
+    assert [one_device(devices) for devices in ("auto", 2, "-1")] == [None] * 3
+    assert [one_device(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]

@@ -189,7 +189,7 @@ def test_the_warning_appears_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
             bar._open(trainer)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            bar._close()
+            bar.on_train_end(trainer, pl_module)
 
     watch = Opened(watch.config)
     fit(dino(centering="none"), watch, steps=48)

@@ -15,7 +15,7 @@ from dino_lightning.checkpoints import load_network
 from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.training.build import build_method
-from dino_lightning.training.init_from import load_init_network
+from dino_lightning.training.preflight import load_init_network
 from dino_lightning.training.run import train
 
 BACKBONE = ["backbone=vit_micro", "backbone.width=64", "backbone.depth=1", "backbone.heads=1", "backbone.patch_size=8"]

@@ -119,11 +119,6 @@ class Center(Centering):
         self._sums.append(all_reduce_sum_later(torch.cat([row_K, row_K.new_full((1,), count)])))
 
     @torch.no_grad()
-    def observe_logits(self, teacher_BK: Tensor) -> None:
-        """`observe` the logits (B, K) of one micro-batch."""
-        self.observe(at_least_float32(teacher_BK).sum(dim=0, keepdim=True), count=len(teacher_BK))
-
-    @torch.no_grad()
     def update(self) -> None:
         """Update the center from what all ranks observed since the last update."""
         if not self._sums:

@@ -64,6 +64,8 @@ def chunked_row_entropy(
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """The mean over images and pairs of views; its gradients by embeddings (V B, D) and prototypes (K, D)."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,87 +79,60 @@ class _ChunkedLoss(torch.autograd.Function):
         weights_S: Tensor | None,
     ) -> Tensor:
         half = autocast_dtype(student_SD)
+        full, scale = torch.promote_types(half, torch.float32), HALF_SCALE if half == torch.float16 else 1.0
+        weights_VB = None if weights_S is None else weights_S.view(-1, images)
+
+        def add(chunk: slice) -> None:
+            """Add the images of a chunk; its logits are freed when this function returns."""
+            embeddings_VrD, teacher_TrD = embeddings_VBD[:, chunk], teacher_TBD[:, chunk]
+            shape, embeddings_RD = embeddings_VrD.shape[:2], embeddings_VrD.flatten(0, 1)
+            logits_VrK = product(embeddings_RD, weight_KD).unflatten(0, shape)
+            teacher_TrK = product(teacher_TrD.flatten(0, 1), teacher_weight_KD).unflatten(0, teacher_TrD.shape[:2])
+            step = softmax_triton.loss_and_gradient_ if softmax_triton.available(logits_VrK) else loss_and_gradient_
+            losses_Vr = step(
+                logits_VrK,
+                teacher_TrK,
+                params.center.flatten(),
+                student_temperature=params.student_temperature,
+                teacher_temperature=params.teacher_temperature,
+                gradient_scale=scale,
+            )
+            gradient_RK = logits_VrK.flatten(0, 1)
+            dembeddings_VrD = input_gradient(gradient_RK, embeddings_RD, weight_KD).unflatten(0, shape)
+            if weights_VB is not None:  # applied to small tensors, not to the logits
+                weights_Vr = weights_VB[:, chunk]
+                losses_Vr, dembeddings_VrD = losses_Vr * weights_Vr, dembeddings_VrD * weights_Vr[..., None]
+                embeddings_RD = (embeddings_RD * weights_Vr.reshape(-1, 1)).to(embeddings_RD.dtype)
+            loss.add_(losses_Vr.sum())
+            dembeddings_VBD[:, chunk] = dembeddings_VrD
+            if gradient_RK.dtype == full:
+                dweight_KD.addmm_(gradient_RK.T, embeddings_RD)
+            else:
+                dweight_KD.add_(gradient_RK.T @ embeddings_RD)
+
         with without_autocast(student_SD):
-            embeddings_VBD, teacher_TBD = (
-                x.unflatten(0, (-1, images)) for x in (student_SD.to(half), teacher_SD.to(half))
-            )
-            weights_VB = None if weights_S is None else weights_S.view(-1, images)
-            accumulator = _ChunkAccumulator(
-                embeddings_VBD, student_KD.to(half), teacher_TBD, teacher_KD.to(half), params, weights_VB
-            )
-            chunk_size = max(1, rows // len(embeddings_VBD))
-            for start in range(0, images, chunk_size):
-                accumulator.add(slice(start, min(start + chunk_size, images)))
-            loss, *ctx.gradients = accumulator.result()
+            embeddings_VBD, teacher_TBD = (x.to(half).unflatten(0, (-1, images)) for x in (student_SD, teacher_SD))
+            weight_KD, teacher_weight_KD = student_KD.to(half), teacher_KD.to(half)
+            V, T = len(embeddings_VBD), len(teacher_TBD)
+            loss = torch.zeros((), dtype=full, device=student_SD.device)
+            dembeddings_VBD = torch.empty_like(embeddings_VBD, dtype=full)
+            dweight_KD = torch.zeros_like(weight_KD, dtype=full)
+            images_per_chunk = max(1, rows // V)
+            for start in range(0, images, images_per_chunk):
+                add(slice(start, start + images_per_chunk))
+            terms = images * T * (V - 1)
+            factor = 1 / (terms * params.student_temperature * scale)
+            ctx.gradients = dembeddings_VBD.flatten(0, 1).mul_(factor), dweight_KD.mul_(factor)
         ctx.types = student_SD.dtype, student_KD.dtype
-        return loss
+        return loss / terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss allows one backward pass only: its gradients are scaled in place")
-        (dembeddings, dweight), ctx.gradients = ctx.gradients, None
-        embeddings_type, weight_type = ctx.types
-        return dembeddings.mul_(dloss).to(embeddings_type), dweight.mul_(dloss).to(weight_type), *[None] * 6
-
-
-class _ChunkAccumulator:
-    """Sums the loss and the gradients over chunks."""
-
-    def __init__(
-        self,
-        embeddings_VBD: Tensor,
-        weight_KD: Tensor,
-        teacher_TBD: Tensor,
-        teacher_KD: Tensor,
-        params: SoftmaxParams,
-        row_weights_VB: Tensor | None = None,
-    ) -> None:
-        self.embeddings_VBD, self.weight_KD, self.row_weights_VB = embeddings_VBD, weight_KD, row_weights_VB
-        self.teacher_TBD, self.teacher_KD, self.params = teacher_TBD, teacher_KD, params
-        full = torch.promote_types(embeddings_VBD.dtype, torch.float32)
-        self.loss = torch.zeros((), dtype=full, device=embeddings_VBD.device)
-        self.dembeddings_VBD = torch.empty_like(embeddings_VBD, dtype=full)
-        self.dweight_KD = torch.zeros_like(weight_KD, dtype=full)
-        self.scale = HALF_SCALE if embeddings_VBD.dtype == torch.float16 else 1.0
-
-    def add(self, chunk: slice) -> None:
-        """Add the images of a chunk."""
-        embeddings_VrD = self.embeddings_VBD[:, chunk]
-        V, r, _ = embeddings_VrD.shape
-        embeddings_RD = embeddings_VrD.flatten(0, 1)
-        logits_VrK = product(embeddings_RD, self.weight_KD).unflatten(0, (V, r))
-        teacher_TrD = self.teacher_TBD[:, chunk]
-        teacher_TrK = product(teacher_TrD.flatten(0, 1), self.teacher_KD).unflatten(0, teacher_TrD.shape[:2])
-        step = softmax_triton.loss_and_gradient_ if softmax_triton.available(logits_VrK) else loss_and_gradient_
-        losses_Vr = step(
-            logits_VrK,
-            teacher_TrK,
-            self.params.center.flatten(),
-            student_temperature=self.params.student_temperature,
-            teacher_temperature=self.params.teacher_temperature,
-            gradient_scale=self.scale,
-        )
-        gradient_RK = logits_VrK.flatten(0, 1)
-        dembeddings_VrD = input_gradient(gradient_RK, embeddings_RD, self.weight_KD).unflatten(0, (V, r))
-        if self.row_weights_VB is not None:  # applied to small tensors, not to the logits
-            weights_Vr = self.row_weights_VB[:, chunk]
-            losses_Vr, dembeddings_VrD = losses_Vr * weights_Vr, dembeddings_VrD * weights_Vr[..., None]
-            embeddings_RD = (embeddings_RD * weights_Vr.reshape(-1, 1)).to(embeddings_RD.dtype)
-        self.loss += losses_Vr.sum()
-        self.dembeddings_VBD[:, chunk] = dembeddings_VrD
-        if gradient_RK.dtype == self.dweight_KD.dtype:
-            self.dweight_KD.addmm_(gradient_RK.T, embeddings_RD)
-        else:
-            self.dweight_KD += gradient_RK.T @ embeddings_RD
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean over images and pairs of views, and its gradients by embeddings (V B, D) and prototypes (K, D)."""
-        V, B, _ = self.embeddings_VBD.shape
-        terms = B * len(self.teacher_TBD) * (V - 1)
-        factor = 1 / (terms * self.params.student_temperature * self.scale)
-        return self.loss / terms, self.dembeddings_VBD.flatten(0, 1).mul_(factor), self.dweight_KD.mul_(factor)
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(each.mul_(dloss).to(kind) for each, kind in zip(gradients, ctx.types, strict=True)), *[None] * 6
 
 
 def loss_and_gradient_(

@@ -19,8 +19,7 @@ from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.methods.parts import MethodParts
 from dino_lightning.methods.registry import register_method
-from dino_lightning.methods.student_teacher import StudentTeacher
-from dino_lightning.models.heads import MLPHead
+from dino_lightning.methods.student_teacher import StudentTeacher, projectors
 
 
 @final
@@ -29,9 +28,7 @@ class BYOL(StudentTeacher):
     """The student with a predictor sees all crops, the teacher the two global ones."""
 
     def __init__(self, config: BYOLConfig, parts: MethodParts) -> None:
-        heads = _mlp(config, parts.feature_dim), _mlp(config, parts.feature_dim)
-        predictor = _mlp(config, config.out_dim, layers=2) if config.predictor else None
-        super().__init__(config, parts, heads=heads, predictor=predictor)
+        super().__init__(config, parts, **projectors(config, parts.feature_dim))
         self.config = config
 
     def loss(self, batch: list[Tensor]) -> Tensor:
@@ -46,14 +43,3 @@ class BYOL(StudentTeacher):
         if self.predictor is not None:
             predicted_SE = self.predictor(predicted_SE)
         return GLOBAL_CROPS * cross_view_distance(predicted_SE.unflatten(0, (-1, B)), target_TBE)
-
-
-def _mlp(config: BYOLConfig, in_dim: int, *, layers: int | None = None) -> MLPHead:
-    """The projector, or with two layers the predictor."""
-    return MLPHead(
-        in_dim,
-        config.out_dim,
-        layers=layers or config.head_layers,
-        hidden_dim=config.head_hidden_dim,
-        batch_norm=config.head_batch_norm,
-    )

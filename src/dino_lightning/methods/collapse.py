@@ -62,14 +62,18 @@ _BOTTLENECK = SettingChange("method.head_l2_bottleneck", "set {key}=true", lambd
 _PROTOTYPES = SettingChange("method.norm_last_layer", "set {key}=true", lambda value: not value)
 _RATE = SettingChange("optim.lr", "lower {key}")
 _WARMUP = SettingChange("optim.lr_warmup", "lengthen {key}")
+_LR = (_RATE, _WARMUP)
 _BATCH = SettingChange("data.batch_size_per_device", "raise {key}")
 _PREDICTOR = SettingChange("method.predictor", "set {key}=true", lambda value: not value, method="BYOL")
 _PREDICTOR_OFF = SettingChange("method.predictor", "set {key}=false", bool, method="DINO")
 _NORM = SettingChange("method.head_batch_norm", "set {key}=true", lambda value: not value, method="BYOL")
-_SWAV = (
-    SettingChange("method.sinkhorn_epsilon", "lower {key}", lambda value: value > 0.03),
-    SettingChange("method.freeze_prototypes", "lengthen {key}"),
-)
+_EPSILON = SettingChange("method.sinkhorn_epsilon", "lower {key}", lambda value: value > 0.03)
+_SWAV = (_EPSILON, SettingChange("method.freeze_prototypes", "lengthen {key}"))
+_TEMPERATURE = SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04)
+_HIGH_TEMPERATURE = SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07)
+_START = SettingChange("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04)
+_RISE = SettingChange("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0"))
+_KOLEO = SettingChange("method.koleo_weight", "set {key}=0.1", lambda value: value == 0)
 
 ONE_PROTOTYPE = CollapseKind(
     "one prototype",
@@ -79,34 +83,12 @@ ONE_PROTOTYPE = CollapseKind(
 UNIFORM = CollapseKind(
     "uniform",
     "the teacher gives every prototype the same, whatever the image",
-    (
-        _EMA,
-        SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.04),
-        SettingChange("method.teacher_temperature_start", "lower {key} to 0.04", lambda value: value > 0.04),
-        SettingChange("method.teacher_temperature_warmup", "lengthen {key}", lambda value: not value.startswith("0")),
-        _PREDICTOR_OFF,
-        _BOTTLENECK,
-        *_SWAV,
-        _RATE,
-        _WARMUP,
-    ),
+    (_EMA, _TEMPERATURE, _START, _RISE, _PREDICTOR_OFF, _BOTTLENECK, *_SWAV, *_LR),
 )
 CONSTANT = CollapseKind(
     "constant",
     "the teacher has the same output for all images",
-    (
-        _EMA,
-        _MOMENTUM,
-        _CENTER,
-        _CENTER_MOMENTUM,
-        SettingChange("method.teacher_temperature", "lower {key} to 0.04", lambda value: value > 0.07),
-        _PREDICTOR_OFF,
-        _BOTTLENECK,
-        *_SWAV,
-        _RATE,
-        _WARMUP,
-        _BATCH,
-    ),
+    (_EMA, _MOMENTUM, _CENTER, _CENTER_MOMENTUM, _HIGH_TEMPERATURE, _PREDICTOR_OFF, _BOTTLENECK, *_SWAV, *_LR, _BATCH),
 )
 ALIKE = CollapseKind(
     "alike",
@@ -116,15 +98,7 @@ ALIKE = CollapseKind(
 LOW_RANK = CollapseKind(
     "low rank",
     "the features of all images lie in one direction",
-    (
-        _PREDICTOR,
-        _NORM,
-        _EMA,
-        SettingChange("method.koleo_weight", "set {key}=0.1", lambda value: value == 0),
-        _MOMENTUM,
-        _RATE,
-        _BATCH,
-    ),
+    (_PREDICTOR, _NORM, _EMA, _KOLEO, _MOMENTUM, _RATE, _BATCH),
 )
 KINDS = {kind.name: kind for kind in (ONE_PROTOTYPE, UNIFORM, CONSTANT, ALIKE, LOW_RANK)}
 

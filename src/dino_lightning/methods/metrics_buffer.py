@@ -163,13 +163,6 @@ class MetricsBuffer:
                 self.save_requested |= save
                 self.gradients_failed |= gradient_failed
 
-    def wait_all(self) -> None:
-        """Also wait for the gradient flag of the last step, which otherwise comes with the next loss."""
-        self.wait()
-        failed, self.gradient_failed = self.gradient_failed, None
-        if failed is not None:
-            self.gradients_failed |= read_now(failed)
-
     def drain(self, publish: Callable[[StepMetrics], None]) -> None:
         """Pass all metrics that have arrived to `publish`, oldest first.
 
@@ -186,7 +179,11 @@ class MetricsBuffer:
 
     def flush(self, publish: Callable[[StepMetrics], None]) -> None:
         """Wait for the metrics of all steps so far, and publish them."""
-        self.wait_all()
+        self.wait()
+        # The gradient flag of the last step otherwise comes with the next loss.
+        failed, self.gradient_failed = self.gradient_failed, None
+        if failed is not None:
+            self.gradients_failed |= read_now(failed)
         self.drain(publish)
 
     def state_dict(self) -> dict[str, float]:

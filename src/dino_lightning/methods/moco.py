@@ -23,8 +23,7 @@ from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.methods.parts import MethodParts
 from dino_lightning.methods.registry import register_method
-from dino_lightning.methods.student_teacher import StudentTeacher
-from dino_lightning.models.heads import MLPHead
+from dino_lightning.methods.student_teacher import StudentTeacher, projectors
 from dino_lightning.runtime.collectives import all_gather_concat, rank
 from dino_lightning.runtime.precision import at_least_float32
 
@@ -35,9 +34,7 @@ class MoCo(StudentTeacher):
     """The student gives queries, the teacher keys; negatives come from a queue or from the batch."""
 
     def __init__(self, config: MoCoConfig, parts: MethodParts) -> None:
-        heads = _mlp(config, parts.feature_dim), _mlp(config, parts.feature_dim)
-        predictor = _mlp(config, config.out_dim, layers=2) if config.predictor else None
-        super().__init__(config, parts, heads=heads, predictor=predictor)
+        super().__init__(config, parts, **projectors(config, parts.feature_dim, last_norm=config.head_batch_norm))
         if config.freeze_patch_embedding:
             parts.student_backbone.get_submodule("patch_embed").requires_grad_(False)
         self.config = config
@@ -93,15 +90,3 @@ class MoCo(StudentTeacher):
 
 def _normalize(x_SE: Tensor) -> Tensor:
     return F.normalize(at_least_float32(x_SE), dim=-1)
-
-
-def _mlp(config: MoCoConfig, in_dim: int, *, layers: int | None = None) -> MLPHead:
-    """The projector, or with two layers the predictor."""
-    return MLPHead(
-        in_dim,
-        config.out_dim,
-        layers=layers or config.head_layers,
-        hidden_dim=config.head_hidden_dim,
-        batch_norm=config.head_batch_norm,
-        last_norm=config.head_batch_norm,
-    )

@@ -1,12 +1,15 @@
 """Methods with a teacher: a second network that provides the targets and follows the student."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from dino_lightning.config import TeacherConfig
+from dino_lightning.config import BYOLConfig, MoCoConfig, TeacherConfig
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.methods.parts import MethodParts
+from dino_lightning.models.heads import MLPHead
 from dino_lightning.models.multi_crop import MultiCropNetwork
 from dino_lightning.optim.ema import ema_update, follow
 from dino_lightning.optim.schedules import Cosine
@@ -63,3 +66,11 @@ class StudentTeacher(Method):
 
     def _update_teacher(self, step: int) -> None:
         ema_update(self.teacher, self.student, momentum=self.schedules["teacher_momentum"](step))
+
+
+def projectors(config: BYOLConfig | MoCoConfig, feature_dim: int, *, last_norm: bool = False) -> dict[str, Any]:
+    """The projectors of student and teacher as `heads`, and the two layers of `method.predictor`, if it is set."""
+    norms = {"batch_norm": config.head_batch_norm, "last_norm": last_norm}
+    mlp = partial(MLPHead, out_dim=config.out_dim, hidden_dim=config.head_hidden_dim, **norms)
+    heads = mlp(feature_dim, layers=config.head_layers), mlp(feature_dim, layers=config.head_layers)
+    return {"heads": heads, "predictor": mlp(config.out_dim, layers=2) if config.predictor else None}

@@ -11,6 +11,7 @@ from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.methods.collapse_signals import log_feature_statistics
 from dino_lightning.methods.parts import MethodParts
 from dino_lightning.methods.registry import register_method
+from dino_lightning.runtime.precision import at_least_float32
 
 NO_LABEL = -1
 
@@ -39,7 +40,7 @@ class Supervised(Method):
             right_S = (logits_SC.argmax(dim=-1) == labels_S) & known_S
             self.log_metric("train/top1", 100 * right_S.sum() / known_S.sum().clamp(min=1))
         losses_S = F.cross_entropy(
-            logits_SC.float() if logits_SC.dtype.itemsize < 4 else logits_SC,
+            at_least_float32(logits_SC),
             labels_S,
             ignore_index=NO_LABEL,
             label_smoothing=self.config.label_smoothing,

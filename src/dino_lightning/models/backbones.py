@@ -69,14 +69,9 @@ def timm_recipes(config: BackboneConfig, *, image_size: int, channels: int = 3) 
             shape |= {"img_size": image_size, "patch_size": config.patch_size, **registers}
             return [{"model_name": "vit_tiny_patch16_224", "num_classes": 0, **shape, **_channels_argument(channels)}]
         case TimmConfig():
+            given = {**_channels_argument(channels), **config.arguments}
             patch = {} if config.patch_size is None else {"patch_size": config.patch_size}
-            named = {
-                "model_name": config.name,
-                "num_classes": 0,
-                **patch,
-                **_channels_argument(channels),
-                **config.arguments,
-            }
+            named = {"model_name": config.name, "num_classes": 0, **patch, **given}
             return [{**named, "img_size": image_size}, named]
         case _:
             return []

@@ -1,6 +1,8 @@
 """Projection heads: features (B, D) -> logits over prototypes (B, K)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -70,6 +72,16 @@ def initialize(layers: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def mlp_layers(widths: list[int], *, batch_norm: bool, activation: Callable[[], nn.Module]) -> list[nn.Module]:
+    """Linear layers of these widths, with the activation and an optional batch norm before each but the first."""
+    modules: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        if modules:
+            modules += [nn.BatchNorm1d(fan_in), activation()] if batch_norm else [activation()]
+        modules.append(nn.Linear(fan_in, fan_out))
+    return modules
+
+
 class DINOHead(nn.Module):
     """MLP, L2 bottleneck, prototypes: the head `h` of the paper's appendix C."""
 
@@ -89,12 +101,7 @@ class DINOHead(nn.Module):
         super().__init__()
         self.normalize = normalize
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
-        modules: list[nn.Module] = []
-        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            if index:
-                modules += [nn.BatchNorm1d(fan_in)] if batch_norm else []
-                modules += [ACTIVATIONS[activation]()]
-            modules.append(nn.Linear(fan_in, fan_out))
+        modules = mlp_layers(widths, batch_norm=batch_norm, activation=ACTIVATIONS[activation])
         # A head of one layer is a bare Linear in the original: `mlp.weight` rather than `mlp.0.weight`.
         self.mlp = nn.Sequential(*modules) if layers > 1 else modules[0]
         initialize(self.mlp)
@@ -131,12 +138,7 @@ class MLPHead(nn.Sequential):
     ) -> None:
         """`last_norm` adds a batch norm without scale and shift at the end (MoCo v3)."""
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
-        modules: list[nn.Module] = []
-        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            if index:
-                modules += [nn.BatchNorm1d(fan_in)] if batch_norm else []
-                modules += [nn.ReLU(inplace=True)]
-            modules.append(nn.Linear(fan_in, fan_out))
+        modules = mlp_layers(widths, batch_norm=batch_norm, activation=partial(nn.ReLU, inplace=True))
         if last_norm:
             modules.append(nn.BatchNorm1d(out_dim, affine=False))
         super().__init__(*modules)

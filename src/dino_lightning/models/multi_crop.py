@@ -22,11 +22,20 @@ class MultiCropNetwork(nn.Module):
         self.backbone, self.head = backbone, head
         self.compute = compute or ComputeConfig()
         self.packed = self.compute.fused and isinstance(backbone, OriginalViT)
-        self.channels_last = _channels_last(backbone, self.compute)
+        has_patches = getattr(backbone, "patch_embed", None) is not None
+        self.channels_last = not has_patches if self.compute.channels_last is None else self.compute.channels_last
         complete_blocks = self.compute.compile or self.compute.gradient_checkpointing
         self.in_tiles = self.packed and not complete_blocks and backbone.drop_path_mode == "sample"
         """Whether the blocks process large float32 batches in tiles on a CPU."""
-        self._prepare()
+        if self.channels_last:
+            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(backbone, OriginalViT) and self.packed:
+            backbone.apply_compute(self.compute)
+        else:
+            if self.compute.gradient_checkpointing:
+                _checkpoint(backbone)
+            if self.compute.compile:
+                backbone.compile(dynamic=False)
 
     def features(self, crops: list[Tensor]) -> Tensor:
         """Features (V B, D) of V crops (B, C, size, size) in their order."""
@@ -66,16 +75,11 @@ class MultiCropNetwork(nn.Module):
         # One pass of the head: it composes the prototypes once, and batch norms have rows even without any mask.
         both: FactoredLogits = self.head(torch.cat([features_SD, patches_PD]), factored=True, predictor=predictor)
         S = len(features_SD)
-        return (
-            features_SD,
-            FactoredLogits(both.embeddings[:S], both.prototypes),
-            FactoredLogits(both.embeddings[S:], both.prototypes),
-        )
+        of_crops, of_patches = (FactoredLogits(x, both.prototypes) for x in both.embeddings.tensor_split([S]))
+        return features_SD, of_crops, of_patches
 
     def _in_layout(self, crops: list[Tensor]) -> list[Tensor]:
-        if self.channels_last:
-            return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
-        return crops
+        return [crop.contiguous(memory_format=torch.channels_last) for crop in crops] if self.channels_last else crops
 
     def _runs(self, crops: list[Tensor]) -> list[Tensor]:
         """Joins neighboring crops of one size, as the original does: batch norms normalize over them together."""
@@ -85,24 +89,6 @@ class MultiCropNetwork(nn.Module):
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Head outputs (V B, K)."""
         return self.head(self.features(crops))
-
-    def _prepare(self) -> None:
-        compute, backbone = self.compute, self.backbone
-        if self.channels_last:
-            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(backbone, OriginalViT) and self.packed:
-            backbone.apply_compute(compute)
-            return
-        if compute.gradient_checkpointing:
-            _checkpoint(backbone)
-        if compute.compile:
-            backbone.compile(dynamic=False)
-
-
-def _channels_last(backbone: nn.Module, compute: ComputeConfig) -> bool:
-    if compute.channels_last is None:
-        return getattr(backbone, "patch_embed", None) is None
-    return compute.channels_last
 
 
 def _checkpoint(backbone: Any) -> None:

@@ -80,12 +80,12 @@ def linear_features(backbone: nn.Module, images_BCHW: Tensor, *, n_last_blocks: 
         if n_last_blocks != 1 or avgpool:
             raise UserError(
                 f"eval.n_last_blocks={n_last_blocks} eval.avgpool={str(avgpool).lower()}: "
-                f"{type(backbone).__name__} has no class token; set eval.n_last_blocks=1 "
-                "eval.avgpool=false."
+                f"{type(backbone).__name__} has no class token; set eval.n_last_blocks=1 eval.avgpool=false."
             )
         return backbone(images_BCHW)
     blocks = last_blocks(backbone, images_BCHW, n=n_last_blocks)
-    return join_tokens([block[:, 0] for block in blocks], _mean_patch(backbone, blocks[-1]) if avgpool else None)
+    mean_patch_BD = blocks[-1][:, cast(Any, backbone).num_prefix_tokens :].mean(dim=1) if avgpool else None
+    return join_tokens([block[:, 0] for block in blocks], mean_patch_BD)
 
 
 def join_tokens(cls_nBD: list[Tensor], mean_patch_BD: Tensor | None) -> Tensor:
@@ -113,7 +113,3 @@ def patch_tokens(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
     if features.ndim != 4:
         raise UserError(f"checkpoint: {type(backbone).__name__} gives no map of patches; this evaluation needs a ViT.")
     return features.permute(0, 2, 3, 1)
-
-
-def _mean_patch(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:
-    return tokens_BTD[:, cast(Any, backbone).num_prefix_tokens :].mean(dim=1)

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 
 from dino_lightning.config import ComputeConfig, ViTConfig
 from dino_lightning.models.kernels import patches
-from dino_lightning.models.kernels.packing import (
-    Shapes,
-    drawn_subset,
-    first_tokens,
-    pack,
-    sampled_scales,
-)
+from dino_lightning.models.kernels.packing import Shapes, drawn_subset, first_tokens, pack, sampled_scales
 from dino_lightning.models.masking import Masks
 from dino_lightning.models.packed_block import Drop, PackedBlock, compiled_pass
 

@@ -25,10 +25,8 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -48,16 +46,13 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameters: list[nn.Parameter], updates: list[Tensor], group: dict[str, Any]) -> None:
-        velocities = [local(self._velocity(parameter)) for parameter in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        velocities = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, updates)
         torch._foreach_add_([local(parameter) for parameter in parameters], velocities, alpha=-group["lr"])
-
-    def _velocity(self, parameter: nn.Parameter) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
 
 
 def scaled_updates(matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:

@@ -54,11 +54,7 @@ def scale_each(tensors: list[Tensor], factors_N: Tensor, *, fuse_small: bool) ->
     With scalar factors a GPU launches one kernel per tensor: PyTorch fuses only equal shapes. With `fuse_small`, the
     factors of small tensors, mostly biases and norms, are expanded to their shapes, so that one kernel does all.
     """
-    small = [
-        n
-        for n, tensor in enumerate(tensors)
-        if fuse_small and tensor.numel() <= MAX_EXPANDED and tensor.is_contiguous()
-    ]
+    small = [n for n, x in enumerate(tensors) if fuse_small and x.numel() <= MAX_EXPANDED and x.is_contiguous()]
     if small:
         chosen = [tensors[n] for n in small]
         counts = [tensor.numel() for tensor in chosen]
@@ -95,9 +91,8 @@ def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.
     parameters = [parameter for group in groups for parameter in group["params"]]
     match config:
         case AdamWConfig():
-            beta1, beta2 = config.betas
-            kernels = fastest_kernels(parameters)
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), **kernels)
+            betas, kernels = (config.betas[0], config.betas[1]), fastest_kernels(parameters)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, **kernels)
         case SGDConfig():
             # PyTorch's fused SGD does not support sharded tensors.
             kernels = fastest_kernels(parameters, fused=not any(map(is_sharded, parameters)))

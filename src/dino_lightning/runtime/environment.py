@@ -10,19 +10,9 @@ import torch
 
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
-from dino_lightning.runtime.ranks import is_first_process
+from dino_lightning.runtime.ranks import RANKS, is_first_process
 
-INTEGERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NTASKS",
-)
+INTEGERS = (*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_NTASKS")
 """Environment variables of launchers that are indices or numbers of processes."""
 LAUNCHERS = (
     "MASTER_ADDR",

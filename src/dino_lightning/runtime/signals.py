@@ -26,12 +26,8 @@ def install_early_handlers() -> None:
     if STARTED_BY not in os.environ:
         _replace(signal.SIG_DFL, by=exit_on_signal)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_forget)
-
-
-def _forget() -> None:
-    """Remove the handler in a forked process, which its parent ends."""
-    _replace(exit_on_signal, by=signal.SIG_DFL)
+            # In a forked process the default applies again: its parent ends it.
+            os.register_at_fork(after_in_child=lambda: _replace(exit_on_signal, by=signal.SIG_DFL))
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:

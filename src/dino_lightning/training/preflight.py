@@ -16,7 +16,9 @@ from typing import Any, cast
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
-from dino_lightning.config import TrainConfig
+from dino_lightning.checkpoints import load_network
+from dino_lightning.checkpoints.init_weights import initial_weights
+from dino_lightning.config import TimmConfig, TrainConfig
 from dino_lightning.config.checks.training import check_config, duration_keys
 from dino_lightning.config.constraints import check_keys, check_values
 from dino_lightning.config.duration import Duration
@@ -26,10 +28,12 @@ from dino_lightning.data.sources.base import ImageStream
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.checks import check_logger
 from dino_lightning.methods.base import Method
+from dino_lightning.methods.flops import meta_network
 from dino_lightning.models.frozen import FrozenNetwork
+from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.environment import LAUNCHERS, check_gpus, check_port, check_variables
 from dino_lightning.runtime.files import check_writable
-from dino_lightning.training.init_from import load_init_network
+from dino_lightning.runtime.ranks import is_first_process
 from dino_lightning.training.resources import check_disk, check_open_files, check_shared_memory
 from dino_lightning.training.resume import (
     ResumeCheckpoint,
@@ -86,8 +90,13 @@ def check_built(
         check_total_batch(config, ranks_before=checkpoint.ranks, ranks=trainer.world_size)
     check_port(trainer.strategy, world_size=trainer.world_size)
     check_data(config, data, world_size=trainer.world_size)
-    if trainer.is_global_zero:
-        check_resources(config, method, processes=trainer.num_devices * (concurrent_runs or 1))
+    if not trainer.is_global_zero:
+        return
+    if config.trainer.enable_checkpointing and not config.trainer.barebones:
+        check_disk(config, method)
+    if config.data.num_workers:
+        check_shared_memory(config, processes=trainer.num_devices * (concurrent_runs or 1))
+        check_open_files(config)
 
 
 def check_environment(config: TrainConfig) -> None:
@@ -119,9 +128,14 @@ def check_data(config: TrainConfig, data: MultiCropDataModule, *, world_size: in
             f"images; set it to at most {max(1, images // world_size)}."
         )
     data.check_some_images()
-    if config.trainer.max_epochs not in (None, -1):
-        micro_batches = ceil(ceil(images / world_size) / batch)
-        check_durations(config, steps_per_epoch=ceil(micro_batches / config.trainer.accumulate_grad_batches))
+    if config.trainer.max_epochs in (None, -1):
+        return
+    micro_batches = ceil(ceil(images / world_size) / batch)
+    steps_per_epoch = ceil(micro_batches / config.trainer.accumulate_grad_batches)
+    total = steps_per_epoch * (config.trainer.max_epochs or 1)
+    for key, text in duration_keys(config).items():
+        if Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total) > total:
+            raise UserError(f"{key}={text} is longer than the run of {total} steps ({steps_per_epoch} per epoch).")
 
 
 def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
@@ -141,18 +155,27 @@ def check_labels(config: TrainConfig, data: MultiCropDataModule) -> None:
         )
 
 
-def check_durations(config: TrainConfig, *, steps_per_epoch: int) -> None:
-    """Warm-ups and the like must not be longer than the run."""
-    total = steps_per_epoch * (config.trainer.max_epochs or 1)
-    for key, text in duration_keys(config).items():
-        if Duration.parse(text, key=key).steps(steps_per_epoch=steps_per_epoch, total_steps=total) > total:
-            raise UserError(f"{key}={text} is longer than the run of {total} steps ({steps_per_epoch} per epoch).")
-
-
-def check_resources(config: TrainConfig, method: Method, *, processes: int) -> None:
-    """Disk, shared memory and open files of this machine, which runs so many training processes."""
-    if config.trainer.enable_checkpointing and not config.trainer.barebones:
-        check_disk(config, method)
-    if config.data.num_workers:
-        check_shared_memory(config, processes=processes)
-        check_open_files(config)
+def load_init_network(config: TrainConfig) -> FrozenNetwork | None:
+    """The network of `init_from`, or None without one. Raises `UserError` if it is not the configured backbone."""
+    if config.init_from is None:
+        if config.init_key is not None:
+            raise UserError(f"init_key={config.init_key} selects a network of init_from, but init_from is not set.")
+        return None
+    if isinstance(config.backbone, TimmConfig) and config.backbone.pretrained:
+        raise UserError(
+            f"init_from={config.init_from} and backbone.pretrained=true both set the initial weights; use one of them."
+        )
+    try:
+        network = load_network(config.init_from, key=config.init_key, seed=config.seed)
+    except UserError as error:
+        message = str(error).replace("checkpoint_key=", "init_key=").replace("checkpoint=", "init_from=")
+        raise UserError(message) from error
+    crops = config.crops
+    backbone = meta_network(config.backbone, image_size=crops.global_size, channels=config.data.channels)
+    initial_weights(network, backbone, source=f"init_from={config.init_from}")
+    if (network.mean, network.std) != (crops.mean, crops.std) and is_first_process():
+        warn(
+            f"init_from={config.init_from} was trained on images normalized by crops.mean={network.mean} and "
+            f"crops.std={network.std}, but this run uses {crops.mean} and {crops.std}."
+        )
+    return network

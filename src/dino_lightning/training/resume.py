@@ -34,23 +34,10 @@ DECISIVE = (
     "trainer.overfit_batches",
 )
 """Keys, or prefixes of keys, that decide what is trained."""
-FREE = (
-    "data.batch_size_per_device",  # with devices and accumulation: `check_total_batch`
-    "data.cache",
-    "data.cache_dir",
-    "data.csv",
-    "data.download",
-    "data.max_bad_share",
-    "data.num_workers",
-    "data.on_error",
-    "data.path",
-    "data.pin_memory",
-    "data.prefetch_batches",
-    "data.root",
-    "data.shards",
-    "method.evaluate",
-)
-"""Keys with these prefixes that may change nevertheless, or that another check compares."""
+PLACES = ("path", "root", "csv", "shards", "cache", "cache_dir")
+READING = ("num_workers", "pin_memory", "prefetch_batches", "on_error", "max_bad_share", "download")
+FREE = {"method.evaluate", "data.batch_size_per_device", *(f"data.{key}" for key in (*PLACES, *READING))}
+"""Keys that may change nevertheless; `check_total_batch` compares the batch size, with devices and accumulation."""
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 NETWORK = ("backbone", "method.out_dim", "method.head_")
 """Prefixes of keys that decide which weights there are."""

@@ -26,23 +26,15 @@ from dino_lightning.runtime.launcher import Launcher
 from dino_lightning.runtime.sharding import full_tensor, like
 from dino_lightning.runtime.watchdog import end_with_first_process
 
-START_METHODS = {
-    "ddp": "popen",
-    "ddp_fork": "fork",
-    "ddp_notebook": "fork",
-    "ddp_find_unused_parameters_true": "popen",
-}
+START_METHODS = {"ddp": "popen", "ddp_fork": "fork", "ddp_notebook": "fork", "ddp_find_unused_parameters_true": "popen"}
 """Lightning's names for DDP, and how each starts its processes. `ddp_spawn` would have to pickle the callbacks."""
-
-TIMEOUT = timedelta(minutes=30)
-"""PyTorch's default."""
 
 SYNC_BUFFERS = "forward_sync_buffers"
 if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     SYNC_BUFFERS = "broadcast_buffers"  # its name up to PyTorch 2.12
 
 
-def build_strategy(config: TrainerConfig, *, timeout: timedelta = TIMEOUT) -> Strategy | str:
+def build_strategy(config: TrainerConfig, *, timeout: timedelta = timedelta(minutes=30)) -> Strategy | str:
     """The strategy for `lightning.Trainer`; a rank waits at most `timeout` for the others."""
     name = _chosen_by_lightning(config) if config.strategy == "auto" else config.strategy
     if name == "fsdp":
@@ -148,7 +140,7 @@ class FullySharded(ModelParallelStrategy):
     parameter has no state yet, such as frozen prototypes.
     """
 
-    def __init__(self, *, timeout: timedelta = TIMEOUT) -> None:
+    def __init__(self, *, timeout: timedelta) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
 
     def _configure_launcher(self) -> None:

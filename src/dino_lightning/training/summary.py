@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lightning.checkpoints import export_backbone
 from dino_lightning.config import TrainConfig, WandbLoggerConfig
@@ -25,6 +25,7 @@ from dino_lightning.training.callbacks.collapse_alarm import CollapseAlarm
 from dino_lightning.training.callbacks.knn import KNNCallback
 from dino_lightning.training.callbacks.pruning import Pruning
 from dino_lightning.training.callbacks.throughput import Throughput
+from dino_lightning.training.strategy import has_separate_statistics
 
 C = TypeVar("C", bound=Callback)
 
@@ -56,12 +57,10 @@ def announce(
         )
     backbone, accelerator = method.student.backbone, type(trainer.accelerator).__name__.removesuffix("Accelerator")
     weights = sum(parameter.numel() for parameter in backbone.parameters())
-    console.print(
-        f"[bold]Network[/]   {type(backbone).__name__}, {weights / 1e6:.2f} M weights, on {trainer.world_size} "
-        f"{accelerator}"
-    )
+    network = f"{type(backbone).__name__}, {weights / 1e6:.2f} M weights"
+    console.print(f"[bold]Network[/]   {network}, on {trainer.world_size} {accelerator}")
     on_several_cpus = trainer.world_size > 1 and trains_on_cpu(config.trainer.accelerator)
-    if on_several_cpus and config.trainer.sync_batchnorm and has_batch_norm(method):
+    if on_several_cpus and config.trainer.sync_batchnorm and has_separate_statistics(method):
         console.print(
             "          batch norms use the images of their own process: PyTorch synchronizes them on GPUs only"
         )
@@ -69,11 +68,6 @@ def announce(
     batch = config.data.batch_size_per_device * trainer.world_size * config.trainer.accumulate_grad_batches
     console.print(f"[bold]Run[/]       {config.experiment}: {length}, total batch {batch}, seed {config.seed}")
     console.print(f"[bold]Output[/]    {escape(config.output_dir)}", soft_wrap=True)
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a batch norm is among the modules."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def summarize(config: TrainConfig, trainer: L.Trainer, method: Method) -> dict[str, Any]:
@@ -128,8 +122,9 @@ def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[st
     if summary["collapse"]:
         console.print(f"A collapse was detected ({summary['collapse']}): see docs/collapse.md for what to change.")
     if summary["bad_images"]:
-        message = f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}"
-        console.print(message, markup=False)
+        console.print(
+            f"{summary['bad_images']} images could not be read: see bad_images*.txt in {output}", markup=False
+        )
     console.print(f"Pictures and curves: {report}", soft_wrap=True, markup=False)  # not wrapped: a path can be copied
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from dino_lightning.models.kernels.packing import Shapes, constant
+from dino_lightning.models.kernels.packing import Shapes, sequence_ends
 
 aten = torch.ops.aten
 
@@ -37,10 +37,8 @@ def is_supported(qkv_type: torch.dtype, device: torch.device, *, heads: int, wid
 def attention(qkv_M3D: Tensor, shapes: Shapes, *, heads: int, varlen: bool) -> tuple[Tensor, Saved, Sequence[int]]:
     """Output (M, D), tensors for the backward pass, and the kernels (`SDPBackend`) that were called."""
     if varlen:
-        ends, longest = _ends(shapes, qkv_M3D.device)
-        lengths = ends, ends, longest, longest
-        q_Mhd, k_Mhd, v_Mhd = qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
-        out_Mhd, *saved, _ = aten._flash_attention_forward(q_Mhd, k_Mhd, v_Mhd, *lengths, 0.0, False, False)
+        lengths, qkv = sequence_ends(shapes, qkv_M3D.device), qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
+        out_Mhd, *saved, _ = aten._flash_attention_forward(*qkv, *lengths, 0.0, False, False)
         return out_Mhd.flatten(1), tuple(saved), ()
     out_MD = qkv_M3D.new_empty(len(qkv_M3D), qkv_M3D.shape[1] // 3)
     saved, kernels = [], []
@@ -66,23 +64,10 @@ def attention_backward(
 ) -> list[tuple[Tensor, ...]]:
     """Gradients of q, k and v, (B N, D) each, of each resolution in turn; of all crops at once where `varlen`."""
     if varlen:
-        ends, longest = _ends(shapes, qkv_M3D.device)
+        lengths, qkv = sequence_ends(shapes, qkv_M3D.device), qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
         lse, seed, unused = saved
         dout_Mhd, out_Mhd = (x.unflatten(-1, (heads, -1)) for x in (dout_MD, out_MD))
-        parts = aten._flash_attention_backward(
-            dout_Mhd,
-            *qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1),
-            out_Mhd,
-            lse,
-            ends,
-            ends,
-            longest,
-            longest,
-            0.0,
-            False,
-            seed,
-            unused,
-        )
+        parts = aten._flash_attention_backward(dout_Mhd, *qkv, out_Mhd, lse, *lengths, 0.0, False, seed, unused)
         return [tuple(part.flatten(1) for part in parts)]
     gradients = []
     for index, (rows, shape) in enumerate(_parts(shapes)):
@@ -133,9 +118,3 @@ def _heads(qkv: Tensor, shape: tuple[int, int], heads: int) -> tuple[Tensor, ...
 def _parts(shapes: Shapes) -> list[tuple[slice, tuple[int, int]]]:
     ends = accumulate((B * N for B, N in shapes), initial=0)
     return [(slice(*pair), shape) for pair, shape in zip(pairwise(ends), shapes, strict=True)]
-
-
-def _ends(shapes: Shapes, device: torch.device) -> tuple[Tensor, int]:
-    """Cumulative lengths of the crops, and the longest length."""
-    lengths = [N for B, N in shapes for _ in range(B)]
-    return constant((0, *accumulate(lengths)), torch.int32, device), max(lengths)

@@ -32,11 +32,12 @@ def has_triton() -> bool:
     return True
 
 
-def _kernels() -> Any:
-    """The kernels, untyped: their constants are numbers here, not `tl.constexpr`."""
+def _launch(name: str, grid: tuple[int, ...], device_of: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on a tensor's device: triton launches on the current one, wherever the tensors are."""
     from dino_lightning.models.kernels import block_kernels
 
-    return block_kernels
+    with torch.cuda.device_of(device_of):
+        getattr(block_kernels, name)[grid](*arguments, **constants)
 
 
 def add_and_norm(
@@ -74,25 +75,11 @@ def _add_and_norm(
     eps: float,
     norm: bool,
 ) -> None:
-    kernels = _kernels()
     M, D = x_MD.shape
-    shape = _row_tile(D)
-    with torch.cuda.device_of(x_MD):  # triton launches on the current device, wherever the tensors are
-        kernels.add_and_norm[(-(-M // shape["ROWS"]),)](
-            x_MD,
-            x_MD if y_MD is None else y_MD,
-            x_MD if scale_M1 is None else scale_M1,
-            weight_D,
-            bias_D,
-            *outputs,
-            M,
-            eps,
-            D=D,
-            ADD=y_MD is not None,
-            SCALED=scale_M1 is not None,
-            NORM=norm,
-            **shape,
-        )
+    tile = _row_tile(D)
+    inputs = x_MD, x_MD if y_MD is None else y_MD, x_MD if scale_M1 is None else scale_M1, weight_D, bias_D
+    parts = {"ADD": y_MD is not None, "SCALED": scale_M1 is not None, "NORM": norm}
+    _launch("add_and_norm", (-(-M // tile["ROWS"]),), x_MD, *inputs, *outputs, M, eps, D=D, **parts, **tile)
 
 
 def norm_backward(
@@ -112,83 +99,48 @@ def norm_backward(
     Returns the gradient of x, y once more in the type of its gradient, with `branch` the branch's gradient in that
     type, and the sums over rows (3, D): the gradients of weight and bias, and the sum of the branch's.
     """
-    kernels = _kernels()
     M, D = x_MD.shape
-    shape = _row_tile(D)
-    programs = min(PROGRAMS, -(-M // shape["ROWS"]))
+    tile = _row_tile(D)
+    programs = min(PROGRAMS, -(-M // tile["ROWS"]))
     dx_MD, normed_MD = torch.empty_like(x_MD), torch.empty_like(dnormed_MD)
     branch_MD = torch.empty_like(dnormed_MD) if branch else None
     sums_3PD = x_MD.new_empty((2 + branch, programs, D), dtype=torch.float32)
-    with torch.cuda.device_of(x_MD):
-        kernels.norm_backward[(programs,)](
-            dnormed_MD,
-            x_MD,
-            mean_M,
-            rstd_M,
-            weight_D,
-            bias_D,
-            residual_MD,
-            x_MD if scale_M1 is None else scale_M1,
-            dx_MD,
-            normed_MD,
-            x_MD if branch_MD is None else branch_MD,
-            sums_3PD,
-            M,
-            programs,
-            D=D,
-            BRANCH=branch,
-            SCALED=scale_M1 is not None,
-            **shape,
-        )
+    inputs = dnormed_MD, x_MD, mean_M, rstd_M, weight_D, bias_D, residual_MD, x_MD if scale_M1 is None else scale_M1
+    outputs = dx_MD, normed_MD, x_MD if branch_MD is None else branch_MD, sums_3PD
+    parts = {"BRANCH": branch, "SCALED": scale_M1 is not None}
+    _launch("norm_backward", (programs,), x_MD, *inputs, *outputs, M, programs, D=D, **parts, **tile)
     return dx_MD, normed_MD, branch_MD, sums_3PD.sum(dim=1)
 
 
 def scaled_with_sums(x_MD: Tensor, scale_M1: Tensor | None, *, half: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale * x as `half`, and the sums of its columns (D,) in float32."""
-    kernels = _kernels()
-    M, D = x_MD.shape
     out_MD = torch.empty_like(x_MD, dtype=half)
-    sums_PD, grid, shape = _column_sums(x_MD)
-    with torch.cuda.device_of(x_MD):
-        kernels.scaled_with_sums[grid](
-            x_MD,
-            x_MD if scale_M1 is None else scale_M1,
-            out_MD,
-            sums_PD,
-            M,
-            D,
-            grid[0],
-            SCALED=scale_M1 is not None,
-            **shape,
-        )
+    sums_PD, grid, tile = _column_sums(x_MD)
+    tensors = x_MD, x_MD if scale_M1 is None else scale_M1, out_MD, sums_PD
+    _launch("scaled_with_sums", grid, x_MD, *tensors, *x_MD.shape, grid[0], SCALED=scale_M1 is not None, **tile)
     return out_MD, sums_PD.sum(dim=0)
 
 
 def gelu_backward_(h_MI: Tensor, d_MI: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(h) and the sums (I,) of h's gradient, which overwrites `d_MI`, the gradient of GELU(h)."""
-    kernels = _kernels()
     gelu_MI = torch.empty_like(h_MI)
-    sums_PI, grid, shape = _column_sums(h_MI)
-    with torch.cuda.device_of(h_MI):
-        kernels.gelu_backward[grid](h_MI, d_MI, gelu_MI, sums_PI, *h_MI.shape, grid[0], **shape)
+    sums_PI, grid, tile = _column_sums(h_MI)
+    _launch("gelu_backward", grid, h_MI, h_MI, d_MI, gelu_MI, sums_PI, *h_MI.shape, grid[0], **tile)
     return gelu_MI, sums_PI.sum(dim=0)
 
 
 def pack_with_sums(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
     """Gradients of q, k and v, (m, D) each, of one part of the rows after the other: packed (M, 3 D), and the sums of
     the columns (3 D,)."""
-    kernels = _kernels()
     first, D = parts[0][0], parts[0][0].shape[1]
     out_M3D = first.new_empty(sum(len(q) for q, _, _ in parts), 3 * D)
     plans = [_column_plan(len(q), D) for q, _, _ in parts]
     sums_P3D = first.new_empty((sum(down for (down, _), _ in plans), 3 * D), dtype=torch.float32)
     row = program = 0
-    for three, ((down, across), shape) in zip(parts, plans, strict=True):
+    for three, ((down, across), tile) in zip(parts, plans, strict=True):
         q, k, v = (each.contiguous() for each in three)
-        with torch.cuda.device_of(q):
-            kernels.pack_with_sums[(down, across, 3)](
-                q, k, v, out_M3D[row : row + len(q)], sums_P3D[program : program + down], len(q), D, down, **shape
-            )
+        outputs = out_M3D[row : row + len(q)], sums_P3D[program : program + down]
+        _launch("pack_with_sums", (down, across, 3), q, q, k, v, *outputs, len(q), D, down, **tile)
         row, program = row + len(q), program + down
     return out_M3D, sums_P3D.sum(dim=0)
 
@@ -201,16 +153,12 @@ def _row_tile(D: int) -> dict[str, Any]:
 
 def _column_sums(x_MD: Tensor) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
     """Memory for partial sums, the grid, and the tile."""
-    grid, shape = _column_plan(*x_MD.shape)
-    return x_MD.new_empty((grid[0], x_MD.shape[1]), dtype=torch.float32), grid, shape
+    grid, tile = _column_plan(*x_MD.shape)
+    return x_MD.new_empty((grid[0], x_MD.shape[1]), dtype=torch.float32), grid, tile
 
 
 def _column_plan(M: int, D: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and tile of programs that hold some columns of some rows."""
-    rows, columns = 16, 128  # 256 bytes of a row in half precision
-    across = -(-D // columns)
-    return (max(1, min(4 * PROGRAMS // across, -(-M // rows))), across), {
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "num_warps": 4,
-    }
+    tile = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}  # 256 bytes of a row in half precision
+    across = -(-D // tile["COLUMNS"])
+    return (max(1, min(4 * PROGRAMS // across, -(-M // tile["ROWS"]))), across), tile

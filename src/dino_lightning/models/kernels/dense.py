@@ -132,37 +132,22 @@ def weight_gradient(dy_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def _convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, int], wanted: list[bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        _pixels(dy, grid),
-        _pixels(x, grid),
-        weight[:, :, None, None],
-        None,
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        wanted,
-    )
+    tensors = _pixels(dy, grid), _pixels(x, grid), weight[:, :, None, None]
+    return torch.ops.aten.convolution_backward(*tensors, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted)
 
 
 def _grid(x_MI: Tensor, weight_OI: Tensor) -> tuple[int, int] | None:
     """Height and width of an image whose pixels are the rows of x; None if a matrix product is faster."""
-    if not _convolves(x_MI) or x_MI.numel() <= MIN_INPUTS or x_MI.numel() * len(weight_OI) < MIN_PRODUCTS:
+    if x_MI.device.type != "cpu" or x_MI.dtype != torch.float32 or not x_MI.is_contiguous():
+        return None
+    if x_MI.numel() <= MIN_INPUTS or x_MI.numel() * len(weight_OI) < MIN_PRODUCTS or torch.get_num_threads() == 1:
+        return None  # PyTorch would not use oneDNN with one thread
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in VECTORS:
         return None
     rows = len(x_MI)
     # Both sides above 1: otherwise its strides would not identify it as channels-last.
     width = next((w for w in (16, 8, 4, 2, 3, 5, 7) if rows % w == 0 and rows > w), None)
     return None if width is None else (rows // width, width)
-
-
-def _convolves(x_MI: Tensor) -> bool:
-    if x_MI.device.type != "cpu" or x_MI.dtype != torch.float32 or not x_MI.is_contiguous():
-        return False
-    if torch.get_num_threads() == 1:
-        return False  # PyTorch would not use oneDNN
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in VECTORS
 
 
 def _pixels(x_MI: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -67,12 +67,16 @@ def attend_in_one_call(qkv_M3D: Tensor, shapes: Shapes, *, heads: int) -> Tensor
     from torch.nn.attention.varlen import varlen_attn  # compiled for GPUs only
 
     q_Mhd, k_Mhd, v_Mhd = qkv_M3D.unflatten(-1, (3, heads, -1)).unbind(1)
-    lengths = [N for B, N in shapes for _ in range(B)]
-    ends = constant((0, *accumulate(lengths)), torch.int32, qkv_M3D.device)
-    longest = max(lengths)
-    mixed_Mhd = varlen_attn(q_Mhd, k_Mhd, v_Mhd, ends, ends, longest, longest)
+    mixed_Mhd = varlen_attn(q_Mhd, k_Mhd, v_Mhd, *sequence_ends(shapes, qkv_M3D.device))
     assert isinstance(mixed_Mhd, Tensor)
     return mixed_Mhd.flatten(1)
+
+
+def sequence_ends(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Cumulative lengths of the crops and the longest length, for queries and keys of a variable-length kernel."""
+    lengths = [N for B, N in shapes for _ in range(B)]
+    ends, longest = constant((0, *accumulate(lengths)), torch.int32, device), max(lengths)
+    return ends, ends, longest, longest
 
 
 @cache

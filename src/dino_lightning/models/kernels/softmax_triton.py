@@ -1,8 +1,7 @@
 """DINO's loss and its gradient on a chunk of logits, as two Triton kernels: for GPUs, in place.
 
 Shapes: V student views, T teacher views, r images of the chunk, K prototypes. Teacher view t and student view t are the
-same crop for t < T. The reference implementation is `losses.cross_view.cross_view_entropy`
-and its derivative.
+same crop for t < T. The reference implementation is `losses.cross_view.cross_view_entropy` and its derivative.
 """
 
 import functools
@@ -51,19 +50,6 @@ def loss_and_gradient_(
     float16 has steps of 6e-8 next to 0, so the scale of mixed precision belongs in `gradient_scale`. Rows may have any
     stride; along K the memory is contiguous. Nothing here waits for the device.
 
-        for each teacher row (t, r), x = teacher - center:
-            maximum, total = -inf, 0
-            for each block:
-                total ← total * exp((maximum - new maximum) / τ_t) + sum exp((x - new maximum) / τ_t)
-        for each student row (v, r):
-            maximum, total = the same of x = student, with τ_s
-            for each block:
-                d = (x - maximum) / τ_s
-                q = sum over t ≠ v of exp((teacher_t - center - maximum_t) / τ_t) / total_t
-                inner ← inner + <q, d>
-                student ← gradient_scale * (w * exp(d) / total - q)
-            loss = w * log(total) - inner
-
     Bytes moved: each student logit is read twice and written once, 3 V r K times the size of the dtype. Each teacher
     logit is read once for the statistics and once by every view of another crop, V times in all. Repeated reads are
     meant for the L2 cache, as are those of the center.
@@ -71,7 +57,16 @@ def loss_and_gradient_(
     Raises:
         ValueError: shapes, dtype or layout that the kernels cannot take.
     """
-    _check(student_VrK, teacher_TrK, center_K)
+    # A kernel would read out of bounds without an error.
+    if student_VrK.shape[1:] != teacher_TrK.shape[1:] or center_K.shape != student_VrK.shape[2:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (student_VrK, teacher_TrK, center_K))
+        raise ValueError(f"expected shapes (V, r, K), (T, r, K) and (K,), not {shapes}")
+    if student_VrK.dtype not in DTYPES:
+        raise ValueError(f"expected student logits in float32, bfloat16 or float16, not {student_VrK.dtype}")
+    if any(x.stride(-1) != 1 for x in (student_VrK, teacher_TrK, center_K) if x.shape[-1] > 1):
+        raise ValueError("expected logits and center contiguous along K")
+    if len({x.device for x in (student_VrK, teacher_TrK, center_K)}) > 1:
+        raise ValueError("expected student, teacher and center on one device")
     from dino_lightning.models.kernels import softmax_kernels
 
     (V, r, K), T = student_VrK.shape, len(teacher_TrK)
@@ -85,23 +80,10 @@ def loss_and_gradient_(
         softmax_kernels.teacher_statistics[(r * T,)](
             teacher_TrK, center_K, maximum_rT, total_rT, inverse_teacher, teacher_view, teacher_image, **launch
         )
-        softmax_kernels.loss_and_gradient[(r * V,)](
-            student_VrK,
-            teacher_TrK,
-            center_K,
-            maximum_rT,
-            total_rT,
-            loss_rV,
-            1 / student_temperature,
-            inverse_teacher,
-            float(gradient_scale),
-            V,
-            student_view,
-            student_image,
-            teacher_view,
-            teacher_image,
-            **launch,
-        )
+        tensors = student_VrK, teacher_TrK, center_K, maximum_rT, total_rT, loss_rV
+        factors = 1 / student_temperature, inverse_teacher, float(gradient_scale)
+        strides = student_view, student_image, teacher_view, teacher_image
+        softmax_kernels.loss_and_gradient[(r * V,)](*tensors, *factors, V, *strides, **launch)
     return loss_rV.T
 
 
@@ -109,16 +91,3 @@ def _constants(T: int, K: int) -> dict[str, Any]:
     """Compile-time constants of a kernel."""
     block = min(LARGEST_BLOCK, 1 << (K - 1).bit_length())
     return {"T": T, "K": K, "BLOCK": block, "num_warps": max(1, block // (32 * LOGITS_PER_THREAD))}
-
-
-def _check(student_VrK: Tensor, teacher_TrK: Tensor, center_K: Tensor) -> None:
-    """Check the arguments: a kernel would read out of bounds without an error."""
-    if student_VrK.shape[1:] != teacher_TrK.shape[1:] or center_K.shape != student_VrK.shape[2:]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (student_VrK, teacher_TrK, center_K))
-        raise ValueError(f"expected shapes (V, r, K), (T, r, K) and (K,), not {shapes}")
-    if student_VrK.dtype not in DTYPES:
-        raise ValueError(f"expected student logits in float32, bfloat16 or float16, not {student_VrK.dtype}")
-    if any(x.stride(-1) != 1 for x in (student_VrK, teacher_TrK, center_K) if x.shape[-1] > 1):
-        raise ValueError("expected logits and center contiguous along K")
-    if len({x.device for x in (student_VrK, teacher_TrK, center_K)}) > 1:
-        raise ValueError("expected student, teacher and center on one device")

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 
@@ -61,21 +61,19 @@ class CollapseAlarm(L.Callback):
         self._rows = deque(state_dict["rows"], maxlen=self.config.patience)
         self._effective_rank, self._spread_at_start = state_dict["effective_rank"], state_dict["spread_at_start"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Subscribe to the metrics of each logged step, and make the method collect features."""
-        method = cast(Method, pl_module)
-        method.feature_buffer = FeatureBuffer()
-        self._listener = partial(self._on_metrics, trainer, method)
-        method.metric_listeners.append(self._listener)
+        pl_module.feature_buffer = FeatureBuffer()
+        self._listener = partial(self._on_metrics, trainer, pl_module)
+        pl_module.metric_listeners.append(self._listener)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log whether there is a collapse."""
         pl_module.log_metric(PREFIX + "alarm", float(self.kind is not None))
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the statistics that need more than one batch."""
-        buffer = cast(Method, pl_module).feature_buffer
-        assert buffer is not None
+        buffer: FeatureBuffer = pl_module.feature_buffer
         rank, dead = buffer.take_effective_rank(), buffer.take_dead_prototypes()
         self._effective_rank = self._effective_rank if rank is None else rank
         for name, value in (("effective_rank", rank), ("dead_prototypes", dead)):
@@ -83,18 +81,13 @@ class CollapseAlarm(L.Callback):
                 # All ranks have the same value, and "max" keeps it exactly.
                 pl_module.log(PREFIX + name, value, reduce_fx="max", sync_dist=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Unsubscribe."""
-        self._unsubscribe(cast(Method, pl_module))
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Unsubscribe."""
-        self._unsubscribe(cast(Method, pl_module))
-
-    def _unsubscribe(self, method: Method) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
+        """Unsubscribe, also after an exception."""
         if self._listener is not None:
-            method.metric_listeners.remove(self._listener)
-        self._listener = method.feature_buffer = None
+            pl_module.metric_listeners.remove(self._listener)
+        self._listener = pl_module.feature_buffer = None
+
+    on_exception = on_train_end
 
     def _on_metrics(self, trainer: L.Trainer, method: Method, metrics: StepMetrics) -> None:
         row = {name.removeprefix(PREFIX): value for name, value in metrics.values.items() if name.startswith(PREFIX)}

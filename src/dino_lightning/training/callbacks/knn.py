@@ -1,22 +1,20 @@
 """Weighted k-NN accuracy of the network during training, and of an untrained backbone and raw pixels as baselines.
 
-The data module must have the attributes of `LabeledImages`, the module `evaluated.backbone`. An evaluation changes
-neither weights, buffers, random states nor train / eval modes.
+An evaluation changes neither weights, buffers, random states nor train / eval modes.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from dino_lightning.config import KNNConfig
+from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, labeled_subset, subset_indices
 from dino_lightning.evaluation.features.knn import knn_accuracy
@@ -24,25 +22,14 @@ from dino_lightning.runtime.sharding import gathered
 
 PIXEL_SIDE = 32
 """Raw pixels are compared at this side length."""
+SAVED = ("untrained", "pixels", "last", "last_step", "interrupted")
+"""Attributes of the callback in a checkpoint."""
 INTERRUPT_CHECKS = 50
 """How often per evaluation the callback checks whether to interrupt it."""
 
 
 class EvaluationInterrupted(Exception):  # noqa: N818
     """The run was asked to stop during an evaluation."""
-
-
-class LabeledImages(Protocol):
-    """What the callback needs of `trainer.datamodule`. A label of -1 means unlabeled."""
-
-    config: Any
-    labeled: bool
-    num_classes: int
-    train_labels: np.ndarray
-
-    def eval_dataset(self, split: str) -> Dataset:
-        """Images (C, H, W), normalized and without augmentation, with their labels."""
-        ...
 
 
 class KNNCallback(Callback):
@@ -53,8 +40,7 @@ class KNNCallback(Callback):
     """
 
     def __init__(self, config: KNNConfig, *, seed: int = 0) -> None:
-        self.config = config
-        self.seed = seed
+        self.config, self.seed = config, seed
         self.untrained: dict[str, float] = {}
         self.pixels: dict[str, float] = {}
         self.last: dict[str, float] = {}
@@ -70,27 +56,20 @@ class KNNCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that `torch.load` reads the checkpoint with `weights_only=True`."""
-        return {
-            "untrained": dict(self.untrained),
-            "pixels": dict(self.pixels),
-            "last": dict(self.last),
-            "last_step": self.last_step,
-            "interrupted": self.interrupted,
-        }
+        return {name: getattr(self, name) for name in SAVED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the results."""
-        self.untrained, self.pixels = dict(state_dict["untrained"]), dict(state_dict["pixels"])
-        self.last, self.last_step = dict(state_dict["last"]), int(state_dict["last_step"])
-        self.interrupted = bool(state_dict["interrupted"])
+        for name in SAVED:
+            setattr(self, name, state_dict[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the baselines of a new run, or repeat the interrupted evaluation of a resumed one."""
-        if self.config.enabled and not _images(trainer).labeled:
+        if self.config.enabled and not data_module(trainer).labeled:
             rank_zero_warn("The training images have no labels: k-NN is not evaluated.")
         if not self._on(trainer):
             return
-        if not len(cast(Any, _images(trainer).eval_dataset("val"))):
+        if not len(data_module(trainer).eval_dataset("val")):
             raise UserError("callbacks.knn.enabled=true needs validation images, and there are none; set it to false.")
         if self.config.baselines and trainer.global_step == 0 and not self.untrained:
             self.untrained, self.pixels = self._evaluate(trainer, pl_module, with_pixels=True)
@@ -108,8 +87,7 @@ class KNNCallback(Callback):
         if self.interrupted:
             return
         for name, value in self.last.items():
-            # All ranks have the same value. "max" keeps it exactly, and avoids Lightning's warning about
-            # `sync_dist=False`.
+            # All ranks have the same value: "max" keeps it exactly, and Lightning warns without `sync_dist`.
             pl_module.log(f"knn/{name}", value, prog_bar=name == "top1", reduce_fx="max", sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +100,7 @@ class KNNCallback(Callback):
             logger.log_metrics({f"knn/{name}": value for name, value in self.last.items()}, trainer.global_step - 1)
 
     def _on(self, trainer: Trainer) -> bool:
-        return self.config.enabled and _images(trainer).labeled
+        return self.config.enabled and data_module(trainer).labeled
 
     def _evaluate_network(self, trainer: Trainer, pl_module: LightningModule, *, interruptible: bool = False) -> None:
         try:
@@ -136,11 +114,11 @@ class KNNCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *, with_pixels: bool = False, interruptible: bool = False
     ) -> list[dict[str, float]]:
         """The accuracies of the backbone and, from the same pass over the images, those of raw pixels."""
-        images = _images(trainer)
+        images = data_module(trainer)
         train, val = images.eval_dataset("train"), images.eval_dataset("val")
         bank_indices = labeled_subset(images.train_labels, limit=self.config.bank, seed=self.seed)
-        query_indices = subset_indices(len(cast(Any, val)), limit=self.config.queries, seed=self.seed)
-        backbone = cast(nn.Module, cast(Any, pl_module).evaluated.backbone)
+        query_indices = subset_indices(len(val), limit=self.config.queries, seed=self.seed)
+        backbone: nn.Module = cast(Any, pl_module).evaluated.backbone
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
         options: dict[str, Any] = {
             "on_batch": EvaluationProgress(
@@ -161,26 +139,22 @@ class KNNCallback(Callback):
         D = bank_ND.shape[1]
         pixels = PIXEL_SIDE**2 * train[0][0].shape[0] if with_pixels else 0
         widths = [D - pixels, pixels] if with_pixels else [D]
-        return [
-            self._by_metric(
-                knn_accuracy(
-                    bank_part,
-                    bank_labels_N,
-                    query_part,
-                    query_labels_M,
-                    k=self.config.k,
-                    temperature=self.config.temperature,
-                    num_classes=images.num_classes,
-                    # Not on other accelerators: `nearest_neighbors` needs 64-bit keys in `topk`.
-                    device=pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu"),
-                )
+        accuracies = []
+        for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True):
+            by_k = knn_accuracy(
+                bank_part,
+                bank_labels_N,
+                query_part,
+                query_labels_M,
+                k=self.config.k,
+                temperature=self.config.temperature,
+                num_classes=images.num_classes,
+                # Not on other accelerators: `nearest_neighbors` needs 64-bit keys in `topk`.
+                device=pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu"),
             )
-            for bank_part, query_part in zip(bank_ND.split(widths, 1), queries_MD.split(widths, 1), strict=True)
-        ]
-
-    def _by_metric(self, accuracy: dict[int, dict[str, float]]) -> dict[str, float]:
-        by_k = {f"{name}_k{k}": value for k, both in accuracy.items() for name, value in both.items()}
-        return accuracy[self.config.headline_k] | by_k
+            named = {f"{name}_k{k}": value for k, both in by_k.items() for name, value in both.items()}
+            accuracies.append(by_k[self.config.headline_k] | named)
+        return accuracies
 
 
 class EvaluationProgress:
@@ -249,5 +223,6 @@ def _labeled(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[
     return features_ND[known_N], labels_N[known_N], indices_N[known_N]
 
 
-def _images(trainer: Trainer) -> LabeledImages:
-    return cast(LabeledImages, cast(Any, trainer).datamodule)
+def data_module(trainer: Trainer) -> MultiCropDataModule:
+    """The data module of this training."""
+    return cast(Any, trainer).datamodule

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,9 +90,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
         self._method.policy = NonFinitePolicy()
         self._micro_batches = []
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the micro-batch, and the batch norms' statistics from before the step."""
         if self._step != trainer.global_step:
             self._micro_batches, self._step = [], trainer.global_step
@@ -223,7 +221,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
         ranges.add("crops", micro_batch.batch)
         context = self._trainer.precision_plugin.train_step_context
         undisturbed = without_side_effects(method, micro_batch.random)
-        with undisturbed, record_ranges(method, into=ranges), context(), torch.no_grad():
+        with undisturbed, record_ranges(method, forward=ranges), context(), torch.no_grad():
             loss = method.loss(micro_batch.batch)
         ranges.add("loss", loss)
         self._restore_statistics()
@@ -255,7 +253,7 @@ class NonfiniteSteps(L.Callback, NonFinitePolicy):
             "labels": None if labels is None else labels.cpu().clone(),
             "random": micro_batch.random if micro_batch else {},
             "state": state,
-            "ranges": ranges.to_dict(),
+            "ranges": {name: asdict(values) for name, values in ranges.by_name.items()},
             "schedules": {name: float(method.schedules[name](trouble.step)) for name in method.schedules},
             "lengths": {
                 "num_training_batches": int(trainer.num_training_batches),

@@ -1,7 +1,7 @@
 """L2 norms of the gradient and of the weights: `norm/gradient`, `norm/student`, `norm/teacher`."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,20 +36,17 @@ class Norms(L.Callback):
         if self._gradient_norm is not None:
             self._gradient_norm = self._gradient_norm.to(pl_module.device)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Send the norms with the loss of this micro-batch; the row of a step is that of its last one."""
-        method = cast(Method, pl_module)
-        if not method.is_logging_step:
+        if not pl_module.is_logging_step:
             return
         if self._step != trainer.global_step:
-            self._step, self._norms = trainer.global_step, weight_norms(method)
+            self._step, self._norms = trainer.global_step, weight_norms(pl_module)
             if self._gradient_norm is not None:
                 self._norms[GRADIENT] = self._gradient_norm
             self._gradient_norm = None
         for name, value in self._norms.items():
-            method.metrics.record_for_next(name, value)
+            pl_module.metrics.record_for_next(name, value)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Compute the gradient's norm if the next step is logged; Lightning has unscaled but not yet clipped it."""

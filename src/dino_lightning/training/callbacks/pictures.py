@@ -21,7 +21,7 @@ from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, n
 from dino_lightning.report.pictures.tokens import patch_sheet
 from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import atomic_file
-from dino_lightning.training.callbacks.knn import evaluating
+from dino_lightning.training.callbacks.knn import data_module, evaluating
 
 BANK_IMAGES = 2000
 """Neighbors are searched among at most this many images, enough for a picture."""
@@ -38,7 +38,7 @@ class PictureSheets(L.Callback):
         """Draw crops, to show the augmentation."""
         if not trainer.is_global_zero or trainer.global_step:
             return
-        data = _data(trainer)
+        data = data_module(trainer)
         labels = data.train_labels
         samples = data.example_crops(self._example_indices(labels, len(labels))[:4])
         crops = [crop for sample in samples for crop in sample]
@@ -56,28 +56,22 @@ class PictureSheets(L.Callback):
         self._draw(trainer, pl_module, epoch=None)
 
     def _draw(self, trainer: L.Trainer, pl_module: Any, *, epoch: int | None) -> None:
-        data, backbone = _data(trainer), pl_module.evaluated.backbone
+        data, backbone = data_module(trainer), pl_module.evaluated.backbone
         dataset = data.eval_dataset("val" if data.sources.val is not None else "train")
         indices = self._example_indices(dataset.source.labels, len(dataset))
         images = torch.stack([dataset[index][0] for index in indices]).to(pl_module.device)
         with evaluating(backbone):
             if trainer.is_global_zero and has_attention(backbone):
-                self._draw_tokens(trainer, data, backbone, images, indices, epoch=epoch)
-            sheet = self._neighbor_sheet(data, backbone, images, dataset, indices, device=pl_module.device)
+                self._draw_tokens(trainer, backbone, images, indices, epoch=epoch)
+            sheet = self._neighbor_sheet(data, backbone, images, dataset, indices)
             if trainer.is_global_zero:
                 self._save(trainer, sheet, "neighbors", epoch=epoch)
 
     def _draw_tokens(
-        self,
-        trainer: L.Trainer,
-        data: MultiCropDataModule,
-        backbone: Any,
-        images_B3HW: Tensor,
-        indices: list[int],
-        *,
-        epoch: int | None,
+        self, trainer: L.Trainer, backbone: Any, images_B3HW: Tensor, indices: list[int], *, epoch: int | None
     ) -> None:
         """Draw the class token's attention, and the principal components of the patch tokens."""
+        data = data_module(trainer)
         pixels = denormalize(images_B3HW, config=data.crops).cpu()
         masks = [data.object_mask(index) for index in indices]
         outlines = None if any(mask is None for mask in masks) else [mask for mask in masks if mask is not None]
@@ -92,8 +86,6 @@ class PictureSheets(L.Callback):
         images_B3HW: Tensor,
         dataset: EvalImages,
         indices: list[int],
-        *,
-        device: torch.device,
     ) -> Image.Image:
         """The nearest neighbors of some images; all ranks call this, as they extract the bank's features together."""
         bank = data.eval_dataset("train")
@@ -101,9 +93,8 @@ class PictureSheets(L.Callback):
         bank_indices = subset_indices(len(bank), limit=BANK_IMAGES, seed=self.seed)
         if in_bank:
             bank_indices = sorted(set(bank_indices + indices))
-        shard = extract_features(
-            backbone, bank, batch_size=256, num_workers=data.config.num_workers, device=device, indices=bank_indices
-        )
+        options: dict[str, Any] = {"num_workers": data.config.num_workers, "device": images_B3HW.device}
+        shard = extract_features(backbone, bank, batch_size=256, indices=bank_indices, **options)
         features, labels, positions = gather_by_index(*shard)
         with torch.no_grad():
             queries = backbone(images_B3HW).float().cpu()
@@ -144,11 +135,6 @@ class PictureSheets(L.Callback):
             warn(f"{path} could not be written ({error.strerror or error}); training continues without it.")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # At the last step taken, like the row of an epoch's end.
                 steps = trainer.global_step
-                caption = [f"after {steps} steps"]
-                logger.log_image(key=f"pictures/{name}", images=[sheet], step=max(0, steps - 1), caption=caption)
-
-
-def _data(trainer: L.Trainer) -> MultiCropDataModule:
-    return trainer.datamodule  # type: ignore[attr-defined]
+                step = max(0, steps - 1)  # the last step taken, like the row of an epoch's end
+                logger.log_image(f"pictures/{name}", [sheet], step=step, caption=[f"after {steps} steps"])

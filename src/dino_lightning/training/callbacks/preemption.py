@@ -93,23 +93,16 @@ class PreemptionHandler(L.Callback):
         # Not `print`: a handler may interrupt one.
         os.write(sys.stderr.fileno(), f"\n{name}: saving after this step, then exiting.{hint}\n".encode())
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Send the request to the other ranks with the loss of this batch."""
         if self.received is not None:
-            cast(Method, pl_module).metrics.request_stop = True
+            pl_module.metrics.request_stop = True
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the earlier handlers."""
-        self._restore_handlers()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the earlier handlers."""
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        """Restore the earlier handlers, also at the end of the training."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self.earlier_handlers.items():
                 if handler is not None and signal.getsignal(number) == self._handle:
                     signal.signal(number, handler)
+
+    teardown = on_exception

@@ -49,9 +49,7 @@ class RunProgress(ProgressBar):
         """Open the bar."""
         self._open(trainer)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the bar a few times per second."""
         if self._bar is not None and time.monotonic() >= self._next_refresh:
             self._next_refresh = time.monotonic() + REFRESH_INTERVAL_S
@@ -65,13 +63,13 @@ class RunProgress(ProgressBar):
             with suppress(OSError):  # the log may be on a full disk
                 self.console.print(self._describe(trainer), highlight=False)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the bar."""
-        self._close()
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
+        """Close the bar, also before an error, which then appears below it."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the error appears below it."""
-        self._close()
+    on_exception = on_train_end
 
     def _open(self, trainer: L.Trainer) -> None:
         if self._bar is not None or not (self._enabled and self.console.is_terminal):
@@ -95,11 +93,6 @@ class RunProgress(ProgressBar):
     def _update(self, trainer: L.Trainer) -> None:
         assert self._bar is not None
         self._bar.update(self._task, description=self._describe(trainer), completed=trainer.global_step)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def _describe(self, trainer: L.Trainer) -> str:
         """Only of values that are on the host: reading a metric of the trainer may wait for the device."""

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -56,47 +56,32 @@ class ActivationRanges:
             if values.bad and self.first is None:
                 self.first = name
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """As plain types."""
-        return {name: asdict(values) for name, values in self.by_name.items()}
-
 
 @contextmanager
-def record_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
-    """Within, the output of each submodule is added; for a compiled submodule, only that of the whole."""
+def record_ranges(
+    module: nn.Module, *, forward: ActivationRanges, backward: ActivationRanges | None = None
+) -> Iterator[None]:
+    """Within, the output of each submodule is added to `forward`; for a compiled submodule, only that of the whole.
+
+    The gradient of each parameter is added to `backward` once complete, in the order of the backward pass.
+    """
 
     def add_output(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        into.add(name, output)
-
-    handles = [
-        part.register_forward_hook(partial(add_output, name))
-        for name, part in module.named_modules()
-        if part is not module
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def record_gradient_ranges(module: nn.Module, *, into: ActivationRanges) -> Iterator[None]:
-    """Within, the gradient of each parameter is added once complete, in the order of the backward pass."""
+        forward.add(name, output)
 
     def add_gradient(name: str, parameter: Tensor) -> None:
-        into.add(name, parameter.grad)
+        assert backward is not None
+        backward.add(name, parameter.grad)
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(partial(add_gradient, name))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, part in module.named_modules():
+            if part is not module:
+                hooks.enter_context(part.register_forward_hook(partial(add_output, name)))
+        for name, parameter in module.named_parameters() if backward is not None else ():
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(partial(add_gradient, name))
+                hooks.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_nonfinite_tensor(tensors: dict[str, Tensor]) -> str | None:

@@ -20,7 +20,6 @@ from dino_lightning.training.debug.activation_ranges import (
     ActivationRanges,
     Range,
     first_nonfinite_tensor,
-    record_gradient_ranges,
     record_ranges,
 )
 
@@ -61,7 +60,7 @@ def replay(saved: dict[str, Any], *, source: str, device: torch.device, layers: 
     forward.add("crops", crops)
     restore_random_states(saved, device)
     try:
-        with record_ranges(method, into=forward), record_gradient_ranges(method, into=backward):
+        with record_ranges(method, forward=forward, backward=backward):
             loss = method.loss(batch)
             forward.add("loss", loss)
             loss.backward()
