@@ -12,7 +12,7 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, fits_in_memory, largest_batch, one_device
+from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, fits_in_memory, largest_batch, listed_devices
 
 WORDS = ["experiment=quick", "trainer.accelerator=cpu"]
 
@@ -74,5 +74,5 @@ def test_only_processes_of_other_devices_take_over_a_result(monkeypatch: pytest.
 
 
 def test_the_finder_uses_a_device_of_the_training() -> None:
-    assert [one_device(devices) for devices in ("auto", 2, "-1")] == [None] * 3
-    assert [one_device(devices) for devices in ([3, 1], "3,1", "3,", "[3]")] == [[3], [3], [3], None]
+    assert [listed_devices(devices) for devices in ("auto", 2, "-1")] == [[]] * 3
+    assert [listed_devices(devices)[:1] for devices in ([3, 1], "3,1", "3,", "[3]")] == [["3"], ["3"], ["3"], []]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-from dino_lightning.config import AdamWConfig, CropsConfig, DataConfig, SGDConfig, TrainConfig
+from dino_lightning.config import AdamWConfig, SGDConfig, TrainConfig
 from dino_lightning.errors import UserError
 from dino_lightning.methods.base import GLOBAL_CROPS, Method
 from dino_lightning.runtime.console import warn
@@ -68,7 +68,10 @@ def check_shared_memory(config: TrainConfig, *, processes: int) -> None:
     """Refuse a shared memory that cannot hold a batch of each loader process: the system would kill them."""
     if not SHARED_MEMORY.is_dir():
         return
-    data, batch = config.data, batch_bytes(config.data, config.crops)
+    data, crops = config.data, config.crops
+    sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * crops.local_count
+    value_bytes = 1 if crops.backend == "device" else 4  # uint8 or float32
+    batch = data.batch_size_per_device * data.channels * sum(size * size for size in sizes) * value_bytes
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < processes * data.num_workers * batch:
         raise UserError(
@@ -81,13 +84,6 @@ def check_shared_memory(config: TrainConfig, *, processes: int) -> None:
             f"data.num_workers={data.num_workers} with data.prefetch_batches={data.prefetch_batches} may fill "
             f"{SHARED_MEMORY}, where {_size(free)} are free."
         )
-
-
-def batch_bytes(data: DataConfig, crops: CropsConfig) -> int:
-    """Size of a batch on its way from a loader process: float32 crops, or uint8 ones for `crops=device`."""
-    sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * crops.local_count
-    value_bytes = 1 if crops.backend == "device" else 4
-    return data.batch_size_per_device * data.channels * sum(size * size for size in sizes) * value_bytes
 
 
 def check_open_files(config: TrainConfig) -> None:

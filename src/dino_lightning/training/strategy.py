@@ -70,13 +70,8 @@ def cluster_plugins() -> list[SLURMEnvironment]:
 def _chosen_by_lightning(config: TrainerConfig) -> str:
     """The strategy that Lightning chooses for `auto` on these devices."""
     quieten_libraries()  # hides the messages of this temporary trainer
-    trainer = L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        plugins=config.plugins,
-        barebones=True,
-    )
+    machine = {key: getattr(config, key) for key in ("accelerator", "devices", "num_nodes", "plugins")}
+    trainer = L.Trainer(**machine, barebones=True)
     if not isinstance(trainer.strategy, DDPStrategy):
         return "auto"
     launcher = trainer.strategy.launcher

@@ -23,7 +23,7 @@ from dino_lightning.data.sources.base import FirstImages
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.training import preflight
-from dino_lightning.training.autoconfig.batch_size import largest_batch
+from dino_lightning.training.autoconfig.batch_size import largest_batch, listed_devices
 from dino_lightning.training.autoconfig.data_rules import PAPER_GLOBAL, DatasetStats, Suggestion, suggest_from_data
 from dino_lightning.training.autoconfig.machine_rules import suggest_from_machine, this_machine
 from dino_lightning.training.resources import SHARED_MEMORY
@@ -149,11 +149,9 @@ def batch_suggestions(config: TrainConfig, writer: ConfigWriter) -> list[Suggest
 
 def device_count(trainer: TrainerConfig) -> int:
     """Training processes per machine, as Lightning reads `devices`; 1 for values that it will refuse."""
-    if isinstance(trainer.devices, list):
-        return len(trainer.devices)
+    if listed := listed_devices(trainer.devices):
+        return len(listed)
     text = str(trainer.devices).strip()
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
     if text in ("auto", "-1"):
         return 1 if trains_on_cpu(trainer.accelerator) else max(1, torch.cuda.device_count())
     return max(1, int(text)) if text.isdigit() else 1

@@ -48,7 +48,7 @@ def largest_batch(config: TrainConfig) -> int:
 
 def fits_in_memory(config: TrainConfig, *, batch: int) -> bool:
     """Whether steps with `batch` images succeed on one device."""
-    devices = one_device(config.trainer.devices)
+    devices = [int(index) for index in listed_devices(config.trainer.devices)[:1]]  # the others may be in use
     gpu, on_gpu = (devices or [0])[0], torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     if on_gpu:
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, gpu)
@@ -66,10 +66,10 @@ def fits_in_memory(config: TrainConfig, *, batch: int) -> bool:
             torch.cuda.set_per_process_memory_fraction(1.0, gpu)
 
 
-def one_device(devices: Any) -> list[int] | None:
-    """The first GPU of a list in `trainer.devices`, as the other GPUs may be in use; None for a number of devices."""
-    indices = str(devices).strip("[] ")
-    return [int(indices.split(",")[0])] if isinstance(devices, list) or "," in indices else None
+def listed_devices(devices: Any) -> list[str]:
+    """The indices that `trainer.devices` lists, such as 3 and 1 for "3,1"; none if it is a number of devices."""
+    text = str(devices).strip("[] ")
+    return [index for index in text.split(",") if index.strip()] if isinstance(devices, list) or "," in text else []
 
 
 def train_steps(config: TrainConfig, devices: list[int] | int, *, batch: int) -> None:

@@ -85,7 +85,9 @@ def suggest_from_machine(
         suggestions.add("trainer.precision", "32", "CPUs compute in it")
         batch = _at_most(CPU_BATCH, stats.images // count, "small crops, short steps")
         suggestions.add("data.batch_size_per_device", *batch)
-        suggestions.add("trainer.max_epochs", *_cpu_epochs(stats.images))
+        epochs = min(max(round(CPU_IMAGES / stats.images), 1), CPU_MAX_EPOCHS)
+        why = f"{epochs * stats.images:,} images in all, minutes at 32 px"
+        suggestions.add("trainer.max_epochs", epochs, why)
     else:
         why = "all, for many images" if large else "few images need no more"
         chosen = suggestions.add("trainer.devices", machine.devices if large else 1, why)
@@ -105,11 +107,6 @@ def suggest_from_machine(
 
 def _at_most(batch: int, images: int, why: str) -> tuple[int, str]:
     return (max(1, images), "all images") if images < batch else (batch, why)
-
-
-def _cpu_epochs(images: int) -> tuple[int, str]:
-    epochs = min(max(round(CPU_IMAGES / images), 1), CPU_MAX_EPOCHS)
-    return epochs, f"{epochs * images:,} images in all, minutes at 32 px"
 
 
 def _epochs(images: int, *, total_batch: int) -> tuple[int, str]:

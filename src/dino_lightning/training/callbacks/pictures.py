@@ -1,6 +1,5 @@
 """Pictures of the training: crops at the start; attention maps, patch tokens and nearest neighbors later."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +79,7 @@ class PictureSheets(L.Callback):
         self._save(trainer, patch_sheet(pixels, patch_tokens(backbone, images_B3HW).cpu()), "pca", epoch=epoch)
 
     def _neighbor_sheet(
-        self,
-        data: MultiCropDataModule,
-        backbone: Callable[[Tensor], Tensor],
-        images_B3HW: Tensor,
-        dataset: EvalImages,
-        indices: list[int],
+        self, data: MultiCropDataModule, backbone: Any, images_B3HW: Tensor, dataset: EvalImages, indices: list[int]
     ) -> Image.Image:
         """The nearest neighbors of some images; all ranks call this, as they extract the bank's features together."""
         bank = data.eval_dataset("train")
