@@ -42,23 +42,15 @@ class MaskedPatches(nn.Module):
         self.center = dino_centering(config)
 
     def draw(self, clock: StepClock | TrainerClock, crops: list[Tensor]) -> Masks:
-        """Masks of the global crops of one micro-batch.
+        """Masks of the global crops of one micro-batch, drawn on the host.
 
         They depend on the run's seed, the step, the micro-batch and the rank, so that a resumed run draws the same.
         """
         key = [int(os.environ.get("PL_GLOBAL_SEED", 0)), clock.step, clock.micro_batch, clock.rank]
-        return self.masks(np.random.default_rng(key), crops)
-
-    def masks(self, generator: np.random.Generator, crops: list[Tensor]) -> Masks:
-        """Masks of the global crops, drawn on the host."""
         B, _, H, W = crops[0].shape
-        mask_Shw = draw_masks(
-            generator,
-            GLOBAL_CROPS * B,
-            (H // self.patch_size, W // self.patch_size),
-            probability=self.config.mask_p,
-            share=self.config.mask_share,
-        )
+        grid, config = (H // self.patch_size, W // self.patch_size), self.config
+        generator = np.random.default_rng(key)
+        mask_Shw = draw_masks(generator, GLOBAL_CROPS * B, grid, probability=config.mask_p, share=config.mask_share)
         return Masks.of(mask_Shw, like=crops[0])
 
     def loss(self, method: Method, student: FactoredLogits, teacher: FactoredLogits, masks: Masks) -> Tensor:

@@ -49,12 +49,8 @@ def _parts(network: nn.Module) -> list[nn.Module]:
     """What is gathered at a time: the blocks of a Vision Transformer, the stages of other networks."""
     blocks = getattr(network, "blocks", None)
     parent = blocks if isinstance(blocks, nn.Module) else network
-    return [child for child in parent.children() if _can_be_gathered(child)]
-
-
-def _can_be_gathered(module: nn.Module) -> bool:
-    lists = isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called as such
-    return not lists and any(True for _ in module.parameters())
+    called = [child for child in parent.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    return [child for child in called if next(child.parameters(), None) is not None]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ same crop for t < T. The reference implementation is `losses.cross_view.cross_vi
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,8 @@ def loss_and_gradient_(
     from dino_lightning.models.kernels import softmax_kernels
 
     (V, r, K), T = student_VrK.shape, len(teacher_TrK)
-    launch = _constants(T, K)
+    block = min(LARGEST_BLOCK, 1 << (K - 1).bit_length())
+    constants = {"T": T, "K": K, "BLOCK": block, "num_warps": max(1, block // (32 * LOGITS_PER_THREAD))}
     empty = functools.partial(torch.empty, dtype=torch.float32, device=student_VrK.device)
     maximum_rT, total_rT, loss_rV = empty(r, T), empty(r, T), empty(r, V)
     student_view, student_image, _ = student_VrK.stride()
@@ -78,16 +78,10 @@ def loss_and_gradient_(
     inverse_teacher = 1 / teacher_temperature
     with torch.cuda.device_of(student_VrK):  # triton launches on the current device, wherever the tensors are
         softmax_kernels.teacher_statistics[(r * T,)](
-            teacher_TrK, center_K, maximum_rT, total_rT, inverse_teacher, teacher_view, teacher_image, **launch
+            teacher_TrK, center_K, maximum_rT, total_rT, inverse_teacher, teacher_view, teacher_image, **constants
         )
         tensors = student_VrK, teacher_TrK, center_K, maximum_rT, total_rT, loss_rV
         factors = 1 / student_temperature, inverse_teacher, float(gradient_scale)
         strides = student_view, student_image, teacher_view, teacher_image
-        softmax_kernels.loss_and_gradient[(r * V,)](*tensors, *factors, V, *strides, **launch)
+        softmax_kernels.loss_and_gradient[(r * V,)](*tensors, *factors, V, *strides, **constants)
     return loss_rV.T
-
-
-def _constants(T: int, K: int) -> dict[str, Any]:
-    """Compile-time constants of a kernel."""
-    block = min(LARGEST_BLOCK, 1 << (K - 1).bit_length())
-    return {"T": T, "K": K, "BLOCK": block, "num_warps": max(1, block // (32 * LOGITS_PER_THREAD))}
