@@ -1,18 +1,18 @@
 """Transformer blocks with known weights; as a program, runs the fused block in Triton's interpreter.
 
-The interpreter must be selected before Triton is imported, so tests start it as a program with the path of the results.
+`run_program` starts it with the path of the results.
 """
 
-import os
 import sys
 from contextlib import nullcontext
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 from torch import Tensor, nn
+from triton_interpreter import use_interpreter
+
+if __name__ == "__main__":
+    use_interpreter()
 
 from dino_lightning.models.kernels.block import fused_block
 from dino_lightning.models.packed_block import PackedBlock, packed_pass

@@ -1,15 +1,12 @@
-"""Runs the Triton kernels on the CPU in Triton's interpreter: `python softmax_triton_worker.py CASES RESULTS`.
+"""Runs the Triton kernels of the loss on the CPU: `softmax_triton_worker.py CASES RESULTS`, by `run_program`."""
 
-This needs a separate process, because Triton reads TRITON_INTERPRET when it is imported.
-"""
-
-import os
 import sys
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
+from triton_interpreter import use_interpreter
+
+use_interpreter()
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,6 @@ Without a GPU the kernels run in triton's interpreter, and are compiled for a GP
 
 import copy
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import block_worker
 import pytest
 import torch
 from block_worker import HEADS, SHAPES, WIDTH, inputs, make_block, outputs_and_gradients
+from programs import run_program
 from timm.layers import PatchEmbed
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -44,9 +43,10 @@ def exact(block: Any, x_MD: Tensor, shapes: Any, scales_2M1: Tensor | None) -> d
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    path = tmp_path_factory.mktemp("block") / "results"
-    subprocess.run([sys.executable, block_worker.__file__, path], check=True, timeout=120)
-    return torch.load(path)
+    folder = tmp_path_factory.mktemp("block")
+    ended = run_program(block_worker.__file__, str(folder / "results"), cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return torch.load(folder / "results")
 
 
 @needs_triton

@@ -5,14 +5,13 @@ not there.
 """
 
 import importlib.util
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import run_program
 from torch import Tensor
 
 from dino_lightning.models.kernels.softmax_triton import available, loss_and_gradient_
@@ -129,7 +128,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     cases["not a number"]["student"][1, 2, 3] = float("nan")
     torch.save(cases, folder / "cases")
     worker = Path(__file__).parents[1] / "helpers" / "softmax_triton_worker.py"
-    subprocess.run([sys.executable, worker, folder / "cases", folder / "results"], check=True, timeout=120)
+    ended = run_program(str(worker), str(folder / "cases"), str(folder / "results"), cwd=folder)
+    assert ended.returncode == 0, ended.stderr
     return torch.load(folder / "results")
 
 
