@@ -4,6 +4,7 @@ The bytes sent are those of one GPU in one step; it receives the same number of 
 """
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ FLOAT_BYTES = 4
 """Size of a weight, a gradient or a moment."""
 
 
+@cache
 def on_paper(name: str) -> tuple[ViTConfig, StudentTeacher]:
     """The method with the original's head on the meta device, without memory for its weights."""
     backbone = backbone_config(name)

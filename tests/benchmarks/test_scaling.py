@@ -8,6 +8,7 @@ import torch
 from scaling_bytes import all_reduce, ddp_bytes, fsdp_bytes, numbers, on_paper, slice_numbers, small_bytes, state_bytes
 from scaling_bytes import trained as trained_of
 from scaling_seconds import Hardware, Step, ddp_seconds, fsdp_seconds, step_on
+from slow_params import first
 from torch import nn
 
 from dino_lightning.models.backbones import build_backbone
@@ -28,7 +29,7 @@ class Pair(nn.Module):
         self.student, self.teacher = Small(), Small().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["vit_small", "vit_base"])
+@pytest.mark.parametrize("name", first(["vit_small", "vit_base"]))
 def test_counts_are_those_of_real_networks(name: str) -> None:
     backbone, paper = on_paper(name)
     real = build_backbone(backbone, image_size=224, drop_path=True)

@@ -154,8 +154,8 @@ def test_without_memory_for_both_sides_each_runs_alone(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("setting", "kind", "message"),
     [
-        (Setting(batch=10**10), "out of memory", "can't allocate memory"),
-        (Setting(overrides=("compute.nonsense=1",)), "failed", "nonsense"),
+        (Setting("vit_tiny", batch=10**10, prototypes=64), "out of memory", "can't allocate memory"),
+        (Setting("vit_tiny", overrides=("compute.nonsense=1",)), "failed", "nonsense"),
     ],
 )
 def test_a_side_reports_why_it_ended(setting: Setting, kind: str, message: str):

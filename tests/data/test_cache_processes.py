@@ -5,13 +5,12 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from cache_cases import FORK, GeneratedImages, expected, folders, keep, settings
+from programs import start_program
 
 from dino_lightning.data.cache import remove_unused
 
@@ -84,6 +83,18 @@ def wait_until(condition, *, seconds=20):
         time.sleep(0.005)
 
 
+KEEP = """
+import json, sys, time
+from pathlib import Path
+from cache_cases import DataConfig, GeneratedImages, keep
+
+kept = keep(GeneratedImages(10, name=sys.argv[1]), DataConfig(**json.loads(sys.argv[2])))
+print(kept.folder, flush=True)
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.01)
+"""
+
+
 class TestMemory:
     """Folders in memory are removed by the process that is the last to use them."""
 
@@ -116,25 +127,20 @@ class TestMemory:
         del second
         assert not folder.exists()
 
-    def test_of_two_processes_the_last_removes_it(self, source, config):
-        code = f"from cache_cases import *; source = GeneratedImages(10, name={source.name!r}); "
-        code += f"kept = keep(source, DataConfig(**{vars(config)!r}))"
-        paths = os.pathsep.join([*sys.path])
-        other = subprocess.Popen(
-            [sys.executable, "-c", f"{code}; print(kept.folder, flush=True); input()"],
-            env={**os.environ, "PYTHONPATH": paths},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert other.stdout is not None
-        folder = Path(other.stdout.readline().strip())
+    def test_of_two_processes_the_last_removes_it(self, source, config, tmp_path):
+        program, log, end = (tmp_path / name for name in ("keep.py", "log", "end"))
+        program.write_text(KEEP)
+        arguments = source.name, json.dumps(vars(config)), str(end)
+        other = start_program(str(program), *arguments, cwd=tmp_path, stdout=log, stderr=log)
+        wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+        folder = Path(log.read_text().splitlines()[-1])
         kept = keep(source, config)
         assert (kept.folder, source.reads.value) == (folder, 0)
         del kept
         assert folder.exists()
-        other.communicate("\n")
-        assert other.returncode == 0
+        end.touch()
+        other.join()
+        assert other.exitcode == 0
         assert not folder.exists()
 
     def test_loader_processes_do_not_remove_it(self, source, config):

@@ -70,9 +70,9 @@ def module_and_batches(case: Case, *, ranks: int) -> tuple[Any, list[Any]]:
     return module, tiny_methods.labeled(parts) if case.method == "supervised" else parts
 
 
-def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
+def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
-    on_ranks(main, folder, ranks=RANKS)
+    on_ranks(main, folder, *cases, ranks=RANKS)
     return results_of_ranks(folder)
 
 
@@ -106,6 +106,6 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.save({name: train(case) for name, case in CASES.items()}, folder / f"rank{rank}.pt")
+def main(rank: int, folder: Path, *cases: str) -> None:
+    torch.save({name: train(CASES[name]) for name in cases}, folder / f"rank{rank}.pt")
     leave_group()

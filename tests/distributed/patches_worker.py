@@ -13,7 +13,7 @@ from ranks_worker import BATCH, RANKS, STEPS, Case
 CASES = {
     "ddp": Case("ddp"),
     "ddp, accumulated": Case("ddp", accumulate=4),
-    "fsdp": Case("fsdp", depth=2),
+    "fsdp": Case("fsdp"),
 }
 
 

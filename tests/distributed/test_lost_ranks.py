@@ -5,6 +5,7 @@ Whole runs of `train.py` on two real processes, by Lightning's launcher and by t
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ def images(folder: Path, *, count: int = 40) -> Path:
     return folder
 
 
+def torchrun_variables(*, ranks: int) -> list[dict[str, str]]:
+    """The environment variables that torchrun sets on each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def lose(
     folder: Path,
     fault: str,
@@ -71,18 +82,22 @@ def lose(
 
 
 def test_an_error_on_the_second_rank_ends_the_first(tmp_path: Path) -> None:
-    """The first process is forked with loaded libraries; Lightning starts the second one as a new Python process."""
+    """The processes are forked with loaded libraries and have torchrun's variables; the tests below use launchers."""
     mark, log = tmp_path / "mark", tmp_path / "log"
     words = train(f"imports=[{HERE}/faulty_rank.py]", f"output_dir={tmp_path}/out", f"collective_timeout_s={TIMEOUT_S}")
-    variables = environment({"FAULT": "error", "FAULTY": "1", "MARK": str(mark)})
-    process = start_program(*words[1:], cwd=tmp_path, stdout=log, stderr=log, variables=variables)
+    fault = {"FAULT": "error", "FAULTY": "1", "MARK": str(mark)}
+    processes = [
+        start_program(*words[1:], cwd=tmp_path, stdout=log, stderr=log, variables=environment(fault | variables))
+        for variables in torchrun_variables(ranks=2)
+    ]
     try:
-        process.join(timeout=240)
-        assert process.exitcode == 1
+        for process in processes:
+            process.join(timeout=240)
+            assert process.exitcode == 1
         seconds = time.time() - mark.stat().st_mtime
-        assert not processes_of(process.pid or 0)
+        assert not any(processes_of(process.pid or 0) for process in processes)
     finally:
-        for number in processes_of(process.pid or 0):
+        for number in [number for process in processes for number in processes_of(process.pid or 0)]:
             os.kill(number, signal.SIGKILL)
     said = log.read_text()
     assert "[rank1]: MemoryError: no memory left for a batch" in said

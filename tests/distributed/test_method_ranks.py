@@ -16,21 +16,32 @@ EXACT = {"rtol": 1e-8, "atol": 1e-11}
 """Float64: only the order of sums differs."""
 
 
+SLOW = ("byol, fsdp", "supervised, fsdp")
+FAST = tuple(name for name in CASES if name not in SLOW)
+Ranks = list[dict[str, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return method_ranks_worker.launch(tmp_path_factory.mktemp("methods"))
+def fast_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return method_ranks_worker.launch(tmp_path_factory.mktemp("methods"), *FAST)
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_two_ranks_are_one_process(name: str, all_ranks: list[dict[str, dict[str, Any]]]) -> None:
-    case, ranks = CASES[name], [rank[name] for rank in all_ranks]
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return method_ranks_worker.launch(tmp_path_factory.mktemp("slow_methods"), *SLOW)
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_two_ranks_train_like_one_process(name: str, request: pytest.FixtureRequest) -> None:
+    both = request.getfixturevalue("slow_ranks" if name in SLOW else "fast_ranks")
+    case, ranks = CASES[name], [rank[name] for rank in both]
     window = 2 if case.batch_norm else 1
     module, batches = method_ranks_worker.module_and_batches(replace(case, accumulate=window), ranks=1)
     alone = tiny_methods.fit(module, batches, accumulate_grad_batches=window)
     means = torch.tensor([rank["losses"] for rank in ranks]).double().unflatten(1, (STEPS, -1)).mean(dim=(0, 2))
     expected = torch.tensor(alone.losses).double().unflatten(0, (STEPS, -1)).mean(dim=1)
     torch.testing.assert_close(means, expected, rtol=1e-6, atol=0)
-    assert ranks[0]["losses"] != ranks[1]["losses"], "each rank has images of its own"
+    assert ranks[0]["losses"] != ranks[1]["losses"], "the ranks have different images"
     for rank in ranks:
         assert rank["state"].keys() == alone.states[-1].keys()
         for key, tensor in rank["state"].items():
@@ -39,11 +50,10 @@ def test_two_ranks_are_one_process(name: str, all_ranks: list[dict[str, dict[str
     assert bool(ranks[0]["sharded"]) == (case.strategy == "fsdp")
 
 
-def test_cases_show_what_they_should(all_ranks: list[dict[str, dict[str, Any]]]) -> None:
-    """The queues were full and used, the predictor was sharded, and every method is included."""
+def test_cases_cover_every_method_full_queues_and_sharded_predictors(fast_ranks: Ranks) -> None:
     assert {case.method for case in CASES.values()} == {"dino", *tiny_methods.CONFIGS}
-    state = all_ranks[0]["swav, queue"]["state"]
+    state = fast_ranks[0]["swav, queue"]["state"]
     assert int(state["queues.0.filled"]) == 11 < STEPS * method_ranks_worker.BATCH
-    assert int(all_ranks[0]["moco 2"]["state"]["queue.filled"]) == 12
-    assert "predictor.weight" in all_ranks[0]["swav, queue, fsdp"]["sharded"]
+    assert int(fast_ranks[0]["moco 2"]["state"]["queue.filled"]) == 12
+    assert "predictor.weight" in fast_ranks[0]["swav, queue, fsdp"]["sharded"]
     assert RANKS == 2

@@ -42,7 +42,7 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def trained_alone() -> dict[str, Alone]:
-    """By settings, as several cases are the same training."""
+    """Cache by settings, because several cases train the same network."""
     return {}
 
 
@@ -82,7 +82,7 @@ def train_alone(case: Case) -> Alone:
 
 
 def by_step(values: list[Any]) -> list[Any]:
-    """From values after each micro-batch, those after a step."""
+    """Select the values after each optimizer step from those after each micro-batch."""
     window = len(values) // (ranks_worker.STEPS * ranks_worker.EPOCHS)
     return values[window - 1 :: window]
 
@@ -92,14 +92,14 @@ def step_means(losses: list[float]) -> Tensor:
 
 
 def parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the statistics of batch norms, which each process has for itself."""
+    """All tensors except the statistics of batch norms, which differ between processes."""
     return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
 
 
 def test_losses(ranks: list[dict[str, Any]], alone: Alone) -> None:
     mean = (step_means(ranks[0]["losses"]) + step_means(ranks[1]["losses"])) / 2
     torch.testing.assert_close(mean, step_means(alone.record.losses), rtol=1e-6, atol=0)
-    assert ranks[0]["losses"] != ranks[1]["losses"], "each rank has images of its own"
+    assert ranks[0]["losses"] != ranks[1]["losses"], "the ranks have different images"
 
 
 def test_learning_rate_scales_with_the_total_batch(ranks: list[dict[str, Any]], alone: Alone) -> None:
@@ -111,7 +111,7 @@ def test_center(ranks: list[dict[str, Any]], alone: Alone) -> None:
         *(by_step(rank["centers"]) for rank in ranks), by_step(alone.record.centers), strict=True
     ):
         torch.testing.assert_close(ours, expected, **EXACT)
-        assert torch.equal(ours, others), "DDP does not copy it from rank 0: it moves alike"
+        assert torch.equal(ours, others), "both ranks compute the same center; DDP does not copy it"
 
 
 def test_gradients(ranks: list[dict[str, Any]], alone: Alone) -> None:
@@ -138,8 +138,8 @@ def test_final_weights(network: str, ranks: list[dict[str, Any]], alone: Alone) 
     assert all(torch.equal(ranks[0][network][name], ranks[1][network][name]) for name in expected)
 
 
-def test_prototypes_were_frozen_and_then_were_not(alone: Alone) -> None:
-    """So the comparisons above cover both."""
+def test_prototypes_are_frozen_in_some_steps_only(alone: Alone) -> None:
+    """The comparisons above cover both states."""
     states, frozen = alone.record.students, 6
     steps = by_step(states)
     for name in LAST:
@@ -147,7 +147,7 @@ def test_prototypes_were_frozen_and_then_were_not(alone: Alone) -> None:
         assert not torch.equal(steps[frozen - 1][name], steps[frozen][name])
 
 
-def test_what_averages_the_gradients(name: str, case: Case, ranks: list[dict[str, Any]]) -> None:
+def test_settings_of_ddp(name: str, case: Case, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         if case.strategy == "fsdp":
             assert not rank["settings"]
@@ -157,11 +157,10 @@ def test_what_averages_the_gradients(name: str, case: Case, ranks: list[dict[str
         assert settings["static_graph"] is (name not in ("ddp, accumulated", "ddp, unused"))
         buffers = settings.get("forward_sync_buffers", settings.get("broadcast_buffers"))
         assert buffers is case.batch_norm
-        assert set(rank["storages"]) == {1}, "all gradients are views of the one bucket of so small a network"
+        assert set(rank["storages"]) == {1}, "all gradients are views of one bucket"
 
 
-def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
-    """Weights, gradients and moments of student and teacher."""
+def test_fsdp_shards_weights_gradients_and_moments(case: Case, ranks: list[dict[str, Any]]) -> None:
     assert {*ranks[0]["sharded"], *ranks[1]["sharded"]} == {case.strategy == "fsdp"}
     first, second = (rank["sizes"] for rank in ranks)
     assert any(name.startswith("gradient of student.") for name in first)
@@ -169,7 +168,7 @@ def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
     for name, (shape, here) in first.items():
         there, whole = second[name][1], math.prod(shape)
         if case.strategy == "fsdp":
-            # Rows, of which the first rank has one more if their number is odd; or half of a single row.
+            # The first rank has one row more if their number is odd; a single row is halved.
             left = whole // shape[0] if shape[0] % 2 and shape[0] > 1 else 0
             assert (here, there) == ((whole + left) // 2, (whole - left) // 2), name
         else:
@@ -180,8 +179,7 @@ def test_slices(case: Case, ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_bytes_sent(name: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
-    """`docs/scaling.md` uses them."""
+def test_bytes_sent_are_those_of_the_scaling_estimate(name: str, ranks: list[dict[str, Any]], alone: Alone) -> None:
     options: Any = {"gpus": ranks_worker.RANKS, "element": 8}
     small = sum(scaling_bytes.small_bytes(tiny.K, **options).values())
     if name == "ddp":
@@ -191,13 +189,13 @@ def test_bytes_sent(name: str, ranks: list[dict[str, Any]], alone: Alone) -> Non
         gathered = paper["teacher"] + paper["forward"] + paper["backward"]
         expected = {"all_gather": gathered, "reduce_scatter": paper["gradients"], "all_reduce": small + paper["norms"]}
     for rank in ranks:
-        for sent in rank["sent"][1 : ranks_worker.STEPS - 1]:  # around epochs, Lightning has words to exchange too
+        for sent in rank["sent"][1 : ranks_worker.STEPS - 1]:  # Lightning communicates around epochs, too
             # Later versions of PyTorch have shorter names.
             names = {key: key.removesuffix("_tensor").removesuffix("_into") for key in sent}
             assert {names[key]: count for key, count in sent.items()} == expected
 
 
-def test_kernels(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_optimizer_kernels(name: str, ranks: list[dict[str, Any]]) -> None:
     expected: dict[str, bool] = {"fused": True, "foreach": False}
     expected = {"fsdp, sgd": {"fused": False, "foreach": True}, "fsdp, lars": {}}.get(name, expected)
     assert all(group == expected for rank in ranks for group in rank["options"])

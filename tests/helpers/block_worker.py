@@ -64,8 +64,7 @@ def main(path: str) -> None:
         (half, dropped): outputs_and_gradients(
             block, x_MD, SHAPES, scales_2M1 if dropped else None, fused=True, half=half
         )
-        for half in (False, True)
-        for dropped in (False, True)
+        for half, dropped in ((False, True), (True, False))
     }
     torch.save(results, path)
 

@@ -1,6 +1,7 @@
 """Small datasets of generated images in the layouts of revisited Oxford and of Copydays."""
 
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ SIZES = (64, 48), (48, 64)
 """(width, height) of the views; one view has another size."""
 
 
-def drawings(count: int) -> list[Image.Image]:
-    """Distinct images of 64 x 64 pixels."""
-    source: Any = open_builtin(BuiltinData(train_images=count, val_images=1, image_size=64)).train
-    return [Image.fromarray(np.asarray(source.read(i))) for i in range(count)]
+@cache
+def drawings() -> list[Image.Image]:
+    """80 distinct images of 64 x 64 pixels."""
+    source: Any = open_builtin(BuiltinData(train_images=80, val_images=1, image_size=64)).train
+    return [Image.fromarray(np.asarray(source.read(i))) for i in range(len(source))]
 
 
 def write_revisited(root: Path, *, name: str = "roxford5k", protocol: int = 2) -> RevisitedData:
@@ -29,7 +31,7 @@ def write_revisited(root: Path, *, name: str = "roxford5k", protocol: int = 2) -
     jpg = root / name / "jpg"
     jpg.mkdir(parents=True)
     images, queries, gnd = [], [], []
-    for landmark, picture in enumerate(drawings(LANDMARKS)):
+    for landmark, picture in enumerate(drawings()[:LANDMARKS]):
         for view in range(VIEWS):
             size = SIZES[view % 2] if (landmark, view) != (0, 0) else (70, 33)
             turned = picture.resize(size).rotate(4 * view, fillcolor=(128, 128, 128))
@@ -54,7 +56,7 @@ def write_truth(path: Path, truth: Any, *, protocol: int = 2) -> None:
 
 def write_copydays(root: Path, *, photographs: int = 5) -> CopydaysData:
     """Write originals, two strong copies of each except the last (blurred, rotated), and folders of other copies."""
-    pictures = drawings(photographs)
+    pictures = drawings()[:photographs]
     for folder in ("original", "strong", "jpegqual/20", "jpegqual/5", "crops/10"):
         (root / folder).mkdir(parents=True)
     for number, picture in enumerate(pictures):
@@ -71,7 +73,7 @@ def write_copydays(root: Path, *, photographs: int = 5) -> CopydaysData:
 
 def write_others(folder: Path, *, count: int = 12, start: int = 30) -> Path:
     """Write images that are in neither dataset, some of them in a subfolder."""
-    for i, picture in enumerate(drawings(start + count)[start:]):
+    for i, picture in enumerate(drawings()[start : start + count]):
         target = folder / "below" if i % 3 == 0 else folder
         target.mkdir(parents=True, exist_ok=True)
         picture.save(target / f"other{i:02}.png")

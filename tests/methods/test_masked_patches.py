@@ -108,7 +108,7 @@ def test_half_precision() -> None:
 
 # --------------------------------------------------------------------------------------------------------- the fit
 
-EPOCHS, PER_EPOCH, WEIGHT = 2, 3, 0.7
+EPOCHS, PER_EPOCH, WEIGHT = 2, 2, 0.7
 TOTAL = EPOCHS * PER_EPOCH
 OPTIM = AdamWConfig(lr=0.064, lr_end=1e-4, lr_warmup="2it", weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.05)
 METHOD: dict[str, Any] = {"teacher_momentum": 0.9, "patch_loss_weight": WEIGHT, "freeze_last_layer": "1ep"}

@@ -1,5 +1,6 @@
-"""How the teacher follows, against a hand-written rule over the weights that the student had."""
+"""The teacher's update, compared with rules that are written by hand for the recorded weights of the student."""
 
+import functools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,16 @@ def train(
     return start, tiny_methods.fit(module, data, **limits)
 
 
+@functools.cache
+def trained(update: str, *, accumulated: int) -> tuple[Weights, tiny_methods.States]:
+    """`train` with the default options, for tests that only read its results."""
+    return train(update, accumulated=accumulated)
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("update", UPDATES)
 def test_teacher_after_each_step(update: str, accumulated: int) -> None:
-    start, seen = train(update, accumulated=accumulated)
+    start, seen = trained(update, accumulated=accumulated)
     states = seen.states[accumulated - 1 :: accumulated]
     students, teachers = ([weights(state, network) for state in states] for network in ("student", "teacher"))
     expected = by_hand(update, start, students)
@@ -72,7 +79,7 @@ def test_teacher_after_each_step(update: str, accumulated: int) -> None:
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_the_loss_sees_the_teacher_that_the_step_before_left(update: str) -> None:
+def test_the_loss_uses_the_teacher_of_the_previous_step(update: str) -> None:
     seen: list[Tensor] = []
 
     class Look(Callback):
@@ -89,26 +96,26 @@ def test_the_loss_sees_the_teacher_that_the_step_before_left(update: str) -> Non
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_between_two_steps_the_teacher_stands_still(update: str) -> None:
-    _, seen = train(update, accumulated=2)
+def test_the_teacher_is_constant_between_two_steps(update: str) -> None:
+    _, seen = trained(update, accumulated=2)
     for index in range(1, len(seen.states) - 1, 2):
         now, then = (weights(seen.states[i], "teacher") for i in (index, index + 1))
         assert all(torch.equal(now[name], then[name]) for name in now)
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("after", [2, 3])
-def test_a_run_that_goes_on_ends_as_it_would(update: str, after: int, tmp_path: Path) -> None:
-    """From the middle of an epoch, and from its end. All batches are equal: these loaders do not know their place."""
+def test_a_resumed_run_equals_an_uninterrupted_one(update: str, tmp_path: Path) -> None:
+    """From the middle of an epoch, and from its end. All batches are equal, because a list has no position."""
     checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     _, whole = train(update, kinds=1, callbacks=[checkpoints], enable_checkpointing=True)
-    _, rest = train(update, kinds=1, ckpt_path=tmp_path / f"step={after}.ckpt")
-    assert rest.steps[-1] == TOTAL
-    for name, weight in whole.states[-1].items():
-        assert torch.equal(weight, rest.states[-1][name]), name
+    for after in (2, 3):
+        _, rest = train(update, kinds=1, ckpt_path=tmp_path / f"step={after}.ckpt")
+        assert rest.steps[-1] == TOTAL
+        for name, weight in whole.states[-1].items():
+            assert torch.equal(weight, rest.states[-1][name]), (after, name)
 
 
-def test_momentum_is_logged_as_it_is() -> None:
+def test_the_momentum_is_logged() -> None:
     values: dict[str, list[float]] = {}
     for update in UPDATES:
         module = tiny.dino(teacher_update=update, teacher_momentum=0.9)

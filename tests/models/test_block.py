@@ -50,8 +50,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @needs_triton
-@pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("half", "dropped"), [(False, True), (True, False)])
 def test_equals_the_plain_block(interpreted: dict, half: bool, dropped: bool) -> None:
     """The interpreter cuts bfloat16 off where a GPU rounds to nearest, hence twice the error."""
     block, (x_MD, scales_2M1) = make_block(WIDTH, HEADS), inputs(SHAPES, WIDTH)

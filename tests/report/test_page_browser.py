@@ -102,12 +102,19 @@ class Seen:
         return self.chart(title).locator("svg text[text-anchor=end]").all_text_contents()
 
 
-@pytest.fixture
-def one(browser: Any, folder: Path) -> Iterator[Seen]:
+@pytest.fixture(scope="module")
+def page_of_one_run(browser: Any, folder: Path) -> Iterator[Seen]:
     seen = Seen(browser, folder / "a" / "report.html")
     yield seen
-    assert seen.said == []
     seen.context.close()
+
+
+@pytest.fixture
+def one(page_of_one_run: Seen) -> Iterator[Seen]:
+    """The same page for all tests, which undo the settings that they change."""
+    page_of_one_run.page.mouse.move(0, 0)
+    yield page_of_one_run
+    assert page_of_one_run.said == []
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from composing import SMALL, composed
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
+from programs import run_program
 
 from dino_lightning.config import TrainConfig
 from dino_lightning.errors import UserError
@@ -52,3 +53,21 @@ def test_a_job_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     launcher = Launcher(SLURMEnvironment(auto_requeue=False), 2, 1)
     with pytest.raises(UserError, match=r"^trainer\.devices=2 and trainer\.num_nodes=1 do not match the SLURM job: "):
         launcher.launch(lambda: None)
+
+
+TWO = """
+import os, sys, time
+if os.environ.get("LOCAL_RANK") == "1":
+    sys.exit(3 if os.environ["DINO_LIGHTNING_STARTED_BY"] == str(os.getppid()) else 4)
+from lightning.fabric.plugins.environments import LightningEnvironment
+from dino_lightning.runtime.launcher import Launcher
+Launcher(LightningEnvironment(), 2, 1).launch(time.sleep, 60)
+"""
+
+
+def test_the_launcher_starts_a_second_process_and_ends_with_its_status(tmp_path: Path) -> None:
+    program = tmp_path / "two.py"
+    program.write_text(TWO)
+    ended = run_program(str(program), cwd=tmp_path, timeout=50)
+    assert ended.returncode == 3, ended.stderr
+    assert "process 1 of this machine has ended with status 3" in ended.stderr
