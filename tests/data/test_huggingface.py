@@ -39,13 +39,20 @@ def write_part(file: Path, first: int, count: int) -> None:
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(file)
 
 
-@pytest.fixture
-def folder(tmp_path, capfd) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
     """`train` of pictures 0 to 13 in three files, and `test` of 20 to 22."""
+    root = tmp_path_factory.mktemp("original")
     for part, size in enumerate(SIZES):
-        write_part(tmp_path / "d" / f"train-{part}.parquet", sum(SIZES[:part]), size)
-    write_part(tmp_path / "d" / "test.parquet", 20, 3)
-    return tmp_path / "d"
+        write_part(root / f"train-{part}.parquet", sum(SIZES[:part]), size)
+    write_part(root / "test.parquet", 20, 3)
+    return root
+
+
+@pytest.fixture
+def folder(original, tmp_path) -> Path:
+    """A copy of `original` that a test can change."""
+    return shutil.copytree(original, tmp_path / "d")
 
 
 def opened(folder: Path | str, **options: Any) -> Splits:

@@ -160,13 +160,13 @@ def test_what_is_refused(data: CopydaysData, tmp_path: Path) -> None:
         run(tmp_path, data)
 
 
-def test_a_cache_is_not_mistaken_for_another(data: CopydaysData, tmp_path: Path) -> None:
-    changes: list[dict[str, Any]] = [{}, {"image_size": 24}, {"gem_power": 2.0}, {}]
-    for config in changes:
+def test_each_setting_has_its_own_feature_cache(data: CopydaysData, tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [{}, {"image_size": 24}, {"gem_power": 2.0}]
+    plain = [{name: result.value for name, result in run(tmp_path, data, **config).items()} for config in changes]
+    for config, expected_values in zip([*changes, changes[0]], [*plain, plain[0]], strict=True):
         task = tiny_task(tmp_path, tiny_network(), data=data, cache=tmp_path / "cache")
-        kept = copy_detection.evaluate(CopyDetectionEval(**{"image_size": SIZE, **config}), task)
-        plain = run(tmp_path, data, **config)
-        assert {result.metric: result.value for result in kept} == {name: own.value for name, own in plain.items()}
+        cached = copy_detection.evaluate(CopyDetectionEval(**{"image_size": SIZE, **config}), task)
+        assert {result.metric: result.value for result in cached} == expected_values
 
 
 def test_the_picture_shows_worst_and_best(data: CopydaysData, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dino_lightning.models.frozen import FrozenNetwork
 
 TF: Any = functional  # its annotations know tensors only
 SEED, CLASSES, WIDTH = 5, 12, 32
-BUILTIN = BuiltinData(train_images=70, val_images=36, num_workers=0)
+BUILTIN = BuiltinData(train_images=40, val_images=36, num_workers=0)
 FEATURES = [(2, False), (1, True), (1, False)]
 
 
@@ -166,28 +166,28 @@ def interrupt_after(task: Task, units: int) -> None:
     cast(Any, task.context).progress = progress
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
-    whole = run(tiny_task(tmp_path / "a", tiny_network(), data=BUILTIN, seed=SEED), epochs=4)
+def test_a_resumed_evaluation_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = run(tiny_task(tmp_path / "a", tiny_network(), data=BUILTIN, seed=SEED), epochs=3)
     task = tiny_task(tmp_path / "b", tiny_network(), data=BUILTIN, seed=SEED)
-    interrupt_after(task, 12)  # steps of 5 in an epoch: in the middle of the third
+    interrupt_after(task, 7)  # an epoch has three steps, so this is in the middle of the third epoch
     with pytest.raises(KeyboardInterrupt):
-        run(task, epochs=4)
+        run(task, epochs=3)
     (file,) = (task.output / "linear").iterdir()
     assert torch.load(file, weights_only=True)["epoch"] == 2
     torch.manual_seed(99)
     said: list[str] = []
     again = tiny_task(tmp_path / "b", tiny_network(), data=BUILTIN, seed=SEED)
     cast(Any, again.context).say = said.append
-    resumed = run(again, epochs=4)
-    assert "after epoch 2 of 4" in said[0]
+    resumed = run(again, epochs=3)
+    assert "after epoch 2 of 3" in said[0]
     for one, other in zip(weights(resumed).values(), weights(whole).values(), strict=True):
         assert torch.equal(one, other)
     for metric, result in whole.items():
         assert resumed[metric].value == result.value
-    # Other settings or weights are another file: nothing is taken over.
+    # Other settings or weights have their own file, so they do not resume from this one.
     assert len(said) == 1
-    run(again, epochs=4, lr=0.1)
-    run(tiny_task(tmp_path / "b", tiny_network(seed=1), data=BUILTIN, seed=SEED), epochs=4)
+    run(again, epochs=3, lr=0.1)
+    run(tiny_task(tmp_path / "b", tiny_network(seed=1), data=BUILTIN, seed=SEED), epochs=3)
     assert len(said) == 1
     assert len(list((task.output / "linear").iterdir())) == 3
 

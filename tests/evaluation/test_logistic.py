@@ -26,7 +26,7 @@ from dino_lightning.evaluation.classification.logistic import choose_c, draw_per
 from dino_lightning.evaluation.context import Result
 
 CPU = torch.device("cpu")
-DATA = BuiltinData(train_images=240, val_images=96, image_size=32, num_workers=0)
+DATA = BuiltinData(train_images=120, val_images=48, image_size=32, num_workers=0)
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,7 @@ def test_the_task(tmp_path: Path) -> None:
     assert low.details["std"] == pytest.approx(np.std([split["top1"] for split in splits]))
     # All labels in both draws: the same classifier twice, up to the folds that chose its c.
     assert [split["folds"] for split in all_labels.details["splits"]] == [5, 5]
-    assert all_labels.details["queries"] == 96
+    assert all_labels.details["queries"] == 48
     assert all_labels.value > low.value > 0
     assert all_labels.value > 20, "chance is 8.3"
 

@@ -1,5 +1,6 @@
 """Small networks and tasks for the tests of evaluations."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from lightning import Fabric
 from torch import nn
 
-from dino_lightning.config import ImagesConfig, ViTConfig
+from dino_lightning.config import BuiltinData, ImagesConfig, ViTConfig
+from dino_lightning.data.sources import Splits, open_sources
 from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import FrozenNetwork
@@ -38,7 +40,16 @@ def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments:
 def tiny_task(tmp_path: Path, network: FrozenNetwork, *, data: ImagesConfig, **task: Any) -> Task:
     """A task in one process on the CPU, with output in `tmp_path / "out"`."""
     context = EvalContext(Fabric(accelerator="cpu", devices=1), show_progress=False)
-    return Task(network, data, context, tmp_path / "out", **task)
+    result = Task(network, data, context, tmp_path / "out", **task)
+    if isinstance(data, BuiltinData):
+        result.__dict__["splits"] = _drawn(repr(data), result.seed)
+    return result
+
+
+@cache
+def _drawn(data: str, seed: int) -> Splits:
+    """Built-in images, which take long to draw, for all tests with these settings."""
+    return open_sources(eval(data), seed=seed)
 
 
 def _network(rebuild: Any, name: str, *, size: int, seed: int) -> FrozenNetwork:

@@ -88,5 +88,9 @@ def _run(
             runpy.run_path(program, run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except Exception as error:  # like Python; multiprocessing would print the traceback itself
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not run them
