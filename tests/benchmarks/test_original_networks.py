@@ -12,7 +12,7 @@ CASES = [("vits16", "96"), *((name, size) for name in NETWORKS for size in SIZES
 
 
 @pytest.mark.parametrize(("name", "size"), first(CASES))
-def test_features_are_the_original_s(name: str, size: str, tmp_path: Path) -> None:
+def test_features_equal_the_original(name: str, size: str, tmp_path: Path) -> None:
     """Differences come only from the order of summation in float32; the limit is relative to the largest feature."""
     variable = "XCIT_ORIGINAL" if name in XCITS else "DINO_ORIGINAL"
     checkout = os.environ.get(variable)

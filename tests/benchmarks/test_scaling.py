@@ -114,7 +114,7 @@ def test_step() -> None:
     assert step.update == 13 * 4 * numbers(trained_of(method.student)) / 1e12
 
 
-def test_what_hides_behind_the_backward_pass() -> None:
+def test_communication_overlaps_the_backward_pass() -> None:
     _, method = on_paper("vit_small")
     for gpus in (8, 16):
         way, _ = ddp_seconds(hardware(), Step(0, 0, 0, 0), method, gpus=gpus)
@@ -124,7 +124,7 @@ def test_what_hides_behind_the_backward_pass() -> None:
             assert estimate == pytest.approx(exposed)
 
 
-def test_fsdp_hides_pass_by_pass() -> None:
+def test_fsdp_overlaps_each_pass() -> None:
     backbone, method = on_paper("vit_small")
     way, everything = fsdp_seconds(hardware(), Step(0, 0, 0, 0), backbone, method, gpus=8)
     first = way / (backbone.depth + 2)

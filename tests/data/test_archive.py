@@ -39,7 +39,7 @@ class TestReading:
         check_consistent(ours)
 
     @pytest.mark.parametrize("form", ["stored", "pax"])
-    def test_what_does_not_count(self, tmp_path, form):
+    def test_ignored_members(self, tmp_path, form):
         ending, pack = FORMS[form]
         hidden = images("./a/0.png", "./b/1.png", "a/._2.png", ".git/3.png", "__MACOSX/a/4.png", "b/.cache/5.png")
         path = tmp_path / f"x{ending}"
@@ -48,7 +48,7 @@ class TestReading:
 
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     @pytest.mark.parametrize("form", ["stored", "gnu"])
-    def test_of_two_members_with_one_name_the_later_counts_as_when_unpacking(self, tmp_path, form):
+    def test_the_later_of_two_members_with_one_name_counts(self, tmp_path, form):
         ending, pack = FORMS[form]
         path = tmp_path / f"x{ending}"
         path.write_bytes(pack(images("a.png", "b.png")))
@@ -203,7 +203,7 @@ class TestLayout:
         assert by_class(source) == {"cat": ["0.png", "1.png"], "dog": ["0.png", "1.png"]}
         assert [source.read(i) for i in range(4)] == [one for some in files.values() for one in some.values()]
 
-    def test_what_is_not_used_is_named(self, tmp_path):
+    def test_unused_members_are_named(self, tmp_path):
         (tmp_path / "x.zip").write_bytes(zip_bytes(images("train/a.png", "val/b.png", "extra/c.png")))
         assert "': extra, val" in opened(tmp_path / "x.zip").remark
 

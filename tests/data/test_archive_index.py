@@ -133,7 +133,7 @@ class TestKept:
             assert contents(opened(tmp_path / "x.zip", **kept).train) == wanted
         assert len(scans) == 1
 
-    def test_a_table_that_is_being_written_is_left_alone(self, tmp_path, kept, scans):
+    def test_an_unfinished_table_is_not_removed(self, tmp_path, kept, scans):
         (tmp_path / "x.zip").write_bytes(zip_bytes(images("a.png")))
         opened(tmp_path / "x.zip", **kept)
         (place,) = (tmp_path / "cache" / "archives").iterdir()
@@ -153,7 +153,7 @@ class TestKept:
         opened(tmp_path / "x.zip", cache_dir=str(tmp_path / "cache"))
         assert not (tmp_path / "cache").exists()
 
-    def test_a_long_listing_says_so_and_a_short_one_is_silent(self, tmp_path, monkeypatch, capfd):
+    def test_only_a_long_listing_is_announced(self, tmp_path, monkeypatch, capfd):
         (tmp_path / "x.zip").write_bytes(zip_bytes(images("a.png")))
         opened(tmp_path / "x.zip")
         assert capfd.readouterr() == ("", "")

@@ -63,7 +63,7 @@ def lines(path):
 
 
 class TestReplacement:
-    def test_by_the_next_readable_one_always_the_same(self, tmp_path):
+    def test_the_next_readable_image_replaces_a_broken_one(self, tmp_path):
         images = readable(Stored(broken=(3, 4, TOTAL - 1)), tmp_path / "deep" / "bad_images.txt")
         expected = [0, 1, 2, 5, 5, *range(5, TOTAL - 1), 0]
         for order in (range(TOTAL), reversed(range(TOTAL))):
@@ -77,7 +77,7 @@ class TestReplacement:
         assert names == ("image 4.png", "image 3.png")
         assert reasons == ("image file is truncated",) * 2
 
-    def test_a_known_one_is_not_tried_again(self, tmp_path):
+    def test_a_known_bad_image_is_not_read_again(self, tmp_path):
         source = Stored(broken=(3,))
         images = readable(source, tmp_path / "bad_images.txt")
         for _ in range(5):
@@ -170,7 +170,7 @@ class TestShare:
         with pytest.raises(UserError, match="1 of 12 images"):
             readable(Stored(broken=(1,)), tmp_path / "bad.txt", share=0.0)[1]
 
-    def test_a_resumed_run_goes_on_with_the_file(self, tmp_path):
+    def test_a_resumed_run_continues_the_file(self, tmp_path):
         path = tmp_path / "bad_images.txt"
         assert readable(Stored(broken=(0, 4, 8)), path, share=2 / TOTAL)[0] == (1, 1)
         resumed = readable(Stored(broken=(0, 4, 8)), path, share=2 / TOTAL)
@@ -188,7 +188,7 @@ class TestShare:
 
 
 class TestFile:
-    def test_keeps_one_line_each_and_strange_names(self, tmp_path):
+    def test_one_line_for_each_image_and_unusual_names(self, tmp_path):
         path = tmp_path / "bad.txt"
         names = ["a\nb\tc", "caf\udce9.png", "日本.png", "two  blanks"]
         for _ in range(2):
@@ -204,7 +204,7 @@ class TestFile:
             b"two  blanks",
         ]
 
-    def test_a_line_without_an_end_stays_alone(self, tmp_path):
+    def test_an_unfinished_line_is_not_continued(self, tmp_path):
         path = tmp_path / "bad.txt"
         path.write_text("a\tbroken")
         bad = BadImages(path, images=10, on_error="skip", max_bad_share=1.0)
@@ -212,7 +212,7 @@ class TestFile:
             bad.note(name, "broken")
         assert lines(path) == ["a\tbroken", "b\tbroken"]
 
-    def test_what_others_wrote_counts(self, tmp_path):
+    def test_lines_of_other_processes_count(self, tmp_path):
         first, second = (
             BadImages(tmp_path / "bad.txt", images=10, on_error="skip", max_bad_share=0.3) for _ in range(2)
         )

@@ -74,7 +74,7 @@ def test_numbered_images_of_one_size_are_a_clip(names: list[str], clip: bool, tm
     assert opened(tmp_path, clip=not clip).clip is None if clip else opened(tmp_path, clip=True).clip is not None
 
 
-def test_numbered_images_of_several_sizes_are_none(tmp_path: Path):
+def test_numbered_images_of_several_sizes_are_no_clip(tmp_path: Path):
     write_frames(tmp_path, ["0.png", "1.png", "2.png"])
     gray(9, (16, 13)).save(tmp_path / "1.png")
     assert opened(tmp_path).clip is None
@@ -122,7 +122,7 @@ def test_pages_of_a_tiff_are_no_clip(tmp_path: Path):
     assert opened(tmp_path / "a.tif").clip is None
 
 
-def test_cut_off_animation_ends_early_and_says_so(tmp_path: Path):
+def test_a_truncated_animation_is_reported(tmp_path: Path):
     rng = np.random.default_rng(0)
     shown = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(6)]
     shown[0].save(tmp_path / "a.gif", save_all=True, append_images=shown[1:])
@@ -159,7 +159,7 @@ def test_file_of_neither(tmp_path: Path):
 
 
 @WITH_AV
-def test_videos_come_back_as_written(tmp_path: Path):
+def test_videos_are_read_as_written(tmp_path: Path):
     with clip_writer(tmp_path / "a.mp4", frames_per_second=12.5) as writer:
         assert isinstance(writer, VideoWriter)
         for value in (10, 90, 170, 250):
@@ -174,7 +174,7 @@ def test_videos_come_back_as_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_animations_come_back_as_written(suffix: str, tmp_path: Path):
+def test_animations_are_read_as_written(suffix: str, tmp_path: Path):
     path = tmp_path / f"a{suffix}"
     with clip_writer(path, frames_per_second=12.5) as writer:
         assert isinstance(writer, AnimationWriter)

@@ -34,7 +34,7 @@ def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
-def test_a_picture_depends_on_seed_split_and_index_alone(val: BuiltinImages) -> None:
+def test_a_picture_depends_only_on_seed_split_and_index(val: BuiltinImages) -> None:
     again = BuiltinImages("val", images=30, image_size=32, draw_seed=0)
     assert np.array_equal(again.images, val.images[:30])
     assert np.array_equal(again.masks, val.masks[:30])
@@ -47,7 +47,7 @@ def test_no_picture_occurs_twice(train: BuiltinImages, val: BuiltinImages) -> No
     assert len(seen) == len(train) + len(val)
 
 
-def test_train_and_val_are_unlike_pixel_by_pixel(train: BuiltinImages, val: BuiltinImages) -> None:
+def test_train_and_val_differ_in_every_picture(train: BuiltinImages, val: BuiltinImages) -> None:
     # A repeated scene in other light would pass the test of bytes.
     bank, queries = (part.images[:600].reshape(600, -1) / 255.0 for part in (train, val))
     squared = (bank**2).sum(1) - 2 * queries @ bank.T + (queries**2).sum(1)[:, None]
@@ -63,11 +63,11 @@ def test_classes_are_balanced(images: int) -> None:
     assert data.labels.dtype == np.int64
 
 
-def test_what_every_source_promises() -> None:
+def test_the_interface_of_sources() -> None:
     check_consistent(BuiltinImages("val", images=30, image_size=16, draw_seed=0))
 
 
-def test_objects_are_in_sight(train: BuiltinImages) -> None:
+def test_objects_are_visible(train: BuiltinImages) -> None:
     share = train.masks.mean(axis=(1, 2))
     assert train.mask(0).shape == (32, 32)
     assert train.mask(0).dtype == bool
@@ -79,7 +79,7 @@ def test_objects_are_in_sight(train: BuiltinImages) -> None:
 
 
 @pytest.mark.parametrize("species", SPECIES, ids=lambda species: species.name)
-def test_the_mask_is_where_the_palette_shows(species: Species) -> None:
+def test_the_mask_covers_the_palette(species: Species) -> None:
     seeds = [[7, 0, index] for index in range(8)]
     images, masks = draw(species, PictureRNG(seeds), 64)
     recolored = replace(species, palette=[(255 - r, 128, 255 - b) for r, _, b in species.palette])
@@ -104,7 +104,7 @@ def test_a_larger_picture_shows_the_same() -> None:
     assert min(overlap) > 0.97
 
 
-def test_the_background_knows_nothing_of_the_species(train: BuiltinImages, val: BuiltinImages) -> None:
+def test_the_background_does_not_identify_the_species(train: BuiltinImages, val: BuiltinImages) -> None:
     def outside(data: BuiltinImages) -> np.ndarray:
         away = ~grown(data.masks, 4)[..., None]
         return (data.images * away).sum(axis=(1, 2)) / away.sum(axis=(1, 2)).clip(1)
@@ -113,7 +113,7 @@ def test_the_background_knows_nothing_of_the_species(train: BuiltinImages, val: 
     assert rate < 0.15  # chance is 0.083, with a standard deviation of 0.011 over 600 pictures
 
 
-def test_cheap_comparisons_name_half_of_the_pictures_at_most(train: BuiltinImages, val: BuiltinImages) -> None:
+def test_simple_comparisons_identify_at_most_half_of_the_pictures(train: BuiltinImages, val: BuiltinImages) -> None:
     answers = {"labels": train.labels, "truth": val.labels}
     means = [data.images.mean(axis=(1, 2)) for data in (train, val)]
     pixels = [data.images.reshape(len(data), -1) / 255.0 for data in (train, val)]
@@ -121,7 +121,7 @@ def test_cheap_comparisons_name_half_of_the_pictures_at_most(train: BuiltinImage
     assert nearest_label_rate(*pixels, **answers) < 0.45
 
 
-def test_the_object_does_know_its_species(train: BuiltinImages, val: BuiltinImages) -> None:
+def test_the_object_identifies_the_species(train: BuiltinImages, val: BuiltinImages) -> None:
     def inside(data: BuiltinImages) -> np.ndarray:
         return (data.images * data.masks[..., None]).sum(axis=(1, 2)) / data.masks.sum(axis=(1, 2))[:, None]
 

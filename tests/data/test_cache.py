@@ -49,7 +49,7 @@ class TestPixels:
         pixels = Decoder(config).pixels(kept.read(3))
         assert torch.equal(pixels, torch.tensor(kept.read(3)).permute(2, 0, 1))
 
-    def test_the_rest_is_the_source_s(self, tmp_path):
+    def test_labels_and_names_are_those_of_the_source(self, tmp_path):
         source = GeneratedImages()
         kept = keep(source, settings(tmp_path))
         assert isinstance(kept, ImageSource)
@@ -123,7 +123,7 @@ class TestReuse:
         [{"cache_resize": 12}, {"channels": 1}, {"value_range": [0.0, 9.0]}, {"apply_exif_rotation": True}],
         ids=lambda change: next(iter(change)),
     )
-    def test_what_decides_pixels_is_in_the_key(self, tmp_path, change):
+    def test_the_key_contains_everything_that_affects_pixels(self, tmp_path, change):
         keep(GeneratedImages(3), settings(tmp_path))
         keep(GeneratedImages(3), settings(tmp_path, **change))
         assert len(folders(tmp_path)) == 2
@@ -150,7 +150,7 @@ class TestReuse:
             assert listed == {f"generated {i}.png" for i in {0, 1} & set(train.indices.tolist())}
         assert len(folders(tmp_path)) == 1
 
-    def test_a_small_part_is_kept_alone(self, tmp_path):
+    def test_a_small_part_is_cached_separately(self, tmp_path):
         source = GeneratedImages()
         kept = keep(Subset(source, indices=np.array([4, 9])), settings(tmp_path))
         assert isinstance(kept, CachedImages)
@@ -162,7 +162,7 @@ class TestReuse:
         os.truncate(folder / "pixels.bin", 1000)
         assert (keep(GeneratedImages(), settings(tmp_path)).read(69) == good).all()
 
-    def test_the_random_state_does_not_tell(self, tmp_path):
+    def test_caching_does_not_change_the_random_state(self, tmp_path):
         before = torch.get_rng_state()
         keep(GeneratedImages(), settings(tmp_path), workers=1)
         assert torch.equal(torch.get_rng_state(), before)

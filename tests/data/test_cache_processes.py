@@ -16,13 +16,13 @@ from dino_lightning.data.cache import remove_unused
 
 
 class TestProcesses:
-    def test_unpickled_it_maps_the_same_file(self, tmp_path):
+    def test_an_unpickled_cache_maps_the_same_file(self, tmp_path):
         kept = keep(GeneratedImages(200, name="many"), settings(tmp_path))
         data = pickle.dumps(kept)
         assert len(data) < len(pickle.dumps(kept.source)) + 1000
         assert (pickle.loads(data).read(7) == kept.read(7)).all()
 
-    def test_two_build_at_once(self, tmp_path, capfd):
+    def test_of_two_processes_only_one_builds(self, tmp_path, capfd):
         source = GeneratedImages(seconds=0.012)
         builders = [FORK.Process(target=keep, args=(source, settings(tmp_path))) for _ in range(2)]
         for builder in builders:
@@ -38,7 +38,7 @@ class TestProcesses:
         assert [said.count(words) for words in ("decoding 70 images into", "waiting for the process")] == [1, 1]
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_a_killed_build_leaves_nothing_that_counts(self, tmp_path, workers):
+    def test_a_killed_build_is_repeated(self, tmp_path, workers):
         source = GeneratedImages(seconds=0.005)
         builder = FORK.Process(target=in_own_group, args=(source, settings(tmp_path), workers))
         builder.start()
@@ -109,7 +109,7 @@ class TestMemory:
         for path in Path(memory_folder(source, config)).parent.glob(f"{memory_folder(source, config).name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def test_is_gone_when_the_images_are_dropped(self, source, config):
+    def test_the_folder_is_removed_with_the_images(self, source, config):
         kept = keep(source, config)
         folder = kept.folder
         assert str(folder).startswith("/dev/shm/dino-lightning-" if os.access("/dev/shm", os.W_OK) else "/")
@@ -118,7 +118,7 @@ class TestMemory:
         assert not folder.exists()
         assert (pixels == keep(source, config).read(3)).all()  # what was handed out stays
 
-    def test_stays_for_another_user(self, source, config):
+    def test_the_folder_remains_for_another_user(self, source, config):
         first, second = keep(source, config), keep(source, config)
         folder = first.folder
         del first
@@ -127,7 +127,7 @@ class TestMemory:
         del second
         assert not folder.exists()
 
-    def test_of_two_processes_the_last_removes_it(self, source, config, tmp_path):
+    def test_the_last_of_two_processes_removes_the_folder(self, source, config, tmp_path):
         program, log, end = (tmp_path / name for name in ("keep.py", "log", "end"))
         program.write_text(KEEP)
         arguments = source.name, json.dumps(vars(config)), str(end)
@@ -151,7 +151,7 @@ class TestMemory:
         assert loader.exitcode == 0
         assert kept.folder.exists()
 
-    def test_what_a_killed_process_left_goes_away(self, source, config, tmp_path):
+    def test_the_folder_of_a_killed_process_is_removed(self, source, config, tmp_path):
         folder = memory_folder(source, config)
         killed = FORK.Process(target=keep_and_die, args=(source, config))
         killed.start()

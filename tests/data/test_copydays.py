@@ -11,7 +11,7 @@ from dino_lightning.data.benchmarks.copydays import open_copydays
 from dino_lightning.errors import UserError
 
 
-def test_blocks_are_what_is_on_disk(tmp_path: Path) -> None:
+def test_blocks_are_the_folders_on_disk(tmp_path: Path) -> None:
     benchmark = open_copydays(write_copydays(tmp_path))
     sizes = {block: len(paths) for block, paths in benchmark.blocks.items()}
     assert sizes == {"original": 5, "strong": 8, "jpegqual/5": 5, "jpegqual/20": 5, "crops/10": 5}
@@ -36,7 +36,7 @@ def test_without_the_other_blocks(tmp_path: Path) -> None:
     assert list(open_copydays(config).blocks) == ["original", "strong"]
 
 
-def test_distractors_come_after_the_originals(tmp_path: Path) -> None:
+def test_distractors_follow_the_originals(tmp_path: Path) -> None:
     config = write_copydays(tmp_path / "copydays")
     config.distractors_path = str(write_others(tmp_path / "others"))
     benchmark = open_copydays(config)
@@ -48,7 +48,7 @@ def test_distractors_come_after_the_originals(tmp_path: Path) -> None:
     assert open_copydays(config).positives(tmp_path / "copydays/strong/200001.jpg") == [0]
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     config = write_copydays(tmp_path)
 
     def refused(changed: CopydaysData = config) -> str:

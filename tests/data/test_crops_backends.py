@@ -54,7 +54,7 @@ def test_cpu_and_device_are_equal(count: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_crops_follow_from_the_seed_of_their_image(backend: str) -> None:
+def test_crops_depend_only_on_the_seed_of_their_image(backend: str) -> None:
     """Wherever the image stands in a batch; another seed gives other crops."""
     images = _pictures(11)
     whole = finished(backend, SMALL, images, range(11))
@@ -68,7 +68,7 @@ def test_crops_follow_from_the_seed_of_their_image(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_process_s_own_random_numbers_stay_as_they_are(backend: str) -> None:
+def test_crops_and_global_random_states_are_independent(backend: str) -> None:
     before = random.getstate(), torch.get_rng_state(), repr(np.random.get_state())
     finished(backend, SMALL, _pictures(3), range(3))
     assert random.getstate() == before[0]
@@ -85,7 +85,7 @@ def test_the_smallest_and_longest_images(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "device"])
-def test_images_are_not_overwritten_and_their_layout_does_not_matter(backend: str) -> None:
+def test_images_of_any_layout_are_not_overwritten(backend: str) -> None:
     """The decoder gives channels last; a box as large as a crop is not resized and must not be the image itself."""
     config = dataclasses.replace(SMALL, backend=backend, global_scale=[1.0, 1.0], ratio=[1.0, 1.0])
     planar = [pixels(picture(48, 48, seed=i)) for i in range(4)]
@@ -171,7 +171,7 @@ def _check_equal(ours: list[Tensor], theirs: list[Tensor], *, atol: float = 0.0)
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=atol)
 
 
-def test_cut_crops_travel_between_processes() -> None:
+def test_cut_crops_are_sent_between_processes() -> None:
     """As uint8, a quarter of the finished crops."""
     batch = _cut()
     copy = pickle.loads(pickle.dumps(batch))

@@ -96,7 +96,7 @@ def test_matrices_are_three_boxes_with_the_edges_held(size: int, sigma: float) -
     torch.testing.assert_close(matrix.sum(1), torch.ones(size), rtol=0, atol=1e-5)
 
 
-def test_zeros_behind_the_weights_change_nothing() -> None:
+def test_zeros_after_the_weights_change_nothing() -> None:
     alone, padded = box_matrices(_weights(0.5), size=12)[0], box_matrices(_weights(0.5, 4.0), size=12)[0]
     torch.testing.assert_close(alone, padded, rtol=0, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_zeros_behind_the_weights_change_nothing() -> None:
 @BOTH
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.5, 2.0, 4.0])
 @pytest.mark.parametrize("size", [(40, 32), (26, 61), (7, 60), (60, 7), (4, 4), (1, 5), (1, 1)])
-def test_blur_is_the_slow_loop(size: tuple[int, int], sigma: float, blurred: Callable[..., Tensor]) -> None:
+def test_blur_equals_the_slow_loop(size: tuple[int, int], sigma: float, blurred: Callable[..., Tensor]) -> None:
     """Large, narrow and tiny images of black and white pixels."""
     image = torch.randint(0, 2, size, generator=torch.Generator().manual_seed(0)) * 255.0
     image[0], image[:, -1] = 255.0, 0.0
@@ -117,7 +117,7 @@ def test_blur_is_the_slow_loop(size: tuple[int, int], sigma: float, blurred: Cal
 
 @BOTH
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_blur_is_that_of_pil(sigma: float, blurred: Callable[..., Tensor]) -> None:
+def test_blur_equals_pil(sigma: float, blurred: Callable[..., Tensor]) -> None:
     """Within 3.3 for a pixel and 1.15 on the average (1/255): PIL rounds after each of six boxes."""
     for image in (smooth(96, 64), picture(60, 90), noise(64, 64), noise(9, 14)):
         theirs = pixels(image.filter(ImageFilter.GaussianBlur(sigma))).float()
@@ -127,7 +127,7 @@ def test_blur_is_that_of_pil(sigma: float, blurred: Callable[..., Tensor]) -> No
 
 
 @BOTH
-def test_blur_of_a_dot_is_that_of_pil(blurred: Callable[..., Tensor]) -> None:
+def test_blur_of_a_dot_equals_pil(blurred: Callable[..., Tensor]) -> None:
     """In the middle, near an edge and in a corner."""
     for place in ((16, 16), (1, 14), (0, 31)):
         dot = Image.new("RGB", (32, 32))
@@ -140,7 +140,7 @@ def test_blur_of_a_dot_is_that_of_pil(blurred: Callable[..., Tensor]) -> None:
 
 @BOTH
 @pytest.mark.parametrize("size", [(48, 70), (12, 12)])
-def test_images_are_blurred_as_one_by_one(size: tuple[int, int], blurred: Callable[..., Tensor]) -> None:
+def test_a_batch_is_blurred_like_single_images(size: tuple[int, int], blurred: Callable[..., Tensor]) -> None:
     order = (0.1, 0.4, 2.0, 1.0, 3.0, 0.45)
     images = torch.randint(0, 256, (len(order), 3, *size), generator=torch.Generator().manual_seed(0)).float()
     before = images.clone()

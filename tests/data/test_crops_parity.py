@@ -35,7 +35,7 @@ def _cutting_difference(image: Image.Image) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["smooth", "noise", "photograph"])
-def test_cutting_is_that_of_pil(kind: str, request: pytest.FixtureRequest) -> None:
+def test_resizing_is_close_to_pil(kind: str, request: pytest.FixtureRequest) -> None:
     """Within 2 of 255 for rows before columns, 0.02 on the average.
 
     PIL 13 resizes the axis first that shrinks more. White noise, which overshoots and is cut off in
@@ -67,7 +67,7 @@ def _check_like_pil(config: CropsConfig, images: list[Image.Image]) -> None:
         assert np.quantile(difference.abs().numpy(), 0.999) < 12
 
 
-def test_same_parameters_give_the_crops_of_pil() -> None:
+def test_crops_with_equal_parameters_are_close_to_pil() -> None:
     """In 1/255: 1.6 on the average, 4 for a crop, 12 for 999 of 1000 values.
 
     Our crops are brighter by 1, less than 1.5: PIL truncates after each part of the jitter, by 0.4 on the average.
@@ -75,12 +75,12 @@ def test_same_parameters_give_the_crops_of_pil() -> None:
     _check_like_pil(SMALL, [make(80, 60, seed=seed) for seed in range(60) for make in (picture, smooth, noise)])
 
 
-def test_same_parameters_give_the_crops_of_pil_for_photographs(shared_data: Path) -> None:
+def test_crops_of_photographs_are_close_to_pil(shared_data: Path) -> None:
     images = [photograph.resize((300, 200)) for photograph in photographs(shared_data)[:4]]
     _check_like_pil(dataclasses.replace(RAW, local_count=4), images * 2)
 
 
-def test_gray_images_are_those_of_pil() -> None:
+def test_gray_crops_are_close_to_pil() -> None:
     config = without_color(dataclasses.replace(SMALL, mean=[0.0], std=[1 / 255]))
     _check_like_pil(config, [make(80, 60, seed=seed).convert("L") for seed in range(30) for make in (picture, noise)])
 

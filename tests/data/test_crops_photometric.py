@@ -75,21 +75,21 @@ def _compare(name: str, image: Image.Image, *, largest: float, mean: float) -> N
 
 @pytest.mark.parametrize("size", [224, 96])
 @pytest.mark.parametrize("name", SAME_AS_PIL)
-def test_operators_are_those_of_pil(name: str, size: int) -> None:
+def test_operators_equal_pil(name: str, size: int) -> None:
     largest, mean, _ = SAME_AS_PIL[name]
     for image in (smooth(size, size), noise(size, size)):
         _compare(name, image, largest=largest, mean=mean)
 
 
 @pytest.mark.parametrize("name", SAME_AS_PIL)
-def test_operators_are_those_of_pil_on_photographs(name: str, shared_data: Path) -> None:
+def test_operators_equal_pil_on_photographs(name: str, shared_data: Path) -> None:
     largest, mean = PHOTOGRAPHS_HUE if "hue" in name else SAME_AS_PIL[name][:2]
     for photograph in photographs(shared_data)[:2]:
         _compare(name, photograph.resize((96, 96), Image.Resampling.BICUBIC), largest=largest, mean=mean)
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 100, 128, 255, 256])
-def test_solarisation_is_exactly_that_of_pil(threshold: int) -> None:
+def test_solarization_is_exactly_that_of_pil(threshold: int) -> None:
     """Of every value, with a threshold of 0 as of 256."""
     values = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     crops = [crop_of(16, solarize=True)]
@@ -176,7 +176,7 @@ def test_random_crops_follow_the_slow_loop() -> None:
     _check_slowly(crops, atol=2e-2)
 
 
-def test_channels_are_normalised_by_their_own_statistics() -> None:
+def test_channels_are_normalized_by_their_statistics() -> None:
     image = _special_colors()
     ours = with_tensors([crop_of(8)], image[None], CropsConfig())[0]
     for channel, (mean, std) in enumerate(zip(CropsConfig().mean, CropsConfig().std, strict=True)):
@@ -211,7 +211,7 @@ def _check_one_by_one(crops: list[Crop]) -> Tensor:
 
 @pytest.mark.parametrize("view", [GLOBAL_2, LOCAL])
 @pytest.mark.parametrize("count", [1, 2, 17, 40])
-def test_a_batch_is_its_crops_one_by_one(count: int, view: int) -> None:
+def test_a_batch_equals_its_single_crops(count: int, view: int) -> None:
     """Whatever its grouping: hues before and after blends, radii of blur, and crops that nothing happens to."""
     _check_one_by_one(_drawn(count, size=24, view=view, blur_p=[0.5] * 3))
 

@@ -89,7 +89,7 @@ def _pvalue_of_counts(*samples: list) -> float:
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("parameter", CONTINUOUS)
-def test_fast_dice_have_the_distribution_of_continuous_parameters(parameter: str, view: int) -> None:
+def test_fast_rng_has_the_distributions_of_the_reference(parameter: str, view: int) -> None:
     original, fast = (_values(_sample(rng, view), CONTINUOUS[parameter]) for rng in RNGS)
     assert min(len(original), len(fast)) > 200
     assert ks_2samp(original, fast).pvalue > UNLIKELY  # type: ignore[attr-defined]
@@ -97,11 +97,11 @@ def test_fast_dice_have_the_distribution_of_continuous_parameters(parameter: str
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("parameter", DISCRETE)
-def test_fast_dice_have_the_probabilities(parameter: str, view: int) -> None:
+def test_fast_rng_has_the_probabilities(parameter: str, view: int) -> None:
     assert _pvalue_of_counts(*([DISCRETE[parameter](crop) for crop in _sample(rng, view)] for rng in RNGS)) > UNLIKELY
 
 
-def test_every_order_of_the_jitter_is_as_likely() -> None:
+def test_every_order_of_the_jitter_is_equally_likely() -> None:
     orders = [
         [tuple(part for part, _ in crop.jitter) for view in VIEWS for crop in _sample(rng, view) if crop.jitter]
         for rng in RNGS
@@ -126,7 +126,7 @@ def test_positions_reach_both_ends(rng: type[CropRNG]) -> None:
     assert min(top for top, *_ in boxes) == min(left for _, left, *_ in boxes) == 0
 
 
-def test_parameters_of_the_fast_dice_are_independent() -> None:
+def test_parameters_of_fast_rng_are_independent() -> None:
     """Of one another, and of those of the image with the next seed: correlations within 5 standard deviations."""
     config = dataclasses.replace(CropsConfig(), jitter_p=1.0, blur_p=[1.0] * 3, solarize_p=[0.5] * 3)
     rows = []
@@ -147,7 +147,7 @@ def test_parameters_of_the_fast_dice_are_independent() -> None:
 
 @pytest.mark.parametrize("size", [(2000, 1500), (1000, 10), (10, 1000), (40, 30), (7, 5), (1, 1), (3, 500)])
 @pytest.mark.parametrize("scale", [[0.4, 1.0], [0.05, 0.4]])
-def test_boxes_are_torchvision_s(size: tuple[int, int], scale: list[float]) -> None:
+def test_boxes_equal_torchvision(size: tuple[int, int], scale: list[float]) -> None:
     ratio, image = [3 / 4, 4 / 3], torch.empty(3, size[1], size[0])
     for seed in range(20):
         torch.manual_seed(seed)
@@ -183,7 +183,7 @@ def test_long_images_give_the_largest_central_box(rng: type) -> None:
 @pytest.mark.parametrize(
     "off", [(), ("brightness",), ("contrast", "hue"), ("saturation", "hue"), ("brightness", "contrast", "saturation")]
 )
-def test_jitter_is_torchvision_s(off: tuple[str, ...]) -> None:
+def test_jitter_equals_torchvision(off: tuple[str, ...]) -> None:
     """A part of strength 0 draws no number."""
     config = dataclasses.replace(CropsConfig(), **dict.fromkeys(off, 0.0))
     theirs = ColorJitter(*(getattr(config, name) for name in NAMES))
@@ -216,14 +216,14 @@ def test_equal_seeds_give_equal_crops(local_count: int, rng: type) -> None:
 
 
 @pytest.mark.parametrize("rng", RNGS)
-def test_rngs_leave_the_process_s_own_random_numbers_alone(rng: type) -> None:
+def test_sampling_does_not_change_global_random_states(rng: type) -> None:
     before = random.getstate(), torch.get_rng_state()
     sample_crops(CropsConfig(), width=WIDTH, height=HEIGHT, rng=rng(0))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_the_original_draws_no_solarisation_where_there_is_none() -> None:
+def test_a_view_without_solarization_draws_no_number() -> None:
     """Its first global view has no such operator: the second one starts with the same number of Python's stream."""
     without, never = (dataclasses.replace(CropsConfig(), solarize_p=[p, 0.2, 0.0]) for p in (0.0, 1e-9))
     seconds = [

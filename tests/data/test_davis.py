@@ -119,7 +119,7 @@ def test_a_broken_sequence_is_named_and_left_out(tmp_path: Path, what: str) -> N
         open_davis(config)
 
 
-def test_a_mask_that_breaks_off_names_itself(tmp_path: Path) -> None:
+def test_a_truncated_mask_is_named(tmp_path: Path) -> None:
     sequence = open_davis(write_davis(tmp_path)).sequences[0]
     shorten(mask_path(tmp_path, "cow", 4))
     with pytest.raises(BrokenSequenceError) as caught:

@@ -87,7 +87,7 @@ def test_exif_rotation(orientation: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_tiff_is_turned_whoever_reads_it(orientation: int) -> None:
+def test_a_tiff_is_rotated_by_every_decoder(orientation: int) -> None:
     extra = [(274, "H", 1, orientation, True)]
     by_pil = as_hwc(decoder().pixels(tiff(values(3), photometric="rgb", extratags=extra)))
     five = np.concatenate([values(3), values(2)], axis=-1)
@@ -140,7 +140,7 @@ def test_too_many_pixels(name: str, factor: float, monkeypatch: pytest.MonkeyPat
         decoder(**settings).pixels(content)
 
 
-def test_whatever_is_broken_is_refused_in_words(capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_files_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     """Truncations and flipped bytes of every kind: pixels of the right form, or `UnreadableImageError`."""
     dice = random.Random(0)
     contents = [make() for make in (*EXACT.values(), *LOSSY.values())]

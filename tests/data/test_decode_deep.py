@@ -56,7 +56,7 @@ def test_the_sentence_of_a_16_bit_image() -> None:
 
 
 @pytest.mark.parametrize(("nan_value", "level"), [(0.0, 0), (1.0, 255), (0.2, 51)])
-def test_what_is_no_number_becomes_the_value_that_is_set(nan_value: float, level: int) -> None:
+def test_nan_becomes_the_configured_value(nan_value: float, level: int) -> None:
     array = np.array([[np.nan, -np.inf, np.inf, 0.5, 3e38, -3e38]], np.float32)
     for content in (array, npy(array), tiff(array)):
         pixels = decoder(channels=1, value_range=[0.0, 1.0], nan_value=nan_value).pixels(content)
@@ -65,7 +65,7 @@ def test_what_is_no_number_becomes_the_value_that_is_set(nan_value: float, level
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_an_image_with_a_value_that_is_no_number_is_refused(wrong: float, dtype: type) -> None:
+def test_an_image_with_nan_is_refused(wrong: float, dtype: type) -> None:
     array = np.full((3, 4), 0.5, dtype)
     array[1, 2] = wrong
     for content in (array, npy(array), tiff(array)):
@@ -99,7 +99,7 @@ def test_16_bit_color_tiff_with_a_range_keeps_its_depth(planar: bool) -> None:
     assert np.array_equal(as_hwc(decoder(value_range=[0, 65535]).pixels(content)), scaled[..., :3])
 
 
-def test_16_bit_color_is_not_cut_behind_the_range() -> None:
+def test_16_bit_color_is_not_clipped_after_the_range() -> None:
     """PIL would try to give 8 bits of a TIFF that tifffile cannot read."""
     content = bytearray(tiff(values(3, np.uint16, 65536), photometric="rgb", compression="zlib"))
     at = content.index(struct.pack("<HHI", 259, 3, 1)) + 8

@@ -81,7 +81,7 @@ class TestKeptList:
         assert read == []
         assert len(versions(root)) == 1
 
-    def test_nor_does_the_start_of_a_flat_folder(self, root, read):
+    def test_a_second_start_reads_no_flat_folder(self, root, read):
         (root / "beside.png").touch()
         config = FolderData(path=str(root), cache_dir=str(root.parent / "cache"))
         first = open_sources(config, seed=0)
@@ -105,7 +105,7 @@ class TestKeptList:
             (lambda root: (root / "a" / "deep").rename(root / "a" / "depth"), ["a", "depth"]),
         ],
     )
-    def test_only_what_changed_is_read_again(self, root, read, change, again):
+    def test_only_changed_folders_are_read_again(self, root, read, change, again):
         listed(root)
         change(root)
         read.clear()
@@ -116,7 +116,7 @@ class TestKeptList:
         assert listed(root) == found
         assert read == []
 
-    def test_a_new_class_and_a_lost_one(self, root, read):
+    def test_a_new_class_and_a_removed_one(self, root, read):
         listed(root)
         fill(root / "c", ["0.png"])
         read.clear()
@@ -132,7 +132,7 @@ class TestKeptList:
         os.utime(root / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
         assert ("b/late.png", 1) in listed(root)
 
-    def test_what_has_just_changed_is_not_trusted(self, root, read, monkeypatch):
+    def test_a_folder_that_has_just_changed_is_read_again(self, root, read, monkeypatch):
         monkeypatch.setattr(index, "MIN_AGE_NS", 3600 * 10**9)
         first = listed(root)
         read.clear()
@@ -145,7 +145,7 @@ class TestKeptList:
         assert len(listed(root)) == 5
         assert not (tmp_path / "cache").exists()
 
-    def test_links_are_followed_and_loops_are_told(self, root):
+    def test_links_are_followed_and_loops_are_reported(self, root):
         fill(root.parent / "elsewhere", ["0.png", "1.png"])
         (root / "a" / "link").symlink_to(root.parent / "elsewhere")
         (root / "b" / "loop").symlink_to(root / "b")
@@ -155,7 +155,7 @@ class TestKeptList:
             assert len(opened.train) + len(opened.val) == len(FILES) + 2
             assert "left out, a link to a folder above it: 'b/loop' and 1 more" in opened.remark
 
-    def test_closed_folders_are_told(self, root, monkeypatch):
+    def test_unreadable_folders_are_reported(self, root, monkeypatch):
         scandir = os.scandir
 
         def refuse(path):
@@ -181,7 +181,7 @@ class TestKeptList:
 class TestBadCache:
     @pytest.mark.parametrize("name", ["blob.npy", "offsets.npy", "groups.npy", "folders.npz"])
     @pytest.mark.parametrize("harm", ["cut", "foreign", "gone", "objects"])
-    def test_damaged_lists_are_made_again(self, root, read, name, harm):
+    def test_damaged_lists_are_written_again(self, root, read, name, harm):
         first = listed(root)
         file = versions(root)[0] / name
         match harm:
@@ -216,7 +216,7 @@ class TestBadCache:
 
 
 class TestSharing:
-    def test_pickles_by_name_and_outlives_a_change(self, tmp_path):
+    def test_a_list_pickles_by_name_and_survives_a_change(self, tmp_path):
         root = fill(tmp_path / "images", [f"{name}/{number:04d}.png" for name in "ab" for number in range(400)])
         config = FolderData(path=str(root), cache_dir=str(tmp_path / "cache"), holdout=0)
         source = open_sources(config, seed=0).train
@@ -228,7 +228,7 @@ class TestSharing:
         assert [copy.describe(i) for i in range(800)] == [source.describe(i) for i in range(800)]
         assert copy.labels.tolist() == source.labels.tolist() == [0] * 400 + [1] * 400
 
-    def test_processes_that_start_together_make_one_list(self, root):
+    def test_processes_that_start_together_write_one_list(self, root):
         context = multiprocessing.get_context("fork")
         gate, answers = context.Barrier(4), context.Queue()
 
@@ -253,7 +253,7 @@ class TestSharing:
         with pytest.raises(IndexError):
             copy[3]
 
-    def test_kept_arrays_cannot_be_written(self, tmp_path):
+    def test_cached_arrays_are_read_only(self, tmp_path):
         kept = store({"x": np.arange(4)}, under=tmp_path / "arrays")
         assert kept.folder is not None
         with pytest.raises(ValueError, match="read-only"):

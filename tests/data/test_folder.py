@@ -55,7 +55,7 @@ class TestFolder:
         assert sources.train.labels is None
         assert "only one class folder" in sources.remark
 
-    def test_what_is_not_used_is_named(self, tmp_path):
+    def test_unused_files_are_named(self, tmp_path):
         for name in ("train/a.png", "val/b.png", "extra/c.png"):
             write(tmp_path / "data" / name)
         sources = open_sources(FolderData(path=str(tmp_path / "data")), seed=0)
@@ -77,13 +77,13 @@ class TestFolder:
             (["d/x/1.png", "d/x-y/1.png", "d/z.png"], ["d/z.png", "d/x/1.png", "d/x-y/1.png"]),
         ],
     )
-    def test_flat_folders_stand_in_the_order_of_a_sorted_walk(self, tmp_path, files, order):
+    def test_flat_folders_have_the_order_of_a_sorted_walk(self, tmp_path, files, order):
         for name in files:
             write(tmp_path / "data" / name)
         source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
         assert [os.path.relpath(source.describe(i), tmp_path / "data") for i in range(len(source))] == order
 
-    def test_names_that_are_no_text_are_read(self, tmp_path):
+    def test_names_that_are_not_utf8_are_read(self, tmp_path):
         (tmp_path / "data").mkdir()
         name = os.path.join(os.fsencode(tmp_path / "data"), b"\xff\n.png")
         with open(name, "wb") as file:
@@ -92,7 +92,7 @@ class TestFolder:
         assert numbers(source) == [3]
         assert os.fsencode(source.describe(0)) == name
 
-    def test_the_fingerprint_follows_the_files(self, tmp_path):
+    def test_the_fingerprint_depends_on_the_files(self, tmp_path):
         def fingerprint():
             return open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train.fingerprint()
 
@@ -114,7 +114,7 @@ class TestFolder:
         write(tmp_path / "pictures" / "a.png")
         assert len(open_sources(FolderData(path="~/pictures"), seed=0).train) == 1
 
-    def test_a_file_that_is_gone_is_named_when_it_is_read(self, tmp_path):
+    def test_a_removed_file_is_named_when_it_is_read(self, tmp_path):
         path = write(tmp_path / "data" / "a.png")
         source = open_sources(FolderData(path=str(tmp_path / "data")), seed=0).train
         path.unlink()

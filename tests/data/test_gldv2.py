@@ -49,13 +49,13 @@ def test_one_landmark_a_row(tmp_path):
     assert sources.train.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_one_image_of_each_landmark_is_held_out_where_there_are_two(tmp_path):
+def test_one_image_of_each_landmark_with_two_is_held_out(tmp_path):
     sources = opened(fill(tmp_path))
     assert sorted(sources.val.labels.tolist()) == [0, 2]
     assert sorted(numbers(sources.train) + numbers(sources.val)) == [0, 1, 2, 3, 4]
 
 
-def test_a_missing_image_shows_when_it_is_read(tmp_path):
+def test_a_missing_image_is_reported_when_it_is_read(tmp_path):
     source = opened(fill(tmp_path, known=IDS[3:]), holdout=0).train
     with pytest.raises(FileNotFoundError):
         source.read(0)

@@ -115,7 +115,7 @@ class TestStreams:
             assert [sample.label for sample in samples] == [n % 2 for n in range(first, first + size)]
             assert samples[2].name == f"{folder} train shard {shard} row 2"
 
-    def test_from_a_row_on(self, folder):
+    def test_reading_starts_at_a_row(self, folder):
         source = stream(folder)
         whole = list(source.read_shard(0))
         for start in range(8):
@@ -172,7 +172,7 @@ class TestStreams:
         assert "shard 1 (unreadable after 0 rows" in last.name
         assert len(list(source.read_shard(0))) == 6
 
-    def test_images_of_an_epoch_as_the_data_set_says(self, folder):
+    def test_the_data_set_knows_the_images_of_an_epoch(self, folder):
         opened(folder)  # `datasets` has counted then
         assert stream(folder, images=None).images == 14
         assert stream(folder, images=5).images == 5

@@ -28,7 +28,7 @@ def opened(file, text, **options):
 
 class TestText:
     @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-    def test_blank_lines_and_comments_do_not_count_and_repeats_do(self, images, newline):
+    def test_blank_lines_comments_and_repeated_lines(self, images, newline):
         lines = ["\ufeff3.png", "", "# 4.png", "  1.png ", str(images / "5.png"), "3.png"]
         sources = opened(images / "list.txt", newline.join(lines))
         assert numbers(sources.train) == [3, 1, 5, 3]
@@ -46,7 +46,7 @@ class TestText:
         os.rename(images / "4.png", os.fsencode(images) + b"/\xff.png")
         assert numbers(opened(images / "list.txt", b"\xff.png\n0.png").train) == [4, 0]
 
-    def test_a_single_missing_file_shows_when_it_is_read(self, images):
+    def test_a_single_missing_file_is_reported_when_it_is_read(self, images):
         source = opened(images / "list.txt", "0.png\ngone.png\n1.png").train
         with pytest.raises(FileNotFoundError):
             source.read(1)
@@ -68,7 +68,7 @@ class TestTable:
         assert sources.train.classes == ["9", "10"]
         assert sources.train.labels.tolist() == [1, 0, -1, -1]
 
-    def test_one_name_makes_all_of_them_names(self, images):
+    def test_one_name_makes_all_labels_names(self, images):
         sources = opened(images / "l.csv", "path,y\n0.png,10\n1.png,9\n2.png,-1\n3.png,x\n", label_column="y")
         assert sources.train.classes == ["-1", "10", "9", "x"]
         assert sources.train.labels.tolist() == [1, 2, 0, 3]
@@ -107,7 +107,7 @@ def test_the_bytes_of_a_part_of_a_column():
     assert (arrays["blob"].tobytes(), arrays["offsets"].tolist()) == ("é".encode(), [0, 2, 2])
 
 
-def test_the_fingerprint_follows_list_and_files(images):
+def test_the_fingerprint_depends_on_list_and_files(images):
     texts = ("0.png\n1.png", "0.png\n1.png", "1.png\n0.png", "0.png\n2.png")
     seen = [opened(images / "list.txt", text).train.fingerprint() for text in texts]
     os.utime(images / "2.png", ns=(5, 5))

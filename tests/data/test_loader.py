@@ -85,7 +85,7 @@ def check_equal(ours: Batches, expected: Batches) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["builtin", "webdataset", "huggingface"])
-def test_the_remaining_batches(kind: str, workers: int, folder: Path) -> None:
+def test_a_resumed_loader_gives_the_remaining_batches(kind: str, workers: int, folder: Path) -> None:
     epochs = 3 if workers == 0 else 2
     whole = run(module(kind, folder, workers=workers), epochs=epochs)
     assert len(whole) == epochs * EPOCH
@@ -117,7 +117,7 @@ def test_the_remaining_batches(kind: str, workers: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["pil", "device"])
-def test_the_other_back_ends(backend: str, folder: Path) -> None:
+def test_other_backends_resume(backend: str, folder: Path) -> None:
     data = module("builtin", folder, backend=backend)
     whole = run(data, epochs=1)
     loader = data.train_dataloader()
@@ -125,7 +125,7 @@ def test_the_other_back_ends(backend: str, folder: Path) -> None:
     check_equal(run(data, epochs=1, loader=loader), whole[3:])
 
 
-def test_the_same_images_are_left_for_other_batches_and_ranks() -> None:
+def test_other_batch_sizes_and_ranks_resume_with_the_same_images() -> None:
     """A place is a number of images: twice the devices go on with half the batches each."""
     alone = [index for batch in EpochBatchSampler(48, batch_size=4, seed=1, rank=0, world_size=1) for _, index in batch]
     both = []
@@ -196,7 +196,7 @@ def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, *, every: str, 
     ],
 )
 @pytest.mark.parametrize("kind", ["builtin", "webdataset"])
-def test_lightning_goes_on_where_its_checkpoint_was_written(
+def test_lightning_resumes_at_the_position_of_its_checkpoint(
     kind: str, every: str, stops_after: int, kept: int, folder: Path, tmp_path: Path
 ) -> None:
     whole = run(module(kind, folder), epochs=3)

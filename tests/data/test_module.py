@@ -90,7 +90,7 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_seed_alone_decides_the_augmentation(backend: str) -> None:
+def test_the_augmentation_depends_only_on_the_seed(backend: str) -> None:
     """Crops, jitter, blur and solarisation: not the number of processes, nor any global random state."""
     runs = []
     for seed, workers in ((3, 0), (3, 2), (4, 0)):
@@ -149,7 +149,7 @@ def _refusal(module: MultiCropDataModule) -> str:
         ("data.max_bad_share=0.3: 3 of 8 images", (1, 2, 3, 5, 6), {"max_bad_share": 0.3}),
     ],
 )
-def test_errors_of_the_images_arrive_as_one_sentence(
+def test_errors_of_images_are_one_sentence(
     sentence: str, broken: tuple[int, ...], changes: dict[str, Any], workers: int, tmp_path: Path
 ) -> None:
     """From loader processes too, where PyTorch would hand over a traceback."""
@@ -197,7 +197,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_a_cache_changes_no_crop(cache: str, tmp_path: Path) -> None:
+def test_a_cache_does_not_change_the_crops(cache: str, tmp_path: Path) -> None:
     root = _folder(tmp_path / "images", images=8, broken=(5,))
     plain = _batches(_module(root, backend="cpu"))
     kept = _batches(_module(root, backend="cpu", cache=cache, cache_dir=str(tmp_path / "cache")))
@@ -213,7 +213,7 @@ def test_the_examples_are_the_crops_of_the_first_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_a_place_is_found_again_by_a_loader_that_is_there_already(early: bool, tmp_path: Path) -> None:
+def test_an_existing_loader_restores_its_position(early: bool, tmp_path: Path) -> None:
     """Under FSDP Lightning makes loaders first and reads the checkpoint then; elsewhere it is the other way round."""
     root = _folder(tmp_path, images=12)
     whole = _epoch(_module(root), epoch=3)

@@ -91,7 +91,7 @@ class TestParquet:
         assert numbers(open_sources(ParquetData(path=str(tmp_path / "d")), seed=0).val) == [4, 5]
 
     @pytest.mark.parametrize("path", ["d", "d/part.parquet"])
-    def test_one_file_is_held_out_from(self, tmp_path, path):
+    def test_images_of_one_file_are_held_out(self, tmp_path, path):
         write_table(tmp_path / "d" / "part.parquet", 0, 10)
         sources = open_sources(ParquetData(path=str(tmp_path / path), holdout=0.2), seed=0)
         assert sorted(numbers(sources.train) + numbers(sources.val)) == list(range(10))
@@ -166,7 +166,7 @@ class TestParquet:
         hub_dataset(0, 4).to_parquet(tmp_path / "train.parquet")
         assert open_sources(ParquetData(path=str(tmp_path)), seed=0).train.classes == ["cat", "dog"]
 
-    def test_a_rewritten_file_is_read_anew(self, tmp_path):
+    def test_a_rewritten_file_is_read_again(self, tmp_path):
         path = tmp_path / "d" / "train.parquet"
         for first in (0, 20):
             write_table(path, first, 4)

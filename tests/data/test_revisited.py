@@ -17,7 +17,7 @@ from dino_lightning.errors import UserError
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 5])
-def test_what_is_read(protocol: int, tmp_path: Path) -> None:
+def test_images_queries_and_ground_truth(protocol: int, tmp_path: Path) -> None:
     config = write_revisited(tmp_path, name="rparis6k", protocol=protocol)
     benchmark = open_revisited(config)
     jpg = tmp_path / "rparis6k" / "jpg"
@@ -107,7 +107,7 @@ def test_another_content_is_one_sentence(truth: Any, expected: str, tmp_path: Pa
         open_revisited(RevisitedData(path=str(tmp_path)))
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     config = write_revisited(tmp_path / "data")
     place = tmp_path / "data" / "roxford5k"
 

@@ -64,7 +64,7 @@ def test_rows_is_a_stream():
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("readers", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_order_is_the_oracles(sizes, readers, size):
+def test_the_order_equals_the_oracle(sizes, readers, size):
     for turn_of_all in range(2):
         passes = [
             oracle(sizes, seed=5, turn=turn_of_all, reader=reader, readers=readers, size=size)
@@ -120,14 +120,14 @@ def test_resume_at_every_place(sizes, readers, size):
             assert list(islice(resumed, 9)) == whole[stop + 1 : stop + 10]
 
 
-def test_place_goes_through_a_checkpoint(tmp_path):
+def test_the_position_is_saved_in_a_checkpoint(tmp_path):
     *_, (_, _, place) = islice(read_stream(Rows(5, 5), seed=0, reader=0, readers=1, shuffle_buffer=3), 17)
     torch.save({"place": tuple(place)}, tmp_path / "c.pt")
     assert StreamPosition(*torch.load(tmp_path / "c.pt", weights_only=True)["place"]) == place
     assert {type(number) for number in place} == {int}
 
 
-def test_the_next_chunk_is_read_while_one_is_given_out():
+def test_the_next_chunk_is_read_ahead():
     stream = Rows(40, 40)
     reading = read_stream(stream, seed=0, reader=0, readers=1, shuffle_buffer=10)
     read_before = 0

@@ -55,7 +55,7 @@ def open_noise(config: NoiseConfig) -> Splits:
 '''
 
 
-def test_a_source_of_your_own_trains(tmp_path: Path) -> None:
+def test_a_user_defined_source_trains(tmp_path: Path) -> None:
     (tmp_path / "noise.py").write_text(SOURCE)
     small = [override for override in SMALL if not override.startswith("data")]
     words = [*small, "imports=noise.py", "data=noise", "data.size=24", "data.holdout=0.25", "output_dir=out"]

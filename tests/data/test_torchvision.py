@@ -196,7 +196,7 @@ class TestTorchvision:
         with pytest.raises(UserError, match=r"data\.name=svhn needs scipy; .*pip install scipy\)"):
             opened("svhn", tmp_path)
 
-    def test_files_kept_in_another_way(self, tmp_path):
+    def test_files_in_another_layout(self, tmp_path):
         class Foreign:
             labels = ()
 

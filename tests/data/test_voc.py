@@ -40,21 +40,21 @@ def test_without_lists_every_mask_has_its_image(tmp_path: Path):
     assert mask[3, 1:7].tolist() == [0, 3, 3, 3, 3, 0]
 
 
-def test_lists_choose_and_order(tmp_path: Path):
+def test_lists_select_and_order_images(tmp_path: Path):
     write_voc(tmp_path)
     write_list(tmp_path, "val", "2008_3\n2007_1  1\n\n")
     images = open_voc(VOCData(path=str(tmp_path)))
     assert [images.describe(i) for i in range(len(images))] == ["2008_3", "2007_1"]
 
 
-def test_fingerprint_sees_a_changed_mask(tmp_path: Path):
+def test_the_fingerprint_depends_on_the_masks(tmp_path: Path):
     before = open_voc(VOCData(path=str(write_voc(tmp_path)))).fingerprint()
     assert before == open_voc(VOCData(path=str(tmp_path))).fingerprint()
     Image.fromarray(np.ones((8, 12), np.uint8)).save(tmp_path / "SegmentationClass" / "2007_2.png")
     assert open_voc(VOCData(path=str(tmp_path))).fingerprint() != before
 
 
-def test_folder_above_names_the_one_below(tmp_path: Path):
+def test_the_parent_folder_is_refused_with_the_right_one(tmp_path: Path):
     write_voc(tmp_path / "VOCdevkit" / "VOC2012")
     assert f"did you mean '{tmp_path / 'VOCdevkit' / 'VOC2012'}'?" in refusal(tmp_path)
     assert f"did you mean '{tmp_path / 'VOCdevkit' / 'VOC2012'}'?" in refusal(tmp_path / "VOCdevkit")

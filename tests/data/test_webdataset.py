@@ -29,7 +29,7 @@ class TestShards:
         assert [sample.label for sample in samples] == [0, 1, 2, 0, 1]
         assert [sample.name for sample in samples][2:4] == ["s-0.tar 0002", "s-1.tar 0003"]
 
-    def test_from_a_row_on(self, tmp_path):
+    def test_reading_starts_at_a_row(self, tmp_path):
         pattern = write_shards(tmp_path, 4)
         for start in range(6):
             assert contents(pattern, start=start) == [png(number) for number in range(start, 4)]
@@ -90,7 +90,7 @@ class TestDamage:
             (7700, 5),
         ],
     )
-    def test_a_truncated_shard_gives_what_is_readable(self, tmp_path, size, whole):
+    def test_a_truncated_shard_yields_its_readable_samples(self, tmp_path, size, whole):
         tar = write_tar(tmp_path / "s.tar", MEMBERS)
         tar.write_bytes(tar.read_bytes()[:size])
         *samples, last = stream(tar).read_shard(0)
@@ -122,7 +122,7 @@ class TestDamage:
         tar.write_bytes(content[:7680])
         assert [sample.content is None for sample in stream(tar).read_shard(0)] == [False, False, True]
 
-    def test_a_shard_that_has_gone(self, tmp_path):
+    def test_a_missing_shard(self, tmp_path):
         source = stream(write_tar(tmp_path / "s.tar", MEMBERS))
         (tmp_path / "s.tar").unlink()
         (sample,) = source.read_shard(0)
@@ -155,7 +155,7 @@ class TestPatterns:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert expand_shards(f"~/a.tar::file://{tmp_path}/b.tar") == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
 
-    def test_urls_stay(self):
+    def test_urls_are_not_changed(self):
         wanted = ["https://h/s-08.tar?key=a", "https://h/s-09.tar?key=a", "pipe:cat a.tar", "gs://b/c.tar"]
         assert expand_shards("https://h/s-{08..09}.tar?key=a::pipe:cat a.tar::gs://b/c.tar") == wanted
 

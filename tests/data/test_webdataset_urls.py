@@ -70,7 +70,7 @@ class TestUrls:
         assert samples[0].name == "s-0.tar 0000"
 
     @pytest.mark.parametrize("ranges", [True, False])
-    def test_a_connection_that_breaks_off_is_taken_up_again(self, tmp_path, url, monkeypatch, ranges):
+    def test_a_broken_connection_is_resumed(self, tmp_path, url, monkeypatch, ranges):
         write_shards(tmp_path, 8)
         size = (tmp_path / "s-0.tar").stat().st_size
         monkeypatch.setattr(Server, "cut", size * 2 // 5 if ranges else size)
@@ -81,19 +81,19 @@ class TestUrls:
         assert len(Server.requests) == (3 if ranges else 2)
         assert Server.requests[1].startswith("bytes=")
 
-    def test_a_server_that_never_gets_further_is_given_up(self, tmp_path, url, monkeypatch):
+    def test_a_server_without_progress_is_an_error(self, tmp_path, url, monkeypatch):
         write_tar(tmp_path / "s.tar", MEMBERS * 10)
         monkeypatch.setattr(Server, "cut", 20_000)
         *samples, last = stream(f"{url}/s.tar").read_shard(0)
         assert 10 < len(samples) < 14
         assert "broke" in last.name
 
-    def test_a_busy_server_is_asked_again(self, tmp_path, url, monkeypatch):
+    def test_a_request_to_a_busy_server_is_repeated(self, tmp_path, url, monkeypatch):
         write_shards(tmp_path, 2)
         monkeypatch.setattr(Server, "busy", 3)
         assert contents(f"{url}/s-0.tar") == [png(0), png(1)]
 
-    def test_a_missing_shard_is_not_asked_for_again(self, url):
+    def test_a_request_for_a_missing_shard_is_not_repeated(self, url):
         (sample,) = stream(f"{url}/none.tar").read_shard(0)
         assert sample.content is None
         assert "404" in sample.name
@@ -115,13 +115,13 @@ class TestUrls:
         assert len(samples) == 5
         assert "exit 3" in last.name
 
-    def test_a_program_that_is_not_there(self, monkeypatch):
+    def test_a_missing_program(self, monkeypatch):
         monkeypatch.setenv("PATH", "")
         assert shutil.which("gsutil") is None
         (sample,) = stream("gs://bucket/s.tar").read_shard(0)
         assert "gsutil" in sample.name
 
-    def test_a_command_that_gives_nothing(self):
+    def test_a_command_without_output(self):
         (sample,) = stream("pipe:exit 9").read_shard(0)
         assert "empty file" in sample.name
         assert "exit 9" in sample.name

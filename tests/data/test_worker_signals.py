@@ -31,7 +31,7 @@ def loader() -> Any:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_from_elsewhere_is_left_to_the_main_process(name: str) -> None:
+def test_a_loader_process_ignores_signals_of_others(name: str) -> None:
     batches = loader()
     first, pids = next(batches)
     # As a scheduler sends it: from a process that is not the parent.
@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks who has sent a signal")
-def test_threads_that_come_up_with_a_process_do_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_receive_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "AT_FORK", [threading.Thread(target=time.sleep, args=[WAIT], daemon=True).start])
     batches = loader()
     first, pids = next(batches)

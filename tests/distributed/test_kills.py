@@ -42,7 +42,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
         yield Reference(words, folder, beside.submit(start, folder, words, copied=True))
 
 
-def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> None:
+def test_a_run_killed_between_micro_batches_and_in_knn(reference: Reference, tmp_path: Path) -> None:
     """Between accumulated micro-batches, and by a signal during a k-NN evaluation."""
     killed_and_resumed(tmp_path / "run", reference.words, ["backward@2=SIGKILL", "knn@1=SIGTERM"], copied=True)
     reference.check(tmp_path / "run")
@@ -59,7 +59,7 @@ def test_killed_at_the_worst_moments(reference: Reference, tmp_path: Path) -> No
     ],
     ids=" ".join,
 )
-def test_killed_in_files_and_processes(kills: list[str], reference: Reference, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_writes_files(kills: list[str], reference: Reference, tmp_path: Path) -> None:
     killed_and_resumed(tmp_path / "run", reference.words, kills)
     reference.check(tmp_path / "run")
 
@@ -100,7 +100,7 @@ RANDOM = [(case, part) for case in CASES for part in range(2 if case in ("no loa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "part"), RANDOM)
-def test_killed_at_random(case: str, part: int, tmp_path: Path) -> None:
+def test_a_run_killed_at_random(case: str, part: int, tmp_path: Path) -> None:
     own, ranks, workers = CASES[case]
     words = words_of(*own, ranks=ranks, workers=workers)
     accumulate = 2 if "accumulated" in case else 1
@@ -131,7 +131,7 @@ def test_a_stream_killed_at_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_runs_of_wandb_are_one(tmp_path: Path) -> None:
+def test_wandb_shows_one_run(tmp_path: Path) -> None:
     words = words_of("logger=wandb")
     killed_and_resumed(tmp_path / "run", words, ["batch@5=SIGKILL", "forward@10=SIGTERM"])
     folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]

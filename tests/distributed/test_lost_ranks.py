@@ -137,7 +137,7 @@ def test_a_rank_that_never_starts_ends_the_other(rank: int, launcher: str, tmp_p
 
 
 @pytest.mark.slow
-def test_the_first_process_is_killed_while_the_other_is_on_its_way(tmp_path: Path) -> None:
+def test_the_first_process_is_killed_while_the_second_starts(tmp_path: Path) -> None:
     """The second process is not watched any more, and would wait for the first one for its full timeout."""
     lost = lose(tmp_path, "kills the first", "collective_timeout_s=600", launcher="lightning")
     assert lost.status == -9

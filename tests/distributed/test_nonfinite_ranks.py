@@ -52,7 +52,7 @@ def test_both_ranks_agree(name: str, seen: tuple[Path, Ranks]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_step_moves_nothing(name: str, seen: tuple[Path, Ranks]) -> None:
+def test_the_step_changes_nothing(name: str, seen: tuple[Path, Ranks]) -> None:
     _, ranks = seen
     if CASES[name].policy != "skip":
         ends = {"stop": ranks[0]["states"][BAD - 1], "rollback": ranks[0]["states"][0]}
@@ -66,7 +66,7 @@ def test_the_step_moves_nothing(name: str, seen: tuple[Path, Ranks]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "batch norms" not in str(name)])
-def test_the_others_are_those_of_one_process(name: str, seen: tuple[Path, Ranks]) -> None:
+def test_the_other_steps_equal_those_of_one_process(name: str, seen: tuple[Path, Ranks]) -> None:
     """With total batches, without that step; a rollback to the checkpoint after step 0 also undoes step 1."""
     case, (_, ranks) = CASES[name], seen
     whole = Case(case.strategy, case.policy)
@@ -79,7 +79,7 @@ def test_the_others_are_those_of_one_process(name: str, seen: tuple[Path, Ranks]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_culprit_saves_its_images(name: str, seen: tuple[Path, Ranks]) -> None:
+def test_the_rank_with_the_bad_loss_saves_its_images(name: str, seen: tuple[Path, Ranks]) -> None:
     case, (folder, ranks) = CASES[name], seen
     culprits = [CULPRIT] if case.cause == "loss" else list(range(RANKS))
     files = sorted((folder / "nonfinite").glob("*"))

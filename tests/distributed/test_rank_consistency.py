@@ -31,7 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(EXPECTED)))
-def test_what_may_differ_trains(name: str, ranks: Seen) -> None:
+def test_permitted_differences_train(name: str, ranks: Seen) -> None:
     assert [rank[name] for rank in ranks] == [{"said": "", "steps": 1, "rank": number} for number in (0, 1)]
 
 

@@ -44,7 +44,7 @@ def test_a_process_per_device_is_requested() -> None:
     assert launcher("hydra/launcher=submitit_local_test")._target_.endswith("LocalLauncher")
 
 
-def test_sbatch_gets_them(tmp_path: Path) -> None:
+def test_sbatch_receives_the_requests(tmp_path: Path) -> None:
     """The script that submitit writes for SLURM."""
     slurm = pytest.importorskip("submitit.slurm.slurm")
     asked = launcher("hydra/launcher=submitit_two_nodes", "trainer.devices=4", "trainer.num_nodes=2")

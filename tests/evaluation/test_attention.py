@@ -51,7 +51,7 @@ def refusal(network: FrozenNetwork, data: ImagesConfig, tmp_path: Path, **config
     return str(caught.value)
 
 
-def test_whole_view_resizes_and_cuts(tmp_path: Path):
+def test_the_full_view_resizes_and_crops(tmp_path: Path):
     network = tiny_network(patch_size=8)
     noise(tmp_path / "a.png", (50, 37))
     image = Image.open(tmp_path / "a.png")
@@ -107,7 +107,7 @@ def test_built_in_images_against_slow_loops(tmp_path: Path):
     assert pictures_of(task) == ["attention.png", "heads.png", "pca.png"]
 
 
-def test_untrained_pictures_stand_beside_and_pca_can_be_left(tmp_path: Path):
+def test_pictures_of_untrained_networks_and_without_pca(tmp_path: Path):
     network = tiny_network()
     task = tiny_task(tmp_path, network.__class__(**{**vars(network), "trained": False}), data=BUILTIN)
     run(task, pca=False)
@@ -232,7 +232,7 @@ def test_animation_becomes_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert clip.info["duration"] == 50
 
 
-def test_picture_names_do_not_meet():
+def test_picture_names_are_unique():
     root = Path("/r")
     paths = [root / name for name in ("a.png", "A.jpg", "b/a.png", "b_a.png", "heads.png", "x y:z.png", "v1.2.png")]
     assert picture_names(paths, root=root) == ["a", "A_2", "b_a", "b_a_2", "heads_2", "x_y_z", "v1.2"]

@@ -58,7 +58,7 @@ def test_masks_keep_the_strongest_patches(mass: float):
             assert masks[0, b, head].flatten().tolist() == expected
 
 
-def test_masks_hold_the_mass_and_no_patch_more():
+def test_masks_have_the_mass_with_the_fewest_patches():
     maps = attention(4, 6, 6)
     shares = maps / maps.sum((-2, -1), keepdim=True)
     for kept, mass in zip(mass_masks(maps, masses=[0.6, 0.8]), [0.6, 0.8], strict=True):
@@ -69,7 +69,7 @@ def test_masks_hold_the_mass_and_no_patch_more():
         assert (torch.where(kept, -torch.inf, shares).amax((-2, -1)) <= weakest).all()
 
 
-def test_equal_patches_leave_from_the_first_on():
+def test_of_equal_patches_the_first_are_dropped():
     maps = torch.full((1, 1, 2, 4), 0.125)
     maps[0, 0, 1, 0] = 0.5
     # 1 - 0.6 of 1.375: the sums of the weakest exceed it from the fifth 0.125 on.

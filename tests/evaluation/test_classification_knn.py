@@ -68,7 +68,7 @@ def oracle(bank: list, queries: list, *, k: int, temperature: float) -> dict[str
     return {f"top{top}": 100 * count / len(queries) for top, count in right.items()}
 
 
-def test_figures_are_those_of_loops_over_the_queries(tmp_path: Path) -> None:
+def test_figures_equal_loops_over_the_queries(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     results = run(task, temperatures=[0.07, 0.01])
     bank, queries = features(task, "train", range(90)), features(task, "val", range(41))
@@ -124,7 +124,7 @@ def test_a_few_images_of_each_class(tmp_path: Path) -> None:
     )
 
 
-def test_each_image_of_a_class_is_as_likely(tmp_path: Path) -> None:
+def test_each_image_of_a_class_is_equally_likely(tmp_path: Path) -> None:
     images = open_labeled(make_task(tmp_path))
     members = np.flatnonzero(images.train.labels == 0)
     counts = np.zeros(90)
@@ -202,7 +202,7 @@ def test_more_neighbors_than_images(tmp_path: Path) -> None:
     assert run(make_task(tmp_path), k=[90]).keys() == {"top1_k90", "top5_k90"}
 
 
-def test_more_images_of_each_class_than_there_are(tmp_path: Path) -> None:
+def test_more_images_of_each_class_than_exist(tmp_path: Path) -> None:
     data = folder(tmp_path / "images", train={"ant": 5, "bee": 2, "cat": 3}, val={"ant": 1, "bee": 1, "cat": 1})
     said = refusal(make_task(tmp_path, data), k=[1], n_per_class=4)
     assert said.startswith("eval.n_per_class=4: the class 'bee' has 2 training images; set it to at most 2, or to null")

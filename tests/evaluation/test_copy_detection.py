@@ -81,7 +81,7 @@ def expected(
 
 
 @pytest.mark.parametrize("options", [{}, {"gem_power": 1.5}, {"top": 2}])
-def test_figures_are_those_of_one_image_at_a_time(options: dict[str, Any], data: CopydaysData, tmp_path: Path) -> None:
+def test_figures_equal_one_image_at_a_time(options: dict[str, Any], data: CopydaysData, tmp_path: Path) -> None:
     data.distractors_path = str(write_others(tmp_path / "distractors"))
     network = tiny_network()
     got = run(tmp_path, data, network, **options)
@@ -149,7 +149,7 @@ def test_broken_images(data: CopydaysData, tmp_path: Path, capsys: pytest.Captur
     assert "200200.jpg" in (tmp_path / "out/bad_images_images.txt").read_text()
 
 
-def test_what_is_refused(data: CopydaysData, tmp_path: Path) -> None:
+def test_wrong_networks_and_folders_are_refused(data: CopydaysData, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval=copy_detection needs a ViT.*resnet18 is ResNet"):
         run(tmp_path, data, timm_network("resnet18"))
     with pytest.raises(UserError, match=r"data.whitening_path=.*does not exist"):

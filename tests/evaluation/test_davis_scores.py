@@ -97,7 +97,7 @@ def test_region_similarity_by_counting(pair: str) -> None:
     assert float(region_similarity(as_masks(predicted), as_masks(true))[0]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_frames_do_not_touch_each_other() -> None:
+def test_frames_are_scored_independently() -> None:
     predicted, true = (as_masks(*masks) for masks in zip(*PAIRS.values(), strict=True))
     for function in (boundary_accuracy, region_similarity):
         together = function(predicted, true)

@@ -48,7 +48,7 @@ def test_a_folder_with_classes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(found.image(7)), np.asarray(Image.open(files[7])))
 
 
-def test_whatever_holds_the_images_gives_the_same_features(tmp_path: Path) -> None:
+def test_features_do_not_depend_on_the_data_source(tmp_path: Path) -> None:
     files = picture_files(tmp_path / "folder", 6)
     want = embed(tmp_path / "folder")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -91,7 +91,7 @@ def test_both_splits_and_one_of_them() -> None:
 
 
 @pytest.mark.parametrize(("options", "tokens"), [({"features": "mean_patch"}, 1), ({"n_last_blocks": 2}, 2)])
-def test_other_features_are_those_of_timm(options: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+def test_other_features_equal_timm(options: dict[str, Any], tokens: int, tmp_path: Path) -> None:
     embed(BUILTIN, split="val", feature_cache=tmp_path)  # kept features of another kind are not taken
     found = embed(BUILTIN, split="val", feature_cache=tmp_path, **options)
     backbone: Any = load_network(CHECKPOINT).backbone
@@ -144,7 +144,7 @@ def test_npy_and_its_names(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- interruptions
 
 
-def test_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "BLOCK", 5)
     whole, options = tmp_path / "whole.parquet", {"feature_cache": tmp_path / "cache", "split": "train"}
     embed(BUILTIN, split="train", output=whole, batch_size=3)
@@ -252,7 +252,7 @@ def test_one_sentence(images: Any, options: dict[str, Any], expected: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_used_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unused_settings_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     picture_files(tmp_path / "photos", 2, classes=("train", "others"))
     assert len(embed(tmp_path / "photos")) == 1
     assert f"not used in '{tmp_path / 'photos'}': others\n" in capfd.readouterr().err
@@ -265,7 +265,7 @@ def test_what_is_not_used_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert len(embed(tmp_path / "x.tar")) == 1
 
 
-def test_the_list_itself_is_not_written_over(tmp_path: Path) -> None:
+def test_the_input_list_is_not_overwritten(tmp_path: Path) -> None:
     files = picture_files(tmp_path, 2)
     (tmp_path / "list.csv").write_text("path\n" + "".join(f"{path}\n" for path in files))
     with pytest.raises(UserError, match=r"output=.*list\.npy would overwrite data\.path=.*list\.csv"):

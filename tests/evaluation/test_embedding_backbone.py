@@ -28,7 +28,7 @@ def test_prepared_images_are_those_of_the_evaluation(tmp_path: Path) -> None:
         torch.testing.assert_close(prepared, torch.from_numpy(want).permute(2, 0, 1), rtol=0, atol=1e-6)
 
 
-def test_it_is_the_network_of_the_checkpoint_and_stays_frozen() -> None:
+def test_the_backbone_is_the_frozen_network_of_the_checkpoint() -> None:
     backbone, network = load_backbone(CHECKPOINT), load_network(CHECKPOINT)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(backbone(images), network.backbone(images))
@@ -39,7 +39,7 @@ def test_it_is_the_network_of_the_checkpoint_and_stays_frozen() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["1.weight", "1.bias"]
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
     backbone = load_backbone(CHECKPOINT)
     with pytest.raises(UserError, match=r"x\.png cannot be read \(not an image format that PIL supports"):

@@ -82,7 +82,7 @@ def test_parameters_clones_and_pickles() -> None:
     assert step.transform(images).shape == (3, 192), "the network of the new parameter"
 
 
-def test_a_pipeline_that_is_searched() -> None:
+def test_grid_search_of_a_pipeline() -> None:
     images = np.stack(pictures(24))
     labels = np.arange(24) % 2  # clownfish, monarch, … against blue tang, toadstool, …
     model = Pipeline([("dino", small()), ("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=500))])
@@ -115,7 +115,7 @@ def test_checks_of_scikit_learn(name: str) -> None:
     check("DinoFeatures", small())
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     files = picture_files(tmp_path, 3)
     files[1].write_bytes(b"")
     for workers in (0, 1):

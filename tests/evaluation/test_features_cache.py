@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "cache").rglob("*") if path.is_file())
 
 
-def test_features_are_those_of_the_images_one_by_one(tmp_path: Path, source: BuiltinImages) -> None:
+def test_features_equal_those_of_single_images(tmp_path: Path, source: BuiltinImages) -> None:
     network = tiny_network()
     features_MD, labels_M, indices_M = _features(_task(tmp_path), source)
     images = _view(network, source)
@@ -94,7 +94,7 @@ def test_features_are_those_of_the_images_one_by_one(tmp_path: Path, source: Bui
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_goes_on_after_an_interruption(tmp_path: Path, source: BuiltinImages, workers: int) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path, source: BuiltinImages, workers: int) -> None:
     whole = _features(_task(tmp_path / "whole", cache=False), source)
     assert not _files(tmp_path / "whole")
     task = _task(tmp_path, workers=workers)
@@ -146,7 +146,7 @@ def _another_block(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_cut, _flip, _another_block, lambda path: path.write_bytes(b"")])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, source: BuiltinImages, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_file_is_replaced(tmp_path: Path, source: BuiltinImages, damage: Callable[[Path], None]) -> None:
     task = _task(tmp_path)
     whole = _features(task, source)
     damaged = _files(tmp_path)[1]
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, source: BuiltinImages, dama
     assert damaged.read_bytes() == before
 
 
-def test_the_key_knows_what_features_depend_on(tmp_path: Path, source: BuiltinImages) -> None:
+def test_the_key_contains_everything_that_features_depend_on(tmp_path: Path, source: BuiltinImages) -> None:
     network = tiny_network()
     task, images = _task(tmp_path), _view(network, source)
 
@@ -185,7 +185,7 @@ def test_the_key_knows_what_features_depend_on(tmp_path: Path, source: BuiltinIm
     assert key() == key(task=_task(tmp_path), images=_view(tiny_network(), source)), "the same in another process"
 
 
-def test_another_batch_size_finds_the_features(tmp_path: Path, source: BuiltinImages) -> None:
+def test_another_batch_size_uses_the_same_cache(tmp_path: Path, source: BuiltinImages) -> None:
     task = _task(tmp_path)
     _features(task, source)
     again = Counted(task.network)
@@ -220,7 +220,7 @@ def test_broken_images_are_named_left_out_and_not_tried_again(tmp_path: Path) ->
         _features(task, files, images=_view(task.network, files, max_bad_share=0.05))
 
 
-def test_an_error_of_a_loader_process_stays_a_sentence(tmp_path: Path) -> None:
+def test_an_error_of_a_loader_process_is_one_sentence(tmp_path: Path) -> None:
     files = _folder_with_broken(tmp_path)
     task = _task(tmp_path, workers=1)
     with pytest.raises(UserError, match=r"^data\.on_error=raise: [^\n]*03\.png cannot be read [^\n]*$"):
@@ -239,7 +239,7 @@ def test_a_changed_file_is_another_source(tmp_path: Path) -> None:
     assert len(indices_M) == 19
 
 
-def test_where_nothing_can_be_written_the_features_come_anyway(tmp_path: Path, source: BuiltinImages, capsys) -> None:
+def test_features_without_a_writable_cache(tmp_path: Path, source: BuiltinImages, capsys) -> None:
     (tmp_path / "file").write_text("")
     task = replace(_task(tmp_path), cache=tmp_path / "file")
     assert _equal(_features(task, source), _features(_task(tmp_path, cache=False), source))
@@ -260,7 +260,7 @@ def _run_rank(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_make_and_find_the_same_features(tmp_path: Path, source: BuiltinImages) -> None:
+def test_two_ranks_share_the_cache(tmp_path: Path, source: BuiltinImages) -> None:
     alone = _features(_task(tmp_path / "alone"), source)
     few = _features(_task(tmp_path / "alone"), source, indices=[5, 9])
     # One block of four is there already, from a run of one rank.

@@ -122,7 +122,7 @@ def test_repeated_images_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_random_states_and_modes_stay(num_workers: int) -> None:
+def test_random_states_and_modes_do_not_change(num_workers: int) -> None:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4)).train()
     backbone[1].eval()
     for seeded in (random.seed, np.random.seed, torch.manual_seed):

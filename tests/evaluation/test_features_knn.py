@@ -67,7 +67,7 @@ def _oracle(
     ("n_bank", "n_queries", "classes"),
     [(150, 40, 8), (50, 50, 3), (12, 5, 4), (30, 10, 1), (1, 1, 2), (60, 20, 1200)],
 )
-def test_accuracy_is_that_of_the_definition(n_bank: int, n_queries: int, classes: int) -> None:
+def test_accuracy_equals_the_definition(n_bank: int, n_queries: int, classes: int) -> None:
     bank, labels = _clusters(n_bank, classes=classes, width=6, seed=1)
     queries, targets = _clusters(n_queries, classes=classes, width=6, seed=2)
     k = [1, 3, 10, 20, 200]
@@ -81,7 +81,7 @@ def test_accuracy_is_that_of_the_definition(n_bank: int, n_queries: int, classes
 
 
 @pytest.mark.parametrize("k", [1, 5, 10, 20, 100, 200])
-def test_predictions_are_those_of_scikit_learn(k: int) -> None:
+def test_predictions_equal_scikit_learn(k: int) -> None:
     bank, labels = _clusters(400, classes=6, width=8, seed=1)
     queries, _ = _clusters(120, classes=6, width=8, seed=2)
     theirs = KNeighborsClassifier(
@@ -164,7 +164,7 @@ def test_features_that_are_not_finite_classify_nothing(value: float) -> None:
     assert {figures["top1"] for figures in half.values()} == {50.0}
 
 
-def test_temperature_weighs_near_against_many() -> None:
+def test_the_temperature_weights_close_neighbors() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.8, 0.6]])
     labels = torch.tensor([1, 0, 0, 0])
     query, target = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
@@ -201,7 +201,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_full_precision_whatever_is_set_around() -> None:
+def test_similarities_are_float32_under_autocast() -> None:
     bank, _ = _clusters(20, classes=5, width=64, seed=1)
     before = torch.get_float32_matmul_precision()
     try:

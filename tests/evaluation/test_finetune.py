@@ -127,7 +127,7 @@ def test_steps_equal_a_hand_written_loop(tmp_path: Path) -> None:
     assert max((before[name] - tensor).abs().max() for name, tensor in weights_of(model).items()) > 1e-4
 
 
-def test_the_weights_of_the_checkpoint_are_taken(tmp_path: Path) -> None:
+def test_the_network_starts_from_the_checkpoint(tmp_path: Path) -> None:
     net, images_BCHW = network(seed=4), torch.randn(3, 3, 32, 32)
     model: Any = training(tmp_path, net=net).model.eval()
     features_BD = model.forward_head(model.forward_features(images_BCHW), pre_logits=True)
@@ -169,7 +169,7 @@ FULL: dict[str, Any] = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "auto_augment"
 FULL |= {"drop_path_rate": 0.4, "ema_decay": 0.8, "repeated_augmentation": 3, "warmup_epochs": 1}
 
 
-def test_an_interrupted_training_ends_as_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = training(tmp_path / "whole", **FULL)
     history = whole.run()
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
@@ -232,7 +232,7 @@ def test_results_and_exported_weights(tmp_path: Path) -> None:
     assert again == {metric: result.value for metric, result in results.items()}
 
 
-def test_checkpoint_takes_the_finetuned_network(tmp_path: Path) -> None:
+def test_the_finetuned_network_loads_as_a_checkpoint(tmp_path: Path) -> None:
     net = replace(load_network("untrained:vit_micro"), trained=True)
     run = training(tmp_path, net=net, image_size=32, epochs=1, ema_decay=0.9)
     run.run()
@@ -317,7 +317,7 @@ def test_two_channels_take_no_policy(tmp_path: Path) -> None:
     assert plain(torch.full((2, 40, 50), 255, dtype=torch.uint8)).flatten().tolist() == pytest.approx([2.5] * 2048)
 
 
-def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.lr=1e\+30: the loss is NaN or infinite in epoch 1"):
         training(tmp_path, lr=1e30).run()
     assert not (tmp_path / "out/finetune").exists()
@@ -330,7 +330,7 @@ def _rank(fabric: Fabric, folder: str, batch: int) -> None:
     torch.save({"history": run.run(), "weights": weights_of(run.model)}, f"{folder}/{fabric.global_rank}.pt")
 
 
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+def test_two_ranks_train_like_one(tmp_path: Path) -> None:
     Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(cast(Any, _rank), str(tmp_path), 8)
     left, right = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_equal(left["weights"], right["weights"])

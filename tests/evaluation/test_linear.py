@@ -87,7 +87,7 @@ def slow_training(task: Task, *, epochs: int, batch_size: int, lr: float, n: int
 
 
 @pytest.mark.parametrize(("n", "avgpool"), FEATURES)
-def test_weights_are_those_of_the_definition(n: int, avgpool: bool, tmp_path: Path) -> None:
+def test_weights_equal_the_definition(n: int, avgpool: bool, tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=SEED)
     results = run(task, n_last_blocks=n, avgpool=avgpool)
     expected = slow_training(task, epochs=2, batch_size=16, lr=0.5, n=n, avgpool=avgpool)
@@ -231,7 +231,7 @@ def test_broken_images_are_named_and_left_out(broken: int, tmp_path: Path) -> No
         ({"linear.weight": torch.zeros(12, 64), "linear.bias": torch.zeros(3)}, "does not match its bias"),
     ],
 )
-def test_no_classifier_of_this_kind(content: Any, expected: str, tmp_path: Path) -> None:
+def test_wrong_classifiers_are_refused(content: Any, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)

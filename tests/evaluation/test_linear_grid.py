@@ -61,7 +61,7 @@ def alone(
 
 
 @pytest.mark.parametrize("batch_size", [16, 1000])
-def test_every_classifier_is_trained_as_if_alone(batch_size: int) -> None:
+def test_classifiers_are_trained_independently(batch_size: int) -> None:
     tokens, labels = torch.randn(100, 18), torch.randint(0, 5, (100,))
     layout, lrs, rows = TokenLayout(6, n=2, mean_patch=True), [0.1, 1.0, 10.0], torch.arange(3, 93)
     kinds = {TWO: tokens[:, :12], CLS: tokens[:, 6:12]}
@@ -77,7 +77,7 @@ def test_every_classifier_is_trained_as_if_alone(batch_size: int) -> None:
     assert heads[TWO].weight_LCD.std(dim=0).mean() > 0.01  # the rates do make a difference
 
 
-def test_a_classifier_that_diverges_is_wrong_and_leaves_the_others_alone() -> None:
+def test_a_divergent_classifier_does_not_affect_the_others() -> None:
     tokens, labels = 1e20 * torch.randn(64, 8), torch.randint(0, 3, (64,))
     both, one = (LinearHeads(8, 3, lrs=lrs, seed=0, device=CPU) for lrs in ([1e-22, 1e30], [1e-22]))
     for heads in (both, one):
@@ -99,7 +99,7 @@ def test_a_classifier_that_diverges_is_wrong_and_leaves_the_others_alone() -> No
 
 
 @pytest.mark.parametrize("widest", [CLS, BOTH, TWO, FeatureSpec(n_last_blocks=2, avgpool=True)])
-def test_tokens_hold_every_choice(widest: FeatureSpec) -> None:
+def test_tokens_contain_every_choice_of_features(widest: FeatureSpec) -> None:
     network, images = tiny_network(), torch.randn(3, 3, 32, 32)
     layout = TokenLayout(network.width, n=widest.n_last_blocks, mean_patch=widest.avgpool)
     tokens = widest.of(network.backbone)(images)
@@ -155,7 +155,7 @@ def test_the_table_and_the_choice(tmp_path: Path) -> None:
     torch.testing.assert_close(kept["state_dict"]["module.linear.weight"], right.weight.data, rtol=1e-4, atol=1e-5)
 
 
-def test_validation_images_choose_nothing(tmp_path: Path) -> None:
+def test_validation_images_do_not_influence_the_choice(tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=3)
     first = run(task)
     val: Any = Subset(cast(Any, task.splits.val), indices=np.arange(48))
@@ -167,7 +167,7 @@ def test_validation_images_choose_nothing(tmp_path: Path) -> None:
         assert second["top1"].details[key] == first["top1"].details[key]
 
 
-def test_the_kept_classifier_has_the_reported_accuracy(tmp_path: Path) -> None:
+def test_the_saved_classifier_has_the_reported_accuracy(tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN)
     found = run(task, avgpool=[True], n_last_blocks=[1])
     settings = LinearEval(n_last_blocks=1, avgpool=True, classifier=found["top1"].details["classifier"])
@@ -180,7 +180,7 @@ def test_the_kept_classifier_has_the_reported_accuracy(tmp_path: Path) -> None:
     ("lrs", "expected"),
     [([1e-6, 0.5], "largest"), ([0.5, 1e39], "smallest"), ([1e-6, 0.5, 1e39], None), ([0.5], None)],
 )
-def test_a_rate_at_the_edge_is_told(lrs: list[float], expected: str | None, tmp_path: Path) -> None:
+def test_a_best_rate_at_the_edge_is_reported(lrs: list[float], expected: str | None, tmp_path: Path) -> None:
     task, said = listened(tiny_task(tmp_path, tiny_network(), data=BUILTIN))
     details = run(task, lrs=lrs, n_last_blocks=[2])["top1"].details
     assert details["chosen"]["lr"] == 0.5

@@ -75,7 +75,7 @@ def test_both_solvers_find_one_minimum(classes: int, c: float) -> None:
     assert torch.equal(ours.logits(new[clear]).argmax(1), theirs.logits(new[clear]).argmax(1))
 
 
-def test_predictions_are_scikit_learns_own() -> None:
+def test_predictions_equal_scikit_learn() -> None:
     x, y = _points(90, classes=5)
     new, _ = _points(200, classes=5, seed=1)
     model = LogisticRegression(C=3.0, max_iter=5000, tol=1e-8).fit(x.double().numpy(), y.numpy())
@@ -98,7 +98,7 @@ def test_chunks_and_a_start_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert _slow_objective(other, x, y, c=10.0) == pytest.approx(_slow_objective(whole, x, y, c=10.0), rel=1e-7)
 
 
-def test_too_few_iterations_are_told() -> None:
+def test_too_few_iterations_are_reported() -> None:
     x, y = _points(60, classes=3)
     assert not fit(x, y, num_classes=3, c=100.0, max_iterations=2, device=CPU).converged
     assert not fit_sklearn(x, y, num_classes=3, c=100.0, max_iterations=2).converged
@@ -126,7 +126,7 @@ def test_draw_takes_a_share_of_each_class() -> None:
     assert counts.max() < 55
 
 
-def test_folds_hold_as_many_of_each_class() -> None:
+def test_folds_are_stratified() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [15, 11, 5]))
     folds = stratified_folds(labels, folds=5, seed=0)
     for label, least in ((0, 3), (1, 2), (2, 1)):
@@ -171,7 +171,7 @@ def _evaluated(folder: Path, **config: Any) -> list[Result]:
     return list(evaluate(LogisticEval(**config), task))
 
 
-def test_the_task(tmp_path: Path) -> None:
+def test_results_and_details_of_the_evaluation(tmp_path: Path) -> None:
     low, all_labels = _evaluated(tmp_path, shares=[0.05, 1.0], splits=2, c=[1.0, 100.0], max_iterations=200)
     assert [low.metric, all_labels.metric] == ["top1_5pct", "top1_100pct"]
     assert low.main

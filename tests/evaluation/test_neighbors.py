@@ -105,7 +105,7 @@ def test_random_queries_show_each_class_before_any_twice(tmp_path: Path) -> None
     )
 
 
-def test_the_picture_shows_queries_beside_their_neighbors(tmp_path: Path) -> None:
+def test_the_picture_shows_queries_and_neighbors(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     run(task, queries=[0])
     one = shown(task)
@@ -186,7 +186,7 @@ def parts(task: Task, indices: Any) -> list[Subset]:
     return [Subset(source, indices=np.asarray(indices)) for source in (sources.train, sources.val)]
 
 
-def test_labels_that_nobody_knows_are_not_judged(tmp_path: Path) -> None:
+def test_unknown_labels_are_not_judged(tmp_path: Path) -> None:
     task = builtin(tmp_path)
     train, val = parts(task, np.arange(24))
     assert train.labels is not None

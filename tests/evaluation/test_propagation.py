@@ -75,7 +75,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_definition(case: str) -> None:
+def test_propagation_equals_the_definition(case: str) -> None:
     (h, w), asked = CASES[case]
     features = [torch.randn(h, w, 6, dtype=torch.float64) for _ in range(5 if h * w < 100 else 3)]
     first = some_labels(h, w)

@@ -30,7 +30,7 @@ def _case(seed: int, *, queries: int, images: int, levels: int) -> tuple[Tensor,
 @pytest.mark.parametrize(
     ("queries", "images", "levels"), [(30, 40, 5), (30, 40, 10_000), (40, 6, 2), (20, 3, 1), (5, 1, 1)]
 )
-def test_average_precision_is_that_of_the_definition(queries: int, images: int, levels: int) -> None:
+def test_average_precision_equals_the_definition(queries: int, images: int, levels: int) -> None:
     similarity, positives, junk = _case(queries + images, queries=queries, images=images, levels=levels)
     got = rank_database(similarity, positives=positives, junk=junk, at=AT)
     want = [definition(*case) for case in zip(similarity.tolist(), positives, junk, strict=True)]
@@ -87,7 +87,7 @@ def test_the_lower_index_wins_a_tie() -> None:
     assert last == pytest.approx((0 + 1 / 500) / 2, abs=1e-15)
 
 
-def test_what_cannot_be_retrieved_is_never_found() -> None:
+def test_unretrievable_images_are_never_found() -> None:
     similarity = torch.tensor([[0.9, NOT_RETRIEVABLE, 0.1], [NOT_RETRIEVABLE, 0.2, 0.1]])
     got = rank_database(similarity, positives=[[0, 1], [0]], junk=[[], [1]])
     # Half of the recall is reached with precision 1; the second query finds nothing.

@@ -85,7 +85,7 @@ def expected(data: RevisitedData, backbone: nn.Module, *, query_box: bool, scale
 
 @pytest.mark.parametrize("query_box", [False, True])
 @pytest.mark.parametrize("scales", [[1.0], [1, 1 / math.sqrt(2), 0.5]])
-def test_figures_are_those_of_one_image_at_a_time(
+def test_figures_equal_one_image_at_a_time(
     query_box: bool, scales: list[float], data: RevisitedData, tmp_path: Path
 ) -> None:
     network = tiny_network()
@@ -97,7 +97,7 @@ def test_figures_are_those_of_one_image_at_a_time(
     assert {result.unit for result in got.values()} == {"%"}
 
 
-def test_the_box_and_the_scales_count(data: RevisitedData, tmp_path: Path) -> None:
+def test_box_scales_and_size_change_the_figures(data: RevisitedData, tmp_path: Path) -> None:
     plain = values(run(tmp_path, data))
     assert values(run(tmp_path, data, query_box=True)) != plain
     assert values(run(tmp_path, data, scales=[1.0, 0.5])) != plain
@@ -120,7 +120,7 @@ def test_batches_of_equal_shapes_change_nothing(batch_size: int, data: Revisited
     assert values(batched) == pytest.approx(values(single), abs=1e-9)
 
 
-def test_groups_hold_every_image_once(data: RevisitedData) -> None:
+def test_groups_contain_every_image_once(data: RevisitedData) -> None:
     paths = open_revisited(data).images
     paths[7].write_bytes(b"no image")
     groups = dict(groups_of_equal_size(paths, batch_size=3))
@@ -131,7 +131,7 @@ def test_groups_hold_every_image_once(data: RevisitedData) -> None:
     assert groups_of_equal_size(paths, batch_size=1) == [(None, list(range(len(paths))))]
 
 
-def test_a_batch_is_normalised_image_by_image() -> None:
+def test_features_of_a_batch_are_normalized_per_image() -> None:
     images = torch.randn(3, 3, 32, 41)
     features = multi_scale(tiny_network().backbone, images, scales=[1.0, 0.5])
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
@@ -140,7 +140,7 @@ def test_a_batch_is_normalised_image_by_image() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (64, 1), (7, 7)])
-def test_an_image_smaller_than_a_patch_is_filled_up(shape: tuple[int, int]) -> None:
+def test_an_image_smaller_than_a_patch_is_padded(shape: tuple[int, int]) -> None:
     images = torch.randn(1, 3, *shape)
     for network in (tiny_network(), timm_network("resnet18")):
         assert multi_scale(network.backbone, images, scales=[1.0, 0.5]).isfinite().all()
@@ -158,7 +158,7 @@ def test_a_network_for_squares_only_is_refused(data: RevisitedData, tmp_path: Pa
         run(tmp_path, data, network)
 
 
-def test_the_size_of_the_checkpoint_is_taken_where_none_is_set(data: RevisitedData, tmp_path: Path) -> None:
+def test_the_default_size_is_that_of_the_checkpoint(data: RevisitedData, tmp_path: Path) -> None:
     network = tiny_network(24)
     assert values(run(tmp_path, data, network, image_size=None)) == values(run(tmp_path, data, network, image_size=24))
 
@@ -183,7 +183,7 @@ def test_whitening(data: RevisitedData, tmp_path: Path) -> None:
     assert got["map_medium"].value == pytest.approx(100 * sum(medium) / len(medium), abs=1e-9)
 
 
-def test_settings_that_do_not_go_together(data: RevisitedData, tmp_path: Path) -> None:
+def test_settings_that_contradict_each_other(data: RevisitedData, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval.whitening=true needs data.whitening_path"):
         retrieval.check(RetrievalEval(whitening=True), data)
     data.whitening_path = str(tmp_path / "data")
@@ -217,7 +217,7 @@ def test_broken_images(data: RevisitedData, tmp_path: Path, capsys: pytest.Captu
     assert medium["ap"]["query2"] == pytest.approx(100 * want, abs=1e-9)
 
 
-def test_nothing_to_read_is_one_sentence(data: RevisitedData, tmp_path: Path) -> None:
+def test_no_readable_image_is_one_sentence(data: RevisitedData, tmp_path: Path) -> None:
     for query in open_revisited(data).queries:
         query.path.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 6 images for queries can be read; see bad_images_queries.txt"):
@@ -225,7 +225,7 @@ def test_nothing_to_read_is_one_sentence(data: RevisitedData, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_cache_is_not_mistaken_for_another(data: RevisitedData, tmp_path: Path) -> None:
+def test_each_setting_has_its_own_feature_cache(data: RevisitedData, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"image_size": 24}, {"scales": [1.0, 0.5]}, {"query_box": True}, {}]
     for config in changes:
         task = tiny_task(tmp_path, tiny_network(), data=data, cache=tmp_path / "cache")
@@ -233,7 +233,7 @@ def test_a_cache_is_not_mistaken_for_another(data: RevisitedData, tmp_path: Path
         assert {result.metric: result.value for result in kept} == values(run(tmp_path, data, **config))
 
 
-def test_the_picture_frames_what_was_found(data: RevisitedData, tmp_path: Path) -> None:
+def test_the_picture_frames_the_retrieved_images(data: RevisitedData, tmp_path: Path) -> None:
     run(tmp_path, data)
     sheet = Image.open(tmp_path / "out/pictures/neighbors.png").convert("RGB")
     colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height) or []}

@@ -110,7 +110,7 @@ def test_broken_images_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_of_them_are_one_sentence(workers: int) -> None:
+def test_too_many_broken_images_are_one_sentence(workers: int) -> None:
     with pytest.raises(UserError, match=r"^data.max_bad_share=0.05: 1 of 19 images cannot be read") as error:
         epochs(training_images(broken=(7,)), numbers=[0], workers=workers)
     assert "\n" not in str(error.value)

@@ -161,7 +161,7 @@ def test_frames_are_resized_between_the_four_nearest_pixels(size: tuple[int, int
             assert (np.abs(found[:, y, x].numpy() - value) < 0.5 + 1e-4).all()
 
 
-def test_only_the_mistaken_deviation_is_put_in() -> None:
+def test_the_original_standard_deviation_is_an_option() -> None:
     assert frames_std([0.229, 0.224, 0.225], config()) == [0.228, 0.224, 0.225]
     assert frames_std([0.229, 0.224, 0.225], config(std_typo=False)) == [0.229, 0.224, 0.225]
     assert frames_std([0.5, 0.5, 0.5], config()) == [0.5, 0.5, 0.5]
@@ -175,7 +175,7 @@ def counted(network: FrozenNetwork) -> list[int]:
     return seen
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_finished_sequences_are_not_computed_again(tmp_path: Path) -> None:
     data, network = write_davis(tmp_path / "davis"), tiny_network()
     seen, cache = counted(network), tmp_path / "cache"
 
@@ -200,7 +200,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert again()[1] == 2 * FRAMES + 1
 
 
-def test_an_evaluation_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_continues(tmp_path: Path) -> None:
     data, network = write_davis(tmp_path / "davis"), tiny_network()
     whole = run(tmp_path / "whole", data, network)
     seen, embed = counted(network), network.backbone.patch_embed
@@ -261,7 +261,7 @@ def test_nothing_can_be_read(tmp_path: Path) -> None:
     ],
     ids=["small", "no multiple", "small by default", "one size only"],
 )
-def test_sizes_that_the_network_does_not_take(
+def test_unsupported_sizes_are_refused(
     tmp_path: Path, network: Callable[[], FrozenNetwork], image_size: int | None, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -283,7 +283,7 @@ def _run_rank(rank: int, world: int, folder: str) -> None:
     leave_group()
 
 
-def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_ranks_have_the_figures_of_one(tmp_path: Path) -> None:
     data = write_davis(tmp_path / "davis", sequences={"ant": 4, "cow": 6, "bus": 5})
     alone = run(tmp_path, data)
     mp.start_processes(_run_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")

@@ -41,7 +41,7 @@ def _whitened(learnt_on: np.ndarray, features: np.ndarray, *, corrected: bool) -
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("learnt_on", [200, 3])
-def test_whitening_is_that_of_the_loops(corrected: bool, learnt_on: int) -> None:
+def test_whitening_equals_the_loops(corrected: bool, learnt_on: int) -> None:
     """With three images for six dimensions the floor decides about most directions."""
     bank, features = _features(learnt_on, 6), _features(20, 6, seed=1)
     got = learn_whitening(bank, corrected=corrected)(features).numpy()
@@ -69,14 +69,14 @@ def test_the_original_is_another_operator() -> None:
     assert variance.max() < 1.01
 
 
-def test_the_mean_of_the_whitening_images_is_taken_out() -> None:
+def test_the_mean_of_the_whitening_images_is_subtracted() -> None:
     bank = _features(50, 4)
     for corrected in (False, True):
         whiten = learn_whitening(bank, corrected=corrected)
         torch.testing.assert_close(whiten(bank.double().mean(dim=0, keepdim=True)), torch.zeros(1, 4).double())
 
 
-def test_a_direction_without_variance_is_not_blown_up() -> None:
+def test_a_direction_without_variance_is_not_amplified() -> None:
     bank = _features(100, 4)
     bank[:, 2] = 1
     whiten = learn_whitening(bank, corrected=True)

@@ -26,7 +26,7 @@ def _observe(center: Center, logits_BK: Tensor) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
-def test_moves_as_equation_4(momentum: float) -> None:
+def test_the_center_follows_equation_4(momentum: float) -> None:
     center, expected = _center(momentum), [0.0] * K
     assert torch.equal(center.center, torch.zeros(1, K, dtype=torch.float64))
     for _ in range(5):
@@ -37,7 +37,7 @@ def test_moves_as_equation_4(momentum: float) -> None:
         torch.testing.assert_close(center.center[0].tolist(), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_four_micro_batches_are_one_batch() -> None:
+def test_four_micro_batches_equal_one_batch() -> None:
     whole, parts, batch = _center(), _center(), _logits(16)
     _observe(whole, batch)
     whole.update()
@@ -47,7 +47,7 @@ def test_four_micro_batches_are_one_batch() -> None:
     torch.testing.assert_close(parts.center, whole.center, rtol=1e-13, atol=0)
 
 
-def test_micro_batches_count_by_their_images() -> None:
+def test_micro_batches_are_weighted_by_their_images() -> None:
     """A mean of means would weigh the short last batch too much."""
     center, batch = _center(), _logits(8)
     for part in batch.split([6, 2]):
@@ -73,7 +73,7 @@ def test_the_loss_sees_the_old_center_until_commit() -> None:
     assert not torch.equal(loss(), before)
 
 
-def test_the_sum_is_all_that_is_observed() -> None:
+def test_observe_needs_only_the_sum() -> None:
     """As the caller may know it for less than the logits."""
     of_logits, of_sums = _center(), _center()
     for part in _logits().split([6, 2]):
@@ -84,7 +84,7 @@ def test_the_sum_is_all_that_is_observed() -> None:
     assert torch.equal(of_sums.center, of_logits.center)
 
 
-def test_a_sum_is_taken_as_it_is_when_observed() -> None:
+def test_observe_copies_the_sum() -> None:
     center, expected, sum_1K = _center(), _center(), _logits(1)
     expected.observe(sum_1K.clone(), count=1)
     center.observe(sum_1K, count=1)
@@ -105,7 +105,7 @@ def test_commit_without_observe_does_nothing() -> None:
     assert torch.equal(center.center, moved)
 
 
-def test_saved_under_the_original_name_and_nothing_else() -> None:
+def test_only_the_center_is_saved_under_the_original_name() -> None:
     center = _center()
     _observe(center, _logits())
     center.update()
@@ -119,7 +119,7 @@ def test_saved_under_the_original_name_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     """The logits are rounded by their own precision once; their mean is good to float32."""
     center, batch = Center(K, momentum=0.0), (torch.rand(300, K) + 1).to(dtype)
     for part in batch.chunk(3):
@@ -128,7 +128,7 @@ def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
     torch.testing.assert_close(center.center, batch.double().mean(0, keepdim=True).float(), rtol=1e-6, atol=0)
 
 
-def test_keeps_no_graph() -> None:
+def test_the_center_has_no_graph() -> None:
     center = _center()
     _observe(center, _logits().requires_grad_())
     center.update()

@@ -26,7 +26,7 @@ def assigned(scores_NK: Tensor, *, temperature: float, iterations: int) -> Tenso
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_the_shift_is_the_division(iterations: int, temperature: float) -> None:
+def test_the_shift_equals_the_division(iterations: int, temperature: float) -> None:
     given = scores()
     expected = oracles.sinkhorn(given, epsilon=temperature, iterations=iterations)
     torch.testing.assert_close(assigned(given, temperature=temperature, iterations=iterations), expected, **EXACT)
@@ -38,7 +38,7 @@ def test_one_iteration_is_a_softmax_over_the_batch() -> None:
     torch.testing.assert_close(assigned(given, temperature=0.1, iterations=1), expected, **EXACT)
 
 
-def test_many_iterations_share_everything_out_evenly() -> None:
+def test_many_iterations_balance_the_assignments() -> None:
     found = assigned(scores(), temperature=0.5, iterations=200)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(N).double(), **EXACT)
     torch.testing.assert_close(found.sum(dim=0), torch.full((K,), N / K).double(), rtol=1e-6, atol=0)
@@ -55,7 +55,7 @@ def test_float32_does_not_overflow() -> None:
         torch.testing.assert_close(oracles.sinkhorn(given, epsilon=0.04, iterations=3).double(), wanted)
 
 
-def test_a_prototype_that_nobody_is_near_gets_its_share() -> None:
+def test_a_distant_prototype_gets_its_share() -> None:
     given = scores()
     given[:, 0] -= 3
     found = assigned(given, temperature=0.05, iterations=50)
@@ -63,7 +63,7 @@ def test_a_prototype_that_nobody_is_near_gets_its_share() -> None:
     assert (given / 0.05).softmax(dim=-1)[:, 0].sum() < 1e-6
 
 
-def test_the_centering_multiplies_the_logits_out() -> None:
+def test_the_centering_computes_logits_from_factors() -> None:
     points, prototypes = torch.randn(N, 4).double(), torch.randn(K, 4).double()
     center = SinkhornCenter(K, iterations=3).double()
     shift = center.center_for(FactoredLogits(points, prototypes), temperature=0.3)
@@ -74,7 +74,7 @@ def test_the_centering_multiplies_the_logits_out() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_shared_out_in_full(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_balanced_in_float32(dtype: torch.dtype) -> None:
     points, prototypes = torch.randn(N, 4).to(dtype), torch.randn(K, 4).to(dtype)
     center = SinkhornCenter(K, iterations=3)
     shift = center.center_for(FactoredLogits(points, prototypes), temperature=0.05)
@@ -84,6 +84,6 @@ def test_half_precision_logits_are_shared_out_in_full(dtype: torch.dtype) -> Non
     assert math.isclose(found.sum().item(), N, rel_tol=1e-4)
 
 
-def test_takes_no_gradient() -> None:
+def test_assignments_have_no_gradient() -> None:
     given = scores().requires_grad_()
     assert not sinkhorn_center(given, temperature=0.1, iterations=3).requires_grad

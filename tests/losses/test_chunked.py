@@ -37,7 +37,7 @@ def gradients(loss: Tensor, student: FactoredLogits) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("rows", [1, 7, 12, 1000])
 @pytest.mark.parametrize(("V", "T", "B"), [(2, 2, 3), (6, 2, 4), (3, 1, 2), (4, 3, 1)])
-def test_value_and_gradients_are_those_of_the_double_loop(V: int, T: int, B: int, rows: int) -> None:
+def test_value_and_gradients_equal_the_double_loop(V: int, T: int, B: int, rows: int) -> None:
     student, teacher, center = factors(V, T, B=B, K=11)
     ours = chunked_cross_view_entropy(student, teacher, sharpness(center), images=B, rows=rows)
     views = [(f.embeddings @ f.prototypes.T).unflatten(0, (-1, B)) for f in (student, teacher)]
@@ -47,7 +47,7 @@ def test_value_and_gradients_are_those_of_the_double_loop(V: int, T: int, B: int
         torch.testing.assert_close(one, other, **EXACT)
 
 
-def test_the_gradient_is_that_of_a_multiple_of_the_loss() -> None:
+def test_the_gradient_scales_with_the_loss() -> None:
     """As a gradient scaler and an accumulation of gradients ask for."""
     student, teacher, center = factors(4, 2, B=2, K=11)
     loss, again = (chunked_cross_view_entropy(student, teacher, sharpness(center), images=2, rows=8) for _ in range(2))
@@ -74,7 +74,7 @@ def test_the_teacher_takes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_is_near_full(dtype: torch.dtype, tolerance: float) -> None:
+def test_half_precision_is_close_to_float32(dtype: torch.dtype, tolerance: float) -> None:
     """Logits are rounded to 8 or 11 bits and divided by .1 and .04: some units of their last place remain."""
     student, teacher, center = factors(10, 2, B=4, K=300, dtype=torch.float32)
     full = chunked_cross_view_entropy(student, teacher, sharpness(center), images=4, rows=20)

@@ -38,7 +38,7 @@ def _oracle(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("V", "T"), [(2, 2), (3, 2), (10, 2), (2, 1), (4, 3)])
-def test_value_and_gradient_are_those_of_the_double_loop(V: int, T: int) -> None:
+def test_value_and_gradient_equal_the_double_loop(V: int, T: int) -> None:
     student, teacher, center = _logits(V, T)
     ours = cross_view_entropy(student, teacher, _sharp(center))
     expected = _oracle(student, teacher, center)
@@ -102,7 +102,7 @@ def test_the_center_is_subtracted_before_sharpening() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions_are_widened_first(dtype: torch.dtype) -> None:
+def test_half_precision_is_converted_to_float32_first(dtype: torch.dtype) -> None:
     """The logits are rounded by their own precision once, and nothing after that."""
     student, teacher, center = (x.detach() for x in _logits(4))
     center = center.float()

@@ -60,7 +60,7 @@ def test_nothing_enters_before_commit_and_micro_batches_enter_together() -> None
     assert torch.equal(given.features, at_once.features), "without an observation nothing moves"
 
 
-def test_random_rows_stand_for_those_that_have_not_come() -> None:
+def test_an_unfilled_queue_has_random_rows() -> None:
     given = queue(start_random=True)
     torch.testing.assert_close(given.features.norm(dim=1), torch.ones(LENGTH))
     assert not given.is_full
@@ -70,7 +70,7 @@ def test_random_rows_stand_for_those_that_have_not_come() -> None:
     assert torch.equal(given.features[2:], before[2:])
 
 
-def test_everything_but_the_pending_rows_is_saved() -> None:
+def test_everything_except_pending_rows_is_saved() -> None:
     given, copy = queue(start_random=True), queue(start_random=True)
     given.observe(rows(1, 5))
     given.update()
@@ -96,7 +96,7 @@ def test_rows_are_copied_and_carry_no_gradient() -> None:
     assert not list(given.parameters())
 
 
-def test_half_precision_rows_are_widened() -> None:
+def test_half_precision_rows_are_converted_to_float32() -> None:
     given = queue()
     given.observe(rows(1, 2).bfloat16())
     given.update()

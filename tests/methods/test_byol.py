@@ -10,12 +10,12 @@ from dino_lightning.config import BYOLConfig
 
 
 @pytest.mark.parametrize(("accumulated", "views"), [(1, 2), (2, 2), (1, 4)])
-def test_a_fit_is_the_paper_s_algorithm(accumulated: int, views: int) -> None:
+def test_a_fit_equals_the_algorithm_of_the_paper(accumulated: int, views: int) -> None:
     momentum = oracles.cosine_schedule(0.9, 1.0, TOTAL)
     check_fit("byol", accumulated=accumulated, views=views, reference={"momentum": momentum})
 
 
-def test_the_predictor_is_the_student_s_alone() -> None:
+def test_only_the_student_has_a_predictor() -> None:
     module = tiny_methods.build("byol")
     names = {name.split(".")[0] for name, _ in module.named_parameters()}
     assert names == {"student", "teacher", "predictor"}

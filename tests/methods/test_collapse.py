@@ -41,7 +41,7 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
     return [x / sum(powers) for x in powers]
 
 
-def test_output_signals_are_their_definitions() -> None:
+def test_output_signals_equal_their_definitions() -> None:
     """For seven crops in pieces of three: the last is a piece of one."""
     torch.manual_seed(0)
     K = 6
@@ -66,7 +66,7 @@ def test_output_signals_are_their_definitions() -> None:
     assert {name: value.item() for name, value in metrics.recorded.items()} == pytest.approx(expected, rel=1e-11)
 
 
-def test_signals_of_assignments_are_those_of_outputs() -> None:
+def test_signals_of_assignments_equal_those_of_outputs() -> None:
     torch.manual_seed(0)
     K = 5
     scores, teacher = (torch.rand(4, K, dtype=torch.float64) for _ in range(2))
@@ -104,7 +104,7 @@ def test_effective_rank_counts_directions() -> None:
         torch.testing.assert_close(effective_rank(rows @ columns.T).item(), float(rank), rtol=1e-9, atol=0)
 
 
-def test_effective_rank_is_its_definition() -> None:
+def test_effective_rank_equals_its_definition() -> None:
     """With the singular values as roots of the eigenvalues of the Gram matrix."""
     torch.manual_seed(0)
     x = torch.randn(20, 4, dtype=torch.float64) * torch.tensor([1.0, 0.5, 3.0, 0.1])
@@ -186,7 +186,7 @@ def test_names(signals: dict[str, float], kind: Any) -> None:
     assert diagnose(signals, width=64) is kind
 
 
-def test_images_that_were_alike_from_the_start_are_no_collapse() -> None:
+def test_similar_images_are_not_a_collapse() -> None:
     signals = {"feature_std": 0.1 / 8}
     assert diagnose(signals, width=64, spread_at_start=0.15 / 8) is None
     assert diagnose(signals, width=64, spread_at_start=0.21 / 8) is ALIKE
@@ -216,10 +216,10 @@ HEALTHY = {
         (LOW_RANK, "BYOL", {"method.predictor": True}, "set method.head_batch_norm=true (now false)"),
     ],
 )
-def test_the_setting_that_is_wrong_comes_first(kind: Any, method: str, wrong: dict[str, Any], first: str) -> None:
+def test_the_wrong_setting_is_named_first(kind: Any, method: str, wrong: dict[str, Any], first: str) -> None:
     assert changes(kind, HEALTHY | wrong, method=method)[0].startswith(first)
 
 
-def test_only_settings_that_there_are_are_named() -> None:
+def test_only_existing_settings_are_named() -> None:
     for kind in KINDS.values():
         assert changes(kind, {"optim.lr": 0.5}, method="Mine") == ["lower optim.lr (now 0.5)"]

@@ -48,7 +48,7 @@ def _same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 4])
-def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
+def test_a_fit_equals_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
     """Schedules, clip, frozen last layer, AdamW, teacher and center; in one batch a step or in four micro-batches."""
     module = tiny.dino(optim=OPTIM, batch_size=8 // accumulated, norm_last_layer=norm_last_layer, **METHOD)
     epoch = tiny.batches(PER_EPOCH)
@@ -68,7 +68,7 @@ def test_a_fit_is_algorithm_1(accumulated: int, norm_last_layer: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_views_of_each_resolution_go_through_the_backbone_once(fused: bool) -> None:
+def test_the_backbone_runs_once_per_resolution(fused: bool) -> None:
     module, seen = tiny.dino(compute=ComputeConfig(fused=fused)).double(), []
     module.student.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     (crops,) = tiny.batches(1)
@@ -89,7 +89,7 @@ def test_views_keep_their_order_where_sizes_alternate() -> None:
     torch.testing.assert_close(module.student(alternating), apart, **EXACT)
 
 
-def test_the_head_sees_full_precision() -> None:
+def test_the_head_runs_in_float32() -> None:
     """Under mixed precision the features are concatenated in float32, as in the original."""
     module = tiny.dino()
     module.student.backbone.bfloat16()
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         tiny.fit(module, [crops])
 
 
-def test_lengths_in_steps_bound_the_schedules() -> None:
+def test_max_steps_bounds_the_schedules() -> None:
     """`max_steps` shorter than the epochs: the cosine spans the steps that are taken."""
     module = tiny.dino(optim=OPTIM)
     record = tiny.fit(module, tiny.batches(3), max_epochs=5, max_steps=4)

@@ -102,7 +102,7 @@ def test_loss_and_gradient(name: str, fused: bool) -> None:
         torch.testing.assert_close(gradient, other, **loose, msg=f"gradient of {key}")
 
 
-def test_the_parts_differ() -> None:
+def test_the_options_change_the_loss() -> None:
     """No two of them are the same loss of the same network."""
     losses = {}
     for name, changed in PARTS.items():

@@ -51,7 +51,7 @@ def test_forward_of_a_vit(image_size: int):
     assert 3 * sum(backbone_flops(SMALL, image_size=image_size).values()) == counted
 
 
-def test_backward_of_a_vit_is_twice_its_forward():
+def test_the_backward_pass_of_a_vit_is_twice_its_forward_pass():
     parts = backbone_flops(SMALL, image_size=32)
     counted = count(network(SMALL, image_size=32), torch.randn(1, 3, 32, 32), backward=True)
     # Nobody asks for the gradient of the images: PyTorch leaves out a third of the patch embedding, the convention not.
@@ -143,7 +143,7 @@ def test_resnet50():
 
 
 @pytest.mark.parametrize("precision", ["32", "tf32", "bf16"])
-def test_matrix_rate_leaves_the_precision_alone(precision: str):
+def test_matrix_rate_restores_the_precision(precision: str):
     torch.set_float32_matmul_precision("medium")
     try:
         assert matrix_rate("cpu", precision=precision, size=64, turns=1) > 0

@@ -62,7 +62,7 @@ def test_loss_and_gradients(P: int, rows: int) -> None:
             torch.testing.assert_close(gradient, 2 * other, **EXACT)
 
 
-def test_no_more_rows_than_allowed_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_have_at_most_the_allowed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from dino_lightning.losses import chunked as prototype_loss
 
     held: list[int] = []
@@ -143,7 +143,7 @@ class PatchLosses(Callback):
 
 
 @pytest.mark.parametrize("fused", first([True, False]))
-def test_a_fit_is_the_slow_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_equals_the_slow_training(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are those of seed, step, micro-batch and rank; loss, centers and all weights follow."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
     module = tiny.dino(optim=OPTIM, compute=ComputeConfig(fused=fused), **METHOD)
@@ -173,7 +173,7 @@ def by_content(**options: Any) -> Any:
     return mask_by_content(tiny.dino(optim=OPTIM, **{**METHOD, **options}), patch=tiny.PATCH)
 
 
-def test_micro_batches_are_one_batch() -> None:
+def test_micro_batches_equal_one_batch() -> None:
     """Some of one image, which may have no mask at all."""
     batches = tiny.batches(4)
     whole = by_content()
@@ -187,7 +187,7 @@ def test_micro_batches_are_one_batch() -> None:
 
 @pytest.mark.parametrize("centering", ["center", "sinkhorn", "softmax", "none"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_without_masks_it_is_dino(fused: bool, centering: str) -> None:
+def test_without_masks_the_method_equals_dino(fused: bool, centering: str) -> None:
     """`mask_p=0`: the same losses and weights, the mask token and the second center as they began."""
     options = {"centering": centering, "compute": ComputeConfig(fused=fused)}
     torch.manual_seed(5)
@@ -210,7 +210,7 @@ def test_without_masks_it_is_dino(fused: bool, centering: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"centering": "sinkhorn"}, {"predictor": True}, {"head_batch_norm": True}, {"centering": "none"}]
 )
-def test_with_the_other_parts_of_dino(options: dict[str, Any]) -> None:
+def test_masks_work_with_the_other_options_of_dino(options: dict[str, Any]) -> None:
     """In pieces and all at once."""
     batches, losses = tiny.batches(3), []
     for fused in (True, False):
@@ -219,7 +219,7 @@ def test_with_the_other_parts_of_dino(options: dict[str, Any]) -> None:
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
 
 
-def test_a_resumed_run_draws_the_same(tmp_path: Path) -> None:
+def test_a_resumed_run_draws_the_same_masks(tmp_path: Path) -> None:
     """After a micro-batch in the middle of an epoch; and no two micro-batches have the same masks."""
     batches, drawn = tiny.split(tiny.batches(3), parts=2), []
 

@@ -41,7 +41,7 @@ def test_distance_of_unit_vectors(V: int) -> None:
     assert torch.autograd.gradcheck(lambda x: cross_view_distance(x, targets), predicted)
 
 
-def test_distance_does_not_see_lengths() -> None:
+def test_distance_does_not_depend_on_lengths() -> None:
     predicted, targets = double(2, 5, 6), double(2, 5, 6)
     scaled = cross_view_distance(3 * predicted, 0.1 * targets)
     torch.testing.assert_close(scaled, cross_view_distance(predicted, targets), **EXACT)
@@ -166,7 +166,7 @@ def test_moco_2_takes_the_query_from_the_first_crop_and_the_key_from_the_second(
     assert [torch.equal(crop, expected) for crop, expected in zip(seen["teacher"], crops[1:2], strict=True)] == [True]
 
 
-def test_moco_with_local_crops_asks_them_all() -> None:
+def test_moco_uses_all_local_crops_as_queries() -> None:
     """Every crop but the key's own is a query; the mean over them, both ways."""
     module, (crops,) = tiny_methods.build("moco3", predictor=False, head_batch_norm=False).double(), tiny.batches(1)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_the_teacher_takes_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["moco2", "moco3", "swav", "byol"])
-def test_mixed_precision_is_near_full_precision(name: str) -> None:
+def test_mixed_precision_is_close_to_float32(name: str) -> None:
     module, crops = tiny_methods.build(name), [crop.float() for crop in tiny.batches(1)[0][:2]]
     with torch.no_grad():
         full = module.loss(crops)

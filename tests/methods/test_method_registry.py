@@ -53,7 +53,7 @@ def test_the_exact_type_of_the_config_decides(own: type[Method]) -> None:
     assert isinstance(build_method(config), own)
 
 
-def test_its_name_is_an_option_and_its_schema_a_base(own: type[Method]) -> None:
+def test_a_registered_method_has_an_option_and_a_schema(own: type[Method]) -> None:
     assert composed("method=own").method.share == 0.5
     assert composed("method=schema_own", "method.share=0.1").method.share == 0.1
 

@@ -54,7 +54,7 @@ def broken(data: tiny.Batches, *, at: int = NAN_AT) -> tiny.Batches:
 # ---------------------------------------------------------------------------------------------------- readings alone
 
 
-def test_collected_in_order_with_the_values_of_their_time() -> None:
+def test_metrics_arrive_in_order_with_the_values_of_their_step() -> None:
     readings, signal, seen = MetricsBuffer(), torch.tensor(3.0), []
     for step in range(3):
         loss = torch.tensor(step + 0.5, requires_grad=True)
@@ -71,7 +71,7 @@ def test_collected_in_order_with_the_values_of_their_time() -> None:
     assert readings.latest == 5.0
 
 
-def test_nothing_but_the_loss_is_kept_outside_logging_steps() -> None:
+def test_only_the_loss_is_recorded_outside_logging_steps() -> None:
     readings, seen = MetricsBuffer(), []
     readings.begin(step=0, epoch=0, images=1, logged=False)
     readings.record("signal", torch.tensor(1.0))
@@ -81,7 +81,7 @@ def test_nothing_but_the_loss_is_kept_outside_logging_steps() -> None:
     assert (seen[0].loss, seen[0].values) == (2.0, {})
 
 
-def test_float64_stays_and_half_precision_is_read() -> None:
+def test_float64_and_half_precision_losses() -> None:
     readings, seen = MetricsBuffer(), []
     for dtype in (torch.float64, torch.bfloat16):
         readings.begin(step=0, epoch=0, images=1, logged=True)
@@ -92,7 +92,7 @@ def test_float64_stays_and_half_precision_is_read() -> None:
     assert [r.values["single"] for r in seen] == [0.25, 0.25]
 
 
-def test_a_scalar_after_the_loss_is_a_mistake() -> None:
+def test_a_scalar_after_the_loss_is_refused() -> None:
     readings = MetricsBuffer()
     readings.begin(step=0, epoch=0, images=1, logged=True)
     readings.start_reduce(torch.tensor(1.0))
@@ -100,7 +100,7 @@ def test_a_scalar_after_the_loss_is_a_mistake() -> None:
         readings.record("late", torch.tensor(1.0))
 
 
-def test_what_was_refused_is_offered_again_and_counts_once() -> None:
+def test_metrics_are_offered_again_after_an_error_and_count_once() -> None:
     readings, seen = MetricsBuffer(), []
 
     def use(reading: StepMetrics) -> None:
@@ -125,7 +125,7 @@ def send(readings: MetricsBuffer, loss: float = 1.0) -> None:
     readings.start_reduce(torch.tensor(loss))
 
 
-def test_a_request_travels_once_and_stays_until_it_is_met() -> None:
+def test_a_request_is_sent_once_and_remains_until_it_is_met() -> None:
     readings = MetricsBuffer()
     readings.request_stop = True
     send(readings)
@@ -145,7 +145,7 @@ def test_a_request_travels_once_and_stays_until_it_is_met() -> None:
     assert not readings.save_requested
 
 
-def test_a_gradient_of_the_step_before_is_told_with_the_next_loss() -> None:
+def test_a_failed_gradient_is_sent_with_the_next_loss() -> None:
     readings = MetricsBuffer()
     for failed, expected in ((torch.zeros(()), False), (torch.tensor(True), True), (None, True)):
         readings.gradient_failed = failed
@@ -155,7 +155,7 @@ def test_a_gradient_of_the_step_before_is_told_with_the_next_loss() -> None:
         assert readings.gradients_failed is expected
 
 
-def test_what_has_arrived_can_still_be_noted_and_nothing_else_is_handed_over() -> None:
+def test_drain_hands_over_only_metrics_that_have_arrived() -> None:
     readings, seen = MetricsBuffer(), []
     send(readings, 1.5)
     readings.drain(seen.append)
@@ -169,7 +169,7 @@ def test_what_has_arrived_can_still_be_noted_and_nothing_else_is_handed_over() -
     assert readings.latest == 1.5
 
 
-def test_the_mean_of_an_epoch_outlives_its_process() -> None:
+def test_the_mean_of_an_epoch_is_saved_and_restored() -> None:
     first, second = MetricsBuffer(), MetricsBuffer()
     for readings, losses in ((first, (1.0, 2.0)), (second, (6.0,))):
         if readings is second:
@@ -193,7 +193,7 @@ class Written(Callback):
         self.seen.append(list(losses(self.folder)))
 
 
-def test_a_row_has_its_own_step_and_values_and_is_written_a_step_later(tmp_path: Path) -> None:
+def test_a_row_is_written_one_step_later_with_its_own_values(tmp_path: Path) -> None:
     module, written = tiny.dino(), Written(tmp_path)
     record = fit(module, tiny.batches(4), written, folder=tmp_path, max_epochs=2)
     assert written.seen[:4] == [[], [0], [0, 1], [0, 1, 2]]
@@ -218,7 +218,7 @@ def test_only_every_nth_step_has_a_row(tmp_path: Path, accumulated: int) -> None
     assert losses(tmp_path) == pytest.approx({step: last_of_steps[step] for step in (1, 3, 5, 7, 9)}, rel=1e-12)
 
 
-def test_a_run_that_ends_by_steps_keeps_its_last_row(tmp_path: Path) -> None:
+def test_a_run_with_max_steps_writes_its_last_row(tmp_path: Path) -> None:
     record = fit(tiny.dino(), tiny.batches(5), folder=tmp_path, max_steps=3, max_epochs=5)
     assert losses(tmp_path) == pytest.approx(dict(enumerate(record.losses)), rel=1e-12)
     assert len(record.losses) == 3
@@ -229,7 +229,7 @@ class Stop(Callback):
         trainer.should_stop = batch_idx == 2
 
 
-def test_a_run_that_is_stopped_shows_its_last_loss(tmp_path: Path) -> None:
+def test_a_stopped_run_writes_its_last_loss(tmp_path: Path) -> None:
     """Also where the step is none of every ten, as Lightning does it."""
     record = fit(tiny.dino(), tiny.batches(5), Stop(), folder=tmp_path, log_every_n_steps=10)
     assert losses(tmp_path) == pytest.approx({2: record.losses[2]}, rel=1e-12)
@@ -266,7 +266,7 @@ def test_callbacks_can_monitor_both_losses(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- a loss that is not finite
 
 
-def test_no_checkpoint_is_written_after_it(tmp_path: Path) -> None:
+def test_no_checkpoint_is_written_after_a_nan(tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=1)
     at_errors = OnExceptionCheckpoint(tmp_path / "errors")
     module = tiny.dino()
@@ -280,7 +280,7 @@ def test_no_checkpoint_is_written_after_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_it_is_seen_before_anything_is_done_with_the_weights(tmp_path: Path, at: int) -> None:
+def test_a_nan_ends_the_run_before_the_weights_are_used(tmp_path: Path, at: int) -> None:
     """By the next step, or before the callbacks of the epoch's end have their turn."""
 
     class Evaluation(Callback):
@@ -295,7 +295,7 @@ def test_it_is_seen_before_anything_is_done_with_the_weights(tmp_path: Path, at:
     assert not evaluation.ran
 
 
-def test_another_fit_starts_afresh(tmp_path: Path) -> None:
+def test_another_fit_starts_from_an_empty_buffer(tmp_path: Path) -> None:
     module = tiny.dino()
     weights = tiny.copy(module)
     with pytest.raises(FloatingPointError):

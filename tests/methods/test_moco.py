@@ -51,7 +51,7 @@ SOMEWHERE = ["trainer.accelerator=cpu", "trainer.precision=32", "data.path=."]
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_fit_is_the_paper_s_algorithm(version: int, accumulated: int) -> None:
+def test_a_fit_equals_the_algorithm_of_the_paper(version: int, accumulated: int) -> None:
     reference = {"momentum": MOMENTUM[version], "version": version}
     module, slow = check_fit(f"moco{version}", accumulated=accumulated, views=2, reference=reference)
     if version == 2:
@@ -66,7 +66,7 @@ def settings(*words: str) -> MoCoConfig:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_version_sets_what_its_paper_says(version: int) -> None:
+def test_a_version_sets_the_values_of_its_paper(version: int) -> None:
     found = settings(f"method.version={version}", "experiment=vits16_100ep")
     assert {key: getattr(found, key) for key in PUBLISHED[version]} == PUBLISHED[version]
     assert MOCO_VERSIONS.keys() == PUBLISHED.keys()
@@ -77,7 +77,7 @@ def test_the_dataclass_alone_is_version_2() -> None:
 
 
 @pytest.mark.parametrize("scale", ["quick", "photos32"])
-def test_small_runs_keep_to_the_version(scale: str) -> None:
+def test_small_runs_use_the_values_of_the_version(scale: str) -> None:
     two, three = (settings("data=folder", f"experiment={scale}", f"method.version={version}") for version in (2, 3))
     assert (two.queue_length, three.queue_length) == (1024, 0)
     assert (two.predictor, three.predictor) == (False, True)
@@ -85,7 +85,7 @@ def test_small_runs_keep_to_the_version(scale: str) -> None:
     assert (two.out_dim, three.out_dim) == (64, 64)
 
 
-def test_single_keys_can_be_set_beside_the_version() -> None:
+def test_single_keys_override_the_version() -> None:
     single = ["method.queue_length=128", "method.out_dim=32", "method.symmetric=false"]
     found = settings("data=folder", "method.version=3", *single)
     assert (found.queue_length, found.out_dim, found.symmetric, found.predictor) == (128, 32, False, True)
@@ -96,7 +96,7 @@ def test_an_unknown_version_is_refused() -> None:
         settings("data=folder", "method.version=4")
 
 
-def test_a_run_saves_the_settings_that_it_had(tmp_path: Path) -> None:
+def test_a_run_saves_its_settings(tmp_path: Path) -> None:
     few = ["trainer.max_steps=2", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
     train(composed(*SMALL, *few, "method=moco", "method.version=3", "method.out_dim=32", output_dir=tmp_path))
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["method"]

@@ -61,7 +61,7 @@ def list_loader(count: int, *, parts: int = 1, **options: Any) -> DataLoader:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulated", first([1, 2]))
 @pytest.mark.parametrize("name", OPTIMS)
-def test_no_step_asks_for_a_number(tmp_path: Path, name: str, accumulated: int, precision: str) -> None:
+def test_no_step_waits_for_the_device(tmp_path: Path, name: str, accumulated: int, precision: str) -> None:
     """Over four optimizer steps, every second of which is logged."""
     optim: OptimConfig = OPTIMS[name]
     module = tiny.dino(optim=optim, batch_size=8 // accumulated)
@@ -86,13 +86,13 @@ def test_no_step_asks_for_a_number(tmp_path: Path, name: str, accumulated: int, 
         lambda x: x.numpy(),
     ],
 )
-def test_what_waits_is_seen(ask: Any) -> None:
+def test_operations_that_wait_are_detected(ask: Any) -> None:
     with waits() as seen:
         ask(torch.rand(()))
     assert seen
 
 
-def test_what_does_not_wait_is_not() -> None:
+def test_other_operations_are_not_detected() -> None:
     with waits() as seen:
         x = torch.rand(3)
         (x.new_full((1,), 2.0) + x.sum()).clamp(min=0)
@@ -112,7 +112,7 @@ def errors_of_cuda() -> Iterator[None]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", OPTIMS)
-def test_cuda_sees_none_either(tmp_path: Path, name: str, precision: str) -> None:
+def test_no_step_waits_for_a_gpu(tmp_path: Path, name: str, precision: str) -> None:
     """PyTorch raises an error wherever it would wait, in 17 of 20 steps and all that lies between them."""
     watch = EnterBetweenBatches(errors_of_cuda(), first=2, last=19)
     module = tiny.dino(optim=OPTIMS[name])
@@ -123,7 +123,7 @@ def test_cuda_sees_none_either(tmp_path: Path, name: str, precision: str) -> Non
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_cuda_sees_none_in_fp16_either(tmp_path: Path, name: str) -> None:
+def test_no_fp16_step_waits_for_a_gpu(tmp_path: Path, name: str) -> None:
     """Overflows and the loss scale are counted and logged on the device. LARS is left out: the scaler asks for it."""
     watch = EnterBetweenBatches(errors_of_cuda(), first=2, last=19)
     module = tiny.dino(optim=OPTIMS[name])
@@ -132,7 +132,7 @@ def test_cuda_sees_none_in_fp16_either(tmp_path: Path, name: str) -> None:
     assert "amp/overflows" in (tmp_path / "metrics.csv").read_text()
 
 
-def test_the_sum_for_the_center_travels_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_center_is_reduced_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves before the student starts, and is waited for when all else is done."""
     events: list[str] = []
     start = centering.all_reduce_sum_later

@@ -45,7 +45,7 @@ OPTIMS: dict[str, OptimConfig] = {
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("name", first(OPTIMS))
-def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, accumulated: int) -> None:
+def test_a_skipped_step_changes_nothing(tmp_path: Path, name: str, accumulated: int) -> None:
     """To the last bit, against a loop that passes over it."""
     options: dict[str, Any] = {"optim": OPTIMS[name], "batch_size": 8 // accumulated}
     batches = data(parts=accumulated)
@@ -65,7 +65,7 @@ def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path, name: str, a
 
 
 @pytest.mark.parametrize("name", OPTIMS)
-def test_so_is_one_whose_gradient_is_not_finite(tmp_path: Path, name: str) -> None:
+def test_a_step_with_a_bad_gradient_changes_nothing(tmp_path: Path, name: str) -> None:
     batches = data()
     ours = fit(dino(optim=OPTIMS[name]), batches, callback(tmp_path, "skip"), BadGradient(BAD), folder=tmp_path)
     expected = reference_states(dino(optim=OPTIMS[name]), batches, skipped={BAD})
@@ -87,7 +87,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize("cause", first(["gradient", "loss"]))
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> None:
+def test_a_skipped_step_changes_no_state_of_any_method(tmp_path: Path, name: str, cause: str) -> None:
     """Queues, centers, statistics of batch norms, moments and step counts included."""
     torch.manual_seed(4)
     module = METHODS[name]()
@@ -102,7 +102,7 @@ def test_nothing_of_any_method_moves(tmp_path: Path, name: str, cause: str) -> N
     assert len(ours.states) == STEPS
 
 
-def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_path: Path) -> None:
+def test_rows_and_epoch_mean_omit_skipped_steps(tmp_path: Path) -> None:
     watched: list[StepMetrics] = []
     module = dino()
     module.metric_listeners.append(watched.append)
@@ -121,7 +121,7 @@ def test_the_mean_of_the_epoch_and_the_rows_are_those_of_the_other_steps(tmp_pat
     assert all(map(math.isfinite, ranks))
 
 
-def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_skipped_steps_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits: dict[str, Any] = {"max_steps": 2, "max_saved": 1}
     with pytest.raises(
         FloatingPointError, match=r"loss is nan at step 4 after callbacks\.nonfinite\.max_steps=2 such steps"
@@ -134,7 +134,7 @@ def test_more_steps_than_allowed_end_the_run(tmp_path: Path, capsys: pytest.Capt
     assert "2 of at most 2" in said[1]
 
 
-def test_the_count_outlives_a_process(tmp_path: Path) -> None:
+def test_the_count_is_saved_in_the_checkpoint(tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(FloatingPointError, match="at step 3 after"):
         fit(
@@ -168,7 +168,7 @@ def test_the_count_outlives_a_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
-def test_a_stop_leaves_weights_as_they_were(tmp_path: Path, cause: str) -> None:
+def test_policy_stop_leaves_the_weights_unchanged(tmp_path: Path, cause: str) -> None:
     module, hooks = dino(), [BadGradient(BAD)] if cause == "gradient" else []
     batches = broken(data(), BAD) if cause == "loss" else data()
     saved = rf"dino replay {tmp_path}/nonfinite/step{BAD:06d}-rank0\.pt"
@@ -180,7 +180,7 @@ def test_a_stop_leaves_weights_as_they_were(tmp_path: Path, cause: str) -> None:
 
 @pytest.mark.parametrize("name", first(OPTIMS))
 @pytest.mark.parametrize("last", [False, True])
-def test_where_nothing_waits_the_device_keeps_a_bad_gradient_from_the_weights(
+def test_a_bad_gradient_is_skipped_on_the_device_without_waiting(
     tmp_path: Path, name: str, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the program learns of it with the loss of the step after, or at the end of the epoch."""
@@ -214,9 +214,7 @@ def _must_not_be_called(flag: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------------- rollback
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rollback_continues_from_the_previous_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, moments and center of the checkpoint; images and schedules of the steps that follow."""
     every_second = ModelCheckpoint(tmp_path / "checkpoints", filename="last", every_n_train_steps=2)
     module, batches = dino(), data(count=6)
@@ -237,13 +235,13 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_step(
     assert "weights and optimizer were restored from" in capsys.readouterr().err
 
 
-def test_a_rollback_without_a_checkpoint_leaves_the_step_out(tmp_path: Path) -> None:
+def test_a_rollback_without_a_checkpoint_skips_the_step(tmp_path: Path) -> None:
     ours = fit(dino(), broken(data(), 1), callback(tmp_path, "rollback"), folder=tmp_path)
     expected = reference_states(dino(), data(), skipped={1})
     assert_equal(ours.states[-1], expected[-1])
 
 
-def test_a_queue_that_was_full_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_full_queue_is_checked_again(tmp_path: Path) -> None:
     """Its rows that are empty again must not join an assignment."""
     torch.manual_seed(4)
     module = tiny_methods.build("swav", queue_length=16)

@@ -12,7 +12,7 @@ from nonfinite_cases import BAD, STEPS, assert_equal, broken, callback, data, di
 from dino_lightning.training.debug.step_dump import read_step
 
 
-def test_the_file_has_the_micro_batch_as_the_step_got_it(tmp_path: Path) -> None:
+def test_the_file_contains_the_micro_batch_of_the_step(tmp_path: Path) -> None:
     """Of an accumulated step, the one whose loss is not finite; with the weights before the step."""
     torch.manual_seed(4)
     module = dino(batch_size=4, head_batch_norm=True)
@@ -30,7 +30,7 @@ def test_the_file_has_the_micro_batch_as_the_step_got_it(tmp_path: Path) -> None
     assert saved["schedules"]["teacher_momentum"] == module.schedules["teacher_momentum"](BAD)
 
 
-def test_only_the_micro_batch_at_hand_is_kept(tmp_path: Path) -> None:
+def test_only_the_current_micro_batch_is_saved(tmp_path: Path) -> None:
     """And those known to be not finite, until the step is over: no memory for all of a step."""
     seen = []
 
@@ -50,7 +50,7 @@ def test_only_the_micro_batch_at_hand_is_kept(tmp_path: Path) -> None:
     assert seen == [1, 1, 1, 0, 1, 1, 2, 0]
 
 
-def test_random_numbers_go_on_as_they_would(tmp_path: Path) -> None:
+def test_saving_does_not_change_random_numbers(tmp_path: Path) -> None:
     """The forward pass that is repeated for its ranges draws the same, and takes none from those that follow."""
     draws: list[Any] = []
 

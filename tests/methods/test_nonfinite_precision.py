@@ -16,7 +16,7 @@ from dino_lightning.training.debug.step_dump import read_step
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_other_precisions_leave_out_and_go_on(tmp_path: Path, precision: str, policy: str) -> None:
+def test_other_precisions_skip_the_step(tmp_path: Path, precision: str, policy: str) -> None:
     torch.manual_seed(5)
     batches = broken(tiny.batches(STEPS, dtype=torch.float32), BAD)
     ours = fit(dino(), batches, callback(tmp_path, policy), folder=tmp_path, precision=precision)
@@ -26,7 +26,7 @@ def test_other_precisions_leave_out_and_go_on(tmp_path: Path, precision: str, po
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_loss_scale_stays_as_it_is_where_the_loss_is_at_fault(
+def test_a_bad_loss_does_not_change_the_loss_scale(
     tmp_path: Path, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
@@ -44,7 +44,7 @@ def test_a_loss_scale_stays_as_it_is_where_the_loss_is_at_fault(
     assert {float(row["amp/overflows"]) for row in rows(tmp_path) if row["amp/overflows"]} == {0}
 
 
-def test_overflows_are_counted_and_nothing_else_comes_of_them(tmp_path: Path) -> None:
+def test_overflows_are_only_counted(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-14)
     torch.manual_seed(5)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
@@ -102,7 +102,7 @@ def test_overflows_on_a_gpu(tmp_path: Path) -> None:
     assert float(rows(tmp_path)[0]["amp/scale"]) == 2.0**40
 
 
-def test_running_statistics_are_those_of_batch_norms_alone() -> None:
+def test_only_batch_norms_have_running_statistics() -> None:
     module = dino(head_batch_norm=True)
     found = {id(tensor) for tensor in nonfinite.running_statistics(module)}
     expected = {name for name, tensor in module.named_buffers() if id(tensor) in found}

@@ -73,7 +73,7 @@ def test_each_image_has_its_label(backend: str, workers: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("cache", ["none", "ram", "disk"])
 @pytest.mark.parametrize("backend", ["pil", "device"])
-def test_what_replaces_a_broken_image_brings_its_own_label(backend: str, cache: str, tmp_path: Path) -> None:
+def test_the_replacement_of_a_broken_image_has_its_own_label(backend: str, cache: str, tmp_path: Path) -> None:
     """Pictures 7 and 15 are the last ones of classes a and b: those after them are of the next class."""
     root = folder(tmp_path / "images", broken=(3, 7, 15))
     options = {"cache": cache, "cache_dir": str(tmp_path / "cache")}
@@ -126,7 +126,7 @@ def test_loss_and_gradient(labels: list[int], smoothing: float) -> None:
         torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-11, msg=name)
 
 
-def test_images_without_a_label_count_for_nothing() -> None:
+def test_images_without_a_label_do_not_count() -> None:
     method, (crops,) = tiny_methods.build("supervised").double(), tiny.batches(1)
     labels = torch.tensor([0, 1, 2, 0, -1, -1, -1, -1])
     some = method.loss(LabeledCrops(crops, labels))

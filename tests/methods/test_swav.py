@@ -10,7 +10,7 @@ from dino_lightning.config import SwAVConfig
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_fit_is_the_paper_s_algorithm(accumulated: int) -> None:
+def test_a_fit_equals_the_algorithm_of_the_paper(accumulated: int) -> None:
     check_fit("swav", accumulated=accumulated, views=4, reference={})
 
 
@@ -44,7 +44,7 @@ def test_prototypes_have_length_1_from_the_start_and_after_each_step() -> None:
     assert not torch.equal(seen.states[0]["predictor.weight"], seen.states[1]["predictor.weight"])
 
 
-def test_targets_share_the_batch_out_evenly() -> None:
+def test_targets_are_balanced_over_the_batch() -> None:
     module, (crops,) = tiny_methods.build("swav", sinkhorn_iterations=1000).double(), tiny.batches(1)
     with torch.no_grad():
         z_BE = torch.nn.functional.normalize(module.student(crops[:1]), dim=-1)

@@ -40,7 +40,7 @@ def _table(side: int, width: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize(("side", "h", "w"), [(14, 6, 6), (6, 9, 9), (7, 3, 5), (5, 8, 4), (4, 4, 2), (3, 1, 1)])
-def test_resampling_is_the_kernel_written_out(side: int, h: int, w: int) -> None:
+def test_resampling_equals_the_written_out_kernel(side: int, h: int, w: int) -> None:
     table = _table(side)
     ours = resample_position_embedding(table, h, w)
     assert ours.shape == (1, 1 + h * w, 5)
@@ -49,7 +49,7 @@ def test_resampling_is_the_kernel_written_out(side: int, h: int, w: int) -> None
 
 
 @pytest.mark.parametrize("side", [1, 4, 14])
-def test_the_training_grid_has_the_table_itself(side: int) -> None:
+def test_the_training_grid_uses_the_table_unchanged(side: int) -> None:
     table = _table(side)
     assert torch.equal(resample_position_embedding(table, side, side), table)
 
@@ -59,7 +59,7 @@ def test_an_equal_number_of_patches_in_another_shape_is_resampled() -> None:
     assert not torch.equal(resample_position_embedding(table, 2, 8), table)
 
 
-def test_other_resamplings_are_other_numbers() -> None:
+def test_other_resamplings_differ() -> None:
     """14 x 14 -> 6 x 6 without the 0.1, and timm's with antialiasing: far from the original in the table's norm."""
     table = _table(14, width=64)
     ours = resample_position_embedding(table, 6, 6)
@@ -75,7 +75,7 @@ def test_other_resamplings_are_other_numbers() -> None:
 
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 96), (96, 160)])
-def test_features_are_the_oracle(size: tuple[int, int]) -> None:
+def test_features_equal_the_oracle(size: tuple[int, int]) -> None:
     """float32 through two blocks: 1e-5 is its rounding."""
     vit, images = _vit().eval(), torch.randn(2, 3, *size)
     expected, _ = oracles.vit(vit.state_dict(), images, patch=16, heads=2)

@@ -51,7 +51,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @needs_triton
 @pytest.mark.parametrize(("half", "dropped"), [(False, True), (True, False)])
-def test_equals_the_plain_block(interpreted: dict, half: bool, dropped: bool) -> None:
+def test_the_fused_block_equals_the_reference(interpreted: dict, half: bool, dropped: bool) -> None:
     """The interpreter cuts bfloat16 off where a GPU rounds to nearest, hence twice the error."""
     block, (x_MD, scales_2M1) = make_block(WIDTH, HEADS), inputs(SHAPES, WIDTH)
     found = errors(interpreted[half, dropped], exact(block, x_MD, SHAPES, scales_2M1 if dropped else None))
@@ -60,7 +60,7 @@ def test_equals_the_plain_block(interpreted: dict, half: bool, dropped: bool) ->
 
 @needs_triton
 @pytest.mark.parametrize("pointer", ["*fp32", "*bf16"])
-def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes Python that the compiler refuses. Compute capability 9.0, ViT-S."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
@@ -92,7 +92,7 @@ def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert "ld.global.v4" in compiled.asm["ptx"], f"{name} reads vectors of 16 bytes"
 
 
-def test_is_not_for_the_cpu() -> None:
+def test_the_fused_block_is_not_available_on_a_cpu() -> None:
     assert not whole_block.available(torch.zeros(4, WIDTH), make_block(WIDTH, HEADS))
     assert not patches.available([torch.zeros(1, 3, 32, 32)], PatchEmbed(patch_size=16, embed_dim=8))
 
@@ -115,7 +115,7 @@ def test_attention_has_the_kernels_signatures(kernel: str | None, monkeypatch: p
     assert [q.shape for q, _, _ in parts] == ([(76, WIDTH)] if varlen else [(B * N, WIDTH) for B, N in SHAPES])
 
 
-def test_patches_in_one_product_are_the_convolutions() -> None:
+def test_the_patch_product_equals_the_convolutions() -> None:
     embed = PatchEmbed(None, 16, embed_dim=8, flatten=False, output_fmt="NHWC", strict_img_size=False).double()
     views = [torch.randn(3, 3, 64, 48).double() for _ in range(2)] + [torch.randn(2, 3, 32, 32).double()]
     plain = [torch.cat([embed(view) for view in views[:2]]), embed(views[2])]
@@ -136,7 +136,7 @@ def test_patches_in_one_product_are_the_convolutions() -> None:
 @pytest.mark.parametrize("width", [192, 384, 768])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "split", "varlen"])
-def test_gpu_equals_the_plain_block(kind: str, dropped: bool, width: int) -> None:
+def test_the_gpu_equals_the_reference(kind: str, dropped: bool, width: int) -> None:
     """In bfloat16 no number is further from the exact one than a quarter more than the plain block's."""
     shapes, block = ((4, 197), (16, 37)), make_block(width, width // 64).cuda()
     x_MD, scales_2M1 = (x.cuda() for x in inputs(shapes, width))
@@ -157,7 +157,7 @@ def test_gpu_equals_the_plain_block(kind: str, dropped: bool, width: int) -> Non
 
 @needs_triton
 @needs_cuda
-def test_gpu_network_equals_the_cpus() -> None:
+def test_the_gpu_network_equals_that_of_the_cpu() -> None:
     """Features and all gradients of the whole network, float32 on the GPU against float64 on the CPU."""
     torch.manual_seed(0)
     config = ViTConfig(width=192, depth=3, heads=3, patch_size=16)

@@ -45,7 +45,7 @@ def outputs_and_gradients(form: Callable[[Layers, Tensor], Tensor], layers: Laye
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("shape", [(640,), (643,), (5,), (4, 40)])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-def test_plain_numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype, relative: float) -> None:
+def test_values_equal_plain_modules(kind: str, shape: tuple[int, ...], dtype: torch.dtype, relative: float) -> None:
     """Relative to the largest entry: sums over up to 643 rows in another order."""
     layers, x = Layers().to(dtype), torch.randn(*shape, INPUTS, dtype=dtype)
     ours, plain = (outputs_and_gradients(form, layers, x) for form in FORMS[kind])
@@ -56,7 +56,7 @@ def test_plain_numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype, re
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_autocast_casts_what_it_casts_in_plain_modules(kind: str) -> None:
+def test_autocast_casts_like_in_plain_modules(kind: str) -> None:
     """The same operators on the same bfloat16 numbers: to the bit, but for weight gradients of other orders of sums."""
     layers, x = Layers(), torch.randn(640, INPUTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -68,7 +68,7 @@ def test_autocast_casts_what_it_casts_in_plain_modules(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "plain_numbers"), [("norm", 2 * INPUTS), ("gelu", 2 * INPUTS)])
-def test_the_layers_input_is_not_kept(kind: str, plain_numbers: int) -> None:
+def test_the_input_of_the_layer_is_not_saved_for_backward(kind: str, plain_numbers: int) -> None:
     """Numbers kept per row: the input and, in the plain form, what the linear layer sees."""
     rows, counted = 640, []
     for form in FORMS[kind]:

@@ -22,7 +22,7 @@ def test_prototypes_are_normalised_row_by_row() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_prototypes_are_torch_weight_norm() -> None:
+def test_prototypes_equal_torch_weight_norm() -> None:
     """Values and all three gradients of `parametrizations.weight_norm`, which has other names for the two factors."""
     ours, x, direction = _prototypes(), torch.randn(4, 6).double().requires_grad_(), torch.randn(4, 11).double()
     theirs = weight_norm(nn.Linear(6, 11, bias=False).double())
@@ -69,7 +69,7 @@ def test_one_layer_is_a_bare_linear() -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 3, 4])
-def test_batch_norm_stands_between_linear_and_gelu(layers: int) -> None:
+def test_batch_norm_is_between_linear_and_gelu(layers: int) -> None:
     head = DINOHead(10, out_dim=12, layers=layers, hidden_dim=8, bottleneck_dim=5, batch_norm=True)
     hidden = [nn.Linear, nn.BatchNorm1d, nn.GELU]
     assert [type(module) for module in head.mlp] == hidden * (layers - 1) + [nn.Linear]
@@ -77,7 +77,7 @@ def test_batch_norm_stands_between_linear_and_gelu(layers: int) -> None:
     assert [type(module) for module in plain.mlp] == [nn.Linear, nn.GELU] * (layers - 1) + [nn.Linear]
 
 
-def test_forward_is_the_oracle() -> None:
+def test_forward_equals_the_oracle() -> None:
     head = DINOHead(10, out_dim=12, hidden_dim=8, bottleneck_dim=5).double()
     _spread(head)
     x = torch.randn(6, 10, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize("train_norm", [False, True])
-def test_the_norm_is_trained_only_when_asked(train_norm: bool) -> None:
+def test_the_norm_is_trained_only_on_request(train_norm: bool) -> None:
     head = DINOHead(10, out_dim=12, hidden_dim=8, bottleneck_dim=5, train_norm=train_norm)
     head(torch.randn(3, 10)).sum().backward()
     assert head.last_layer.weight_g.requires_grad is train_norm

@@ -41,7 +41,7 @@ def test_blocks(h: int, w: int) -> None:
         assert 1 <= mask_hw.sum() <= wanted
 
 
-def test_blocks_have_nearly_all_that_is_wanted() -> None:
+def test_blocks_have_nearly_the_requested_number_of_patches() -> None:
     """And lie together: a masked patch has more masked neighbors than one drawn by itself, whose share is 0.3."""
     masks = [blocks(np.random.default_rng(seed), (14, 14), wanted=59) for seed in range(200)]
     assert np.mean([mask.sum() for mask in masks]) > 0.95 * 59
@@ -49,7 +49,7 @@ def test_blocks_have_nearly_all_that_is_wanted() -> None:
     assert together > 0.6
 
 
-def test_how_many_crops_and_patches() -> None:
+def test_numbers_of_masked_crops_and_patches() -> None:
     """Binomial and uniform: five standard deviations of the means of 2000 crops."""
     masks = draw_masks(np.random.default_rng(0), 2000, (14, 14), probability=0.5, share=[0.1, 0.5])
     shares = masks.reshape(2000, -1).mean(axis=1)
@@ -68,7 +68,7 @@ def test_all_or_none(probability: float, masked: int) -> None:
     assert masks.sum() == masked, "at least one patch, however small the share"
 
 
-def test_the_generator_decides() -> None:
+def test_masks_depend_on_the_generator_only() -> None:
     def drawn(seed: list[int]) -> np.ndarray:
         return draw_masks(np.random.default_rng(seed), 8, (6, 6), probability=0.5, share=[0.1, 0.5])
 
@@ -77,7 +77,7 @@ def test_the_generator_decides() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_places_and_weights(dtype: torch.dtype) -> None:
+def test_positions_and_weights(dtype: torch.dtype) -> None:
     """Patch by patch; a crop without a mask has no row but counts in the mean."""
     mask_Shw = draw_masks(np.random.default_rng(3), 7, (4, 5), probability=0.6, share=[0.1, 0.5])
     assert 0 < mask_Shw.any(axis=(1, 2)).sum() < 7

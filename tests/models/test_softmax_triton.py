@@ -138,7 +138,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @needs_triton
 @pytest.mark.parametrize(("name", "dtype"), KEYS)
-def test_equals_the_loop_over_pairs(interpreted: dict, name: str, dtype: str) -> None:
+def test_kernels_equal_the_loop_over_pairs(interpreted: dict, name: str, dtype: str) -> None:
     case = CASES[name]
     chunk, done = _chunk(case, DTYPES[dtype]), interpreted[f"{name} {dtype}"]
     loss, gradient, parts = _oracle(chunk["student"], chunk["teacher"], chunk["center"])
@@ -151,7 +151,7 @@ def test_equals_the_loop_over_pairs(interpreted: dict, name: str, dtype: str) ->
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_written_beside_the_rows(interpreted: dict, dtype: str) -> None:
+def test_only_the_rows_are_written(interpreted: dict, dtype: str) -> None:
     chunk, done = _chunk(CASES["slice of a buffer"], DTYPES[dtype]), interpreted[f"slice of a buffer {dtype}"]
     before, after = chunk["buffer"], done["buffer"].clone()
     r, K = chunk["student"].shape[1:]
@@ -169,7 +169,7 @@ def test_a_view_without_another_crop_has_neither_loss_nor_gradient(interpreted: 
 
 
 @needs_triton
-def test_a_nan_shows_in_its_own_row_only(interpreted: dict) -> None:
+def test_a_nan_affects_only_its_row(interpreted: dict) -> None:
     """The run stops at a loss that is not finite, so a maximum that passes over NaN must not hide one."""
     nan = interpreted["not a number"]["loss"].isnan()
     assert nan.nonzero().tolist() == [[1, 2]]
@@ -192,7 +192,7 @@ def test_triton_is_imported_by_the_first_call_only(interpreted: dict) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("pointer", ["*fp32", "*bf16", "*fp16"])
-def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes Python that the compiler refuses. Compute capability 8.0; K = 65536, as in training."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
@@ -232,12 +232,12 @@ def test_compiles_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.Mo
         (lambda s, t, c: (s, t, c.to("meta")), "one device"),
     ],
 )
-def test_what_the_kernels_cannot_read_is_refused(change, message: str) -> None:
+def test_inputs_that_the_kernels_cannot_read_are_refused(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss_and_gradient_(*change(torch.zeros(3, 2, 8), torch.zeros(2, 2, 8), torch.zeros(8)), **TAU, gradient_scale=1)
 
 
-def test_is_not_for_the_cpu() -> None:
+def test_kernels_are_not_available_on_a_cpu() -> None:
     assert not available(torch.zeros(1))
 
 
@@ -247,7 +247,7 @@ def test_is_not_for_the_cpu() -> None:
 @needs_triton
 @needs_cuda
 @pytest.mark.parametrize(("name", "dtype"), list(product(CASES, ("float32", "bfloat16"))))
-def test_gpu_equals_the_loop_over_pairs(name: str, dtype: str) -> None:
+def test_the_gpu_equals_the_loop_over_pairs(name: str, dtype: str) -> None:
     case = CASES[name]
     chunk = _chunk(case, DTYPES[dtype], "cuda")
     student, teacher, center = chunk["student"], chunk["teacher"], chunk["center"]
@@ -259,7 +259,7 @@ def test_gpu_equals_the_loop_over_pairs(name: str, dtype: str) -> None:
 
 @needs_triton
 @needs_cuda
-def test_gpu_is_not_waited_for() -> None:
+def test_kernels_do_not_wait_for_the_gpu() -> None:
     chunk = _chunk(CASES["ten views"], torch.bfloat16, "cuda")
     arguments = chunk["student"], chunk["teacher"], chunk["center"]
     loss_and_gradient_(*arguments, **TAU, gradient_scale=1.0)

@@ -14,7 +14,7 @@ def test_width_is_that_of_the_features(name: str) -> None:
     assert network.backbone(torch.zeros(2, 3, 32, 32)).shape == (2, network.width)
 
 
-def test_last_blocks_end_with_what_the_network_gives() -> None:
+def test_the_last_block_equals_the_output_of_the_network() -> None:
     network, images = tiny_network(depth=3), torch.randn(2, 3, 32, 32)
     blocks = last_blocks(network.backbone, images, n=2)
     assert len(blocks) == 2
@@ -22,7 +22,7 @@ def test_last_blocks_end_with_what_the_network_gives() -> None:
     assert not torch.equal(blocks[0], blocks[1])
 
 
-def test_patch_tokens_lie_as_the_patches_do() -> None:
+def test_patch_tokens_have_the_layout_of_the_patches() -> None:
     network, images = tiny_network(), torch.randn(1, 3, 32, 48)
     tokens = patch_tokens(network.backbone, images)
     assert tokens.shape == (1, 4, 6, 32)
@@ -36,7 +36,7 @@ def test_maps_of_convolutional_networks() -> None:
     torch.testing.assert_close(maps.mean(dim=(1, 2)), network.backbone(images))
 
 
-def test_too_much_is_refused_in_a_sentence() -> None:
+def test_too_many_blocks_are_refused() -> None:
     images = torch.zeros(1, 3, 32, 32)
     with pytest.raises(UserError, match="eval.n_last_blocks=3: the network has 2 blocks"):
         last_blocks(tiny_network().backbone, images, n=3)

@@ -42,9 +42,7 @@ def gradients(network: OriginalViT, features_SD: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_features_and_gradients_are_those_of_timms_pass(
-    dtype: torch.dtype, relative: float, checkpointed: bool
-) -> None:
+def test_features_and_gradients_equal_timm(dtype: torch.dtype, relative: float, checkpointed: bool) -> None:
     """Relative to the largest entry; only the order of sums differs."""
     network = vit(dtype=dtype, step=ComputeConfig(gradient_checkpointing=checkpointed))
     ours, plain = network(crops(dtype)), torch.cat([network(images) for images in crops(dtype)])
@@ -159,7 +157,7 @@ def test_subset_mode_computes_the_branch_for_its_crops_only() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_half_precision_is_timms() -> None:
+def test_half_precision_equals_timm() -> None:
     """bfloat16 under autocast, where three blocks round each sum: some per cent of the largest feature."""
     network = vit(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -182,7 +180,7 @@ def test_variable_length_attention_has_the_kernels_signature(monkeypatch: pytest
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel runs on GPUs only")
-def test_variable_length_attention_is_split_attention() -> None:
+def test_variable_length_attention_equals_split_attention() -> None:
     """Half precision: one unit in the last place of outputs of order 1."""
     from dino_lightning.models.kernels.packing import attend, attend_in_one_call
 
@@ -196,7 +194,7 @@ def test_variable_length_attention_is_split_attention() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_tiles_change_no_number(
+def test_tiles_do_not_change_the_results(
     dtype: torch.dtype, relative: float, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of two large crops and of eight small ones, the last ones not full."""

@@ -69,7 +69,7 @@ def test_nothing_is_compiled_after_the_first_step(rate: float, expected: int, ch
 
 
 @pytest.mark.slow
-def test_compiled_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_networks_equal_uncompiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32, twelve blocks: other orders of sums."""
     torch.compiler.reset()
     compiled, plain = (

@@ -80,7 +80,7 @@ def outcome(network: OriginalViT, step: ComputeConfig, given: Masks, compiled: b
 
 @pytest.mark.parametrize("how", ["fused", "checkpointed", "plain and checkpointed", "tiled", "compiled", "subset"])
 @pytest.mark.parametrize("probability", [0.7, 0.0])
-def test_every_pass_is_the_plain_one(how: str, probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_passes_equal_the_plain_pass(how: str, probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is masked: the mask token still has a gradient, or DDP would wait for it."""
     given = masks(probability=probability)
     plain = outcome(vit(), ComputeConfig(fused=False), given)
@@ -125,12 +125,12 @@ def test_only_the_first_crops_are_masked_where_sizes_are_equal() -> None:
     torch.testing.assert_close(results[0][0][6:], network(crops((32, 32, 32))[2]), rtol=1e-9, atol=1e-9)
 
 
-def test_the_mask_token_is_of_training_only() -> None:
+def test_the_mask_token_exists_only_in_training() -> None:
     assert "mask_token" not in OriginalViT(ViTConfig(depth=1), image_size=32, drop_path_rate=0.0).state_dict()
     assert list(vit().state_dict())[-1] != "mask_token", "it stands with the other tokens"
 
 
-def test_no_file_of_weights_has_a_mask_token(tmp_path: Path) -> None:
+def test_exported_weights_have_no_mask_token(tmp_path: Path) -> None:
     """Neither the export nor what is read from a checkpoint of training."""
     network, config = vit().float(), ViTConfig(width=32, depth=3, heads=2, patch_size=8)
     export_backbone(

@@ -70,7 +70,7 @@ def test_tokens_are_class_registers_patches(size: int) -> None:
     torch.testing.assert_close(cls_attention(network, images), attention, **exact)
 
 
-def test_retrieval_pools_patches_alone() -> None:
+def test_retrieval_pools_only_patches() -> None:
     network, images = vit(), crops()[0]
     x_BTD, _ = slow(network, images)
     gem_BD = x_BTD[:, 1 + R :].clamp(min=1e-6).pow(3).mean(dim=1).pow(1 / 3)
@@ -85,7 +85,7 @@ def gradients(network: OriginalViT, features_SD: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpointed", "tiled", "compiled"])
-def test_one_pass_over_all_crops_is_timms(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_over_all_crops_equals_timm(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = vit()
     network.apply_compute(ComputeConfig(gradient_checkpointing=how == "checkpointed"))
     if how == "tiled":
@@ -121,7 +121,7 @@ def test_the_plain_network_computes_the_same() -> None:
     torch.testing.assert_close(packed.features(crops()), plain.features(crops()), rtol=1e-10, atol=1e-10)
 
 
-def test_without_registers_nothing_is_new() -> None:
+def test_without_registers_nothing_changes() -> None:
     state, other = vit(config=replace(CONFIG, registers=0)).state_dict(), vit().state_dict()
     assert list(state)[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]
     assert list(other)[:3] == ["cls_token", "reg_token", "pos_embed"]
@@ -130,7 +130,7 @@ def test_without_registers_nothing_is_new() -> None:
     assert other.keys() - state.keys() == {"reg_token"}
 
 
-def test_registers_start_apart() -> None:
+def test_registers_start_with_different_values() -> None:
     torch.manual_seed(0)
     registers = build_backbone(replace(CONFIG, width=512, registers=8), image_size=32, drop_path=False).reg_token[0]  # type: ignore[index]
     assert registers.std().item() == pytest.approx(0.02, rel=0.05)
@@ -145,7 +145,7 @@ def exported(path: Path, config: BackboneConfig, *, image_size: int) -> torch.nn
 
 
 @pytest.mark.parametrize(("width", "depth", "heads", "size"), [(32, 2, 2, 32), (192, 12, 3, 224)])
-def test_the_exported_file_is_timms(tmp_path: Path, width: int, depth: int, heads: int, size: int) -> None:
+def test_timm_loads_the_exported_file(tmp_path: Path, width: int, depth: int, heads: int, size: int) -> None:
     config = ViTConfig(width=width, depth=depth, heads=heads, patch_size=16, registers=4)
     network = exported(tmp_path / "teacher.safetensors", config, image_size=size)
     with safe_open(tmp_path / "teacher.safetensors", framework="pt") as file:
@@ -158,7 +158,7 @@ def test_the_exported_file_is_timms(tmp_path: Path, width: int, depth: int, head
         torch.testing.assert_close(loaded.eval()(images), network(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_exported_weights_load_unchanged(tmp_path: Path) -> None:
     config = replace(CONFIG, width=128)
     network = exported(tmp_path / "teacher.safetensors", config, image_size=48)
     described = Description.from_dict(Description(config, 48).to_dict())

@@ -48,7 +48,7 @@ def test_center_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(fresh.center.center, module.center.center)
 
 
-def test_center_is_used_before_it_moves() -> None:
+def test_the_loss_uses_the_previous_center() -> None:
     module, (crops,) = tiny.dino(), tiny.batches(1)
     with torch.no_grad():
         module.double()
@@ -66,7 +66,7 @@ def test_center_is_used_before_it_moves() -> None:
     assert record.centers[0].any()
 
 
-def test_center_does_not_move_in_evaluation() -> None:
+def test_evaluation_does_not_update_the_center() -> None:
     module = tiny.dino()
     (crops,) = tiny.batches(1)
     tiny.fit(module, [crops])
@@ -85,7 +85,7 @@ def _data() -> MultiCropDataModule:
     return MultiCropDataModule(images, crops, seed=0)
 
 
-def test_knn_evaluation_moves_nothing() -> None:
+def test_knn_evaluation_changes_nothing() -> None:
     """Weights, center, random states, train mode: a run with k-NN each epoch is bit for bit the run without."""
     runs = []
     for callbacks in ([], [KNNCallback(KNNConfig(k=[5], headline_k=5, batch_size_per_device=16))]):
@@ -133,7 +133,7 @@ def test_teacher_is_not_in_the_optimizer() -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 4])
-def test_teacher_moves_once_per_optimizer_step_with_that_steps_momentum(accumulated: int) -> None:
+def test_teacher_is_updated_once_per_optimizer_step_with_its_momentum(accumulated: int) -> None:
     """Not once an epoch, not once a micro-batch, and not with the momentum of the step before or after."""
     module = tiny.dino(batch_size=8 // accumulated, teacher_momentum=0.5)
     name, before = "head.mlp.0.weight", tiny.copy(module.teacher)["head.mlp.0.weight"].double()
@@ -166,7 +166,7 @@ def test_batch_norm_statistics_of_the_teacher_are_its_own() -> None:
 # ----------------------------------------------------------------------------------------------- schedules and resume
 
 
-def test_schedules_go_on_over_epochs_and_a_resume(tmp_path: Path) -> None:
+def test_schedules_continue_over_epochs_and_a_resume(tmp_path: Path) -> None:
     """Four epochs at once, and two of them by new objects from the checkpoint of the second: the same to the bit."""
     optim = AdamWConfig(lr=0.032, lr_warmup="1ep")
     options = {"freeze_last_layer": "1ep", "teacher_temperature": 0.07, "teacher_temperature_warmup": "3ep"}

@@ -80,13 +80,13 @@ def test_wide_pictures_are_made_smaller(run: Path):
     assert (image["width"], image["height"]) == ("1400", "28")
 
 
-def test_long_sheets_stay_within_what_webp_takes(run: Path):
+def test_long_sheets_stay_within_the_limit_of_webp(run: Path):
     Image.new("RGB", (400, 32766)).save(run / "pictures" / "crops.png")
     image = Page(write_report(run)).all("img")[-1]
     assert (image["width"], image["height"]) == ("200", "16383")
 
 
-def test_a_broken_picture_is_said_and_left_blank(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_broken_picture_is_reported_and_left_blank(run: Path, capsys: pytest.CaptureFixture[str]):
     (run / "pictures" / "crops.png").write_bytes(b"no picture")
     assert len(Page(write_report(run)).all("img")) == 5
     assert "crops.png cannot be read" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_reference_lines(run: Path):
     assert lines["raw pixels, top-1"] == SUMMARY["knn_top1_pixels"]
 
 
-def test_a_collapse_is_said_above_its_curves(run: Path):
+def test_a_collapse_is_reported_above_its_curves(run: Path):
     assert "ollapse:" not in Page(write_report(run)).text
     assert "A collapse was detected" not in Page(write_report(run)).text
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "collapse": "uniform at step 120"}))
@@ -194,7 +194,7 @@ def test_epochs_are_counted_from_one(run: Path):
     assert Page(write_report(run)).data["epochs"] == [[9, 1], [109, 2], [209, 3], [309, 4]]
 
 
-def test_a_step_that_stands_twice_has_its_later_value_and_what_is_no_number_is_left_out(run: Path):
+def test_repeated_steps_and_values_that_are_no_numbers(run: Path):
     values = [(1, 5.0), (2, 4.0), (3, "nan"), (2, 3.5), (4, "inf"), (5, "3.0")]
     write_metrics(run, [{"step": step, "train/loss": value} for step, value in values])
     assert Page(write_report(run)).curves() == {"one step": [[1, 5.0], [2, 3.5], [5, 3.0]]}
@@ -237,7 +237,7 @@ def test_hostile_text_stays_text(run: Path):
     assert (run / "config.yaml").read_text() in page.text
 
 
-def test_the_configuration_is_whole_and_folded(run: Path):
+def test_the_configuration_is_complete_and_folded(run: Path):
     page = Page(write_report(run))
     assert (run / "config.yaml").read_text() in page.text
     assert "open" not in page.all("details")[0]
@@ -255,7 +255,7 @@ def test_the_configuration_is_whole_and_folded(run: Path):
         ),
     ],
 )
-def test_what_is_missing_is_said(run: Path, missing: str, sentence: str):
+def test_missing_files_are_reported(run: Path, missing: str, sentence: str):
     assert sentence not in Page(write_report(run)).text
     for name in missing.split():
         (run / name).unlink()
@@ -271,12 +271,12 @@ def test_an_empty_folder_has_a_report(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["knn", "pictures"])
-def test_what_was_switched_off_is_said(tmp_path: Path, name: str):
+def test_disabled_features_are_reported(tmp_path: Path, name: str):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callbacks": {name: {"enabled": False}}}))
     assert f"callbacks.{name}.enabled is false." in Page(write_report(tmp_path)).text
 
 
-def test_without_baselines_the_trained_figure_stands_alone(run: Path):
+def test_without_baselines_only_the_trained_figure_is_shown(run: Path):
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "knn_top1_untrained": None, "knn_top1_pixels": None}))
     page = Page(write_report(run))
     assert [data["value"] for data in page.all("data")] == [repr(SUMMARY["knn_top1"])]

@@ -141,7 +141,7 @@ def test_opens_without_network_and_draws_every_chart(browser: Any, folder: Path,
     seen.context.close()
 
 
-def test_pointing_reads_the_numbers_of_the_metrics(one: Seen, folder: Path):
+def test_the_mouse_shows_the_values_of_the_metrics(one: Seen, folder: Path):
     loss, mean = (column(folder / "a", name) for name in ("train/loss", "train/loss_epoch"))
     for step in (9, 109, 219, 399):
         at, values = one.point_at(LOSS, step)
@@ -152,7 +152,7 @@ def test_pointing_reads_the_numbers_of_the_metrics(one: Seen, folder: Path):
     assert "step 399" in one.chart(KNN).locator(".at").inner_text()
 
 
-def test_arrow_keys_read_too(one: Seen, folder: Path):
+def test_arrow_keys_show_values(one: Seen, folder: Path):
     plot = one.chart("Learning rate").locator(".plot")
     plot.focus()
     plot.press("Home")
@@ -164,7 +164,7 @@ def test_arrow_keys_read_too(one: Seen, folder: Path):
     assert plot.evaluate("plot => plot.closest('figure').querySelector('output').ariaLive") == "polite"
 
 
-def test_dragging_looks_closer_and_a_double_click_goes_back(one: Seen):
+def test_dragging_zooms_and_a_double_click_resets(one: Seen):
     plot = one.chart(LOSS).locator(".plot")
     box = one.scroll_to(LOSS)
     ends = [one.x(LOSS, step) for step in (100, 200)]
@@ -247,7 +247,7 @@ def test_a_slider_goes_through_the_epochs(one: Seen):
     assert slider.get_attribute("aria-valuetext") == "epoch 3"
 
 
-def test_two_runs_are_read_and_hidden_together(both: Seen, folder: Path):
+def test_a_key_hides_a_run_in_all_charts(both: Seen, folder: Path):
     _, values = both.point_at("Training loss: one step", 209)
     expected = [column(folder / name, "train/loss")[209] for name in ("a", "b")]
     assert [float(value) for value in values] == pytest.approx(expected, rel=1e-4)
@@ -295,7 +295,7 @@ def test_contrast_is_that_of_wcag_aa(browser: Any, folder: Path, scheme: str, na
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_color_of_a_run_stands_out(browser: Any, folder: Path, scheme: str):
+def test_every_color_of_a_run_has_enough_contrast(browser: Any, folder: Path, scheme: str):
     seen = Seen(browser, folder / "report.html", color_scheme=scheme)
     seen.page.evaluate(
         """() => { for (let i = 0; i < 10; i++) document.querySelector(".chart .keys").insertAdjacentHTML("beforeend",

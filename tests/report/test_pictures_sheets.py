@@ -141,7 +141,7 @@ def test_long_labels_stay_below_their_picture():
     assert (gap == PAPER).all()
 
 
-def test_crops_are_denormalised_and_at_one_scale():
+def test_crops_are_denormalized_and_at_one_scale():
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
     expected = (230, 26, 153)
     color = torch.tensor(expected) / 255

@@ -62,7 +62,7 @@ def test_more_attention_is_stronger_and_the_weakest_kept_patch_is_seen():
     np.testing.assert_allclose(reds, [230 * 0.8 * (0.4 + 0.6 * part) for part in (0, 0.25, 0.5, 1)], atol=1)
 
 
-def test_shared_patch_is_the_head_s_that_thinks_most_of_it():
+def test_shared_patches_have_the_color_of_the_strongest_head():
     each = shown()
     each.top_patches[0, :, 0, 0] = True
     each.attention[:] = 0.01
@@ -154,7 +154,7 @@ def test_key_of_many_heads_is_whole():
         assert (np.asarray(sheet) == color).all(-1).sum() > 100
 
 
-def test_tokens_stand_beside_their_image():
+def test_tokens_are_next_to_their_image():
     every = [shown(seed=seed) for seed in range(3)]
     colors = TokenColors.fit([each.tokens for each in every if each.tokens is not None])
     sheet = token_sheet(every, colors, per_row=2, cell=40)
@@ -181,7 +181,7 @@ def test_frame_of_a_clip_has_its_panels_side_by_side():
     assert clip_frame(each, None, width=40).size == (120, 20)
 
 
-def test_stacked_sheets_stand_on_paper():
+def test_stacked_sheets_have_a_white_background():
     page = stack([Image.new("RGB", (10, 4)), Image.new("RGB", (6, 5))])
     assert page.size == (10, 9)
     assert np.asarray(page)[5, 8].tolist() == list(PAPER)

@@ -167,7 +167,7 @@ def test_a_search_has_a_column_for_each_key(tmp_path: Path, capsys: pytest.Captu
     assert "Best: k-NN 60.0 % of quick, optim.lr=0.01235 (folder 0)" in lines[-1]
 
 
-def test_a_cell_has_what_goes_on_where_another_seed_has_failed(tmp_path: Path) -> None:
+def test_a_cell_with_running_and_failed_seeds(tmp_path: Path) -> None:
     make_run(tmp_path / "0", {"a": 1, "b": 1, "seed": 0}, [10.0], state="failed")
     make_run(tmp_path / "1", {"a": 1, "b": 1, "seed": 1}, [70.0], state="under way")
     make_run(tmp_path / "2", {"a": 2, "b": 2, "seed": 0}, [50.0])
@@ -197,7 +197,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["table", f"{folder}/0", "plot=true"]) == 2
 
 
-def test_brackets_are_words_below_the_table_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_in_names_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(["[a]", "[/b]"]):
         make_run(tmp_path / str(number), {"backbone": name}, [50.0 + number])
     assert main(["table", str(tmp_path)]) == 0
