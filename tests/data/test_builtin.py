@@ -1,4 +1,4 @@
-"""The built-in pictures: the same for the same seed, balanced, exactly masked, and not to be told apart cheaply."""
+"""The built-in pictures: reproducible by seed, balanced, exactly masked, and not identifiable by simple comparisons."""
 
 from dataclasses import replace
 

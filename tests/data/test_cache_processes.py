@@ -63,7 +63,7 @@ class TestProcesses:
 
 
 class Interrupted(GeneratedImages):
-    """Somebody presses Ctrl-C in the middle."""
+    """Raises KeyboardInterrupt in the middle, like Ctrl-C."""
 
     def read(self, index):
         if self.reads.value > 100:

@@ -55,7 +55,7 @@ def test_cpu_and_device_are_equal(count: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_crops_depend_only_on_the_seed_of_their_image(backend: str) -> None:
-    """Wherever the image stands in a batch; another seed gives other crops."""
+    """At every position in a batch; another seed gives other crops."""
     images = _pictures(11)
     whole = finished(backend, SMALL, images, range(11))
     backwards = finished(backend, SMALL, images[::-1], range(10, -1, -1))
@@ -231,7 +231,7 @@ def test_augmentation_does_not_wait_for_the_accelerator() -> None:
 
 
 def test_images_do_not_depend_on_their_batch() -> None:
-    """Each image's crops are those that it has in a batch of its own."""
+    """An image has the same crops in a batch of one image."""
     backend = CPUBatches(SMALL)
     images = [pixels(image) for image in _pictures(17)]
     whole = backend(images, range(17))

@@ -164,7 +164,7 @@ def test_every_order_and_choice_of_the_jitter() -> None:
 
 
 def _drawn(count: int, *, size: int, view: int = GLOBAL_2, **changes: Any) -> list[Crop]:
-    """Random crops of pictures of their own size, first cut already."""
+    """Random crops that are already cut: they have the size of their picture."""
     config = dataclasses.replace(CropsConfig(global_size=size, local_size=size), **changes)
     crops = (sample_crop(config, view, width=size, height=size, rng=FastRNG(seed)) for seed in range(count))
     return [dataclasses.replace(crop, box=(0, 0, size, size)) for crop in crops]

@@ -138,7 +138,7 @@ class TestKeptList:
         read.clear()
         assert listed(root) == first
         assert set(read) == {"a", "deep", "b"}
-        assert len(versions(root)) == 1  # the same contents stand in the same files
+        assert len(versions(root)) == 1  # the same contents are in the same files
 
     def test_small_folders_leave_nothing_behind(self, tmp_path):
         root = fill(tmp_path / "images", FILES[:5])

@@ -21,7 +21,7 @@ def fill(root, *, below="", known=IDS):
     for number, name in enumerate(IDS):
         if name in known:
             file = root / below / name[0] / name[1] / name[2] / f"{name}.jpg"
-            # PNG bytes, so that the pixels can be told apart.
+            # PNG bytes, so that the pixels identify the image.
             write(file.with_suffix(".png"), number).rename(file)
     (root / "train.csv").write_text(TRAIN)
     (root / "train_clean.csv").write_text(CLEAN)

@@ -179,7 +179,7 @@ class TestStreams:
 
 
 class Rows(IterableDataset):
-    """What a loader process reads of `shards`, dealt out by us."""
+    """The samples that a loader process reads when our code distributes the shards."""
 
     def __init__(self, source: ImageStream, *, readers: int, first: int = 0):
         self.source, self.readers, self.first = source, readers, first
@@ -206,7 +206,7 @@ class OneShard(IterableDataset):
 
 class TestLoaderProcesses:
     def test_each_reads_a_whole_shard(self, folder):
-        """`datasets` deals shards to loader processes: left to it, the second one would read nothing of one shard."""
+        """If `datasets` distributed the shards, the second loader process would read nothing of one shard."""
         seen = list(DataLoader(OneShard(stream(folder)), batch_size=None, num_workers=2))
         for worker in (0, 1):
             assert [content for number, content in seen if number == worker] == [png(n) for n in range(6, 11)]

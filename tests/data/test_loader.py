@@ -1,4 +1,4 @@
-"""A place in an epoch, left and found again: the remaining batches are those that would have come, crops included."""
+"""A resumed loader gives the remaining batches of an uninterrupted one, with the same crops."""
 
 import io
 import tarfile
@@ -72,7 +72,7 @@ def run(data: MultiCropDataModule, *, epochs: int, loader: Any = None) -> Batche
 
 
 def end(loader: Any) -> None:
-    """End its processes, as Lightning does. Where Python finds it as garbage, PyTorch waits five seconds for each."""
+    """End its processes, like Lightning. If the garbage collector ends them, PyTorch waits five seconds for each."""
     if loader.loader.num_workers and loader._iterator is not None:
         loader._iterator._shutdown_workers()
 
@@ -107,7 +107,7 @@ def test_a_resumed_loader_gives_the_remaining_batches(kind: str, workers: int, f
         again = second.train_dataloader()
         again.load_state_dict(torch.load(io.BytesIO(kept.getvalue()), weights_only=True))
         rest = []
-        # What Lightning does: the epoch that was left, or the next one where it was over.
+        # Like Lightning: the interrupted epoch, or the next one if it was complete.
         for epoch in range(left_after // EPOCH, epochs):
             again.set_epoch(epoch)
             rest += [finished(second, batch) for batch in again]
@@ -126,7 +126,7 @@ def test_other_backends_resume(backend: str, folder: Path) -> None:
 
 
 def test_other_batch_sizes_and_ranks_resume_with_the_same_images() -> None:
-    """A place is a number of images: twice the devices go on with half the batches each."""
+    """A position is a number of images: after a change to twice the devices, each reads half the batches."""
     alone = [index for batch in EpochBatchSampler(48, batch_size=4, seed=1, rank=0, world_size=1) for _, index in batch]
     both = []
     for rank in range(2):
@@ -151,7 +151,7 @@ def test_a_stream_in_another_order_is_refused(folder: Path) -> None:
 
 
 class Watcher(L.LightningModule):
-    """Sees the batches, and stops for good after one of them."""
+    """Records the batches, and raises KeyboardInterrupt after one of them."""
 
     def __init__(self, *, stops_after: int | None = None) -> None:
         super().__init__()

@@ -91,7 +91,7 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_augmentation_depends_only_on_the_seed(backend: str) -> None:
-    """Crops, jitter, blur and solarisation: not the number of processes, nor any global random state."""
+    """Crops, jitter, blur and solarization do not depend on the number of processes or on global random states."""
     runs = []
     for seed, workers in ((3, 0), (3, 2), (4, 0)):
         torch.manual_seed(len(runs))

@@ -1,4 +1,4 @@
-"""A data source of your own, in one file: registered by a decorator, opened through `imports=`, and trained."""
+"""A user-defined data source in one file: registered by a decorator, opened through `imports=`, and trained."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Opening sources: the hold-out and the built-in pictures. The readers' own tests stand in files of their names."""
+"""Opening sources: the hold-out and the built-in pictures. Each reader has its own test file."""
 
 from collections import Counter
 

@@ -107,7 +107,7 @@ class TestTorchvision:
         for first, split in ((0, "train"), (3, "test")):
             file = tmp_path / f"{split}_32x32.mat"
             pixels = np.stack([np.asarray(picture(first + i, size=32)) for i in range(3)], axis=-1)
-            savemat(file, {"X": pixels, "y": np.array([[1], [10], [2]])})  # 10 stands for the digit 0
+            savemat(file, {"X": pixels, "y": np.array([[1], [10], [2]])})  # 10 is the digit 0
             known[split] = [*known[split][:2], hashlib.md5(file.read_bytes()).hexdigest()]
         monkeypatch.setattr(SVHN, "split_list", known)
         sources = opened("svhn", tmp_path)

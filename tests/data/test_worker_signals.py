@@ -1,4 +1,4 @@
-"""Loader processes outlive the signals that tell a run to end; their main process ends them."""
+"""Loader processes ignore the signals that end a run; their main process ends them."""
 
 import os
 import signal

@@ -1,7 +1,6 @@
 """A fault of a single rank, as a file for `imports=`: `FAULT` is its kind, `FAULTY` the rank.
 
-It changes nothing that a test looks at: images that are not there, an exception in the middle of a step, a process that
-is stopped or killed are what they are on a real machine.
+The faults are real: missing images, an exception in the middle of a step, a process that is stopped or killed.
 """
 
 import os
@@ -48,7 +47,7 @@ if FAULT in ("error", "killed", "stopped", "noted"):
                 case "stopped":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "noted":
-                    time.sleep(2)  # what the test does meanwhile happens within this step
+                    time.sleep(2)  # gives the test time to act within this step
         return loss(self, batch)
 
     DINO.loss = faulty  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ def words_of(*words: str, ranks: int = 1, workers: int = 0) -> list[str]:
 def start(folder: Path, words: list[str], *, kill: str = "", copied: bool = False) -> int:
     """Start the run once; returns its exit status when none of its processes is left.
 
-    `copied`: as a copy of a process that has its libraries, else by a new Python.
+    `copied`: in a forked process that has loaded the libraries, instead of a new Python.
     """
     notes = folder.with_name(f"{folder.name}-notes")
     notes.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _start_copy(words: list[str], log: Path, variables: dict[str, str]) -> tuple
     """The same by their session."""
     process = start_program(TRAIN, *words, cwd=ROOT, stdout=log, stderr=log, variables=variables)
     process.join(LIMIT)
-    assert process.exitcode is not None, f"it still works after {LIMIT:.0f} s"
+    assert process.exitcode is not None, f"it still runs after {LIMIT:.0f} s"
     first = process.pid or 0
     return process.exitcode, lambda: processes_of(first)
 
@@ -106,7 +106,7 @@ def killed_and_resumed(folder: Path, words: list[str], kills: list[str], *, copi
     for kill in kills:
         status = start(folder, words, kill=kill, copied=copied)
         log = (notes / "log.txt").read_text()[-3000:]
-        assert {"kill": kill} in read(notes / "kills.jsonl"), f"{kill} has not come to pass: {log}"
+        assert {"kill": kill} in read(notes / "kills.jsonl"), f"{kill} did not happen: {log}"
         assert status in expected(kill), f"{kill}: status {status}: {log}"
         assert not (folder / "summary.json").exists(), kill
     assert start(folder, words, copied=copied) == 0, (notes / "log.txt").read_text()[-3000:]
@@ -117,9 +117,9 @@ def expected(kill: str) -> set[int]:
     how, _, rank = kill.split("=")[1].partition(" on ")
     if kill.startswith("loader") and how == "SIGKILL":
         return {1}
-    if rank and how in ("SIGKILL", "raise"):  # it says what it has lost, or is ended in its turn
+    if rank and how in ("SIGKILL", "raise"):  # it reports the lost rank, or is ended by it
         return set(range(-64, 256)) - {0}
-    if rank and how == "SIGINT":  # rank 0 knows that it is to end, not why
+    if rank and how == "SIGINT":  # rank 0 does not know the signal
         return {75}
     return {LEAVES[how]}
 
@@ -127,7 +127,7 @@ def expected(kill: str) -> set[int]:
 def unlike(folder: Path, reference: Path) -> list[str]:
     """The differences between a killed run and an undisturbed one; empty if they are bit-identical.
 
-    What each rank saw before each micro-batch is compared for every time that it was done.
+    The notes of each rank are compared for every time that it processed a micro-batch.
     """
     messages = differences(folder, reference)
     own, other = (path.with_name(f"{path.name}-notes") for path in (folder, reference))
@@ -138,14 +138,14 @@ def unlike(folder: Path, reference: Path) -> list[str]:
         done = defaultdict(list)
         for note in read(own / name):
             done[note["number"]].append(note)
-        messages += [f"{name}: micro-batch {number} was left out" for number in wanted.keys() - done.keys()]
+        messages += [f"{name}: micro-batch {number} is missing" for number in wanted.keys() - done.keys()]
         for number, notes in sorted(done.items()):
             for note in notes:
                 messages += [
                     f"{name}: {key} of micro-batch {number} differs" for key in note if note[key] != wanted[number][key]
                 ]
     messages += [
-        f"{path}: a loader process has drawn"
+        f"{path}: a loader process has used its global random state"
         for path in (own, other)
         if any(note["drawn"] for note in read(path / "loaders.jsonl"))
     ]

@@ -85,7 +85,7 @@ def train(case: Case) -> dict[str, Any]:
         accelerator="cpu",
         devices=RANKS,
         strategy=build_strategy(config),
-        plugins=[DoublePrecision()],  # as precision="64-true", which Lightning does not let through with FSDP
+        plugins=[DoublePrecision()],  # like precision="64-true", which Lightning refuses with FSDP
         accumulate_grad_batches=case.accumulate,
         max_epochs=1,
         callbacks=[states := tiny_methods.States()],

@@ -148,7 +148,7 @@ def train(case: Case, *, start: Path, end: Path) -> dict[str, Any]:
         accelerator="cpu",
         devices=RANKS,
         strategy=build_strategy(trainer_config),
-        plugins=[DoublePrecision()],  # as precision="64-true", which Lightning does not let through with FSDP
+        plugins=[DoublePrecision()],  # like precision="64-true", which Lightning refuses with FSDP
         accumulate_grad_batches=case.accumulate,
         max_epochs=EPOCHS,
         callbacks=[record := tiny.Record(), watch := Watch()],

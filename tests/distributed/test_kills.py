@@ -1,8 +1,8 @@
-"""A run that is killed at any moment and resumed is bit-identical to an undisturbed one.
+"""A run that is killed at any moment and resumed is bit-identical to an uninterrupted one.
 
-Compared are the exported weights; the checkpoint of the end, with weights, optimizer, teacher, center, queues, states
-of callbacks, loops and random generators of every rank; each row of `metrics.csv`, with losses, schedules and k-NN;
-the summary; and, for every micro-batch that any process ever did, its crops and the random states before it.
+The tests compare the exported weights; the last checkpoint, with weights, optimizer, teacher, center, queues, states of
+callbacks, loops and random generators of every rank; each row of `metrics.csv`, with losses, schedules and k-NN; the
+summary; and, for every micro-batch of every process, its crops and the random states before it.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 from kills_run import drawn_kills, killed_and_resumed, start, unlike, words_of, write_shards
 
 SEED = os.environ.get("KILLS_SEED", "0")
-"""Another seed gives other moments and signals."""
+"""Seed of the random moments and signals."""
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Reference:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     words = words_of("trainer.accumulate_grad_batches=2", workers=2)
     folder = tmp_path_factory.mktemp("kills") / "reference"
-    with ThreadPoolExecutor(1) as beside:
-        yield Reference(words, folder, beside.submit(start, folder, words, copied=True))
+    with ThreadPoolExecutor(1) as executor:
+        yield Reference(words, folder, executor.submit(start, folder, words, copied=True))
 
 
 def test_a_run_killed_between_micro_batches_and_in_knn(reference: Reference, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[list[str], int, int]] = {
     "masked patches": (["method.patch_loss_weight=1"], 1, 1),
     "crops on the device": (["crops=device"], 1, 1),
     "fsdp": (["trainer.strategy=fsdp"], 2, 0),
-    "written beside": (["callbacks.checkpoint.asynchronous=true"], 1, 1),
+    "asynchronous checkpoints": (["callbacks.checkpoint.asynchronous=true"], 1, 1),
 }
 """Overrides, ranks and loader processes by name."""
 RANDOM = [(case, part) for case in CASES for part in range(2 if case in ("no loaders", "two ranks") else 1)]

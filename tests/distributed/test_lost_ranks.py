@@ -130,7 +130,7 @@ def test_a_killed_rank_ends_the_other(rank: int, launcher: str, tmp_path: Path) 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_starts_ends_the_other(rank: int, launcher: str, tmp_path: Path) -> None:
-    """It is killed right after Python started, while the other one is joining the process group."""
+    """The rank is killed right after Python starts, while the other one joins the process group."""
     lost = lose(tmp_path, "killed at the start", launcher=launcher, rank=rank)
     assert lost.status not in (0, 2)
     assert lost.seconds < 60
@@ -138,7 +138,7 @@ def test_a_rank_that_never_starts_ends_the_other(rank: int, launcher: str, tmp_p
 
 @pytest.mark.slow
 def test_the_first_process_is_killed_while_the_second_starts(tmp_path: Path) -> None:
-    """The second process is not watched any more, and would wait for the first one for its full timeout."""
+    """Nothing watches the second process any more, and it would wait for the first one for the complete timeout."""
     lost = lose(tmp_path, "kills the first", "collective_timeout_s=600", launcher="lightning")
     assert lost.status == -9
     assert "the first process of this machine has ended" in lost.said

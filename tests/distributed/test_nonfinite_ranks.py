@@ -67,7 +67,7 @@ def test_the_step_changes_nothing(name: str, seen: tuple[Path, Ranks]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "batch norms" not in str(name)])
 def test_the_other_steps_equal_those_of_one_process(name: str, seen: tuple[Path, Ranks]) -> None:
-    """With total batches, without that step; a rollback to the checkpoint after step 0 also undoes step 1."""
+    """Compared with total batches without that step; a rollback to the checkpoint after step 0 also undoes step 1."""
     case, (_, ranks) = CASES[name], seen
     whole = Case(case.strategy, case.policy)
     module, batches = module_and_batches(whole)

@@ -1,6 +1,6 @@
 """Every kind of source with two ranks × two loader processes: each image once per epoch, in its own order and crops.
 
-`sources_worker` is what a rank does. Of the built-in pictures only the crops can be told apart, not the images.
+`sources_worker` contains the program of a rank. Built-in pictures are identified by their crops.
 """
 
 from collections import Counter

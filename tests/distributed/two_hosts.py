@@ -81,7 +81,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", host.name, "link", "set", host.device, "up")
             _ip("-n", host.name, "link", "set", "lo", "up")
             # How often Linux sends again before it gives a connection up: some 25 seconds instead of 15 minutes, for
-            # which torchrun waits without a timeout of its own.
+            # which torchrun waits without a timeout.
             give_up = f"echo {RETRIES} > /proc/sys/net/ipv4/tcp_retries2"
             subprocess.run(host.command("sh", "-c", give_up), check=True, capture_output=True)
         yield first, second

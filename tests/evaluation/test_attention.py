@@ -43,7 +43,7 @@ def noise(path: Path, size: tuple[int, int], *, seed: int = 0) -> None:
 
 
 def refusal(network: FrozenNetwork, data: ImagesConfig, tmp_path: Path, **config: Any) -> str:
-    """The one sentence, said before the network sees an image."""
+    """The error message, which comes before the network processes an image."""
     network.backbone.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(UserError) as caught:
         run(tiny_task(tmp_path, network, data=data), **config)

@@ -79,7 +79,7 @@ def test_figures_equal_loops_over_the_queries(tmp_path: Path) -> None:
         for name, value in oracle(bank, queries, k=k, temperature=temperature).items()
     }
     assert values(results) == pytest.approx(expected)
-    assert len(set(expected.values())) >= 6, "figures that could be told apart"
+    assert len(set(expected.values())) >= 6, "the figures differ"
     assert [name for name, result in results.items() if result.main] == [
         f"top{top}_k20_t{temperature}" for temperature in ("0.07", "0.01") for top in (1, 5)
     ]
@@ -186,7 +186,7 @@ def folder(root: Path, *, train: dict[str, int], val: dict[str, int]) -> FolderD
 
 
 def refusal(task: Task, **config: Any) -> str:
-    """The one sentence, said before the network sees an image."""
+    """The error message, which comes before the network processes an image."""
     task.network.backbone.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(UserError) as caught:
         run(task, **config)

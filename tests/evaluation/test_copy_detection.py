@@ -1,4 +1,4 @@
-"""Copy detection from files to figures, against the protocol done one image at a time."""
+"""Copy detection from files to figures, compared with the protocol for one image at a time."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def test_figures_equal_one_image_at_a_time(options: dict[str, Any], data: Copyda
     assert {name: result.value for name, result in got.items()} == pytest.approx(want, abs=1e-9)
     assert list(got) == list(want)
     assert got["map_original"].value == 100, "a photograph finds itself"
-    assert 5 < want["map_strong"] < 95, "too easy or too hard to tell right from wrong"
+    assert 5 < want["map_strong"] < 95, "too easy or too hard to detect an error"
     assert [name for name, result in got.items() if result.main] == ["map_strong"]
 
 

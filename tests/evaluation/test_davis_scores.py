@@ -32,7 +32,7 @@ def boundary_by_loops(mask: np.ndarray) -> set[tuple[int, int]]:
     for y in range(H):
         for x in range(W):
             others = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
-            # On the last row and column the diagonal neighbor stands for the straight one, which is the same pixel.
+            # On the last row and column the diagonal neighbor replaces the straight one, which is the same pixel.
             others = [(min(a, H - 1), min(b, W - 1)) for a, b in others]
             if any(mask[other] != mask[y, x] for other in others):
                 found.add((y, x))

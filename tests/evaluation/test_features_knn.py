@@ -76,7 +76,7 @@ def test_accuracy_equals_the_definition(n_bank: int, n_queries: int, classes: in
     # Both are counts over the same total; float32 similarities would have to swap two votes to differ.
     assert got == want
     if (n_bank, classes) == (150, 8):
-        assert 30 < want[10]["top1"] < 95, "too easy or too hard to tell right from wrong"
+        assert 30 < want[10]["top1"] < 95, "too easy or too hard to detect an error"
         assert want[1]["top5"] == want[1]["top1"], "k neighbors allow at most k guesses"
 
 
@@ -153,7 +153,7 @@ def test_equal_votes_go_to_the_lower_class() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_features_that_are_not_finite_classify_nothing(value: float) -> None:
-    """A comparison with NaN is false, so that no class would stand before the right one."""
+    """A comparison with NaN is false, so no class would be ranked before the right one."""
     bank_ND, bank_labels_N = _clusters(40, classes=3, width=8, seed=0, noise=0.1)
     queries_MD, labels_M = _clusters(30, classes=3, width=8, seed=1, noise=0.1)
     words = {"k": [1, 10], "temperature": T, "num_classes": 3, "device": CPU}

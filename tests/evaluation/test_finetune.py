@@ -1,4 +1,4 @@
-"""Finetuning: against a hand-written loop, a whole training against an interrupted one, one rank against two."""
+"""Finetuning: compared with a hand-written loop, after an interruption, and on two ranks."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ PLAIN: dict[str, Any] = {
     "cutmix": 0.0,
     "auto_augment": None,
 }
-"""Without what is drawn, but for crops and erasing."""
+"""Without random operations except crops and erasing."""
 
 
 def network(*, seed: int = 0, **more: Any) -> FrozenNetwork:
@@ -154,7 +154,7 @@ def test_mixed_targets(mixup: float, cutmix: float, batch: int) -> None:
     for mixed_BCHW, targets_BK in drawn:
         torch.testing.assert_close(targets_BK.sum(dim=1), torch.ones(batch))
         for b in range(batch):
-            # Image b has the value b: its mean says how much of it is left, and so must its target.
+            # Image b has the value b, so its mean is the share that remains, which its target must have.
             other = batch // 2 * 2 - 1 - b if b < batch // 2 * 2 else b
             expected = torch.full((CLASSES,), 0.1 / CLASSES)
             share = 1.0 if other == b else float((mixed_BCHW[b].mean() - other) / (b - other))
@@ -272,19 +272,19 @@ def test_posterize_with_no_bits_is_black() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_order_of_repeated_augmentation(ranks: int, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dealt like cards: the image of each card, and which of its augmentations."""
+    """Ranks take turns: the image of each sample, and the number of its augmentation."""
     monkeypatch.setattr(training_images, "world_size", lambda: ranks)
-    dealt: list[list[tuple[int, int]]] = []
+    by_rank: list[list[tuple[int, int]]] = []
     for number in range(ranks):
         monkeypatch.setattr(training_images, "rank", lambda number=number: number)
         order = training_images._Order(10, batch_size=4, seed=5, drop_last=False, repeats=repeats)
         order.sampler.set_epoch(6)
-        dealt.append([key for batch in order for key in batch])
-    cards = [card for round_ in zip(*dealt, strict=True) for card in round_]
+        by_rank.append([key for batch in order for key in batch])
+    samples = [sample for round_ in zip(*by_rank, strict=True) for sample in round_]
     shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(5 + 6)).tolist()
     expected = [(6 * repeats + again, image) for image in shuffled for again in range(repeats)]
-    assert cards == (expected + expected)[: len(cards)]
-    assert len(cards) == math.ceil(10 / ranks) * ranks
+    assert samples == (expected + expected)[: len(samples)]
+    assert len(samples) == math.ceil(10 / ranks) * ranks
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -1,4 +1,4 @@
-"""`eval=linear` against a loop written from the original's definition, and what surrounds it."""
+"""`eval=linear`, compared with a loop that is written from the definition of the original."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def weights(results: dict[str, Result]) -> dict[str, Tensor]:
 
 
 def slow_features(network: FrozenNetwork, image: Tensor, *, n: int, avgpool: bool) -> Tensor:
-    """Of one image, value by value."""
+    """Features of one image, value by value."""
     vit = cast(Any, network.backbone)
     with torch.no_grad():
         outputs = vit.get_intermediate_layers(image[None], n=n, norm=True, return_prefix_tokens=True)

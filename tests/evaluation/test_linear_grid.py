@@ -1,4 +1,4 @@
-"""`eval=linear_grid`: every classifier as if alone, and a choice that no validation image has a part in."""
+"""`eval=linear_grid`: classifiers are trained independently, and validation images do not influence the choice."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def run(task: Task, **changes: Any) -> dict[str, Result]:
 
 
 def listened(task: Task) -> tuple[Task, list[str]]:
-    """The task, and what it will have said."""
+    """The task, and the messages that it will print."""
     said: list[str] = []
     cast(Any, task.context).say = said.append
     return task, said

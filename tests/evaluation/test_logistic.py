@@ -1,4 +1,4 @@
-"""Logistic regression: the minimum of its equation, the same as scikit-learn's, and a choice made without the test."""
+"""Logistic regression: the minimum of its equation, equal to scikit-learn's; test images do not choose c."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,13 +64,13 @@ def test_both_solvers_find_one_minimum(classes: int, c: float) -> None:
     assert theirs.converged
     values = [_slow_objective(each, x, y, c=c) for each in (ours, theirs)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
-    # Nowhere around is it lower.
+    # No point nearby is lower.
     for _ in range(10):
         step_DK, step_K = 1e-2 * torch.randn_like(ours.weights), 1e-2 * torch.randn_like(ours.biases)
         assert _slow_objective(LogisticClassifier(ours.weights + step_DK, ours.biases + step_K), x, y, c=c) > values[0]
     new, _ = _points(300, classes=classes, seed=1)
     best = theirs.logits(new).topk(2, dim=1).values
-    clear = best[:, 0] - best[:, 1] > 1e-4  # more than the solvers' tolerance of 1e-6 leaves open
+    clear = best[:, 0] - best[:, 1] > 1e-4  # more than the solvers' tolerance of 1e-6
     assert clear.sum() > 250
     assert torch.equal(ours.logits(new[clear]).argmax(1), theirs.logits(new[clear]).argmax(1))
 
@@ -136,7 +136,7 @@ def test_folds_are_stratified() -> None:
 
 
 def _slow_choice(config: LogisticEval, x: Tensor, y: Tensor, *, folds: int, seed: int) -> float:
-    """scikit-learn fitted without us, fold by fold; the first of the best, from the smallest c on."""
+    """scikit-learn fitted fold by fold; returns the smallest of the best c."""
     fold_n = stratified_folds(y.numpy(), folds=folds, seed=seed)
     right = {}
     for c in sorted(config.c):
@@ -146,7 +146,7 @@ def _slow_choice(config: LogisticEval, x: Tensor, y: Tensor, *, folds: int, seed
             model = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x[inside].double().numpy(), y[inside].numpy())
             predicted = model.predict(x[~inside].double().numpy())
             right[c] += int((predicted == y[~inside].numpy()).sum())
-    assert len(set(right.values())) > 1, "every c alike: nothing to choose"
+    assert len(set(right.values())) > 1, "all c are equally good"
     return max(right, key=lambda c: (right[c], -c))
 
 

@@ -250,5 +250,5 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
 
 
 def flat_again(task: Task, folder: Path) -> Task:
-    """The same files, opened anew."""
+    """The same files, opened again."""
     return tiny_task(folder, task.network, data=task.data)

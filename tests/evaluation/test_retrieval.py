@@ -1,4 +1,4 @@
-"""Landmark retrieval from files to figures, against the protocol done one image at a time."""
+"""Landmark retrieval from files to figures, compared with the protocol for one image at a time."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def values(results: dict[str, Result]) -> dict[str, float]:
 
 @torch.no_grad()
 def feature(backbone: nn.Module, path: Path, *, box: Any = None, scales: list[float]) -> Tensor:
-    """The original's steps for one image, with the benchmark's cut before them."""
+    """The steps of the original for one image, after the crop of the benchmark."""
     image = Image.open(path).convert("RGB")
     image = image.crop(box) if box else image
     image.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -55,7 +55,7 @@ def feature(backbone: nn.Module, path: Path, *, box: Any = None, scales: list[fl
         resized = F.interpolate(tensor, scale_factor=scale, mode="bilinear", align_corners=False)
         resized = tensor if scale == 1 else resized
         H, W = resized.shape[-2:]
-        # A convolution of stride 8 does not see the rest.
+        # A convolution of stride 8 ignores the rest.
         total = total + backbone(resized[..., : H - H % 8, : W - W % 8])
     return (total / total.norm())[0].double()
 
@@ -92,7 +92,7 @@ def test_figures_equal_one_image_at_a_time(
     got = run(tmp_path, data, network, query_box=query_box, scales=scales)
     want = expected(data, network.backbone, query_box=query_box, scales=scales)
     assert values(got) == pytest.approx(want, abs=1e-9)
-    assert 5 < want["map_medium"] < 95, "too easy or too hard to tell right from wrong"
+    assert 5 < want["map_medium"] < 95, "too easy or too hard to detect an error"
     assert [name for name, result in got.items() if result.main] == ["map_medium", "map_hard"]
     assert {result.unit for result in got.values()} == {"%"}
 

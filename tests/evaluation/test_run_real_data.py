@@ -1,7 +1,7 @@
 """Every evaluation on whole real data sets, by the command's own path; minutes each (`pytest -m slow`).
 
 The networks are untrained, so that the tests need no checkpoint: held is that each evaluation goes through a real data
-set to figures between chance and perfect. The figures of trained networks stand in docs/results.md.
+set to figures between chance and perfect. The figures of trained networks are in docs/results.md.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Augmented training images: the same whoever makes them, and no chance left over."""
+"""Augmented training images: reproducible, and independent of the process that makes them."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""The evaluation on videos: figures, masks, what is left out, what is not done again, and several ranks."""
+"""The evaluation on videos: figures, masks, broken sequences, resuming, and several ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def masks_of(tmp_path: Path, name: str, folder: str = "masks") -> np.ndarray:
 
 
 def step_by_step(data: DavisData, network: FrozenNetwork, name: str, **other: Any) -> np.ndarray:
-    """The masks of a sequence, a frame at a time, without loader, batches, or ranks."""
+    """The masks of a sequence, one frame at a time, without loader, batches or ranks."""
     settings = config(**other)
     std = frames_std(network.std, settings)
 
@@ -147,7 +147,7 @@ def test_frames_are_resized_between_the_four_nearest_pixels(size: tuple[int, int
     assert found.dtype == torch.uint8
     for y in range(size[0]):
         for x in range(size[1]):
-            # Centers of pixels lie at halves; beyond the outermost ones nothing changes.
+            # Centers of pixels are at halves; values are constant beyond the outermost ones.
             row, column = (
                 min(max((place + 0.5) * of / to - 0.5, 0), of - 1)
                 for place, of, to in ((y, 10, size[0]), (x, 13, size[1]))

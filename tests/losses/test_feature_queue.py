@@ -1,4 +1,4 @@
-"""Embeddings of former batches: which rows are in it, where they stand, and what is saved."""
+"""Embeddings of former batches: which rows the queue contains, in which order, and which state is saved."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def queue(*, start_random: bool = False) -> FeatureQueue:
 
 
 def rows(first: int, count: int) -> Tensor:
-    """Rows that tell their number."""
+    """Rows whose values are their number."""
     return torch.arange(first, first + count).float().unsqueeze(1).expand(count, WIDTH).clone()
 
 

@@ -151,7 +151,7 @@ def test_a_window_waits_for_a_crop_for_each_prototype() -> None:
     seen.add_output(torch.tensor([0.0, 1.0, 0.0, 0.0]), crops=1)
     assert seen.take_dead_prototypes() == pytest.approx(1 / 2)
     seen.add_output(torch.tensor([0.25] * 4), crops=4)
-    assert seen.take_dead_prototypes() == 0.0, "counting starts anew"
+    assert seen.take_dead_prototypes() == 0.0, "counting starts from zero"
 
 
 LN_K = math.log(256)

@@ -54,7 +54,7 @@ def test_forward_of_a_vit(image_size: int):
 def test_the_backward_pass_of_a_vit_is_twice_its_forward_pass():
     parts = backbone_flops(SMALL, image_size=32)
     counted = count(network(SMALL, image_size=32), torch.randn(1, 3, 32, 32), backward=True)
-    # Nobody asks for the gradient of the images: PyTorch leaves out a third of the patch embedding, the convention not.
+    # PyTorch does not compute the gradient of the images, a third of the patch embedding; the convention counts it.
     assert counted == 3 * sum(parts.values()) - parts["patch_embedding"]
 
 
@@ -117,7 +117,7 @@ def test_step_of_each_method(words: list[str], student: list[int], teacher: list
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
         for size in (sizes[view] for view in student):
             points = method.student.head(method.student.backbone(torch.randn(1, 3, size, size)))
-            if method.predictor is not None:  # DINO's stands before the prototypes
+            if method.predictor is not None:  # DINO's is before the prototypes
                 inside = hasattr(method.student.head, "last_layer")
                 method.predictor(torch.randn(1, config.method.head_bottleneck_dim) if inside else points)  # type: ignore[attr-defined]
         of_student = counter.get_total_flops()

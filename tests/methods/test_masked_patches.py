@@ -1,4 +1,4 @@
-"""The loss on masked patches: against slow loops, and in a real fit."""
+"""The loss on masked patches: compared with slow loops, and in a real fit."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def test_chunks_have_at_most_the_allowed_rows(monkeypatch: pytest.MonkeyPatch) -
     student, teacher, sharpness, weights_P = row_factors(21)
     chunked_row_entropy(student, teacher, sharpness, weights_P, rows=6)
     assert max(held) == 6
-    assert sum(held) == 2 * 22  # both networks' rows, and one that is filled up
+    assert sum(held) == 2 * 22  # the rows of both networks, and one row of padding
 
 
 def test_without_a_masked_patch_there_is_no_loss() -> None:
@@ -133,7 +133,7 @@ def slow_training(module: Any, hidden: list[Tensor]) -> SlowTraining:
 
 
 class PatchLosses(Callback):
-    """What is noted in logging steps."""
+    """The patch losses of the logging steps."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -174,7 +174,7 @@ def by_content(**options: Any) -> Any:
 
 
 def test_micro_batches_equal_one_batch() -> None:
-    """Some of one image, which may have no mask at all."""
+    """Some have one image, which may have no mask."""
     batches = tiny.batches(4)
     whole = by_content()
     record = tiny.fit(whole, batches)
@@ -188,7 +188,7 @@ def test_micro_batches_equal_one_batch() -> None:
 @pytest.mark.parametrize("centering", ["center", "sinkhorn", "softmax", "none"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_without_masks_the_method_equals_dino(fused: bool, centering: str) -> None:
-    """`mask_p=0`: the same losses and weights, the mask token and the second center as they began."""
+    """`mask_p=0`: the same losses and weights, the initial mask token and second center."""
     options = {"centering": centering, "compute": ComputeConfig(fused=fused)}
     torch.manual_seed(5)
     module = tiny.dino(optim=OPTIM, **{**METHOD, **options, "mask_p": 0.0})
@@ -211,7 +211,7 @@ def test_without_masks_the_method_equals_dino(fused: bool, centering: str) -> No
     "options", [{"centering": "sinkhorn"}, {"predictor": True}, {"head_batch_norm": True}, {"centering": "none"}]
 )
 def test_masks_work_with_the_other_options_of_dino(options: dict[str, Any]) -> None:
-    """In pieces and all at once."""
+    """In chunks and all at once."""
     batches, losses = tiny.batches(3), []
     for fused in (True, False):
         module = by_content(compute=ComputeConfig(fused=fused, loss_rows=7), **options)
@@ -244,11 +244,11 @@ def test_a_resumed_run_draws_the_same_masks(tmp_path: Path) -> None:
 
 
 def test_no_step_waits_for_the_device() -> None:
-    """Beyond what the record of the tests asks for; NumPy's arrays become tensors on the host."""
+    """Except for the recorder of the tests; NumPy's arrays become tensors on the host."""
     module = tiny.dino(batch_size=8, **METHOD)
     watch = EnterBetweenBatches(waits(), first=2, last=6)
     tiny.fit(module, tiny.batches(8, dtype=torch.float32), precision="32-true", callbacks=[watch])
-    assert watch.result, "the record's own"
+    assert watch.result, "the recorder waits"
     known = [entry for entry in watch.result if "/tests/helpers/tiny.py" in entry]
     known += [entry for entry in watch.result if entry.startswith("lift_fresh") and "/masking.py" in entry]
     assert sorted(watch.result) == sorted(known)

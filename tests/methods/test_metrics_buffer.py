@@ -1,4 +1,4 @@
-"""Figures of a step reach the loggers a step later, as they were, and none is lost; a loss that is not finite stops."""
+"""Metrics of a step reach the loggers one step later, and none is lost; a loss that is not finite ends the run."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ NAN_AT = 2
 
 
 def fit(module: Any, data: tiny.Batches, *callbacks: Callback, folder: Path, **trainer: Any) -> tiny.Record:
-    """As `tiny.fit`, with `metrics.csv` in `folder`."""
+    """Like `tiny.fit`, with `metrics.csv` in `folder`."""
     record = tiny.Record()
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "precision": "64-true"}
     lengths: dict[str, Any] = {"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": False, "devices": 1}
@@ -129,7 +129,7 @@ def test_a_request_is_sent_once_and_remains_until_it_is_met() -> None:
     readings = MetricsBuffer()
     readings.request_stop = True
     send(readings)
-    assert (readings.stop_requested, readings.request_stop) == (False, False), "on its way"
+    assert (readings.stop_requested, readings.request_stop) == (False, False), "it has not arrived yet"
     readings.wait()
     assert (readings.stop_requested, readings.save_requested) == (True, False)
     readings.request_save = True
@@ -159,7 +159,7 @@ def test_drain_hands_over_only_metrics_that_have_arrived() -> None:
     readings, seen = MetricsBuffer(), []
     send(readings, 1.5)
     readings.drain(seen.append)
-    assert seen == [], "it is still on its way"
+    assert seen == [], "it has not arrived yet"
     readings.wait()
     assert readings.latest is None
     readings.record("speed", 3.0)
@@ -197,13 +197,13 @@ def test_a_row_is_written_one_step_later_with_its_own_values(tmp_path: Path) -> 
     module, written = tiny.dino(), Written(tmp_path)
     record = fit(module, tiny.batches(4), written, folder=tmp_path, max_epochs=2)
     assert written.seen[:4] == [[], [0], [0, 1], [0, 1, 2]]
-    assert written.seen[4] == [0, 1, 2, 3], "the end of the epoch waits for nothing"
+    assert written.seen[4] == [0, 1, 2, 3], "the end of the epoch writes all rows"
     assert losses(tmp_path) == pytest.approx(dict(enumerate(record.losses)), rel=1e-12)
     for row, rate, decay in zip(rows(tmp_path), record.rates, record.decays, strict=True):
         assert float(row["schedule/lr"]) == rate
         assert float(row["schedule/weight_decay"]) == decay[0]
         assert int(row["epoch"]) == int(row["step"]) // 4
-    # The norm of the center as the loss saw it: before the step moved it.
+    # The norm of the center that the loss used: before the update of the step.
     norms = [float(row["collapse/center_norm"]) for row in rows(tmp_path)]
     assert norms == pytest.approx([0.0] + [center.norm().item() for center in record.centers[:-1]], rel=1e-9)
 
@@ -230,7 +230,7 @@ class Stop(Callback):
 
 
 def test_a_stopped_run_writes_its_last_loss(tmp_path: Path) -> None:
-    """Also where the step is none of every ten, as Lightning does it."""
+    """Also if `log_every_n_steps` does not include the step, like in Lightning."""
     record = fit(tiny.dino(), tiny.batches(5), Stop(), folder=tmp_path, log_every_n_steps=10)
     assert losses(tmp_path) == pytest.approx({2: record.losses[2]}, rel=1e-12)
 
@@ -281,7 +281,7 @@ def test_no_checkpoint_is_written_after_a_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_nan_ends_the_run_before_the_weights_are_used(tmp_path: Path, at: int) -> None:
-    """By the next step, or before the callbacks of the epoch's end have their turn."""
+    """In the next step, or before the callbacks at the end of the epoch."""
 
     class Evaluation(Callback):
         ran = False
@@ -330,8 +330,8 @@ def test_one_rank_stops_all_in_the_same_step(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in ranks:
         assert f"the loss is nan at step {NAN_AT}:" in rank["error"]
-        assert rank["steps"] == NAN_AT, "no weight moves"
-        # But for the recorder of this test itself. Lightning's own question to rank 0 would be among them.
+        assert rank["steps"] == NAN_AT, "no weight changes"
+        # Except the recorder of this test. A broadcast of Lightning from rank 0 would be among them.
         assert [wait for wait in rank["waits"] if "/tiny.py:" not in wait] == []
     assert ranks[0]["mean"] == ranks[1]["mean"] == pytest.approx(sum(losses(tmp_path).values()) / NAN_AT, rel=1e-9)
     assert list(losses(tmp_path)) == list(range(NAN_AT))

@@ -228,7 +228,7 @@ def test_a_rollback_continues_from_the_previous_checkpoint(tmp_path: Path, capsy
     )
     at_checkpoint = reference_states(dino(), batches, skipped=set())[1]
     assert_equal(ours.states[3], at_checkpoint)
-    # The same steps, as if those since the checkpoint and the bad one had never been.
+    # The same steps, without those since the checkpoint and without the bad one.
     expected = reference_states(dino(), batches, skipped={2, 3})
     assert_equal(ours.states[4], expected[4])
     assert_equal(ours.states[5], expected[5])

@@ -66,7 +66,7 @@ def test_overflows_are_only_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_on_a_gpu(tmp_path: Path, policy: str, cause: str, precision: str) -> None:
     if (cause, precision) == ("gradient", "16-mixed"):
-        pytest.skip("the loss scale deals with those")
+        pytest.skip("the loss scale handles these")
     torch.manual_seed(5)
     batches = tiny.batches(STEPS, dtype=torch.float32)
     batches = broken(batches, BAD) if cause == "loss" else batches

@@ -73,7 +73,7 @@ def test_teacher_after_each_step(update: str, accumulated: int) -> None:
             if update == "ema":
                 torch.testing.assert_close(weight, wanted[name], rtol=1e-12, atol=1e-15, msg=f"{name} at step {step}")
             else:
-                assert torch.equal(weight, wanted[name]), f"{name} at step {step}: a copy, to the last bit"
+                assert torch.equal(weight, wanted[name]), f"{name} at step {step} is not an exact copy"
     for before, now in pairwise(students):
         assert not torch.equal(before["backbone.pos_embed"], now["backbone.pos_embed"])
 

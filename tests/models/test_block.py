@@ -1,6 +1,6 @@
-"""The fused transformer block and the patch embedding in one product against the plain forms in float64.
+"""The fused transformer block and the patch embedding in one product, compared with the plain forms in float64.
 
-Without a GPU the kernels run in triton's interpreter, and are compiled for a GPU that is not there.
+Without a GPU the kernels run in Triton's interpreter, and are compiled for a GPU.
 """
 
 import copy
@@ -13,6 +13,7 @@ import pytest
 import torch
 from block_worker import HEADS, SHAPES, WIDTH, inputs, make_block, outputs_and_gradients
 from programs import run_program
+from slow_params import first
 from timm.layers import PatchEmbed
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -52,16 +53,16 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @needs_triton
 @pytest.mark.parametrize(("half", "dropped"), [(False, True), (True, False)])
 def test_the_fused_block_equals_the_reference(interpreted: dict, half: bool, dropped: bool) -> None:
-    """The interpreter cuts bfloat16 off where a GPU rounds to nearest, hence twice the error."""
+    """The interpreter truncates bfloat16 where a GPU rounds to nearest, so the error is twice as large."""
     block, (x_MD, scales_2M1) = make_block(WIDTH, HEADS), inputs(SHAPES, WIDTH)
     found = errors(interpreted[half, dropped], exact(block, x_MD, SHAPES, scales_2M1 if dropped else None))
     assert max(found.values()) <= (4 * BFLOAT16 if half else FLOAT32), found
 
 
 @needs_triton
-@pytest.mark.parametrize("pointer", ["*fp32", "*bf16"])
+@pytest.mark.parametrize("pointer", first(["*bf16", "*fp32"]))
 def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes Python that the compiler refuses. Compute capability 9.0, ViT-S."""
+    """The interpreter accepts Python that the compiler refuses. Compute capability 9.0, ViT-S."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -99,14 +100,14 @@ def test_the_fused_block_is_not_available_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("kernel", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", None])
 def test_attention_has_the_kernels_signatures(kernel: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a pretended GPU, which computes shapes only; None for sequences of several lengths."""
+    """On a fake GPU, which computes only shapes; None for sequences of several lengths."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     varlen, kind = kernel is None, torch.float32 if kernel == "EFFICIENT_ATTENTION" else torch.bfloat16
     if kernel is not None:
         chosen = SDPBackend.__members__[kernel].value
         monkeypatch.setattr(attention_kernels, "_chosen", lambda *_: chosen)
-    monkeypatch.setattr(packing, "constant", packing.constant.__wrapped__)  # else it would keep a pretended tensor
+    monkeypatch.setattr(packing, "constant", packing.constant.__wrapped__)  # otherwise it would cache a fake tensor
     with FakeTensorMode():
         qkv_M3D = torch.empty(76, 3 * WIDTH, device="cuda", dtype=kind)
         out_MD, kept, kernels = attention(qkv_M3D, SHAPES, heads=HEADS, varlen=varlen)

@@ -1,4 +1,4 @@
-"""Masks of patches: against a slow loop that draws the same numbers, and what can be said of all of them."""
+"""Masks of patches: compared with a slow loop that draws the same numbers, and properties of all masks."""
 
 import math
 

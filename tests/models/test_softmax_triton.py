@@ -1,7 +1,6 @@
-"""The Triton kernels of the loss against a loop over pairs of views in float64.
+"""The Triton kernels of the loss, compared with a loop over pairs of views in float64.
 
-Without a GPU they run in triton's interpreter, all cases in one process, and are compiled for a GPU that is
-not there.
+Without a GPU they run in Triton's interpreter, all cases in one process, and are compiled for a GPU.
 """
 
 import importlib.util
@@ -28,7 +27,7 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 """Half a unit in the last place of the dtype that the gradient is written in."""
 
 INTERPRETED = ROUNDING | {torch.bfloat16: 2.0**-7}
-"""The interpreter cuts bfloat16 off where a GPU rounds to nearest: a whole unit."""
+"""The interpreter truncates bfloat16, a GPU rounds to nearest: a whole unit."""
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,7 +35,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @dataclass(frozen=True)
 class Case:
-    """A chunk of logits; `layout` says where the student's rows lie, `falling` rows get smaller along K."""
+    """A chunk of logits; `layout` is the memory layout of the student's rows, and `falling` rows decrease along K."""
 
     V: int
     T: int
@@ -170,7 +169,7 @@ def test_a_view_without_another_crop_has_neither_loss_nor_gradient(interpreted: 
 
 @needs_triton
 def test_a_nan_affects_only_its_row(interpreted: dict) -> None:
-    """The run stops at a loss that is not finite, so a maximum that passes over NaN must not hide one."""
+    """The run stops at a loss that is not finite, so a maximum that ignores NaN must not hide one."""
     nan = interpreted["not a number"]["loss"].isnan()
     assert nan.nonzero().tolist() == [[1, 2]]
 
@@ -193,7 +192,7 @@ def test_triton_is_imported_by_the_first_call_only(interpreted: dict) -> None:
 @needs_triton
 @pytest.mark.parametrize("pointer", ["*fp32", "*bf16", "*fp16"])
 def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes Python that the compiler refuses. Compute capability 8.0; K = 65536, as in training."""
+    """The interpreter accepts Python that the compiler refuses. Compute capability 8.0; K = 65536, as in training."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -207,7 +206,7 @@ def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: py
         kinds |= {n: "fp32" for n in kinds if n.startswith(("inverse", "gradient"))}
         kinds |= {n: "*fp32" for n in kinds if n in ("center", "maximum_rT", "total_rT", "loss_rV")}
         kinds |= {n: pointer for n in kinds if n in ("student", "teacher")}
-        # What the launcher finds out by itself: addresses and strides of whole vectors.
+        # The launcher detects aligned addresses and strides.
         aligned = [n for n in kinds if kinds[n].startswith("*") or n.endswith("stride")]
         source = ASTSource(
             kernel,

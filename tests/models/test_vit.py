@@ -97,7 +97,7 @@ def test_drop_path_drops_crop_by_crop(checkpointed: bool) -> None:
             parts.append(x_BND + two * block.mlp(block.norm2(x_BND)))  # type: ignore[operator]
         x_MD, _ = pack(parts)
     torch.testing.assert_close(ours, network.norm(first_tokens(x_MD, shapes)), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(ours, network(crops()), atol=1e-3), "drawn anew each time"
+    assert not torch.allclose(ours, network(crops()), atol=1e-3), "each pass draws other numbers"
     assert torch.equal(network.eval()(crops()), network(crops())), "not drawn in evaluation"
 
 
@@ -116,7 +116,7 @@ def test_factors_of_drop_path() -> None:
 
 
 def test_subsets_of_drop_path() -> None:
-    """A fixed number of whole crops of each resolution, drawn anew, scaled so that the mean of the branch stays."""
+    """Each pass draws a fixed number of whole crops of each resolution, scaled so that the mean is unchanged."""
     shapes = ((10, 3), (20, 2))
     subset = drawn_subset(0.25, shapes, CPU)
     assert subset.shapes == ((8, 3), (15, 2))
@@ -230,5 +230,5 @@ def test_tiles_keep_the_inputs_of_branches_only(monkeypatch: pytest.MonkeyPatch)
     images = [torch.randn(16, 3, 32, 32, dtype=torch.float64)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         network(images)
-    # Images, two branches of the first block, then the last block's input, keys and values; class tokens beside.
+    # Images, two branches of the first block, then the last block's input, keys and values; and class tokens.
     assert sum(kept.values()) / (16 * 17 * 48) == pytest.approx(3 * 32 * 32 / (17 * 48) + 2 + 3, rel=0.1)

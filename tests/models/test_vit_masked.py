@@ -127,11 +127,11 @@ def test_only_the_first_crops_are_masked_where_sizes_are_equal() -> None:
 
 def test_the_mask_token_exists_only_in_training() -> None:
     assert "mask_token" not in OriginalViT(ViTConfig(depth=1), image_size=32, drop_path_rate=0.0).state_dict()
-    assert list(vit().state_dict())[-1] != "mask_token", "it stands with the other tokens"
+    assert list(vit().state_dict())[-1] != "mask_token", "it is next to the other tokens"
 
 
 def test_exported_weights_have_no_mask_token(tmp_path: Path) -> None:
-    """Neither the export nor what is read from a checkpoint of training."""
+    """Neither an export nor a network that is loaded from a training checkpoint has one."""
     network, config = vit().float(), ViTConfig(width=32, depth=3, heads=2, patch_size=8)
     export_backbone(
         network.state_dict(),

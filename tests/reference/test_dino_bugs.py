@@ -150,7 +150,7 @@ def test_teacher_is_updated_once_per_optimizer_step_with_its_momentum(accumulate
 
 
 def test_batch_norm_statistics_of_the_teacher_are_its_own() -> None:
-    """It runs in train mode; its buffers are neither the student's nor an average with them."""
+    """The teacher runs in train mode; its buffers are not copied or averaged from the student."""
     module = tiny.dino(head_batch_norm=True)
     modes: set[bool] = set()
     module.teacher.register_forward_pre_hook(lambda m, _: modes.add(m.training))

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a reader points at, chooses and sees, against the files it is made from."""
+"""The report in a real browser: interaction and display, compared with the files of the runs."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Seen:
-    """An open page, with what it has said and asked for."""
+    """An open page, with its console messages and requests."""
 
     def __init__(self, browser: Any, path: Path, **context: Any) -> None:
         self.said: list[str] = []
@@ -63,28 +63,28 @@ class Seen:
             self.settle()
 
     def settle(self) -> None:
-        """Until what was asked for is drawn."""
+        """Wait until the page is drawn."""
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def chart(self, title: str) -> Any:
         return self.page.locator(".chart").filter(has=self.page.get_by_role("heading", name=title, exact=True))
 
     def scroll_to(self, title: str) -> dict[str, float]:
-        """The place of a chart, which is drawn when it comes into view."""
+        """The position of a chart, which is drawn when it comes into view."""
         plot = self.chart(title).locator(".plot")
         plot.scroll_into_view_if_needed()
         self.settle()
         return plot.bounding_box()
 
     def point_at(self, title: str, step: int) -> tuple[str, list[str]]:
-        """Move the mouse to a step of a chart; what stands above it then, and the values of its legend."""
+        """Move the mouse to a step of a chart; returns the text above the chart and the values of its legend."""
         box = self.scroll_to(title)
         self.page.mouse.move(box["x"] + self.x(title, step), box["y"] + 100)
         self.settle()
         return self.chart(title).locator(".at").inner_text(), self.chart(title).locator(".key b").all_inner_texts()
 
     def x(self, title: str, step: float) -> float:
-        """Pixels from the left of the chart, from the axis that the reader sees."""
+        """Pixels from the left of the chart, computed from the visible axis."""
         marks = (
             self.chart(title)
             .locator("svg text[text-anchor=middle]")
@@ -148,7 +148,7 @@ def test_the_mouse_shows_the_values_of_the_metrics(one: Seen, folder: Path):
         assert at == f"step {step} · epoch {step // 100 + 1}"
         expected = [next(each[s] for s in sorted(each, key=lambda s: abs(s - step))) for each in (loss, mean)]
         assert [float(value) for value in values] == pytest.approx(expected, rel=1e-4)
-    # All charts tell the same step.
+    # All charts show the same step.
     assert "step 399" in one.chart(KNN).locator(".at").inner_text()
 
 
@@ -313,7 +313,7 @@ def test_without_scripts_everything_is_there(browser: Any, folder: Path):
     charts = seen.page.locator(".chart")
     assert charts.count() == seen.page.locator(".chart .plot > svg:has(path.line)").count() > 10
     assert charts.first.locator("svg").bounding_box()["height"] > 100
-    # Nothing to press that does nothing; and every epoch is shown, one below the other.
+    # No controls without effect; every epoch is shown, one below the other.
     assert seen.page.locator(":is(form, .script, input):visible").count() == 0
     assert seen.page.locator("img:visible").count() == seen.page.locator("img").count() == 10
     seen.context.close()

@@ -1,4 +1,4 @@
-"""Sheets of pictures: what stands where, read off their pixels."""
+"""Sheets of pictures: their layout and colors, read from their pixels."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from dino_lightning.report.pictures.sheets import (
 
 
 def panel(sheet: Image.Image, *, row: int, column: int, cell: tuple[int, int], rows: int) -> np.ndarray:
-    """The pixels of one panel of a sheet without a split: panels stand at the lower end, titles above them."""
+    """The pixels of one panel of a sheet without a split: panels are at the bottom, titles above them."""
     width, height = cell
     left = GAP + column * (width + GAP)
     top = sheet.height - (rows - row) * (height + GAP)

@@ -1,4 +1,4 @@
-"""Heads in color and patch tokens in color: what stands where, read off their pixels."""
+"""Heads and patch tokens in color: layout and colors, read from the pixels."""
 
 import numpy as np
 import pytest

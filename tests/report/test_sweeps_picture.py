@@ -1,4 +1,4 @@
-"""The picture and the table of a sweep: where runs stand, which keys become axes, what each state looks like."""
+"""The picture and the table of a sweep: positions of runs, keys that become axes, and the marks of states."""
 
 import math
 import re
