@@ -26,10 +26,28 @@ def pytest_collection_finish() -> None:
         registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
 
 
+def _runs_tests(session: pytest.Session) -> bool:
+    """Whether this process runs tests, and does not distribute them to others."""
+    return session.config.getoption("numprocesses", None) in (None, 0) and not session.config.option.collectonly
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Use one thread before test modules are imported.
+
+    If an import computed with several threads, OpenMP would start them here, and a forked process would wait for them
+    forever.
+    """
+    if _runs_tests(session):
+        import torch
+
+        torch.set_num_threads(1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Start the fork server of processes that run tests, not of the one that distributes them."""
-    if session.config.getoption("numprocesses", None) in (None, 0) and not session.config.option.collectonly:
+    """Start the fork server."""
+    if _runs_tests(session):
         start_fork_server()
 
 

@@ -128,18 +128,20 @@ class TestMemory:
         assert not folder.exists()
 
     def test_the_last_of_two_processes_removes_the_folder(self, source, config, tmp_path):
-        program, log, end = (tmp_path / name for name in ("keep.py", "log", "end"))
+        program, output, end = (tmp_path / name for name in ("keep.py", "output", "end"))
         program.write_text(KEEP)
         arguments = source.name, json.dumps(vars(config)), str(end)
-        other = start_program(str(program), *arguments, cwd=tmp_path, stdout=log, stderr=log)
-        wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
-        folder = Path(log.read_text().splitlines()[-1])
-        kept = keep(source, config)
-        assert (kept.folder, source.reads.value) == (folder, 0)
-        del kept
-        assert folder.exists()
-        end.touch()
-        other.join()
+        other = start_program(str(program), *arguments, cwd=tmp_path, stdout=output, stderr=tmp_path / "log")
+        try:
+            wait_until(lambda: output.exists() and output.read_text().endswith("\n"))
+            folder = Path(output.read_text().strip())
+            kept = keep(source, config)
+            assert (kept.folder, source.reads.value) == (folder, 0)
+            del kept
+            assert folder.exists()
+        finally:
+            end.touch()
+            other.join()
         assert other.exitcode == 0
         assert not folder.exists()
 

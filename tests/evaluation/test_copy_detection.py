@@ -30,8 +30,15 @@ def data(tmp_path: Path) -> CopydaysData:
     return write_copydays(tmp_path / "data")
 
 
-def run(tmp_path: Path, data: CopydaysData, network: FrozenNetwork | None = None, **config: Any) -> dict[str, Result]:
-    task = tiny_task(tmp_path, network or tiny_network(), data=data)
+def run(
+    tmp_path: Path,
+    data: CopydaysData,
+    network: FrozenNetwork | None = None,
+    *,
+    save_pictures: bool = False,
+    **config: Any,
+) -> dict[str, Result]:
+    task = tiny_task(tmp_path, network or tiny_network(), data=data, save_pictures=save_pictures)
     results = copy_detection.evaluate(CopyDetectionEval(**{"image_size": SIZE, **config}), task)
     return {result.metric: result for result in results}
 
@@ -164,12 +171,12 @@ def test_each_setting_has_its_own_feature_cache(data: CopydaysData, tmp_path: Pa
     changes: list[dict[str, Any]] = [{}, {"image_size": 24}, {"gem_power": 2.0}]
     plain = [{name: result.value for name, result in run(tmp_path, data, **config).items()} for config in changes]
     for config, expected_values in zip([*changes, changes[0]], [*plain, plain[0]], strict=True):
-        task = tiny_task(tmp_path, tiny_network(), data=data, cache=tmp_path / "cache")
+        task = tiny_task(tmp_path, tiny_network(), data=data, cache=tmp_path / "cache", save_pictures=False)
         cached = copy_detection.evaluate(CopyDetectionEval(**{"image_size": SIZE, **config}), task)
         assert {result.metric: result.value for result in cached} == expected_values
 
 
 def test_the_picture_shows_worst_and_best(data: CopydaysData, tmp_path: Path) -> None:
-    run(tmp_path, data)
+    run(tmp_path, data, save_pictures=True)
     sheet = Image.open(tmp_path / "out/pictures/neighbors.png")
     assert sheet.height > 8 * 128

@@ -172,7 +172,7 @@ def _evaluated(folder: Path, **config: Any) -> list[Result]:
 
 
 def test_results_and_details_of_the_evaluation(tmp_path: Path) -> None:
-    low, all_labels = _evaluated(tmp_path, shares=[0.05, 1.0], splits=2, c=[1.0, 100.0], max_iterations=200)
+    low, all_labels = _evaluated(tmp_path, shares=[0.05, 1.0], splits=2, c=[1.0, 100.0], max_iterations=50)
     assert [low.metric, all_labels.metric] == ["top1_5pct", "top1_100pct"]
     assert low.main
     splits = low.details["splits"]

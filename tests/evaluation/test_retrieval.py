@@ -32,8 +32,15 @@ def data(tmp_path: Path) -> RevisitedData:
     return write_revisited(tmp_path / "data")
 
 
-def run(tmp_path: Path, data: RevisitedData, network: FrozenNetwork | None = None, **config: Any) -> dict[str, Result]:
-    task = tiny_task(tmp_path, network or tiny_network(), data=data)
+def run(
+    tmp_path: Path,
+    data: RevisitedData,
+    network: FrozenNetwork | None = None,
+    *,
+    save_pictures: bool = False,
+    **config: Any,
+) -> dict[str, Result]:
+    task = tiny_task(tmp_path, network or tiny_network(), data=data, save_pictures=save_pictures)
     results = retrieval.evaluate(RetrievalEval(**{"image_size": SIZE, **config}), task)
     return {result.metric: result for result in results}
 
@@ -234,7 +241,7 @@ def test_each_setting_has_its_own_feature_cache(data: RevisitedData, tmp_path: P
 
 
 def test_the_picture_frames_the_retrieved_images(data: RevisitedData, tmp_path: Path) -> None:
-    run(tmp_path, data)
+    run(tmp_path, data, save_pictures=True)
     sheet = Image.open(tmp_path / "out/pictures/neighbors.png").convert("RGB")
     colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height) or []}
     assert {AGREES, DIFFERS, UNJUDGED} <= colors

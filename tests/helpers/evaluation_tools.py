@@ -37,12 +37,19 @@ def timm_network(name: str, *, image_size: int = 32, seed: int = 0, **arguments:
     return _network(rebuild, name, size=image_size, seed=seed)
 
 
-def tiny_task(tmp_path: Path, network: FrozenNetwork, *, data: ImagesConfig, **task: Any) -> Task:
-    """A task in one process on the CPU, with output in `tmp_path / "out"`."""
+def tiny_task(
+    tmp_path: Path, network: FrozenNetwork, *, data: ImagesConfig, save_pictures: bool = True, **task: Any
+) -> Task:
+    """A task in one process on the CPU, with output in `tmp_path / "out"`.
+
+    Compressing large pictures takes longer than a small evaluation; `save_pictures=False` draws them without saving.
+    """
     context = EvalContext(Fabric(accelerator="cpu", devices=1), show_progress=False)
     result = Task(network, data, context, tmp_path / "out", **task)
     if isinstance(data, BuiltinData):
         result.__dict__["splits"] = _drawn(repr(data), result.seed)
+    if not save_pictures:
+        result.__dict__["save_picture"] = lambda *_, **__: None
     return result
 
 

@@ -183,18 +183,21 @@ def test_options_that_a_network_lacks_are_refused(config: TimmConfig, named: str
         build_backbone(config, image_size=64, drop_path=False)
 
 
+TINY = ViTConfig(width=192, depth=12, heads=3, patch_size=16)
+"""A network that timm has under a name, for 224 pixels."""
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "size"),
     [
-        ViTConfig(width=192, depth=12, heads=3, patch_size=16),
-        ViTConfig(width=32, depth=2, heads=4, patch_size=8),
-        TimmConfig(name="test_resnet"),
-        TimmConfig(name="test_vit", patch_size=8, arguments={"depth": 2}),
-        TimmConfig(name="xcit_nano_12_p16_224"),
+        pytest.param(TINY, 224, id="vit_tiny"),
+        pytest.param(TINY, 64, id="vit_tiny for other images"),
+        pytest.param(ViTConfig(width=32, depth=2, heads=4, patch_size=8), 64, id="odd vit"),
+        pytest.param(TimmConfig(name="test_resnet"), 64, id="resnet"),
+        pytest.param(TimmConfig(name="test_vit", patch_size=8, arguments={"depth": 2}), 64, id="vit with options"),
+        pytest.param(TimmConfig(name="xcit_nano_12_p16_224"), 64, id="xcit"),
     ],
-    ids=["vit_tiny", "odd vit", "resnet", "vit with options", "xcit"],
 )
-@pytest.mark.parametrize("size", [224, 64])
 def test_exported_weights_load_into_timm(config: BackboneConfig, size: int, tmp_path: Path) -> None:
     ours = build_backbone(config, image_size=size, drop_path=True)
     with torch.no_grad():
