@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from landmark_cases import LANDMARKS, VIEWS, write_revisited, write_truth
+from slow_params import first
 
 from dino_lightning.config import RevisitedData
 from dino_lightning.data.benchmarks.revisited import load_data_pickle, open_revisited
@@ -30,9 +31,9 @@ def test_images_queries_and_ground_truth(protocol: int, tmp_path: Path) -> None:
     assert benchmark.queries[0].easy == []
 
 
-@pytest.mark.parametrize(("name", "images"), [("roxford5k", 4993), ("rparis6k", 6322)])
+@pytest.mark.parametrize(("name", "images"), first([("roxford5k", 4993), ("rparis6k", 6322)]))
 def test_the_real_ground_truth(name: str, images: int, shared_data: Path, tmp_path: Path) -> None:
-    """With empty files for the images, which are not there."""
+    """The images, which are not available, are empty files."""
     (tmp_path / name / "jpg").mkdir(parents=True)
     file = shutil.copy(shared_data / "retrieval" / name / f"gnd_{name}.pkl", tmp_path / name)
     with open(file, "rb") as opened:

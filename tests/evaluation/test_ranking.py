@@ -53,7 +53,7 @@ def test_average_precision_on_the_real_ground_truth(name: str, levels: int, shar
     with open(shared_data / "retrieval" / name / f"gnd_{name}.pkl", "rb") as file:
         truth = load_data_pickle(file)
     rng = np.random.default_rng(levels)
-    chosen = sorted(rng.permutation(70)[:12].tolist())
+    chosen = sorted(rng.permutation(70)[:6].tolist())
     gnd = [truth["gnd"][i] for i in chosen]
     noise = rng.integers(0, levels, (len(gnd), len(truth["imlist"])))
     for row, own in zip(noise, gnd, strict=True):  # a search that is better than chance
