@@ -18,15 +18,7 @@ SYSTEM_CHARTS = [
     Chart(SYSTEM, "Memory of the process", "", {"system/proc.memory.rssMB": "memory"}, unit="MB"),
 ]
 """Metrics that W&B itself logs."""
-SECTIONS = {
-    LEARNING: True,
-    SCHEDULES: False,
-    COLLAPSE: True,
-    SPEED: True,
-    PICTURES: True,
-    NORMS: False,
-    SYSTEM: False,
-}
+SECTIONS = {LEARNING: True, SCHEDULES: False, COLLAPSE: True, SPEED: True, PICTURES: True, NORMS: False, SYSTEM: False}
 """Section -> whether it is open at first."""
 EXTRA = 'pip install "dino-lightning[wandb-workspaces]"'
 TIMEOUT_S = 30

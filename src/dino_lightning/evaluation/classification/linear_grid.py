@@ -125,13 +125,7 @@ class GridSearch:
         return all_reduce_sum(table)
 
     def train(
-        self,
-        grid: dict[FeatureSpec, list[float]],
-        tokens_NT: Tensor,
-        labels_N: Tensor,
-        indices: Tensor,
-        *,
-        label: str,
+        self, grid: dict[FeatureSpec, list[float]], tokens_NT: Tensor, labels_N: Tensor, indices: Tensor, *, label: str
     ) -> dict[FeatureSpec, LinearHeads]:
         """Classifiers for the learning rates of each spec, trained together on the images at `indices`."""
         config, seed = self.config, self.task.seed

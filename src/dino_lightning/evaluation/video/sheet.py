@@ -7,15 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino_lightning.report.pictures.sheets import GAP, INK, PAPER, mask_border
 
-COLORS = [
-    (213, 94, 0),
-    (0, 114, 178),
-    (0, 158, 115),
-    (240, 228, 66),
-    (204, 121, 167),
-    (86, 180, 233),
-    (230, 159, 0),
-]
+COLORS = [(213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233), (230, 159, 0)]
 """Colors of objects 1, 2, ..., repeated; the color-blind-safe palette of Okabe and Ito."""
 LINE_HEIGHT = 24
 """Height of a line of text (pixels)."""

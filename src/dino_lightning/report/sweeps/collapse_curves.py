@@ -33,10 +33,7 @@ class Panel:
 
     def point(self, step: float, value: float) -> tuple[float, float]:
         """Pixel coordinates of a point."""
-        return (
-            self.left + PANEL_WIDTH * step / self.right,
-            TOP + PANEL_HEIGHT * (1 - min(value, self.top) / self.top),
-        )
+        return (self.left + PANEL_WIDTH * step / self.right, TOP + PANEL_HEIGHT * (1 - min(value, self.top) / self.top))
 
 
 def curves_svg(rows: list[Row]) -> str:
