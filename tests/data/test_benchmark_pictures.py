@@ -12,7 +12,7 @@ from dino_lightning.config import PicturesData
 from dino_lightning.data.benchmarks import pictures
 from dino_lightning.data.benchmarks.pictures import Animation, Clip, FrameFiles, Video, open_pictures
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.video.clips import AnimationWriter, VideoWriter, clip_suffix, clip_writer
+from dino_lightning.evaluation.video.clips import clip_suffix, write_clip
 
 WITH_AV = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV: pip install av")
 
@@ -154,16 +154,14 @@ def test_video_without_pyav_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @WITH_AV
 def test_file_of_neither(tmp_path: Path):
     (tmp_path / "a.mp4").write_bytes(b"nothing that anyone knows")
-    with pytest.raises(UserError, match="neither an image that PIL knows nor a video that PyAV knows"):
+    with pytest.raises(UserError, match="neither an image format that PIL supports nor a video that PyAV reads"):
         opened(tmp_path / "a.mp4")
 
 
 @WITH_AV
 def test_videos_are_read_as_written(tmp_path: Path):
-    with clip_writer(tmp_path / "a.mp4", frames_per_second=12.5) as writer:
-        assert isinstance(writer, VideoWriter)
-        for value in (10, 90, 170, 250):
-            writer.add(gray(value, (65, 49)))
+    written = (gray(value, (65, 49)) for value in (10, 90, 170, 250))
+    write_clip(tmp_path / "a.mp4", written, frames_per_second=12.5)
     clip = opened(tmp_path / "a.mp4").clip
     assert isinstance(clip, Video)
     assert (clip.name, clip.count()) == ("a", 4)
@@ -176,10 +174,7 @@ def test_videos_are_read_as_written(tmp_path: Path):
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_animations_are_read_as_written(suffix: str, tmp_path: Path):
     path = tmp_path / f"a{suffix}"
-    with clip_writer(path, frames_per_second=12.5) as writer:
-        assert isinstance(writer, AnimationWriter)
-        for value in (10, 90, 170, 250):
-            writer.add(gray(value))
+    write_clip(path, (gray(value) for value in (10, 90, 170, 250)), frames_per_second=12.5)
     _, frames, _ = frames_of(opened(path).clip)
     assert values(frames) == pytest.approx([10, 90, 170, 250], abs=6)
     with Image.open(path) as image:
@@ -196,8 +191,7 @@ def test_best_ending(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_frames_no_file(tmp_path: Path):
-    with clip_writer(tmp_path / "a.webp", frames_per_second=12):
-        pass
+    write_clip(tmp_path / "a.webp", [], frames_per_second=12)
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,6 @@ from dino_lightning.report.pictures.tokens import (
     heads_sheet,
     patch_sheet,
     stack,
-    token_sheet,
 )
 
 SIZE = (40, 20)
@@ -157,7 +156,7 @@ def test_key_of_many_heads_is_whole():
 def test_tokens_are_next_to_their_image():
     every = [shown(seed=seed) for seed in range(3)]
     colors = TokenColors.fit([each.tokens for each in every if each.tokens is not None])
-    sheet = token_sheet(every, colors, per_row=2, cell=40)
+    sheet = patch_sheet([each.image for each in every], [each.tokens for each in every], per_row=2, cell=40)
     assert sheet.width == GAP + 4 * (40 + GAP)
     tokens = every[1].tokens
     assert tokens is not None

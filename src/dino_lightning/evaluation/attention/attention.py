@@ -91,7 +91,7 @@ def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: F
             rows.append(torch.stack([best, jaccard.heads, jaccard.foreground]))
             indices.append(each.index)
     # (images, 3, M, H): the best head of each object (repeated H times), all heads, all heads on the foreground.
-    shape = (3, len(config.masses), number_of_heads(task))
+    shape = (3, len(config.masses), int(cast(Any, task.network.backbone).blocks[-1].attn.num_heads))
     table, order = gather_rows(rows, indices, shape=shape)
     if not len(table):
         raise UserError(
@@ -167,11 +167,6 @@ def draw_sheets(config: AttentionEval, task: Task, images: FullImages) -> None:
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca)
     samples = [images[index] for index in sheet_indices(config, task, images.source)]
     save_sheets(config, task, list(extractor.extract(samples)))
-
-
-def number_of_heads(task: Task) -> int:
-    """Number of heads of the last block."""
-    return int(cast(Any, task.network.backbone).blocks[-1].attn.num_heads)
 
 
 def gather_rows(rows: Sequence[Tensor], indices: Sequence[int], *, shape: tuple[int, ...]) -> tuple[Tensor, list[int]]:

@@ -3,8 +3,9 @@
 C channels, H, W pixels after resizing and cropping, heads, h and w patches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -38,26 +39,21 @@ class MaskSource(Protocol):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """One image, ready for the network; `image` is None if it cannot be read."""
-
-    index: int
-    image: Tensor | None
-    """(C, H, W), normalized."""
-    labels: Tensor | None
-    """uint8 (H, W), if the source has masks."""
-
-
-@dataclass(frozen=True)
-class ImageAttention:
-    """An image and its attention, on the CPU."""
+    """One image, ready for the network."""
 
     index: int
     image: Tensor
     """(C, H, W), normalized."""
+    labels: Tensor | None = None
+    """uint8 (H, W), if the source has masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAttention(PreparedImage):
+    """An image and its attention, on the CPU."""
+
     attention: Tensor
     """(heads, h, w) float32."""
-    labels: Tensor | None = None
-    """uint8 (H, W)."""
     tokens: Tensor | None = None
     """(h, w, D) float32."""
 
@@ -93,18 +89,17 @@ class FullImages(SourceImages):
         super().__init__(source, config=config or DataConfig(max_bad_share=1), bad_images=bad_images)
         self.view = view
 
-    def __getitem__(self, index: int) -> PreparedImage:
-        image = self.read(index)
+    def __getitem__(self, index: int) -> PreparedImage | None:
+        image, labels = self.read(index), None
         if image is None:
-            return PreparedImage(index, None, None)
-        if not isinstance(self.source, MaskSource):
-            return PreparedImage(index, self.view.image(image), None)
-        try:
-            labels_HW = self.source.mask(index)
-        except UNREADABLE as error:
-            self.bad.note(self.source.describe(index), why_unreadable(error))
-            return PreparedImage(index, None, None)
-        return PreparedImage(index, self.view.image(image), self.view.labels(labels_HW))
+            return None
+        if isinstance(self.source, MaskSource):
+            try:
+                labels = self.view.labels(self.source.mask(index))
+            except UNREADABLE as error:
+                self.bad.note(self.source.describe(index), why_unreadable(error))
+                return None
+        return PreparedImage(index, self.view.image(image), labels)
 
 
 @dataclass(frozen=True)
@@ -115,27 +110,19 @@ class AttentionExtractor:
     batch_size: int
     tokens: bool = False
 
-    def extract(self, samples: Sequence[PreparedImage]) -> Iterator[ImageAttention]:
+    def extract(self, samples: Iterable[PreparedImage | None]) -> Iterator[ImageAttention]:
         """The attention of the readable images, in order. Successive images of one shape form a batch."""
         backbone, context = cast(Any, self.task.network.backbone), self.task.context
-        readable = [sample for sample in samples if sample.image is not None]
-        start = 0
-        while start < len(readable):
-            shape = cast(Tensor, readable[start].image).shape
-            stop = start + 1
-            while stop < min(len(readable), start + self.batch_size):
-                if cast(Tensor, readable[stop].image).shape != shape:
-                    break
-                stop += 1
-            batch = readable[start:stop]
-            images = torch.stack([cast(Tensor, sample.image) for sample in batch]).to(context.device)
-            attention = context.forward(lambda images: cls_attention(backbone, images))(images).cpu()
-            tokens: Sequence[Tensor | None] = [None] * len(batch)
-            if self.tokens:
-                tokens = list(context.forward(lambda images: patch_tokens(backbone, images))(images).cpu())
-            for sample, heads, own_tokens in zip(batch, attention, tokens, strict=True):
-                yield ImageAttention(sample.index, cast(Tensor, sample.image), heads, sample.labels, own_tokens)
-            start = stop
+        attention_of = context.forward(lambda images: cls_attention(backbone, images))
+        tokens_of = context.forward(lambda images: patch_tokens(backbone, images))
+        readable = (sample for sample in samples if sample is not None)
+        for _, same_shape in groupby(readable, key=lambda sample: sample.image.shape):
+            while batch := list(islice(same_shape, self.batch_size)):
+                images = torch.stack([sample.image for sample in batch]).to(context.device)
+                attention = attention_of(images).cpu()
+                tokens = tokens_of(images).cpu() if self.tokens else [None] * len(batch)
+                for sample, heads, own in zip(batch, attention, tokens, strict=True):
+                    yield ImageAttention(sample.index, sample.image, sample.labels, attention=heads, tokens=own)
 
 
 def extract_attention(
@@ -145,14 +132,8 @@ def extract_attention(
     task, size = extractor.task, extractor.batch_size
     local = list(range(len(images)) if indices is None else indices)[rank() :: world_size()]
     batches = [local[start : start + size] for start in range(0, len(local), size)]
-    loader = BatchLoader(
-        images, batches, num_workers=task.num_workers, device=torch.device("cpu"), collate=_keep_samples
-    )
+    loader = BatchLoader(images, batches, num_workers=task.num_workers, device=torch.device("cpu"), collate=list)
     with task.context.progress(label, total=len(local)) as advance:
         for batch in loader:
             yield from extractor.extract(batch)
             advance(len(batch))
-
-
-def _keep_samples(samples: list[PreparedImage]) -> list[PreparedImage]:
-    return samples

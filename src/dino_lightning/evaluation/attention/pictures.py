@@ -1,13 +1,14 @@
 """The pictures of `eval=attention`: sheets of some images, a page per image, and the video of a clip."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dino_lightning.config import AttentionEval, CropsConfig
@@ -16,7 +17,7 @@ from dino_lightning.data.crops import denormalize
 from dino_lightning.evaluation.attention.images import AttentionExtractor, FullImageView, ImageAttention, PreparedImage
 from dino_lightning.evaluation.attention.masks import VOID, attended_area, mass_masks
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.video.clips import clip_suffix, clip_writer
+from dino_lightning.evaluation.video.clips import clip_suffix, write_clip
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import GAP, MAX_HEADS
 from dino_lightning.report.pictures.tokens import (
@@ -25,8 +26,8 @@ from dino_lightning.report.pictures.tokens import (
     attention_figure_sheet,
     clip_frame,
     heads_sheet,
+    patch_sheet,
     stack,
-    token_sheet,
 )
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
@@ -57,7 +58,8 @@ def save_sheets(config: AttentionEval, task: Task, images: Sequence[ImageAttenti
     task.save_picture(attention_figure_sheet(figures, cell=round(128 * scale)), "attention")
     task.save_picture(heads_sheet(figures, masses=config.masses, cell=round(224 * scale)), "heads")
     if config.pca:
-        task.save_picture(token_sheet(figures, _colors(images), cell=round(176 * scale)), "pca")
+        pixels, tokens = [each.image for each in figures], [cast(Tensor, each.tokens) for each in figures]
+        task.save_picture(patch_sheet(pixels, tokens, per_row=2, cell=round(176 * scale)), "pca")
 
 
 def save_image_page(config: AttentionEval, task: Task, each: ImageAttention, *, name: str) -> None:
@@ -102,17 +104,17 @@ def save_clip(
     path = task.picture_path(f"{clip.name}{clip_suffix()}")
     areas: list[Tensor] = []
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=colors is not None)
-    with (
-        clip_writer(path, frames_per_second=config.frames_per_second) as writer,
-        task.context.progress("frames", total=total) as advance,
-    ):
+
+    def drawn(advance: Callable[[int], None]) -> Iterator[Image.Image]:
         for each in extract_frames(extractor, clip, view, on_bad=on_bad):
             areas.append(attended_area(each.attention, masses=config.masses))
-            if task.context.is_main:
+            if task.context.is_main:  # the other ranks only extract their share
                 figure = attention_figure(each, task.network, masses=config.masses)
-                width = min(CLIP_CELL[path.suffix], each.image.shape[-1])
-                writer.add(clip_frame(figure, colors, width=width))
+                yield clip_frame(figure, colors, width=min(CLIP_CELL[path.suffix], each.image.shape[-1]))
             advance(1)
+
+    with task.context.progress("frames", total=total) as advance:
+        write_clip(path, drawn(advance), frames_per_second=config.frames_per_second)
     return (torch.stack(areas).mean(0).tolist() if areas else []), path
 
 
@@ -121,7 +123,7 @@ def extract_frames(
 ) -> Iterator[ImageAttention]:
     """The attention of all frames, or `only` those with these numbers, on every rank; the ranks share the work."""
     frames = (
-        PreparedImage(number, view.image(frame), None)
+        PreparedImage(number, view.image(frame))
         for number, frame in clip.frames(on_bad)
         if only is None or number in only
     )
@@ -140,7 +142,7 @@ def _extract_together(extractor: AttentionExtractor, samples: list[PreparedImage
     if extractor.tokens:
         tokens = list(all_gather_concat(torch.stack([cast(Tensor, each.tokens) for each in local])))
     return [
-        ImageAttention(sample.index, cast(Tensor, sample.image), attention[i], None, tokens[i])
+        ImageAttention(sample.index, sample.image, attention=attention[i], tokens=tokens[i])
         for i, sample in enumerate(samples)
     ]
 

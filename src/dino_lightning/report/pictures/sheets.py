@@ -4,7 +4,7 @@ Shapes: B images, C channels, H and W pixels, h and w patches.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -37,26 +37,28 @@ COLOR_MAP_ANCHORS = np.array(
 
 
 def attention_sheet(
-    images_BCHW: Tensor, attention_BHhw: Tensor, masks: Sequence[np.ndarray] | None = None, *, cell: int = 128
+    images_BCHW: Tensor | Sequence[Tensor],
+    attention_BHhw: Tensor | Sequence[Tensor],
+    masks: Sequence[np.ndarray | None] | None = None,
+    *,
+    cell: int = 128,
 ) -> Image.Image:
     """One row per image: the image, the mean over heads blended with it, and up to six heads.
 
     Images are RGB in 0 to 1; `attention_BHhw` is (B, heads, h, w) and may have any scale, because each map is shown
-    from its minimum to its maximum. `masks`, boolean and of the images' shape, are drawn as outlines on the maps.
-    `cell` is the width of a panel in pixels.
+    from its minimum to its maximum. Images of different shapes are passed as lists. `masks`, boolean and of the images'
+    shape, are drawn as outlines on the maps. `cell` is the width of a panel in pixels.
     """
-    H, W = images_BCHW.shape[-2:]
-    size = (cell, max(1, round(cell * H / W)))
     rows = []
     for image, heads, mask in zip(images_BCHW, attention_BHhw, masks or [None] * len(images_BCHW), strict=True):
-        picture = to_picture(image).resize(size, Image.Resampling.LANCZOS)
-        maps = [rescale_map(map_hw, size) for map_hw in (heads.mean(0), *heads[:MAX_HEADS])]
-        panels = [blend_map(np.asarray(picture), maps[0]), *(color_map(values) for values in maps[1:])]
+        picture = to_picture(image, width=cell)
+        mean, *maps = (rescale_map(map_hw, picture.size) for map_hw in (heads.mean(0), *heads[:MAX_HEADS]))
+        panels = [blend_map(np.asarray(picture), mean), *map(color_map, maps)]
         if mask is not None:
             panels = [draw_outline(panel, mask) for panel in panels]
         rows.append([picture, *map(Image.fromarray, panels)])
-    heads_shown = min(attention_BHhw.shape[1], MAX_HEADS)
-    return grid_sheet(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], size=size)
+    heads_shown = min(attention_BHhw[0].shape[0], MAX_HEADS)
+    return grid_sheet(rows, titles=["image", "mean", *(f"head {i + 1}" for i in range(heads_shown))], width=cell)
 
 
 def neighbor_sheet(
@@ -91,7 +93,7 @@ def neighbor_sheet(
             row.append(_captioned(neighbor, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
         rows.append(row)
     most = max((len(row) for row in rows), default=1) - 1
-    return grid_sheet(rows, titles=["query", *map(str, range(1, most + 1))], size=(cell, cell + caption), split=2 * GAP)
+    return grid_sheet(rows, titles=["query", *map(str, range(1, most + 1))], width=cell, split=2 * GAP)
 
 
 def crop_sheet(
@@ -115,18 +117,21 @@ def crop_sheet(
             row.append(panel)
         rows.append(row)
     titles = [f"{max(crop.shape[-2:])} px" for crop in crops[:per_row]]
-    return grid_sheet(rows, titles=titles, size=(cell, cell))
+    return grid_sheet(rows, titles=titles, width=cell)
 
 
-def to_picture(image_CHW: Tensor) -> Image.Image:
-    """A tensor in 0 to 1 as an image; other values are clipped.
+def to_picture(image_CHW: Tensor, *, width: int | None = None) -> Image.Image:
+    """A tensor in 0 to 1 as an image, resized to `width` pixels; other values are clipped.
 
     A single channel is gray; otherwise the first three channels are red, green and blue.
     """
-    C = image_CHW.shape[0]
+    C, H, W = image_CHW.shape
     rgb_3HW = image_CHW.expand(3, -1, -1) if C == 1 else F.pad(image_CHW[:3], (0, 0, 0, 0, 0, max(0, 3 - C)))
     pixels = (rgb_3HW.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
+    picture = Image.fromarray(pixels.numpy())
+    if width is None:
+        return picture
+    return picture.resize((width, max(1, round(width * H / W))), Image.Resampling.LANCZOS)
 
 
 def color_map(values_HW: np.ndarray) -> Pixels:
@@ -194,50 +199,45 @@ def _badge(draw: ImageDraw.ImageDraw, *, agrees: bool, side: int, corner: int) -
     """Draw a tick or a cross in the lower right corner; not every font has these characters."""
     left, top = corner - side, corner - side
     draw.rectangle((left, top, corner - 1, corner - 1), fill=AGREES if agrees else DIFFERS)
-    strokes = [[(0.22, 0.52), (0.42, 0.72), (0.78, 0.28)]] if agrees else [[(0.27, 0.27), (0.73, 0.73)]]
-    if not agrees:
-        strokes.append([(0.73, 0.27), (0.27, 0.73)])
-    for stroke in strokes:
+    tick, cross = (
+        [[(0.22, 0.52), (0.42, 0.72), (0.78, 0.28)]],
+        [[(0.27, 0.27), (0.73, 0.73)], [(0.73, 0.27), (0.27, 0.73)]],
+    )
+    for stroke in tick if agrees else cross:
         draw.line([(left + side * x, top + side * y) for x, y in stroke], fill=PAPER, width=max(2, side // 8))
 
 
 def grid_sheet(
-    rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], size: tuple[int, int], split: int = 0
+    rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str], width: int, split: int = 0
 ) -> Image.Image:
-    """Panels of one size in rows under column titles; `split` adds pixels and a line after the first column."""
-    width, height = size
+    """Panels of one width in rows under column titles; `split` adds pixels and a line after the first column."""
     top = _font_size(width) + 10
     columns = max(len(titles), 1)
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP) + split, top + max(1, len(rows)) * (height + GAP)), PAPER)
+    heights = [max(panel.height for panel in row) for row in rows]
+    size = (GAP + columns * (width + GAP) + split, top + sum(height + GAP for height in heights))
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     lefts = [GAP + column * (width + GAP) + (split if column else 0) for column in range(columns)]
     for left, title in zip(lefts, titles, strict=False):
         _draw_centered(draw, title, box=(left, 0, left + width, top), size=_font_size(width))
-    for i, row in enumerate(rows):
-        for left, panel in zip(lefts, row, strict=False):
-            sheet.paste(panel, (left, top + i * (height + GAP)))
     if split:
         x = GAP + width + (GAP + split) // 2
         draw.line([(x, top), (x, sheet.height - GAP)], fill=FAINT)
+    for row, height in zip(rows, heights, strict=True):
+        for left, panel in zip(lefts, row, strict=False):
+            sheet.paste(panel, (left, top))
+        top += height + GAP
     return sheet
 
 
 def _draw_centered(draw: ImageDraw.ImageDraw, text: str, *, box: tuple[int, int, int, int], size: int) -> None:
+    """Draw a text in the middle of a box, cut to its width."""
     font = ImageFont.load_default(size=size)
     left, top, right, bottom = box
-    shortened = _shortened(draw, " ".join(text.split()), font=font, width=right - left)
-    draw.text(((left + right) / 2, (top + bottom) / 2), shortened, fill=INK, font=font, anchor="mm")
-
-
-def _shortened(
-    draw: ImageDraw.ImageDraw, text: str, *, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> str:
-    def candidates() -> Iterable[str]:
-        yield text
-        for length in range(len(text) - 1, 0, -1):
-            yield text[:length].rstrip() + "…"
-
-    return next((candidate for candidate in candidates() if draw.textlength(candidate, font=font) <= width), "")
+    text = " ".join(text.split())
+    candidates = [text, *(text[:length].rstrip() + "…" for length in range(len(text) - 1, 0, -1))]
+    shown = next((each for each in candidates if draw.textlength(each, font=font) <= right - left), "")
+    draw.text(((left + right) / 2, (top + bottom) / 2), shown, fill=INK, font=font, anchor="mm")
 
 
 def _font_size(width: int) -> int:

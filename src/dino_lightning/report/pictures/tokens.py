@@ -94,12 +94,9 @@ class TokenColors:
 
 
 def attention_figure_sheet(figures: Sequence[AttentionFigure], *, cell: int = 128) -> Image.Image:
-    """`attention_sheet` for images that may differ in shape."""
-    sheets = []
-    for each in figures:
-        masks = None if each.mask is None else [each.mask]
-        sheets.append(attention_sheet(each.image[None], each.attention[None], masks, cell=cell))
-    return _stack_rows(sheets, heights=[_height(each, cell) for each in figures])
+    """`attention_sheet` for figures."""
+    images, attention = [each.image for each in figures], [each.attention for each in figures]
+    return attention_sheet(images, attention, [each.mask for each in figures], cell=cell)
 
 
 def heads_sheet(
@@ -109,52 +106,36 @@ def heads_sheet(
 
     A legend shows the colors of the heads. With `colors`, the patch tokens are added at the right.
     """
-    sheets = []
+    rows = []
     for each in figures:
-        size = (cell, _height(each, cell))
-        picture = to_picture(each.image).resize(size, Image.Resampling.LANCZOS)
-        row = [picture, *(color_heads(each, mass=m, size=size) for m in range(len(masses)))]
-        titles = ["image", *(f"{mass:.0%} of the attention" for mass in masses)]
+        picture = to_picture(each.image, width=cell)
+        rows.append([picture, *(color_heads(each, mass=m, size=picture.size) for m in range(len(masses)))])
         if colors is not None:
-            row.append(_token_picture(each, colors, size=size))
-            titles.append("patch tokens")
-        sheets.append(grid_sheet([row], titles=titles, size=size))
-    sheet = _stack_rows(sheets, heights=[_height(each, cell) for each in figures])
+            rows[-1].append(_token_picture(each.tokens, colors, size=picture.size))
+    titles = ["image", *(f"{mass:.0%} of the attention" for mass in masses), *["patch tokens"] * (colors is not None)]
+    sheet = grid_sheet(rows, titles=titles, width=cell)
     return stack([sheet, _head_legend(figures[0].attention.shape[0], width=sheet.width)])
 
 
-def token_sheet(
-    figures: Sequence[AttentionFigure], colors: TokenColors, *, per_row: int = 2, cell: int = 192
+def patch_sheet(
+    images_BCHW: Tensor | Sequence[Tensor],
+    tokens_BhwD: Tensor | Sequence[Tensor],
+    *,
+    per_row: int = 4,
+    cell: int = 128,
 ) -> Image.Image:
-    """Each image next to its patch tokens in color, with `per_row` such pairs per row."""
-    rows = []
-    for start in range(0, len(figures), per_row):
-        some = figures[start : start + per_row]
-        size = (cell, max(_height(each, cell) for each in some))
-        row = []
-        for each in some:
-            own = (cell, _height(each, cell))
-            row += [
-                to_picture(each.image).resize(own, Image.Resampling.LANCZOS),
-                _token_picture(each, colors, size=own),
-            ]
-        rows.append((row, size))
-    pairs = min(per_row, len(figures))
-    sheets = [grid_sheet([row], titles=["image", "patch tokens"] * pairs, size=size) for row, size in rows]
-    return _stack_rows(sheets, heights=[size[1] for _, size in rows])
+    """Images, RGB in 0 to 1, next to their patch tokens in color, with `per_row` such pairs per row.
 
-
-def patch_sheet(images_BCHW: Tensor, tokens_BhwD: Tensor, *, per_row: int = 4, cell: int = 128) -> Image.Image:
-    """Images of one shape, RGB in 0 to 1, next to their patch tokens in color, with `per_row` such pairs per row."""
-    size = (cell, max(1, round(cell * images_BCHW.shape[-2] / images_BCHW.shape[-1])))
+    Images of different shapes are passed as lists. `cell` is the width of a panel in pixels.
+    """
     colors = TokenColors.fit(list(tokens_BhwD))
-    pairs = []
+    panels = []
     for image, tokens in zip(images_BCHW, tokens_BhwD, strict=True):
-        pairs.append(to_picture(image).resize(size, Image.Resampling.LANCZOS))
-        pairs.append(to_picture(colors(tokens)).resize(size, Image.Resampling.NEAREST))
+        picture = to_picture(image, width=cell)
+        panels += [picture, _token_picture(tokens, colors, size=picture.size)]
     columns = 2 * min(per_row, len(images_BCHW))
-    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    return grid_sheet(rows, titles=["image", "patch tokens"] * (columns // 2), size=size)
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    return grid_sheet(rows, titles=["image", "patch tokens"] * (columns // 2), width=cell)
 
 
 def clip_frame(figure: AttentionFigure, colors: TokenColors | None, *, width: int) -> Image.Image:
@@ -162,13 +143,12 @@ def clip_frame(figure: AttentionFigure, colors: TokenColors | None, *, width: in
 
     Each panel is `width` pixels wide.
     """
-    size = (width, _height(figure, width))
-    picture = to_picture(figure.image).resize(size, Image.Resampling.LANCZOS)
-    mean = blend_map(np.asarray(picture), rescale_map(figure.attention.mean(0), size))
-    panels = [picture, Image.fromarray(mean), color_heads(figure, mass=0, size=size)]
+    picture = to_picture(figure.image, width=width)
+    mean = blend_map(np.asarray(picture), rescale_map(figure.attention.mean(0), picture.size))
+    panels = [picture, Image.fromarray(mean), color_heads(figure, mass=0, size=picture.size)]
     if colors is not None:
-        panels.append(_token_picture(figure, colors, size=size))
-    frame = Image.new("RGB", (len(panels) * width, size[1]))
+        panels.append(_token_picture(figure.tokens, colors, size=picture.size))
+    frame = Image.new("RGB", (len(panels) * width, picture.height))
     for i, panel in enumerate(panels):
         frame.paste(panel, (i * width, 0))
     return frame
@@ -210,15 +190,6 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def _stack_rows(sheets: Sequence[Image.Image], *, heights: Sequence[int]) -> Image.Image:
-    """Stack sheets with one row each and panels of `heights`; only the first keeps its titles."""
-    cut = [
-        sheet.crop((0, sheet.height - height - GAP, sheet.width, sheet.height))
-        for sheet, height in zip(sheets[1:], heights[1:], strict=True)
-    ]
-    return stack([sheets[0], *cut])
-
-
 def _head_legend(heads: int, *, width: int) -> Image.Image:
     per_line = max(1, (width - GAP) // LEGEND_WIDTH)
     key = Image.new("RGB", (width, LEGEND_HEIGHT * math.ceil(heads / per_line)), PAPER)
@@ -230,17 +201,12 @@ def _head_legend(heads: int, *, width: int) -> Image.Image:
     return key
 
 
-def _token_picture(figure: AttentionFigure, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
-    assert figure.tokens is not None, "there are no tokens"
-    return to_picture(colors(figure.tokens)).resize(size, Image.Resampling.NEAREST)
+def _token_picture(tokens_hwD: Tensor | None, colors: TokenColors, *, size: tuple[int, int]) -> Image.Image:
+    assert tokens_hwD is not None, "there are no tokens"
+    return to_picture(colors(tokens_hwD)).resize(size, Image.Resampling.NEAREST)
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) or (h, w, 3) enlarged to (width, height), with each patch as a rectangle and sharp edges."""
     columns, rows = (np.arange(n) * part // n for n, part in zip(size, values.shape[1::-1], strict=True))
     return values[rows][:, columns]
-
-
-def _height(figure: AttentionFigure, width: int) -> int:
-    """Height of a picture that is `width` pixels wide."""
-    return max(1, round(width * figure.image.shape[-2] / figure.image.shape[-1]))
