@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from dino_lightning import embed
 from dino_lightning.config import BuiltinData
 from dino_lightning.data.sources.builtin import BuiltinImages
-from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.embedding.output import Embeddings
 
 UNTRAINED = "untrained:vit_micro"
 BUILTIN_SIZE = 32

@@ -18,7 +18,7 @@ import dino_lightning
 from dino_lightning.checkpoints import load_network
 from dino_lightning.config import BuiltinData, FolderData, WebDatasetData
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.embedding.output import Embeddings
 from dino_lightning.evaluation.features import cache as feature_cache
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.evaluation.features.spec import FeatureSpec

@@ -39,8 +39,8 @@ def check_evaluation(config: EvaluateConfig, *, overrides: Sequence[str] = ()) -
     check_trainer(config.trainer, program="an evaluation")
     if isinstance(config.logger, TensorBoardLoggerConfig):
         raise UserError(
-            "logger=tensorboard: an evaluation has no curves; choose logger=wandb, or logger=csv for "
-            "results.jsonl alone."
+            "logger=tensorboard: an evaluation has no curves; choose logger=wandb, or logger=csv for results.jsonl "
+            "alone."
         )
     find_evaluation(config.eval).check(config.eval, config.data)
 

@@ -64,6 +64,12 @@ class EvalContext:
         """The device of neighbor searches: a CUDA GPU or the CPU, because `nearest_neighbors` needs 64-bit `topk`."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
+    def set_threads(self, threads: int | None, *, num_nodes: int) -> None:
+        """Give each CPU process `threads` threads, or an equal share of the cores."""
+        if self.device.type == "cpu":
+            processes = max(1, self.fabric.world_size // num_nodes)
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
+
     def forward(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`function` in the configured precision, with its result in float32."""
 
@@ -80,8 +86,8 @@ class EvalContext:
     def say(self, text: str, *, label: str = "") -> None:
         """Print a line after a bold label, on the main process only; brackets in names and paths are kept."""
         if self.is_main:
-            line = Text.assemble((label, "bold"), text)
-            Console(stderr=True, highlight=False).print(line, soft_wrap=True)  # a path in one piece can be copied
+            console = Console(stderr=True, highlight=False)
+            console.print(Text.assemble((label, "bold"), text), soft_wrap=True)  # a path in one piece can be copied
 
 
 @dataclass
@@ -120,14 +126,13 @@ class Task:
     def picture_path(self, file: str) -> Path:
         """The path of the picture or clip `file` in `pictures/`, which is created; the suffix of `file` stays."""
         name = Path(file)
-        suffix = "" if self.network.trained else "_untrained"
-        folder = self.output / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{name.stem}{suffix}{name.suffix}"
+        path = self.output / "pictures" / (file if self.network.trained else f"{name.stem}_untrained{name.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
-def launch_fabric(trainer: DevicesConfig) -> Fabric:
-    """Fabric on the configured devices; starts the other processes."""
+def launch(trainer: DevicesConfig) -> EvalContext:
+    """The configured devices; starts the other processes."""
     try:
         fabric = Fabric(
             accelerator=trainer.accelerator,
@@ -140,11 +145,4 @@ def launch_fabric(trainer: DevicesConfig) -> Fabric:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     fabric.launch()
     atexit.register(leave_group)
-    return fabric
-
-
-def set_threads(fabric: Fabric, threads: int | None, *, num_nodes: int) -> None:
-    """Give each CPU process `threads` threads, or an equal share of the cores."""
-    if fabric.device.type == "cpu":
-        processes = max(1, fabric.world_size // num_nodes)
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
+    return EvalContext(fabric, show_progress=trainer.enable_progress_bar)

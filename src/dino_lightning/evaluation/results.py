@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.report.evaluations import format_figure
 
 
 @dataclass
@@ -62,12 +63,6 @@ def results_table(title: str, columns: Sequence[tuple[str, Sequence[Result]]]) -
     for name, _ in columns:
         table.add_column(name, justify="right")
     for metric in (result.metric for result in columns[0][1] if result.main):
-        cells = [next((result for result in results if result.metric == metric), None) for _, results in columns]
-        table.add_row(metric, *map(_format, cells))
+        cells = [next((each for each in results if each.metric == metric), None) for _, results in columns]
+        table.add_row(metric, *(format_figure(each.value, each.unit) if each else "" for each in cells))
     return table
-
-
-def _format(result: Result | None) -> str:
-    if result is None:
-        return ""
-    return f"{result.value:.1f} %" if result.unit == "%" else f"{result.value:.4g} {result.unit}".rstrip()

@@ -9,15 +9,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dino_lightning.checkpoints import load_network, with_fresh_weights
-from dino_lightning.config import ClassificationEval, DataConfig, EvaluateConfig, WandbLoggerConfig
+from dino_lightning.config import ClassificationEval, DataConfig, EvaluateConfig
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.evaluation.checks import check_channels, check_evaluation
-from dino_lightning.evaluation.context import EvalContext, Result, Task, launch_fabric, set_threads
+from dino_lightning.evaluation.context import EvalContext, Result, Task, launch
 from dino_lightning.evaluation.registry import Evaluation, find_evaluation
 from dino_lightning.evaluation.results import ResultsFile, results_table
 from dino_lightning.evaluation.wandb import log_results, start_evaluation
 from dino_lightning.loggers.checks import check_logger
-from dino_lightning.loggers.wandb import FaultTolerantWandbLogger, wandb_session
+from dino_lightning.loggers.wandb import wandb_session
 from dino_lightning.models.frozen import FrozenNetwork, check_size
 from dino_lightning.runtime.console import quieten_libraries
 from dino_lightning.runtime.environment import check_gpus, check_variables
@@ -30,7 +30,9 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     config = check_settings(composed, overrides)
     evaluation = find_evaluation(config.eval)
     quieten_libraries()
-    context = launch_context(config)
+    context = launch(config.trainer)
+    context.fabric.seed_everything(config.seed, verbose=False)
+    context.set_threads(config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
     check_network(config, network)
     networks = [network]
@@ -45,7 +47,8 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
         environment=environment(),
     )
     with wandb_session():
-        logger = start_logger(config, file, network, overrides) if context.is_main else None
+        settings = {**file.config, "environment": file.environment}
+        logger = start_evaluation(config, network.digest, settings, overrides) if context.is_main else None
         columns = [(each.name, evaluate_network(config, evaluation, each, context, file)) for each in networks]
         if logger is not None:
             log_results(logger, evaluation.name, columns)
@@ -66,36 +69,11 @@ def check_settings(composed: DictConfig, overrides: Sequence[str]) -> EvaluateCo
     return config
 
 
-def launch_context(config: EvaluateConfig) -> EvalContext:
-    """The configured devices; starts the other processes."""
-    fabric = launch_fabric(config.trainer)
-    fabric.seed_everything(config.seed, verbose=False)
-    set_threads(fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
-    return EvalContext(fabric, show_progress=config.trainer.enable_progress_bar)
-
-
 def check_network(config: EvaluateConfig, network: FrozenNetwork) -> None:
     """Raise `UserError` where the network does not accept the number of channels or the image size."""
-    channels = config.data.channels if isinstance(config.data, DataConfig) else 3
-    check_channels(network, channels)
+    check_channels(network, config.data.channels if isinstance(config.data, DataConfig) else 3)
     if isinstance(config.eval, ClassificationEval):
         check_size(network, config.eval.image_size or network.size, key="eval.image_size")
-
-
-def start_logger(
-    config: EvaluateConfig, file: ResultsFile, network: FrozenNetwork, overrides: Sequence[str]
-) -> FaultTolerantWandbLogger | None:
-    """The W&B run of this evaluation; None where the results go only to `results.jsonl`."""
-    if not isinstance(config.logger, WandbLoggerConfig):
-        return None
-    return start_evaluation(
-        config.logger,
-        folder=Path(config.output_dir),
-        checkpoint=config.checkpoint,
-        digest=network.digest,
-        hyperparameters={**file.config, "environment": file.environment},
-        overrides=overrides,
-    )
 
 
 def evaluate_network(

@@ -9,7 +9,7 @@ from typing import Any
 import wandb
 import yaml
 
-from dino_lightning.config import WandbLoggerConfig
+from dino_lightning.config import EvaluateConfig, WandbLoggerConfig
 from dino_lightning.evaluation.context import Result
 from dino_lightning.loggers.wandb import RUN_ID_FILE, FaultTolerantWandbLogger, sweep_name, wandb_logger, weights_name
 from dino_lightning.runtime.console import warn
@@ -48,45 +48,39 @@ def training_run(checkpoint: str) -> TrainingRun | None:
 
 
 def start_evaluation(
-    config: WandbLoggerConfig,
-    *,
-    folder: Path,
-    checkpoint: str,
-    digest: str,
-    hyperparameters: dict[str, Any],
-    overrides: Sequence[str],
-) -> FaultTolerantWandbLogger:
-    """Start a run of job type `evaluation` that refers to the run which trained `checkpoint` and to its artifact.
+    config: EvaluateConfig, digest: str, hyperparameters: dict[str, Any], overrides: Sequence[str]
+) -> FaultTolerantWandbLogger | None:
+    """Start a run of job type `evaluation` that refers to the run which trained the checkpoint and to its artifact.
 
-    It belongs to the project of that run, unless `overrides` (of the command line) name another one.
+    It belongs to the project of that run, unless `overrides` (of the command line) name another one. None where the
+    results go only to `results.jsonl`.
     """
-    trained = training_run(checkpoint)
+    if not isinstance(config.logger, WandbLoggerConfig):
+        return None
+    settings, trained, folder = config.logger, training_run(config.checkpoint), Path(config.output_dir)
     if trained is not None and not any(word.startswith(("logger.project=", "logger.entity=")) for word in overrides):
-        config = replace(config, project=trained.project, entity=trained.entity)
+        settings = replace(settings, project=trained.project, entity=trained.entity)
     logger = wandb_logger(
-        config, folder=folder, run_id=None, name=folder.name, group=sweep_name(), job_type="evaluation"
+        settings, folder=folder, run_id=None, name=folder.name, group=sweep_name(), job_type="evaluation"
     )
     logger.start()
     origin = {"training_run": trained.id if trained else None, "checkpoint_digest": digest}
     logger.log_hyperparams({**hyperparameters, **origin})
-    if trained is not None and config.artifacts:
+    if trained is not None and settings.artifacts:
         _use_weights(logger, trained)
     return logger
 
 
 def _use_weights(logger: FaultTolerantWandbLogger, trained: TrainingRun) -> None:
     run = logger.experiment
-    if run.disabled:
-        return
     instead = "the config of this run contains the training run and the digest of the weights instead"
-    if run.offline:
+    if run.offline and not run.disabled:
         warn(f"W&B cannot record used artifacts offline; {instead}.")
-        return
-    try:
-        run.use_artifact(trained.weights)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        warn(f"W&B has no artifact {trained.weights} ({reason}); {instead}.")
+    elif not run.disabled:
+        try:
+            run.use_artifact(trained.weights)
+        except Exception as error:
+            warn(f"W&B has no artifact {trained.weights} ({' '.join(str(error).split())}); {instead}.")
 
 
 def log_results(logger: FaultTolerantWandbLogger, name: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> None:

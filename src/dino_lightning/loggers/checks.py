@@ -12,22 +12,13 @@ WANDB_MODE_VARIABLE = (*WANDB_MODES, "shared", "dryrun", "run")
 
 def check_logger(logger: LoggerConfig) -> None:
     """Raise `UserError` if the logger cannot start. An unreachable W&B server is no error: the run is then offline."""
-    match logger:
-        case TensorBoardLoggerConfig():
-            if not (find_spec("tensorboard") or find_spec("tensorboardX")):
-                raise UserError(
-                    "logger=tensorboard needs the package tensorboard; install it (pip install "
-                    "tensorboard), or choose logger=csv."
-                )
-        case WandbLoggerConfig():
-            _check_wandb_mode()
-        case _:
-            pass
-
-
-def _check_wandb_mode() -> None:
     mode = os.environ.get("WANDB_MODE", "")
-    if mode and mode not in WANDB_MODE_VARIABLE:
+    if isinstance(logger, TensorBoardLoggerConfig) and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise UserError(
+            "logger=tensorboard needs the package tensorboard; install it (pip install tensorboard), or choose "
+            "logger=csv."
+        )
+    if isinstance(logger, WandbLoggerConfig) and mode and mode not in WANDB_MODE_VARIABLE:
         raise UserError(
             f"WANDB_MODE={mode}: {did_you_mean(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment variable."
         )

@@ -65,45 +65,42 @@ class FaultTolerantWandbLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send metrics or pictures."""
-        if self.disconnected:
-            return
-        try:
-            super().log_metrics(metrics, step)
-        except Exception as error:
-            self._disconnect(error)
+        if not self.disconnected:
+            with self._tolerant():
+                super().log_metrics(metrics, step)
 
     @rank_zero_only
     def log_summary(self, summary: Mapping[str, Any], *, weights: Path | None) -> None:
         """Set the run's summary and upload its exported weights as an artifact of type `model`."""
         if self.disconnected:
             return
-        try:
+        with self._tolerant():
             self.experiment.summary.update({f"summary/{name}": value for name, value in summary.items()})
-            if weights is None:
-                return
-            artifact = wandb.Artifact(weights_name(self.experiment.id), type="model", metadata=dict(summary))
-            artifact.add_file(str(weights))
-            self.experiment.log_artifact(artifact)
-        except Exception as error:
-            self._disconnect(error)
+            if weights is not None:
+                artifact = wandb.Artifact(weights_name(self.experiment.id), type="model", metadata=dict(summary))
+                artifact.add_file(str(weights))
+                self.experiment.log_artifact(artifact)
 
     @rank_zero_only
     def finish(self, *, failed: bool = False) -> None:
         """Close the run, so that the next job of a sweep starts its own."""
         if self.disconnected or self._experiment is None:
             return
-        try:
+        with self._tolerant():
             self.experiment.finish(exit_code=int(failed))
             self._experiment = None  # so that a second call does nothing
-        except Exception as error:
-            self._disconnect(error)
 
-    def _disconnect(self, error: Exception) -> None:
-        self.disconnected = True
-        warn(
-            f"W&B's process does not respond ({_reason(error)}); training continues and metrics.csv has all rows. "
-            "resume=true continues the charts."
-        )
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Disconnect on any error of W&B."""
+        try:
+            yield
+        except Exception as error:
+            self.disconnected = True
+            warn(
+                f"W&B's process does not respond ({_reason(error)}); training continues and metrics.csv has all rows. "
+                "resume=true continues the charts."
+            )
 
 
 @contextmanager

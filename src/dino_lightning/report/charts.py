@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dino_lightning.methods.collapse import MIN_RANK, MIN_SPREAD
 from dino_lightning.report.run_folder import Run, to_finite
@@ -157,8 +158,7 @@ CHARTS = [
 SECTIONS = [*dict.fromkeys(chart.section for chart in CHARTS), OTHER]
 
 
-@dataclass(frozen=True)
-class ReferenceLine:
+class ReferenceLine(NamedTuple):
     """A horizontal line to compare a curve with."""
 
     value: float
@@ -174,7 +174,7 @@ def charts_for(runs: Sequence[Run]) -> list[Chart]:
     knn_by_k = [Chart(LEARNING, "k-NN by neighbors", text, ks)] if len(ks) > 1 else []
     known = {column for chart in CHARTS for column in chart.columns}
     others = [
-        Chart(OTHER, column, "", {column: column}, log=_starts_on_log(runs, column))
+        Chart(OTHER, column, "", {column: column}, log=spans_factor(_values(runs, column), factor=LOG_FACTOR))
         for column in present
         if column not in known and not column.startswith("knn/top")
     ]
@@ -193,8 +193,8 @@ def one_chart_per_column(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
-def _starts_on_log(runs: Sequence[Run], column: str) -> bool:
-    return spans_factor([value for run in runs for _, value in run.curves.get(column, [])], factor=LOG_FACTOR)
+def _values(runs: Sequence[Run], column: str) -> list[float]:
+    return [value for run in runs for _, value in run.curves.get(column, [])]
 
 
 def spans_factor(values: Sequence[float], *, factor: float) -> bool:

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from dino_lightning.report.curves import COLORS, chart_context, max_points, plot_runs
 from dino_lightning.report.evaluations import EvalResult, evaluation_table
-from dino_lightning.report.gallery import compare_galleries
+from dino_lightning.report.gallery import galleries
 from dino_lightning.report.markup import Cell, Table, bar, code, figure, render
 from dino_lightning.report.run_folder import Run
 from dino_lightning.report.runs import differing_settings, relative_folders, run_labels, run_status
@@ -35,7 +35,7 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[EvalResult]]
         differences=_differences(runs, folders),
         unreadable=", ".join(folder for run, folder in zip(runs, folders, strict=True) if not run.config),
         results=evaluation_table(results, labels),
-        pictures=compare_galleries(runs, labels),
+        pictures=galleries(runs, labels),
         labels=labels,
         folders=[run.name for run in runs],
         max_points=max_points(runs),
@@ -43,14 +43,8 @@ def comparison_page(runs: Sequence[Run], results: Sequence[Sequence[EvalResult]]
     )
 
 
-def _accuracy(run: Run) -> float | None:
-    """k-NN top-1 in percent: the final one or, before the run ends, the latest."""
-    final = run.number("knn_top1")
-    return run.last_value("knn/top1") if final is None else final
-
-
 def _verdict(runs: Sequence[Run], labels: Sequence[str]) -> str:
-    known = [(value, label) for run, label in zip(runs, labels, strict=True) if (value := _accuracy(run)) is not None]
+    known = [(value, label) for run, label in zip(runs, labels, strict=True) if (value := run.knn) is not None]
     if not known:
         return "None of these runs has a k-NN figure yet; compare their pictures and curves."
     best, label = max(known, key=lambda pair: pair[0])
@@ -64,19 +58,18 @@ def _verdict(runs: Sequence[Run], labels: Sequence[str]) -> str:
 
 def _knn(runs: Sequence[Run], labels: Sequence[str]) -> tuple[Table, str]:
     """The table of k-NN accuracies, and a sentence with the baselines that all runs share."""
-    best = max((value for run in runs if (value := _accuracy(run)) is not None), default=None)
+    best = max((value for run in runs if (value := run.knn) is not None), default=None)
     baselines = {key: [run.number(key) for run in runs] for key in BASELINES}
     distinct = {key: set(values) - {None} for key, values in baselines.items()}
     shared = {key: next(iter(values), None) for key, values in distinct.items() if len(values) < 2}
     rows = []
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        value = _accuracy(run)
+        value = run.knn
         accuracy = Markup("") if value is None else bar(value) + figure(value, f"{value:.1f} %")
-        losses = (run.last_value("train/loss_epoch"), run.last_value("train/loss"))
         numbers = [
             _format(max((v for _, v in run.curves.get("knn/top1", [])), default=None), ".1f", " %"),
             *(_format(values[number], ".1f", " %") for key, values in baselines.items() if key not in shared),
-            _format(next((loss for loss in losses if loss is not None), None), ".3f"),
+            _format(run.last_value("train/loss_epoch", "train/loss"), ".3f"),
             _format(run.number("images_per_second") or run.last_value("speed/images_per_second"), ",.0f"),
         ]
         swatch = Markup('<i class="swatch d{}" style="border-top-color:var(--s{})"></i>{}')

@@ -38,7 +38,6 @@ class Series:
     curve: Curve
     means: Curve | None
     """Means of equal parts of a downsampled curve, which are smoothed instead of its points."""
-    last: tuple[int, float]
     number: int
     """Selects color and dashes; in a comparison, the index of the run."""
     thin: bool = False
@@ -70,14 +69,13 @@ class PlottedChart:
 
     def to_dict(self) -> dict[str, Any]:
         """The chart as plain types, for the page's script."""
-        lines = [{"value": line.value, "label": line.label} for line in self.reference_lines]
-        series = [series.to_dict() for series in self.series]
-        return {"series": series, "references": lines, "zero": self.chart.zero}
+        lines = [line._asdict() for line in self.reference_lines]
+        return {"series": [series.to_dict() for series in self.series], "references": lines, "zero": self.chart.zero}
 
     @property
     def last_step(self) -> int:
         """The last step of all curves."""
-        return max(series.last[0] for series in self.series)
+        return max(series.curve[-1][0] for series in self.series)
 
     @property
     def can_log(self) -> bool:
@@ -158,4 +156,4 @@ def _series(name: str, curve: Curve, number: int, *, most: int, thin: bool = Fal
     if len(curve) > most:
         parts = _parts(curve, most // 2)
         means = [(part[len(part) // 2][0], sum(value for _, value in part) / len(part)) for part in parts]
-    return Series(name, downsample(curve, most), means, curve[-1], number, thin)
+    return Series(name, downsample(curve, most), means, number, thin)

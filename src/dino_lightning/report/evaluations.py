@@ -37,7 +37,7 @@ class EvalResult:
     @property
     def formatted(self) -> str:
         """The value with its unit, as in a table."""
-        return f"{self.value:.1f} %" if self.unit == "%" else f"{self.value:.4g} {self.unit}".rstrip()
+        return format_figure(self.value, self.unit)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -85,7 +85,8 @@ def find_results(runs: Sequence[Run], folders: Iterable[Path] = ()) -> list[list
     runs.
     """
     requested = [(folder, _read_folder(folder)) for folder in folders]
-    nearby = dict.fromkeys(path for run in runs for path in _nearby_files(run.folder.resolve()))
+    places = [(folder, folder.parent) for folder in (run.folder.resolve() for run in runs)]
+    nearby = dict.fromkeys(file for folder, parent in places for file in (*_files(folder), *_files(parent)[1:]))
     results = [result for path in nearby for result in read_results(path)]
     results += [result for _, results_of_folder in requested for result in results_of_folder]
     by_run, owners = [], [ResultOwner(run) for run in runs]
@@ -100,13 +101,12 @@ def find_results(runs: Sequence[Run], folders: Iterable[Path] = ()) -> list[list
     return by_run
 
 
-def _nearby_files(folder: Path) -> list[Path]:
-    return [folder / RESULTS, *sorted(folder.glob(f"*/{RESULTS}")), *sorted(folder.parent.glob(f"*/{RESULTS}"))]
+def _files(folder: Path) -> list[Path]:
+    return [folder / RESULTS, *sorted(folder.glob(f"*/{RESULTS}"))]
 
 
 def _read_folder(path: Path) -> list[EvalResult]:
-    files = [path] if path.is_file() else [path / RESULTS, *sorted(path.glob(f"*/{RESULTS}"))]
-    results = [result for file in files for result in read_results(file)]
+    results = [result for file in ([path] if path.is_file() else _files(path)) for result in read_results(file)]
     if not results:
         raise UserError(f"results={path}: expected a {RESULTS} written by dino eval, or a folder that contains one.")
     return results
@@ -144,6 +144,11 @@ def _result(line: dict[str, Any]) -> EvalResult:
         digest=str(line["checkpoint_digest"]),
         time=str(line["time"]),
     )
+
+
+def format_figure(value: float, unit: str) -> str:
+    """A value with its unit, as in a table."""
+    return f"{value:.1f} %" if unit == "%" else f"{value:.4g} {unit}".rstrip()
 
 
 def evaluation_table(results: Sequence[Sequence[EvalResult]], labels: Sequence[str]) -> Table | None:

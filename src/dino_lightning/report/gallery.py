@@ -91,11 +91,6 @@ class Figure:
     """(label of the run, empty for a single run; frames)."""
 
 
-def gallery(run: Run) -> list[Figure]:
-    """Every picture of a run."""
-    return compare_galleries([run], [""])
-
-
 def missing_pictures(run: Run) -> str:
     """Why pictures or attention maps are missing; empty if none are missing."""
     if "attention" in run.sheets:
@@ -106,8 +101,8 @@ def missing_pictures(run: Run) -> str:
     return f"There are no pictures: {'callbacks.pictures.enabled is false' if disabled else 'the run has drawn none'}."
 
 
-def compare_galleries(runs: Sequence[Run], labels: Sequence[str]) -> list[Figure]:
-    """Every picture of the runs, next to each other."""
+def galleries(runs: Sequence[Run], labels: Sequence[str]) -> list[Figure]:
+    """Every picture of the runs, next to each other; the label of a single run is empty."""
     present = {name for run in runs for name in run.sheets}
     names = [*(name for name in CAPTIONS if name in present), *sorted(present - CAPTIONS.keys())]
     return [_figure(name, runs, labels) for name in names]

@@ -41,9 +41,9 @@ def code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(text)
 
 
-def figure(value: float | None, formatted: str) -> Markup:
+def figure(value: float, formatted: str) -> Markup:
     """A formatted number with its exact value, which a browser's tools and tests can read."""
-    return Markup("") if value is None else Markup('<data value="{!r}">{}</data>').format(value, formatted)
+    return Markup('<data value="{!r}">{}</data>').format(value, formatted)
 
 
 def render(template: str, **values: Any) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dino_lightning.report.curves import MAX_POINTS, chart_context, plot_run
 from dino_lightning.report.evaluations import EvalResult, evaluation_table, find_results
-from dino_lightning.report.gallery import gallery, missing_pictures
+from dino_lightning.report.gallery import galleries, missing_pictures
 from dino_lightning.report.markup import render
 from dino_lightning.report.run_folder import Run, read_run, to_finite
 from dino_lightning.report.runs import run_status
@@ -53,7 +53,7 @@ def run_page(run: Run, results: Iterable[EvalResult]) -> str:
         missing_knn=", ".join(name.lower() for key, name, _ in KNN_ROWS if values[key] is None),
         no_knn_reason=_no_knn_reason(run),
         results=evaluation_table([list(results)], [run.name]),
-        pictures=gallery(run),
+        pictures=galleries([run], [""]),
         missing_pictures=missing_pictures(run),
         collapse=run.summary.get("collapse"),
         config_text=run.config_text,

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.files import FAILED
 
 Curve: TypeAlias = list[tuple[int, float]]
 """(step, value) pairs, sorted by step."""
@@ -35,6 +36,8 @@ class Run:
     """(first step, epoch) pairs; epochs are counted from 1."""
     sheets: dict[str, Sheets]
     """Kind of picture -> its sheets."""
+    failure: str | None
+    """First line of `failed.txt`, if there is one."""
 
     def number(self, key: str) -> float | None:
         """A finite number of the summary, or None."""
@@ -45,9 +48,15 @@ class Run:
         """The experiment, or the folder's name if it is unknown."""
         return str(self.summary.get("experiment") or self.setting("experiment") or self.name)
 
-    def last_value(self, column: str) -> float | None:
-        """The latest value of a curve, or None."""
-        return self.curves[column][-1][1] if self.curves.get(column) else None
+    @property
+    def knn(self) -> float | None:
+        """k-NN top-1 in percent: the final one, or the latest so far."""
+        final = self.number("knn_top1")
+        return self.last_value("knn/top1") if final is None else final
+
+    def last_value(self, *columns: str) -> float | None:
+        """The last value of the first of these columns that has any, or None."""
+        return next((self.curves[column][-1][1] for column in columns if self.curves.get(column)), None)
 
     def setting(self, key: str) -> Any:
         """A setting by its dotted key; None if the configuration does not have it."""
@@ -76,6 +85,7 @@ def read_run(run_dir: Path, *, allow_partial: bool = False) -> Run:
         raise UserError(f"{run_dir}: expected the folder of a run, with metrics.csv and summary.json.")
     config_text = _text(run_dir / "config.yaml")
     rows = list(csv.DictReader(io.StringIO(_text(run_dir / "metrics.csv"))))
+    failure = (_text(run_dir / FAILED).splitlines() or ["without a reason"])[0].strip()
     return Run(
         folder=run_dir,
         name=run_dir.resolve().name,
@@ -85,6 +95,7 @@ def read_run(run_dir: Path, *, allow_partial: bool = False) -> Run:
         curves=_read_curves(rows),
         epochs=_read_epochs(rows),
         sheets=_read_sheets(run_dir / "pictures"),
+        failure=failure if (run_dir / FAILED).exists() else None,
     )
 
 
@@ -98,9 +109,8 @@ def _read_summary(path: Path, *, allow_partial: bool) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if allow_partial:
             return {}
-        raise UserError(
-            f"{path}: expected JSON, but {error}; delete the file to make the report without it."
-        ) from error
+        text = f"{path}: expected JSON, but {error}; delete the file to make the report without it."
+        raise UserError(text) from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(summary).__name__}.")
     return summary

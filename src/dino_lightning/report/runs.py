@@ -18,7 +18,7 @@ LOCATION_KEYS = ("output_dir", "resume")
 MAX_SETTING_CHARS = 24
 """Longer settings do not appear in the label of a run."""
 MAX_NUMBER_CHARS = 8
-"""Longer numbers are rounded to four digits in a label."""
+"""Longer numbers, such as those drawn by Optuna, are rounded to four digits in a label or on an axis."""
 
 
 def find_runs(patterns: Iterable[str]) -> list[Path]:
@@ -68,11 +68,10 @@ def missing_folder(path: Path) -> str:
 
 def run_status(run: Run) -> str:
     """Progress of a run, whether it was pruned and whether it collapsed, in words."""
-    failed, pruned, collapse = run.folder / FAILED, run.summary.get("pruned"), run.summary.get("collapse")
+    pruned, collapse = run.summary.get("pruned"), run.summary.get("collapse")
     epoch, epochs = max((epoch for _, epoch in run.epochs), default=0), run.setting("trainer.max_epochs")
-    if failed.exists():
-        lines = failed.read_text("utf-8", errors="replace").splitlines() or ["without a reason"]
-        return f"failed: {lines[0].strip()}"
+    if run.failure is not None:
+        return f"failed: {run.failure}"
     if run.summary:
         status = f"pruned {pruned}" if pruned else "finished"
         return f"{status}; collapse: {collapse}" if collapse else status
@@ -84,21 +83,16 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
-def flat_settings(run: Run) -> dict[str, Any]:
-    """The configuration by dotted keys, without the location of the run."""
-    return flatten({key: value for key, value in run.config.items() if key not in LOCATION_KEYS})
-
-
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Key -> its value in each run, as text, of the settings that differ; empty if a run does not have the key.
 
     The commit of the code is one of them, if all runs have ended and recorded it.
     """
-    settings = [flat_settings(run) for run in runs]
+    settings = [flatten(run.config) for run in runs]
     commits = [str(run.summary.get("commit") or "")[:11] for run in runs]
     if all(commits):
         settings = [{**of_run, "commit": commit} for of_run, commit in zip(settings, commits, strict=True)]
-    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    keys = dict.fromkeys(key for of_run in settings for key in of_run if key not in LOCATION_KEYS)
     values = {key: [format_value(of_run[key]) if key in of_run else "" for of_run in settings] for key in keys}
     return {key: of_key for key, of_key in values.items() if len(set(of_key)) > 1}
 
@@ -115,7 +109,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     folders, differences = relative_folders(runs), differing_settings(runs)
     names = [key.rpartition(".")[2] for key in differences]
     settings = {
-        name if names.count(name) == 1 else key: [_round(value) for value in values]
+        name if names.count(name) == 1 else key: [format_setting(value) for value in values]
         for (key, values), name in zip(differences.items(), names, strict=True)
     }
     are_short = all(len(f"{key}={value}") <= MAX_SETTING_CHARS for key, values in settings.items() for value in values)
@@ -128,7 +122,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     return [f"{folder} ({suffix})" if suffix else folder for folder, suffix in zip(folders, suffixes, strict=True)]
 
 
-def _round(value: str) -> str:
-    """Four digits of a long number."""
-    number = to_finite(value)
-    return f"{number:.4g}" if number is not None and len(value) > MAX_NUMBER_CHARS else value
+def format_setting(value: Any) -> str:
+    """A value, or its text, in a label or on an axis."""
+    text, number = format_value(value), None if isinstance(value, int) else to_finite(value)
+    return text if number is None or len(text) <= MAX_NUMBER_CHARS else f"{number:.4g}"

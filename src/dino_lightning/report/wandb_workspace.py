@@ -1,6 +1,8 @@
 """The saved W&B workspace and report: the charts of the catalog, pictures and system metrics by section."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import wandb
@@ -24,28 +26,37 @@ EXTRA = 'pip install "dino-lightning[wandb-workspaces]"'
 TIMEOUT_S = 30
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise `UserError` for every error of W&B."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        host, reason = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST), " ".join(str(error).split())
+        raise UserError(f"{host} did not save it ({reason}); check the key, entity= and project=.") from error
+
+
+@_explained()
 def default_entity() -> str:
     """The default user or team of the W&B key."""
-    try:
-        entity = wandb.Api(timeout=TIMEOUT_S).default_entity
-    except Exception as error:
-        raise _wandb_error(error) from error
+    entity = wandb.Api(timeout=TIMEOUT_S).default_entity
     if not entity:
         raise UserError("W&B has no default user or team for this key; set entity=.")
     return entity
 
 
+@_explained()
 def save_view(entity: str, project: str, *, name: str) -> str:
     """Save the workspace view and return its address."""
     import wandb_workspaces.workspaces as ws
 
     sections = [ws.Section(name=title, panels=panels(title), is_open=is_open) for title, is_open in SECTIONS.items()]
-    try:
-        return ws.Workspace(entity=entity, project=project, name=name, sections=sections).save().url
-    except Exception as error:
-        raise _wandb_error(error) from error
+    return ws.Workspace(entity=entity, project=project, name=name, sections=sections).save().url
 
 
+@_explained()
 def save_report(entity: str, project: str, *, name: str) -> str:
     """Save a report with the charts of all runs and return its address."""
     import wandb_workspaces.reports.v2 as wr
@@ -54,11 +65,7 @@ def save_report(entity: str, project: str, *, name: str) -> str:
     for title in SECTIONS:
         runs = wr.Runset(entity=entity, project=project)
         blocks += [wr.H2(text=title), wr.PanelGrid(runsets=[runs], panels=panels(title))]
-    report = wr.Report(entity=entity, project=project, title=f"{name}: runs compared", blocks=blocks)
-    try:
-        return report.save().url
-    except Exception as error:
-        raise _wandb_error(error) from error
+    return wr.Report(entity=entity, project=project, title=f"{name}: runs compared", blocks=blocks).save().url
 
 
 def panels(section: str) -> list[Any]:
@@ -80,8 +87,3 @@ def panels(section: str) -> list[Any]:
         for chart in [*CHARTS, *SYSTEM_CHARTS]
         if chart.section == section
     ]
-
-
-def _wandb_error(error: Exception) -> UserError:
-    host = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)
-    return UserError(f"{host} did not save it ({' '.join(str(error).split())}); check the key, entity= and project=.")

@@ -1,9 +1,9 @@
-"""Linear classifiers on frozen features: initialization, accuracy, and their files.
+"""Linear classifiers on frozen features: initialization, accuracy, and the files of a training.
 
 B or M images, D features, C classes, K values of k in top-k.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.errors import UserError
+from dino_lightning.evaluation.context import EvalContext, Result
 from dino_lightning.evaluation.features.spec import FeatureSpec
 from dino_lightning.runtime.files import atomic_file
 
@@ -71,12 +72,41 @@ def accuracy(
     return 100 * torch.stack(correct).sum(dim=0).cpu().double() / len(labels_M)
 
 
+def top_results(top: Sequence[float], details: dict[str, Any]) -> Iterator[Result]:
+    """`top1` and, if `top` has two accuracies, `top5`."""
+    yield Result("top1", top[0], main=True, details=details)
+    if len(top) > 1:
+        yield Result("top5", top[1], main=True)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of tensors and plain types, completely or not at all; only for the main process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def read_state(path: Path, context: EvalContext) -> dict[str, Any] | None:
+    """The state, on the CPU of every rank but read by the main process; None if there is no file.
+
+    Raises `UserError` if the file cannot be read.
+    """
+    state = None
+    if context.is_main and path.is_file():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise anything; all ranks must raise
+            state = f"{path} is not a complete checkpoint ({type(error).__name__}); delete it to restart the training."
+    state = cast(dict[str, Any] | str | None, context.fabric.broadcast(state))
+    if isinstance(state, str):
+        raise UserError(state)
+    return state
+
+
 def write_classifier(path: Path, weight_CD: Tensor, bias_C: Tensor, **state: Any) -> None:
     """Write a file of the original's layout, with `state` next to the weights; completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {WEIGHT: weight_CD.detach().cpu().clone(), BIAS: bias_C.detach().cpu().clone()}
-    with atomic_file(path) as file:
-        torch.save({"state_dict": weights, **state}, file)
+    write_state(path, {"state_dict": weights, **state})
 
 
 def read_classifier(path: Path, *, width: int, classes: int, spec: FeatureSpec) -> Callable[[Tensor], Tensor]:

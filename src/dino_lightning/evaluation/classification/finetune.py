@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from dino_lightning.config import FinetuneEval, ImagesConfig
 from dino_lightning.data.batches import crop_seed
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.classifiers import accuracy_topk, count_correct
-from dino_lightning.evaluation.classification.finetune_files import export, read_state, training_settings, write_state
+from dino_lightning.evaluation.classification.classifiers import accuracy_topk, count_correct, read_state, write_state
+from dino_lightning.evaluation.classification.finetune_files import check_settings, export, training_settings
 from dino_lightning.evaluation.classification.finetune_recipe import (
     FinetuneAugmentation,
     Targets,
@@ -212,9 +212,10 @@ class Finetuning:
 
     def _resume(self) -> None:
         context = self.task.context
-        state = read_state(self.folder / "last.ckpt", context, settings=self.settings)
+        state = read_state(self.folder / "last.ckpt", context)
         if state is None:
             return
+        check_settings(state["settings"], self.settings, path=self.folder / "last.ckpt")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

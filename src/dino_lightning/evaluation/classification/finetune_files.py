@@ -1,11 +1,10 @@
-"""The files of a finetuning: the state from which it resumes, and the final weights."""
+"""The files of a finetuning: the settings that it resumes with, and the final weights."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -13,11 +12,10 @@ from dino_lightning.config import FinetuneEval
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.splits import LabeledSplits
-from dino_lightning.evaluation.context import EvalContext, Task
+from dino_lightning.evaluation.context import Task
 from dino_lightning.runtime.collectives import world_size
 from dino_lightning.runtime.files import atomic_file
 
-State = dict[str, Any]
 CHANGEABLE = ("val_every_n_epochs",)
 """Settings that may change on resuming because the weights do not depend on them."""
 
@@ -37,37 +35,14 @@ def training_settings(config: FinetuneEval, task: Task, images: LabeledSplits) -
     }
 
 
-def write_state(path: Path, state: State) -> None:
-    """Write the state completely or not at all; only for the main process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        torch.save(state, file)
-
-
-def read_state(path: Path, context: EvalContext, *, settings: dict[str, Any]) -> State | None:
-    """The state, on the CPU of every rank but read by the main process; None if there is no file.
-
-    Raises `UserError` if the file cannot be read or belongs to a training with other settings.
-    """
-    state: State | str | None = None
-    if context.is_main and path.is_file():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise anything; all ranks must raise
-            state = f"{path} is not a complete checkpoint ({type(error).__name__}); delete it to restart the training."
-    state = cast(State | str | None, context.fabric.broadcast(state))
-    if isinstance(state, str):
-        raise UserError(state)
-    if state is None:
-        return None
+def check_settings(saved: dict[str, Any], settings: dict[str, Any], *, path: Path) -> None:
+    """Raise `UserError` if the file `path` belongs to a training with other settings."""
     for key, value in settings.items():
-        saved = state["settings"].get(key)
-        if saved != value:
+        if saved.get(key) != value:
             raise UserError(
-                f"{key}={value}: {path} belongs to a training with {key}={saved}; set another output_dir, or delete "
-                "the file."
+                f"{key}={value}: {path} belongs to a training with {key}={saved.get(key)}; set another output_dir, or "
+                "delete the file."
             )
-    return state
 
 
 def export(model: nn.Module, path: Path, *, task: Task, classes: list[str], classifier: str, size: list[int]) -> None:

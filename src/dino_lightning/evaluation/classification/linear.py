@@ -26,6 +26,8 @@ from dino_lightning.evaluation.classification.classifiers import (
     accuracy,
     accuracy_topk,
     read_classifier,
+    read_state,
+    top_results,
     write_classifier,
 )
 from dino_lightning.evaluation.classification.splits import LabeledSplits, open_labeled, split_features
@@ -59,25 +61,19 @@ def evaluate(config: LinearEval, task: Task) -> Iterator[Result]:
         "val_images": val_images,
     }
     if classifier is not None:
-        yield from _results(test(classifier), details | {"classifier": config.classifier})
+        yield from top_results(test(classifier), details | {"classifier": config.classifier})
         return
     training = LinearTraining(config, task, images, spec)
     history = training.run(test)
     train_images = len(images.labeled_indices("train"))
     details |= {"train_images": train_images, "classifier": str(training.file), "epochs": history}
-    yield from _results(history[-1]["top"], details)
+    yield from top_results(history[-1]["top"], details)
     best = max(history, key=lambda entry: entry["top"][0])
     yield Result(
         "top1_best_epoch",
         best["top"][0],
         details={"epoch": best["epoch"], "chosen_on": "the test images, as in the original: biased upwards"},
     )
-
-
-def _results(top: list[float], details: dict[str, Any]) -> Iterator[Result]:
-    yield Result("top1", top[0], main=True, details=details)
-    if len(top) > 1:
-        yield Result("top5", top[1], main=True)
 
 
 def validation(config: LinearEval, task: Task, images: LabeledSplits, spec: FeatureSpec) -> tuple[Test, int]:
@@ -192,14 +188,11 @@ class LinearTraining:
 
     def _resume(self) -> None:
         """Continue from the file, if it exists; the main process reads it for all ranks."""
-        context = self.task.context
-        is_reader = context.is_main and self.file.is_file()
-        state = torch.load(self.file, map_location="cpu", weights_only=True) if is_reader else None
-        state = cast(dict[str, Any] | None, context.fabric.broadcast(state))
+        state = read_state(self.file, self.task.context)
         if state is None:
             return
         self.head.load_state_dict({key.removeprefix("module."): value for key, value in state["state_dict"].items()})
         self.sgd.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.history = state["epoch"], state["history"]
-        context.say(f"Resuming after epoch {self.epoch} of {self.config.epochs}: {self.file}")
+        self.task.context.say(f"Resuming after epoch {self.epoch} of {self.config.epochs}: {self.file}")

@@ -10,17 +10,17 @@ share the choices of features, and their number does not change any figure.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dino_lightning.config import LinearGridEval
+from dino_lightning.config.dotted import format_value
 from dino_lightning.data.sources.base import held_out
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.classification.classifiers import accuracy, accuracy_topk, write_classifier
+from dino_lightning.evaluation.classification.classifiers import accuracy, accuracy_topk, top_results, write_classifier
 from dino_lightning.evaluation.classification.linear_heads import LinearHeads, TokenLayout, train
-from dino_lightning.evaluation.classification.splits import LabeledSplits, open_labeled, split_features
+from dino_lightning.evaluation.classification.splits import open_labeled, split_features
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.spec import FeatureSpec
 from dino_lightning.evaluation.registry import register_evaluation
@@ -32,7 +32,8 @@ def evaluate(config: LinearGridEval, task: Task) -> Iterator[Result]:
     """`top1` and `top5` of the selected setting, and `top1_heldout`, the accuracy that selected it."""
     images = open_labeled(task)
     specs = possible_specs(config, task)
-    _check_holdout(config, images, seed=task.seed)
+    if not held_out(images.labels("train"), share=config.holdout, seed=task.seed).any():
+        raise UserError(f"eval.holdout={config.holdout:g}: no class has two training images, so none can be held out.")
     # The tokens of the widest spec contain those of all others.
     widest = FeatureSpec(max(spec.n_last_blocks for spec in specs), any(spec.avgpool for spec in specs))
     layout = TokenLayout(task.network.width, n=widest.n_last_blocks, mean_patch=widest.avgpool)
@@ -52,8 +53,12 @@ def evaluate(config: LinearGridEval, task: Task) -> Iterator[Result]:
     tokens_MT, labels_M = split_features(task, config, images, "val", spec=widest)
     # From the main process: each rank has trained the classifier, and devices may differ.
     top = task.context.fabric.broadcast(search.accuracy(spec, heads, tokens_MT, labels_M)[0].tolist())
+    file = task.output / "linear_grid" / f"classifier_{task.network.digest}.pt"
+    if task.context.is_main:
+        write_classifier(file, heads.weight_LCD[0], heads.bias_LC[0])  # `eval=linear eval.classifier=PATH` can test it
+    chosen = {"n_last_blocks": spec.n_last_blocks, "avgpool": spec.avgpool, "lr": lr}
     details = {
-        "chosen": {"n_last_blocks": spec.n_last_blocks, "avgpool": spec.avgpool, "lr": lr},
+        "chosen": chosen,
         "lr_at_edge": at_edge,
         "choices": [
             {"n_last_blocks": spec.n_last_blocks, "avgpool": spec.avgpool, "lr": rate, "top1_heldout": value}
@@ -64,12 +69,10 @@ def evaluate(config: LinearGridEval, task: Task) -> Iterator[Result]:
         "train_images": len(labels_N),
         "val_images": len(labels_M),
         "classes": len(images.classes),
-        "classifier": _save(task, heads),
+        "classifier": str(file),
     }
-    yield Result("top1", top[0], main=True, details=details)
-    if len(top) > 1:
-        yield Result("top5", top[1], main=True)
-    yield Result("top1_heldout", float(heldout.max()), details={"chosen": details["chosen"]})
+    yield from top_results(top, details)
+    yield Result("top1_heldout", float(heldout.max()), details={"chosen": chosen})
 
 
 def possible_specs(config: LinearGridEval, task: Task) -> list[FeatureSpec]:
@@ -79,7 +82,7 @@ def possible_specs(config: LinearGridEval, task: Task) -> list[FeatureSpec]:
     possible = [spec for spec in specs if spec.exists_in(network)]
     if not possible:
         raise UserError(
-            f"eval.n_last_blocks={_format(config.n_last_blocks)} eval.avgpool={_format(config.avgpool)}: "
+            f"eval.n_last_blocks={format_value(config.n_last_blocks)} eval.avgpool={format_value(config.avgpool)}: "
             f"{network.name} is not a ViT and has only one kind of features; the lists must contain 1 and false."
         )
     if len(possible) < len(specs):
@@ -88,15 +91,6 @@ def possible_specs(config: LinearGridEval, task: Task) -> list[FeatureSpec]:
             "eval.avgpool=false is the only choice."
         )
     return possible
-
-
-def _format(values: list[Any]) -> str:
-    return f"[{','.join(str(value).lower() for value in values)}]"
-
-
-def _check_holdout(config: LinearGridEval, images: LabeledSplits, *, seed: int) -> None:
-    if not held_out(images.labels("train"), share=config.holdout, seed=seed).any():
-        raise UserError(f"eval.holdout={config.holdout:g}: no class has two training images, so none can be held out.")
 
 
 class GridSearch:
@@ -157,11 +151,3 @@ class GridSearch:
             topk=accuracy_topk(self.classes),
             device=self.device,
         )
-
-
-def _save(task: Task, heads: LinearHeads) -> str:
-    """Write the classifier to a file that `eval=linear eval.classifier=PATH` can test."""
-    path = task.output / "linear_grid" / f"classifier_{task.network.digest}.pt"
-    if task.context.is_main:
-        write_classifier(path, heads.weight_LCD[0], heads.bias_LC[0])
-    return str(path)

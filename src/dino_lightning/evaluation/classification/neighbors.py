@@ -1,6 +1,6 @@
 """`eval=neighbors`: a picture of the nearest neighbors of some images, a quick check of features on your own data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -12,14 +12,12 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.splits import LABELS, split_images
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features, require_readable
+from dino_lightning.evaluation.features.extract import spread_over_classes
 from dino_lightning.evaluation.features.images import ViewedImages, class_names
 from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.evaluation.features.spec import NETWORK_OUTPUT
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.report.pictures.sheets import neighbor_sheet, to_picture
-
-Neighbors = Sequence[Sequence[tuple[int, float]]]
-"""Index and similarity of the neighbors of each query, nearest first."""
 
 
 @register_evaluation("neighbors", NeighborsEval)
@@ -54,22 +52,17 @@ def evaluate(config: NeighborsEval, task: Task) -> Iterator[Result]:
     similarity_MK, positions_MK = nearest_neighbors(
         bank_ND, queries_MD, k=config.neighbors + (val is None), device=task.context.search_device
     )
-    neighbors: Neighbors = [
-        [
-            (index, similarity)
-            for index, similarity in zip(bank_N[positions_K].tolist(), similarity_K.tolist(), strict=True)
-            if val is not None or index != query  # a query is its own nearest neighbor
-        ][: config.neighbors]
-        for query, positions_K, similarity_K in zip(queries_M.tolist(), positions_MK, similarity_MK, strict=True)
-    ]
-    queries = queries_M.tolist()
+    queries, neighbors, similarities = queries_M.tolist(), [], []
+    for query, positions_K, similarity_K in zip(queries, positions_MK, similarity_MK, strict=True):
+        others_K = bank_N[positions_K] != query if val is None else slice(None)  # a query is its own nearest neighbor
+        neighbors.append(bank_N[positions_K][others_K][: config.neighbors].tolist())
+        similarities += similarity_K[others_K][: config.neighbors].tolist()
     task.save_picture(_sheet(task, query_images, bank_images, queries, neighbors), "neighbors")
-    details = {"queries": queries, "neighbors": [[index for index, _ in pairs] for pairs in neighbors]}
+    details = {"queries": queries, "neighbors": neighbors}
     same = _same_class(source, train, queries, neighbors)
     if same:
         yield Result("same_class_share", 100 * float(np.mean(same)), main=True, details=details)
-    mean = float(np.mean([similarity for pairs in neighbors for _, similarity in pairs]))
-    yield Result("mean_similarity", mean, unit="", main=not same, details=details)
+    yield Result("mean_similarity", float(np.mean(similarities)), unit="", main=not same, details=details)
 
 
 def query_indices(config: NeighborsEval, source: ImageSource, *, seed: int) -> list[int]:
@@ -78,29 +71,21 @@ def query_indices(config: NeighborsEval, source: ImageSource, *, seed: int) -> l
         if not config.queries or not all(0 <= index < len(source) for index in config.queries):
             raise UserError(f"eval.queries={config.queries}: expected positions from 0 to {len(source) - 1}.")
         return sorted(set(config.queries))
-    order = np.random.default_rng(seed).permutation(len(source))
-    if source.labels is not None:
-        counts: dict[int, int] = {}
-        rounds = []
-        for label in source.labels[order].tolist():
-            rounds.append(counts.get(label, 0))
-            counts[label] = rounds[-1] + 1
-        order = order[np.argsort(rounds, kind="stable")]
-    return sorted(order[: config.random_queries].tolist())
+    return sorted(spread_over_classes(source.labels, len(source), seed=seed)[: config.random_queries].tolist())
 
 
-def _same_class(source: ImageSource, train: ImageSource, queries: list[int], neighbors: Neighbors) -> list[bool]:
+def _same_class(source: ImageSource, train: ImageSource, queries: list[int], neighbors: list[list[int]]) -> list[bool]:
     """For each pair with known classes, whether they are equal."""
     return [
         name == neighbor_name
-        for name, pairs in zip(class_names(source, queries), neighbors, strict=True)
-        for neighbor_name in class_names(train, [index for index, _ in pairs])
+        for name, found in zip(class_names(source, queries), neighbors, strict=True)
+        for neighbor_name in class_names(train, found)
         if name is not None and neighbor_name is not None
     ]
 
 
 def _sheet(
-    task: Task, query_images: ViewedImages, bank_images: ViewedImages, queries: list[int], neighbors: Neighbors
+    task: Task, query_images: ViewedImages, bank_images: ViewedImages, queries: list[int], neighbors: list[list[int]]
 ) -> Image.Image:
     config = CropsConfig(mean=task.network.mean, std=task.network.std)
 
@@ -108,10 +93,10 @@ def _sheet(
         return to_picture(denormalize(images[index][0], config=config))
 
     query_labels = class_names(query_images.source, queries)
-    neighbor_labels = [class_names(bank_images.source, [index for index, _ in pairs]) for pairs in neighbors]
+    neighbor_labels = [class_names(bank_images.source, found) for found in neighbors]
     return neighbor_sheet(
         [picture(query_images, query) for query in queries],
-        [[picture(bank_images, index) for index, _ in pairs] for pairs in neighbors],
+        [[picture(bank_images, index) for index in found] for found in neighbors],
         query_labels=query_labels if any(query_labels) else None,
         neighbor_labels=neighbor_labels if any(map(any, neighbor_labels)) else None,
     )

@@ -14,7 +14,7 @@ from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.inputs import ImageInput, as_image_list
-from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.embedding.output import Embeddings
 from dino_lightning.evaluation.embedding.run import run_embedding
 
 FEATURE_CACHE = EmbedConfig.feature_cache

@@ -15,11 +15,10 @@ from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources import ImageSource, open_sources
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.checks import check_channels
-from dino_lightning.evaluation.context import EvalContext, Task, launch_fabric, set_threads
+from dino_lightning.evaluation.context import EvalContext, Task, launch
 from dino_lightning.evaluation.embedding.checks import check_embedding, check_output, feature_spec
 from dino_lightning.evaluation.embedding.inputs import ImageInput, input_source
-from dino_lightning.evaluation.embedding.output import write_embeddings
-from dino_lightning.evaluation.embedding.result import Embeddings
+from dino_lightning.evaluation.embedding.output import Embeddings, write_embeddings
 from dino_lightning.evaluation.features.cache import BLOCK, cached_features
 from dino_lightning.evaluation.features.images import center_images, class_names
 from dino_lightning.models.frozen import FrozenNetwork, check_size
@@ -49,9 +48,9 @@ def run_embedding(
     if output is not None:
         check_output(output, config)
     quieten_libraries()
-    context = EvalContext(launch_fabric(config.trainer), show_progress=config.trainer.enable_progress_bar)
+    context = launch(config.trainer)
     if own_threads:
-        set_threads(context.fabric, config.cpu_threads, num_nodes=config.trainer.num_nodes)
+        context.set_threads(config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
     if inputs is not None:
         config = replace(config, data=replace(config.data, channels=network.channels))
@@ -62,7 +61,9 @@ def run_embedding(
         cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
         task = Task(network, config.data, context, folder, seed=config.seed, cache=cache)
         embeddings = embed_splits(config, task, sources, output=output)
-        report_bad_images(embeddings, context)
+        if embeddings.bad:
+            name, reason = next(iter(embeddings.bad.items()))
+            context.say(f"{len(embeddings.bad)} images could not be read and were left out, such as {name} ({reason})")
         if output is not None:
             if context.is_main:
                 write_embeddings(embeddings, output, metadata=file_metadata(config, network))
@@ -112,9 +113,7 @@ def embed_splits(
     """The features of all splits, in order."""
     stem, has_splits = "dino-embed" if output is None else output.stem, len(sources) > 1
     features, positions, bad = [], [], {}
-    names: list[str] = []
-    labels: list[str | None] = []
-    splits: list[str] = []
+    names, labels, splits = [], [], []
     for split, source in sources.items():
         bad_images = task.output / f"{stem}.bad_images{f'_{split}' * has_splits}.txt"
         label = f"{split} images" if has_splits else "images"
@@ -125,7 +124,9 @@ def embed_splits(
         labels += class_names(source, indices_M.tolist())
         splits += [split] * len(indices_M)
         bad |= read_bad_images(bad_images)
-        remove_lock(bad_images, task.context)
+        task.context.fabric.barrier()
+        if task.context.is_main:  # no rank writes to the file anymore
+            bad_images.with_name(f".{bad_images.name}.lock").unlink(missing_ok=True)
     if not names:
         name, reason = next(iter(bad.items()))
         raise UserError(f"data: none of the images can be read ({name}: {reason}).")
@@ -177,20 +178,6 @@ def file_metadata(config: EmbedConfig, network: FrozenNetwork) -> dict[str, str]
         "precision": str(config.trainer.precision),
         "dino-lightning": version("dino-lightning"),
     }
-
-
-def report_bad_images(embeddings: Embeddings, context: EvalContext) -> None:
-    """Print the number of unreadable images."""
-    if embeddings.bad:
-        name, reason = next(iter(embeddings.bad.items()))
-        context.say(f"{len(embeddings.bad)} images could not be read and were left out, such as {name} ({reason})")
-
-
-def remove_lock(bad_images: Path, context: EvalContext) -> None:
-    """Remove the lock file of `bad_images`, when no rank writes to it anymore."""
-    context.fabric.barrier()
-    if context.is_main:
-        bad_images.with_name(f".{bad_images.name}.lock").unlink(missing_ok=True)
 
 
 def read_bad_images(bad_images: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ The global random state and the train / eval mode of modules do not change, so a
 affect the training.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -37,6 +38,18 @@ def labeled_subset(labels_N: np.ndarray, *, limit: int | None, seed: int) -> lis
     """Indices of `limit` random labeled images (label 0 or above), ascending: the bank of k-NN."""
     labeled = np.flatnonzero(labels_N >= 0)
     return [int(labeled[i]) for i in subset_indices(len(labeled), limit=limit, seed=seed)]
+
+
+def spread_over_classes(labels_N: np.ndarray | None, n: int, *, seed: int) -> np.ndarray:
+    """The numbers 0 ... n - 1 in an order drawn by seed; with labels, one of each class before a second of any."""
+    order = np.random.default_rng(seed).permutation(n)
+    if labels_N is None:
+        return order
+    counts, rounds = Counter[int](), []
+    for label in labels_N[order].tolist():
+        rounds.append(counts[label])
+        counts[label] += 1
+    return order[np.argsort(rounds, kind="stable")]
 
 
 def extract_features(

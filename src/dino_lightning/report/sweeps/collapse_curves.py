@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from dino_lightning.errors import UserError
 from dino_lightning.report.curves import downsample
-from dino_lightning.report.run_folder import Curve
 from dino_lightning.report.svg import ticks
 from dino_lightning.report.sweeps.jobs import Row
 from dino_lightning.report.sweeps.marks import COLORS, INK, svg_document, svg_text
@@ -58,21 +57,18 @@ def curves_svg(rows: list[Row]) -> str:
 
 
 def _panel(rows: list[Row], column: str, title: str, *, left: float, levels: dict[str, float]) -> str:
-    curves = [(index, curve) for index, row in enumerate(rows) for curve in _curves(row, column)]
+    runs = [(index, job.run) for index, row in enumerate(rows) for job in row.jobs]
+    curves = [(index, run.curves[column]) for index, run in runs if run.curves.get(column)]
     points = [point for _, curve in curves for point in curve]
     right = max((step for step, _ in points), default=1) or 1
     highest = max([value for _, value in points] + list(levels.values()), default=1) or 1
     panel = Panel(left, right=right, top=highest * 1.05)
     lines = [
         f'<polyline fill="none" {_stroke(index)} stroke-width="1.2" stroke-linejoin="round" '
-        f'points="{" ".join(_pair(panel, *point) for point in downsample(curve))}"/>'
+        f'points="{" ".join("{:.1f},{:.1f}".format(*panel.point(*point)) for point in downsample(curve))}"/>'
         for index, curve in curves
     ]
     return "\n".join([_axes(panel, title), *(_level(panel, *level) for level in levels.items()), *lines])
-
-
-def _curves(row: Row, column: str) -> list[Curve]:
-    return [job.run.curves[column] for job in row.jobs if job.run.curves.get(column)]
 
 
 def _axes(panel: Panel, title: str) -> str:
@@ -108,8 +104,3 @@ def _legend(row: Row, index: int, *, columns: int) -> str:
 def _stroke(index: int) -> str:
     dash = DASHES[index // len(COLORS) % len(DASHES)]
     return f'stroke="{COLORS[index % len(COLORS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
-
-
-def _pair(panel: Panel, step: float, value: float) -> str:
-    x, y = panel.point(step, value)
-    return f"{x:.1f},{y:.1f}"

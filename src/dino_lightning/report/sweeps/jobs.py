@@ -12,17 +12,16 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from dino_lightning.config.dotted import flatten, format_value
+from dino_lightning.config.dotted import flatten
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.report.run_folder import Run, read_run
-from dino_lightning.report.runs import is_run, missing_folder
+from dino_lightning.report.runs import format_setting, is_run, missing_folder, run_status
 from dino_lightning.report.sweeps.published import GRIDS, PUBLISHED, paper_row
-from dino_lightning.runtime.files import FAILED, OVERRIDES
+from dino_lightning.runtime.files import OVERRIDES
 
+STATES = ("finished", "pruned", "under way", "failed")
 IGNORED_KEYS = {"seed", "output_dir", "experiment", "resume", "cpu_threads"}
 """Settings that may differ between runs that are averaged."""
-MAX_NUMBER_CHARS = 8
-"""Longer numbers, such as those drawn by Optuna, are rounded to four digits."""
 
 
 @dataclass(frozen=True)
@@ -31,57 +30,30 @@ class Job:
 
     run: Run
     seed: int | None
-    failure: str | None
-    """First line of `failed.txt`, if there is one."""
     overrides: dict[str, str]
     """Key -> value of the sweep's command-line overrides; empty if the run's folder does not record them."""
-
-    @property
-    def experiment(self) -> str:
-        """Name of the experiment, or of the folder if it is unknown."""
-        return str(self.run.setting("experiment") or self.run.summary.get("experiment") or self.run.name)
 
     @property
     def row(self) -> str:
         """The experiment, with the value of a key if the run is a point of one of the paper's grids."""
         command = shlex.split(str(self.run.summary.get("command", "")))
-        return paper_row(self.experiment, self.overrides or _as_pairs(command))
+        return paper_row(self.run.title, self.overrides or _as_pairs(command))
 
     @property
-    def ended(self) -> bool:
-        """Whether the run has ended; it writes `summary.json` last."""
-        return bool(self.run.summary) and self.failure is None
-
-    @property
-    def pruned(self) -> bool:
-        """Whether the run was stopped early because others were better."""
-        return self.ended and bool(self.run.summary.get("pruned"))
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run ended without being pruned."""
-        return self.ended and not self.pruned
+    def state(self) -> str:
+        """One of `STATES`; a pruned run was stopped early because others were better."""
+        if self.run.failure is not None:
+            return "failed"
+        if not self.run.summary:  # written last
+            return "under way"
+        return "pruned" if self.run.summary.get("pruned") else "finished"
 
     @property
     def status(self) -> str:
         """Progress of the run, in words."""
-        epoch, epochs = max((epoch for _, epoch in self.run.epochs), default=0), self.run.setting("trainer.max_epochs")
-        if self.failure is not None:
-            return f"failed: {self.failure}"
-        if self.pruned:
+        if self.state == "pruned":
             return f"pruned {str(self.run.summary['pruned']).partition(':')[0]}"
-        if self.finished:
-            return "finished"
-        return f"epoch {epoch} of {epochs}" if epochs and epoch else "started"
-
-    def last_value(self, *columns: str) -> float | None:
-        """The last value of the first of these columns that has any."""
-        return next((self.run.curves[name][-1][1] for name in columns if self.run.curves.get(name)), None)
-
-    @property
-    def knn(self) -> float | None:
-        """k-NN top-1 in percent: the final one, or the latest so far."""
-        return self.run.number("knn_top1") if self.ended else self.last_value("knn/top1")
+        return "finished" if self.state == "finished" else run_status(self.run)
 
     def value(self, key: str) -> Any:
         """The value of a key in the configuration, or else in the command."""
@@ -105,7 +77,8 @@ class Row:
     @property
     def evaluated_jobs(self) -> list[Job]:
         """The finished runs or, if there are none, those that logged anything."""
-        return [job for job in self.jobs if job.finished] or [job for job in self.jobs if job.run.curves]
+        finished = [job for job in self.jobs if job.state == "finished"]
+        return finished or [job for job in self.jobs if job.run.curves]
 
     @property
     def status(self) -> str:
@@ -132,12 +105,6 @@ def swept_keys(jobs: list[Job]) -> list[str]:
     by_job = [job.overrides or {key: str(value) for key, value in _settings(job).items()} for job in jobs]
     keys = dict.fromkeys(key for settings in by_job for key in settings if key not in IGNORED_KEYS)
     return [key for key in keys if len({settings.get(key) for settings in by_job}) > 1]
-
-
-def format_setting(value: Any) -> str:
-    """A value in the name of a row or on an axis."""
-    is_long = isinstance(value, float) and len(str(value)) > MAX_NUMBER_CHARS
-    return f"{value:.4g}" if is_long else format_value(value)
 
 
 def read_rows(folders: Iterable[Path]) -> list[Row]:
@@ -175,11 +142,8 @@ def _run_dirs(folder: Path) -> list[Path]:
 
 def _read_job(run_dir: Path) -> Job:
     run = read_run(run_dir, allow_partial=True)
-    failed = run_dir / FAILED
-    lines = failed.read_text("utf-8", errors="replace").splitlines() if failed.exists() else None
-    failure = None if lines is None else (lines or ["without a reason"])[0].strip()
     seed = run.setting("seed")
-    return Job(run, seed if isinstance(seed, int) else None, failure, overrides=_read_overrides(run_dir / OVERRIDES))
+    return Job(run, seed if isinstance(seed, int) else None, _read_overrides(run_dir / OVERRIDES))
 
 
 def _read_overrides(path: Path) -> dict[str, str]:

@@ -25,12 +25,16 @@ def map_svg(sweep: Sweep) -> tuple[str, int]:
     """The map and its height in pixels."""
     across, up = (axis_of([point.values[key] for point in sweep.points], few_as_names=True) for key in sweep.keys)
     height = max(MIN_SIDE, min(MAX_SIDE, PLOT // len(up.names))) * len(up.names) if up.names else PLOT
-    has_cells = bool(across.names and up.names)
+    placed: list[tuple[Point, float, float]] = []
+    for point in sweep.points:
+        x, y = (axis.position(point.values[key]) for axis, key in zip((across, up), sweep.keys, strict=True))
+        placed.append((point, LEFT + x * (WIDTH - LEFT), TOP + (1 - y) * height))
+    if across.names and up.names:
+        drawn = _cells(sweep, placed, wide=(WIDTH - LEFT) / len(across.names), high=height / len(up.names))
+    else:
+        drawn = [_point(sweep, *place) for place in placed]
     label_height = axis_label_height([across], width=WIDTH - LEFT)
-    parts = [
-        _frame(across, up, sweep.keys, height, label_height),
-        _cells(sweep, across, up, height) if has_cells else _points(sweep, across, up, height),
-    ]
+    parts = [_frame(across, up, sweep.keys, height, label_height), *drawn]
     return "\n".join(parts), TOP + height + label_height
 
 
@@ -56,13 +60,10 @@ def _bounds(points: list[Point]) -> dict[str, float]:
     return {"low": min(known, default=0.0), "high": max(known, default=1.0)}
 
 
-def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
+def _cells(sweep: Sweep, placed: list[tuple[Point, float, float]], *, wide: float, high: float) -> list[str]:
     """A cell shows the mean of its finished runs or, if there are none, of the others so far."""
-    wide, high = (WIDTH - LEFT) / len(across.names), height / len(up.names)
     by_position: dict[tuple[float, float], list[Point]] = {}
-    for point in sweep.points:
-        x = LEFT + across.position(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
-        y = TOP + (1 - up.position(point.values[sweep.keys[1]])) * height
+    for point, x, y in placed:
         by_position.setdefault((x, y), []).append(point)
     parts = []
     for (x, y), points in by_position.items():
@@ -80,24 +81,19 @@ def _cells(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
         if sweep.best in points:
             drawn += best_marker(x - min(30, wide / 2 - 8), y)
         parts.append(with_tooltip(finished[0], drawn))
-    return "\n".join(parts)
+    return parts
 
 
-def _points(sweep: Sweep, across: Axis, up: Axis, height: int) -> str:
-    parts = []
-    for point in sweep.points:
-        x = LEFT + across.position(point.values[sweep.keys[0]]) * (WIDTH - LEFT)
-        y = TOP + (1 - up.position(point.values[sweep.keys[1]])) * height
-        drawn = state_marker(point.state, x, y)
-        if point.knn is not None and point.state != "failed":
-            fill, _ = color(point.knn, **_bounds(sweep.points))
-            look = f'fill="{fill}" stroke="{INK}"'
-            if point.state != "finished":
-                dashes = ' stroke-dasharray="4 3"' if point.state == "under way" else ""
-                look = f'fill="none" stroke="{fill}" stroke-width="4"{dashes}'
-            drawn = f'<circle class="{point.state.replace(" ", "-")}" cx="{x:.1f}" cy="{y:.1f}" r="7" {look}/>'
-            drawn += svg_text(x, y - 13, f"{point.knn:.1f}")
-        if point is sweep.best:
-            drawn += f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="12" fill="none" stroke="#d9541e"/>'
-        parts.append(with_tooltip(point, drawn))
-    return "\n".join(parts)
+def _point(sweep: Sweep, point: Point, x: float, y: float) -> str:
+    drawn = state_marker(point.state, x, y)
+    if point.knn is not None and point.state != "failed":
+        fill, _ = color(point.knn, **_bounds(sweep.points))
+        look = f'fill="{fill}" stroke="{INK}"'
+        if point.state != "finished":
+            dashes = ' stroke-dasharray="4 3"' if point.state == "under way" else ""
+            look = f'fill="none" stroke="{fill}" stroke-width="4"{dashes}'
+        drawn = f'<circle class="{point.state.replace(" ", "-")}" cx="{x:.1f}" cy="{y:.1f}" r="7" {look}/>'
+        drawn += svg_text(x, y - 13, f"{point.knn:.1f}")
+    if point is sweep.best:
+        drawn += f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="12" fill="none" stroke="#d9541e"/>'
+    return with_tooltip(point, drawn)

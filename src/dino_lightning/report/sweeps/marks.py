@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from dino_lightning.report.sweeps.points import STATES, Axis, Point
+from dino_lightning.report.sweeps.jobs import STATES
+from dino_lightning.report.sweeps.points import Axis, Point
 
 COLORS = ("#2a7fd4", "#d9541e", "#2f9048", "#a855c8", "#a87b00", "#d6336c", "#0b8f9c", "#7a7f87", "#6a6ce0", "#7d8a2e")
 """Each contrasts with white and with near-black, like `INK`."""

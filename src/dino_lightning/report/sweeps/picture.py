@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from statistics import mean
 
+from dino_lightning.report.runs import format_setting
 from dino_lightning.report.svg import ticks
-from dino_lightning.report.sweeps.jobs import format_setting
+from dino_lightning.report.sweeps.jobs import STATES
 from dino_lightning.report.sweeps.map import WIDTH as MAP_WIDTH
 from dino_lightning.report.sweeps.map import map_svg
 from dino_lightning.report.sweeps.marks import (
@@ -20,7 +21,7 @@ from dino_lightning.report.sweeps.marks import (
     svg_text,
     with_tooltip,
 )
-from dino_lightning.report.sweeps.points import STATES, Axis, Point, Sweep, axis_of
+from dino_lightning.report.sweeps.points import Axis, Point, Sweep, axis_of
 
 WIDTH, PLOT, LEFT, TOP, RIGHT = 400, 230, 60, 24, 16
 """Width of a panel, height of its plot, margins (pixels)."""
@@ -79,8 +80,10 @@ def _panels(sweep: Sweep) -> tuple[str, int, int]:
     if len(sweep.keys) == 2:
         drawing, height = map_svg(sweep)
         return drawing, MAP_WIDTH + RIGHT, height
-    figures = [point.knn for point in sweep.points if point.knn is not None]
-    low, high = _range([*figures, *([] if sweep.untrained is None else [sweep.untrained])])
+    figures = [knn for knn in (*(point.knn for point in sweep.points), sweep.untrained) if knn is not None]
+    low, high = (min(figures), max(figures)) if figures else (0.0, 100.0)
+    pad = max(0.08 * (high - low), 0.5)
+    low, high = max(0.0, low - pad), high + pad
     panels = [Panel(key, axis_of([point.values[key] for point in sweep.points]), low, high) for key in sweep.keys]
     label_height = axis_label_height([panel.axis for panel in panels], width=WIDTH - LEFT - RIGHT)
     columns, height = min(COLUMNS, len(panels)), TOP + PLOT + label_height
@@ -90,12 +93,6 @@ def _panels(sweep: Sweep) -> tuple[str, int, int]:
         for index, panel in enumerate(panels)
     ]
     return "\n".join(parts), WIDTH * columns, height * math.ceil(len(panels) / columns)
-
-
-def _range(figures: list[float]) -> tuple[float, float]:
-    low, high = (min(figures), max(figures)) if figures else (0.0, 100.0)
-    pad = max(0.08 * (high - low), 0.5)
-    return max(0.0, low - pad), high + pad
 
 
 def _panel(panel: Panel, sweep: Sweep, *, label_height: int) -> str:

@@ -7,11 +7,11 @@ from statistics import mean
 from typing import Any
 
 from dino_lightning.errors import UserError
+from dino_lightning.report.runs import format_setting
 from dino_lightning.report.svg import log_ticks, ticks
-from dino_lightning.report.sweeps.jobs import Job, format_setting, swept_keys
+from dino_lightning.report.sweeps.jobs import Job, swept_keys
 from dino_lightning.report.sweeps.published import PUBLISHED
 
-STATES = ("finished", "pruned", "under way", "failed")
 LOG_FACTOR = 8
 """A positive quantity whose maximum is at least this many times its minimum gets a logarithmic axis."""
 MAX_CATEGORIES = 8
@@ -29,7 +29,7 @@ class Point:
     knn: float | None
     """k-NN top-1 in percent: the final one, or the latest so far."""
     state: str
-    """One of `STATES`."""
+    """See `Job.state`."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,22 @@ def sweep_of(jobs: Sequence[Job]) -> Sweep:
     """The runs as points. Raises `UserError` if they do not differ in any setting."""
     jobs = list(jobs)
     keys = swept_keys(jobs)
-    if len({job.experiment for job in jobs}) > 1:
+    if len({job.run.title for job in jobs}) > 1:
         keys = ["experiment", *keys] if all(job.overrides for job in jobs) else ["experiment"]
     if not keys and len({job.seed for job in jobs}) > 1:
         keys = ["seed"]
     if not keys:
         raise UserError("plot: these runs do not differ in any setting.")
     untrained = [value for job in jobs if (value := job.run.number("knn_top1_untrained")) is not None]
-    points = [Point(job.run.name, {key: _value(job, key) for key in keys}, job.knn, _state(job)) for job in jobs]
+    points = [Point(job.run.name, {key: _value(job, key) for key in keys}, job.run.knn, job.state) for job in jobs]
     return Sweep(keys, points, mean(untrained) if untrained else None)
 
 
 def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
     """A scale for numbers; categories for other values, for at most two values and, with `few_as_names`, for a few."""
-    distinct = _in_order(values)
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) for value in distinct):
+        distinct.sort()
     numbers = [value for value in distinct if isinstance(value, int | float) and not isinstance(value, bool)]
     usable = len(numbers) == len(distinct) and all(map(math.isfinite, numbers))
     if not usable or len(distinct) <= (MAX_CATEGORIES if few_as_names else 2):
@@ -109,20 +111,8 @@ def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
     return Axis({}, low - pad, high + pad)
 
 
-def _in_order(values: Sequence[Any]) -> list[Any]:
-    """Distinct values: numbers sorted, others in their order."""
-    distinct = list(dict.fromkeys(values))
-    return sorted(distinct) if all(isinstance(value, int | float) for value in distinct) else distinct
-
-
 def _value(job: Job, key: str) -> Any:
     if key == "experiment":
-        return PUBLISHED[job.row].name if job.row in PUBLISHED else job.experiment
+        return PUBLISHED[job.row].name if job.row in PUBLISHED else job.run.title
     value = job.value(key)
     return value if isinstance(value, int | float | str) else str(value)
-
-
-def _state(job: Job) -> str:
-    if job.failure is not None:
-        return "failed"
-    return "pruned" if job.pruned else "finished" if job.finished else "under way"

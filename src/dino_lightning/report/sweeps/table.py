@@ -24,11 +24,11 @@ def row_cells(row: Row) -> list[str]:
     return [
         row.name,
         str(len(jobs)),
-        mean_and_deviation([job.knn for job in jobs]),
+        mean_and_deviation([job.run.knn for job in jobs]),
         published.figures if published else "",
-        _mean([job.last_value("train/loss_epoch", "train/loss") for job in jobs]),
-        _mean([job.last_value("collapse/teacher_entropy") for job in jobs]),
-        _mean([job.last_value("collapse/teacher_student_kl") for job in jobs]),
+        _mean([job.run.last_value("train/loss_epoch", "train/loss") for job in jobs]),
+        _mean([job.run.last_value("collapse/teacher_entropy") for job in jobs]),
+        _mean([job.run.last_value("collapse/teacher_student_kl") for job in jobs]),
         row.status,
     ]
 
@@ -46,7 +46,7 @@ def notes(rows: list[Row]) -> list[str]:
     ]
     lines = [f"untrained network: {' or '.join(dict.fromkeys(figures))}"] if figures else []
     widths = sorted(
-        {K for job in jobs if job.last_value("collapse/teacher_entropy") is not None and (K := prototypes(job))}
+        {K for job in jobs if job.run.last_value("collapse/teacher_entropy") is not None and (K := prototypes(job))}
     )
     if len(widths) == 1:
         lines.append(f"uniform output: entropy ln {widths[0]} = {math.log(widths[0]):.2f}")
@@ -56,7 +56,7 @@ def notes(rows: list[Row]) -> list[str]:
 def _best(rows: list[Row]) -> list[str]:
     """The best of the rows that share their experiment with other rows."""
     searched = [row for row in rows if sum(other.experiment == row.experiment for other in rows) > 1]
-    figures = [([knn for job in row.evaluated_jobs if (knn := job.knn) is not None], row) for row in searched]
+    figures = [([knn for job in row.evaluated_jobs if (knn := job.run.knn) is not None], row) for row in searched]
     known = [(mean(values), row) for values, row in figures if values]
     if not known:
         return []

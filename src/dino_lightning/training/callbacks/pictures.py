@@ -13,7 +13,12 @@ from torch import Tensor
 from dino_lightning.config import PicturesConfig
 from dino_lightning.data.crops import denormalize
 from dino_lightning.data.module import EvalImages, MultiCropDataModule
-from dino_lightning.evaluation.features.extract import extract_features, gather_by_index, subset_indices
+from dino_lightning.evaluation.features.extract import (
+    extract_features,
+    gather_by_index,
+    spread_over_classes,
+    subset_indices,
+)
 from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.models.tokens import cls_attention, has_attention, patch_tokens
 from dino_lightning.report.pictures.sheets import attention_sheet, crop_sheet, neighbor_sheet, to_picture
@@ -110,14 +115,7 @@ class PictureSheets(L.Callback):
 
     def _example_indices(self, labels: np.ndarray | None, n: int) -> list[int]:
         """Images drawn by seed, one of each class before a second of any; the same during the whole run."""
-        order = np.random.default_rng(self.seed).permutation(n)
-        if labels is not None:
-            rank_in_class, counts = np.empty(n, dtype=np.int64), dict.fromkeys(labels.tolist(), 0)
-            for position, index in enumerate(order):
-                rank_in_class[position] = counts[int(labels[index])]
-                counts[int(labels[index])] += 1
-            order = order[np.argsort(rank_in_class, kind="stable")]
-        return order[: self.config.images].tolist()
+        return spread_over_classes(labels, n, seed=self.seed)[: self.config.images].tolist()
 
     def _save(self, trainer: L.Trainer, sheet: Image.Image, name: str, *, epoch: int | None) -> None:
         path = self.folder / (f"{name}.png" if epoch is None else f"{name}_epoch{epoch:04d}.png")
