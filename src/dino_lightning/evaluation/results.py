@@ -1,7 +1,6 @@
 """Results on disk, one JSON line per figure, and on the screen, as a table."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,13 +46,9 @@ class ResultsFile:
             "config": self.config,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(line, allow_nan=True) + "\n"
-        # A single write in append mode, so that the lines of concurrent evaluations do not mix.
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.encode())
-        finally:
-            os.close(handle)
+        with self.path.open("ab", buffering=0) as file:
+            # A single write, so that the lines of concurrent evaluations do not mix.
+            file.write((json.dumps(line) + "\n").encode())
 
 
 def results_table(title: str, columns: Sequence[tuple[str, Sequence[Result]]]) -> Table:

@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +16,7 @@ from dino_lightning.data.crops import denormalize
 from dino_lightning.evaluation.attention.images import AttentionExtractor, FullImageView, ImageAttention, PreparedImage
 from dino_lightning.evaluation.attention.masks import VOID, attended_area, mass_masks
 from dino_lightning.evaluation.context import Task
+from dino_lightning.evaluation.features.extract import evenly_spaced
 from dino_lightning.evaluation.video.clips import clip_suffix, write_clip
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.report.pictures.sheets import GAP, MAX_HEADS
@@ -96,7 +96,7 @@ def save_clip(
     """
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca)
     total = clip.count()
-    numbers = set(_evenly_spaced(total, config.pictures))
+    numbers = set(evenly_spaced(total, config.pictures))
     selected = list(extract_frames(extractor, clip, view, on_bad=on_bad, only=numbers)) if numbers else []
     colors = _colors(selected) if config.pca and selected else None
     if task.context.is_main:
@@ -145,13 +145,6 @@ def _extract_together(extractor: AttentionExtractor, samples: list[PreparedImage
         ImageAttention(sample.index, sample.image, attention=attention[i], tokens=tokens[i])
         for i, sample in enumerate(samples)
     ]
-
-
-def _evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` evenly spaced numbers of 0 ... total - 1, including the first and the last; all if there are fewer."""
-    if count >= total:
-        return list(range(total))
-    return sorted(set(np.linspace(0, total - 1, count).round().astype(int).tolist()))
 
 
 def _colors(images: Sequence[ImageAttention]) -> TokenColors:

@@ -37,14 +37,16 @@ def add_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: in
     """A trainable copy of the network with a classifier on its features, and the name of the classifier.
 
     It is timm's network for `classes` classes, and its state dict has timm's names. An untrained network keeps its
-    fresh weights, which depend on its own seed. Raises `UserError` if the
-    architecture does not support stochastic depth.
+    fresh weights, which depend on its own seed. Raises `UserError` if the architecture does not support stochastic
+    depth.
     """
     with seeded_rngs(crop_seed(seed)):
         model: Any = network.rebuild(drop_path_rate=drop_path_rate)
         model.load_state_dict(network.backbone.state_dict())
         model.reset_classifier(classes)
-        names = [name for name, module in model.named_modules() if module in _classifiers(model)]
+        layers = model.get_classifier()
+        layers = layers if isinstance(layers, tuple) else (layers,)  # two with a distillation token
+        names = [name for name, module in model.named_modules() if module in layers and isinstance(module, nn.Linear)]
         for name in names:
             layer = model.get_submodule(name)
             nn.init.trunc_normal_(layer.weight, std=STD_TRAINED if network.trained else STD_FRESH)
@@ -55,12 +57,6 @@ def add_classifier(network: FrozenNetwork, *, drop_path_rate: float, classes: in
             "needs."
         )
     return model.requires_grad_(True), names[0]
-
-
-def _classifiers(model: Any) -> list[nn.Module]:
-    """The classifier; networks with a distillation token have two."""
-    layers = model.get_classifier()
-    return [layer for layer in (layers if isinstance(layers, tuple) else (layers,)) if isinstance(layer, nn.Linear)]
 
 
 class FinetuneAugmentation:

@@ -36,7 +36,6 @@ from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.images import normalization
 from dino_lightning.evaluation.features.spec import FeatureSpec
 from dino_lightning.evaluation.registry import register_evaluation
-from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.collectives import all_reduce_mean, world_size
 
 Test = Callable[[Callable[[Tensor], Tensor]], list[float]]
@@ -53,12 +52,17 @@ def evaluate(config: LinearEval, task: Task) -> Iterator[Result]:
     if config.classifier is not None:
         path = Path(config.classifier).expanduser()
         classifier = read_classifier(path, width=spec.width(task.network), classes=len(images.classes), spec=spec)
-    test, val_images = validation(config, task, images, spec)
+    features_MD, labels_M = split_features(task, config, images, "val", spec=spec)
+    topk, device = accuracy_topk(len(images.classes)), task.context.device
+
+    def test(classify: Callable[[Tensor], Tensor]) -> list[float]:
+        return accuracy(classify, features_MD, labels_M, topk=topk, device=device).tolist()
+
     details: dict[str, Any] = {
         "n_last_blocks": spec.n_last_blocks,
         "avgpool": spec.avgpool,
         "classes": len(images.classes),
-        "val_images": val_images,
+        "val_images": len(labels_M),
     }
     if classifier is not None:
         yield from top_results(test(classifier), details | {"classifier": config.classifier})
@@ -76,36 +80,14 @@ def evaluate(config: LinearEval, task: Task) -> Iterator[Result]:
     )
 
 
-def validation(config: LinearEval, task: Task, images: LabeledSplits, spec: FeatureSpec) -> tuple[Test, int]:
-    """A function that tests a classifier, and the number of its images."""
-    features_MD, labels_M = split_features(task, config, images, "val", spec=spec)
-    topk, device = accuracy_topk(len(images.classes)), task.context.device
-
-    def test(classify: Callable[[Tensor], Tensor]) -> list[float]:
-        return accuracy(classify, features_MD, labels_M, topk=topk, device=device).tolist()
-
-    return test, len(labels_M)
-
-
-class LinearAugmentation:
-    """PIL image -> a random crop of `size` (bilinear), randomly flipped, normalized: (C, size, size)."""
-
-    def __init__(self, network: FrozenNetwork, *, size: int) -> None:
-        self.crop = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
-        self.normalize = normalization(network)
-
-    def __call__(self, image: Any) -> Tensor:
-        """Draws from PyTorch's generator, as in the original."""
-        return self.normalize(self.crop(image))
-
-
 class LinearTraining:
     """The classifier, its optimizer and schedule, and the file that stores them."""
 
     def __init__(self, config: LinearEval, task: Task, images: LabeledSplits, spec: FeatureSpec) -> None:
         self.config, self.task, fabric = config, task, task.context.fabric
         network, side = task.network, config.image_size or task.network.size
-        augmentation = LinearAugmentation(network, size=side)
+        crop_and_flip = [transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip()]
+        augmentation = transforms.Compose([*crop_and_flip, normalization(network)])
         self.loader = training_loader(
             task, images.train, augmentation, side=side, batch_size=config.batch_size_per_device
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import Sampler
 
 from dino_lightning.config import DataConfig
 from dino_lightning.data.batches import Key, crop_seed
@@ -101,7 +101,7 @@ class TrainingLoader:
 
     def epoch(self, number: int) -> Iterator[LabeledBatch]:
         """The batches of epoch `number`, counted from 0."""
-        self.order.sampler.set_epoch(number)
+        self.order.epoch = number
         yield from self.loader
 
 
@@ -129,10 +129,11 @@ def _collate_readable(blank: tuple[int, int, int], samples: list[tuple[Tensor, i
 
 
 class _Order(Sampler[list[Key]]):
+    """The keys of each batch of this rank in the epoch `epoch`."""
+
     def __init__(self, images: int, *, batch_size: int, seed: int, drop_last: bool, repeats: int) -> None:
-        # The order of all ranks; of the dataset it needs only the length.
-        self.sampler = DistributedSampler(range(images), 1, 0, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.batch_size, self.drop_last, self.repeats = batch_size, drop_last, repeats
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.drop_last, self.repeats, self.epoch = drop_last, repeats, 0
         self.images_per_rank = -(-images // world_size())
 
     def __len__(self) -> int:
@@ -140,11 +141,12 @@ class _Order(Sampler[list[Key]]):
         return full + bool(rest and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, numbers = self.sampler.epoch, list(self.sampler)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        numbers = torch.randperm(self.images, generator=generator).tolist()
         keys = []
         for position in range(rank(), self.images_per_rank * world_size(), world_size()):
             image, repeat = divmod(position, self.repeats)
-            keys.append((epoch * self.repeats + repeat, numbers[image % len(numbers)]))
+            keys.append((self.epoch * self.repeats + repeat, numbers[image % self.images]))
         for batch in range(len(self)):
             yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
 

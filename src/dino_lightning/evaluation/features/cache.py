@@ -70,7 +70,9 @@ def cached_features(
             content = cache.load(number, block) if cache else None
             if content is not None:
                 blocks[number] = content
-                _record_broken(images, block, content[1])
+                for position in (content[1] == BROKEN).nonzero().flatten().tolist():
+                    name = images.source.describe(block[position])
+                    images.bad.note(name, "it could not be read when the features of its block were cached")
                 advance(len(block))
         missing = {number: block for number, block in local.items() if number not in blocks}
         for number, content in _extract(task, forward, images, missing, batch_size=batch_size, advance=advance):
@@ -88,18 +90,17 @@ def require_readable(labels_M: Tensor, task: Task, *, label: str, split: str) ->
 
 def feature_key(task: Task, images: ViewedImages, *, kind: str, indices: Sequence[int]) -> str:
     """The name of features in the cache: a digest of everything that they depend on."""
-    network, decoder = task.network, images.decoder
+    network, decoder, view, labels = task.network, images.decoder, images.view, images.source.labels
+    described = f"{type(view).__module__}.{type(view).__qualname__} {getattr(view, 'config', '')!r}"
     parts = {
         "format": f"{FORMAT} {BLOCK}",
         "weights": f"{network.digest} {type(network.backbone).__qualname__}",
         "precision": f"{task.context.fabric.strategy.precision.precision} {torch.get_float32_matmul_precision()}",
         "kind": kind,
-        "view": f"{_describe_view(images.view)} {network.mean} {network.std} {images.blank}",
+        "view": f"{described} {network.mean} {network.std} {images.blank}",
         "decoder": f"{decoder.channels} {decoder.value_range} {decoder.nan_value} {decoder.apply_exif_rotation}",
         "source": _fingerprint(images.source),
-        "labels": content_digest(
-            b"" if images.source.labels is None else np.ascontiguousarray(images.source.labels).tobytes()
-        ),
+        "labels": content_digest(b"" if labels is None else labels.tobytes()),
         "indices": content_digest(np.asarray(indices, dtype=np.int64).tobytes()),
     }
     return content_digest(*(f"{name}={value}".encode() for name, value in parts.items()))
@@ -184,17 +185,6 @@ def _readable(features_MD: Tensor, labels_M: Tensor, indices_M: Tensor) -> tuple
     if readable_M.all():  # almost always; saves a copy
         return features_MD, labels_M, indices_M
     return features_MD[readable_M], labels_M[readable_M], indices_M[readable_M]
-
-
-def _record_broken(images: ViewedImages, block: Sequence[int], labels_N: Tensor) -> None:
-    """Record the unreadable images of a cached block, which are not read again."""
-    for position in (labels_N == BROKEN).nonzero().flatten().tolist():
-        name = images.source.describe(block[position])
-        images.bad.note(name, "it could not be read when the features of its block were cached")
-
-
-def _describe_view(view: Any) -> str:
-    return f"{type(view).__module__}.{type(view).__qualname__} {getattr(view, 'config', '')!r}"
 
 
 def _fingerprint(source: ImageSource) -> str:

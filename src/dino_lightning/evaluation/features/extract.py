@@ -34,6 +34,11 @@ def subset_indices(n: int, *, limit: int | None, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
+def evenly_spaced(n: int, count: int) -> list[int]:
+    """`count` of the numbers 0 ... n - 1, including the first and the last; all of them if there are fewer."""
+    return np.linspace(0, n - 1, min(count, n)).round().astype(int).tolist()
+
+
 def labeled_subset(labels_N: np.ndarray, *, limit: int | None, seed: int) -> list[int]:
     """Indices of `limit` random labeled images (label 0 or above), ascending: the bank of k-NN."""
     labeled = np.flatnonzero(labels_N >= 0)

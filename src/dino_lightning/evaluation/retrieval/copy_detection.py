@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -68,8 +67,10 @@ def evaluate(config: CopyDetectionEval, task: Task) -> Iterator[Result]:
     device = task.context.search_device
     retrieved_QR = database_N[nearest_neighbors(database_ND, queries_QD, k=config.top, device=device)[1]]
     details = {"whitening": whitening, "distractors": len(benchmark.distractors)}
-    for block, (start, paths) in _blocks_with_starts(benchmark).items():
+    start = 0
+    for block, paths in benchmark.blocks.items():
         in_block_Q = (queries_Q >= start) & (queries_Q < start + len(paths))
+        start += len(paths)
         queries = [files[i] for i in queries_Q[in_block_Q].tolist()]
         positives = [benchmark.positives(query) for query in queries]
         ap_Q = average_precision_at_top(retrieved_QR[in_block_Q], positives=positives)
@@ -93,12 +94,6 @@ def _extract(config: CopyDetectionEval, task: Task, paths: list[Path], *, split:
     key = "data.path" if split == "images" else f"data.{split}_path"
     require_files(indices_M, task, key=key, images=len(paths), split=split)
     return features_MD, indices_M
-
-
-def _blocks_with_starts(benchmark: Copydays) -> dict[str, tuple[int, list[Path]]]:
-    """The index of the first image of each block among all images, and the paths of the block."""
-    starts = accumulate((len(paths) for paths in benchmark.blocks.values()), initial=0)
-    return {block: (start, paths) for start, (block, paths) in zip(starts, benchmark.blocks.items(), strict=False)}
 
 
 def _results(

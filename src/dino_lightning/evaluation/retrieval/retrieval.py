@@ -35,6 +35,14 @@ SHEET_ROWS, SHEET_COLUMNS = 8, 8
 """Number of queries in the picture, and of retrieved images per query."""
 
 
+SETUPS = {
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+"""Setup -> the lists of a query that contain its positives, and those that contain images to ignore."""
+
+
 def check(config: RetrievalEval, data: RevisitedData) -> None:
     """Raise `UserError` for whitening without images to learn it from, or such images without whitening."""
     if config.whitening and data.whitening_path is None:
@@ -53,9 +61,8 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
     """
     assert isinstance(task.data, RevisitedData)
     benchmark = open_revisited(task.data)
-    whitening_images = None
-    if task.data.whitening_path is not None:
-        whitening_images = list_images(task.data.whitening_path, key="data.whitening_path", recursive=True)
+    path, key = task.data.whitening_path, "data.whitening_path"
+    whitening_images = None if path is None else list_images(path, key=key, recursive=True)
     extract = _Extraction(config, task)
     extract.check()
 
@@ -84,26 +91,14 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
         "unreadable_queries": unreadable,
         "unreadable_database": int((~readable_N).sum()),
     }
-    for setup in ("easy", "medium", "hard"):
-        ranking = rank_database(similarity_QN[indices], at=PRECISION_AT, **relevance(queries, setup))
+    for setup, lists in SETUPS.items():
+        positives, junk = (
+            [[i for name in names for i in getattr(query, name)] for query in queries] for names in lists
+        )
+        ranking = rank_database(similarity_QN[indices], positives=positives, junk=junk, at=PRECISION_AT)
         yield from _results(ranking, setup, queries, details)
         if setup == "medium" and ranking.queries and task.context.is_main:
-            picture = _picture(query_files, indices, benchmark, similarity_QN[indices], ranking)
-            task.save_picture(picture, "neighbors")
-
-
-def relevance(queries: Sequence[Query], setup: str) -> dict[str, list[list[int]]]:
-    """`positives` and `junk` of each query in the setup `easy`, `medium` or `hard`."""
-    match setup:
-        case "easy":
-            pairs = [(query.easy, query.junk + query.hard) for query in queries]
-        case "medium":
-            pairs = [(query.easy + query.hard, query.junk) for query in queries]
-        case "hard":
-            pairs = [(query.hard, query.junk + query.easy) for query in queries]
-        case _:
-            raise ValueError(setup)
-    return {"positives": [positives for positives, _ in pairs], "junk": [junk for _, junk in pairs]}
+            task.save_picture(_picture(query_files, indices, benchmark, similarity_QN[indices], ranking), "neighbors")
 
 
 class _Extraction:

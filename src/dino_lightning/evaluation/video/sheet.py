@@ -27,13 +27,8 @@ def video_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *
         for i, (caption, frame) in enumerate(frames):
             left = GAP + i * (cell + GAP)
             sheet.paste(frame.resize((cell, height), Image.Resampling.LANCZOS), (left, top + LINE_HEIGHT))
-            draw.text(
-                (left + cell / 2, top + LINE_HEIGHT + height + LINE_HEIGHT / 2),
-                caption,
-                fill=INK,
-                font=font,
-                anchor="mm",
-            )
+            middle = left + cell / 2, top + LINE_HEIGHT + height + LINE_HEIGHT / 2
+            draw.text(middle, caption, fill=INK, font=font, anchor="mm")
         top += height + 2 * LINE_HEIGHT + GAP
     return sheet
 

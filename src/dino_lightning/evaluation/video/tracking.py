@@ -53,26 +53,19 @@ def segment_sequences(
     cache = SequenceCache(config, task)
     missing = []
     for number in numbers:
-        sequence = cache.read(frames, number)
-        if sequence is None:
+        if (sequence := cache.read(frames, number)) is None:
             missing.append(number)
-            continue
-        on_frames(len(frames.sequences[number]))
-        yield number, sequence
-    batches = frame_batches(
-        frames,
-        missing,
-        batch_size=config.batch_size_per_device,
-        num_workers=task.num_workers,
-        device=task.context.device,
-    )
+        else:
+            on_frames(len(frames.sequences[number]))
+            yield number, sequence
+    loading = {"num_workers": task.num_workers, "device": task.context.device}
     tracker: SequenceTracker | None = None
-    for batch in batches:
+    for batch in frame_batches(frames, missing, batch_size=config.batch_size_per_device, **loading):
         if tracker is None or batch.first == 0:
             tracker = SequenceTracker(config, task, frames.sequences[batch.sequence])
         tracker.add(batch)
         on_frames(len(batch.frames))
-        if tracker.is_complete:
+        if len(tracker.predicted) == len(tracker.sequence):
             sequence = tracker.finish()
             cache.write(frames, batch.sequence, sequence)
             yield batch.sequence, sequence
@@ -93,11 +86,6 @@ class SequenceTracker:
         self.predicted: list[np.ndarray] = []
         self.true: list[Tensor] = []
         self.is_broken = False
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all frames are done."""
-        return not self.is_broken and len(self.predicted) == len(self.sequence)
 
     @torch.no_grad()
     def add(self, batch: FrameBatch) -> None:

@@ -13,6 +13,7 @@ from dino_lightning.config import DavisData, VideoEval
 from dino_lightning.data.benchmarks.davis import Davis, Sequence, open_davis
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
+from dino_lightning.evaluation.features.extract import evenly_spaced
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scores
 from dino_lightning.evaluation.video.frames import SIDE_MULTIPLE, Frames, frame_size
@@ -151,9 +152,8 @@ def write_masks(masks_THW: np.ndarray, sequence: Sequence, folder: Path) -> None
 def picture_row(sequence: Sequence, done: SegmentedSequence) -> tuple[str, list[tuple[str, Image.Image]]]:
     """The first frame with its mask and a few later ones with theirs, for `video_sheet`."""
     j_and_f = mean_scores(done.scores).j_and_f_mean
-    indices = np.linspace(0, len(sequence) - 1, min(SHEET_FRAMES, len(sequence))).round().astype(int).tolist()
     cells = []
-    for index in indices:
+    for index in evenly_spaced(len(sequence), SHEET_FRAMES):
         with Image.open(sequence.frames[index]) as frame:
             caption = f"{sequence.frames[index].stem}{', given' if index == 0 else ''}"
             cells.append((caption, overlay_masks(frame, done.masks[index])))
