@@ -16,17 +16,19 @@ so a resumed training ends with the same weights as an uninterrupted one.
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from dino_lightning.config import FinetuneEval, ImagesConfig
 from dino_lightning.data.batches import crop_seed
+from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.classification.classifiers import accuracy_topk, count_correct, read_state, write_state
-from dino_lightning.evaluation.classification.finetune_files import check_settings, export, training_settings
 from dino_lightning.evaluation.classification.finetune_recipe import (
     FinetuneAugmentation,
     Targets,
@@ -43,7 +45,10 @@ from dino_lightning.evaluation.features.extract import extract_batches
 from dino_lightning.evaluation.features.images import BROKEN, center_view
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.runtime.collectives import all_reduce_mean, all_reduce_sum, rank, world_size
-from dino_lightning.runtime.files import write_atomically
+from dino_lightning.runtime.files import atomic_file, write_atomically
+
+CHANGEABLE = ("val_every_n_epochs",)
+"""Settings that may change on resuming because the weights do not depend on them."""
 
 
 def check(config: FinetuneEval, data: ImagesConfig) -> None:
@@ -211,27 +216,61 @@ class Finetuning:
         write_atomically(self.folder / "epochs.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _resume(self) -> None:
-        context = self.task.context
-        state = read_state(self.folder / "last.ckpt", context)
+        context, file = self.task.context, self.folder / "last.ckpt"
+        state = read_state(file, context)
         if state is None:
             return
-        check_settings(state["settings"], self.settings, path=self.folder / "last.ckpt")
+        for key, value in self.settings.items():
+            saved = state["settings"].get(key)
+            if saved != value:
+                raise UserError(
+                    f"{key}={value}: {file} belongs to a training with {key}={saved}; set another output_dir, or delete "
+                    "the file."
+                )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.adamw.load_state_dict(state["optimizer"])
         context.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history = state["epoch"], state["history"]
-        context.say(f"Resuming after epoch {self.epoch} of {self.config.epochs}: {self.folder / 'last.ckpt'}")
+        context.say(f"Resuming after epoch {self.epoch} of {self.config.epochs}: {file}")
 
     def export(self) -> dict[str, str]:
-        """Write the final weights; returns `weights` and, with a moving average, `weights_ema`: their paths."""
-        view = center_view(self.task.network, resize=self.config.image_resize, size=self.config.image_size).config
-        size, classes = [view.eval_resize, view.eval_size], self.images.classes
+        """Write the final weights; returns `weights` and, with a moving average, `weights_ema`: their paths.
+
+        The weights have timm's names. The metadata are `classifier`, the name of the top layer, and as JSON: `classes`,
+        the names of its outputs; `mean` and `std` of the images; `eval`, their shorter side and center crop (pixels);
+        `network`, the architecture, so that `checkpoint=` can load the file.
+        """
+        network = self.task.network
+        view = center_view(network, resize=self.config.image_resize, size=self.config.image_size).config
+        size = {"resize": view.eval_resize, "size": view.eval_size}
+        values = {"classes": self.images.classes, "mean": network.mean, "std": network.std, "eval": size}
+        if network.description is not None:
+            values["network"] = network.description | size
+        metadata = {"format": "pt", "classifier": self.classifier}
+        metadata |= {key: json.dumps(value) for key, value in values.items()}
         paths = {}
         for suffix, model in self._models().items():
             path = self.folder / f"finetuned{suffix}.safetensors"
             paths[f"weights{suffix}"] = str(path)
             if self.task.context.is_main:
-                export(model, path, task=self.task, classes=classes, classifier=self.classifier, size=size)
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+                with atomic_file(path) as file:
+                    file.write(save(weights, metadata=metadata))
         return paths
+
+
+def training_settings(config: FinetuneEval, task: Task, images: LabeledSplits) -> dict[str, Any]:
+    """All settings that the weights depend on, by their keys on the command line; the same on every rank."""
+    fabric = task.context.fabric
+    names = json.dumps(images.classes).encode()
+    data = content_digest(images.train.fingerprint().encode(), names) if task.context.is_main else ""
+    return {
+        "checkpoint": task.network.digest,
+        "data": fabric.broadcast(data),
+        "seed": task.seed,
+        "trainer.devices": world_size(),
+        "trainer.precision": str(fabric.strategy.precision.precision),
+        **{f"eval.{key}": value for key, value in asdict(config).items() if key not in CHANGEABLE},
+    }

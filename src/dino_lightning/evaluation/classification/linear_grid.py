@@ -10,6 +10,7 @@ share the choices of features, and their number does not change any figure.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,24 +123,12 @@ class GridSearch:
         self, grid: dict[FeatureSpec, list[float]], tokens_NT: Tensor, labels_N: Tensor, indices: Tensor, *, label: str
     ) -> dict[FeatureSpec, LinearHeads]:
         """Classifiers for the learning rates of each spec, trained together on the images at `indices`."""
-        config, seed = self.config, self.task.seed
-        heads = {
-            spec: LinearHeads(spec.width(self.task.network), self.classes, lrs=lrs, seed=seed, device=self.device)
-            for spec, lrs in grid.items()
-        }
+        config, network = self.config, self.task.network
+        options: dict[str, Any] = {"seed": self.task.seed, "device": self.device}
+        heads = {s: LinearHeads(s.width(network), self.classes, lrs=lrs, **options) for s, lrs in grid.items()}
+        options |= {"epochs": config.epochs, "batch_size": config.classifier_batch_size}
         with self.task.context.progress(label, total=config.epochs) as advance:
-            train(
-                heads,
-                tokens_NT,
-                labels_N,
-                indices=indices,
-                layout=self.layout,
-                epochs=config.epochs,
-                batch_size=config.classifier_batch_size,
-                seed=seed,
-                device=self.device,
-                advance=advance,
-            )
+            train(heads, tokens_NT, labels_N, indices=indices, layout=self.layout, advance=advance, **options)
         return heads
 
     def accuracy(self, spec: FeatureSpec, heads: LinearHeads, tokens_MT: Tensor, labels_M: Tensor) -> Tensor:

@@ -79,18 +79,16 @@ def neighbor_sheet(
     caption = _font_size(cell) + 6 if query_labels or neighbor_labels else 0
     query_labels = query_labels or [None] * len(queries)
     neighbor_labels = neighbor_labels or [[None] * len(of_query) for of_query in neighbors]
+    framed = verdicts is not None
+    verdicts = verdicts or [
+        [None if label is None or other is None else label == other for other in labels]
+        for label, labels in zip(query_labels, neighbor_labels, strict=True)
+    ]
     rows = []
-    for i, (query, label, of_query, labels) in enumerate(
-        zip(queries, query_labels, neighbors, neighbor_labels, strict=True)
-    ):
+    for query, label, *of_query in zip(queries, query_labels, neighbors, neighbor_labels, verdicts, strict=True):
         row = [_captioned(query, label, cell=cell, caption=caption)]
-        for j, (neighbor, other) in enumerate(zip(of_query, labels, strict=True)):
-            agrees = None if label is None or other is None else label == other
-            frame = None if agrees is None else COLORS[agrees]
-            if verdicts is not None:
-                agrees = verdicts[i][j]
-                frame = COLORS[agrees]
-            row.append(_captioned(neighbor, other, cell=cell, caption=caption, agrees=agrees, frame=frame))
+        for neighbor, other, agrees in zip(*of_query, strict=True):
+            row.append(_captioned(neighbor, other, cell=cell, caption=caption, agrees=agrees, framed=framed))
         rows.append(row)
     most = max((len(row) for row in rows), default=1) - 1
     return grid_sheet(rows, titles=["query", *map(str, range(1, most + 1))], width=cell, split=2 * GAP)
@@ -181,13 +179,13 @@ def _captioned(
     cell: int,
     caption: int,
     agrees: bool | None = None,
-    frame: Color | None = None,
+    framed: bool = False,
 ) -> Image.Image:
     panel = Image.new("RGB", (cell, cell + caption), PAPER)
     panel.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (0, 0))
     draw = ImageDraw.Draw(panel)
-    if frame is not None:
-        draw.rectangle((0, 0, cell - 1, cell - 1), outline=frame, width=max(2, cell // 32))
+    if framed or agrees is not None:
+        draw.rectangle((0, 0, cell - 1, cell - 1), outline=COLORS[agrees], width=max(2, cell // 32))
     if agrees is not None:
         _badge(draw, agrees=agrees, side=cell // 5, corner=cell)
     if label is not None:

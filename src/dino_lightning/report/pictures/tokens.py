@@ -118,11 +118,7 @@ def heads_sheet(
 
 
 def patch_sheet(
-    images_BCHW: Tensor | Sequence[Tensor],
-    tokens_BhwD: Tensor | Sequence[Tensor],
-    *,
-    per_row: int = 4,
-    cell: int = 128,
+    images_BCHW: Tensor | Sequence[Tensor], tokens_BhwD: Tensor | Sequence[Tensor], *, per_row: int = 4, cell: int = 128
 ) -> Image.Image:
     """Images, RGB in 0 to 1, next to their patch tokens in color, with `per_row` such pairs per row.
 
