@@ -224,8 +224,8 @@ class Finetuning:
             saved = state["settings"].get(key)
             if saved != value:
                 raise UserError(
-                    f"{key}={value}: {file} belongs to a training with {key}={saved}; set another output_dir, or delete "
-                    "the file."
+                    f"{key}={value}: {file} belongs to a training with {key}={saved}; set another output_dir, or "
+                    "delete the file."
                 )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
