@@ -1,6 +1,7 @@
 """A frozen backbone with its preprocessing: the input of every evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,9 +58,17 @@ def check_size(network: FrozenNetwork, size: int, *, key: str) -> None:
             f"{key}={size} is not a multiple of the patch size {patch} of {network.name}; the nearest is {near}."
         )
     device = next(network.backbone.parameters()).device
+    with rejection_as(f"{key}={size}: {network.name} does not accept this size"):
+        network.backbone(torch.zeros(1, network.channels, size, size, device=device))
+
+
+@contextmanager
+def rejection_as(message: str) -> Iterator[None]:
+    """Raise `UserError`, with `message` and the reason, if a network rejects its images in the block; no gradients."""
     try:
         with torch.no_grad():
-            network.backbone(torch.zeros(1, network.channels, size, size, device=device))
+            yield
+    except UserError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}={size}: {network.name} does not accept this size ({reason}).") from error
+        raise UserError(f"{message} ({' '.join(str(error).split())}).") from error

@@ -64,11 +64,9 @@ def open_labeled(task: Task) -> LabeledSplits:
 
 
 def _check_same_classes(train: list[str], val: list[str]) -> None:
-    for split, other, (names, others) in (
-        ("training", "validation", (train, val)),
-        ("validation", "training", (val, train)),
-    ):
-        missing = [name for name in names if name not in set(others)]
+    classes = {"training": train, "validation": val}
+    for split, other in (("training", "validation"), ("validation", "training")):
+        missing = [name for name in classes[split] if name not in set(classes[other])]
         if missing:
             raise UserError(
                 f"data: the class '{missing[0]}' is among the {split} images but not among the {other} images "

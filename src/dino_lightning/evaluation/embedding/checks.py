@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.config import EmbedConfig
-from dino_lightning.config.constraints import check_values
+from dino_lightning.config.constraints import check_values, ranges_of
 from dino_lightning.config.dotted import get_dotted
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError
@@ -16,9 +16,12 @@ from dino_lightning.runtime.files import check_writable
 
 def feature_spec(features: str, n_last_blocks: int) -> FeatureSpec:
     """The features of `dino embed`, `embed` and `DinoFeatures`. Raises `UserError` for values that cannot be."""
-    spec = FeatureSpec(n_last_blocks, features=features, prefix="")
-    spec.check_values()
-    return spec
+    ranges = ranges_of(EmbedConfig)
+    ranges["features"].check("features", features)
+    ranges["n_last_blocks"].check("n_last_blocks", n_last_blocks)
+    if n_last_blocks > 1 and features == "mean_patch":
+        raise UserError(f"n_last_blocks={n_last_blocks} is for features=class; with features=mean_patch set it to 1.")
+    return FeatureSpec(n_last_blocks, features=features, prefix="")
 
 
 def check_embedding(config: EmbedConfig, *, overrides: Sequence[str] = ()) -> None:

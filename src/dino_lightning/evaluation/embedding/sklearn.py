@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dino_lightning.config import DataConfig
+from dino_lightning.config.ranges import AtLeast
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.embedding.backbone import Backbone, load_backbone, usable_device
 from dino_lightning.evaluation.embedding.checks import feature_spec
@@ -81,11 +82,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         viewed = center_images(network, source, size=self.image_size, config=config)
         starts = range(0, len(images), self.batch_size)
         batches = [range(start, min(start + self.batch_size, len(images))) for start in starts]
-        parts = list(
-            extract_batches(
-                spec.of(backbone.backbone), viewed, batches=batches, num_workers=self.num_workers, device=device
-            )
-        )
+        loading: dict[str, Any] = {"batches": batches, "num_workers": self.num_workers, "device": device}
+        parts = list(extract_batches(spec.of(backbone.backbone), viewed, **loading))
         broken = (torch.cat([labels_B for _, labels_B in parts]) == BROKEN).nonzero().flatten().tolist()
         if broken:
             viewed[broken[0]]  # read it again for the reason, which may be in a loader process
@@ -98,9 +96,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """The network of the current parameters, loaded once."""
         parameters = (self.checkpoint, self.checkpoint_key, self.device)
         spec = feature_spec(self.features, self.n_last_blocks)
-        for name, value, minimum in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers, 0)):
-            if value < minimum:
-                raise UserError(f"{name}={value}: expected at least {minimum}.")
+        AtLeast(1).check("batch_size", self.batch_size)
+        AtLeast(0).check("num_workers", self.num_workers)
         loaded = getattr(self, "_loaded", None)
         if loaded is None or loaded[0] != parameters:
             loaded = parameters, load_backbone(self.checkpoint, key=self.checkpoint_key, device=self.device)

@@ -1,7 +1,4 @@
-"""Which outputs of a network are the features of an image.
-
-B images, n last blocks, D width.
-"""
+"""Which outputs of a network are the features of an image. B images, n last blocks, D width."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +6,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import is_vit, linear_features, patch_tokens
-
-FEATURES = ("class", "mean_patch")
 
 
 @dataclass(frozen=True)
@@ -45,17 +40,6 @@ class FeatureSpec:
             return int(cast(Any, network.backbone).num_features)
         return network.width * (self.n_last_blocks + self.avgpool)
 
-    def check_values(self) -> None:
-        """Raise `UserError` for values that no network supports."""
-        if self.features not in (*FEATURES, "tokens"):
-            raise UserError(f"features={self.features}: {did_you_mean(self.features, FEATURES)}")
-        if self.n_last_blocks < 1:
-            raise UserError(f"{self.prefix}n_last_blocks={self.n_last_blocks}: expected at least 1.")
-        if self.n_last_blocks > 1 and self.features == "mean_patch":
-            raise UserError(
-                f"n_last_blocks={self.n_last_blocks} is for features=class; with features=mean_patch set it to 1."
-            )
-
     def exists_in(self, network: FrozenNetwork) -> bool:
         """False if the network is not a ViT and this is not the default. Raises `UserError` for too many blocks."""
         if not is_vit(network.backbone):
@@ -70,7 +54,6 @@ class FeatureSpec:
 
     def check(self, network: FrozenNetwork) -> None:
         """Raise `UserError` if the network does not have these features."""
-        self.check_values()
         if not self.exists_in(network):
             raise UserError(
                 f"{self}: {network.name} is not a ViT and has only one kind of features; set "

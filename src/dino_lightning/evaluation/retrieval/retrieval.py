@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from dino_lightning.evaluation.retrieval.descriptors import (
 from dino_lightning.evaluation.retrieval.ranking import NOT_RETRIEVABLE, Ranking, rank_database
 from dino_lightning.evaluation.retrieval.sheet import RetrievedRow, retrieval_sheet
 from dino_lightning.evaluation.retrieval.whitening import learn_whitening
+from dino_lightning.models.frozen import rejection_as
 
 PRECISION_AT = (1, 5, 10)
 """Numbers of images k for which mP@k is reported."""
@@ -114,46 +116,38 @@ class _Extraction:
     def check(self) -> None:
         """Raise `UserError` if the network does not accept images that are not squares, or a scale."""
         shape = (1, self.network.channels, max(1, self.size * 3 // 4), self.size)
-        try:
+        message = (
+            f"eval.image_size={self.size}: {self.network.name} does not accept images of {shape[3]} x {shape[2]} "
+            f"pixels at eval.scales={self.config.scales}"
+        )
+        with rejection_as(message):
             self.forward(torch.zeros(shape, device=self.task.context.device))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"eval.image_size={self.size}: {self.network.name} does not accept images of {shape[3]} x {shape[2]} "
-                f"pixels at eval.scales={self.config.scales} ({reason})."
-            ) from error
 
     def __call__(self, files: ImageFiles, *, split: str) -> tuple[Tensor, Tensor]:
         """Features (N, D) float32, zeros for unreadable images, and which images are readable (N,)."""
         # The boxes of queries all have different shapes.
         batch_size = 1 if isinstance(files, CroppedFiles) else self.config.batch_size_per_device
         paths = [Path(str(path)) for path in files.paths]
-        parts = [
-            self._extract(files, split, size, indices, batch_size if size else 1)
-            for size, indices in groups_of_equal_size(paths, batch_size=batch_size)
-        ]
-        indices_M = torch.cat([indices for _, _, indices in parts])
+        box = " query_box" if isinstance(files, CroppedFiles) else ""
+        parts = []
+        for size, indices in groups_of_equal_size(paths, batch_size=batch_size):
+            blank: Any = tuple(self.view(Image.new("RGB", size or (self.size, self.size))).shape)
+            features_MD, _, indices_M = cached_features(
+                self.task,
+                self.forward,
+                file_images(self.task, files, self.view, blank=blank, split=split),
+                label=f"{split} of {size[0]} x {size[1]}" if size else split,
+                kind=f"retrieval size={self.size} scales={self.config.scales}{box}",
+                batch_size=batch_size if size else 1,
+                indices=indices,
+            )
+            parts.append((features_MD, indices_M))
+        features_MD, indices_M = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         key = "data.whitening_path" if split == "whitening" else "data.path"
         require_files(indices_M, self.task, key=key, images=len(files), split=split)
-        features_MD = torch.cat([features for features, _, _ in parts])
         features_ND, readable_N = torch.zeros(len(files), features_MD.shape[1]), torch.zeros(len(files)).bool()
         features_ND[indices_M], readable_N[indices_M] = features_MD, True
         return features_ND, readable_N
-
-    def _extract(
-        self, files: ImageFiles, split: str, size: tuple[int, int] | None, indices: list[int], batch_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        blank = tuple(self.view(Image.new("RGB", size or (self.size, self.size))).shape)
-        box = " query_box" if isinstance(files, CroppedFiles) else ""
-        return cached_features(
-            self.task,
-            self.forward,
-            file_images(self.task, files, self.view, blank=blank, split=split),  # pyright: ignore[reportArgumentType]
-            label=f"{split} of {size[0]} x {size[1]}" if size else split,
-            kind=f"retrieval size={self.size} scales={self.config.scales}{box}",
-            batch_size=batch_size,
-            indices=indices,
-        )
 
 
 def _cosine(queries_QD: Tensor, database_ND: Tensor) -> Tensor:

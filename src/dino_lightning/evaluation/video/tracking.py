@@ -6,6 +6,7 @@ T frames of H x W pixels as stored, h x w patches, B frames of a batch, D width,
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def segment_sequences(
         else:
             on_frames(len(frames.sequences[number]))
             yield number, sequence
-    loading = {"num_workers": task.num_workers, "device": task.context.device}
+    loading: dict[str, Any] = {"num_workers": task.num_workers, "device": task.context.device}
     tracker: SequenceTracker | None = None
     for batch in frame_batches(frames, missing, batch_size=config.batch_size_per_device, **loading):
         if tracker is None or batch.first == 0:

@@ -19,6 +19,7 @@ from dino_lightning.evaluation.video.davis_scores import ObjectScores, mean_scor
 from dino_lightning.evaluation.video.frames import SIDE_MULTIPLE, Frames, frame_size
 from dino_lightning.evaluation.video.sheet import default_palette, overlay_masks, video_sheet
 from dino_lightning.evaluation.video.tracking import SegmentedSequence, segment_sequences
+from dino_lightning.models.frozen import rejection_as
 from dino_lightning.models.tokens import is_vit, patch_size, patch_tokens
 from dino_lightning.runtime.collectives import all_gather_concat, rank, world_size
 
@@ -67,16 +68,8 @@ def check_shorter_side(shorter: int, *, patch: int) -> None:
 
 def check_network(task: Task, *, size: tuple[int, int]) -> None:
     """Raise `UserError` if the network does not accept frames of this height and width."""
-    try:
-        with torch.no_grad():
-            patch_tokens(task.network.backbone, torch.zeros(1, 3, *size, device=task.context.device))
-    except UserError:
-        raise
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"checkpoint: {task.network.name} does not accept frames of {size[1]} x {size[0]} pixels ({reason})."
-        ) from error
+    with rejection_as(f"checkpoint: {task.network.name} does not accept frames of {size[1]} x {size[0]} pixels"):
+        patch_tokens(task.network.backbone, torch.zeros(1, 3, *size, device=task.context.device))
 
 
 def evaluate_share(config: VideoEval, task: Task, frames: Frames) -> dict[int, list[ObjectScores]]:
