@@ -278,7 +278,7 @@ def test_order_of_repeated_augmentation(ranks: int, repeats: int, monkeypatch: p
     for number in range(ranks):
         monkeypatch.setattr(training_images, "rank", lambda number=number: number)
         order = training_images._Order(10, batch_size=4, seed=5, drop_last=False, repeats=repeats)
-        order.sampler.set_epoch(6)
+        order.epoch = 6
         by_rank.append([key for batch in order for key in batch])
     samples = [sample for round_ in zip(*by_rank, strict=True) for sample in round_]
     shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(5 + 6)).tolist()
