@@ -23,7 +23,7 @@ from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import EvalContext, Task
 from dino_lightning.evaluation.features import cache as feature_cache
 from dino_lightning.evaluation.features.cache import cached_features, feature_key
-from dino_lightning.evaluation.features.images import ImageFiles, ViewedImages, center_view
+from dino_lightning.evaluation.features.images import ListedFiles, ViewedImages, center_view
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.collectives import leave_group
 
@@ -193,14 +193,14 @@ def test_another_batch_size_uses_the_same_cache(tmp_path: Path, source: BuiltinI
     assert again.images == 0
 
 
-def _folder_with_broken(folder: Path) -> ImageFiles:
+def _folder_with_broken(folder: Path) -> ListedFiles:
     generator = np.random.default_rng(0)
     for i in range(20):
         path = folder / f"{i:02d}.png"
         Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
         if i in (3, 17):
             path.write_bytes(path.read_bytes()[:60])
-    return ImageFiles(sorted(folder.glob("*.png")))
+    return ListedFiles(sorted(folder.glob("*.png")))
 
 
 def test_broken_images_are_named_left_out_and_not_tried_again(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_changed_file_is_another_source(tmp_path: Path) -> None:
     task = _task(tmp_path)
     _features(task, files, images=_view(task.network, files, max_bad_share=1))
     Image.new("RGB", (32, 32)).save(tmp_path / "03.png")
-    files = ImageFiles(sorted(tmp_path.glob("*.png")))
+    files = ListedFiles(sorted(tmp_path.glob("*.png")))
     counted = Counted(task.network)
     _, _, indices_M = _features(task, files, counted, images=_view(task.network, files, max_bad_share=1))
     assert counted.images == 20

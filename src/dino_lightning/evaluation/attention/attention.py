@@ -27,7 +27,7 @@ from dino_lightning.evaluation.attention.masks import attended_area, jaccard_ind
 from dino_lightning.evaluation.attention.pictures import picture_names, save_clip, save_image_page, save_sheets
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.extract import subset_indices
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.models.tokens import has_attention, patch_size
 from dino_lightning.runtime.collectives import all_gather_concat
@@ -54,7 +54,7 @@ def evaluate(config: AttentionEval, task: Task) -> Iterator[Result]:
             pictures = open_pictures(data)
             if pictures.clip is None:
                 names = picture_names(pictures.images, root=pictures.root)
-                yield from draw(config, task, ImageFiles(pictures.images), view, names=names)
+                yield from draw(config, task, ListedFiles(pictures.images), view, names=names)
             else:
                 yield from draw_clip(config, task, pictures.clip, view)
         case _:

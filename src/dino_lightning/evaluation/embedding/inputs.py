@@ -10,7 +10,7 @@ from PIL import Image
 
 from dino_lightning.data.sources.base import Content, ImageSource, content_digest
 from dino_lightning.errors import UserError
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 
 ImageInput: TypeAlias = str | Path | Image.Image | np.ndarray
 """A file, a PIL image, or pixels (H, W) or (H, W, C) uint8."""
@@ -63,7 +63,7 @@ class InputImages:
 def input_source(images: Sequence[ImageInput], channels: int) -> ImageSource:
     """The source of images from `as_image_list`."""
     if all(isinstance(image, str | Path) for image in images):
-        return ImageFiles([Path(image) for image in images])  # type: ignore[arg-type]
+        return ListedFiles([Path(image) for image in images])  # type: ignore[arg-type]
     return InputImages(images, channels=channels)
 
 

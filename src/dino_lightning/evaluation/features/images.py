@@ -20,7 +20,8 @@ from dino_lightning.data.batches import WorkerError, WorkerLoader
 from dino_lightning.data.crops import EvalView
 from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.sources.base import ImageSource, content_digest
+from dino_lightning.data.sources.base import ImageSource
+from dino_lightning.data.sources.mapped_arrays import ImageFiles
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
@@ -132,8 +133,8 @@ def _collate_unless_failed(collate: Callable[[list[Any]], Any], samples: list[An
     return samples if isinstance(samples, WorkerError) else collate(samples)
 
 
-class ImageFiles:
-    """An `ImageSource` of the files at `paths`, without labels."""
+class ListedFiles(ImageFiles):
+    """The image files at `paths`, without labels; a missing file counts as empty in the fingerprint."""
 
     classes: list[str] | None = None
     labels: np.ndarray | None = None
@@ -144,18 +145,13 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> bytes:
-        """The content of the file."""
-        return Path(str(self.paths[index])).read_bytes()
-
     def describe(self, index: int) -> str:
         """The path."""
         return str(self.paths[index])
 
-    def fingerprint(self) -> str:
-        """A digest of paths, sizes and modification times; a missing file counts as empty."""
-        states = (_state(Path(str(path))) for path in self.paths)
-        return content_digest(*(f"{path}\0{state}".encode() for path, state in zip(self.paths, states, strict=True)))
+    def path_arrays(self) -> list[np.ndarray]:
+        """The paths."""
+        return [self.paths]
 
 
 def center_view(network: FrozenNetwork, *, resize: int | None = None, size: int | None = None) -> EvalView:
@@ -195,11 +191,3 @@ def class_names(source: ImageSource, indices: Sequence[int]) -> list[str | None]
 def normalization(network: FrozenNetwork) -> Normalized:
     """Converts an image to the network's normalized input."""
     return Normalized(CropsConfig(mean=network.mean, std=network.std))
-
-
-def _state(path: Path) -> str:
-    try:
-        stat = path.stat()
-    except OSError:
-        return ""
-    return f"{stat.st_size}\0{stat.st_mtime_ns}"

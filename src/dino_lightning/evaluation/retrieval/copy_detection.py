@@ -14,7 +14,7 @@ from dino_lightning.data.benchmarks.files import list_images
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 from dino_lightning.evaluation.features.knn import nearest_neighbors
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.evaluation.retrieval.descriptors import SquareView, cls_and_gem, file_images, require_files
@@ -86,7 +86,7 @@ def _extract(config: CopyDetectionEval, task: Task, paths: list[Path], *, split:
     features_MD, _, indices_M = cached_features(
         task,
         task.context.forward(lambda images_BCHW: cls_and_gem(backbone, images_BCHW, power=config.gem_power)),
-        file_images(task, ImageFiles(paths), SquareView(task.network, size=size), blank=blank, split=split),
+        file_images(task, ListedFiles(paths), SquareView(task.network, size=size), blank=blank, split=split),
         label=split,
         kind=f"copy_detection size={size} gem_power={config.gem_power}",
         batch_size=config.batch_size_per_device,
@@ -122,4 +122,4 @@ def _picture(benchmark: Copydays, queries: list[Path], retrieved_QR: Tensor, ap_
         positives, retrieved = benchmark.positives(queries[i]), retrieved_QR[i, :SHEET_COLUMNS].tolist()
         verdicts: list[bool | None] = [index in positives for index in retrieved]
         rows.append(RetrievedRow(i, f"AP {100 * float(ap_Q[i]):.1f}", retrieved, verdicts))
-    return retrieval_sheet(rows, queries=ImageFiles(queries), database=ImageFiles(benchmark.database))
+    return retrieval_sheet(rows, queries=ListedFiles(queries), database=ListedFiles(benchmark.database))

@@ -22,7 +22,7 @@ from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.features.images import ImageFiles, View, ViewedImages, normalization
+from dino_lightning.evaluation.features.images import ListedFiles, View, ViewedImages, normalization
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.tokens import last_blocks, patch_size
 
@@ -63,7 +63,7 @@ class SquareView:
         return self.normalize(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
-class CroppedFiles(ImageFiles):
+class CroppedFiles(ListedFiles):
     """Image files, each cropped to its box (left, top, right, bottom), rounded and cropped by PIL."""
 
     def __init__(self, paths: Sequence[Path], *, boxes: Sequence[tuple[float, float, float, float]]) -> None:
@@ -81,7 +81,7 @@ class CroppedFiles(ImageFiles):
         return content_digest(super().fingerprint().encode(), self.boxes.tobytes())
 
 
-def file_images(task: Task, files: ImageFiles, view: View, *, blank: tuple[int, int, int], split: str) -> ViewedImages:
+def file_images(task: Task, files: ListedFiles, view: View, *, blank: tuple[int, int, int], split: str) -> ViewedImages:
     """Image files through a view; unreadable ones are listed in `bad_images_SPLIT.txt`."""
     bad_images = task.output / f"bad_images_{split}.txt"
     return ViewedImages(files, view, blank=blank, config=DataConfig(max_bad_share=1), bad_images=bad_images)

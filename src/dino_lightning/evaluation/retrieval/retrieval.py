@@ -16,7 +16,7 @@ from dino_lightning.data.benchmarks.revisited import Query, Revisited, open_revi
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Result, Task
 from dino_lightning.evaluation.features.cache import cached_features
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 from dino_lightning.evaluation.registry import register_evaluation
 from dino_lightning.evaluation.retrieval.descriptors import (
     CroppedFiles,
@@ -68,13 +68,13 @@ def evaluate(config: RetrievalEval, task: Task) -> Iterator[Result]:
     extract = _Extraction(config, task)
     extract.check()
 
-    database_ND, readable_N = extract(ImageFiles(benchmark.images), split="database")
+    database_ND, readable_N = extract(ListedFiles(benchmark.images), split="database")
     paths = [query.path for query in benchmark.queries]
     boxes = [query.box for query in benchmark.queries]
-    query_files = CroppedFiles(paths, boxes=boxes) if config.query_box else ImageFiles(paths)
+    query_files = CroppedFiles(paths, boxes=boxes) if config.query_box else ListedFiles(paths)
     queries_QD, readable_Q = extract(query_files, split="queries")
     if whitening_images is not None:
-        features_MD, readable_M = extract(ImageFiles(whitening_images), split="whitening")
+        features_MD, readable_M = extract(ListedFiles(whitening_images), split="whitening")
         whiten = learn_whitening(features_MD[readable_M], corrected=True)
         database_ND, queries_QD = whiten(database_ND), whiten(queries_QD)
     similarity_QN = _cosine(queries_QD, database_ND)
@@ -123,7 +123,7 @@ class _Extraction:
         with rejection_as(message):
             self.forward(torch.zeros(shape, device=self.task.context.device))
 
-    def __call__(self, files: ImageFiles, *, split: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, files: ListedFiles, *, split: str) -> tuple[Tensor, Tensor]:
         """Features (N, D) float32, zeros for unreadable images, and which images are readable (N,)."""
         # The boxes of queries all have different shapes.
         batch_size = 1 if isinstance(files, CroppedFiles) else self.config.batch_size_per_device
@@ -168,7 +168,7 @@ def _results(ranking: Ranking, setup: str, queries: Sequence[Query], details: di
 
 
 def _picture(
-    query_files: ImageFiles, indices: Sequence[int], benchmark: Revisited, similarity_QN: Tensor, ranking: Ranking
+    query_files: ListedFiles, indices: Sequence[int], benchmark: Revisited, similarity_QN: Tensor, ranking: Ranking
 ) -> Image.Image:
     """Queries from the lowest to the highest average precision, and the images nearest to each."""
     order = [i for i in ranking.ap.argsort(stable=True).tolist() if ranking.ap[i].isfinite()]
@@ -180,4 +180,4 @@ def _picture(
         nearest = [n for n in by_similarity if similarity_QN[i, n] > NOT_RETRIEVABLE][:SHEET_COLUMNS]
         verdicts = [None if n in query.junk else n in query.easy or n in query.hard for n in nearest]
         rows.append(RetrievedRow(indices[i], f"AP {100 * float(ranking.ap[i]):.1f}", nearest, verdicts))
-    return retrieval_sheet(rows, queries=query_files, database=ImageFiles(benchmark.images))
+    return retrieval_sheet(rows, queries=query_files, database=ListedFiles(benchmark.images))

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from dino_lightning.config import DataConfig
 from dino_lightning.data.decode import Decoder
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 from dino_lightning.report.pictures.sheets import PAPER, neighbor_sheet
 
 CELL = 128
@@ -27,7 +27,7 @@ class RetrievedRow:
     """Correct, wrong, or None for neither."""
 
 
-def retrieval_sheet(rows: Sequence[RetrievedRow], *, queries: ImageFiles, database: ImageFiles) -> Image.Image:
+def retrieval_sheet(rows: Sequence[RetrievedRow], *, queries: ListedFiles, database: ListedFiles) -> Image.Image:
     """One row per query, with retrieved images framed green (correct), orange (wrong) or gray (neither).
 
     All images must be readable.
@@ -41,7 +41,7 @@ def retrieval_sheet(rows: Sequence[RetrievedRow], *, queries: ImageFiles, databa
     )
 
 
-def _cell(files: ImageFiles, index: int) -> Image.Image:
+def _cell(files: ListedFiles, index: int) -> Image.Image:
     """The whole image on a white square."""
     image = Decoder(DataConfig()).pil(files.read(index))
     return ImageOps.pad(image, (CELL, CELL), color=PAPER)

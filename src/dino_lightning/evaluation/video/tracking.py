@@ -16,7 +16,7 @@ from dino_lightning.config import VideoEval
 from dino_lightning.data.benchmarks.davis import Sequence
 from dino_lightning.data.sources.base import content_digest
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.features.images import ImageFiles
+from dino_lightning.evaluation.features.images import ListedFiles
 from dino_lightning.evaluation.video.davis_scores import ObjectScores, object_scores
 from dino_lightning.evaluation.video.frames import FrameBatch, Frames, frame_batches, resize_labels
 from dino_lightning.evaluation.video.propagation import Propagation, label_maps, one_hot_labels
@@ -168,6 +168,6 @@ class SequenceCache:
 
     def _name(self, frames: Frames, number: int) -> str:
         sequence = frames.sequences[number]
-        files = ImageFiles([*sequence.frames, *sequence.masks]).fingerprint()
+        files = ListedFiles([*sequence.frames, *sequence.masks]).fingerprint()
         parts = (*self.key_parts, str(frames.sizes[number]), str(sequence.single_object), files)
         return f"{content_digest(*(part.encode() for part in parts))}.npz"
