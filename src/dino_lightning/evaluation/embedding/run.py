@@ -112,32 +112,32 @@ def embed_splits(
 ) -> Embeddings:
     """The features of all splits, in order."""
     stem, has_splits = "dino-embed" if output is None else output.stem, len(sources) > 1
-    features, positions, bad = [], [], {}
-    names, labels, splits = [], [], []
+    features, positions, bad = [], {}, {}
     for split, source in sources.items():
         bad_images = task.output / f"{stem}.bad_images{f'_{split}' * has_splits}.txt"
         label = f"{split} images" if has_splits else "images"
         features_MD, indices_M = embed_source(config, task, source, label=label, bad_images=bad_images)
         features.append(features_MD)
-        positions.append(indices_M)
-        names += [source.describe(int(index)) for index in indices_M]
-        labels += class_names(source, indices_M.tolist())
-        splits += [split] * len(indices_M)
+        positions[split] = indices_M
         bad |= read_bad_images(bad_images)
         task.context.fabric.barrier()
         if task.context.is_main:  # no rank writes to the file anymore
             bad_images.with_name(f".{bad_images.name}.lock").unlink(missing_ok=True)
+    names = [sources[split].describe(int(index)) for split, indices_M in positions.items() for index in indices_M]
     if not names:
         name, reason = next(iter(bad.items()))
         raise UserError(f"data: none of the images can be read ({name}: {reason}).")
+    labels = [
+        name for split, indices_M in positions.items() for name in class_names(sources[split], indices_M.tolist())
+    ]
     return Embeddings(
         features=np.concatenate([features_MD for features_MD in features if len(features_MD)]),
         names=names,
         labels=labels if any(labels) else None,
-        splits=splits if has_splits else None,
+        splits=[split for split, indices_M in positions.items() for _ in indices_M] if has_splits else None,
         bad=bad,
         output=output,
-        positions=np.concatenate(positions),
+        positions=np.concatenate(list(positions.values())),
         sources=sources,
         decoder=Decoder(config.data),
     )
@@ -156,13 +156,10 @@ def embed_source(
     size = {"resize": config.image_resize, "size": config.image_size}
     images = center_images(task.network, source, **size, config=config.data, bad_images=bad_images)
     spec, side = feature_spec(config.features, config.n_last_blocks), config.image_size or task.network.size
+    batch_size = config.batch_size_per_device or max(1, min(BLOCK, BATCH_PIXELS // side**2))
+    forward = task.context.forward(spec.of(task.network.backbone))
     features_MD, _, indices_M = cached_features(
-        task,
-        task.context.forward(spec.of(task.network.backbone)),
-        images,
-        label=label,
-        kind=spec.cache_key,
-        batch_size=config.batch_size_per_device or max(1, min(BLOCK, BATCH_PIXELS // side**2)),
+        task, forward, images, label=label, kind=spec.cache_key, batch_size=batch_size
     )
     return features_MD.numpy(), indices_M.numpy()
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dino_lightning.data.sources.base import ImageSource, content_digest
 from dino_lightning.errors import UserError
 from dino_lightning.evaluation.context import Task
-from dino_lightning.evaluation.features.extract import extract_batches, gather_by_index, with_common_width
+from dino_lightning.evaluation.features.extract import extract_batches, gather_by_index, join_parts
 from dino_lightning.evaluation.features.images import BROKEN, ViewedImages
 from dino_lightning.runtime.collectives import rank, world_size
 from dino_lightning.runtime.files import atomic_file
@@ -79,7 +79,9 @@ def cached_features(
             blocks[number] = content
             if cache:
                 cache.save(number, local[number], content)
-    return _readable(*gather_by_index(*_concatenate(blocks, local)))
+    indices_N = torch.tensor([index for block in local.values() for index in block], dtype=torch.int64)
+    parts = (blocks.pop(number) for number in local)  # the memory of each block is freed after its copy
+    return _readable(*gather_by_index(*join_parts(parts, n=len(indices_N)), indices_N))
 
 
 def require_readable(labels_M: Tensor, task: Task, *, label: str, split: str) -> None:
@@ -164,20 +166,6 @@ def _extract(
             parts.append((features_BD, labels_B))
             advance(len(labels_B))
         yield number, (torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
-
-
-def _concatenate(blocks: dict[int, Block], local: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The features, labels and indices of this rank; the memory of each block is freed after its copy."""
-    indices_N = torch.tensor([index for block in local.values() for index in block], dtype=torch.int64)
-    width = next(iter(blocks.values()))[0].shape[1] if blocks else 0
-    features_ND, labels_N = torch.empty(len(indices_N), width), torch.empty(len(indices_N), dtype=torch.int64)
-    done = 0
-    for number in local:
-        features_nD, labels_n = blocks.pop(number)
-        rows = slice(done, done + len(labels_n))
-        features_ND[rows], labels_N[rows] = features_nD, labels_n
-        done = rows.stop
-    return with_common_width(features_ND), labels_N, indices_N
 
 
 def _readable(features_MD: Tensor, labels_M: Tensor, indices_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

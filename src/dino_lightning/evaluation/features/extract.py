@@ -9,7 +9,7 @@ affect the training.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -75,21 +75,15 @@ def extract_features(
     """
     selected = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
     local = [int(i) for i in selected[rank() :: world_size()]]
-    features_ND = torch.empty(0, 0)
-    labels_N = torch.empty(len(local), dtype=torch.int64)
-    done = 0
     batches = [local[start : start + batch_size] for start in range(0, len(local), batch_size)]
-    for features_BD, labels_B in extract_batches(
-        forward, dataset, batches=batches, num_workers=num_workers, device=device
-    ):
-        if done == 0:
-            features_ND = torch.empty(len(local), features_BD.shape[1])
-        rows = slice(done, done + len(labels_B))
-        features_ND[rows], labels_N[rows] = features_BD, labels_B
-        done += len(labels_B)
-        if on_batch is not None:
-            on_batch(len(labels_B))
-    return with_common_width(features_ND), labels_N, torch.tensor(local, dtype=torch.int64)
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in extract_batches(forward, dataset, batches=batches, num_workers=num_workers, device=device):
+            yield part
+            if on_batch is not None:
+                on_batch(len(part[1]))
+
+    return *join_parts(parts(), n=len(local)), torch.tensor(local, dtype=torch.int64)
 
 
 def extract_batches(
@@ -110,10 +104,20 @@ def extract_batches(
         yield features_BD.detach().float().cpu(), labels_B
 
 
-def with_common_width(features_ND: Tensor) -> Tensor:
-    """The features, reshaped to (0, D) on a rank without images, which does not know D."""
+def join_parts(parts: Iterable[tuple[Tensor, Tensor]], *, n: int) -> tuple[Tensor, Tensor]:
+    """The n features and labels of this rank from their parts, each of which can be freed when the next one is taken.
+
+    The features are (0, D) on a rank without images, which learns D from the others.
+    """
+    features_ND, labels_N, done = torch.empty(0, 0), torch.empty(n, dtype=torch.int64), 0
+    for features_BD, labels_B in parts:
+        if not done:
+            features_ND = torch.empty(n, features_BD.shape[1])
+        rows = slice(done, done + len(labels_B))
+        features_ND[rows], labels_N[rows] = features_BD, labels_B
+        done = rows.stop
     width = int(all_gather_concat(torch.tensor([features_ND.shape[1]])).max())
-    return features_ND.reshape(len(features_ND), width)
+    return features_ND.reshape(n, width), labels_N
 
 
 def gather_by_index(features_ND: Tensor, labels_N: Tensor, indices_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
