@@ -3,12 +3,12 @@
 Training replaces an unreadable image with the next one, but an evaluation would then count that one twice.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,7 +21,7 @@ from dino_lightning.data.crops import EvalView
 from dino_lightning.data.crops.pil import Normalized
 from dino_lightning.data.decode import Decoder
 from dino_lightning.data.sources.base import ImageSource
-from dino_lightning.data.sources.mapped_arrays import ImageFiles
+from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, pack_paths
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
@@ -134,24 +134,10 @@ def _collate_unless_failed(collate: Callable[[list[Any]], Any], samples: list[An
 
 
 class ListedFiles(ImageFiles):
-    """The image files at `paths`, without labels; a missing file counts as empty in the fingerprint."""
-
-    classes: list[str] | None = None
-    labels: np.ndarray | None = None
+    """The image files at `paths`, without labels."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = np.array([str(path) for path in paths], dtype=np.str_)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def describe(self, index: int) -> str:
-        """The path."""
-        return str(self.paths[index])
-
-    def path_arrays(self) -> list[np.ndarray]:
-        """The paths."""
-        return [self.paths]
+        super().__init__("", arrays=MappedArrays(pack_paths(map(os.fsencode, paths))), classes=None)
 
 
 def center_view(network: FrozenNetwork, *, resize: int | None = None, size: int | None = None) -> EvalView:

@@ -127,7 +127,7 @@ class _Extraction:
         """Features (N, D) float32, zeros for unreadable images, and which images are readable (N,)."""
         # The boxes of queries all have different shapes.
         batch_size = 1 if isinstance(files, CroppedFiles) else self.config.batch_size_per_device
-        paths = [Path(str(path)) for path in files.paths]
+        paths = [Path(files.describe(i)) for i in range(len(files))]
         box = " query_box" if isinstance(files, CroppedFiles) else ""
         parts = []
         for size, indices in groups_of_equal_size(paths, batch_size=batch_size):
