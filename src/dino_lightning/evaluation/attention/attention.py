@@ -118,7 +118,7 @@ def draw(
             "eval.pictures=0: these images have no masks, so the pictures are the only result; set it to at least 1."
         )
     images = full_images(task, source, view)
-    selected = sheet_indices(config, task, source) if names is None else None
+    selected = subset_indices(len(source), limit=config.pictures, seed=task.seed) if names is None else None
     rows, indices = [], []
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca and names is not None)
     for each in extract_attention(extractor, images, label="attention", indices=selected):
@@ -155,18 +155,13 @@ def full_images(task: Task, source: ImageSource, view: FullImageView) -> FullIma
     return FullImages(source, view, config=config, bad_images=task.output / "bad_images.txt")
 
 
-def sheet_indices(config: AttentionEval, task: Task, source: ImageSource) -> list[int]:
-    """Indices of the images on the sheets."""
-    return subset_indices(len(source), limit=config.pictures, seed=task.seed)
-
-
 def draw_sheets(config: AttentionEval, task: Task, images: FullImages) -> None:
     """Draw the sheets, on the main process."""
     if not task.context.is_main:
         return
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca)
-    samples = [images[index] for index in sheet_indices(config, task, images.source)]
-    save_sheets(config, task, list(extractor.extract(samples)))
+    shown = subset_indices(len(images), limit=config.pictures, seed=task.seed)
+    save_sheets(config, task, list(extractor.extract(images[index] for index in shown)))
 
 
 def gather_rows(rows: Sequence[Tensor], indices: Sequence[int], *, shape: tuple[int, ...]) -> tuple[Tensor, list[int]]:

@@ -110,16 +110,14 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 def read_rows(folders: Iterable[Path]) -> list[Row]:
     """The rows of folders of sweeps or runs, in the paper's order. Raises `UserError` for other folders."""
     folders = list(folders)
-    planned: dict[tuple[str, int | None], None] = {}
     rows = _grouped(read_jobs(folders))
-    for folder in folders:
-        planned |= dict.fromkeys(_planned_runs(folder / "multirun.yaml"))
+    planned = dict.fromkeys(run for folder in folders for run in _planned_runs(folder / "multirun.yaml"))
     for experiment, seed in planned:
         same = [row for row in rows if row.experiment == experiment]
         if any(seed in (None, job.seed) for row in same for job in row.jobs):
             continue
         if not same:
-            same = [Row(experiment, _display_name(experiment))]
+            same = [Row(experiment, display_name(experiment))]
             rows += same
         same[0].missing.append(seed)
     order = list(PUBLISHED)
@@ -196,7 +194,7 @@ def _grouped(jobs: list[Job]) -> list[Row]:
     rows = []
     for experiment, groups in by_experiment.items():
         for group, values in zip(groups.values(), _differences([group[0] for group in groups.values()]), strict=True):
-            name = ", ".join([_display_name(experiment), *(f"{key}={value}" for key, value in values.items())])
+            name = ", ".join([display_name(experiment), *(f"{key}={value}" for key, value in values.items())])
             rows.append(Row(experiment, name, group, settings=values))
     return rows
 
@@ -218,5 +216,6 @@ def _settings(job: Job) -> dict[str, Any]:
     return {key: value for key, value in flatten(job.run.config).items() if key not in IGNORED_KEYS}
 
 
-def _display_name(experiment: str) -> str:
+def display_name(experiment: str) -> str:
+    """The paper's name of a row, or else the experiment."""
     return PUBLISHED[experiment].name if experiment in PUBLISHED else experiment

@@ -9,8 +9,7 @@ from typing import Any
 from dino_lightning.errors import UserError
 from dino_lightning.report.runs import format_setting
 from dino_lightning.report.svg import log_ticks, ticks
-from dino_lightning.report.sweeps.jobs import Job, swept_keys
-from dino_lightning.report.sweeps.published import PUBLISHED
+from dino_lightning.report.sweeps.jobs import Job, display_name, swept_keys
 
 LOG_FACTOR = 8
 """A positive quantity whose maximum is at least this many times its minimum gets a logarithmic axis."""
@@ -113,6 +112,6 @@ def axis_of(values: Sequence[Any], *, few_as_names: bool = False) -> Axis:
 
 def _value(job: Job, key: str) -> Any:
     if key == "experiment":
-        return PUBLISHED[job.row].name if job.row in PUBLISHED else job.run.title
+        return display_name(job.row)
     value = job.value(key)
     return value if isinstance(value, int | float | str) else str(value)
