@@ -24,10 +24,7 @@ from dino_lightning.errors import UserError, cannot_be_written
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.runtime.files import sync_folder
 
-REQUIRED_PACKAGES = {
-    "huggingface": ("transformers",),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-}
+REQUIRED_PACKAGES = {"huggingface": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 """Format -> packages of the extra with the same name."""
 
 

@@ -23,11 +23,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weight file in a folder or repository, in order of preference."""
 REQUIRED_CONFIG: dict[str, dict[str, tuple[Any, ...]]] = {
     "vit": {"hidden_act": ("gelu",), "qkv_bias": (True,)},
-    "resnet": {
-        "hidden_act": ("relu",),
-        "downsample_in_first_stage": (False,),
-        "downsample_in_bottleneck": (False,),
-    },
+    "resnet": {"hidden_act": ("relu",), "downsample_in_first_stage": (False,), "downsample_in_bottleneck": (False,)},
 }
 """Model type -> required values of settings that weight shapes do not show. A missing key has the first value."""
 LAYER_NORM_EPSILON = 1e-6

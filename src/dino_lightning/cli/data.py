@@ -1,4 +1,18 @@
-"""`dino data`: inspects a data set before training on it."""
+"""Inspect a data set before training on it.
+
+usage: dino data [check|stats] PATH [key=value] [group=option] [group.key=value]
+
+check (default): what the images are, which are broken or duplicates, a sheet of sample crops. stats: mean and
+standard deviation of each channel, for crops.mean and crops.std. PATH: a folder, a list (.csv, .tsv, .txt),
+.zip, .tar or parquet. Other words are keys and groups of dino train. Exit status: 0, 1 if check found broken
+images, 2 for wrong settings.
+
+Examples:
+  dino data ~/photos
+  dino data ~/photos experiment=vits16_100ep       sample crops of that experiment
+  dino data check scans data.value_range=[0,65535]
+  dino data stats data=cifar10
+"""
 
 import os
 from collections import Counter

@@ -1,4 +1,11 @@
-"""`dino docs`: write `docs/configuration.md` from the dataclasses; `--check` fails where the file is out of date."""
+"""Write docs/configuration.md, the page of all keys (in a checkout).
+
+usage: dino docs [check=true]
+
+Examples:
+  dino docs
+  dino docs check=true                             exit with 1 if the page is out of date
+"""
 
 import re
 import sys
@@ -6,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino_lightning.cli.options import parse_options
-from dino_lightning.config import SCHEMAS, AutoConfig, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
-from dino_lightning.config.docs import Key, all_keys
+from dino_lightning.config import SCHEMAS
+from dino_lightning.config.docs import ROOTS, Key, all_keys, keys_of
 from dino_lightning.errors import UserError
 
 TARGET = Path(__file__).parents[3] / "docs" / "configuration.md"
@@ -45,46 +52,25 @@ def main(words: list[str]) -> int:
 
 def render() -> str:
     """The page as Markdown."""
+    titles = ("A training run", "An evaluation", "Features of images", "Weights in another format")
+    tables = [_table(title, root, list(keys_of(root))) for title, root in zip(titles, ROOTS.values(), strict=True)]
     keys = all_keys()
-    parts = [HEADER]
-    roots = {
-        "A training run": TrainConfig,
-        "An evaluation": EvaluateConfig,
-        "Features of images": EmbedConfig,
-        "Weights in another format": ExportConfig,
-    }
-    for title, root in roots.items():
-        parts.append(
-            _table(
-                title,
-                root,
-                [key for key in keys if key.schema is root or (root is TrainConfig and key.schema is AutoConfig)],
-            )
-        )
     for group, schemas in SCHEMAS.items():
         own = [key for key in keys if key.name.startswith(f"{group}.")]
-        owners = list(dict.fromkeys(key.schema for key in own))
-        for owner in owners:
+        for owner in dict.fromkeys(key.schema for key in own):
             names = [name for name, schema in schemas.items() if issubclass(schema, owner)]
-            title = f"{group} ({', '.join(names)})" if names and len(schemas) > 1 else group
             nested = [key for key in own if key.schema is owner]
+            title = f"{group} ({', '.join(names)})" if names and len(schemas) > 1 else group
             if not names:  # a part of a group, such as callbacks.knn
                 title = nested[0].name.rpartition(".")[0]
-            parts.append(_table(title, owner, nested))
-    return "\n".join(parts)
+            tables.append(_table(title, owner, nested))
+    return "\n".join([HEADER, *tables])
 
 
 def _table(title: str, schema: type, keys: list[Key]) -> str:
     rows = [f"| `{key.name}` | {key.kind} | {_code(key.default)} | {key.allowed} | {_text(key.doc)} |" for key in keys]
-    head = [
-        f"## {title}",
-        "",
-        " ".join((schema.__doc__ or "").split()),
-        "",
-        "| key | type | default | allowed values | meaning |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *rows, ""])
+    head = "| key | type | default | allowed values | meaning |\n|---|---|---|---|---|"
+    return "\n".join([f"## {title}\n\n{' '.join((schema.__doc__ or '').split())}\n\n{head}", *rows, ""])
 
 
 def _text(doc: str) -> str:

@@ -1,4 +1,15 @@
-"""`dino embed`: features of many images, in a file."""
+"""Write the features of many images to a file.
+
+usage: dino embed CHECKPOINT PATH output=FILE [group=option] [key=value]
+
+CHECKPOINT is checkpoint, as for dino eval; PATH is data.path.
+
+Examples:
+  dino embed outputs/RUN ~/photos output=photos.parquet
+  dino embed timm:vit_small_patch16_224.dino photos.zip data=archive output=photos.npy
+  dino embed outputs/RUN ~/photos output=x.npy features=mean_patch    the mean patch token
+  dino embed outputs/RUN ~/photos output=x.npy trainer.devices=8      repeat the command to continue
+"""
 
 from typing import cast
 

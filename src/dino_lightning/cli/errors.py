@@ -10,13 +10,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.cli.exit import one_line
-from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
-from dino_lightning.config.conf_dir import CONF, option_names
-from dino_lightning.config.docs import all_keys, keys_of_root
+from dino_lightning.config import SCHEMAS
+from dino_lightning.config.conf_dir import option_names
+from dino_lightning.config.docs import ROOTS, all_keys, keys_of_root
 from dino_lightning.errors import UserError, did_you_mean
 
-ROOTS = {"train": TrainConfig, "eval": EvaluateConfig, "embed": EmbedConfig, "export": ExportConfig}
-"""Verb -> the dataclass of its configuration."""
 FILE_GROUPS = {"train": {"preset", "experiment", "sweep"}}
 """Verb -> its groups without a dataclass."""
 
@@ -66,7 +64,7 @@ def _whole_text(error: BaseException) -> str:
 def _unknown_option(group: str, option: str) -> str:
     if group == "hydra":
         return _unknown_plugin(option)
-    known = option_names(CONF / group)
+    known = option_names(group)
     sentence = f"{group}={option} is not an option of {group}; {did_you_mean(option, known)}"
     if group == "backbone":
         sentence += " Every network of timm works by its name, too (`timm.list_models()`)."
@@ -80,7 +78,7 @@ def _unknown_plugin(option: str) -> str:
     if brings and find_spec(f"hydra_plugins.{brings}") is None:
         return f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
     stored = [file.removesuffix(".yaml") for file in ConfigStore.instance().list(f"hydra/{kind}") if "." in file]
-    known = sorted({*option_names(CONF / "hydra" / kind), *stored})
+    known = sorted({*option_names(f"hydra/{kind}"), *stored})
     return f"hydra/{kind}={name} is not an option of hydra/{kind}; {did_you_mean(name, known)}"
 
 

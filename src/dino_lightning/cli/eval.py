@@ -1,4 +1,17 @@
-"""`dino eval`: one evaluation of one network, or with `--multirun` many."""
+"""Evaluate a network: k-NN, linear, fine-tuning, retrieval, copies, video, attention.
+
+usage: dino eval CHECKPOINT [group=option] [group.key=value]
+
+CHECKPOINT is checkpoint: a run's folder, a weights file, timm:NAME, hf:OWNER/NAME or untrained:NAME.
+
+Examples:
+  dino eval outputs/RUN                            k-NN on the built-in images
+  dino eval FILE.pth eval=linear data=imagenet data.path=DIR
+  dino eval timm:vit_small_patch16_224.dino eval=video data.path=DIR
+  dino eval outputs/RUN eval=attention data=pictures data.path=photo.jpg
+  dino eval outputs/RUN baseline=true              and the untrained network for comparison
+  dino eval A,B --multirun eval=knn,linear_grid    several evaluations
+"""
 
 from functools import partial
 

@@ -1,4 +1,16 @@
-"""`dino export`: one network in another program's format."""
+"""Convert a network to another format: timm, transformers, ONNX, torch, the original's.
+
+usage: dino export CHECKPOINT format=FORMAT output=PATH
+
+CHECKPOINT is checkpoint, as for dino eval.
+
+Examples:
+  dino export outputs/RUN format=timm output=FOLDER           timm.create_model("local-dir:FOLDER")
+  dino export outputs/RUN format=huggingface output=FOLDER    transformers.AutoModel.from_pretrained
+  dino export outputs/RUN format=onnx output=backbone.onnx    images of any number and size
+  dino export outputs/RUN format=torch output=backbone.pt2    torch.export.load
+  dino export outputs/RUN format=original output=backbone.pth     facebookresearch/dino
+"""
 
 from pathlib import Path
 from typing import cast
@@ -9,9 +21,9 @@ from rich.console import Console
 from dino_lightning.cli.errors import as_user_errors
 from dino_lightning.cli.overrides import quote_overrides, with_plain_words
 from dino_lightning.cli.program import compose_root
+from dino_lightning.config.commands import FORMATS, ExportConfig
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.config.docs import all_keys
-from dino_lightning.config.export import FORMATS, ExportConfig
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError, did_you_mean
 

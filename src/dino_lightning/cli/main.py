@@ -10,7 +10,7 @@ from importlib import import_module
 
 from dino_lightning.cli.completion import COMPLETION_FLAGS, complete_verb
 from dino_lightning.cli.exit import print_error
-from dino_lightning.cli.help import VERBS, overview, verb_help
+from dino_lightning.cli.help import GROUPS, VERBS, overview, verb_help
 from dino_lightning.errors import UserError, did_you_mean
 
 HELP_FLAGS = ("-h", "--help")
@@ -25,7 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
         status = start(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        if words[:1] in (["train"], ["eval"], ["embed"]) and not set(PRINTING_FLAGS) & set(words):
+        if words[:1] and words[0] in GROUPS and not set(PRINTING_FLAGS) & set(words):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `dino --help | head`: Python flushes at exit
         return 0
@@ -36,7 +36,7 @@ def start(words: list[str]) -> int:
     """Print help, answer a shell that completes a line, or start a verb."""
     if words[:1] and words[0] in COMPLETION_FLAGS:
         verb = complete_verb(sorted(VERBS))
-        if verb is None or VERBS[verb].root is None:
+        if verb not in GROUPS:
             return 0
         words = [verb, *words]
     if not words or words[0] in HELP_FLAGS:

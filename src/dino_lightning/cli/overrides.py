@@ -10,10 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dino_lightning.config import TimmConfig
-from dino_lightning.config.conf_dir import CONF, option_names
+from dino_lightning.config.conf_dir import option_names
 from dino_lightning.config.paths import PATHS
 from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.runtime.files import CONF
 
 PATH_KEYS = (*PATHS, "checkpoint", "init_from")
 """Keys whose value may be a path."""
@@ -150,7 +151,7 @@ def register_timm_networks(overrides: list[str]) -> None:
     """Make `backbone=NAME` work for every network of timm: an option for each name that is not a file."""
     # Several for a grid, and `choice(…)` of some for Optuna.
     names = [part for text in overrides if text.startswith("backbone=") for part in re.findall(r"[^,()]+", text[9:])]
-    unknown = set(names) - set(option_names(CONF / "backbone"))
+    unknown = set(names) - set(option_names("backbone"))
     if not unknown:
         return
     import timm

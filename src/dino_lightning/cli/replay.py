@@ -1,4 +1,14 @@
-"""`dino replay`: repeats a saved non-finite step on one device in float32."""
+"""Repeat a saved non-finite step, to see where it begins.
+
+usage: dino replay FILE [key=value]
+
+FILE is nonfinite/stepNNNNNN-rankR.pt in the folder of a run. Exit status: 0 if something is non-finite again,
+3 if not.
+
+Examples:
+  dino replay outputs/RUN/nonfinite/step000130-rank0.pt
+  dino replay outputs/RUN/nonfinite/step000130-rank0.pt layers=true device=cuda
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

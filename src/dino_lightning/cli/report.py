@@ -1,4 +1,14 @@
-"""`dino report`: a page about a run, or about several next to each other."""
+"""An HTML page about a run, or about several.
+
+usage: dino report RUN... [key=value]
+
+RUN is the folder of a run or of a sweep, or a pattern of such folders.
+
+Examples:
+  dino report outputs/quick-20261124-154205        its report.html, with the evaluations done since
+  dino report outputs/a outputs/b                  both in one page, outputs/report.html
+  dino report 'outputs/quick-*' output=compare.html
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -42,12 +42,7 @@ class Jobs:
         self._previous_failures = _failures(self.folder)
 
     def attempt(
-        self,
-        job: Job,
-        cfg: DictConfig,
-        *,
-        sentence: Callable[[Exception], str | None],
-        overrides: Sequence[str] = (),
+        self, job: Job, cfg: DictConfig, *, sentence: Callable[[Exception], str | None], overrides: Sequence[str] = ()
     ) -> float | None:
         """The value of a job; None if it fails, which Optuna counts as a failure, with `failed.txt` in its folder.
 

@@ -1,4 +1,15 @@
-"""`dino table`: the runs of a sweep in one table, next to the paper's figures, and as pictures."""
+"""The runs of a sweep in one table, next to the paper's figures.
+
+usage: dino table FOLDER... [key=value]
+
+FOLDER is the folder of a sweep (--multirun) or of a run, finished or not.
+
+Examples:
+  dino table outputs/table7-20261124-154205
+  dino table outputs/optuna-20261124-154205 plot=true     k-NN over what was swept: FOLDER/sweep.svg
+  dino table FOLDER FOLDER format=markdown                for a document
+  dino table outputs/collapse-20261124-154205 curves=collapse.svg     entropy and KL, as in figure 7
+"""
 
 import sys
 from dataclasses import dataclass

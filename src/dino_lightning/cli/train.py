@@ -1,4 +1,20 @@
-"""`dino train`: one training run, or with `--multirun` many."""
+"""Train a network.
+
+usage: dino train [PATH] [group=option] [group.key=value]
+
+PATH is data.path: a folder, zip, tar, file list or parquet of your images. Settings are then chosen for them
+and for this machine. Without PATH: small built-in images.
+
+Examples:
+  dino train                                       the built-in images, a few minutes on a CPU
+  dino train ~/photos                              your images, settings chosen for them and this machine
+  dino train experiment=vits16_100ep data.path=DIR     the paper's recipe on ImageNet
+  dino train ~/photos backbone=resnet50 trainer.devices=8     any key can be changed
+  dino train --multirun seed=0,1,2                 several runs; dino table compares them
+  dino train --multirun sweep=table7 preset=quick  the paper's ablations, small
+  dino train output_dir=SAME_FOLDER resume=true    continue a run
+  eval "$(dino train -sc install=bash)"            completion of all verbs by Tab; also zsh, fish
+"""
 
 import os
 import sys

@@ -1,4 +1,14 @@
-"""`dino wandb`: a saved view of a project at Weights & Biases. `report/wandb_workspace.py` has its contents."""
+"""A saved view of a project at Weights & Biases.
+
+usage: dino wandb [PROJECT] [key=value]
+
+PROJECT is project. Each call adds a view; existing views stay as they are.
+
+Examples:
+  dino wandb                                       project dino-lightning of the key's user or team
+  dino wandb project=photos entity=my-team
+  dino wandb report=true                           and a report that compares its runs
+"""
 
 import os
 from dataclasses import dataclass

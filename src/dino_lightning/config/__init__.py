@@ -26,6 +26,7 @@ from dino_lightning.config.callbacks import (
     PicturesConfig,
     PruningConfig,
 )
+from dino_lightning.config.commands import EmbedConfig, EvaluateConfig, ExportConfig
 from dino_lightning.config.compute import ComputeConfig
 from dino_lightning.config.crops import CropsConfig
 from dino_lightning.config.data import (
@@ -42,7 +43,6 @@ from dino_lightning.config.data import (
     TorchvisionData,
     WebDatasetData,
 )
-from dino_lightning.config.embedding import EmbedConfig
 from dino_lightning.config.evaluation import (
     AttentionEval,
     BenchmarkData,
@@ -63,7 +63,6 @@ from dino_lightning.config.evaluation import (
     VideoEval,
     VOCData,
 )
-from dino_lightning.config.export import ExportConfig
 from dino_lightning.config.loggers import CSVLoggerConfig, LoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from dino_lightning.config.method import (
     MOCO_VERSIONS,
@@ -86,6 +85,7 @@ from dino_lightning.config.model import (
 )
 from dino_lightning.config.ranges import AtLeast, FilePath, OneOf, Seed
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
+from dino_lightning.runtime.files import CONF
 
 
 @dataclass
@@ -134,39 +134,6 @@ class TrainConfig:
     starts a new run. A run that SLURM, submitit or torchrun restarts uses `auto` without this setting."""
     collective_timeout_s: Annotated[int, AtLeast(1)] = 1800
     """Time that a rank waits for the others before it ends with an error (seconds)."""
-
-
-@dataclass
-class EvaluateConfig:
-    """One evaluation of one network, with `dino eval`."""
-
-    eval: EvaluationConfig = MISSING
-    """The evaluation."""
-    checkpoint: str = MISSING
-    """The network: the folder of a run, its `.safetensors` or `.ckpt` file, a `.pth` file of the original DINO,
-    `timm:NAME` for timm's published weights, or `hf:OWNER/NAME` or a folder for transformers. `untrained:` before any
-    of these, or before an option of `backbone`, gives the network random weights."""
-    checkpoint_key: Annotated[str | None, OneOf("teacher", "student")] = None
-    """Network to use if the checkpoint contains both; null uses the one that the run evaluated, and the teacher of
-    files from elsewhere."""
-    baseline: bool = False
-    """Also evaluate the same network with random weights."""
-    data: ImagesConfig = MISSING
-    """The images."""
-    trainer: DevicesConfig = field(default_factory=DevicesConfig)
-    """Devices and precision."""
-    logger: LoggerConfig = MISSING
-    """Destination of the results in addition to `results.jsonl`: `csv` (no other) or `wandb`."""
-    output_dir: Annotated[str, FilePath] = MISSING
-    """Output folder. Results are appended to its `results.jsonl`."""
-    seed: Annotated[int, Seed] = 0
-    """Random seed of subsets, splits and untrained networks."""
-    cpu_threads: Annotated[int | None, AtLeast(1)] = None
-    """Number of PyTorch threads on a CPU; null divides the cores among the devices."""
-    imports: list[str] = field(default_factory=list)
-    """Your Python files or modules with evaluations or other parts, imported first (`register_evaluation`)."""
-    feature_cache: Annotated[str | None, FilePath] = "~/.cache/dino-lightning/features"
-    """Folder in which extracted features are cached by the content of weights and images; null disables the cache."""
 
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -225,8 +192,6 @@ def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float 
 def register() -> None:
     """Put the dataclasses into Hydra's config store: as `GROUP/schema_OPTION`, from which files start, and as
     `GROUP/OPTION` if there is no such file; and the roots, such as `schema_evaluate`."""
-    from dino_lightning.config.conf_dir import CONF  # imports this module
-
     OmegaConf.register_new_resolver("moco", of_moco_version, replace=True)
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # Hydra does not expand `~`
     # Hydra deep-copies the whole store for each configuration and for each group in `--help`, and copies again what it

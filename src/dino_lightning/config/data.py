@@ -36,10 +36,7 @@ class DataConfig(ImagesConfig):
     """Share of the images that are k-NN queries instead of training images, if the data has no validation split."""
     channels: Annotated[int, AtLeast(1)] = 3
     """Channels of an image: 3 converts all images to RGB, 1 to gray. Images must be stored with any other number."""
-    value_range: Annotated[
-        list[float] | None,
-        StoredRange,
-    ] = None
+    value_range: Annotated[list[float] | None, StoredRange] = None
     """Stored values that become 0 and 255 (black and white), for images with more than 8 bits. null refuses such
     images, except 16-bit color images, of which PIL keeps the upper 8 bits."""
     nan_value: float | None = None

@@ -16,6 +16,9 @@ from omegaconf import MISSING
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.constraints import ranges_of
 
+ROOTS = {"train": TrainConfig, "eval": EvaluateConfig, "embed": EmbedConfig, "export": ExportConfig}
+"""Verb -> the dataclass of its configuration."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -34,16 +37,10 @@ class Key:
 
 def all_keys() -> list[Key]:
     """Every key of every schema; a key of several options of a group appears once for each class that declares it."""
-    programs = (TrainConfig, EvaluateConfig, EmbedConfig, ExportConfig)
-    keys = [key for root in programs for key in _keys_of(root, prefix="")]
-    seen: set[tuple[str, type]] = set()
-    for group, schemas in SCHEMAS.items():
-        for schema in schemas.values():
-            for key in _keys_of(schema, prefix=f"{group}."):
-                if (key.name, key.schema) not in seen:
-                    seen.add((key.name, key.schema))
-                    keys.append(key)
-    return keys
+    schemas = [("", root) for root in ROOTS.values()]
+    schemas += [(f"{group}.", schema) for group, options in SCHEMAS.items() for schema in options.values()]
+    keys = [key for prefix, schema in schemas for key in keys_of(schema, prefix=prefix)]
+    return list({(key.name, key.schema): key for key in keys}.values())
 
 
 def keys_of_root(root: type) -> frozenset[str]:
@@ -53,18 +50,19 @@ def keys_of_root(root: type) -> frozenset[str]:
     """
     groups = [field.name for field in dataclasses.fields(root) if field.name in SCHEMAS]
     schemas = [(f"{group}.", schema) for group in groups for schema in SCHEMAS[group].values()]
-    keys = [key.name for prefix, schema in [("", root), *schemas] for key in _keys_of(schema, prefix=prefix)]
+    keys = [key.name for prefix, schema in [("", root), *schemas] for key in keys_of(schema, prefix=prefix)]
     return frozenset(groups + keys)
 
 
-def _keys_of(schema: type, *, prefix: str) -> Iterator[Key]:
+def keys_of(schema: type, *, prefix: str = "") -> Iterator[Key]:
+    """The keys of a dataclass, those of its nested dataclasses included; of a command, without its groups."""
     types, ranges = get_type_hints(schema), ranges_of(schema)
     for field in dataclasses.fields(schema):
         owner, kind = _declaring_class(schema, field.name), types[field.name]
         if not prefix and field.name in SCHEMAS:
             continue
         if dataclasses.is_dataclass(kind):
-            yield from _keys_of(kind, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from keys_of(kind, prefix=f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             doc = _field_docs(owner)[field.name]
             allowed = ranges[field.name].expected if field.name in ranges else ""

@@ -73,10 +73,7 @@ class OptimConfig:
 class AdamWConfig(OptimConfig):
     """AdamW, for transformers."""
 
-    betas: Annotated[
-        list[float],
-        Betas,
-    ] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[float], Betas] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of the running averages of the gradient and of its square."""
 
 

@@ -1,21 +1,36 @@
-"""Files and folders that are written completely or not at all."""
+"""Files of the package, and files and folders that are written completely or not at all."""
 
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from dino_lightning.errors import cannot_be_written
 
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] / "conf"
+"""Folder of the YAML files: inside an installed wheel, next to `src/` in a checkout."""
+
 FAILED = "failed.txt"
 """File in the folder of a failed run: its first line is the reason; the traceback of an unforeseen error follows."""
 
 OVERRIDES = "overrides.yaml"
 """File in the folder of a sweep's run: the `KEY=VALUE` overrides of the command, with the values of this run."""
+
+
+def yaml_names(folder: Path, *, also: Iterable[str] = ()) -> list[str]:
+    """The names of the YAML files in a folder, and of `also`.
+
+    Files in a subfolder are FOLDER/NAME, at the end of the list. A subfolder with the name of a file, such as
+    `preset/quick/`, contains parts of that option, which are left out.
+    """
+    paths = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml")]
+    names = {path.as_posix() for path in paths if path.parent not in paths} | set(also)
+    return sorted(names, key=lambda name: (name.count("/"), name))
 
 
 @contextmanager
