@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from slow_params import first
 
-from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checkpoints import Description, export_backbone
 from dino_lightning.config import ViTConfig
 from dino_lightning.models.backbones import build_backbone
 
@@ -93,6 +93,5 @@ def test_the_newest_run_is_the_network(run, tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     config = ViTConfig(width=48, depth=2, heads=2, patch_size=8)
     weights = build_backbone(config, image_size=32, drop_path=False).state_dict()
-    sizes = {"image_size": 32, "eval_resize": 32, "eval_size": 32}
-    export_backbone(weights, file, config=config, mean=[0.5] * 3, std=[0.5] * 3, **sizes)
+    export_backbone(weights, file, Description(config, 32, [0.5] * 3, [0.5] * 3, resize=32, size=32))
     assert run("outliers")[0] == "126 images, 48 features each; 0 could not be read"

@@ -103,10 +103,10 @@ def test_a_convolutional_network_with_arguments(tmp_path: Path) -> None:
     config = backbone_config("vovnet_micro")
     ours = build_backbone(config, image_size=32, drop_path=False).eval()
     path, seen = tmp_path / "exported.safetensors", {"mean": [0.5] * 3, "std": [0.25] * 3}
-    export_backbone(ours.state_dict(), path, config=config, image_size=32, eval_resize=36, eval_size=32, **seen)  # type: ignore[arg-type]
+    description = Description(config, 32, resize=36, size=32, **seen)  # type: ignore[arg-type]
+    export_backbone(ours.state_dict(), path, description)
     state = {f"teacher.backbone.{name}": tensor for name, tensor in ours.state_dict().items()}
-    network = {"network": Description(config, 32, resize=36, size=32, **seen).to_dict()}  # type: ignore[arg-type]
-    torch.save({"state_dict": state, **network}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, "network": description.to_dict()}, tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 40, 40)
     for file in (path, tmp_path / "last.ckpt"):
         loaded = load_network(str(file))

@@ -7,12 +7,12 @@ import timm
 import torch
 from torch import nn
 
-from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checkpoints import Description, export_backbone
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 
 TINY = ViTConfig(width=64, depth=1, heads=1, patch_size=8)
 RESNET = TimmConfig(name="resnet18")
-PREPROCESSING = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "eval_resize": 40, "eval_size": 32}
+PREPROCESSING = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "resize": 40, "size": 32}
 FOLDERS_OF_TIMM = pytest.mark.skipif(
     tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26), reason="timm reads no safetensors from a folder"
 )
@@ -37,5 +37,5 @@ def exported(folder: Path, config: BackboneConfig = TINY, *, image_size: int = 3
 
     network = with_noise(build_backbone(config, image_size=image_size, drop_path=False))
     path = folder / "weights.safetensors"
-    export_backbone(network.state_dict(), path, config=config, image_size=image_size, **PREPROCESSING)  # type: ignore[arg-type]
+    export_backbone(network.state_dict(), path, Description(config, image_size, **PREPROCESSING))  # type: ignore[arg-type]
     return path

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dino_lightning.config import (
-    MOCO_VERSIONS,
+    MOCO_3,
     BYOLConfig,
     ComputeConfig,
     MoCoConfig,
@@ -30,8 +30,8 @@ CLASSES = 3
 SMALL: dict[str, Any] = {"out_dim": 8, "head_hidden_dim": 16}
 CONFIGS: dict[str, Any] = {
     "byol": BYOLConfig(**SMALL, teacher_momentum=0.9),
-    "moco2": MoCoConfig(**{**MOCO_VERSIONS[2], **SMALL, "queue_length": 12, "teacher_momentum": 0.9}),
-    "moco3": MoCoConfig(**{**MOCO_VERSIONS[3], **SMALL, "version": 3, "teacher_momentum": 0.9}),
+    "moco2": MoCoConfig(**{**SMALL, "queue_length": 12, "teacher_momentum": 0.9}),
+    "moco3": MoCoConfig(**{**MOCO_3, **SMALL, "version": 3, "teacher_momentum": 0.9}),
     "swav": SwAVConfig(**SMALL, head_bottleneck_dim=6, queue_start="0it", freeze_prototypes="0it"),
     "supervised": SupervisedConfig(),
 }

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checkpoints import Description, export_backbone
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
@@ -205,9 +205,8 @@ def test_exported_weights_load_into_timm(config: BackboneConfig, size: int, tmp_
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.02)
     path = tmp_path / "teacher.safetensors"
-    recipe = export_backbone(
-        ours.state_dict(), path, config=config, image_size=size, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0]
-    )
+    description = Description(config, size, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
+    recipe = export_backbone(ours.state_dict(), path, description)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

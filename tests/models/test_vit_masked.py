@@ -133,14 +133,8 @@ def test_the_mask_token_exists_only_in_training() -> None:
 def test_exported_weights_have_no_mask_token(tmp_path: Path) -> None:
     """Neither an export nor a network that is loaded from a training checkpoint has one."""
     network, config = vit().float(), ViTConfig(width=32, depth=3, heads=2, patch_size=8)
-    export_backbone(
-        network.state_dict(),
-        tmp_path / "teacher.safetensors",
-        config=config,
-        image_size=32,
-        mean=[0.5] * 3,
-        std=[0.2] * 3,
-    )
+    description = Description(config, 32, mean=[0.5] * 3, std=[0.2] * 3)
+    export_backbone(network.state_dict(), tmp_path / "teacher.safetensors", description)
     state = {f"teacher.backbone.{name}": weight for name, weight in network.state_dict().items()}
     torch.save({"state_dict": state, "network": Description(config, 32).to_dict()}, tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 32, 32)

@@ -140,7 +140,7 @@ def test_registers_start_with_different_values() -> None:
 def exported(path: Path, config: BackboneConfig, *, image_size: int) -> torch.nn.Module:
     torch.manual_seed(1)
     network = build_backbone(config, image_size=image_size, drop_path=False).eval()
-    export_backbone(network.state_dict(), path, config=config, image_size=image_size, mean=[0.5] * 3, std=[0.2] * 3)
+    export_backbone(network.state_dict(), path, Description(config, image_size, [0.5] * 3, [0.2] * 3))
     return network
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConfig, ViTConfig
+from dino_lightning.config import SCHEMAS, BackboneConfig, CropsConfig, TimmConfig, TrainConfig, ViTConfig
 from dino_lightning.config.registry import import_component
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
@@ -37,6 +37,12 @@ class Description:
     """Shorter side of an evaluation image before the center crop (pixels)."""
     size: int = PAPER_CROPS.eval_size
     """Side of the center crop (pixels)."""
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> Self:
+        """The network that a run trains."""
+        crops = config.crops
+        return cls(config.backbone, crops.global_size, crops.mean, crops.std, crops.eval_resize, crops.eval_size)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -99,8 +105,7 @@ def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> Back
         import_component("backbone", schema)
         if schema not in SCHEMAS["backbone"]:
             raise UserError(
-                f"backbone={schema}: the checkpoint has a backbone that is not part of this package; add "
-                "imports=FILE with the file that registers it."
+                f"its backbone={schema} is not part of this package; add imports=FILE with the file that registers it."
             )
         return cast(BackboneConfig, SCHEMAS["backbone"][schema](**values))
     for known in SCHEMAS["backbone"].values():

@@ -9,25 +9,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dino_lightning.checkpoints.description import PAPER_CROPS, Description
+from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.original import without_mask_token
-from dino_lightning.config import BackboneConfig
 from dino_lightning.models.backbones import timm_recipes
 from dino_lightning.runtime.files import atomic_file
 
 
-def export_backbone(
-    weights: dict[str, Tensor],
-    path: str | Path,
-    *,
-    config: BackboneConfig,
-    image_size: int,
-    mean: list[float],
-    std: list[float],
-    channels: int = 3,
-    eval_resize: int = PAPER_CROPS.eval_resize,
-    eval_size: int = PAPER_CROPS.eval_size,
-) -> dict[str, Any]:
+def export_backbone(weights: dict[str, Tensor], path: str | Path, description: Description) -> dict[str, Any]:
     """Write a backbone's weights to `path` and return the arguments of `timm.create_model` that fit them.
 
     A user's own backbone has no such arguments; the result is then empty.
@@ -36,13 +24,13 @@ def export_backbone(
     evaluation (`eval`) and the description that `load_network` needs (`network`), so that the file is self-contained.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in without_mask_token(weights).items()}
-    recipe = _fitting_recipe(weights, timm_recipes(config, image_size=image_size, channels=channels))
-    description = Description(config, image_size, mean=mean, std=std, resize=eval_resize, size=eval_size)
+    size, channels = description.image_size, len(description.mean)
+    recipe = _fitting_recipe(weights, timm_recipes(description.backbone, image_size=size, channels=channels))
     values = {
         **({"timm": recipe} if recipe else {}),
-        "mean": mean,
-        "std": std,
-        "eval": {"resize": eval_resize, "size": eval_size},
+        "mean": description.mean,
+        "std": description.std,
+        "eval": {"resize": description.resize, "size": description.size},
         "network": description.to_dict(),
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}

@@ -2,12 +2,11 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.checkpoints.export import export_backbone
-from dino_lightning.checkpoints.graphs import TOLERANCE, relative_difference, write_onnx, write_program
+from dino_lightning.checkpoints.graphs import check_same, write_graph
 from dino_lightning.checkpoints.huggingface import to_transformers
-from dino_lightning.checkpoints.model_card import LOADING, REMARKS, model_card
+from dino_lightning.checkpoints.model_card import model_card
 from dino_lightning.checkpoints.original import to_original
 from dino_lightning.errors import UserError, cannot_be_written
 from dino_lightning.models.frozen import FrozenNetwork
@@ -26,6 +25,7 @@ from dino_lightning.runtime.files import sync_folder
 
 REQUIRED_PACKAGES = {"huggingface": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 """Format -> packages of the extra with the same name."""
+USE_GRAPHS = "use format=onnx or format=torch, which support any network"
 
 
 def check_format(format: str) -> None:
@@ -49,10 +49,8 @@ def export_network(
     try:
         with _atomic_output(output) as path:
             match format:
-                case "onnx":
-                    return "takes " + write_onnx(network, path, image_size=image_size)
-                case "torch":
-                    return "takes " + write_program(network, path, image_size=image_size)
+                case "onnx" | "torch":
+                    return "takes " + write_graph(network, path, format=format, image_size=image_size)
                 case "original":
                     return _write_original(network, path)
                 case "timm":
@@ -67,27 +65,20 @@ def export_network(
 
 @contextmanager
 def _atomic_output(output: Path) -> Iterator[Path]:
-    """A temporary path next to `output`, renamed to it when the block succeeds and removed otherwise."""
+    """A temporary path that is renamed to `output` when the block succeeds and removed otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.stem}.part{output.suffix}")
-    _remove(path)
-    try:
+    with TemporaryDirectory(prefix=f".{output.stem}.", suffix=".part", dir=output.parent) as folder:
+        path = Path(folder) / output.name
         yield path
         for file in [path] if path.is_file() else path.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         os.rename(path, output)
-    finally:
-        _remove(path)
     sync_folder(output.parent)
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _write_original(network: FrozenNetwork, path: Path) -> str:
-    with _suggest_other_formats("original"):
+    with _suggest_other_formats():
         weights = to_original(_weights(network), _description(network), source="format=original")
     torch.save(weights, path)
     if network.mean == Description(_description(network).backbone).mean:
@@ -98,44 +89,30 @@ def _write_original(network: FrozenNetwork, path: Path) -> str:
 def _write_timm(network: FrozenNetwork, path: Path, *, checkpoint: str) -> str:
     path.mkdir()
     description = _description(network)
-    recipe = export_backbone(
-        _weights(network),
-        path / "model.safetensors",
-        config=description.backbone,
-        image_size=description.image_size,
-        mean=network.mean,
-        std=network.std,
-        channels=network.channels,
-        eval_resize=network.resize,
-        eval_size=network.size,
-    )
+    recipe = export_backbone(_weights(network), path / "model.safetensors", description)
     if not recipe:
         raise UserError("format=timm: timm does not have this backbone; use format=onnx or torch.")
     arguments = {key: value for key, value in recipe.items() if key not in ("model_name", "num_classes")}
     # timm resizes images to the size of the position embedding.
     side = arguments.get("img_size", description.image_size)
-    prepared = {
-        "input_size": [network.channels, side, side],
-        "fixed_input_size": hasattr(network.backbone, "pos_embed"),
-        "mean": network.mean,
-        "std": network.std,
-        "crop_pct": network.size / network.resize,
-        "interpolation": "bicubic",
-    }
     config = {
         "architecture": recipe["model_name"],
         "num_classes": 0,
         "num_features": network.width,
         "model_args": arguments,
-        "pretrained_cfg": prepared,
+        "pretrained_cfg": {
+            "input_size": [network.channels, side, side],
+            "fixed_input_size": hasattr(network.backbone, "pos_embed"),
+            "mean": network.mean,
+            "std": network.std,
+            "crop_pct": network.size / network.resize,
+            "interpolation": "bicubic",
+        },
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    _check_same(network, loaded, side=side, format="timm")
-    loading = LOADING["timm"].format(size=network.size)
-    remark = REMARKS["timm"] if hasattr(network.backbone, "pos_embed") else ""
-    card = model_card(network, checkpoint=checkpoint, library="timm", loading=loading, remark=remark)
-    (path / "README.md").write_text(card)
+    check_same(network, loaded, side=side, format="timm", advice=USE_GRAPHS)
+    (path / "README.md").write_text(model_card(network, checkpoint=checkpoint, kind="timm"))
     return 'folder for timm.create_model("local-dir:FOLDER", pretrained=True)'
 
 
@@ -144,7 +121,7 @@ def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _suggest_other_formats("huggingface"):
+    with _suggest_other_formats():
         settings, weights = to_transformers(_weights(network), _description(network), source="format=huggingface")
     description, is_vit = _description(network), "patch_size" in settings
     settings |= {"num_channels": network.channels, "architectures": ["ViTModel" if is_vit else "ResNetModel"]}
@@ -159,21 +136,14 @@ def _write_huggingface(network: FrozenNetwork, path: Path, *, checkpoint: str) -
         image_std=network.std,
         do_convert_rgb=network.channels == 3,
     ).save_pretrained(path)
-    arguments = {"add_pooling_layer": False} if is_vit else {}
-    loaded = AutoModel.from_pretrained(path, **arguments).eval()
+    loaded = AutoModel.from_pretrained(path, **({"add_pooling_layer": False} if is_vit else {})).eval()
 
     def features(images: Tensor) -> Tensor:
         output = loaded(images)
         return output.last_hidden_state[:, 0] if is_vit else output.pooler_output.flatten(1)
 
-    _check_same(network, features, side=description.image_size, format="huggingface")
-    card = model_card(
-        network,
-        checkpoint=checkpoint,
-        library="transformers",
-        loading=LOADING["vit" if is_vit else "resnet"],
-        remark=REMARKS["vit"].format(size=description.image_size) if is_vit else "",
-    )
+    check_same(network, features, side=description.image_size, format="huggingface", advice=USE_GRAPHS)
+    card = model_card(network, checkpoint=checkpoint, kind="vit" if is_vit else "resnet")
     (path / "README.md").write_text(card)
     return f"folder for transformers.AutoModel.from_pretrained, a {type(loaded).__name__}"
 
@@ -188,23 +158,9 @@ def _description(network: FrozenNetwork) -> Description:
 
 
 @contextmanager
-def _suggest_other_formats(format: str) -> Iterator[None]:
+def _suggest_other_formats() -> Iterator[None]:
     """Add the formats for any network to the error for an unsupported network."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}; formats for any network are timm, onnx and torch.") from error
-
-
-@torch.no_grad()
-def _check_same(network: FrozenNetwork, loaded: Any, *, side: int, format: str) -> None:
-    """Raise `UserError` if the other program computes other features for two random images of `side` pixels."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, network.channels, side, side, generator=generator)
-    ours, theirs = network.backbone(images), loaded(images)
-    difference = relative_difference(ours, theirs)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"format={format}: the exported {network.name} computes other features (difference {difference:.1e}); use "
-            "format=onnx or format=torch, which support any network."
-        )

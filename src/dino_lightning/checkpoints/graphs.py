@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,61 +41,45 @@ Forward = Callable[[Tensor], Tensor]
 """Images -> features, computed with the exported file."""
 
 
-def write_onnx(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
-    """Write an ONNX file and return a description of the images it accepts. Raises `UserError` if that fails.
-
-    Input `images` (B, C, H, W), normalized; output `features` (B, D). The metadata contains the image preprocessing.
-    """
-
-    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Forward:
-        import onnxruntime
-
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=(shapes,),
-            input_names=["images"],
-            output_names=["features"],
-            verbose=False,
-        )
-        assert program is not None
-        program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata(network).items()})
-        program.save(path, external_data=False)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-    return _export(network, write, format="onnx", image_size=image_size)
-
-
-def write_program(network: FrozenNetwork, path: Path, *, image_size: int | None) -> str:
-    """Like `write_onnx`, but write a program for `torch.export.load`."""
-
-    def write(module: nn.Module, example: Tensor, shapes: dict[int, Any]) -> Forward:
-        program = torch.export.export(module, (example,), dynamic_shapes=(shapes,))
-        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata(network))})
-        return cast(Forward, torch.export.load(io.BytesIO(path.read_bytes())).module())
-
-    return _export(network, write, format="torch", image_size=image_size)
-
-
-def metadata(network: FrozenNetwork) -> dict[str, Any]:
-    """Image preprocessing and digest of the weights, as plain types."""
-    return {
-        "mean": network.mean,
-        "std": network.std,
-        "resize": network.resize,
-        "size": network.size,
-        "digest": network.digest,
-    }
-
-
 Exporter = Callable[[nn.Module, Tensor, dict[int, Any]], Forward]
 """(network, example images, their dynamic dimensions) -> function that computes with the exported file."""
 
 
-def _export(network: FrozenNetwork, export: Exporter, *, format: str, image_size: int | None) -> str:
-    """Export with dynamic height and width, or fixed ones if the network does not allow that, and compare."""
+def _write_onnx(
+    network: FrozenNetwork, path: Path, module: nn.Module, example: Tensor, shapes: dict[int, Any]
+) -> Forward:
+    import onnxruntime
+
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
+    program = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=(shapes,), verbose=False, **names)
+    assert program is not None
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in _metadata(network).items()})
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _write_program(
+    network: FrozenNetwork, path: Path, module: nn.Module, example: Tensor, shapes: dict[int, Any]
+) -> Forward:
+    program = torch.export.export(module, (example,), dynamic_shapes=(shapes,))
+    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(_metadata(network))})
+    return cast(Forward, torch.export.load(io.BytesIO(path.read_bytes())).module())
+
+
+def _metadata(network: FrozenNetwork) -> dict[str, Any]:
+    """Image preprocessing and digest of the weights, as plain types."""
+    return {name: getattr(network, name) for name in ("mean", "std", "resize", "size", "digest")}
+
+
+def write_graph(network: FrozenNetwork, path: Path, *, format: str, image_size: int | None) -> str:
+    """Write an ONNX file or, with `format="torch"`, a program for `torch.export.load`; describe the images it accepts.
+
+    Input `images` (B, C, H, W), normalized; output `features` (B, D). The metadata contains the image preprocessing.
+    Height and width are fixed if `image_size` is given or the network does not allow dynamic ones. Raises `UserError`
+    if the network cannot be exported.
+    """
+    export: Exporter = partial(_write_onnx if format == "onnx" else _write_program, network, path)
     module = _GraphViT(network.backbone).eval() if isinstance(network.backbone, OriginalViT) else network.backbone
     if image_size is None:
         patch = getattr(getattr(network.backbone, "patch_embed", None), "patch_size", 1)
@@ -113,12 +98,7 @@ def _export(network: FrozenNetwork, export: Exporter, *, format: str, image_size
     except Exception as error:  # each exporter has its own errors
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"format={format}: {network.name} cannot be exported ({reason}).") from error
-    difference = _max_difference(network, forward, sizes=[(image_size, image_size)])
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"format={format}: the exported {network.name} computes other features (difference {difference:.1e}); it "
-            "is not kept."
-        )
+    check_same(network, forward, side=image_size, format=format, advice="it is not kept")
     return f"any number of images of {image_size} x {image_size} pixels only"
 
 
@@ -147,20 +127,29 @@ def _export_any_size(network: FrozenNetwork, module: nn.Module, export: Exporter
 
 @torch.no_grad()
 def _max_difference(network: FrozenNetwork, forward: Forward, *, sizes: list[tuple[int, int]]) -> float:
-    """The largest relative difference from the network's features, for one and for three images of each size."""
+    """The largest difference from the network's features, for one and for three images of each size.
+
+    It is relative to the largest feature if that is above 1, and infinite for features of another shape.
+    """
     differences = []
     for size in sizes:
         for count in (1, 3):
             images = _random_images(network, count, *size)
-            differences.append(relative_difference(network.backbone(images), forward(images)))
-    return max(differences)
+            expected, actual = network.backbone(images), forward(images)
+            if expected.shape != actual.shape:
+                return float("inf")
+            differences.append((expected - actual).abs().max() / expected.abs().max().clamp(min=1))
+    return max(differences).item()
 
 
-def relative_difference(expected: Tensor, actual: Tensor) -> float:
-    """Maximum difference, relative to the largest expected value if that is above 1; infinite for other shapes."""
-    if expected.shape != actual.shape:
-        return float("inf")
-    return ((expected - actual).abs().max() / expected.abs().max().clamp(min=1)).item()
+def check_same(network: FrozenNetwork, forward: Forward, *, side: int, format: str, advice: str) -> None:
+    """Raise `UserError` if the exported file computes other features for random images of `side` pixels."""
+    difference = _max_difference(network, forward, sizes=[(side, side)])
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"format={format}: the exported {network.name} computes other features (difference {difference:.1e}); "
+            f"{advice}."
+        )
 
 
 def _random_images(network: FrozenNetwork, count: int, height: int, width: int) -> Tensor:

@@ -6,14 +6,14 @@ Reads their files without transformers: `config.json`, the weights next to it, a
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dino_lightning.checkpoints.description import Description
-from dino_lightning.checkpoints.original import RESNETS, Weights, identify_network, only_tensors
+from dino_lightning.checkpoints.original import RESNETS, Weights, identify_network, num_heads, num_modules, only_tensors
 from dino_lightning.checkpoints.safe_read import read_pickle, read_safetensors
 from dino_lightning.config import ViTConfig
 from dino_lightning.errors import UserError
@@ -29,22 +29,31 @@ REQUIRED_CONFIG: dict[str, dict[str, tuple[Any, ...]]] = {
 LAYER_NORM_EPSILON = 1e-6
 """Epsilon of our layer norms. DINO's configurations on the Hub say 1e-12, but the original was trained with 1e-6."""
 
-OUTER_LAYERS = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
+VIT_LAYERS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
 }
 BLOCK_LAYERS = {
-    "attention.output.dense": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
+    "attn.qkv": "attention.attention.query attention.attention.key attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
 }
-"""Parameter names of transformers -> ours, for a ViT outside and inside its blocks."""
-QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
-"""Three layers that are one layer, `attn.qkv`, in ours."""
+"""Our layers outside and inside the blocks of a ViT -> those of transformers, which has three for `attn.qkv`."""
+STEM_LAYERS = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}
+RESNET_LAYERS = {
+    "downsample.0": "shortcut.convolution",
+    "downsample.1": "shortcut.normalization",
+    **{f"conv{i + 1}": f"layer.{i}.convolution" for i in range(3)},
+    **{f"bn{i + 1}": f"layer.{i}.normalization" for i in range(3)},
+}
+"""torchvision's and timm's layers outside and inside the blocks of a ResNet -> those of transformers."""
+KINDS = ("", ".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+"""Ends of a weight's name after that of its layer."""
 UNUSED_PREFIXES = ("pooler.", "classifier.", "embeddings.mask_token", "decoder.")
 """Weights that the features do not depend on."""
 
@@ -66,18 +75,22 @@ def read_folder(path: Path, *, source: str) -> tuple[Weights, Description]:
     config = _read_json(path.parent / CONFIG)
     kind = config.get("model_type")
     _check_config(config, source=source)
-    is_safetensors = path.suffix == ".safetensors"
-    stored = (
-        read_safetensors(path, source=source)[0] if is_safetensors else only_tensors(read_pickle(path, source=source))
-    )
+    if path.suffix == ".safetensors":
+        stored, _ = read_safetensors(path, source=source)
+    else:
+        stored = only_tensors(read_pickle(path, source=source))
     weights = {re.sub(rf"^{kind}\.", "", name): tensor for name, tensor in stored.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED_PREFIXES)}
-    preprocessing = _read_preprocessing(path.parent / PREPROCESSOR)
     if kind == "resnet":
-        return identify_network(_resnet_from_transformers(weights), source=source, **preprocessing)
-    return identify_network(
-        _vit_from_transformers(weights), heads=config.get("num_attention_heads", 12), source=source, **preprocessing
-    )
+        names = _resnet_names([num_modules(weights, f"encoder.stages.{stage}.layers") for stage in range(4)])
+    else:
+        names = _vit_names(num_modules(weights, "encoder.layer"))
+    for name, parts in names.items():
+        if weights.keys() >= set(parts):  # the check for missing and unexpected weights reports the others
+            tensors = [weights.pop(part) for part in parts]
+            weights[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    heads = config.get("num_attention_heads", 12) if kind == "vit" else None
+    return identify_network(weights, heads=heads, source=source, **_read_preprocessing(path.parent / PREPROCESSOR))
 
 
 def to_transformers(weights: Weights, network: Description, *, source: str) -> tuple[dict[str, Any], Weights]:
@@ -86,122 +99,65 @@ def to_transformers(weights: Weights, network: Description, *, source: str) -> t
     Raises `UserError` if transformers has no such network.
     """
     refusal = UserError(f"{source}: transformers has no class for this network ({network})")
+    with torch.device("meta"):
+        heads = num_heads(network.build())
     try:
-        _, description = identify_network(
-            weights, source=source, mean=network.mean, std=network.std, heads=_num_heads(network)
-        )
+        _, description = identify_network(weights, source=source, mean=network.mean, std=network.std, heads=heads)
     except UserError as error:
         raise refusal from error
-    if not isinstance(description.backbone, ViTConfig):
-        return _resnet_to_transformers(weights, description, refusal)
-    vit, renamed = description.backbone, {}
-    for name, tensor in weights.items():
-        names = _vit_names(name)
-        if names is None or vit.registers:
-            raise refusal
-        renamed |= {name: part.contiguous() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
-    return {
-        "hidden_size": vit.width,
-        "num_hidden_layers": vit.depth,
-        "num_attention_heads": vit.heads,
-        "intermediate_size": 4 * vit.width,
-        "patch_size": vit.patch_size,
-        "image_size": description.image_size,
-        "layer_norm_eps": LAYER_NORM_EPSILON,
-    }, renamed
-
-
-def _vit_from_transformers(weights: Weights) -> Weights:
-    """Unknown names stay; the check for missing and unexpected weights reports them."""
-    ours = {}
-    for name, tensor in weights.items():
-        block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(\w+)", name)
-        stem, _, kind = name.rpartition(".")
-        if name in OUTER_LAYERS:
-            ours[OUTER_LAYERS[name]] = tensor
-        elif stem in OUTER_LAYERS:
-            ours[f"{OUTER_LAYERS[stem]}.{kind}"] = tensor
-        elif block is None:
-            ours[name] = tensor
-        elif block[2] in BLOCK_LAYERS:
-            ours[f"blocks.{block[1]}.{BLOCK_LAYERS[block[2]]}.{block[3]}"] = tensor
-        elif block[2] == QKV[0]:
-            start = f"encoder.layer.{block[1]}"
-            parts = [weights[f"{start}.{part}.{block[3]}"] for part in QKV]
-            ours[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat(parts)
-        elif block[2] not in QKV:
-            ours[name] = tensor
-    return ours
-
-
-def _vit_names(name: str) -> list[str] | None:
-    """The names in transformers for the parts of one of our weights, in order; None if it has no counterpart."""
-    stem, _, kind = name.rpartition(".")
-    for theirs, ours in OUTER_LAYERS.items():
-        if ours in (name, stem):
-            return [theirs if ours == name else f"{theirs}.{kind}"]
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block is None:
-        return None
-    layers = (
-        QKV if block[2] == "attn.qkv" else tuple(theirs for theirs, ours in BLOCK_LAYERS.items() if ours == block[2])
-    )
-    return [f"encoder.layer.{block[1]}.{layer}.{kind}" for layer in layers] or None
-
-
-def _num_heads(network: Description) -> int | None:
-    """Number of attention heads, for a ViT or a timm network with attention."""
-    if isinstance(network.backbone, ViTConfig):
-        return network.backbone.heads
-    with torch.device("meta"):
-        blocks: Any = getattr(network.build(), "blocks", None)
-    return getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
-
-
-STEM = {"embedder.embedder.convolution": "conv1", "embedder.embedder.normalization": "bn1"}
-SHORTCUT = {"convolution": "downsample.0", "normalization": "downsample.1"}
-LAYER = {"convolution": "conv", "normalization": "bn"}
-"""Parameter names of transformers -> torchvision's, for a ResNet."""
-
-
-def _resnet_from_transformers(weights: Weights) -> Weights:
-    ours = {}
-    for name, tensor in weights.items():
-        stem, _, kind = name.rpartition(".")
-        block = re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.(?:(shortcut)|layer\.(\d))\.(\w+)", stem)
-        if block is not None:
-            layer = SHORTCUT[block[5]] if block[3] else f"{LAYER[block[5]]}{int(block[4]) + 1}"
-            stem = f"layer{int(block[1]) + 1}.{block[2]}.{layer}"
-        ours[f"{STEM.get(stem, stem)}.{kind}"] = tensor
-    return ours
-
-
-def _resnet_to_transformers(
-    weights: Weights, description: Description, refusal: UserError
-) -> tuple[dict[str, Any], Weights]:
-    structures = {name: structure for structure, name in RESNETS.items()}
-    name = getattr(description.backbone, "name", "")
-    if name not in structures:
+    if isinstance(description.backbone, ViTConfig):
+        vit = description.backbone
+        names = _vit_names(vit.depth)
+        settings = {
+            "hidden_size": vit.width,
+            "num_hidden_layers": vit.depth,
+            "num_attention_heads": vit.heads,
+            "intermediate_size": 4 * vit.width,
+            "patch_size": vit.patch_size,
+            "image_size": description.image_size,
+            "layer_norm_eps": LAYER_NORM_EPSILON,
+        }
+    else:
+        structures = {name: structure for structure, name in RESNETS.items()}
+        bottleneck, depths = structures.get(getattr(description.backbone, "name", ""), (False, ()))
+        names = _resnet_names(depths)
+        settings = {
+            "layer_type": "bottleneck" if bottleneck else "basic",
+            "depths": list(depths),
+            "hidden_sizes": [64 * 2**stage * (4 if bottleneck else 1) for stage in range(4)],
+            "embedding_size": 64,
+        }
+    if not weights.keys() <= names.keys():
         raise refusal
-    bottleneck, depths = structures[name]
-    layers = {f"{ours}{i}": f"layer.{i - 1}.{theirs}" for theirs, ours in LAYER.items() for i in (1, 2, 3)}
-    layers |= {ours: f"shortcut.{theirs}" for theirs, ours in SHORTCUT.items()}
-    outer = {ours: theirs for theirs, ours in STEM.items()}
     renamed = {}
     for name, tensor in weights.items():
-        stem, _, kind = name.rpartition(".")
-        if block := re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", stem):
-            if block[3] not in layers:
-                raise refusal
-            stem = f"encoder.stages.{int(block[1]) - 1}.layers.{block[2]}.{layers[block[3]]}"
-        renamed[f"{outer.get(stem, stem)}.{kind}"] = tensor
-    widths = [64 * 2**stage * (4 if bottleneck else 1) for stage in range(4)]
-    return {
-        "layer_type": "bottleneck" if bottleneck else "basic",
-        "depths": list(depths),
-        "hidden_sizes": widths,
-        "embedding_size": 64,
-    }, renamed
+        parts = names[name]
+        tensors = [part.contiguous() for part in tensor.chunk(len(parts))] if len(parts) > 1 else [tensor]
+        renamed |= dict(zip(parts, tensors, strict=True))
+    return settings, renamed
+
+
+def _vit_names(depth: int) -> dict[str, list[str]]:
+    """Our names of weights of a ViT -> those of their parts in transformers, in order."""
+    layers = dict(VIT_LAYERS)
+    for block in range(depth):
+        for ours, theirs in BLOCK_LAYERS.items():
+            layers[f"blocks.{block}.{ours}"] = " ".join(f"encoder.layer.{block}.{part}" for part in theirs.split())
+    return _weight_names(layers)
+
+
+def _resnet_names(depths: Iterable[int]) -> dict[str, list[str]]:
+    """The same for a ResNet with these numbers of blocks in its stages."""
+    layers = dict(STEM_LAYERS)
+    for stage, blocks in enumerate(depths):
+        for block in range(blocks):
+            for ours, theirs in RESNET_LAYERS.items():
+                layers[f"layer{stage + 1}.{block}.{ours}"] = f"encoder.stages.{stage}.layers.{block}.{theirs}"
+    return _weight_names(layers)
+
+
+def _weight_names(layers: dict[str, str]) -> dict[str, list[str]]:
+    return {ours + kind: [part + kind for part in theirs.split()] for ours, theirs in layers.items() for kind in KINDS}
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

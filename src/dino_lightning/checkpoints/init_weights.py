@@ -7,7 +7,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dino_lightning.checkpoints.original import Weights, check_names_and_shapes
+from dino_lightning.checkpoints.original import Weights, check_names_and_shapes, num_heads
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 from dino_lightning.models.vit import OriginalViT, resample_position_embedding
@@ -20,8 +20,8 @@ def initial_weights(network: FrozenNetwork, backbone: nn.Module, *, source: str)
     starting with `source`, for different architectures.
     """
     weights, expected = dict(network.backbone.state_dict()), backbone.state_dict()
-    heads = [_num_heads(each) for each in (network.backbone, backbone)]
-    if None not in heads and heads[0] != heads[1]:  # the shapes do not show their number
+    heads = [num_heads(each) for each in (network.backbone, backbone)]
+    if None not in heads and heads[0] != heads[1]:
         raise UserError(
             f"{source} has {heads[0]} attention heads, but the configured backbone has {heads[1]}; choose the matching "
             "backbone."
@@ -37,11 +37,6 @@ def initialize_from(network: FrozenNetwork, *backbones: nn.Module, source: str) 
     for backbone in backbones:
         # Not strict: some files have no counters of batch norms.
         backbone.load_state_dict(initial_weights(network, backbone, source=source), strict=False)
-
-
-def _num_heads(backbone: nn.Module) -> int | None:
-    blocks = getattr(backbone, "blocks", None) or [None]
-    return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
 
 
 def _resampled(table_1ND: Tensor, wanted_1ND: Tensor, backbone: VisionTransformer) -> Tensor:

@@ -3,22 +3,26 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from torch import nn
 
 from dino_lightning.checkpoints import huggingface
 from dino_lightning.checkpoints.description import INVALID_DESCRIPTION, Description, build_seeded
-from dino_lightning.checkpoints.fitting import build_verified, naming_source
 from dino_lightning.checkpoints.hub import HUB_PREFIX, download
 from dino_lightning.checkpoints.original import (
     KEYS,
     Weights,
     backbone_weights,
+    check_names_and_shapes,
     identify_network,
     num_heads_in_args,
     only_tensors,
@@ -132,9 +136,9 @@ def _load_file(checkpoint: str, *, key: str | None, prefix: str = "") -> FrozenN
     else:
         path = _resolve_file(usable_path("checkpoint", checkpoint), key=key, source=source)
         name = _display_name(path)
-    with naming_source(source, "contains no weights of a known network"):
+    with _naming_source(source, "contains no weights of a known network"):
         weights, description = _read_weights(path, key=key, source=source)
-    backbone = build_verified(weights, description, file_bytes=path.stat().st_size, source=source)
+    backbone = _build_verified(weights, description, file_bytes=path.stat().st_size, source=source)
     check_finite(backbone.state_dict(), source=source)
     return _frozen_network(backbone, description, name=name + (" (student)" if key == "student" else ""))
 
@@ -187,10 +191,19 @@ def _similar_path(path: Path) -> str:
     """A clause with an existing path that is similar to a missing one."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(folder).parts[0]
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix in SUFFIXES)
+    entries = [entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix in SUFFIXES]
+    names = sorted(entry.name for entry in entries if entry != _output_folder())
     if similar := difflib.get_close_matches(missing, names, n=1):
         return f"did you mean '{folder / similar[0]}'?"
     return f"{folder} contains {shorten(names)}." if names else f"{folder} contains no checkpoint."
+
+
+def _output_folder() -> Path | None:
+    """The folder that Hydra has made for this command, which has no weights; None outside of a command."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir if hydra.mode == RunMode.MULTIRUN else hydra.runtime.output_dir).absolute()
 
 
 def _display_name(path: Path) -> str:
@@ -236,8 +249,42 @@ def _parse_description(stored: str | dict[str, Any], *, source: str) -> Descript
     """A file's description of its network, which another version of this package may have written."""
     try:
         return Description.from_dict(json.loads(stored) if isinstance(stored, str) else stored)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     except INVALID_DESCRIPTION as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: this version cannot read its description of the network ({reason}).") from error
+
+
+def _build_verified(weights: Weights, description: Description, *, file_bytes: int, source: str) -> nn.Module:
+    """The described network with these weights, frozen and in eval mode, on the CPU.
+
+    The network is first built on the meta device, so that a wrong description cannot exhaust the memory. `file_bytes`
+    is the size of the file with the weights, `source` names it in errors. Raises `UserError` if they do not fit.
+    """
+    for name, tensor in weights.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        # A view (an expanded tensor) can claim more memory than the file contains.
+        if not dense or not tensor.nbytes <= tensor.untyped_storage().nbytes() <= file_bytes:
+            raise UserError(f"{source} is damaged: it does not contain the values of {shorten([str(name)])}.")
+    with _naming_source(source, f"describes a network that cannot be built ({description})"), torch.device("meta"):
+        expected = description.build().state_dict()
+    check_names_and_shapes(expected, weights, source=source, target=f"the detected architecture ({description})")
+    backbone = build_seeded(description.build, seed=0)
+    with _naming_source(source, f"contains weights that cannot be copied into {description}"):
+        backbone.load_state_dict(weights, strict=False)
+    return backbone
+
+
+@contextmanager
+def _naming_source(source: str, problem: str) -> Iterator[None]:
+    """Convert any error that a library raises for a file's content into a `UserError` that names the file."""
+    try:
+        yield
+    except UserError as error:
+        if source in str(error):
+            raise
+        raise UserError(f"{source} {problem}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} {problem} ({type(error).__name__}{': ' * bool(reason)}{reason}).") from error

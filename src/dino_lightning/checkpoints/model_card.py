@@ -71,38 +71,46 @@ REMARKS = {
 }
 
 
-def model_card(network: FrozenNetwork, *, checkpoint: str, library: str, loading: str, remark: str) -> str:
-    """The card as Markdown.
-
-    `library` is the library's name on the Hub, `loading` Python code that uses the files, `remark` a remark about them.
-    """
+def model_card(network: FrozenNetwork, *, checkpoint: str, kind: str) -> str:
+    """The card as Markdown; `kind`, a key of `LOADING`, is the format of the files."""
     run = find_run_folder(checkpoint)
     summary = _json(run / "summary.json") if run else {}
     method = _method(run)
-    head = [
-        "---",
-        f"library_name: {library}",
-        "pipeline_tag: image-feature-extraction",
-        "tags: [dino, self-supervised-learning]",
-        "# license: choose one before you publish",
-        "---",
-        "",
-        f"# {network.name}",
-        "",
-    ]
     weights = sum(tensor.numel() for tensor in network.backbone.state_dict().values())
     origin = f"with dino-lightning (method `{method}`)" if method else "elsewhere and exported by dino-lightning"
     trained = f"trained {origin}" if network.trained else "not trained"
-    intro = f"A backbone with {weights / 1e6:.2f} M weights and {network.width} features per image, {trained}."
-    prepared = (
-        f"Images: resize the shorter side to {network.resize} pixels (bicubic), crop the center {network.size} x "
-        f"{network.size}, scale to 0 to 1, subtract the mean {network.mean}, divide by {network.std}."
+    images = (
+        f"resize the shorter side to {network.resize} pixels (bicubic), crop the center {network.size} x "
+        f"{network.size}, scale to 0 to 1, subtract the mean {network.mean}, divide by {network.std}"
     )
-    text = [*head, intro, "", "## Use", "", "```python", loading.strip(), "```", "", prepared, "", remark, ""]
-    text += _table("Results", _figures(network, run, summary))
+    remark = REMARKS.get(kind, "") if hasattr(network.backbone, "pos_embed") else ""
+    card = f"""---
+library_name: {"timm" if kind == "timm" else "transformers"}
+pipeline_tag: image-feature-extraction
+tags: [dino, self-supervised-learning]
+# license: choose one before you publish
+---
+
+# {network.name}
+
+A backbone with {weights / 1e6:.2f} M weights and {network.width} features per image, {trained}.
+
+## Use
+
+```python
+{LOADING[kind].strip()}
+```
+
+Images: {images}.
+
+{remark.format(size=(network.description or {}).get("image_size"))}
+"""
+    if rows := _figures(network, run, summary):
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        card += f"## Results\n\n| | |\n|---|---|\n{table}\n\n"
     if run:
-        text += ["## Training", "", "```yaml", _settings(run / "config.yaml").strip(), "```", ""]
-    return "\n".join(text)
+        card += f"## Training\n\n```yaml\n{_settings(run / 'config.yaml').strip()}\n```\n"
+    return card
 
 
 def find_run_folder(checkpoint: str) -> Path | None:
@@ -170,12 +178,6 @@ def _settings(path: Path) -> str:
             section = section.get(group) or {}
         section.pop(name, None)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> list[str]:
-    if not rows:
-        return []
-    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
 
 
 def _json(path: Path) -> dict[str, Any]:

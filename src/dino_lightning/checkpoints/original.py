@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.xcit import checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_lightning.checkpoints.description import Description
 from dino_lightning.config import TimmConfig, ViTConfig
@@ -76,6 +76,12 @@ def num_heads_in_args(content: dict[str, Any]) -> int | None:
     arguments = content.get("args")
     heads = getattr(arguments, "num_heads", None) if isinstance(arguments, argparse.Namespace) else None
     return heads if isinstance(heads, int) else None
+
+
+def num_heads(backbone: nn.Module) -> int | None:
+    """Number of attention heads of a network, which the shapes of its weights do not show; None without attention."""
+    blocks = getattr(backbone, "blocks", None) or [None]
+    return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
 
 
 def identify_network(
@@ -152,13 +158,13 @@ def _vit(weights: Weights, *, heads: int | None, source: str, **preprocessing: A
     side = math.isqrt(
         weights["pos_embed"].shape[1] - (0 if registers else 1)
     )  # with registers, only patches have positions
-    depth, heads = _num_modules(weights, "blocks"), heads or width // 64
+    depth, heads = num_modules(weights, "blocks"), heads or width // 64
     config = ViTConfig(width=width, depth=depth, heads=heads, patch_size=patch, registers=registers)
     return Description(config, image_size=side * patch, **preprocessing)
 
 
 def _resnet(weights: Weights, *, source: str, **preprocessing: Any) -> Description:
-    stages = tuple(_num_modules(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
+    stages = tuple(num_modules(weights, f"layer{stage}") for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in weights
     name = RESNETS.get((bottleneck, stages))
     if name is None:
@@ -172,7 +178,7 @@ def _resnet(weights: Weights, *, source: str, **preprocessing: Any) -> Descripti
 
 
 def _xcit(weights: Weights, *, source: str, **preprocessing: Any) -> Description:
-    width, depth = weights["cls_token"].shape[-1], _num_modules(weights, "blocks")
+    width, depth = weights["cls_token"].shape[-1], num_modules(weights, "blocks")
     patch = 16 if any(name.startswith("patch_embed.proj.6.") for name in weights) else 8
     name = f"xcit_{XCITS.get(width)}_{depth}_p{patch}_224"
     if not timm.is_model(name):
@@ -183,7 +189,7 @@ def _xcit(weights: Weights, *, source: str, **preprocessing: Any) -> Description
     return Description(TimmConfig(name=name), **preprocessing)
 
 
-def _num_modules(weights: Weights, name: str) -> int:
+def num_modules(weights: Weights, name: str) -> int:
     """Number of modules in a numbered list that have weights."""
     pattern = re.compile(rf"{name}\.(\d+)\.")
     return len({match[1] for match in map(pattern.match, weights) if match})

@@ -123,10 +123,8 @@ def stats(settings: Settings, options: Options) -> int:
     print(f"crops.std={override_value(result.std)}")
     default = CropsConfig()
     if settings.data.channels == len(default.mean):
-        differences = [
-            max(abs(a - b) for a, b in zip(*pair, strict=True))
-            for pair in ((result.mean, default.mean), (result.std, default.std))
-        ]
+        pairs = ((result.mean, default.mean), (result.std, default.std))
+        differences = [max(map(abs, np.subtract(*pair))) for pair in pairs]
         print(
             f"# ImageNet's, the default: {override_value(default.mean)} and {override_value(default.std)}; "
             f"differences of up to {differences[0]:.3f} and {differences[1]:.3f}"
@@ -183,8 +181,9 @@ def draw_crops(settings: Settings, source: Any, *, output: Path) -> None:
     samples = sample_crops(settings, source)
     if not samples:
         return
-    crops = [three_channels(crop) for sample in samples for crop in sample]
-    mean, std = (three_values(values) for values in display_moments(settings))
+    shown = [0, 1, 2] if settings.data.channels >= 3 else [0, 0, 0]  # channels that become red, green and blue
+    crops = [crop[shown] for sample in samples for crop in sample]
+    mean, std = ([values[channel] for channel in shown] for values in display_moments(settings))
     crop_sheet(crops, mean, std, per_row=len(samples[0])).save(output / "crops.png")
     print_entry(
         "pictures", f"{output / 'crops.png'}: the crops of {len(samples)} images (experiment={settings.experiment})"
@@ -221,16 +220,6 @@ def display_moments(settings: Settings) -> tuple[list[float], list[float]]:
     """Mean and standard deviation to normalize and draw the sample crops with; any values do that fit the channels."""
     channels, mean, std = settings.data.channels, settings.crops.mean, settings.crops.std
     return (mean, std) if len(mean) == len(std) == channels else ([0.5] * channels, [0.5] * channels)
-
-
-def three_channels(crop: Any) -> Any:
-    """The first three channels, or the first one three times."""
-    return crop[:3] if len(crop) >= 3 else crop[:1].expand(3, -1, -1)
-
-
-def three_values(values: list[float]) -> list[float]:
-    """The same for one value per channel."""
-    return values[:3] if len(values) >= 3 else values[:1] * 3
 
 
 def note_unreadable(source: Any, file: IO[str], reasons: Counter[str], index: int, reason: str) -> None:

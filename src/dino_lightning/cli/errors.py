@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lightning.cli.exit import one_line
 from dino_lightning.config import SCHEMAS
 from dino_lightning.config.conf_dir import option_names
-from dino_lightning.config.docs import ROOTS, all_keys, keys_of_root
+from dino_lightning.config.docs import ROOTS, all_keys, keys_of, keys_of_root
 from dino_lightning.errors import UserError, did_you_mean
 
 FILE_GROUPS = {"train": {"preset", "experiment", "sweep"}}
@@ -28,26 +28,26 @@ PLUGINS = {
 
 def message_for(error: Exception, *, verb: str = "train") -> str:
     """One sentence for the user of `dino VERB`, in one line."""
-    return one_line(_message(error, verb))
+    return one_line(str(error) if isinstance(error, UserError) else _message(error, verb))
 
 
 def _message(error: Exception, verb: str) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    text = _whole_text(error)
+    text, key = _whole_text(error), ""
+    if match := re.search(r"full_key: ([\w.\[\]]+)", text):
+        key = match[1]
     if match := re.search(r"(?:In .*?)?Could not find '(\w+)/([^']+)'", text):
         return _unknown_option(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1], verb)
     if match := re.search(r"(\w+) is not a subclass of (\w+)", text):
-        return _wrong_kind(match[1], match[2], key=_full_key(text))
+        return _wrong_kind(match[1], match[2], key=key, verb=verb)
     if match := re.search(r"missing mandatory value: (\w+)|Missing mandatory value: ([\w.]+)", text):
-        key = _full_key(text) or match[1] or match[2]
-        return f"{key} has no value: give it on the command line, {key}=…; {_doc(key)}"
+        key = key or match[1] or match[2]
+        return f"{key} has no value: give it on the command line, {key}=…; {_doc(key, verb)}"
     if isinstance(error, OverflowError):
-        return f"{_full_key(text)}: the value is too large for a number; {_doc(_full_key(text))}"
-    if "full_key" in text:
-        return f"{_full_key(text)}: {_first_line(text, 'Value')}; {_doc(_full_key(text))}"
+        return f"{key}: the value is too large for a number; {_doc(key, verb)}"
+    if key:
+        return f"{key}: {_first_line(text, 'Value')}; {_doc(key, verb)}"
     return " ".join(text.split("See https://")[0].split())
 
 
@@ -82,7 +82,7 @@ def _unknown_plugin(option: str) -> str:
     return f"hydra/{kind}={name} is not an option of hydra/{kind}; {did_you_mean(name, known)}"
 
 
-def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
+def _wrong_kind(chosen: str, wanted: str, *, key: str, verb: str) -> str:
     """An option of a group that training and evaluation share, chosen in the wrong one of the two."""
     for group, schemas in SCHEMAS.items():
         option = next((name for name, schema in schemas.items() if schema.__name__ == chosen), None)
@@ -91,7 +91,7 @@ def _wrong_kind(chosen: str, wanted: str, *, key: str) -> str:
             known = [name for name, schema in schemas.items() if issubclass(schema, roots[wanted])]
             return f"{group}={option} does not belong to this program; choose {group}={' or '.join(known)}."
     value = "null" if chosen == "NoneType" else f"of type {chosen}"
-    return f"{key}: a value is {value} where a {wanted} is expected; {_doc(key)}"
+    return f"{key}: a value is {value} where a {wanted} is expected; {_doc(key, verb)}"
 
 
 def _unknown_key(key: str, verb: str) -> str:
@@ -112,19 +112,15 @@ def _unknown_key(key: str, verb: str) -> str:
     return f"{key} is not a key of the configuration; {did_you_mean(key, known | FILE_GROUPS.get(verb, set()))}"
 
 
-def _full_key(text: str) -> str:
-    match = re.search(r"full_key: ([\w.\[\]]+)", text)
-    return match[1] if match else ""
-
-
 def _first_line(text: str, start: str) -> str:
     line = next((line for line in text.splitlines() if line.startswith(start)), text.splitlines()[-1])
     return line[0].lower() + line[1:]
 
 
-def _doc(key: str) -> str:
-    doc = next((found.doc for found in all_keys() if found.name == re.sub(r"\[\d+\]", "", key)), "see its group")
-    return f"it is: {doc}"
+def _doc(key: str, verb: str) -> str:
+    name = re.sub(r"\[\d+\]", "", key)
+    found = [known for known in (*keys_of(ROOTS[verb]), *all_keys()) if known.name == name]
+    return f"it is: {found[0].doc if found else 'see its group'}"
 
 
 EXPLAINED = (UserError, HydraException, OmegaConfBaseException)

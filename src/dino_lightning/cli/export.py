@@ -22,36 +22,23 @@ from dino_lightning.cli.errors import as_user_errors
 from dino_lightning.cli.overrides import quote_overrides, with_plain_words
 from dino_lightning.cli.program import compose_root
 from dino_lightning.config.commands import FORMATS, ExportConfig
-from dino_lightning.config.constraints import check_keys
-from dino_lightning.config.docs import all_keys
-from dino_lightning.config.paths import usable_path
-from dino_lightning.errors import UserError, did_you_mean
+from dino_lightning.config.constraints import check_keys, check_values
+from dino_lightning.errors import UserError
 
 
 def main(words: list[str]) -> None:
     """Export as the words say."""
     with as_user_errors(verb="export"):
-        config = compose_config(words)
-        export(config)
+        export(compose_config(words))
 
 
 def compose_config(words: list[str]) -> ExportConfig:
     """The checked configuration."""
     composed = compose_root("export", quote_overrides(with_plain_words(words, "checkpoint", verb="export")))
     check_keys(composed)
-    for key in sorted(OmegaConf.missing_keys(composed)):
-        doc = next(known.doc for known in all_keys() if (known.name, known.schema) == (key, ExportConfig))
-        raise UserError(f"{key} has no value: give it on the command line, {key}=…; it is: {doc}")
     config = cast(ExportConfig, OmegaConf.to_object(composed))
-    check(config)
-    return config
-
-
-def check(config: ExportConfig) -> None:
-    """Raise `UserError` for what is wrong whatever the weights are."""
-    if config.format not in FORMATS:
-        raise UserError(f"format={config.format}: {did_you_mean(config.format, FORMATS)}")
-    output, ending = usable_path("output", config.output), FORMATS[config.format]
+    check_values(config)
+    output, ending = Path(config.output).expanduser(), FORMATS[config.format]
     if output.suffix != ending if ending else output.suffix in FORMATS.values() and output.suffix:
         what = f"a file that ends in {ending}" if ending else "a folder"
         raise UserError(f"output={config.output}: format={config.format} writes {what}.")
@@ -59,27 +46,21 @@ def check(config: ExportConfig) -> None:
         raise UserError(f"output={config.output} has no name; expected a new file or folder.")
     if output.exists():
         raise UserError(f"output={config.output} already exists; remove it or choose another name.")
-    if config.image_size is None:
-        return
-    if config.format not in ("onnx", "torch"):
+    if config.image_size is not None and config.format not in ("onnx", "torch"):
         raise UserError(f"image_size={config.image_size} belongs to format=onnx and format=torch; leave it out.")
-    if config.image_size < 1:
-        raise UserError(f"image_size={config.image_size}: expected at least 1 pixel.")
+    return config
 
 
 def export(config: ExportConfig) -> None:
     """Load the network, write it, and print where and how well it agrees."""
     from dino_lightning.checkpoints import load_network  # torch takes seconds to import
     from dino_lightning.checkpoints.formats import check_format, export_network
-    from dino_lightning.models.tokens import is_vit, patch_size
+    from dino_lightning.models.frozen import check_size
 
     check_format(config.format)
     network = load_network(config.checkpoint, key=config.checkpoint_key)
-    if config.image_size and is_vit(network.backbone) and config.image_size % patch_size(network.backbone):
-        raise UserError(
-            f"image_size={config.image_size} is not a multiple of the patch size "
-            f"{patch_size(network.backbone)} of {network.name}."
-        )
+    if config.image_size:
+        check_size(network, config.image_size, key="image_size")
     output = Path(config.output).expanduser()
     console = Console(stderr=True, highlight=False, force_jupyter=False)  # its Jupyter bars need ipywidgets
     with console.status(f"writing {output.name} and comparing it with {network.name}"):

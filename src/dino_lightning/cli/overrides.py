@@ -174,18 +174,13 @@ def with_quick_start(overrides: list[str], *, fast: bool | None = None) -> list[
         path = str(OverridesParser.create().parse_override(f"data.path={path}").value())
     # The crops of the CPU experiment are for its own network; those of the other fit any network.
     if fast is None:
-        fast = "backbone" in values or has_accelerator(values.get("trainer.accelerator", "auto"))
+        from dino_lightning.runtime.devices import trains_on_cpu  # torch takes seconds to import
+
+        fast = "backbone" in values or not trains_on_cpu(values.get("trainer.accelerator", "auto"))
     added = [f"data={detect_source(path)}", f"experiment={EXPERIMENT if fast else CPU_EXPERIMENT}"]
     if "auto.machine" not in values:
         added.append("auto.machine=true")
     return _insert_before(f"data.path={values['data.path']}", added, overrides)
-
-
-def has_accelerator(accelerator: str) -> bool:
-    """Whether Lightning's `accelerator` means another device than the CPU on this machine."""
-    from dino_lightning.runtime.devices import trains_on_cpu
-
-    return not trains_on_cpu(accelerator)
 
 
 def with_photo_experiment(overrides: list[str]) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from dino_lightning.config.auto import AutoConfig
 from dino_lightning.config.callbacks import (
     CallbacksConfig,
     CheckpointConfig,
@@ -65,7 +64,7 @@ from dino_lightning.config.evaluation import (
 )
 from dino_lightning.config.loggers import CSVLoggerConfig, LoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from dino_lightning.config.method import (
-    MOCO_VERSIONS,
+    MOCO_3,
     BYOLConfig,
     DINOConfig,
     MethodConfig,
@@ -86,6 +85,19 @@ from dino_lightning.config.model import (
 from dino_lightning.config.ranges import AtLeast, FilePath, OneOf, Seed
 from dino_lightning.config.trainer import DevicesConfig, TrainerConfig
 from dino_lightning.runtime.files import CONF
+
+
+@dataclass
+class AutoConfig:
+    """Settings that are chosen automatically. Keys on the command line always win."""
+
+    data: bool = False
+    """Set prototypes, momentum, temperature, learning rate and crops from the number and size of the images
+    (docs/small_data.md)."""
+    machine: bool = False
+    """Set run length, batch size, loader processes, precision, the image cache and k-NN evaluation from this machine
+    and the number of images (docs/small_data.md). A batch that does not fit into the GPU's memory is split into
+    micro-batches. `data.path=…` without `data=` and `experiment=` turns this on."""
 
 
 @dataclass
@@ -185,7 +197,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 def of_moco_version(version: int, key: str, at_most: float = math.inf) -> float | int | bool:
     """The value that a version sets, at most `at_most`. The range check refuses an unknown version later."""
-    return min(MOCO_VERSIONS.get(version, MOCO_VERSIONS[2])[key], at_most)
+    return min(MOCO_3[key] if version == 3 else getattr(MoCoConfig, key), at_most)
 
 
 @cache

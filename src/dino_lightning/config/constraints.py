@@ -80,38 +80,37 @@ def _check_accelerator(name: str) -> None:
 
 def _check_count(devices: Any, *, on_cpu: bool, accelerator: str) -> None:
     """`devices` as Lightning reads it: a number, a list of indices, either as text, -1 for all, or `auto`."""
+    import torch
+
     text = format_value(devices).replace(" ", "").strip("[]")
+    if text == "auto":
+        return
     parts = [part for part in text.split(",") if part]
     is_list = isinstance(devices, list) or "," in text
     numbers = [int(part) for part in parts if re.fullmatch(r"-?\d+", part)]
-    if text == "auto":
-        return
+    count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    problem = ""
     if on_cpu:
         if is_list or len(numbers) != 1 or numbers[0] < 1:
-            raise UserError(
-                f"trainer.devices={format_value(devices)}: expected auto or a number of processes of at least 1 "
-                "on a CPU."
-            )
-        return
-    if len(numbers) != len(parts) or not parts or (not is_list and numbers[0] < 1 and numbers[0] != -1):
-        raise UserError(
-            f"trainer.devices={format_value(devices)}: expected auto, a number of GPUs of at least 1, or a list "
-            "of their indices such as [0,1]."
-        )
-    import torch
+            problem = "expected auto or a number of processes of at least 1 on a CPU"
+    elif len(numbers) != len(parts) or not parts or (not is_list and numbers[0] < 1 and numbers[0] != -1):
+        problem = "expected auto, a number of GPUs of at least 1, or a list of their indices such as [0,1]"
+    elif is_list and count and (not {*numbers} <= {*range(count)} or len(set(numbers)) < len(numbers)):
+        problem = f"PyTorch sees {count} GPU(s) on this machine; expected different indices from 0 to {count - 1}"
+    elif not is_list and count and numbers[0] > count:
+        problem = f"PyTorch sees {count} GPU(s) on this machine; set trainer.devices to at most {count}"
+    if problem:
+        raise UserError(f"trainer.devices={format_value(devices)}: {problem}.")
 
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return
-    count = torch.cuda.device_count()
-    if is_list and (max(numbers) >= count or min(numbers) < 0 or len(set(numbers)) < len(numbers)):
+
+def check_timm_name(name: str) -> None:
+    """Refuse a name that timm does not know."""
+    import timm  # takes seconds
+
+    if not timm.is_model(name):
         raise UserError(
-            f"trainer.devices={format_value(devices)}: PyTorch sees {count} GPU(s) on this machine; expected "
-            f"different indices from 0 to {count - 1}."
-        )
-    if not is_list and numbers[0] > count:
-        raise UserError(
-            f"trainer.devices={format_value(devices)}: PyTorch sees {count} GPU(s) on this machine; set "
-            f"trainer.devices to at most {count}."
+            f"backbone.name={name} is not a network of timm {timm.__version__}; "
+            f"{did_you_mean(name, timm.list_models())}"
         )
 
 

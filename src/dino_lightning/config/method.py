@@ -167,33 +167,20 @@ class MoCoConfig(TeacherConfig):
             raise UserError("method.freeze_patch_embedding=true: this network has no patches; set it to false.")
 
 
-MOCO_VERSIONS: dict[int, dict[str, float | int | bool]] = {
-    2: {
-        "out_dim": 128,
-        "head_layers": 2,
-        "head_hidden_dim": 2048,
-        "head_batch_norm": False,
-        "predictor": False,
-        "queue_length": 65536,
-        "symmetric": False,
-        "loss_scale": 1.0,
-        "teacher_momentum": 0.999,
-        "teacher_momentum_end": 0.999,
-    },
-    3: {
-        "out_dim": 256,
-        "head_layers": 3,
-        "head_hidden_dim": 4096,
-        "head_batch_norm": True,
-        "predictor": True,
-        "queue_length": 0,
-        "symmetric": True,
-        "loss_scale": 0.4,
-        "teacher_momentum": 0.99,
-        "teacher_momentum_end": 1.0,
-    },
+MOCO_3: dict[str, float | int | bool] = {
+    "out_dim": 256,
+    "head_layers": 3,
+    "head_hidden_dim": 4096,
+    "head_batch_norm": True,
+    "predictor": True,
+    "queue_length": 0,
+    "symmetric": True,
+    "loss_scale": 0.4,
+    "teacher_momentum": 0.99,
+    "teacher_momentum_end": 1.0,
 }
-"""Values that `method.version` sets, through the interpolations in `conf/method/moco.yaml`."""
+"""Values that `method.version=3` sets, through the interpolations in `conf/method/moco.yaml`; the defaults are those
+of version 2."""
 
 
 @dataclass

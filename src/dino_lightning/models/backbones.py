@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
-from dino_lightning.config.timm_names import check_timm_name
+from dino_lightning.config.constraints import check_timm_name
 from dino_lightning.errors import UserError
 from dino_lightning.models.registry import BACKBONES, register_backbone
 from dino_lightning.models.vit import OriginalViT

@@ -186,12 +186,5 @@ def build_method(config: TrainConfig, *, num_classes: int = 0, init_network: Fro
         backbones = [student] if parts.teacher_backbone is None else [student, parts.teacher_backbone]
         initialize_from(init_network, *backbones, source=f"init_from={config.init_from}")
     method = create_method(config.method, parts)
-    method.description = Description(
-        config.backbone,
-        image_size=size,
-        mean=config.crops.mean,
-        std=config.crops.std,
-        resize=config.crops.eval_resize,
-        size=config.crops.eval_size,
-    ).to_dict()
+    method.description = Description.of_run(config).to_dict()
     return method

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from dino_lightning.checkpoints import export_backbone
+from dino_lightning.checkpoints import Description, export_backbone
 from dino_lightning.config import TrainConfig, WandbLoggerConfig
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.loggers.wandb import FaultTolerantWandbLogger
@@ -101,17 +101,7 @@ def find_callback(trainer: L.Trainer, kind: type[C]) -> C | None:
 def write_results(config: TrainConfig, summary: dict[str, Any], weights: dict[str, Tensor], weights_file: Path) -> None:
     """Write the exported weights, `summary.json` and `report.html`; print the table of results."""
     output = weights_file.parent
-    timm_arguments = export_backbone(
-        weights,
-        weights_file,
-        config=config.backbone,
-        image_size=config.crops.global_size,
-        mean=config.crops.mean,
-        std=config.crops.std,
-        channels=config.data.channels,
-        eval_resize=config.crops.eval_resize,
-        eval_size=config.crops.eval_size,
-    )
+    timm_arguments = export_backbone(weights, weights_file, Description.of_run(config))
     write_atomically(output / "summary.json", json.dumps({**summary, "timm": timm_arguments}, indent=2) + "\n")
     report = write_report(output)
     console = Console()

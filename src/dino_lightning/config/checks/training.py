@@ -9,11 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dino_lightning.config import ComputeConfig, TimmConfig, TrainConfig, ViTConfig
-from dino_lightning.config.constraints import check_devices, check_values, declared_ranges
+from dino_lightning.config.constraints import check_devices, check_timm_name, check_values, declared_ranges
 from dino_lightning.config.dotted import format_value, get_dotted
 from dino_lightning.config.duration import Duration
 from dino_lightning.config.ranges import Duration as DurationRange
-from dino_lightning.config.timm_names import check_timm_name
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
 
