@@ -37,6 +37,12 @@ def compose_config(words: list[str]) -> ExportConfig:
     composed = compose_root("export", quote_overrides(with_plain_words(words, "checkpoint", verb="export")))
     check_keys(composed)
     config = cast(ExportConfig, OmegaConf.to_object(composed))
+    check(config)
+    return config
+
+
+def check(config: ExportConfig) -> None:
+    """Raise `UserError` for what is wrong whatever the weights are."""
     check_values(config)
     output, ending = Path(config.output).expanduser(), FORMATS[config.format]
     if output.suffix != ending if ending else output.suffix in FORMATS.values() and output.suffix:
@@ -48,7 +54,6 @@ def compose_config(words: list[str]) -> ExportConfig:
         raise UserError(f"output={config.output} already exists; remove it or choose another name.")
     if config.image_size is not None and config.format not in ("onnx", "torch"):
         raise UserError(f"image_size={config.image_size} belongs to format=onnx and format=torch; leave it out.")
-    return config
 
 
 def export(config: ExportConfig) -> None:
