@@ -34,9 +34,10 @@ def parse_options(schema: type[Options], words: Sequence[str], *, program: str) 
             raise UserError(f"{key} is not a key of {program}; {did_you_mean(key, fields)}")
         else:
             values[key] = _convert(key, text, types[key])
-    if plain_words and (get_origin(types[plain]) is list or (plain not in values and len(plain_words) == 1)):
-        taken = plain_words if get_origin(types[plain]) is list else plain_words[0]
-        values[plain] = _convert_words(plain, taken, types[plain])
+    if plain_words and get_origin(types[plain]) is list:
+        values[plain] = [_convert(plain, word, get_args(types[plain])[0]) for word in plain_words]
+    elif len(plain_words) == 1 and plain not in values:
+        values[plain] = _convert(plain, plain_words[0], types[plain])
     elif plain_words:
         raise UserError(f"{plain_words[-1]}: unexpected word; {program} reads one word ({plain}) and key=value.")
     try:
@@ -44,12 +45,6 @@ def parse_options(schema: type[Options], words: Sequence[str], *, program: str) 
     except TypeError:  # a field without default
         missing = next(key for key in fields if key not in values)
         raise UserError(f"missing: {missing}; see {program} --help.") from None
-
-
-def _convert_words(key: str, words: str | list[str], kind: Any) -> Any:
-    if isinstance(words, str):
-        return _convert(key, words, kind)
-    return [_convert(key, word, get_args(kind)[0]) for word in words]
 
 
 def _convert(key: str, text: str, kind: Any) -> Any:
