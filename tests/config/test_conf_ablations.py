@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from dino_lightning.cli.help import group_options
 from dino_lightning.cli.main import main
 from dino_lightning.cli.overrides import with_photo_experiment
-from dino_lightning.cli.program import sentence
 from dino_lightning.cli.sweeps import Jobs
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import check_config
@@ -236,12 +235,12 @@ def fails(error: BaseException) -> Callable[[DictConfig], float]:
 
 def test_an_unforeseen_error_leaves_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path / "7"), "experiment": "e", "other": "${missing}"})
-    assert jobs.attempt(fails(RuntimeError("two\nlines")), cfg, sentence=sentence) is None
+    assert jobs.attempt(fails(RuntimeError("two\nlines")), cfg) is None
     first, *others = (tmp_path / "7" / "failed.txt").read_text().splitlines()
     assert first == "RuntimeError: two lines"
     assert any("in job" in line for line in others)
     assert yaml.safe_load((tmp_path / "7" / "config.yaml").read_text())["experiment"] == "e"
-    assert jobs.attempt(lambda cfg: 4.0, cfg, sentence=sentence) == 4.0
+    assert jobs.attempt(lambda cfg: 4.0, cfg) == 4.0
     with pytest.raises(SystemExit) as left:
         jobs.finish()
     assert left.value.code == 1
@@ -250,7 +249,7 @@ def test_an_unforeseen_error_leaves_its_traceback(tmp_path: Path, capsys: pytest
 
 def test_an_interrupt_ends_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        Jobs().attempt(fails(KeyboardInterrupt()), OmegaConf.create({"output_dir": str(tmp_path)}), sentence=sentence)
+        Jobs().attempt(fails(KeyboardInterrupt()), OmegaConf.create({"output_dir": str(tmp_path)}))
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +257,7 @@ def test_processes_in_step_end_together(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "1")
     jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="alone"):
-        jobs.attempt(fails(ValueError("alone")), cfg, sentence=sentence)
+        jobs.attempt(fails(ValueError("alone")), cfg)
     (tmp_path / "failed.txt").write_text("before it started the others\n")
-    assert jobs.attempt(fails(ValueError("as the first")), cfg, sentence=sentence) is None
+    assert jobs.attempt(fails(ValueError("as the first")), cfg) is None
     assert (tmp_path / "failed.txt").read_text() == "before it started the others\n"

@@ -74,8 +74,8 @@ REMARKS = {
 def model_card(network: FrozenNetwork, *, checkpoint: str, kind: str) -> str:
     """The card as Markdown; `kind`, a key of `LOADING`, is the format of the files."""
     run = find_run_folder(checkpoint)
-    summary = _json(run / "summary.json") if run else {}
-    method = _method(run)
+    settings = (_run_settings(run) or {}) if run else {}
+    method = _method(settings) if settings else None
     weights = sum(tensor.numel() for tensor in network.backbone.state_dict().values())
     origin = f"with dino-lightning (method `{method}`)" if method else "elsewhere and exported by dino-lightning"
     trained = f"trained {origin}" if network.trained else "not trained"
@@ -105,11 +105,11 @@ Images: {images}.
 
 {remark.format(size=(network.description or {}).get("image_size"))}
 """
-    if rows := _figures(network, run, summary):
+    if rows := _figures(network, run):
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)
         card += f"## Results\n\n| | |\n|---|---|\n{table}\n\n"
-    if run:
-        card += f"## Training\n\n```yaml\n{_settings(run / 'config.yaml').strip()}\n```\n"
+    if settings:
+        card += f"## Training\n\n```yaml\n{_public(settings)}```\n"
     return card
 
 
@@ -118,28 +118,32 @@ def find_run_folder(checkpoint: str) -> Path | None:
     path = Path(checkpoint).expanduser().absolute()
     if not path.exists():  # such as `timm:NAME`
         return None
-    return next((folder for folder in (path, *path.parents[:2]) if _is_run(folder)), None)
+    return next((folder for folder in (path, *path.parents[:2]) if _run_settings(folder)), None)
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether the folder contains a run of this package; other programs write a `config.yaml`, too."""
+def _run_settings(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a run of this package; None for other folders, in some of which is a `config.yaml`, too."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(settings, dict) and all(isinstance(settings.get(key), dict) for key in ("method", "backbone"))
+        return None
+    is_run = isinstance(settings, dict) and all(isinstance(settings.get(key), dict) for key in ("method", "backbone"))
+    return settings if is_run else None
 
 
-def _method(run: Path | None) -> str | None:
-    """Name of the method of a run."""
-    settings = yaml.safe_load((run / "config.yaml").read_text()).get("method", {}) if run else {}
-    names = [name for name, schema in SCHEMAS["method"].items() if settings.keys() == {f.name for f in fields(schema)}]
-    return names[0] if names else None
+def _method(settings: dict[str, Any]) -> str | None:
+    """Name of the method, by its keys."""
+    keys = settings["method"].keys()
+    return next((name for name, schema in SCHEMAS["method"].items() if keys == {f.name for f in fields(schema)}), None)
 
 
-def _figures(network: FrozenNetwork, run: Path | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _figures(network: FrozenNetwork, run: Path | None) -> list[tuple[str, str]]:
+    if run is None:
+        return []
+    file = run / "summary.json"
+    summary = json.loads(file.read_text()) if file.exists() else {}  # a run that has not ended has none
     keys = [key for key in SUMMARY if summary.get(key) is not None]
-    if run and not _is_result(network, run):
+    if not _is_result(network, run):
         keys = [key for key in keys if key in CHECKPOINT_INDEPENDENT]
     rows, results = [(SUMMARY[key], f"{summary[key]}") for key in keys], {}
     for line in _results(run):
@@ -156,9 +160,9 @@ def _is_result(network: FrozenNetwork, run: Path) -> bool:
         return False
 
 
-def _results(run: Path | None) -> Iterator[dict[str, Any]]:
+def _results(run: Path) -> Iterator[dict[str, Any]]:
     """Lines of `results.jsonl` in the run's folder and its sibling folders."""
-    for file in sorted(run.parent.glob("*/results.jsonl")) if run else ():
+    for file in sorted(run.parent.glob("*/results.jsonl")):
         for text in file.read_text().splitlines():
             try:
                 line = json.loads(text)
@@ -168,9 +172,8 @@ def _results(run: Path | None) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def _settings(path: Path) -> str:
-    """The run's configuration without folders and accounts."""
-    settings = yaml.safe_load(path.read_text())
+def _public(settings: dict[str, Any]) -> str:
+    """The configuration as YAML without folders and accounts."""
     for key in PRIVATE_KEYS:
         *groups, name = key.split(".")
         section = settings
@@ -178,11 +181,3 @@ def _settings(path: Path) -> str:
             section = section.get(group) or {}
         section.pop(name, None)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

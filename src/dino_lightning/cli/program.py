@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dino_lightning.cli.completion import asks_for_completion, complete_after
-from dino_lightning.cli.errors import EXPLAINED, as_user_errors, explained, message_for
+from dino_lightning.cli.errors import EXPLAINED, as_user_errors, explained
 from dino_lightning.cli.exit import exit_after_lost_rank, exit_with_error
 from dino_lightning.cli.plugins import with_imports
 from dino_lightning.cli.sweeps import JOBS, Job, check_sweeper
@@ -75,7 +75,7 @@ def attempt(job: Job, cfg: DictConfig, *, verb: str, overrides: Sequence[str] = 
         # the same arguments, go through the same jobs in step.
         folder = hydra.runtime.output_dir if multirun else cfg.output_dir
         cfg.output_dir = str(usable_path("output_dir", folder).absolute())
-        return JOBS.attempt(job, cfg, sentence=sentence, overrides=overrides) if multirun else job(cfg)
+        return JOBS.attempt(job, cfg, overrides=overrides) if multirun else job(cfg)
     except EXPLAINED as error:
         with suppress(OSError):  # Hydra has made the folder; remove it if it is empty
             Path(cfg.output_dir).rmdir()
@@ -97,11 +97,6 @@ def compose_root(root: str, overrides: list[str]) -> DictConfig:
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose(root, overrides=with_imports(overrides))
-
-
-def sentence(error: Exception) -> str | None:
-    """The message of an error that a user can cause; None for other errors."""
-    return message_for(error) if isinstance(error, (*EXPLAINED, FloatingPointError)) else None
 
 
 def run_name() -> str:

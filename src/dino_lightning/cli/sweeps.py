@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED, OVERRIDES, write_atomically
 from dino_lightning.runtime.ranks import is_first_on_machine
@@ -41,13 +42,10 @@ class Jobs:
         self.folder = folder.absolute()  # as jobs name theirs
         self._previous_failures = _failures(self.folder)
 
-    def attempt(
-        self, job: Job, cfg: DictConfig, *, sentence: Callable[[Exception], str | None], overrides: Sequence[str] = ()
-    ) -> float | None:
+    def attempt(self, job: Job, cfg: DictConfig, *, overrides: Sequence[str] = ()) -> float | None:
         """The value of a job; None if it fails, which Optuna counts as a failure, with `failed.txt` in its folder.
 
-        `overrides` of this job are saved in its folder. `sentence` explains an error that a user can cause and returns
-        None for others. `KeyboardInterrupt` and `SystemExit` end the command.
+        `overrides` of this job are saved in its folder. `KeyboardInterrupt` and `SystemExit` end the command.
         """
         folder = Path(cfg.output_dir)
         try:
@@ -63,19 +61,20 @@ class Jobs:
             # did so before it started this one, and all continue.
             if has_other_ranks() and not (folder / FAILED).exists():
                 raise
-            self._save_failure(folder, cfg, error, reason=sentence(error))
+            self._save_failure(folder, cfg, error)
         gc.collect()  # what the frames of the error held: loader processes, memory of the device
         return None
 
-    def _save_failure(self, folder: Path, cfg: DictConfig, error: Exception, *, reason: str | None) -> None:
-        text = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    def _save_failure(self, folder: Path, cfg: DictConfig, error: Exception) -> None:
+        explained = isinstance(error, (*EXPLAINED, FloatingPointError))
+        text = message_for(error) if explained else f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.failed[str(folder)] = text
         if not is_first_on_machine():
             return
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
             write_atomically(folder / "config.yaml", _yaml(cfg))  # `dino table` reads the experiment's name from it
-        trace = "" if reason else "\n" + "".join(traceback.format_exception(error))
+        trace = "" if explained else "\n" + "".join(traceback.format_exception(error))
         write_atomically(folder / FAILED, f"{text}\n{trace}")
         print(f"{self.program}: {folder}: {text}", file=sys.stderr)
 
