@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dino_lightning.config import BackboneConfig, CropsConfig, DINOConfig, ViTConfig
-from dino_lightning.config.conf_dir import backbone_config, backbone_names
+from dino_lightning.config.registry import backbone_config, backbone_names
 from dino_lightning.methods.base import GLOBAL_CROPS
 from dino_lightning.methods.flops import Counts, backbone_flops, meta_network
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dino_lightning.config import AdamWConfig, DINOConfig, FolderData, TrainConfig, ViTConfig
-from dino_lightning.config.conf_dir import backbone_config
+from dino_lightning.config.registry import backbone_config
 from dino_lightning.methods.student_teacher import StudentTeacher
 from dino_lightning.runtime.sharding import placement
 from dino_lightning.training.build import build_method

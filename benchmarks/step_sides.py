@@ -51,7 +51,7 @@ def compose_ours(setting: Setting, *, output_dir: Path) -> Any:
 
     from dino_lightning.cli.overrides import register_timm_networks
     from dino_lightning.config import register
-    from dino_lightning.config.conf_dir import CONF
+    from dino_lightning.runtime.files import CONF
 
     data = ["data=builtin"]
     if setting.data is not None:

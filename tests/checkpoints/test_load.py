@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_lightning.checkpoints import Description, export_backbone, load_network, with_fresh_weights
 from dino_lightning.checkpoints.timm_weights import load_pretrained, timm_description
 from dino_lightning.config import ViTConfig
-from dino_lightning.config.conf_dir import backbone_config
+from dino_lightning.config.registry import backbone_config
 from dino_lightning.errors import UserError
 from dino_lightning.models.backbones import build_backbone
 from dino_lightning.models.frozen import FrozenNetwork

@@ -15,8 +15,9 @@ from dino_lightning.cli.main import main
 from dino_lightning.cli.options import parse_options
 from dino_lightning.cli.overrides import with_plain_words
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, TrainConfig
-from dino_lightning.config.conf_dir import CONF, option_names
+from dino_lightning.config.registry import option_names
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.files import CONF
 
 PROGRAM = """
 import contextlib, io, json, sys, time

@@ -23,9 +23,8 @@ from dino_lightning.cli.plugins import import_one
 from dino_lightning.cli.program import run_name
 from dino_lightning.cli.sweeps import Jobs, check_sweeper, concurrent_jobs, in_own_process
 from dino_lightning.config import TrainConfig, register
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.errors import UserError
-from dino_lightning.runtime.files import FAILED
+from dino_lightning.runtime.files import CONF, FAILED
 from dino_lightning.training.resources import cpu_threads
 from dino_lightning.training.run import train
 

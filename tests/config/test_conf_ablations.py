@@ -19,9 +19,9 @@ from dino_lightning.cli.overrides import with_photo_experiment
 from dino_lightning.cli.sweeps import Jobs
 from dino_lightning.config import TrainConfig
 from dino_lightning.config.checks.training import check_config
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.report.sweeps.jobs import read_rows
 from dino_lightning.report.sweeps.published import GRIDS, PUBLISHED, paper_row
+from dino_lightning.runtime.files import CONF
 from dino_lightning.training.build import build_method
 
 FILES = {f"ablation/{path.stem}": path for path in (CONF / "experiment" / "ablation").glob("*.yaml")}

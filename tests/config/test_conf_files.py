@@ -20,8 +20,8 @@ from dino_lightning.cli.help import group_options
 from dino_lightning.cli.overrides import with_joined_shards
 from dino_lightning.config import SCHEMAS, TrainConfig, TrainerConfig, ViTConfig
 from dino_lightning.config.checks.training import check_config
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.docs import all_keys
+from dino_lightning.runtime.files import CONF
 from dino_lightning.training.build import build_method, build_trainer
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

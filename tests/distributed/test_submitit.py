@@ -17,7 +17,7 @@ from test_elastic import LONG, assert_same
 
 from dino_lightning.cli.program import run_name
 from dino_lightning.config import register
-from dino_lightning.config.conf_dir import CONF
+from dino_lightning.runtime.files import CONF
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'dino-lightning[submitit]'")
 

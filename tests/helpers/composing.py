@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from dino_lightning.cli.overrides import prepare_training
 from dino_lightning.cli.program import run_name
 from dino_lightning.config import register
-from dino_lightning.config.conf_dir import CONF
+from dino_lightning.runtime.files import CONF
 
 SMALL = [
     "data.train_images=96",

@@ -20,11 +20,11 @@ from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.cli.export import check as check_export
 from dino_lightning.config import SCHEMAS, EvaluateConfig, TrainConfig
 from dino_lightning.config.checks.training import check_config
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.constraints import check_keys
 from dino_lightning.config.docs import Key, all_keys
 from dino_lightning.evaluation.checks import check_evaluation
 from dino_lightning.evaluation.embedding.checks import check_embedding
+from dino_lightning.runtime.files import CONF
 
 TRAINING = [
     (),

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dino_lightning.config import TrainConfig, TrainerConfig
 from dino_lightning.config.checks.training import check_config
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.errors import UserError
+from dino_lightning.runtime.files import CONF
 from dino_lightning.training.autoconfig.apply import (
     AutoconfigResult,
     autoconfigure,

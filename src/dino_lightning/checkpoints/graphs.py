@@ -32,8 +32,6 @@ MAX_SIDE = 8192
 MIN_SIDE = 64
 """Smallest image side for networks without patches (pixels); below it, their last feature map has a single pixel, which
 takes another code path."""
-EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
-"""Loggers of the exporters, which report their own passes."""
 METADATA_FILE = "dino_lightning.json"
 """Name of the metadata in a `torch.export` file."""
 
@@ -159,18 +157,14 @@ def _random_images(network: FrozenNetwork, count: int, height: int, width: int) 
 
 @contextmanager
 def _silenced_exporters() -> Iterator[None]:
-    """Suppress warnings and log messages of the exporters."""
-    loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    """Suppress warnings and log messages of the exporters, which report their own passes."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(level)
 
 
 class _GraphViT(nn.Module):

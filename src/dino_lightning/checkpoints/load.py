@@ -32,8 +32,8 @@ from dino_lightning.checkpoints.original import (
 )
 from dino_lightning.checkpoints.safe_read import check_finite, read_pickle, read_safetensors
 from dino_lightning.checkpoints.timm_weights import load_pretrained, timm_description
-from dino_lightning.config.conf_dir import backbone_config, backbone_names
 from dino_lightning.config.paths import usable_path
+from dino_lightning.config.registry import backbone_config, backbone_names
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.models.frozen import FrozenNetwork
 
@@ -175,16 +175,14 @@ def _resolve_file(path: Path, *, key: str | None, source: str) -> Path:
         return file
     if path.is_file():
         return path
+    untrained = f"checkpoint={UNTRAINED}{path} for an untrained network."
     if _is_timm(str(path)):
-        raise UserError(
-            f"{source}: this file does not exist; use checkpoint={TIMM}{path} for timm's weights, or "
-            f"checkpoint={UNTRAINED}{path} for an untrained network."
-        )
-    if str(path) in backbone_names():
-        raise UserError(
-            f"{source}: this file does not exist; use checkpoint={UNTRAINED}{path} for an untrained network."
-        )
-    raise UserError(f"{source}: this file does not exist; {_similar_path(path)}")
+        advice = f"use checkpoint={TIMM}{path} for timm's weights, or {untrained}"
+    elif str(path) in backbone_names():
+        advice = f"use {untrained}"
+    else:
+        advice = _similar_path(path)
+    raise UserError(f"{source}: this file does not exist; {advice}")
 
 
 def _similar_path(path: Path) -> str:

@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lightning.cli.exit import one_line
 from dino_lightning.config import SCHEMAS
-from dino_lightning.config.conf_dir import option_names
 from dino_lightning.config.docs import ROOTS, all_keys, keys_of, keys_of_root
+from dino_lightning.config.registry import option_names
 from dino_lightning.errors import UserError, did_you_mean
 
 FILE_GROUPS = {"train": {"preset", "experiment", "sweep"}}

@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dino_lightning.config import TimmConfig
-from dino_lightning.config.conf_dir import option_names
 from dino_lightning.config.paths import PATHS
+from dino_lightning.config.registry import option_names
 from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.files import CONF

@@ -21,9 +21,9 @@ from dino_lightning.cli.exit import exit_after_lost_rank, exit_with_error
 from dino_lightning.cli.plugins import with_imports
 from dino_lightning.cli.sweeps import JOBS, Job, check_sweeper
 from dino_lightning.config import register
-from dino_lightning.config.conf_dir import CONF
 from dino_lightning.config.paths import usable_path
 from dino_lightning.errors import UserError, cannot_be_written
+from dino_lightning.runtime.files import CONF
 from dino_lightning.runtime.ranks import is_first_on_machine
 from dino_lightning.runtime.scheduler import first_start
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from dino_lightning.errors import UserError
 
-UNITS = {"ep": "epochs", "it": "optimizer steps", "%": "per cent of the run"}
-
 
 @dataclass(frozen=True)
 class Duration:

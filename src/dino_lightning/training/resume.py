@@ -15,10 +15,11 @@ import yaml
 
 from dino_lightning.checkpoints.run_checkpoint import latest_valid, list_checkpoints
 from dino_lightning.config import SCHEMAS, TrainConfig
-from dino_lightning.config.conf_dir import CONF, backbone_config
 from dino_lightning.config.dotted import flatten, format_value
+from dino_lightning.config.registry import backbone_config
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.console import warn
+from dino_lightning.runtime.files import CONF
 from dino_lightning.runtime.scheduler import starts_again
 
 DECISIVE = (
