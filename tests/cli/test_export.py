@@ -252,7 +252,7 @@ def test_original_xcit(tmp_path: Path) -> None:
         (TINY, "format=timm output=here", "output=here already exists; remove it or choose another name."),
         (TINY, "format=timm", "output has no value: give it on the command line, output=…; it is: Output path, "),
         (TINY, "format=timm output=a image_size=64", "image_size=64 belongs to format=onnx and format=torch"),
-        (TINY, "format=torch output=a.pt2 image_size=0", "image_size=0: expected at least 1 pixel."),
+        (TINY, "format=torch output=a.pt2 image_size=0", "image_size=0: expected at least 1."),
         (TINY, "format=torch output=a.pt2 image_size=60", "image_size=60 is not a multiple of the patch size 8"),
         (TINY, "format=timm otput=a", "otput is not a key of the configuration; did you mean 'output'?"),
         (
