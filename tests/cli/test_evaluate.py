@@ -149,13 +149,14 @@ QUICK: dict[str, list[str]] = {
 
 
 def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: Path) -> None:
-    words = ["--multirun", "checkpoint=nowhere.pth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
+    words = ["--multirun", "checkpoint=botth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
     done = run_program("dino_lightning", "eval", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "dino eval: 1 run failed:\n" in done.stderr
     reason = (tmp_path / "both" / "0" / "failed.txt").read_text()
-    assert reason.startswith("checkpoint=nowhere.pth: this file does not exist; ")
+    # Not the folder of the sweep itself, whose name is similar.
+    assert reason == f"checkpoint=botth: this file does not exist; {tmp_path} contains no checkpoint.\n"
     assert (tmp_path / "both" / "1" / "results.jsonl").exists()
     assert not (tmp_path / "both" / "1" / "failed.txt").exists()
 
