@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +24,8 @@ from dino_lightning.runtime.files import atomic_file, sync_folder
 FORMAT = 2
 """Version of the checkpoint's content. 1 is Lightning's; 2 adds random states and the state of each rank."""
 LAST = "last.ckpt"
+ROTATION = [LAST, *(f"last-{number}.ckpt" for number in range(1, 100))]
+"""Names of the latest checkpoints, the newest first."""
 HASH_LINE = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 HASH_LINE_START, HASH_LINE_BYTES = b"\nsha256:", 73
 CHUNK_BYTES = 1 << 24
@@ -125,7 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that a run can resume from: `last.ckpt`, `last-1.ckpt`, ..., then all others, newest first."""
-    latest = [folder / name for name in _rotation_names(LAST) if (folder / name).exists()]
+    latest = [folder / name for name in ROTATION if (folder / name).exists()]
     others = sorted(set(folder.glob("*.ckpt")) - set(latest), key=lambda path: path.stat().st_mtime, reverse=True)
     return latest + others
 
@@ -150,14 +151,6 @@ def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             f"resume: no checkpoint in {folder} is valid: {'; '.join(damaged)}; start a new run in another output_dir."
         )
     return None
-
-
-def _rotation_names(name: str) -> Iterator[str]:
-    """`last.ckpt`, `last-1.ckpt`, ..., `last-99.ckpt`."""
-    stem, suffix = os.path.splitext(name)
-    yield name
-    for number in range(1, 100):
-        yield f"{stem}-{number}{suffix}"
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -203,7 +196,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def _rotate(self, path: Path) -> None:
         """Rename `last.ckpt` to `last-1.ckpt`, and so on, and delete those beyond `keep_last`."""
-        paths = [path.with_name(name) for name in _rotation_names(path.name)]
+        paths = [path.with_name(name) for name in ROTATION]
         for old in paths[self.keep_last :]:
             if not old.exists():
                 break
