@@ -10,12 +10,10 @@ import yaml
 
 from dino_lightning.checkpoints.load import load_network
 from dino_lightning.config import SCHEMAS
-from dino_lightning.config.paths import PATHS
+from dino_lightning.config.docs import path_keys
 from dino_lightning.errors import UserError
 from dino_lightning.models.frozen import FrozenNetwork
 
-PRIVATE_KEYS = (*PATHS, "imports", "init_from", "logger", "output_dir")
-"""Keys with folders and accounts, which a card does not publish."""
 MAX_FIGURES = 60
 """Maximum number of evaluation results in a card."""
 SUMMARY = {
@@ -174,7 +172,7 @@ def _results(run: Path) -> Iterator[dict[str, Any]]:
 
 def _public(settings: dict[str, Any]) -> str:
     """The configuration as YAML without folders and accounts."""
-    for key in PRIVATE_KEYS:
+    for key in {*path_keys(), "imports", "init_from", "logger"}:
         *groups, name = key.split(".")
         section = settings
         for group in groups:

@@ -10,14 +10,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dino_lightning.config import TimmConfig
-from dino_lightning.config.paths import PATHS
+from dino_lightning.config.docs import path_keys
 from dino_lightning.config.registry import option_names
 from dino_lightning.data.sources.detect import detect_source
 from dino_lightning.errors import UserError, did_you_mean
 from dino_lightning.runtime.files import CONF
 
-PATH_KEYS = (*PATHS, "checkpoint", "init_from")
-"""Keys whose value may be a path."""
 OUTPUT_KEYS = ("output_dir", "output")
 """Keys of paths that may not exist yet."""
 MULTIRUN_FLAGS = ("-m", "--multirun")
@@ -124,12 +122,13 @@ def with_quoted_paths(words: list[str]) -> list[str]:
     The shell has removed the user's quotes. Hydra needs quotes around most characters other than ASCII letters.
     """
     multirun = any(flag in words for flag in MULTIRUN_FLAGS)
-    return [_quoted(word) if _needs_quotes(word, multirun=multirun) else word for word in words]
+    keys = {*path_keys(), "checkpoint", "init_from"}
+    return [_quoted(word) if _needs_quotes(word, keys, multirun=multirun) else word for word in words]
 
 
-def _needs_quotes(word: str, *, multirun: bool) -> bool:
+def _needs_quotes(word: str, keys: set[str], *, multirun: bool) -> bool:
     key, _, value = word.partition("=")
-    if key.lstrip("+") not in PATH_KEYS or not value or "${" in value or "\0" in value:
+    if key.lstrip("+") not in keys or not value or "${" in value or "\0" in value:
         return False
     try:
         override = OverridesParser.create().parse_override(word)

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from dino_lightning.config import SCHEMAS, EmbedConfig, EvaluateConfig, ExportConfig, TrainConfig
 from dino_lightning.config.constraints import ranges_of
+from dino_lightning.config.ranges import FilePath
 
 ROOTS = {"train": TrainConfig, "eval": EvaluateConfig, "embed": EmbedConfig, "export": ExportConfig}
 """Verb -> the dataclass of its configuration."""
@@ -37,10 +38,20 @@ class Key:
 
 def all_keys() -> list[Key]:
     """Every key of every schema; a key of several options of a group appears once for each class that declares it."""
-    schemas = [("", root) for root in ROOTS.values()]
-    schemas += [(f"{group}.", schema) for group, options in SCHEMAS.items() for schema in options.values()]
-    keys = [key for prefix, schema in schemas for key in keys_of(schema, prefix=prefix)]
+    keys = [key for prefix, schema in _schemas() for key in keys_of(schema, prefix=prefix)]
     return list({(key.name, key.schema): key for key in keys}.values())
+
+
+def path_keys() -> set[str]:
+    """Every key whose value is a path, or a name inside a folder."""
+    ranges = ((prefix, *item) for prefix, schema in _schemas() for item in ranges_of(schema).items())
+    return {f"{prefix}{name}" for prefix, name, allowed in ranges if allowed is FilePath}
+
+
+def _schemas() -> Iterator[tuple[str, type]]:
+    """Prefix of its keys and dataclass of each command and of each option of a group."""
+    yield from (("", root) for root in ROOTS.values())
+    yield from ((f"{group}.", schema) for group, options in SCHEMAS.items() for schema in options.values())
 
 
 def keys_of_root(root: type) -> frozenset[str]:

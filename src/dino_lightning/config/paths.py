@@ -1,4 +1,4 @@
-"""Values that are paths; paths that cannot exist are refused before anything looks for them."""
+"""Paths that cannot exist are refused before anything looks for them."""
 
 import errno
 import os
@@ -6,22 +6,6 @@ from pathlib import Path
 
 from dino_lightning.config.dotted import format_value
 from dino_lightning.errors import UserError
-
-PATHS = (
-    "output_dir",
-    "output",
-    "feature_cache",
-    "data.path",
-    "data.root",
-    "data.csv",
-    "data.cache_dir",
-    "data.split",
-    "data.resolution",
-    "data.whitening_path",
-    "data.distractors_path",
-    "eval.classifier",
-)
-"""Keys whose values are paths, or names inside a folder."""
 
 
 def usable_path(key: str, text: str) -> Path:
