@@ -23,10 +23,10 @@ def flatten(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def format_value(value: Any, *, max_length: int = MAX_LENGTH) -> str:
-    """A value as it is typed on the command line, such as `true`, `null` or `[1,0.5]`, cut to `max_length`."""
+def format_value(value: Any) -> str:
+    """A value as it is typed on the command line, such as `true`, `null` or `[1,0.5]`, cut to `MAX_LENGTH`."""
     text = _format(value).replace("\0", "\\0")
-    return text if len(text) <= max_length else f"{text[:max_length]}…"
+    return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}…"
 
 
 def _format(value: Any) -> str:
