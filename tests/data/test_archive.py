@@ -239,11 +239,9 @@ class TestRefusals:
             (
                 "x.zip",
                 zip_bytes(
-                    images(
-                        "train/a/0.png", "train/dog/0.png", "val/a/0", "val/dog/0.png", "val/dgo/0.png", "val/a/1.png"
-                    )
+                    images("train/a/0.png", "train/mouse/0.png", "val/mouse/0.png", "val/muose/0.png", "val/a/1.png")
                 ),
-                ["'dgo' is in 'val' but not in 'train'", "did you mean 'dog'"],
+                ["'muose' is in 'val' but not in 'train'", "did you mean 'mouse'"],
             ),
         ],
     )

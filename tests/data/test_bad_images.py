@@ -55,7 +55,8 @@ def red(content):
 
 
 def readable(source, path, *, on_error="skip", share=0.5, decode=red):
-    return ReadableImages(source, decode, on_error=on_error, max_bad_share=share, bad_images=path)
+    bad = BadImages(path, images=len(source), on_error=on_error, max_bad_share=share)
+    return ReadableImages(source, decode, bad=bad)
 
 
 def lines(path):

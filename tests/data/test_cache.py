@@ -8,7 +8,7 @@ import pytest
 import torch
 from cache_cases import FORK, RESIZE, GeneratedImages, expected, folders, keep, picture, settings
 
-from dino_lightning.data.bad_images import ReadableImages
+from dino_lightning.data.bad_images import BadImages, ReadableImages
 from dino_lightning.data.cache import CachedImages
 from dino_lightning.data.decode import Decoder, UnreadableImageError
 from dino_lightning.data.parallel import CHUNK
@@ -98,7 +98,7 @@ class TestUnreadable:
     def test_counts_when_it_is_met(self, tmp_path):
         config, path = settings(tmp_path), tmp_path / "bad_images.txt"
         kept = keep(GeneratedImages(broken=(2, 40)), config, bad_images=path)
-        images = ReadableImages(kept, len, on_error="skip", max_bad_share=1 / 70, bad_images=path)
+        images = ReadableImages(kept, len, bad=BadImages(path, images=70, max_bad_share=1 / 70))
         assert images[1][1] == 1
         with pytest.raises(UserError, match="2 of 70 images"):
             images[2]

@@ -141,7 +141,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict, str]] = {
     "no lists": (lambda root: lose(root, "ImageSets"), {}, "has no ImageSets; expected the extracted folder"),
     "the folder above": (lambda root: None, {"path": "above"}, "has no ImageSets; did you mean "),
     "year": (lambda root: None, {"year": 2071}, "data.year=2071 is not a folder in .*; did you mean '2017'?"),
-    "split": (lambda root: None, {"split": "vla"}, r"data.split=vla: .* has no vla.txt; did you mean 'val'\?"),
+    "split": (lambda root: None, {"split": "vall"}, r"data.split=vall: .* has no vall.txt; did you mean 'val'\?"),
     "empty list": (
         lambda root: list_wrongly(root, "\n"),
         {},
@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict, str]] = {
     ),
     "resolution": (lambda root: None, {"resolution": "480"}, r"data.resolution=480 is .*did you mean '480p'\?"),
     "no annotations": (lambda root: lose(root, "Annotations"), {}, "has no Annotations"),
-    "sequence": (lambda root: list_wrongly(root, "cwo"), {}, r"no frames of the sequence cwo; did you mean 'cow'\?"),
+    "sequence": (lambda root: list_wrongly(root, "coww"), {}, r"no frames of the sequence coww; did you mean 'cow'\?"),
     "masks": (
         lambda root: lose(root, "Annotations/480p/cow"),
         {},

@@ -55,9 +55,8 @@ class BadImages:
     Picklable; the copies in all processes synchronize through the file. Without a `path` each process counts alone.
     """
 
-    def __init__(self, path: Path | None, *, images: int, on_error: str, max_bad_share: float) -> None:
-        self.path = path
-        self.images, self.on_error, self.max_bad_share = images, on_error, max_bad_share
+    def __init__(self, path: Path | None, *, images: int, on_error: str = "skip", max_bad_share: float = 1.0) -> None:
+        self.path, self.images, self.on_error, self.max_bad_share = path, images, on_error, max_bad_share
         self._reasons: dict[str, str] = {}
         self._read_up_to = 0
 
@@ -123,18 +122,8 @@ class ReadableImages(Generic[T]):
     is counted in `bad` (which stops the run if the settings require it), and this process does not try it again.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        decode: Callable[[Content], T],
-        *,
-        on_error: str,
-        max_bad_share: float,
-        bad_images: Path | None,
-    ) -> None:
-        self.source = source
-        self.decode = decode
-        self.bad = BadImages(bad_images, images=len(source), on_error=on_error, max_bad_share=max_bad_share)
+    def __init__(self, source: ImageSource, decode: Callable[[Content], T], *, bad: BadImages) -> None:
+        self.source, self.decode, self.bad = source, decode, bad
         self._bad_positions: set[int] = set()
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ the same crops as an uninterrupted one.
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -63,32 +63,27 @@ class MultiCropDataset(Dataset[Any]):
         return batch if self.labels is None else LabeledCrops(batch, torch.from_numpy(self.labels[list(positions)]))
 
 
+@dataclass(eq=False)
 class MultiCropStream(IterableDataset[Any]):
     """Endless batches of crops from a stream, each with the stream position after it.
 
     Every loader process of every rank reads a different part: process w of W on rank r is reader r W + w.
     """
 
-    def __init__(
-        self,
-        stream: ImageStream,
-        decode: Callable[[Content], Any],
-        crops: CropBackend,
-        *,
-        bad: BadImages,
-        batch_size: int,
-        seed: int,
-        shuffle_buffer: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.stream, self.decode, self.crops, self.bad = stream, decode, crops, bad
-        self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
-        self.rank, self.world_size = rank, world_size
-        self.positions: list[StreamPosition | None] | None = None
-        """Start position of each process of this rank."""
-        self.first_worker = 0
-        """The process that provides the first batch; PyTorch's loader always starts with its process 0."""
+    stream: ImageStream
+    decode: Callable[[Content], Any]
+    crops: CropBackend
+    _: KW_ONLY
+    bad: BadImages
+    batch_size: int
+    seed: int
+    shuffle_buffer: int
+    rank: int
+    world_size: int
+    positions: list[StreamPosition | None] | None = None
+    """Start position of each process of this rank."""
+    first_worker: int = 0
+    """The process that provides the first batch; PyTorch's loader always starts with its process 0."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -142,7 +137,9 @@ class WorkerLoader(DataLoader[Any]):
     """PyTorch's loader, whose processes leave signals to the main process from their start."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, worker_init_fn=start_worker, **options)
+        # Without its own generator every iterator would draw a seed from the global one.
+        generator = torch.Generator().manual_seed(0)
+        super().__init__(*arguments, worker_init_fn=start_worker, generator=generator, **options)
 
     def __iter__(self) -> Any:
         with sigterm_blocked():

@@ -20,7 +20,7 @@ import tempfile
 import weakref
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from dino_lightning.data.bad_images import BadImages
 from dino_lightning.data.cache_build import bytes_needed, write_images
 from dino_lightning.data.decode import Decoder, UnreadableImageError
 from dino_lightning.data.sources.base import ImageSource, Subset, content_digest
+from dino_lightning.data.sources.mapped_arrays import MappedArrays, open_stored
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.console import say
 from dino_lightning.runtime.files import atomic_folder
@@ -65,12 +66,6 @@ def cached(
     return selected
 
 
-class _Files(NamedTuple):
-    pixels: mmap.mmap
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-
 class CachedImages:
     """The images of `source` as cached in `folder`, with its labels, classes and names.
 
@@ -80,10 +75,9 @@ class CachedImages:
     """
 
     def __init__(self, source: ImageSource, *, folder: Path, channels: int, claim: "MemoryClaim | None" = None) -> None:
-        self.source, self.folder, self.channels = source, folder, channels
-        self.claim = claim
+        self.source, self.folder, self.channels, self.claim = source, folder, channels, claim
         # Mapped here, before loader processes are forked, and while the claim keeps a folder in memory.
-        assert len(self._files.offsets) == len(source)
+        assert len(self._files[1]["offsets"]) == len(source)
 
     @property
     def classes(self) -> list[str] | None:
@@ -98,15 +92,15 @@ class CachedImages:
     @property
     def unreadable(self) -> np.ndarray:
         """Mask (n,) of the unreadable images."""
-        return self._files.sizes[:, 0] == 0
+        return self._files[1]["sizes"][:, 0] == 0
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> np.ndarray:
         """The pixels (H, W, C). Raises `UnreadableImageError` with the reason why the image could not be decoded."""
-        pixels, offsets, sizes = self._files
-        start, (height, width) = int(offsets[index]), sizes[index].tolist()
+        pixels, arrays = self._files
+        start, (height, width) = int(arrays["offsets"][index]), arrays["sizes"][index].tolist()
         if not height:
             raise UnreadableImageError(pixels[start : start + width].decode())
         flat = np.frombuffer(pixels, np.uint8, count=height * width * self.channels, offset=start)
@@ -121,12 +115,10 @@ class CachedImages:
         return self.source.fingerprint()
 
     @cached_property
-    def _files(self) -> _Files:
+    def _files(self) -> tuple[mmap.mmap, MappedArrays]:
         with open(self.folder / "pixels.bin", "rb") as file:
             pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # asarray, because an array on top of an `np.memmap` is faster to index.
-        offsets, sizes = (np.asarray(np.load(self.folder / f"{n}.npy", mmap_mode="r")) for n in ("offsets", "sizes"))
-        return _Files(pixels, offsets, sizes)
+        return pixels, open_stored(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "folder": self.folder, "channels": self.channels, "claim": None}
@@ -231,7 +223,7 @@ def _build(folder: Path, *, source: ImageSource, config: DataConfig, decoder: De
 
 
 def _list_unreadable(images: ImageSource, positions: np.ndarray, path: Path) -> None:
-    bad = BadImages(path, images=len(images), on_error="skip", max_bad_share=1)
+    bad = BadImages(path, images=len(images))
     for position in positions.tolist():
         try:
             images.read(position)

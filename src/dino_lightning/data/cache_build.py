@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torchvision.transforms.v2.functional as F
@@ -11,8 +11,8 @@ from torchvision.transforms import InterpolationMode
 
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.parallel import ImageChunks, process_chunks
-from dino_lightning.data.sources.base import ImageSource
+from dino_lightning.data.parallel import process_chunks
+from dino_lightning.data.sources.base import ImageSource, evenly_spaced
 from dino_lightning.errors import UserError
 
 ESTIMATE_IMAGES = 100
@@ -35,7 +35,7 @@ def resized_pixels(source: ImageSource, index: int, *, decoder: Decoder, resize:
 def bytes_needed(source: ImageSource, *, decoder: Decoder, resize: int) -> int:
     """Size of all resized images, estimated from `ESTIMATE_IMAGES` evenly spaced images."""
     total = 0
-    indices = np.linspace(0, len(source) - 1, min(len(source), ESTIMATE_IMAGES)).astype(int).tolist()
+    indices = evenly_spaced(len(source), ESTIMATE_IMAGES)
     for index in indices:
         try:
             total += resized_pixels(source, index, decoder=decoder, resize=resize).nbytes
@@ -44,31 +44,23 @@ def bytes_needed(source: ImageSource, *, decoder: Decoder, resize: int) -> int:
     return round(total / len(indices) * len(source))
 
 
-class WrittenChunk(NamedTuple):
-    """A chunk of m images in the file."""
-
-    images: range
-    """Positions in the source."""
-    offsets: np.ndarray
-    """Start of each image in the file (m,)."""
-    sizes: np.ndarray
-    """Height and width (m, 2); for an unreadable image, 0 and the length of the reason."""
+WrittenChunk: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Start of each of m images in the file (m,), and height and width (m, 2), as in offsets.npy and sizes.npy."""
 
 
-class PixelWriter(ImageChunks[WrittenChunk | OSError]):
-    """Decodes chunks of images and writes them to `path`.
+class PixelWriter:
+    """Positions in the source -> the `WrittenChunk` of these images, which are decoded and written to `path`.
 
     All processes write to the same file, each image at the end, whose position they share. An `OSError` of the file is
-    returned as the item, because a raised one would lose its text between processes.
+    returned, because a raised one would lose its text between processes.
     """
 
     def __init__(self, source: ImageSource, *, decoder: Decoder, resize: int, path: Path) -> None:
-        super().__init__(len(source))
         self.source, self.decoder, self.resize, self.path = source, decoder, resize, path
         self.end: Any = multiprocessing.Value("q", 0)
 
-    def __getitem__(self, number: int) -> WrittenChunk | OSError:
-        images = self.chunk(number)
+    def __call__(self, images: range) -> WrittenChunk | OSError:
+        """Write the images."""
         offsets, sizes = np.zeros(len(images), np.int64), np.zeros((len(images), 2), np.int32)
         try:
             with open(self.path, "r+b") as file:
@@ -76,7 +68,7 @@ class PixelWriter(ImageChunks[WrittenChunk | OSError]):
                     offsets[i], sizes[i] = self._write(file, index)
         except OSError as error:
             return error
-        return WrittenChunk(images, offsets, sizes)
+        return offsets, sizes
 
     def _write(self, file: BinaryIO, index: int) -> tuple[int, tuple[int, int]]:
         try:
@@ -102,11 +94,10 @@ def write_images(source: ImageSource, *, folder: Path, decoder: Decoder, resize:
     path.touch()
     writer = PixelWriter(source, decoder=decoder, resize=resize, path=path)
     offsets, sizes = np.zeros(len(source), np.int64), np.zeros((len(source), 2), np.int32)
-    for chunk in process_chunks(writer, workers=workers, title="decoding"):
+    for images, chunk in process_chunks(writer, len(source), workers=workers, title="decoding"):
         if isinstance(chunk, OSError):
             raise UserError(f"data.cache: the decoded images cannot be written to {folder.parent} ({chunk})")
-        rows = slice(chunk.images.start, chunk.images.stop)
-        offsets[rows], sizes[rows] = chunk.offsets, chunk.sizes
+        offsets[images], sizes[images] = chunk
     np.save(folder / "offsets.npy", offsets)
     np.save(folder / "sizes.npy", sizes)
     with open(path, "rb") as file:

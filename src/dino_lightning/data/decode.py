@@ -60,10 +60,8 @@ class Decoder:
     """Stored image -> PIL image or tensor. Raises `UnreadableImageError` for broken or unsuitable images."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.channels = config.channels
-        self.value_range = config.value_range
-        self.nan_value = config.nan_value
-        self.apply_exif_rotation = config.apply_exif_rotation
+        self.channels, self.apply_exif_rotation = config.channels, config.apply_exif_rotation
+        self.value_range, self.nan_value = config.value_range, config.nan_value
 
     def pil(self, content: Content) -> Image.Image:
         """The image in mode RGB, or L with one channel."""
@@ -78,11 +76,9 @@ class Decoder:
     def pixels(self, content: Content) -> Tensor:
         """Pixels (C, H, W) uint8, channels last in memory (except for rotated photographs)."""
         with _as_unreadable():
-            if isinstance(content, bytes) and content.startswith(JPEG):
-                pixels = self._jpeg(content)
-                if pixels is not None:
-                    _check_not_one_pixel(pixels[0].numel())
-                    return pixels
+            if isinstance(content, bytes) and content.startswith(JPEG) and (pixels := self._jpeg(content)) is not None:
+                _check_not_one_pixel(pixels[0].numel())
+                return pixels
             array = np.array(self._decoded(content))
             _check_not_one_pixel(array.shape[0] * array.shape[1])
             return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
@@ -101,10 +97,9 @@ class Decoder:
         mode = ImageReadMode.RGB if self.channels == 3 else ImageReadMode.GRAY
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # copying takes a microsecond
         try:
-            decoded: Any = decode_jpeg(encoded, mode, apply_exif_orientation=self.apply_exif_rotation)
+            return decode_jpeg(encoded, mode, apply_exif_orientation=self.apply_exif_rotation)  # type: ignore[return-value]
         except RuntimeError:
             return None
-        return decoded
 
     def _decoded(self, content: Content) -> Image.Image | np.ndarray:
         """The image with the configured number of channels: in mode L or RGB, or an array (H, W, C) uint8."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from dino_lightning.config import DataConfig
 from dino_lightning.data.batches import Key, MultiCropDataset, MultiCropStream, WorkerError, WorkerLoader
 from dino_lightning.data.parallel import identity
 from dino_lightning.data.shard_order import StreamPosition
@@ -94,7 +95,7 @@ class MapLoader(ResumableLoader):
     """Batches of crops of a source with random access."""
 
     def __init__(self, dataset: MultiCropDataset, order: EpochBatchSampler, **options: Any) -> None:
-        loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=identity, **loader_options(**options))
+        loader = WorkerLoader(dataset, batch_sampler=order, collate_fn=identity, **options)
         super().__init__(loader, images_per_batch=order.batch_size * order.world_size)
         self.order = order
 
@@ -116,7 +117,7 @@ class StreamLoader(ResumableLoader):
     """Batches of crops of a stream: an epoch is a number of images, and the next one continues the stream."""
 
     def __init__(self, dataset: MultiCropStream, **options: Any) -> None:
-        loader = WorkerLoader(dataset, batch_size=None, **loader_options(**options))
+        loader = WorkerLoader(dataset, batch_size=None, **options)
         super().__init__(loader, images_per_batch=dataset.batch_size * dataset.world_size)
         self.dataset = dataset
         self.positions: list[StreamPosition | None] = [None] * max(1, loader.num_workers)
@@ -171,15 +172,13 @@ class StreamLoader(ResumableLoader):
         self.next_worker, self._batches = state["next_worker"], None
 
 
-def loader_options(*, num_workers: int, prefetch_batches: int, pin_memory: bool) -> dict[str, Any]:
+def loader_options(config: DataConfig) -> dict[str, Any]:
     """Arguments of PyTorch's loader."""
     return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "prefetch_factor": prefetch_batches if num_workers else None,
-        "pin_memory": pin_memory and torch.cuda.is_available(),
-        # Otherwise every iterator would draw a seed from the global generator.
-        "generator": torch.Generator().manual_seed(0),
+        "num_workers": config.num_workers,
+        "persistent_workers": config.num_workers > 0,
+        "prefetch_factor": config.prefetch_batches if config.num_workers else None,
+        "pin_memory": config.pin_memory and torch.cuda.is_available(),
     }
 
 

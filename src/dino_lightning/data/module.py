@@ -17,9 +17,9 @@ from dino_lightning.data.batches import MultiCropDataset, MultiCropStream, crop_
 from dino_lightning.data.cache import cached
 from dino_lightning.data.crops import CropBackend, EvalView, RawCrops, crop_backend
 from dino_lightning.data.decode import Decoder
-from dino_lightning.data.loader import EpochBatchSampler, MapLoader, ResumableLoader, StreamLoader
+from dino_lightning.data.loader import EpochBatchSampler, MapLoader, ResumableLoader, StreamLoader, loader_options
 from dino_lightning.data.sources import ImageSource, ImageStream, Splits, open_sources
-from dino_lightning.data.sources.base import Content, FirstImages
+from dino_lightning.data.sources.base import Content, FirstImages, evenly_spaced
 from dino_lightning.data.sources.builtin import BuiltinImages
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.collectives import rank, world_size
@@ -51,8 +51,7 @@ class MultiCropDataModule(L.LightningDataModule):
     ) -> None:
         """With `labels`, training batches are `LabeledCrops`; otherwise they contain no labels."""
         super().__init__()
-        self.config, self.seed, self.bad_images, self.labels = config, seed, bad_images, labels
-        self.crops = crops
+        self.config, self.crops, self.seed, self.bad_images, self.labels = config, crops, seed, bad_images, labels
         self.decoder = Decoder(config)
         self._loader: ResumableLoader | None = None
         self._position: dict[str, Any] | None = None
@@ -138,19 +137,16 @@ class MultiCropDataModule(L.LightningDataModule):
 
     def _train_loader(self) -> ResumableLoader:
         config, train, crops = self.config, self.sources.train, self.backend
-        options: dict[str, Any] = {
-            name: getattr(config, name) for name in ("num_workers", "prefetch_batches", "pin_memory")
-        }
+        options = loader_options(config)
         ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
         ranks |= {"batch_size": config.batch_size_per_device, "seed": self.seed}
         if isinstance(train, ImageStream):
-            policy: dict[str, Any] = {"on_error": config.on_error, "max_bad_share": config.max_bad_share}
-            bad = BadImages(self.bad_images, images=train.images, **policy)
+            bad = self._bad_list(train.images, self.bad_images)
             buffer: int = config.shuffle_buffer  # type: ignore[attr-defined]
             decode = self._decode(crops.decoding)
             stream = MultiCropStream(train, decode, crops, bad=bad, shuffle_buffer=buffer, **ranks)
             return StreamLoader(stream, **options)
-        images = self._readable(self._cached_images, crops.decoding)
+        images = self._readable(self._cached_images, crops.decoding, self.bad_images)
         batches = MultiCropDataset(images, crops, seed=self.seed, labels=train.labels if self.labels else None)
         return MapLoader(batches, EpochBatchSampler(len(images), **ranks), **options)
 
@@ -162,10 +158,9 @@ class MultiCropDataModule(L.LightningDataModule):
 
     def example_crops(self, indices: list[int]) -> list[list[Tensor]]:
         """The V crops of training images, as in the first epoch."""
-        images = self._readable(self._train_images, self.backend.decoding)
-        batch = self.backend(
-            [images[index][0] for index in indices], [crop_seed(self.seed, 0, index) for index in indices]
-        )
+        images = self._readable(self._train_images, self.backend.decoding, self.bad_images)
+        seeds = [crop_seed(self.seed, 0, index) for index in indices]
+        batch = self.backend([images[index][0] for index in indices], seeds)
         views = batch.augment(self.crops) if isinstance(batch, RawCrops) else batch
         return [list(sample) for sample in zip(*views, strict=True)]
 
@@ -175,11 +170,11 @@ class MultiCropDataModule(L.LightningDataModule):
         if source is None:
             raise UserError("data: there are no validation images; set data.holdout to a share of the images.")
         decoding = "pil" if self.config.channels in (1, 3) else "pixels"
-        # A file for each split, because the share of bad images is computed for each.
         bad_images = self.bad_images
+        # A file for each split, because the share of bad images is computed for each.
         if bad_images is not None and split == "val":
             bad_images = bad_images.with_stem(f"{bad_images.stem}_val")
-        return EvalImages(self._readable(source, decoding, bad_images=bad_images), EvalView(self.crops))
+        return EvalImages(self._readable(source, decoding, bad_images), EvalView(self.crops))
 
     def object_mask(self, index: int) -> np.ndarray | None:
         """The object's pixels in validation image `index` (bool (H, W)); None if the data has no masks."""
@@ -192,12 +187,13 @@ class MultiCropDataModule(L.LightningDataModule):
         """Raise `UserError` if none of a few training images can be decoded, which means that a setting is wrong."""
         train, reason = self._train_images, ""
         if isinstance(train, FirstImages) and not len(train):
+            why = f"{train.without_image} has none" if train.without_image else "its shards have no samples"
             raise UserError(
-                f"data: the stream contains no image ({train.empty_reason}); expected samples with an image in "
-                "data.image_keys or data.image_column."
+                f"data: the stream contains no image ({why}); expected samples with an image in data.image_keys or "
+                "data.image_column."
             )
         decode = self._decode(self.backend.decoding)
-        for index in np.unique(np.linspace(0, len(train) - 1, count).astype(int)).tolist():
+        for index in evenly_spaced(len(train), count):
             try:
                 decode(train.read(index))
                 return
@@ -208,11 +204,8 @@ class MultiCropDataModule(L.LightningDataModule):
     def _decode(self, decoding: str) -> Callable[[Content], Any]:
         return self.decoder.pil if decoding == "pil" else self.decoder.pixels
 
-    def _readable(self, source: ImageSource, decoding: str, *, bad_images: Path | None = None) -> ReadableImages[Any]:
-        return ReadableImages(
-            source,
-            self._decode(decoding),
-            on_error=self.config.on_error,
-            max_bad_share=self.config.max_bad_share,
-            bad_images=bad_images or self.bad_images,
-        )
+    def _readable(self, source: ImageSource, decoding: str, bad_images: Path | None) -> ReadableImages[Any]:
+        return ReadableImages(source, self._decode(decoding), bad=self._bad_list(len(source), bad_images))
+
+    def _bad_list(self, images: int, path: Path | None) -> BadImages:
+        return BadImages(path, images=images, on_error=self.config.on_error, max_bad_share=self.config.max_bad_share)

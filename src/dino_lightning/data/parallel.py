@@ -1,7 +1,7 @@
 """Processing all images of a source in several processes, with a progress bar."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,22 +15,24 @@ CHUNK = 32
 """Images that a process handles before it reports."""
 
 
-class ImageChunks(Dataset[T]):
-    """Item k is a result for chunk k of `images` images."""
-
-    def __init__(self, images: int) -> None:
-        self.images = images
+class _Chunks(Dataset[tuple[range, T]]):
+    def __init__(self, work: Callable[[range], T], images: int) -> None:
+        self.work, self.images = work, images
 
     def __len__(self) -> int:
         return -(-self.images // CHUNK)
 
-    def chunk(self, number: int) -> range:
-        """The positions of the images in a chunk."""
-        return range(number * CHUNK, min((number + 1) * CHUNK, self.images))
+    def __getitem__(self, number: int) -> tuple[range, T]:
+        images = range(number * CHUNK, min((number + 1) * CHUNK, self.images))
+        return images, self.work(images)
 
 
-def process_chunks(chunks: ImageChunks[T], *, workers: int, title: str) -> Iterator[T]:
-    """Compute every item of `chunks` in `workers` processes (0: in this one), and yield them in order."""
+def process_chunks(work: Callable[[range], T], images: int, *, workers: int, title: str) -> Iterator[tuple[range, T]]:
+    """Call `work` with chunks of `images` positions in `workers` processes (0: in this one), and yield the results.
+
+    A result comes with its positions, in their order.
+    """
+    chunks = _Chunks(work, images)
     loader: Any = DataLoader(
         chunks,
         batch_size=None,
@@ -40,10 +42,10 @@ def process_chunks(chunks: ImageChunks[T], *, workers: int, title: str) -> Itera
         # Otherwise the loader would draw a seed from the global generator, whose state then depends on this call.
         generator=torch.Generator(),
     )
-    with progress(title, total=chunks.images) as advance:
-        for number, item in enumerate(loader):
-            yield item
-            advance(len(chunks.chunk(number)))
+    with progress(title, total=images) as advance:
+        for positions, result in loader:
+            yield positions, result
+            advance(len(positions))
 
 
 def identity(batch: Any) -> Any:

@@ -13,8 +13,8 @@ from PIL import Image
 from dino_lightning.config import DataConfig
 from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import BITS_PER_SAMPLE, JPEG, NPY, ORIENTATION, PNG, TIFF, Decoder
-from dino_lightning.data.parallel import ImageChunks, process_chunks
-from dino_lightning.data.sources.base import Content, ImageSource
+from dino_lightning.data.parallel import process_chunks
+from dino_lightning.data.sources.base import Content, ImageSource, Subset
 
 MODES = {"1": "black and white", "L": "gray", "LA": "gray with alpha", "P": "palette", "PA": "palette with alpha"}
 """Descriptions of PIL's modes; other modes describe themselves."""
@@ -73,17 +73,15 @@ class ScanResult:
             self.add_range(dtype, values)
 
 
-class ImageScanner(ImageChunks[ScanResult]):
-    """Item k is the result of the images in chunk k."""
+class ImageScanner:
+    """Positions in the source -> the result of these images."""
 
     def __init__(self, source: ImageSource, *, config: DataConfig) -> None:
-        super().__init__(len(source))
-        self.source = source
-        self.decoder = Decoder(config)
+        self.source, self.decoder = source, Decoder(config)
         self.stored_decoder = Decoder(replace(config, apply_exif_rotation=False, value_range=None))
 
-    def __getitem__(self, number: int) -> ScanResult:
-        images = self.chunk(number)
+    def __call__(self, images: range) -> ScanResult:
+        """The result; its indices count from the first of the images."""
         result = ScanResult.empty(len(images))
         for i, index in enumerate(images):
             try:
@@ -111,27 +109,25 @@ def scan(
     """Inspect all images, with a progress bar; `on_unreadable` is called with index and reason of unreadable images."""
     result = ScanResult.empty(len(source))
     scanner = ImageScanner(source, config=config)
-    for number, part in enumerate(process_chunks(scanner, workers=workers, title=title)):
-        images = scanner.chunk(number)
+    for images, part in process_chunks(scanner, len(source), workers=workers, title=title):
         result.add(images, part)
         for i, reason in part.unreadable.items():
             on_unreadable(images[i], reason)
     return result
 
 
-class ChannelSums(ImageChunks[tuple[int, np.ndarray, int]]):
-    """Item k: pixels, (sum, sum of squares) (2, C) of values from 0 to 255, and unreadable images of chunk k."""
+class ChannelSums:
+    """Positions in the source -> pixels, (sum, sum of squares) (2, C) of values from 0 to 255, unreadable images."""
 
-    def __init__(self, source: ImageSource, indices: np.ndarray, *, config: DataConfig) -> None:
-        super().__init__(len(indices))
-        self.source, self.indices = source, indices
-        self.channels, self.decoder = config.channels, Decoder(config)
+    def __init__(self, source: ImageSource, *, config: DataConfig) -> None:
+        self.source, self.channels, self.decoder = source, config.channels, Decoder(config)
 
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray, int]:
+    def __call__(self, images: range) -> tuple[int, np.ndarray, int]:
+        """The sums of these images."""
         sums, count, unreadable = np.zeros((2, self.channels), np.int64), 0, 0
-        for i in self.chunk(number):
+        for index in images:
             try:
-                pixels = self.decoder.pixels(self.source.read(int(self.indices[i]))).flatten(1).numpy()
+                pixels = self.decoder.pixels(self.source.read(index)).flatten(1).numpy()
             except UNREADABLE as error:
                 why_unreadable(error)
                 unreadable += 1
@@ -144,9 +140,9 @@ class ChannelSums(ImageChunks[tuple[int, np.ndarray, int]]):
 def moments(source: ImageSource, indices: np.ndarray, *, config: DataConfig, workers: int) -> Moments | None:
     """Mean and standard deviation of the images `indices`, from exact sums; None if none of them is readable."""
     pixels, unreadable, sums = 0, 0, np.zeros((2, config.channels), np.int64)
-    chunks = ChannelSums(source, indices, config=config)
-    for chunk_pixels, chunk_sums, chunk_unreadable in process_chunks(chunks, workers=workers, title="reading"):
-        pixels, unreadable, sums = pixels + chunk_pixels, unreadable + chunk_unreadable, sums + chunk_sums
+    work = ChannelSums(Subset(source, indices=indices), config=config)
+    for _, (count, part, failed) in process_chunks(work, len(indices), workers=workers, title="reading"):
+        pixels, unreadable, sums = pixels + count, unreadable + failed, sums + part
     if not pixels:
         return None
     totals, squares = sums.tolist()  # Python's integers do not overflow

@@ -11,7 +11,7 @@ chunk of a pass may be too short for that.
 """
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -65,23 +65,19 @@ def read_stream(
     From `start` on the order is the same as without an interruption. Raises `UserError` if the reader gets no samples.
     """
     start = start or StreamPosition()
-    chunks = _chunks(stream, seed=seed, reader=reader, readers=readers, size=max(shuffle_buffer, 1), start=start)
-    chunk: list[StreamSample | None] = [*iter(lambda: next(chunks), None)]
-    emitted = start.emitted
-    while chunk[0] is not None:
-        next_chunk, complete = [], False
+    samples = _chunks(stream, seed=seed, reader=reader, readers=readers, size=max(shuffle_buffer, 1), start=start)
+    chunk, emitted = dict(enumerate(_rest_of_chunk(samples))), start.emitted
+    while True:
+        following, next_chunk = _rest_of_chunk(samples), []
         chunk_start = chunk[0].position
         # numpy treats [seed, epoch] like [seed, epoch, 0, 0]; `reader + 1` avoids the generator of the shards.
         rng = np.random.default_rng([seed, chunk_start.epoch, reader + 1, chunk_start.chunk])
         for number, index in enumerate(rng.permutation(len(chunk)).tolist()):
-            if not complete:
-                complete = _append_next(chunks, to=next_chunk)
-            item, chunk[index] = chunk[index], None  # frees the memory for the next chunk
-            if item is not None and number >= emitted:
-                yield item._replace(position=chunk_start._replace(emitted=number + 1))
-        while not complete:
-            complete = _append_next(chunks, to=next_chunk)
-        chunk, emitted = next_chunk, 0
+            next_chunk += islice(following, 1)
+            sample = chunk.pop(index)  # frees the memory for the next chunk
+            if number >= emitted:
+                yield sample._replace(position=chunk_start._replace(emitted=number + 1))
+        chunk, emitted = dict(enumerate(chain(next_chunk, following))), 0
 
 
 def shards_of_reader(*, shards: int, seed: int, epoch: int, reader: int, readers: int) -> tuple[list[int], int, int]:
@@ -95,12 +91,8 @@ def shards_of_reader(*, shards: int, seed: int, epoch: int, reader: int, readers
     return [order[slot]], len(range(slot, readers, shards)), reader // shards
 
 
-def _append_next(chunks: Iterator[StreamSample | None], *, to: list[StreamSample | None]) -> bool:
-    """Append one more sample; True at the end of the chunk."""
-    item = next(chunks)
-    if item is not None:
-        to.append(item)
-    return item is None
+def _rest_of_chunk(samples: Iterator[StreamSample | None]) -> Iterator[StreamSample]:
+    return iter(lambda: next(samples), None)
 
 
 def _chunks(

@@ -36,11 +36,8 @@ class Copydays:
 
     def positives(self, query: Path) -> list[int]:
         """Positions in the database of the photograph that a query is a copy of."""
-        return [
-            i
-            for i, path in enumerate(self.blocks["original"])
-            if path.name[:PREFIX_LENGTH] == query.name[:PREFIX_LENGTH]
-        ]
+        photograph = query.name[:PREFIX_LENGTH]
+        return [i for i, path in enumerate(self.blocks["original"]) if path.name[:PREFIX_LENGTH] == photograph]
 
 
 def open_copydays(config: CopydaysData) -> Copydays:

@@ -7,6 +7,8 @@
 2016 has a single object, the union of the objects of 2017; its original release stores it as 255.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,8 +73,7 @@ class Sequence:
 
     @cached_property
     def _void_is_object(self) -> bool:
-        values = np.unique(_read_mask(self.masks[0]))
-        return set(values.tolist()) <= {0, VOID}
+        return set(np.unique(_read_mask(self.masks[0])).tolist()) <= {0, VOID}
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def open_davis(config: DavisData) -> Davis:
     root = existing_folder(config.path, key="data.path")
     split_file = _split_file(root, config)
     names = _sequence_names(split_file)
-    frames_root = _resolution_folder(root, "JPEGImages", config)
-    masks_root = _resolution_folder(root, "Annotations", config)
+    frames_root, masks_root = (_resolution_folder(root, kind, config) for kind in ("JPEGImages", "Annotations"))
     if not names:
         raise UserError(f"data.split={config.split}: {split_file} contains no names of sequences.")
     sequences, broken = [], {}
@@ -119,11 +119,7 @@ def _split_file(root: Path, config: DavisData) -> Path:
         below = next((path.parent for path in sorted(root.glob("*/ImageSets"))), None)
         hint = f"did you mean {below}?" if below else "expected the extracted folder with JPEGImages and Annotations."
         raise UserError(f"data.path={config.path} has no ImageSets; {hint}")
-    year = sets / str(config.year)
-    if not year.is_dir():
-        raise UserError(
-            f"data.year={config.year} is not a folder in {sets}; {did_you_mean(str(config.year), subfolders(sets))}"
-        )
+    year = _subfolder(sets, str(config.year), key="data.year")
     path = year / f"{config.split}.txt"
     if not path.is_file():
         splits = [file.stem for file in year.glob("*.txt")]
@@ -142,15 +138,15 @@ def _sequence_names(path: Path) -> list[str]:
 
 
 def _resolution_folder(root: Path, kind: str, config: DavisData) -> Path:
-    folder = root / kind / config.resolution
     if not (root / kind).is_dir():
         raise UserError(f"data.path={config.path} has no {kind}; expected the extracted folder of DAVIS.")
-    if not folder.is_dir():
-        raise UserError(
-            f"data.resolution={config.resolution} is not a folder in {root / kind}; "
-            f"{did_you_mean(config.resolution, subfolders(root / kind))}"
-        )
-    return folder
+    return _subfolder(root / kind, config.resolution, key="data.resolution")
+
+
+def _subfolder(folder: Path, name: str, *, key: str) -> Path:
+    if not (folder / name).is_dir():
+        raise UserError(f"{key}={name} is not a folder in {folder}; {did_you_mean(name, subfolders(folder))}")
+    return folder / name
 
 
 def _sequence(name: str, frames_root: Path, masks_root: Path, config: DavisData) -> Sequence:
@@ -194,17 +190,20 @@ def _check(sequence: Sequence, config: DavisData) -> None:
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
     """Height and width (pixels), and PIL's mode."""
-    try:
-        with Image.open(path) as image:
-            return (image.height, image.width), image.mode
-    except UNREADABLE as error:
-        raise BrokenSequenceError(str(path), why_unreadable(error)) from error
+    with _opened(path) as image:
+        return (image.height, image.width), image.mode
 
 
 def _read_mask(path: Path) -> np.ndarray:
     """The numbers of the pixels (H, W) uint8; colors are converted to gray."""
+    with _opened(path) as image:
+        return np.asarray(image if image.mode in INDEXED_MODES else image.convert("L")).astype(np.uint8)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return np.asarray(image if image.mode in INDEXED_MODES else image.convert("L")).astype(np.uint8)
+            yield image
     except UNREADABLE as error:
         raise BrokenSequenceError(str(path), why_unreadable(error)) from error

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
@@ -31,21 +31,96 @@ OnBad = Callable[[str, str], None]
 """Called with the name of an unreadable file or frame, and the reason."""
 
 
-class Clip(Protocol):
-    """Frames that are read sequentially."""
+@dataclass
+class FrameFiles:
+    """A folder of frames, in the order of their names."""
+
+    name: str
+    files: list[Path]
+
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
+        """See `Clip`."""
+        return _of_one_size(self._readable(on_bad))
+
+    def _readable(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
+        decoder = Decoder(DataConfig())
+        for number, path in enumerate(self.files):
+            try:
+                yield number, decoder.pil(path.read_bytes())
+            except UNREADABLE as error:
+                on_bad(str(path), why_unreadable(error))
+
+
+@dataclass
+class ClipFile:
+    """A clip in one file."""
+
+    path: Path
 
     @property
     def name(self) -> str:
-        """The name of the clip."""
-        ...
+        """The file name without its extension."""
+        return self.path.stem
+
+
+class Animation(ClipFile):
+    """An animation that PIL reads."""
 
     def count(self) -> int:
-        """Number of frames; may decode all of them."""
-        ...
+        """The number in the file, or the number of readable frames."""
+        try:
+            with Image.open(self.path) as image:
+                return getattr(image, "n_frames", 1)
+        except BROKEN:
+            return sum(1 for _ in self.frames(lambda *_: None))
 
     def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
-        """Number and image (RGB) of each readable frame, all with one size, up to the first error within a file."""
-        ...
+        """See `Clip`."""
+        number = 0
+        try:
+            with Image.open(self.path) as image:
+                for number, page in enumerate(ImageSequence.Iterator(image)):
+                    yield number, opaque(page)
+        except BROKEN as error:
+            on_bad(f"{self.path}, after frame {number}", why_unreadable(error))
+
+
+class Video(ClipFile):
+    """A video that PyAV reads, with the rotation in its metadata applied."""
+
+    def count(self) -> int:
+        """The number of decoded frames, because the number in the file is often wrong."""
+        return sum(1 for _ in self._decoded(lambda *_: None))
+
+    def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
+        """See `Clip`."""
+        frames = self._decoded(on_bad)
+        upright = (frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True) for frame in frames)
+        return _of_one_size(enumerate(upright))
+
+    def _decoded(self, on_bad: OnBad) -> Iterator[Any]:
+        import av  # pyright: ignore[reportMissingImports]
+
+        number = 0
+        try:
+            with av.open(str(self.path)) as container:
+                for frame in container.decode(video=0):
+                    yield frame
+                    number += 1
+        except (OSError, ValueError, IndexError) as error:  # PyAV's errors are subclasses of these
+            on_bad(f"{self.path}, after frame {number}", why_unreadable(error))
+
+
+Clip: TypeAlias = FrameFiles | Animation | Video
+"""Frames that are read sequentially.
+
+`count()` is their number and may decode all of them. `frames(on_bad)` are the number and image (RGB) of each readable
+frame, all with one size, up to the first error within a file.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,105 +155,12 @@ def open_pictures(config: PicturesData) -> Pictures:
     return Pictures(path.parent, [] if clip else [path], clip)
 
 
-@dataclass
-class FrameFiles:
-    """A folder of frames, in the order of their names."""
-
-    name: str
-    files: list[Path]
-
-    def count(self) -> int:
-        """Number of files."""
-        return len(self.files)
-
-    def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
-        """See `Clip`."""
-        decoder, resize = Decoder(DataConfig()), FirstFrameSize()
-        for number, path in enumerate(self.files):
-            try:
-                frame = decoder.pil(path.read_bytes())
-            except UNREADABLE as error:
-                on_bad(str(path), why_unreadable(error))
-                continue
-            yield number, resize(frame)
-
-
-@dataclass
-class Animation:
-    """An animation that PIL reads."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The file name without its extension."""
-        return self.path.stem
-
-    def count(self) -> int:
-        """The number in the file, or the number of readable frames."""
-        try:
-            with Image.open(self.path) as image:
-                return getattr(image, "n_frames", 1)
-        except BROKEN:
-            return sum(1 for _ in self.frames(lambda *_: None))
-
-    def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
-        """See `Clip`."""
-        number = 0
-        try:
-            with Image.open(self.path) as image:
-                for number, page in enumerate(ImageSequence.Iterator(image)):
-                    yield number, opaque(page)
-        except BROKEN as error:
-            on_bad(f"{self.path}, after frame {number}", why_unreadable(error))
-
-
-@dataclass
-class Video:
-    """A video that PyAV reads, with the rotation in its metadata applied."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The file name without its extension."""
-        return self.path.stem
-
-    def count(self) -> int:
-        """The number of decoded frames, because the number in the file is often wrong."""
-        return sum(1 for _ in self._decoded(lambda *_: None))
-
-    def frames(self, on_bad: OnBad) -> Iterator[tuple[int, Image.Image]]:
-        """See `Clip`."""
-        resize = FirstFrameSize()
-        for number, frame in enumerate(self._decoded(on_bad)):
-            image = frame.to_image()
-            rotation = getattr(frame, "rotation", 0)
-            yield number, resize(image.rotate(rotation, expand=True) if rotation else image)
-
-    def _decoded(self, on_bad: OnBad) -> Iterator[Any]:
-        import av  # pyright: ignore[reportMissingImports]
-
-        number = 0
-        try:
-            with av.open(str(self.path)) as container:
-                for frame in container.decode(video=0):
-                    yield frame
-                    number += 1
-        except (OSError, ValueError, IndexError) as error:  # PyAV's errors are subclasses of these
-            on_bad(f"{self.path}, after frame {number}", why_unreadable(error))
-
-
-class FirstFrameSize:
-    """Resizes frames to the size of the first one, without keeping their aspect ratio."""
-
-    def __init__(self) -> None:
-        self.size: tuple[int, int] | None = None
-
-    def __call__(self, frame: Image.Image) -> Image.Image:
-        """The resized frame."""
-        self.size = self.size or frame.size
-        return frame if frame.size == self.size else frame.resize(self.size, Image.Resampling.BICUBIC)
+def _of_one_size(frames: Iterator[tuple[int, Image.Image]]) -> Iterator[tuple[int, Image.Image]]:
+    """The frames, resized to the size of the first one, without keeping their aspect ratio."""
+    size = None
+    for number, frame in frames:
+        size = size or frame.size
+        yield number, frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC)
 
 
 def opaque(image: Image.Image) -> Image.Image:

@@ -8,7 +8,6 @@ are safe to read.
 """
 
 import pickle
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -117,32 +116,14 @@ def _problem(truth: Any) -> str | None:
     if not isinstance(truth, dict) or not {"imlist", "qimlist", "gnd"} <= set(truth):
         return "expected a dict with imlist, qimlist and gnd"
     images, queries, gnd = truth["imlist"], truth["qimlist"], truth["gnd"]
-    if not all(
-        isinstance(names, list) and names and all(isinstance(n, str) for n in names) for names in (images, queries)
-    ):
-        return "imlist and qimlist are not lists of names"
-    if not isinstance(gnd, list) or len(gnd) != len(queries):
+    if len(gnd) != len(queries):
         return f"gnd does not have one entry for each of the {len(queries)} queries"
-    problems = (_query_problem(name, entry, images=len(images)) for name, entry in zip(queries, gnd, strict=True))
-    if problem := next(filter(None, problems), None):
-        return problem
+    for name, entry in zip(queries, gnd, strict=True):
+        if not {"bbx", "easy", "hard", "junk"} <= set(entry):
+            return f"gnd of {name} lacks bbx, easy, hard or junk"
+        if not all(0 <= position < len(images) for position in chain(entry["easy"], entry["hard"], entry["junk"])):
+            return f"easy, hard or junk of {name} contains an index that is not among the {len(images)} images"
     return None if any(entry["easy"] or entry["hard"] for entry in gnd) else "no query has a matching image"
-
-
-def _query_problem(name: str, entry: Any, *, images: int) -> str | None:
-    if not isinstance(entry, Mapping) or not {"bbx", "easy", "hard", "junk"} <= set(entry):
-        return f"gnd of {name} lacks bbx, easy, hard or junk"
-    if not all(isinstance(entry[key], Sequence) for key in ("bbx", "easy", "hard", "junk")):
-        return f"gnd of {name} contains values that are not lists"
-    box = entry["bbx"]
-    if len(box) != 4 or not all(isinstance(v, int | float) for v in box) or not (box[0] < box[2] and box[1] < box[3]):
-        return f"bbx of {name} is not a box of left, top, right and bottom"
-    positions = list(chain(entry["easy"], entry["hard"], entry["junk"]))
-    if not all(isinstance(position, int) and 0 <= position < images for position in positions):
-        return f"easy, hard or junk of {name} contains an index that is not among the {images} images"
-    if len(set(positions)) != len(positions):
-        return f"easy, hard and junk of {name} contain an image twice"
-    return None
 
 
 def _check_files(paths: list[Path], *, jpg: Path, config: RevisitedData) -> None:

@@ -84,7 +84,12 @@ def open_voc(config: VOCData) -> VOCImages:
             f"{missing[0].relative_to(root)}."
         )
     for i in range(len(images)):
-        _check_sizes(images, i, config)
+        image, mask = image_size(images.image_path(i)), image_size(images.mask_path(i))
+        if image and mask and image != mask:
+            raise UserError(
+                f"data.path={config.path}: the mask {MASKS}/{images.mask_path(i).name} has {mask[0]} x {mask[1]} "
+                f"pixels, but its image has {image[0]} x {image[1]}; expected masks with the sizes of their images."
+            )
     return images
 
 
@@ -105,12 +110,3 @@ def _names(root: Path, config: VOCData) -> list[str]:
     if not names:
         raise UserError(f"data.split={config.split}: {file} contains no names of images.")
     return names
-
-
-def _check_sizes(images: VOCImages, index: int, config: VOCData) -> None:
-    image, mask = image_size(images.image_path(index)), image_size(images.mask_path(index))
-    if image and mask and image != mask:
-        raise UserError(
-            f"data.path={config.path}: the mask {MASKS}/{images.mask_path(index).name} has {mask[0]} x {mask[1]} "
-            f"pixels, but its image has {image[0]} x {image[1]}; expected masks with the sizes of their images."
-        )

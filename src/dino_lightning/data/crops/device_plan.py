@@ -76,31 +76,17 @@ def make_device_plan(crops: Sequence[Crop]) -> DevicePlan:
     stages = [_hue_stage(crop) for crop in crops]
     order = sorted(range(len(crops)), key=stages.__getitem__)
     ordered = [crops[i] for i in order]
-    inverse = [0] * len(order)
-    for position, i in enumerate(order):
-        inverse[i] = position
     bounds = [sum(stage < k for stage in stages) for k in range(BLENDS + 2)]
     jitter_indices, jitter_numbers = _jitter(ordered[bounds[0] :], first=bounds[0])
-    blurred = [i for i, crop in enumerate(ordered) if crop.blur]
-    weights = padded_weights([ordered[i].blur for i in blurred])
-    return DevicePlan(
-        order=order,
-        hue_bounds=bounds,
-        indices=Packed.pack(
-            {
-                "inverse": inverse,
-                "flip": [i for i, crop in enumerate(ordered) if crop.flip],
-                "gray": [i for i, crop in enumerate(ordered) if crop.gray],
-                "solarize": [i for i, crop in enumerate(ordered) if crop.solarize],
-                **jitter_indices,
-                "blur": blurred,
-            },
-            dtype=torch.int64,
-        ),
-        numbers=Packed.pack(
-            {**jitter_numbers, "blur": [weight for row in weights for weight in row]}, dtype=torch.float32
-        ),
-    )
+    changed = {
+        name: [i for i, crop in enumerate(ordered) if getattr(crop, name)]
+        for name in ("flip", "gray", "solarize", "blur")
+    }
+    weights = padded_weights([ordered[i].blur for i in changed["blur"]])
+    indices = {"inverse": sorted(range(len(order)), key=order.__getitem__), **changed, **jitter_indices}
+    numbers = {"blur": [weight for row in weights for weight in row], **jitter_numbers}
+    packed = Packed.pack(indices, dtype=torch.int64), Packed.pack(numbers, dtype=torch.float32)
+    return DevicePlan(order, bounds, *packed)
 
 
 def _jitter(crops: list[Crop], *, first: int) -> tuple[dict[str, list[int]], dict[str, list[float]]]:

@@ -1,7 +1,7 @@
 """`crops=pil`: the operators of the original DINO, computed by PIL and torchvision."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -27,8 +27,7 @@ class PILCrops:
     """Image and seed -> list of crops (C, size, size), normalized: two global ones, then `local_count` local ones."""
 
     def __init__(self, config: CropsConfig) -> None:
-        self.config = config
-        self.finish = Normalized(config)
+        self.config, self.finish = config, Normalized(config)
 
     def __call__(self, image: Image.Image, *, seed: int) -> list[Tensor]:
         """The crops of the original after `torch.manual_seed(seed)` and `random.seed(seed)`."""
@@ -66,28 +65,22 @@ def apply(crop: Crop, image: Image.Image, *, threshold: int) -> Image.Image:
     return ImageOps.solarize(image, threshold) if crop.solarize else image
 
 
-T = TypeVar("T", bound=Image.Image | Tensor)
-
-
-def eval_image(image: T, *, config: CropsConfig) -> T:
-    """The image for evaluation: resized by its shorter side (bicubic) and center-cropped."""
-    resized = F.resize(image, [config.eval_resize], InterpolationMode.BICUBIC)
-    return F.center_crop(resized, [config.eval_size])
-
-
 class EvalView:
-    """The transform for evaluation: PIL image or tensor -> tensor (C, eval_size, eval_size), normalized."""
+    """The transform for evaluation: PIL image or tensor -> tensor (C, eval_size, eval_size), normalized.
+
+    The image is resized by its shorter side (bicubic) and center-cropped.
+    """
 
     def __init__(self, config: CropsConfig) -> None:
         self.config, self.finish = config, Normalized(config)
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """The normalized image."""
-        return self.finish(eval_image(image, config=self.config))
+        resized = F.resize(image, [self.config.eval_resize], InterpolationMode.BICUBIC)
+        return self.finish(F.center_crop(resized, [self.config.eval_size]))
 
 
 def denormalize(images: Tensor, *, config: CropsConfig) -> Tensor:
     """Undo the normalization of images (…, C, H, W): values from 0 to 1."""
-    mean = torch.tensor(config.mean, device=images.device).view(-1, 1, 1)
-    std = torch.tensor(config.std, device=images.device).view(-1, 1, 1)
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (config.mean, config.std))
     return (images * std + mean).clamp(0, 1)

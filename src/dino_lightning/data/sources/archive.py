@@ -53,10 +53,8 @@ class ArchiveImages:
         labels: np.ndarray | None,
         classes: list[str] | None,
     ):
-        self.files = files
-        self.index = index
-        self.folders, self._folder_labels = folders, labels
-        self.classes = classes
+        self.files, self.index, self.folders, self.classes = files, index, folders, classes
+        self._folder_labels = labels
         self._expand()
 
     def _expand(self) -> None:

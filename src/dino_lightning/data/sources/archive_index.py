@@ -80,13 +80,11 @@ def index_archives(files: list[Path], *, of: Path, cache_dir: str) -> MappedArra
         return MappedArrays(_scan(files, stats=stats, of=of))
     key = content_digest(FORMAT, *(os.fsencode(file) for file in files), stats.tobytes()).encode()
     cache = Path(cache_dir).expanduser() / "archives" / content_digest(os.fsencode(of))
-    index = _stored_index(cache, key=key)
-    if index is None:
-        with exclusive(cache / "lock", required=False):
-            index = _stored_index(cache, key=key)  # another process may have written it meanwhile
-            if index is None:
-                arrays = _scan(files, stats=stats, of=of)
-                index = store({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=cache)
+    with exclusive(cache / "lock", required=False):  # another process may be writing it
+        index = _stored_index(cache, key=key)
+        if index is None:
+            arrays = _scan(files, stats=stats, of=of)
+            index = store({**arrays, "key": np.frombuffer(key, dtype=np.uint8)}, under=cache)
     return index
 
 
@@ -95,16 +93,9 @@ def _stored_index(cache: Path, *, key: bytes) -> MappedArrays | None:
     for folder in cache.glob("[!.]*/"):  # hidden folders are being written
         try:
             index = open_stored(folder)
-            count = len(index["ranges"])
-            if (len(index["offsets"]), index["offsets"][-1], index["starts"][-1]) != (
-                count + 1,
-                len(index["blob"]),
-                count,
-            ):
-                raise ValueError(f"'{folder}' is not an index of archives")
         except OSError:
             continue
-        except (ValueError, EOFError, KeyError):
+        except (ValueError, EOFError):
             shutil.rmtree(folder, ignore_errors=True)
             continue
         if index["key"].tobytes() == key:
@@ -175,9 +166,8 @@ def tar_folders(file: IO[bytes], *, report: ProgressCallback, below: str = "", s
                 nested = tar.extractfile(member)
                 assert nested is not None
                 nested_path = os.path.join(folder, name[: -len(".tar")])
-                nested_folders += tar_folders(
-                    nested, report=report, below=nested_path, start=start + member.offset_data
-                )
+                nested_start = start + member.offset_data
+                nested_folders += tar_folders(nested, report=report, below=nested_path, start=nested_start)
             elif member.isreg() and is_image(name):
                 ranges.setdefault(folder, {})[name] = (start + member.offset_data, member.size, -1)
             elif member.islnk() and is_image(name):

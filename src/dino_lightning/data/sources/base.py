@@ -8,7 +8,7 @@ missing, and `describe` names that image.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -102,9 +102,7 @@ class Subset:
     """The images `indices` (m,) of another source."""
 
     def __init__(self, source: ImageSource, *, indices: np.ndarray):
-        self.source = source
-        self.indices = indices
-        self.classes = source.classes
+        self.source, self.indices, self.classes = source, indices, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
 
     def __len__(self) -> int:
@@ -127,22 +125,19 @@ class FirstImages:
     """The first images of a stream, in memory, with random access."""
 
     def __init__(self, stream: ImageStream, *, images: int):
-        samples = chain.from_iterable(stream.read_shard(shard) for shard in range(stream.shards))
-        self.empty_reason = "its shards have no samples"
-        """Why there are no images, if there are none."""
-        self.samples = list(islice(self._with_images(samples), images))
+        self.samples: list[Sample] = []
+        self.without_image: str | None = None
+        """Name of the first sample that has no image."""
+        for sample in chain.from_iterable(stream.read_shard(shard) for shard in range(stream.shards)):
+            if sample.content is None:
+                self.without_image = self.without_image or sample.name
+            else:
+                self.samples.append(sample)
+                if len(self.samples) == images:
+                    break
         self.classes = stream.classes
         labels = np.array([sample.label for sample in self.samples], dtype=np.int64)
         self.labels = labels if (labels >= 0).any() else None
-
-    def _with_images(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        first_empty = None
-        for sample in samples:
-            if sample.content is not None:
-                yield sample
-            elif first_empty is None:
-                first_empty = sample.name
-                self.empty_reason = f"{first_empty} has none"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -165,6 +160,11 @@ class FirstImages:
 def content_digest(*parts: bytes) -> str:
     """A short digest of the parts, for `fingerprint`."""
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """At most `count` different indices below `total`, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, count).astype(int)).tolist()
 
 
 def join_remarks(*remarks: str | None) -> str | None:

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino_lightning.config import LandmarksData
-from dino_lightning.data.sources.base import Splits
+from dino_lightning.data.sources.base import Splits, evenly_spaced
 from dino_lightning.data.sources.folder import existing_path
-from dino_lightning.data.sources.listing import column_bytes, column_names, probes, read_table
+from dino_lightning.data.sources.listing import PROBES, column_bytes, column_names, read_table
 from dino_lightning.data.sources.mapped_arrays import ImageFiles, store_if_large
 from dino_lightning.data.sources.registry import register_source
 from dino_lightning.errors import UserError, did_you_mean
@@ -59,7 +59,7 @@ def open_landmarks(config: LandmarksData) -> Splits:
     classes = [str(number) for number in numbers.tolist()]
     for folder in (root, root / "train"):
         train = LandmarkImages(folder, arrays=stored, classes=classes)
-        if any(os.path.exists(train.describe(i)) for i in probes(len(train))):
+        if any(os.path.exists(train.describe(i)) for i in evenly_spaced(len(train), PROBES)):
             return Splits(train, None, None)
     first = os.path.relpath(LandmarkImages(root, arrays=stored, classes=classes).describe(0), root)
     raise UserError(

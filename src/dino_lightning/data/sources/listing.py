@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from dino_lightning.config import ListingData
-from dino_lightning.data.sources.base import Splits
+from dino_lightning.data.sources.base import Splits, evenly_spaced
 from dino_lightning.data.sources.folder import existing_path
 from dino_lightning.data.sources.mapped_arrays import ImageFiles, MappedArrays, Paths, pack_paths, store_if_large
 from dino_lightning.data.sources.registry import register_source
@@ -163,14 +163,9 @@ def column_bytes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
     return {"blob": np.frombuffer(blob or b"", dtype=np.uint8)[bounds[0] : bounds[-1]], "offsets": bounds - bounds[0]}
 
 
-def probes(count: int) -> np.ndarray:
-    """Indices of `PROBES` evenly spaced images, from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, PROBES).astype(np.int64))
-
-
 def _check_files(paths: Paths, *, root: Path, first: str) -> None:
     """Raise `UserError` if none of a few files exists: single files may be missing, but not all of them."""
-    tested = probes(len(paths))
+    tested = evenly_spaced(len(paths), PROBES)
     if not any(os.path.exists(os.path.join(root, paths[i])) for i in tested):
         path = paths[0]
         raise UserError(

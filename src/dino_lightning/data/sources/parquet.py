@@ -47,8 +47,7 @@ class ParquetImages:
     ):
         image_type = datasets.Image(decode=False)  # because `datasets` would apply the EXIF rotation
         self._images = rows.select_columns([config.image_column]).cast_column(config.image_column, image_type)
-        self._column = config.image_column
-        self._parts = parts
+        self._column, self._parts = config.image_column, parts
         self._state = rows._fingerprint if state is None else state
         self.classes: list[str] | None = None
         self.labels: np.ndarray | None = None

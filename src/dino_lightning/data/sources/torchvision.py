@@ -1,9 +1,8 @@
 """Datasets that torchvision downloads and reads, such as `cifar10`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torchvision
@@ -18,18 +17,16 @@ from dino_lightning.errors import UserError
 from dino_lightning.runtime.locks import exclusive
 
 
-@dataclass(frozen=True)
-class TorchvisionSpec:
-    """How torchvision reads a dataset."""
+class TorchvisionSpec(NamedTuple):
+    """A class of torchvision, with its arguments for each part of `train` and for `val`, which are the test images.
+
+    `file` is the file or folder that it creates in `data.path`.
+    """
 
     dataset: Any
-    """The class of torchvision."""
     train: tuple[dict[str, Any], ...]
-    """Its arguments for each part of the training images."""
     val: dict[str, Any]
-    """Its arguments for the k-NN queries, the test images."""
     file: str
-    """The file or folder that it creates in `data.path`."""
 
 
 TRAIN, TEST = ({"split": "train"},), {"split": "test"}

@@ -49,8 +49,7 @@ class WebDatasetImages:
     classes = None
 
     def __init__(self, urls: list[str], *, images: int, image_keys: list[str]):
-        self.urls = urls
-        self.images = images
+        self.urls, self.images = urls, images
         self.image_keys = frozenset(key.lower().removeprefix(".") for key in image_keys)
 
     @property
@@ -180,8 +179,7 @@ class _TarStream:
     """A stream that remembers its first and last bytes, because `tarfile` treats a broken header as the end."""
 
     def __init__(self, source: Any):
-        self._source = source
-        self._head = self._tail = b""
+        self._source, self._head, self._tail = source, b"", b""
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; none at the end."""

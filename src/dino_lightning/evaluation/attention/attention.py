@@ -136,7 +136,7 @@ def draw(
 
 def draw_clip(config: AttentionEval, task: Task, clip: Clip, view: FullImageView) -> Iterator[Result]:
     """A video, and sheets of some frames."""
-    bad = BadImages(task.output / "bad_images.txt", images=1, on_error="skip", max_bad_share=1.0)
+    bad = BadImages(task.output / "bad_images.txt", images=1)
     areas, path = save_clip(config, task, clip, view, on_bad=bad.add)
     if not areas:
         raise UserError(f"data.path: no frame of {clip.name} can be read, see {bad.path}.")

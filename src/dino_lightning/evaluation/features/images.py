@@ -104,8 +104,6 @@ class BatchLoader:
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             pin_memory=device.type == "cuda",
-            # Without its own generator every iterator draws a seed from the global one.
-            generator=torch.Generator().manual_seed(0),
         )
 
     def __iter__(self) -> Iterator[Any]:

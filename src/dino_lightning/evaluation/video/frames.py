@@ -73,7 +73,7 @@ class Frames(Dataset[tuple[Tensor, Tensor, bool]]):
         self.sequences, self.sizes = sequences, sizes
         self.decoder = Decoder(DataConfig())
         images = sum(len(sequence) for sequence in sequences)
-        self.bad = BadImages(bad_images, images=images, on_error="skip", max_bad_share=1.0)
+        self.bad = BadImages(bad_images, images=images)
 
     def __getitem__(self, key: FrameIndex) -> tuple[Tensor, Tensor, bool]:
         number, index = key

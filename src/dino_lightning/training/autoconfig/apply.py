@@ -19,7 +19,7 @@ from dino_lightning.data.bad_images import UNREADABLE, why_unreadable
 from dino_lightning.data.decode import ORIENTATION, Decoder
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources import ImageSource
-from dino_lightning.data.sources.base import FirstImages
+from dino_lightning.data.sources.base import FirstImages, evenly_spaced
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.devices import trains_on_cpu
 from dino_lightning.training import preflight
@@ -105,7 +105,7 @@ def inspect_images(config: TrainConfig) -> DatasetStats:
     train = module.sources.train
     source = train if isinstance(train, ImageSource) else FirstImages(train, images=SAMPLE_IMAGES)
     decoder, sides, rotated, reason = Decoder(config.data), [], 0, ""
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE_IMAGES).astype(int)).tolist():
+    for index in evenly_spaced(len(source), SAMPLE_IMAGES):
         try:
             stored = decoder.stored(source.read(index))
             sides.append(min(stored.shape[:2] if isinstance(stored, np.ndarray) else stored.size))

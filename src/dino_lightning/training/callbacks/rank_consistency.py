@@ -24,7 +24,7 @@ from dino_lightning.config import TrainConfig
 from dino_lightning.config.dotted import flatten
 from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.data.sources import ImageSource, ImageStream
-from dino_lightning.data.sources.base import content_digest
+from dino_lightning.data.sources.base import content_digest, evenly_spaced
 from dino_lightning.errors import RanksDifferError
 from dino_lightning.runtime.collectives import all_gather_objects
 from dino_lightning.runtime.provenance import commit
@@ -125,7 +125,7 @@ def images(data: MultiCropDataModule) -> dict[str, Any]:
 
 def names_digest(source: ImageSource) -> str:
     """The same for the same images in another folder; sizes and times are ignored, and no file is opened."""
-    indices = np.unique(np.linspace(0, len(source) - 1, COMPARED_NAMES).astype(int)).tolist() if len(source) else []
+    indices = evenly_spaced(len(source), COMPARED_NAMES) if len(source) else []
     names = [source.describe(index) for index in indices]
     common = len(os.path.commonprefix(names))  # noqa: RUF071 - not all sources use paths as names
     labels = b"" if source.labels is None else np.ascontiguousarray(source.labels, dtype=np.int64).tobytes()
