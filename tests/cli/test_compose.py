@@ -1,4 +1,4 @@
-"""A configuration in a program of one's own is the command line's."""
+"""`dino_lightning.compose` in a user's program makes the same configuration as the command line."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ from dino_lightning.training.callbacks.knn import KNNCallback
 
 
 @pytest.mark.parametrize("words", [(), ("method=byol", "backbone=resnet18"), ("data=cifar10", "seed=3")])
-def test_it_is_that_of_the_command_line(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_compose_equals_the_command_line(words: tuple[str, ...], tmp_path: Path) -> None:
     expected = OmegaConf.to_object(composed(*words, output_dir=tmp_path / "run"))
     assert compose(*words, f"output_dir={tmp_path / 'run'}") == expected
 
@@ -31,14 +31,14 @@ def test_it_is_that_of_the_command_line(words: tuple[str, ...], tmp_path: Path) 
         ("optim.lr=much", "optim.lr"),
     ],
 )
-def test_it_refuses_what_the_command_line_refuses(word: str, sentence: str) -> None:
+def test_compose_raises_the_errors_of_the_command_line(word: str, sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         compose(word)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_settings_by_the_images_are_those_of_the_rule(tmp_path: Path) -> None:
+def test_automatic_settings_follow_the_images(tmp_path: Path) -> None:
     for i in range(40):
         Image.new("RGB", (70, 64), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
     words = ["experiment=small_data", "data=folder", f"data.path={tmp_path}", "callbacks.knn.enabled=false"]
@@ -52,7 +52,7 @@ def test_settings_by_the_images_are_those_of_the_rule(tmp_path: Path) -> None:
 
 
 def test_two_fits_in_one_process(tmp_path: Path) -> None:
-    """As in a notebook: Lightning's trainer around our modules, twice, with what a user would leave at its default."""
+    """As in a notebook: Lightning's trainer fits two of our methods one after the other."""
     for method in ("dino", "byol"):
         config = compose(*SMALL, f"method={method}", "trainer.max_epochs=1", f"output_dir={tmp_path}")
         module, knn = build_method(config), KNNCallback(config.callbacks.knn)
@@ -71,10 +71,10 @@ def test_two_fits_in_one_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_building_a_trainer_says_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Lightning's remarks on the trainer that only tells what `strategy=auto` means are of no use to anybody."""
+def test_building_a_trainer_logs_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """A second trainer, built only to learn which strategy `auto` is, would repeat Lightning's messages."""
     logger = logging.getLogger("lightning.pytorch")
-    logger.setLevel(logging.INFO)  # as Lightning leaves it, whatever ran before in this process
+    logger.setLevel(logging.INFO)  # Lightning's default, which other tests may have changed
     logger.addHandler(caplog.handler)
     try:
         build_trainer(compose(*SMALL, f"output_dir={tmp_path}"), hyperparameters={})

@@ -23,7 +23,7 @@ def draw(path: Path, *, seed: int, size: tuple[int, int] = (48, 40), **options: 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes with a validation split, where everything is in order."""
+    """Two classes of valid images with a validation split."""
     root = tmp_path / "photos"
     for index in range(6):
         draw(root / "train" / ("cat" if index < 2 else "dog") / f"{index}.jpg", seed=index)
@@ -54,9 +54,7 @@ def test_check_of_good_images(photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert sheet.height >= 6 * cell
 
 
-def test_check_of_everything_that_can_be_wrong(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_lists_all_problems(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cats = photos / "train" / "cat"
     (cats / "same.jpg").write_bytes((photos / "train" / "dog" / "5.jpg").read_bytes())
     (photos / "val" / "cat" / "known.jpg").write_bytes((cats / "0.jpg").read_bytes())
@@ -90,7 +88,7 @@ def test_check_of_everything_that_can_be_wrong(
     assert "remove copies from val" in advice
 
 
-def test_a_later_check_does_not_leave_an_old_list(
+def test_a_later_check_removes_the_list_of_bad_images(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = photos / "train" / "cat" / "empty.png"
@@ -104,7 +102,7 @@ def test_a_later_check_does_not_leave_an_old_list(
     assert not (output / "bad_images.txt").exists()
 
 
-def test_five_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_stats_of_five_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, output = tmp_path / "scans", tmp_path / "out"
     root.mkdir()
     for index in range(3):
@@ -138,11 +136,11 @@ def test_stats(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ImageNet's, the default: [0.485,0.456,0.406] and [0.229,0.224,0.225]" in text
     _, sampled, _ = run("stats", photos, "images=2", capsys=capsys)
     assert sampled.startswith("# 2 of 6 training images")
-    assert sampled == run("stats", photos, "images=2", capsys=capsys)[1]  # the seed draws them
+    assert sampled == run("stats", photos, "images=2", capsys=capsys)[1]  # the seed selects them
     assert sampled != run("stats", photos, "images=2", "seed=1", capsys=capsys)[1]
 
 
-def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
+def test_detect_source_by_path_and_content(photos: Path, tmp_path: Path) -> None:
     assert detect_source(str(photos)) == "folder"
     for name, expected in (
         ("a.csv", "listing"),
@@ -162,9 +160,9 @@ def test_kinds_of_path(photos: Path, tmp_path: Path) -> None:
         assert detect_source(str(folder)) == expected
 
 
-def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_of_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted((photos / "train").rglob("*.jpg"))
-    archive, table = tmp_path / "a,b = c.zip", tmp_path / "list.csv"  # a path that Hydra's grammar would not take
+    archive, table = tmp_path / "a,b = c.zip", tmp_path / "list.csv"  # Hydra's grammar does not allow this path
     with zipfile.ZipFile(archive, "w") as file:
         for path in files:
             file.write(path, path.relative_to(photos))
@@ -192,7 +190,7 @@ def test_archives_and_lists(photos: Path, tmp_path: Path, capsys: pytest.Capture
         (["stats", "some", "images=0"], "images=0"),
     ],
 )
-def test_wrong_settings(
+def test_wrong_settings_are_refused_in_one_sentence(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -206,12 +204,12 @@ def test_wrong_settings(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some"]
 
 
-def test_the_command_itself(photos: Path, tmp_path: Path) -> None:
-    """With processes, and into the folder that the name of the data gives."""
+def test_the_command_with_loader_processes_and_the_default_output(photos: Path, tmp_path: Path) -> None:
+    """The default output is a folder named after the data."""
     (photos / "train" / "cat" / "cut.jpg").write_bytes((photos / "train" / "cat" / "1.jpg").read_bytes()[:-9])
     words = ["data", "check", str(photos), "workers=2", "crops.local_count=3"]
     done = run_program("dino_lightning", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.strip() == ""  # earlier versions of rich end an empty bar with lines
+    assert done.stderr.strip() == ""  # earlier versions of rich print empty lines after an empty progress bar
     assert "dino-data-photos/bad_images.txt" in done.stdout
     assert Image.open(tmp_path / "dino-data-photos" / "crops.png").width == 5 * (112 + 6) + 6

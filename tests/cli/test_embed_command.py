@@ -1,4 +1,4 @@
-"""`dino embed`: what is wrong is one sentence, what is right is a file, also after a kill and from two processes."""
+"""`dino embed`: errors of one sentence, and the file of features, also after a kill and with two processes."""
 
 import os
 import re
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from composing import composed_embedding
 from omegaconf import OmegaConf
+from programs import run_program
 
 from dino_lightning import embed
 from dino_lightning.cli.embed import prepare, write_features
@@ -55,7 +56,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
-def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_are_refused_in_one_sentence(
+    overrides: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = overrides.split()
     with pytest.raises(EXPLAINED) as caught:
@@ -67,11 +70,11 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("option", group_options("embed")["data"])
-def test_every_kind_of_images_composes(option: str) -> None:
+def test_every_data_option_composes(option: str) -> None:
     assert composed_embedding(f"data={option}", "checkpoint=x").data.max_bad_share == 1
 
 
-def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
+def test_commands_in_the_documentation_pass_the_checks(tmp_path: Path) -> None:
     text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
     commands = [line.split("#")[0] for line in blocks.splitlines() if line.startswith("dino embed")]
@@ -84,14 +87,14 @@ def test_commands_of_the_pages_pass_the_checks(tmp_path: Path) -> None:
         assert Path(config.output).suffix in (".parquet", ".npy")
 
 
-def test_the_home_folder_in_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_value_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     words = ["data.path=~/a,~/b", "x=[~/c,~]", "~seed", "a=b~/c", "a=~b"]
     assert with_home_folders(words) == ["data.path=/home/me/a,/home/me/b", "x=[/home/me/c,/home/me]", *words[2:]]
     assert composed_embedding(*with_home_folders(["data.path=~/photos"])).data.path == "/home/me/photos"
 
 
-def test_the_file_has_what_embed_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_contains_the_result_of_embed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "x.parquet"
     words = [*NETWORK, *FEW, "n_last_blocks=2", "batch_size_per_device=4"]
     write_features(composed_embedding(*words, output=output), overrides=words)
@@ -116,14 +119,14 @@ def command(*words: str | Path) -> list[str]:
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=a,b", "data=builtin", "output=x.npy"]
-    done = subprocess.run(command(*words), capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = run_program("dino_lightning", "embed", *words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dino embed: --multirun: dino embed writes one file; run it once for each.\n"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_to_the_same_file(tmp_path: Path) -> None:
+def test_a_killed_and_repeated_command_writes_the_same_file(tmp_path: Path) -> None:
     data = ["data=builtin", "data.train_images=3500", "data.val_images=50", "data.num_workers=1"]
     network = ["checkpoint=untrained:vit_micro", "image_size=16"]
     subprocess.run(command(*network, *data, "output=whole.npy", "feature_cache=null"), cwd=tmp_path, check=True)
@@ -138,7 +141,7 @@ def test_killed_it_goes_on_to_the_same_file(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in blocks.rglob("*.safetensors")}
     assert 1 <= len(before) < 5
     subprocess.run(words, cwd=tmp_path, check=True)
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "not made once more"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "cached blocks were computed again"
     for ending in ("npy", "csv"):
         assert (tmp_path / f"x.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
 

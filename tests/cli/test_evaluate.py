@@ -1,4 +1,4 @@
-"""`dino eval`: every option composes, wrong settings are one sentence, and each evaluation runs to its result lines."""
+"""`dino eval`: all options compose, wrong settings are refused in one sentence, and evaluations write results."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ from dino_lightning.training.run import train
 
 EVALUATIONS = group_options("eval")["eval"]
 ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"]
-"""The built-in images, few."""
+"""A few built-in images."""
 
 WRONG = [
     ("eval=vidio", "eval=vidio is not an option of eval; did you mean 'video'?"),
@@ -61,7 +61,7 @@ WRONG = [
 
 
 def sentence_for(overrides: str, *, output_dir: Path) -> str:
-    """What the command line would print."""
+    """The message that the command prints."""
     words = overrides.split()
     try:
         cfg = composed_evaluation(*words, output_dir=output_dir)
@@ -72,7 +72,7 @@ def sentence_for(overrides: str, *, output_dir: Path) -> str:
 
 
 @pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
-def test_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_in_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
     sentence = sentence_for(overrides, output_dir=tmp_path)
     assert expected in sentence
     assert "\n" not in sentence
@@ -100,9 +100,7 @@ def test_keys_that_only_training_reads_are_refused(key: str) -> None:
         check_evaluation(config, overrides=[f"data.{key}=1"])
 
 
-def test_a_path_in_the_home_folder_is_that_of_a_run_and_a_name_of_timm_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_with_a_tilde_is_a_run_and_a_timm_name_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {path: photos}\nlogger: {project: flowers}\n")
     (tmp_path / "run" / "wandb_run_id.txt").write_text("abc")
@@ -131,7 +129,7 @@ def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of seconds on the built-in images."""
+    """A run on a few built-in images."""
     output = tmp_path_factory.mktemp("trained")
     train(composed(*SMALL, "callbacks.pictures.enabled=false", output_dir=output))
     return output
@@ -148,7 +146,7 @@ QUICK: dict[str, list[str]] = {
 }
 
 
-def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: Path) -> None:
+def test_a_sweep_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=botth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
     done = run_program("dino_lightning", "eval", *words, cwd=tmp_path)
@@ -161,8 +159,8 @@ def test_an_evaluation_that_fails_leaves_the_others_of_a_sweep_alone(tmp_path: P
     assert not (tmp_path / "both" / "1" / "failed.txt").exists()
 
 
-def test_another_process_goes_past_a_failure_that_the_first_one_has_seen(tmp_path: Path) -> None:
-    """Lightning starts it for a later evaluation, with the same words."""
+def test_other_ranks_continue_after_a_failure_of_the_first_rank(tmp_path: Path) -> None:
+    """Lightning starts the process of another rank for a later evaluation, with the same arguments."""
     reason = tmp_path / "both" / "0" / "failed.txt"
     reason.parent.mkdir(parents=True)
     reason.write_text("eval.k=[0]: …\n", "utf-8")
@@ -173,7 +171,9 @@ def test_another_process_goes_past_a_failure_that_the_first_one_has_seen(tmp_pat
 
 
 @pytest.mark.parametrize("option", list(QUICK))
-def test_result_lines(option: str, trained: Path, tmp_path: Path) -> None:
+def test_evaluations_write_results_of_the_trained_and_the_untrained_network(
+    option: str, trained: Path, tmp_path: Path
+) -> None:
     words = [f"eval={option}", f"checkpoint={trained}", "baseline=true", *ON_IMAGES, *QUICK[option]]
     value = run_evaluation(composed_evaluation(*words, output_dir=tmp_path), overrides=words)
     lines: list[dict[str, Any]] = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_result_lines(option: str, trained: Path, tmp_path: Path) -> None:
     assert len({line["checkpoint_digest"] for line in lines}) == 2
 
 
-def test_knn_is_the_figure_of_the_training_run(trained: Path, tmp_path: Path) -> None:
+def test_knn_equals_the_value_of_the_training_run(trained: Path, tmp_path: Path) -> None:
     data = [word for word in SMALL if word.startswith("data.") and "batch_size" not in word]
     words = [f"checkpoint={trained}", *data]
     value = run_evaluation(composed_evaluation(*words, "eval.k=[20]", output_dir=tmp_path), overrides=words)
@@ -234,7 +234,7 @@ def own_evaluation(tmp_path: Path) -> Iterator[str]:
     del sys.modules["dino_lightning.cli.plugins.mean_norm"]
 
 
-def test_an_evaluation_of_your_own(own_evaluation: str, tmp_path: Path) -> None:
+def test_an_evaluation_in_a_users_file_runs(own_evaluation: str, tmp_path: Path) -> None:
     words = [own_evaluation, "eval=mean_norm", "checkpoint=untrained:vit_micro", "feature_cache=null", *ON_IMAGES]
     values = [
         run_evaluation(composed_evaluation(*words, f"eval.scale={scale}", output_dir=tmp_path), overrides=words)

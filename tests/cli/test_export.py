@@ -1,7 +1,8 @@
-"""`dino export`: each format read again by the library that it is for."""
+"""`dino export`: the library of each format reads the exported network."""
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dino_lightning.checkpoints import load_network
 from dino_lightning.cli.main import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
+from dino_lightning.config.export import FORMATS
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.models.vit import OriginalViT
 
@@ -33,7 +35,7 @@ def images(count: int, height: int, width: int | None = None) -> Tensor:
 
 
 def check_close(ours: Tensor, theirs: Tensor, *, tolerance: float = 1e-5) -> None:
-    """Equal up to the order of summation, which other kernels choose otherwise: some 1e-6 of values near 1."""
+    """Equal up to the order of summation, which differs between kernels: about 1e-6 of values near 1."""
     assert ours.std() > 0.1
     torch.testing.assert_close(theirs, ours, rtol=tolerance, atol=tolerance)
 
@@ -54,10 +56,14 @@ def program_reader(path: Path) -> Any:
 READERS: dict[str, Any] = {".onnx": onnx_reader, ".pt2": program_reader}
 
 
-@pytest.fixture(autouse=True)
-def _no_traces(caplog: pytest.LogCaptureFixture) -> None:
-    """pytest would keep all that the exporters tell their debuggers, which takes longer than what they do."""
-    caplog.set_level(logging.ERROR, logger="torch.__trace")
+@pytest.fixture(scope="module", autouse=True)
+def _no_traces() -> Iterator[None]:
+    """Keep pytest from capturing the exporters' debug messages, which takes longer than the exports."""
+    logger = logging.getLogger("torch.__trace")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +77,14 @@ def _no_traces(caplog: pytest.LogCaptureFixture) -> None:
             (RESNET, "onnx", ".onnx"),
             (RESNET, "torch", ".pt2"),
         ],
-        fast=2,
     ),
 )
 def test_graphs_take_images_of_any_number_and_size(
     config: BackboneConfig, format: str, ending: str, tmp_path: Path
 ) -> None:
-    """The position embedding's own size among them, a smaller and a larger one, and one that is no square.
+    """Also for the size of the position embedding, a smaller and a larger one, and images that are not square.
 
-    The places between its values are computed in float32 in another order: some 2e-5.
+    The exported graph computes the positions of the interpolation in another order, which changes features by 2e-5.
     """
     if format == "onnx":
         pytest.importorskip("onnxscript")
@@ -96,49 +101,64 @@ def test_graphs_take_images_of_any_number_and_size(
             check_close(backbone(batch), read(batch), tolerance=1e-4)
 
 
-@pytest.mark.parametrize(("format", "ending"), first([("torch", ".pt2"), ("onnx", ".onnx")]))
-def test_graphs_of_one_size(format: str, ending: str, tmp_path: Path) -> None:
-    if format == "onnx":
+@pytest.fixture(scope="module", params=first(["torch", "onnx"]))
+def graph_of_one_size(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph for images of 48 x 48 pixels, with its `weights.safetensors` in the same folder."""
+    if request.param == "onnx":
         pytest.importorskip("onnxscript")
-    path = tmp_path / f"backbone{ending}"
-    write(exported(tmp_path), path, "image_size=48", format=format)
-    backbone = load_network(str(tmp_path / "weights.safetensors")).backbone
-    read = READERS[ending](path)
+    folder = tmp_path_factory.mktemp("graph")
+    path = folder / f"backbone{FORMATS[request.param]}"
+    write(exported(folder), path, "image_size=48", format=request.param)
+    return path
+
+
+def test_graphs_of_one_size_take_any_number_of_images(graph_of_one_size: Path) -> None:
+    backbone = load_network(str(graph_of_one_size.parent / "weights.safetensors")).backbone
+    read = READERS[graph_of_one_size.suffix](graph_of_one_size)
     for count in (1, 5):
         check_close(backbone(images(count, 48)), read(images(count, 48)))
     with pytest.raises(Exception, match=r"(?i)dimension|shape|size"):
         read(images(1, 32))
 
 
-def test_a_network_of_one_size_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = exported(tmp_path, TimmConfig(name="test_vit2", arguments={"dynamic_img_size": False}), image_size=32)
-    write(checkpoint, tmp_path / "backbone.pt2", format="torch")
-    assert "takes any number of images of 32 x 32 pixels only" in capsys.readouterr().err
-    batch = images(3, 32)
-    check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
-
-
-def test_a_graph_of_an_xcit(tmp_path: Path) -> None:
-    small = {"depth": 1, "cls_attn_layers": 1, "embed_dim": 32, "num_heads": 1}
-    checkpoint = exported(tmp_path, TimmConfig(name="xcit_nano_12_p16_224", arguments=small))
-    write(checkpoint, tmp_path / "backbone.pt2", format="torch")
-    batch = images(3, 32, 64)
-    check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
-
-
-def test_graphs_say_how_images_are_prepared(tmp_path: Path) -> None:
-    write(exported(tmp_path), tmp_path / "backbone.pt2", "image_size=32", format="torch")
-    notes: dict[str, Any] = {"dino_lightning.json": ""}
-    torch.export.load(tmp_path / "backbone.pt2", extra_files=notes)
-    told = json.loads(notes["dino_lightning.json"])
-    digest = load_network(str(tmp_path / "weights.safetensors")).digest
-    assert told == {
+def test_graphs_contain_the_preprocessing_of_images(graph_of_one_size: Path) -> None:
+    if graph_of_one_size.suffix == ".onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(graph_of_one_size)
+        values = session.get_modelmeta().custom_metadata_map
+        notes = {name: json.loads(values[name]) for name in ("mean", "std", "resize", "size", "digest")}
+    else:
+        files: dict[str, Any] = {"dino_lightning.json": ""}
+        torch.export.load(graph_of_one_size, extra_files=files)
+        notes = json.loads(files["dino_lightning.json"])
+    digest = load_network(str(graph_of_one_size.parent / "weights.safetensors")).digest
+    assert notes == {
         "mean": PREPROCESSING["mean"],
         "std": PREPROCESSING["std"],
         "resize": 40,
         "size": 32,
         "digest": digest,
     }
+
+
+def test_a_network_with_a_fixed_image_size_is_exported_for_that_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"dynamic_img_size": False, "depth": 1}
+    checkpoint = exported(tmp_path, TimmConfig(name="test_vit2", arguments=arguments), image_size=32)
+    write(checkpoint, tmp_path / "backbone.pt2", format="torch")
+    assert "takes any number of images of 32 x 32 pixels only" in capsys.readouterr().err
+    batch = images(3, 32)
+    check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
+
+
+@pytest.mark.slow
+def test_a_graph_of_an_xcit(tmp_path: Path) -> None:
+    """A network of timm with dynamic sizes and its own position encoding."""
+    small = {"depth": 1, "cls_attn_layers": 1, "embed_dim": 32, "num_heads": 1}
+    checkpoint = exported(tmp_path, TimmConfig(name="xcit_nano_12_p16_224", arguments=small))
+    write(checkpoint, tmp_path / "backbone.pt2", format="torch")
+    batch = images(3, 32, 64)
+    check_close(load_network(str(checkpoint)).backbone(batch), program_reader(tmp_path / "backbone.pt2")(batch))
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -189,12 +209,12 @@ def test_transformers_loads_the_folder(config: BackboneConfig, tmp_path: Path) -
     again = load_network(str(tmp_path / "network"))
     assert (again.digest, again.mean, again.std) == (ours.digest, ours.mean, ours.std)
     assert (again.resize, again.size, again.name) == (40, 32, "network")
-    if config.__class__ is ViTConfig:  # timm's ViTs resample in their own way
+    if config.__class__ is ViTConfig:  # timm's ViTs resample position embeddings differently
         assert torch.equal(again.backbone(images(1, 64)), ours.backbone(images(1, 64)))
 
 
-def test_their_processor_prepares_images_as_evaluations_do(tmp_path: Path) -> None:
-    """Up to one step of 255 where the two libraries round a resized value differently."""
+def test_the_processor_of_transformers_prepares_images_as_evaluations_do(tmp_path: Path) -> None:
+    """Values differ by at most one step of 255, because the libraries round resized values differently."""
     transformers = pytest.importorskip("transformers")
     write(exported(tmp_path), tmp_path / "network", format="huggingface")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "network")
@@ -207,7 +227,7 @@ def test_their_processor_prepares_images_as_evaluations_do(tmp_path: Path) -> No
     assert ((theirs - ours) * std).abs().max() <= 1.01 / 255
 
 
-# ---------------------------------------------------------------------------------------------------- the original's
+# ------------------------------------------------------------------------------------------------------ the original
 
 
 def test_original_vit(tmp_path: Path) -> None:
@@ -222,7 +242,7 @@ def test_original_vit(tmp_path: Path) -> None:
     assert again.digest == network.digest
 
 
-def test_original_resnet_is_torchvision_s(tmp_path: Path) -> None:
+def test_torchvision_loads_the_original_resnet(tmp_path: Path) -> None:
     write(exported(tmp_path, RESNET), tmp_path / "backbone.pth", format="original")
     theirs = torchvision.models.resnet18()
     theirs.fc = nn.Identity()
@@ -240,7 +260,7 @@ def test_original_xcit(tmp_path: Path) -> None:
     assert again.digest == network.digest
 
 
-# ------------------------------------------------------------------------------------------------------ what fails
+# ---------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -275,7 +295,7 @@ def test_original_xcit(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refusals(
+def test_wrong_arguments_are_refused_in_one_sentence(
     config: BackboneConfig,
     words: str,
     sentence: str,
@@ -289,22 +309,22 @@ def test_refusals(
     (tmp_path / "here").mkdir()
     checkpoint = exported(tmp_path, config)
     assert main(["export", f"checkpoint={checkpoint}", *words.split()]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("dino export: ")
-    assert sentence in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dino export: ")
+    assert sentence in error
+    assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "weights.safetensors"]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     words = [f"checkpoint={exported(tmp_path)}", "format=timm", f"output={tmp_path / 'file' / 'network'}"]
     assert main(["export", *words]) == 2
     assert "is a file or inside a file" in capsys.readouterr().err
 
 
-def test_paths_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the other commands take them, although Hydra does not."""
+def test_paths_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like for the other commands, although Hydra's grammar does not allow them."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "Öland (2023)"
     folder.mkdir()

@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @FOLDERS_OF_TIMM
-def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
+def test_a_card_has_the_results_and_settings_of_its_run(run: Path, tmp_path: Path) -> None:
     network = load_network(str(run))
     line = {"eval": "linear", "metric": "top1", "value": 41.25, "unit": "%", "checkpoint_digest": network.digest}
     others = line | {"value": 99.0, "checkpoint_digest": "0" * 16}
@@ -47,15 +47,15 @@ def test_the_card_of_a_run(run: Path, tmp_path: Path) -> None:
 
 
 @FOLDERS_OF_TIMM
-def test_the_card_of_the_student_has_no_figures_of_the_teacher(run: Path, tmp_path: Path) -> None:
+def test_the_card_of_the_student_has_no_results_of_the_teacher(run: Path, tmp_path: Path) -> None:
     write(run, tmp_path / "network", "checkpoint_key=student", format="timm")
     card = (tmp_path / "network" / "README.md").read_text()
     assert "k-NN" not in card
     assert "| seed | 0 |" in card
 
 
-def test_a_card_tells_of_our_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other programs have a `config.yaml`, too, and weights of timm are not of the folder that we are in."""
+def test_only_folders_of_our_runs_count_as_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs also write `config.yaml`, and timm's weights do not belong to the working directory."""
     weights = tmp_path / "weights.pth"
     weights.touch()
     for text in ("method: dino\nstudent: {arch: vit_small}", "- 1", "a: [", "method: {}\nbackbone: 1"):

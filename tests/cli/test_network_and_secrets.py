@@ -1,10 +1,9 @@
-"""Nothing calls home: no import, no training, no evaluation, no logger offline. And keys of services stay unwritten."""
+"""Imports, training, evaluation and an offline logger use no network, and API keys are not written to files."""
 
 import json
 import os
 import pkgutil
 import secrets
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,42 +11,14 @@ from pathlib import Path
 
 import pytest
 from composing import SMALL, composed
+from programs import Completed, run_program
 
 import dino_lightning
 from dino_lightning.cli.errors import EXPLAINED, message_for
 from dino_lightning.config.constraints import check_keys
 
 PROJECT = Path(__file__).parents[2]
-GUARD = '''
-"""Refuses connections to other machines and names of other machines, and writes down who tried."""
-import os, socket, sys, traceback
-
-HERE = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None, socket.gethostname())
-
-def refuse(what, address):
-    with open(os.environ["NETWORK_LOG"], "a") as file:
-        places = " < ".join(f"{frame.filename}:{frame.name}" for frame in traceback.extract_stack()[-3::-1])
-        file.write(f"{what} {address} by {places[:2000]}\\n")
-    raise OSError(f"no network in this test: {what} {address}")
-
-def guarded(name):
-    original = getattr(socket.socket, name)
-    def connect(self, address, *rest):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in HERE:
-            refuse(name, address)
-        return original(self, address, *rest)
-    setattr(socket.socket, name, connect)
-
-for name in ("connect", "connect_ex"):
-    guarded(name)
-for name in ("getaddrinfo", "gethostbyname"):
-    def resolve(host, *rest, original=getattr(socket, name), name=name, **options):
-        host = host.decode() if isinstance(host, bytes) else host
-        if host not in HERE:
-            refuse(name, host)
-        return original(host, *rest, **options)
-    setattr(socket, name, resolve)
-'''
+PHASES = str(PROJECT / "tests" / "helpers" / "network_phases.py")
 SHORT = [*SMALL, "trainer.max_steps=2", "trainer.max_epochs=1", "callbacks.knn.queries=16", "cpu_threads=1"]
 FLAGS = (
     "HF_HUB_OFFLINE",
@@ -60,19 +31,24 @@ FLAGS = (
     "HF_TOKEN",
     "WANDB_DISABLED",
 )
-"""Set on the machine of a test, they would hide what a program does on others."""
+"""Variables that would hide attempts if they were set on the machine of the test."""
 
 
 class Machine:
-    """Starts programs that cannot reach other machines."""
+    """Starts programs that record attempts to reach other machines; so do new Pythons that they start."""
 
     def __init__(self, folder: Path):
         self.log, self.home = folder / "attempts.txt", folder / "home"
         self.home.mkdir()
         (folder / "guard").mkdir()
-        (folder / "guard" / "sitecustomize.py").write_text(GUARD)
-        paths = [str(folder / "guard"), str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
-        self.environment = {name: value for name, value in os.environ.items() if name not in FLAGS} | {
+        (folder / "guard" / "sitecustomize.py").write_text("import network_guard\nnetwork_guard.install()\n")
+        paths = [
+            str(folder / "guard"),
+            str(PROJECT / "tests" / "helpers"),
+            str(PROJECT / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+        self.variables = {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "NETWORK_LOG": str(self.log),
             "HOME": str(self.home),
@@ -80,18 +56,26 @@ class Machine:
             "WANDB__DISABLE_STATS": "true",
         }
 
-    def run(self, *command: str, wrapper: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str) -> Completed:
+        """Run a new Python."""
+        environment = {name: value for name, value in os.environ.items() if name not in FLAGS} | self.variables
         done = subprocess.run(
-            [*wrapper, sys.executable, *command],
-            env=self.environment | variables,
+            [sys.executable, *command],
+            env=environment,
             cwd=self.home,
             capture_output=True,
             text=True,
             check=False,
             timeout=400,
         )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    def run_forked(self, program: str, *arguments: str) -> Completed:
+        """Run a program in a process in which the libraries are imported already."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in FLAGS:
+                patch.delenv(name, raising=False)
+            return run_program(program, *arguments, cwd=self.home, variables=self.variables)
 
     @property
     def attempts(self) -> str:
@@ -103,17 +87,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def without_network() -> tuple[str, ...]:
-    """The command that takes the network away, also from programs that are not Python, where the system lets us."""
-    # Its own address stays: earlier versions of W&B speak with their process by it.
-    wrapper = ("unshare", "-n", "sh", "-c", 'ip link set lo up; exec "$@"', "sh")
-    there = all(shutil.which(name) for name in ("unshare", "ip"))
-    if not there or subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode:
-        return ()
-    return wrapper
-
-
-def test_the_guard_sees_attempts(machine: Machine) -> None:
+def test_the_guard_records_attempts(machine: Machine) -> None:
     code = """
 import socket, urllib.request
 for attempt in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: socket.gethostbyname("example.org"),
@@ -125,7 +99,8 @@ for attempt in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: 
 server = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(server.getsockname())
 """
-    machine.run("-c", code)
+    done = machine.run("-c", code)
+    assert done.returncode == 0, done.stderr
     lines = machine.attempts.splitlines()
     assert [line.split(" by ")[0] for line in lines] == [
         "getaddrinfo 192.0.2.1",
@@ -135,51 +110,26 @@ socket.create_connection(server.getsockname())
     ]
 
 
-PROGRAM = """
-import importlib, json, os, sys
-from pathlib import Path
-
-todo = json.loads(sys.argv[1])
-phases = Path(os.environ["NETWORK_LOG"])
-def begin(phase, **keys):
-    os.environ["NETWORK_LOG"] = str(phases.with_name(f"{phase}.txt"))
-    os.environ.update(keys)
-    print(f"== {phase}", flush=True)
-
-begin("imports")
-for name in todo["modules"]:
-    importlib.import_module(name)
-from dino_lightning.cli.main import main
-begin("training")
-sys.argv = ["dino", "train", *todo["training"]]
-main()
-begin("evaluation")
-sys.argv = ["dino", "eval", *todo["evaluation"]]
-main()
-os.environ.pop("DINO_LIGHTNING_RUN", None)
-begin("with keys", **todo["keys"])
-sys.argv = ["dino", "train", *todo["with keys"]]
-main()
-"""
 KEYS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
 
 
 @dataclass
 class Done:
-    """What one process has done that imported all modules, trained, evaluated, and trained with a logger and keys."""
+    """What `network_phases.py` has written."""
 
     home: Path
-    said: str
+    output: str
 
     def attempts(self, phase: str) -> str:
-        """To reach other machines; each phase has come to pass."""
-        assert f"== {phase}\n" in self.said
+        """Attempts to reach other machines in a phase, which has begun."""
+        assert f"== {phase}\n" in self.output
         log = self.home.with_name(f"{phase}.txt")
         return log.read_text() if log.exists() else ""
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+@pytest.fixture(scope="module", params=["forked process", pytest.param("new Python", marks=pytest.mark.slow)])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Only a new Python shows what the imports of libraries do; ours are also imported in the forked process."""
     machine = Machine(tmp_path_factory.mktemp("machine"))
     modules = [
         module.name
@@ -197,35 +147,37 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         "with keys": [*with_keys, f"output_dir={machine.home / 'wandb'}"],
         "keys": KEYS,
     }
-    done = machine.run("-c", PROGRAM, json.dumps(todo), wrapper=without_network())
+    run = machine.run if request.param == "new Python" else machine.run_forked
+    done = run(PHASES, json.dumps(todo))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return Done(machine.home, done.stdout + done.stderr)
 
 
-def test_imports(done: Done) -> None:
+def test_imports_use_no_network(done: Done) -> None:
     assert done.attempts("imports") == ""
 
 
-def test_training_and_evaluation(done: Done) -> None:
+def test_training_and_evaluation_use_no_network(done: Done) -> None:
     assert (done.home / "run" / "teacher.safetensors").exists()
     assert (done.home / "knn" / "results.jsonl").exists()
     assert done.attempts("training") == ""
     assert done.attempts("evaluation") == ""
 
 
-def test_keys_of_services_are_written_nowhere(done: Done) -> None:
+def test_api_keys_are_in_no_file_and_no_output(done: Done) -> None:
     assert done.attempts("with keys") == ""
     files = [path for path in done.home.rglob("*") if path.is_file()]
     assert (done.home / "wandb" / "checkpoints" / "last.ckpt") in files
     assert any(path.suffix == ".wandb" for path in files)
     for name, key in KEYS.items():
-        assert key not in done.said
-        holders = [str(path) for path in files if key.encode() in path.read_bytes()]
-        assert not holders, f"{name} stands in {holders}"
+        assert key not in done.output
+        files_with_key = [str(path) for path in files if key.encode() in path.read_bytes()]
+        assert not files_with_key, f"{name} is in {files_with_key}"
 
 
 @pytest.mark.parametrize("word", ["+logger.api_key=", "logger.api_key=", "+api_key=", "++logger.key="])
-def test_keys_on_the_command_line_are_refused(word: str) -> None:
-    """They would stand in `config.yaml`, in checkpoints and in the list of processes."""
+def test_api_keys_on_the_command_line_are_refused(word: str) -> None:
+    """They would be visible in `config.yaml`, in checkpoints and in the list of processes."""
     key = secrets.token_hex(20)
     with pytest.raises(EXPLAINED) as caught:
         check_keys(composed("logger=wandb", f"{word}{key}"))

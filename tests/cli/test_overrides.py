@@ -1,4 +1,4 @@
-"""Paths of any name on a command line."""
+"""Paths with any characters on the command line, and the order of Hydra's flags."""
 
 from pathlib import Path
 
@@ -17,15 +17,17 @@ def hydra_reads(word: str) -> object:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hydra_reads_what_was_typed(name: str) -> None:
+def test_hydra_reads_paths_as_typed(name: str) -> None:
     (word,) = with_quoted_paths([f"data.path=/photos/{name}"])
     assert hydra_reads(word) == f"/photos/{name}"
-    assert with_quoted_paths([word]) == [word], "processes that are started with it do the same"
+    assert with_quoted_paths([word]) == [word], (
+        "quoting twice changes nothing, as in processes started with these arguments"
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="${},"), min_size=1))
-def test_so_it_does_any_name(name: str) -> None:
+def test_hydra_reads_paths_with_any_name(name: str) -> None:
     (word,) = with_quoted_paths([f"output_dir=/{name}"])
     if word != f"output_dir=/{name}":
         assert hydra_reads(word) == f"/{name}"
@@ -33,7 +35,7 @@ def test_so_it_does_any_name(name: str) -> None:
         assert str(hydra_reads(word)).split() == f"/{name}".split()
 
 
-def test_commas_separate_values_of_a_sweep_alone(tmp_path: Path) -> None:
+def test_commas_separate_values_only_in_sweeps(tmp_path: Path) -> None:
     there = tmp_path / "a,b"
     there.mkdir()
     assert with_quoted_paths([f"data.path={there}"]) == [f"data.path='{there}'"]
@@ -45,7 +47,7 @@ def test_commas_separate_values_of_a_sweep_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "word", ["data.path=/photos", "data.path='/a b'", "data.path=${oc.env:HOME}/x", "optim.lr=(", "data.path=", "-sc"]
 )
-def test_other_words_stay(word: str) -> None:
+def test_other_arguments_are_unchanged(word: str) -> None:
     assert with_quoted_paths([word]) == [word]
 
 

@@ -1,5 +1,6 @@
-"""`dino train DIR` alone: what is chosen, what is left alone, the run itself, and tab completion."""
+"""`dino train DIR` without other arguments: the automatic settings, a run, and tab completion."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from composing import composition
 from omegaconf import OmegaConf
 from PIL import Image
+from programs import run_program
 
 from dino_lightning.cli.overrides import prepare_training, with_home_folders, with_quick_start
 from dino_lightning.config import TrainConfig, register
@@ -25,7 +27,7 @@ PROGRAMS = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 photographs of 2 classes, 320 x 240, a quarter of them taken with the camera turned."""
+    """80 photographs of 2 classes, 320 x 240, a quarter of them with an EXIF rotation."""
     root = tmp_path_factory.mktemp("photos")
     for index in range(80):
         path = root / f"class{index % 2}" / f"{index}.jpg"
@@ -38,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(words: list[str], *, fast: bool, output: Path) -> Any:
-    """The configuration of the run that the words start, with everything that is chosen for it."""
+    """The configuration of a run that is started with `words`, with all automatic settings."""
     register()
     given = prepare_training(words, fast=fast)
     config = composition("config", *given, f"output_dir={output}")
@@ -46,23 +48,23 @@ def settings(words: list[str], *, fast: bool, output: Path) -> Any:
     return config
 
 
-def test_what_is_missing_is_put_beside_the_path() -> None:
+def test_missing_settings_are_added_to_the_path() -> None:
     chosen = ["data=folder", "experiment=photos32", "auto.machine=true", "data.path=/x"]
     assert with_quick_start(["--multirun", "data.path=/x"], fast=False) == ["--multirun", *chosen]
     assert with_quick_start(["data.path=/x.zip"], fast=True)[:2] == ["data=archive", "experiment=small_data"]
     assert with_quick_start(["data.path='/x.csv'"], fast=False)[0] == "data=listing"
     own = ["data.path=/x", "backbone=resnet18", "trainer.accelerator=cpu"]
-    assert "experiment=small_data" in with_quick_start(own), "photos32 has crops for a network of its own"
+    assert "experiment=small_data" in with_quick_start(own), "the crops of photos32 need its own network"
     assert with_quick_start(["data.path=/x", "auto.machine=false"], fast=False).count("auto.machine=true") == 0
 
 
 @pytest.mark.parametrize("word", ["data=folder", "experiment=quick", "preset=quick", "sweep=table7"])
-def test_a_command_that_says_what_it_wants_is_left_alone(word: str) -> None:
+def test_a_command_with_an_experiment_is_unchanged(word: str) -> None:
     assert with_quick_start(["data.path=/x", word]) == ["data.path=/x", word]
     assert with_quick_start(["optim.lr=1"]) == ["optim.lr=1"]
 
 
-def test_archives_beside_folders_of_images_are_a_question(tmp_path: Path) -> None:
+def test_archives_next_to_folders_of_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "2020" / "may").mkdir(parents=True)
     (tmp_path / "2020" / "may" / "1.JPG").touch()
     (tmp_path / "backup.zip").touch()
@@ -71,12 +73,12 @@ def test_archives_beside_folders_of_images_are_a_question(tmp_path: Path) -> Non
     assert with_quick_start([f"data.path={tmp_path}", "data=folder"], fast=False)[-1] == "data=folder"
 
 
-def test_a_path_that_cannot_be_one() -> None:
+def test_a_path_with_a_null_byte_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.path="):
         with_quick_start(["data.path=a\0b"], fast=False)
 
 
-def test_an_archive_among_photographs_is_not_the_data(tmp_path: Path) -> None:
+def test_an_archive_among_photographs_is_ignored(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg", "backup.zip"):
         (tmp_path / name).touch()
     assert detect_source(str(tmp_path)) == "folder"
@@ -85,14 +87,16 @@ def test_an_archive_among_photographs_is_not_the_data(tmp_path: Path) -> None:
     assert detect_source(str(tmp_path)) == "archive"
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="the device is there")
-def test_a_device_that_is_missing_is_said_before_a_trial_on_it(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has the device"
+)
+def test_a_missing_device_is_refused_before_a_trial(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trainer.accelerator=gpu: this machine has no GPU"):
         settings([f"data.path={photos}", "trainer.accelerator=gpu"], fast=True, output=tmp_path)
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_settings_pass_the_checks(photos: Path, tmp_path: Path, *, fast: bool) -> None:
+def test_automatic_settings_pass_the_checks(photos: Path, tmp_path: Path, *, fast: bool) -> None:
     config = settings([f"data.path={photos}", "trainer.accelerator=cpu"], fast=fast, output=tmp_path)
     check_config(cast(TrainConfig, OmegaConf.to_object(config)))
     assert config.experiment == ("small_data" if fast else "photos32")
@@ -102,14 +106,14 @@ def test_the_settings_pass_the_checks(photos: Path, tmp_path: Path, *, fast: boo
     assert config.callbacks.knn.enabled
 
 
-def test_the_command_line_wins(photos: Path, tmp_path: Path) -> None:
+def test_the_command_line_overrides_automatic_settings(photos: Path, tmp_path: Path) -> None:
     words = [f"data.path={photos}", "trainer.max_epochs=3", "data.cache=none", "data.apply_exif_rotation=false"]
     config = settings([*words, "trainer.accelerator=cpu"], fast=False, output=tmp_path)
     assert (config.trainer.max_epochs, config.data.cache, config.data.apply_exif_rotation) == (3, "none", False)
     assert config.callbacks.knn.every_n_epochs == 1
 
 
-def test_a_run_that_goes_on_keeps_length_and_batch(photos: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_length_and_batch_size(photos: Path, tmp_path: Path) -> None:
     words = [f"data.path={photos}", "trainer.accelerator=cpu"]
     first = settings(words, fast=False, output=tmp_path)
     OmegaConf.save(first, tmp_path / "config.yaml", resolve=True)
@@ -119,25 +123,50 @@ def test_a_run_that_goes_on_keeps_length_and_batch(photos: Path, tmp_path: Path)
 
 
 def test_a_flat_folder_trains_without_labels(photos: Path, tmp_path: Path) -> None:
-    """The command of the README, as a process, only shorter."""
+    """The command of the README, but shorter."""
     flat = tmp_path / "~ my photos"
     flat.mkdir()
     for path in photos.rglob("*.jpg"):
         (flat / path.name).symlink_to(path)
-    words = [PROGRAMS / "dino", "train", flat, "trainer.max_epochs=1", "trainer.accelerator=cpu"]
-    done = subprocess.run([*words, "cpu_threads=1"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = ["train", str(flat), "trainer.max_epochs=1", "trainer.accelerator=cpu", "cpu_threads=1"]
+    done = run_program("dino_lightning", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words_of_it in ("callbacks.knn.enabled", "no class folders", "data.cache", "80 images", "photos32"):
-        assert words_of_it in " ".join(done.stderr.split()), done.stderr
+    for text in ("callbacks.knn.enabled", "no class folders", "data.cache", "80 images", "photos32"):
+        assert text in " ".join(done.stderr.split()), done.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     assert {path.name for path in (run / "pictures").iterdir()} >= {"crops.png", "neighbors.png"}
     assert str(run / "report.html") in done.stdout
 
 
-def completions(line: str, program: str = "dino train", **variables: str) -> set[str]:
-    """What bash offers after `line`, by the script that the program gives it."""
+COMPLETE = """
+import json, sys
+from dino_lightning.cli.main import main
+main(["-sc", "query=bash"])
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_completion_imports_neither_torch_nor_timm() -> None:
+    line = "dino train backbone=vit_"
+    environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = [sys.executable, "-c", COMPLETE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *completions, modules = done.stdout.splitlines()
+    assert "backbone=vit_small" in " ".join(completions).split()
+    assert not {"torch", "timm", "lightning"} & set(json.loads(modules))
+
+
+@pytest.fixture(scope="module")
+def bash_script() -> str:
+    """The definitions that `dino` gives to bash."""
+    command = [PROGRAMS / "dino", "train", "-sc", "install=bash"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def completions(line: str, definitions: str, **variables: str) -> set[str]:
+    """The completions of `line` in bash."""
     script = f"""
-    eval "$({program} -sc install=bash)"
+    {definitions}
     COMP_LINE="$1"; COMP_POINT=${{#1}}; COMP_WORDS=($1); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
     hydra_bash_completion
     printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -147,12 +176,12 @@ def completions(line: str, program: str = "dino train", **variables: str) -> set
     return set(done.stdout.split())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="asks bash")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("dino t", "train"),
-        ("dino train backbone=vit_", "backbone=vit_small"),
+        pytest.param("dino train backbone=vit_", "backbone=vit_small", marks=pytest.mark.slow),
         pytest.param("dino train crops.loc", "crops.local_count=", marks=pytest.mark.slow),
         ("dino train ~/photos trainer.max_e", "trainer.max_epochs="),
         pytest.param("dino train backbone=resnet18 optim.l", "optim.lr=", marks=pytest.mark.slow),
@@ -160,20 +189,20 @@ def completions(line: str, program: str = "dino train", **variables: str) -> set
         pytest.param("dino embed x ~/photos batch", "batch_size_per_device=", marks=pytest.mark.slow),
     ],
 )
-def test_tab_completion(line: str, expected: str, tmp_path: Path) -> None:
+def test_tab_completion(line: str, expected: str, bash_script: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    assert expected in completions(line, program="dino train", HOME=str(tmp_path))
+    assert expected in completions(line, bash_script, HOME=str(tmp_path))
 
 
-def test_home_folders_are_replaced_before_the_kind_is_looked_for(tmp_path: Path, monkeypatch: Any) -> None:
+def test_home_folders_are_replaced_before_the_source_is_detected(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.zip").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "data=archive" in with_quick_start(with_home_folders(["data.path=~/photos"]), fast=False)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="asks bash")
-def test_help_may_be_cut_off() -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_help_may_be_piped_into_head() -> None:
     command = f"{PROGRAMS / 'dino'} train --help | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("T0\n", "")

@@ -1,4 +1,4 @@
-"""`dino report`: which runs a word means, and what the page of several says, parsed as a browser would."""
+"""`dino report`: the runs that its arguments select, and the content of the page of several runs."""
 
 import json
 import time
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 
 def made(folder: Path, *, config: dict[str, Any] | None = None, summary: dict[str, Any] | None = None) -> Path:
-    """A run that has come to its end."""
+    """A finished run."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **(config or {})}))
     (folder / "summary.json").write_text(json.dumps({**SUMMARY, **(summary or {})}))
@@ -56,7 +56,7 @@ def write_results(folder: Path, *lines: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """Two runs, of which `b` learns faster and has only begun."""
+    """Two runs; `b` learns faster and is not finished."""
     made(tmp_path / "a", config={"optim": {"lr": 0.002}})
     b = made(tmp_path / "b", config={"optim": {"lr": 0.004}, "trainer": {"max_epochs": 9}})
     (b / "summary.json").unlink()
@@ -65,7 +65,7 @@ def pair(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
+def test_arguments_are_runs_sweeps_or_patterns(tmp_path: Path):
     for number in (0, 2, 10):
         made(tmp_path / "sweep" / str(number))
     made(tmp_path / "alone")
@@ -90,7 +90,7 @@ def test_a_word_is_a_run_a_sweep_or_a_pattern(tmp_path: Path):
         (["alone", "results=eval-1"], "its results are not of these runs but of /runs/other"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(
+def test_wrong_arguments_are_refused_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], sentence: str
 ):
     made(tmp_path / "alone")
@@ -111,13 +111,13 @@ def test_too_many_runs_are_refused_before_they_are_read(tmp_path: Path):
         write([str(tmp_path)])
 
 
-def test_a_folder_with_brackets_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_name_may_contain_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made(tmp_path / "run [x] [/y]")
     assert main(["report", str(folder)]) == 0
     assert f"Report: {folder}/report.html\n" in capsys.readouterr().out
 
 
-def test_one_run_has_its_own_page_and_several_have_one_beside(pair: Path, capsys: pytest.CaptureFixture[str]):
+def test_one_run_has_its_page_inside_and_several_share_one_next_to_them(pair: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["report", str(pair / "a")]) == 0
     assert "dino-lightning run" in Page(pair / "a" / "report.html").text
     assert main(["report", str(pair / "a"), str(pair / "b")]) == 0
@@ -143,7 +143,7 @@ def test_the_state_of_a_run(tmp_path: Path, summary: dict[str, Any], failure: st
     assert run_status(read_run(folder)) == expected
 
 
-def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
+def test_only_settings_count_as_differences(tmp_path: Path):
     nested = {"optim": {"lr": 1e-3, "betas": [0.9, 0.999]}, "callbacks": {}}
     one = made(tmp_path / "1", config={**nested, "seed": 0, "output_dir": "x", "resume": None})
     two = made(tmp_path / "2", config={**nested, "optim": {"lr": 1e-3}, "seed": 1, "output_dir": "y", "resume": True})
@@ -153,7 +153,7 @@ def test_differences_are_those_of_the_settings_alone(tmp_path: Path):
     assert differing_settings([runs[0], read_run(three)]) == {"commit": ["3f2a9c1e8b7", "f" * 11]}
 
 
-def test_names_say_what_differs_where_that_is_short(tmp_path: Path):
+def test_names_contain_the_differences_if_they_are_short(tmp_path: Path):
     runs = [read_run(made(tmp_path / "s" / str(n), config={"optim": {"lr": 0.1 * n}})) for n in (1, 2)]
     assert run_labels(runs) == ["1 (lr=0.1)", "2 (lr=0.2)"]
     drawn = [read_run(made(tmp_path / "o" / str(n), config={"optim": {"lr": n / 3}})) for n in (1, 2)]
@@ -162,7 +162,7 @@ def test_names_say_what_differs_where_that_is_short(tmp_path: Path):
     assert run_labels([*runs, other]) == ["s/1", "s/2", "t/1"]
 
 
-def test_the_page_of_two_has_both_in_each_chart(pair: Path):
+def test_each_chart_shows_both_runs(pair: Path):
     page = Page(write([str(pair / "a"), str(pair / "b")]))
     by_title = dict(zip(titles(page), page.data["charts"], strict=True))
     expected = [[row["step"], row["knn/top1"]] for row in rows() if "knn/top1" in row]
@@ -173,7 +173,7 @@ def test_the_page_of_two_has_both_in_each_chart(pair: Path):
         == len(page.data["charts"])
         == len({column for row in rows() for column in row} - {"step", "epoch", "knn/top5_k10"})
     )
-    # What holds for one of them only is no line of both.
+    # Reference lines of only one run are left out.
     assert "untrained, top-1" not in page.references()
     assert "1/√D: evenly spread" not in page.references()
     assert "ln 256: all prototypes alike" in page.references()
@@ -183,7 +183,7 @@ def titles(page: Page) -> list[str]:
     return [part.partition("</h4>")[0] for part in page.source.partition('id="curves"')[2].split("<h4>")[1:]]
 
 
-def test_the_page_of_two_says_state_settings_and_figures(pair: Path):
+def test_the_page_lists_state_settings_and_results_of_both_runs(pair: Path):
     page = Page(write([str(pair / "a"), str(pair / "b")]))
     for words in (
         "finished",
@@ -199,7 +199,7 @@ def test_the_page_of_two_says_state_settings_and_figures(pair: Path):
     assert [float(str(data["value"])) for data in page.all("data")] == [SUMMARY["knn_top1"], 50 + 399 / 20]
 
 
-def test_a_slider_moves_all_runs_over_the_epochs_of_any(pair: Path):
+def test_a_slider_covers_the_epochs_of_all_runs(pair: Path):
     page = Page(write([str(pair / "a"), str(pair / "b")]))
     (slider,) = [box for box in page.all("input") if "data-stops" in box]
     assert slider["data-stops"] == "2 3 4 "
@@ -207,14 +207,14 @@ def test_a_slider_moves_all_runs_over_the_epochs_of_any(pair: Path):
     assert frames == [("2", False), ("4", False), ("", True), ("2", False), ("3", True)]
 
 
-def test_pictures_of_many_runs_are_few_each():
+def test_many_runs_show_fewer_pictures_each():
     every = [(epoch, Path()) for epoch in (*range(1, 100), None)]
     assert choose_epochs([every] * 3, most=MAX_SHEETS // 3)[0] == 1
     assert choose_epochs([every, every[:50]], most=1) == [None]
     assert choose_epochs([every[4:7]], most=12) == [5, 6, 7]
 
 
-def test_curves_of_many_runs_share_the_room_of_the_page(tmp_path: Path):
+def test_many_runs_have_fewer_points_per_curve(tmp_path: Path):
     folder = tmp_path / "0"
     folder.mkdir()
     write_metrics(folder, [{"step": step, **{f"x{n}": step % 7 for n in range(10)}} for step in range(3000)])
@@ -224,11 +224,11 @@ def test_curves_of_many_runs_share_the_room_of_the_page(tmp_path: Path):
     charts = plot_runs([run] * 20, [""] * 20)
     assert 0.9 * 1000 < max(len(series.curve) for drawn in charts for series in drawn.series) <= 1000
     (means,) = {tuple(drawn.series[0].means or []) for drawn in plot_runs([run], [""])}
-    # Three steps of a saw of seven teeth: their mean, at the middle of them.
+    # Each point is the mean of three steps of a sawtooth curve, at the middle step.
     assert means[:2] == ((1, 1.0), (4, pytest.approx((3 + 4 + 5) / 3)))
 
 
-def test_evaluations_are_those_of_the_run(pair: Path):
+def test_evaluations_belong_to_their_run(pair: Path):
     write_results(
         pair / "eval-1",
         result(pair / "a"),
@@ -253,7 +253,7 @@ def test_evaluations_are_those_of_the_run(pair: Path):
     assert "flowers" in page.text
 
 
-def test_results_of_a_folder_that_moved_are_known_by_the_weights(pair: Path, tmp_path_factory: pytest.TempPathFactory):
+def test_results_of_a_moved_folder_are_matched_by_the_weights(pair: Path, tmp_path_factory: pytest.TempPathFactory):
     weights = {"w": torch.arange(6.0).reshape(2, 3)}
     save_file(weights, pair / "a" / "teacher.safetensors")
     (pair / "b" / "teacher.safetensors").write_bytes(b"half")
@@ -263,8 +263,8 @@ def test_results_of_a_folder_that_moved_are_known_by_the_weights(pair: Path, tmp
     assert ([one.value for one in a], b) == ([71.5], [])
 
 
-def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Path):
-    """`dino eval checkpoint=0`, in the folder of one sweep or of another."""
+def test_results_of_runs_with_the_same_name_are_matched_by_the_weights(tmp_path: Path):
+    """Results of `dino eval checkpoint=0`, which can be in the folder of either sweep."""
     for number, sweep in enumerate("ab"):
         weights = {"w": torch.full((2,), float(number))}
         save_file(weights, made(tmp_path / sweep / "0") / "teacher.safetensors")
@@ -275,7 +275,7 @@ def test_of_two_runs_of_one_name_the_weights_tell_whose_a_result_is(tmp_path: Pa
     assert ([one.value for one in a], [one.value for one in b]) == ([50.0], [51.0])
 
 
-def test_forty_runs_stay_a_page_of_sane_size(tmp_path: Path):
+def test_the_page_of_forty_runs_is_small(tmp_path: Path):
     for number in range(MAX_RUNS):
         folder = made(tmp_path / f"{number:02}", config={"seed": number})
         draw(folder, *(f"attention_epoch{epoch:04d}" for epoch in range(1, 20)))

@@ -1,4 +1,4 @@
-"""Sweeps by Optuna and side by side by joblib: real runs, failures among them, and what is refused before any run."""
+"""Sweeps with Optuna and joblib: complete runs, failed runs, and settings that are refused before any run."""
 
 import json
 import os
@@ -14,8 +14,10 @@ import yaml
 from composing import SMALL, composed
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from sweep_cases import arguments, group_at_wandb, make_run
+from programs import TRAIN, run_program
+from sweep_cases import make_run, process_state
 
 from dino_lightning.cli import errors
 from dino_lightning.cli.main import main
@@ -24,6 +26,7 @@ from dino_lightning.cli.program import run_name
 from dino_lightning.cli.sweeps import Jobs, check_sweeper, concurrent_jobs, in_own_process
 from dino_lightning.config import TrainConfig, register
 from dino_lightning.errors import UserError
+from dino_lightning.loggers.wandb import sweep_name
 from dino_lightning.runtime.files import CONF, FAILED
 from dino_lightning.training.resources import cpu_threads
 from dino_lightning.training.run import train
@@ -37,7 +40,7 @@ JOBLIB = pytest.mark.skipif(
 
 
 def with_hydra(*words: str) -> DictConfig:
-    """The configuration of `--multirun WORDS`, Hydra's own part included."""
+    """The configuration of `--multirun WORDS` with Hydra's settings."""
     register()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -46,7 +49,7 @@ def with_hydra(*words: str) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A search with two better runs before it, one trial of which is refused, and its exit status."""
+    """The folder and exit status of a search in which a trial is refused; two better runs are in the folder already."""
     folder = tmp_path_factory.mktemp("search") / "optuna"
     for name, lr in (("7", 0.02), ("8", 0.03)):
         make_run(folder / name, {"optim.lr": lr}, [100.0] * 3)
@@ -56,13 +59,13 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dino", "train", *words])
         patch.setattr("dino_lightning.cli.program.JOBS", Jobs())
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exited:
             main()
-    return folder, cast(int, left.value.code)
+    return folder, cast(int, exited.value.code)
 
 
 @OPTUNA
-def test_optuna_searches_on_after_failures(searched: tuple[Path, int]) -> None:
+def test_optuna_continues_after_failed_trials(searched: tuple[Path, int]) -> None:
     folder, status = searched
     assert status == 1
     failed = [name for name in "012" if (folder / name / FAILED).exists()]
@@ -76,7 +79,7 @@ def test_optuna_searches_on_after_failures(searched: tuple[Path, int]) -> None:
 
 
 @OPTUNA
-def test_bad_trials_end_early_and_count_as_what_they_are(searched: tuple[Path, int]) -> None:
+def test_bad_trials_end_early_and_are_recorded_as_pruned(searched: tuple[Path, int]) -> None:
     folder, _ = searched
     for name in "012":
         if not (folder / name / FAILED).exists():
@@ -86,7 +89,7 @@ def test_bad_trials_end_early_and_count_as_what_they_are(searched: tuple[Path, i
 
 
 @OPTUNA
-def test_a_search_as_table_and_picture(searched: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_plot_of_a_search(searched: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = searched
     assert main(["table", str(folder), "format=markdown", "plot=true"]) == 0
     states = Counter(line.split(" | ")[-1].split()[0].strip(":") for line in capsys.readouterr().out.splitlines()[2:7])
@@ -97,7 +100,7 @@ def test_a_search_as_table_and_picture(searched: tuple[Path, int], capsys: pytes
 
 @OPTUNA
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["callbacks.knn.enabled=false"], "callbacks.knn.enabled=false"),
         (["hydra/sweeper=optuna"], "hydra.sweeper.direction=minimize"),
@@ -105,16 +108,16 @@ def test_a_search_as_table_and_picture(searched: tuple[Path, int], capsys: pytes
         (["hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs=-1"),
     ],
 )
-def test_a_search_for_nothing_is_refused(words: list[str], said: str) -> None:
+def test_a_search_without_a_value_to_maximize_is_refused(words: list[str], message: str) -> None:
     check_sweeper(with_hydra("hydra/sweeper=optuna_knn"))
     check_sweeper(with_hydra("callbacks.knn.enabled=false"))  # a grid
-    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
         check_sweeper(with_hydra("hydra/sweeper=optuna_knn", *words))
 
 
 @OPTUNA
 @JOBLIB
-def test_as_many_trials_are_drawn_as_run_at_once() -> None:
+def test_optuna_draws_as_many_trials_as_run_side_by_side() -> None:
     assert with_hydra("sweep=optuna").hydra.sweeper.n_jobs == 1
     words = ("sweep=optuna", "hydra/launcher=joblib_side_by_side", "hydra.launcher.n_jobs=3")
     assert with_hydra(*words).hydra.sweeper.n_jobs == 3
@@ -126,21 +129,23 @@ def test_as_many_trials_are_drawn_as_run_at_once() -> None:
     ("option", "extra"),
     [("sweeper/optuna", "optuna"), ("launcher/joblib", "joblib"), ("launcher/submitit_slurm", "submitit")],
 )
-def test_what_is_not_installed_is_named(option: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_is_not_installed_is_named_with_its_command(
+    option: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(errors, "find_spec", lambda name: None)
-    said = errors._unknown_option("hydra", option)
-    assert said == f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
+    message = errors._unknown_option("hydra", option)
+    assert message == f'hydra/{option} is not installed: pip install "dino-lightning[{extra}]"'
 
 
 @OPTUNA
-def test_an_unknown_option_of_hydra_gets_the_nearest() -> None:
+def test_an_unknown_hydra_option_gets_a_suggestion() -> None:
     with_hydra()  # Hydra has read its plugins
     assert "did you mean 'optuna_knn'?" in errors._unknown_option("hydra", "sweeper/optuna_kn")
     assert "did you mean 'tpe'?" in errors._unknown_option("hydra", "sweeper/sampler/tp")
 
 
-def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """But not those of an attempt before this one."""
+def test_failures_in_other_processes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Failures of a previous attempt are not."""
     for name in ("0", "1", "10", "9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / FAILED).write_text("before\n")
@@ -149,7 +154,7 @@ def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.Captur
     assert jobs.failures() == []
     jobs.finish()
     for name in ("10", "9"):
-        os.utime(tmp_path / name / FAILED, ns=(1, 1))  # written again, with the same words
+        os.utime(tmp_path / name / FAILED, ns=(1, 1))  # written again, with the same text
     assert jobs.failures() == [f"{tmp_path}/9: before", f"{tmp_path}/10: before"]
     with pytest.raises(SystemExit):
         jobs.finish()
@@ -157,20 +162,31 @@ def test_failures_of_other_processes_count(tmp_path: Path, capsys: pytest.Captur
 
 
 @JOBLIB
-def test_a_process_that_is_killed_is_a_run_that_failed() -> None:
-    number, argv = cast(Any, in_own_process(arguments, OmegaConf.create({"killed": False}), cli_overrides=["a=1"]))
-    assert number != os.getpid()
-    assert argv == ["dino", "train", "a=1"]
-    with pytest.raises(UserError, match=r"was killed.*hydra\.launcher\.n_jobs"):
-        in_own_process(arguments, OmegaConf.create({"killed": True}), cli_overrides=[])
+def test_a_run_in_its_own_process_knows_its_command_and_its_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B names the group of its runs by the sweep (`loggers.wandb.sweep_name`)."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(with_hydra("hydra.mode=MULTIRUN", f"output_dir='{tmp_path / 'two words'}'"))
+    result = cast(Any, in_own_process(process_state, OmegaConf.create({"killed": False}), cli_overrides=["a=1"]))
+    assert result["pid"] != os.getpid()
+    assert result["argv"] == ["dino", "train", "a=1"]
+    assert (result["mode"], result["folder"]) == ("MULTIRUN", str(tmp_path / "two words"))
 
 
 @JOBLIB
-def test_a_process_of_its_own_knows_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By it W&B has the runs of a sweep in one group."""
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    HydraConfig.instance().set_config(with_hydra("hydra.mode=MULTIRUN", f"output_dir='{tmp_path / 'two words'}'"))
-    assert in_own_process(group_at_wandb, OmegaConf.create({}), cli_overrides=[]) == "two words"
+def test_a_run_whose_process_is_killed_is_a_failed_run() -> None:
+    with pytest.raises(UserError, match=r"was killed.*hydra\.launcher\.n_jobs"):
+        in_own_process(process_state, OmegaConf.create({"killed": True}), cli_overrides=[])
+
+
+@pytest.mark.parametrize(("mode", "name"), [("MULTIRUN", "two words"), ("RUN", None)])
+def test_the_group_at_wandb_is_the_folder_of_the_sweep(
+    mode: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = {"hydra": {"mode": RunMode[mode], "sweep": {"dir": "/somewhere/two words"}}}
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create(sweep))
+    assert sweep_name() == name
 
 
 def test_runs_side_by_side_share_the_cores() -> None:
@@ -184,7 +200,7 @@ def test_runs_side_by_side_have_one_device_each(tmp_path: Path) -> None:
         train(composed(*SHORT, "trainer.devices=2", output_dir=tmp_path / "0"), concurrent_runs=2)
 
 
-def test_another_process_knows_classes_of_ones_own_files(tmp_path: Path) -> None:
+def test_a_new_process_can_unpickle_classes_of_a_users_file(tmp_path: Path) -> None:
     (tmp_path / "own-kind.py").write_text("class Kind:\n    def __init__(self, value):\n        self.value = value\n")
     import_one(str(tmp_path / "own-kind.py"))
     import_one(str(tmp_path / "own-kind.py"))
@@ -195,9 +211,35 @@ def test_another_process_knows_classes_of_ones_own_files(tmp_path: Path) -> None
     assert done.stdout.strip() == b"41"
 
 
+FAILING = """
+import os, signal, sys
+from dino_lightning.errors import UserError
+
+if "seed=0" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "seed=1" in sys.argv:
+    raise UserError("seed=1 is refused here.")
+"""
+
+
+@JOBLIB
+def test_joblib_continues_after_a_killed_run_and_names_failed_runs(tmp_path: Path) -> None:
+    """Both runs fail while their processes import a user's file, before the imports that take seconds."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    folder = tmp_path / "out"
+    words = ["--multirun", "imports=failing.py", "hydra/launcher=joblib_side_by_side", "seed=0,1", *SHORT]
+    done = run_program(TRAIN, *words, f"output_dir={folder}", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert f"2 runs failed:\n  {folder}/0: the process of this run was killed" in done.stderr
+    assert f"\n  {folder}/1: seed=1 is refused here.\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "- seed=1\n" in (folder / "1" / "overrides.yaml").read_text()
+
+
+@pytest.mark.slow
 @JOBLIB
 def test_joblib_runs_side_by_side(tmp_path: Path) -> None:
-    """One that fails leaves the other alone, and the command says which."""
+    """A run trains to its end although the other run of the sweep is refused."""
     folder = tmp_path / "out"
     words = ["--multirun", "hydra/launcher=joblib_side_by_side", "optim.lr=-1,0.01", "trainer.max_epochs=1", *SHORT]
     command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={folder}"]
@@ -235,7 +277,7 @@ class Own(StudentTeacher):
 
 @pytest.mark.slow
 @JOBLIB
-def test_a_killed_run_of_a_method_of_ones_own_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_other_runs_continue_after_a_killed_run_of_a_users_method(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     folder = tmp_path / "out"
     words = ["--multirun", f"imports={tmp_path}/own.py", "hydra/launcher=joblib_side_by_side", "method=own", *SHORT]

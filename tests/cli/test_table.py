@@ -1,4 +1,4 @@
-"""`dino table`: rows over seeds, runs in every state, Markdown, the picture of the curves."""
+"""`dino table`: means over seeds, runs in every state, Markdown, and the plot of the curves."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def make(
     failure: str | None = None,
     **settings: Any,
 ) -> Path:
-    """A run's folder: finished where `knn` is given, else after two of its four epochs."""
+    """Write a run: finished if `knn` is not None, otherwise after two of its four epochs."""
     folder.mkdir(parents=True)
     config = {"experiment": f"ablation/{experiment}", "seed": seed, "output_dir": str(folder)}
     config |= {"method": {"out_dim": 16, **settings}, "trainer": {"max_epochs": 4}, "backbone": {"width": 8}}
@@ -49,7 +49,7 @@ def make(
 
 
 def plan(folder: Path, experiments: str, *words: str) -> None:
-    """What Hydra writes down of a sweep."""
+    """The file that Hydra writes for a sweep."""
     hydra = {"sweeper": {"params": {"experiment": experiments}}, "overrides": {"task": ["sweep=x", *words]}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
@@ -73,13 +73,13 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_stand_in_the_papers_order(tmp_path: Path) -> None:
+def test_rows_are_in_the_order_of_the_paper(tmp_path: Path) -> None:
     for index, name in enumerate(["swav", "own", "byol", "no_momentum", "dino"]):
         make(tmp_path / str(index), name, knn=50.0)
     assert list(table(tmp_path)) == ["DINO", "no momentum (teacher: the student)", "BYOL", "SwAV", "ablation/own"]
 
 
-def test_every_state(tmp_path: Path) -> None:
+def test_runs_in_every_state_have_a_row(tmp_path: Path) -> None:
     make(tmp_path / "0", "dino", knn=60.0)
     make(tmp_path / "1", "dino", seed=1)
     make(tmp_path / "2", "no_momentum")
@@ -108,7 +108,7 @@ def test_experiments_on_the_command_line_replace_those_of_the_sweep(tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", ["config.yaml", "metrics.csv", "summary.json", "multirun.yaml"])
-def test_half_written_files(tmp_path: Path, cut: str) -> None:
+def test_half_written_files_are_read_up_to_their_end(tmp_path: Path, cut: str) -> None:
     plan(tmp_path, "ablation/dino")
     make(tmp_path / "0", "dino", knn=60.0)
     path = tmp_path / cut if cut == "multirun.yaml" else tmp_path / "0" / cut
@@ -139,7 +139,7 @@ def test_several_folders_and_single_runs(tmp_path: Path) -> None:
     assert (found["DINO"][0], found["BYOL"][1]) == ("2", "40.0")
 
 
-def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markdown_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "dino", knn=60.0)
     make(tmp_path / "1", "mse", failure="a | b [c]")
     assert main(["table", str(tmp_path), "format=markdown"]) == 0
@@ -150,14 +150,14 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[-1] == "Untrained network: k-NN 40.0 % (n = 1). Uniform output: entropy ln 16 = 2.77."
 
 
-def test_the_terminal_shows_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_brackets_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "mse", failure="[bold]x[/]")
     assert main(["table", str(tmp_path)]) == 0
     assert "[bold]x[/]" in re.sub(r"\s+", "", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("columns", "name"), [(80, "Sinkhorn-Knopp"), (72, "Sinkhorn-")])
-def test_names_wrap_before_figures(
+def test_names_wrap_before_numbers(
     columns: int, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -191,8 +191,8 @@ def test_errors_name_the_nearest_folder(tmp_path: Path, capsys: pytest.CaptureFi
         assert said in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
-def test_curves(tmp_path: Path) -> None:
-    """One color for each row, one line for each of its seeds in each panel, in their right places."""
+def test_curves_have_a_color_for_each_row_and_a_line_for_each_seed(tmp_path: Path) -> None:
+    """In each panel, and at the heights of the values."""
     for index, (name, seed) in enumerate([("dino", 0), ("dino", 1), ("no_centering", 0), ("byol", 0)]):
         make(tmp_path / str(index), name, seed=seed, entropy=1.0 + index)
     (tmp_path / "3" / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.0\n")
@@ -214,14 +214,14 @@ def test_curves(tmp_path: Path) -> None:
     assert heights[0][0] - level == pytest.approx((math.log(16) - 1.0) * slope, abs=0.3)
 
 
-def test_curves_need_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_curves_without_values_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "0", "dino", steps=0)
     assert main(["table", str(tmp_path), f"curves={tmp_path}/c.svg"]) == 2
     assert "none of these runs has logged collapse/teacher_entropy" in capsys.readouterr().err
     assert not (tmp_path / "c.svg").exists()
 
 
-def test_names_are_escaped_in_the_picture(tmp_path: Path) -> None:
+def test_names_are_escaped_in_the_plot(tmp_path: Path) -> None:
     make(tmp_path / "0", "<a & b>", knn=1.0)
     assert main(["table", str(tmp_path), f"curves={tmp_path}/c.svg"]) == 0
     assert "ablation/<a & b>" in [text.text for text in ElementTree.parse(tmp_path / "c.svg").iter(f"{SVG}text")]
@@ -234,7 +234,7 @@ def luminance(color: str) -> float:
 
 
 @pytest.mark.parametrize("color", [*COLORS, INK])
-def test_colors_stand_out_from_white_and_from_dark_pages(color: str) -> None:
+def test_colors_have_enough_contrast_on_white_and_on_dark_pages(color: str) -> None:
     """WCAG 2: 3 to 1 for graphics, about 4 to 1 for the text."""
     needed = 4.0 if color == INK else 3.0
     assert 1.05 / (luminance(color) + 0.05) >= needed

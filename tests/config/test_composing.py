@@ -1,4 +1,4 @@
-"""The short way of `tests/helpers/composing.py` leads where Hydra's does."""
+"""`tests/helpers/composing.py` makes the same configurations and errors as Hydra."""
 
 import pytest
 from composing import SMALL, by_hydra, composition
@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from dino_lightning.config import register
 
 
-def everything(config: DictConfig) -> tuple[object, ...]:
-    """Values as they are written, the classes behind them, and what may be added."""
+def comparable(config: DictConfig) -> tuple[object, ...]:
+    """The values before interpolation, the classes, and the flags of the nodes."""
     nodes = [node for node in config._content.values() if isinstance(node, DictConfig)]  # type: ignore[union-attr]
     flags = [(OmegaConf.is_struct(node), OmegaConf.is_readonly(node), OmegaConf.get_type(node)) for node in nodes]
     return OmegaConf.to_container(config), OmegaConf.get_type(config), OmegaConf.is_struct(config), flags
@@ -27,18 +27,18 @@ def everything(config: DictConfig) -> tuple[object, ...]:
         ("embed", "checkpoint=x", "data.path=.", "output=x.parquet"),
     ],
 )
-def test_it_is_the_same_configuration(words: tuple[str, ...]) -> None:
+def test_composition_equals_hydra(words: tuple[str, ...]) -> None:
     register()
     expected = by_hydra(*words)
-    for _ in range(2):  # the second time its groups are known
+    for _ in range(2):  # the second time from the cache
         config = composition(*words)
-        assert everything(config) == everything(expected)
+        assert comparable(config) == comparable(expected)
         OmegaConf.set_struct(config, False)
-        config.merge_with({"backbone": {"width": 8}, "own": 7, "output_dir": "another"})  # nobody else sees it
+        config.merge_with({"backbone": {"width": 8}, "own": 7, "output_dir": "another"})  # does not change the cache
 
 
 @pytest.mark.parametrize("word", ["backbone=vit_smal", "optim.lrr=1", "optim.lr=fast", "seed=1,2", "own@here=1", "a b"])
-def test_it_is_the_same_error(word: str) -> None:
+def test_errors_equal_those_of_hydra(word: str) -> None:
     register()
     with pytest.raises(HydraException) as ours:
         composition("config", "optim=sgd", word)
@@ -47,8 +47,8 @@ def test_it_is_the_same_error(word: str) -> None:
     assert (type(ours.value), str(ours.value)) == (type(theirs.value), str(theirs.value))
 
 
-def test_what_hydra_makes_of_a_schema_is_no_part_of_its_store() -> None:
-    """`register` keeps it from copying the store; it copies what it loads."""
+def test_overrides_do_not_change_the_schemas_in_the_store_of_hydra() -> None:
+    """`register` makes Hydra copy each schema that it loads instead of the whole store."""
     register()
     node = ConfigStore.instance().repo["optim"]["schema_sgd.yaml"].node
     before = node.lr

@@ -31,13 +31,13 @@ QUICK = ["preset=quick", "trainer.accelerator=cpu"]
 PAPER = ["data.path=.", "trainer.precision=32"]
 
 
-def body(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """What a file overrides of groups, and what of keys."""
+def groups_and_keys(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The overrides of groups and of keys in a file."""
     values = yaml.safe_load(path.read_text())
     return values.pop("defaults"), values
 
 
-CHANGES_KEYS_ONLY = sorted(name for name, path in FILES.items() if len(body(path)[0]) == 1)
+CHANGES_KEYS_ONLY = sorted(name for name, path in FILES.items() if len(groups_and_keys(path)[0]) == 1)
 CHANGES_GROUPS = sorted(FILES.keys() - CHANGES_KEYS_ONLY)
 
 
@@ -59,16 +59,16 @@ def checked(cfg: DictConfig, name: str) -> TrainConfig:
     config = cast(TrainConfig, OmegaConf.to_object(cfg))
     check_config(config)
     assert config.experiment == name
-    if config.crops.global_size == 32:  # the parts that the large one has, in a fraction of the time
+    if config.crops.global_size == 32:  # it has the same parts as the large one and builds much faster
         with torch.device("meta"):
             build_method(config)
     return config
 
 
 @pytest.mark.parametrize("name", CHANGES_KEYS_ONLY)
-def test_it_builds_large_and_small(name: str, base: Callable[[str], DictConfig]) -> None:
-    """The file's keys merged over DINO with its preset, which is what Hydra makes of them (the next test)."""
-    [defaults], values = body(FILES[name])
+def test_ablations_of_dino_pass_the_checks_and_build(name: str, base: Callable[[str], DictConfig]) -> None:
+    """The keys of the file are merged over DINO with its preset, as Hydra does (next test)."""
+    [defaults], values = groups_and_keys(FILES[name])
     preset = defaults["override /preset"]
     epochs = {"paper300": 300, "paper100": 100, "quick": 16}
     for chosen in (preset, "quick"):
@@ -78,15 +78,15 @@ def test_it_builds_large_and_small(name: str, base: Callable[[str], DictConfig])
 
 
 @pytest.mark.parametrize("name", ["ablation/no_momentum", "ablation/head_relu"])
-def test_hydra_merges_its_keys_over_the_preset(name: str, base: Callable[[str], DictConfig]) -> None:
-    [defaults], values = body(FILES[name])
+def test_hydra_merges_the_keys_of_an_ablation_over_the_preset(name: str, base: Callable[[str], DictConfig]) -> None:
+    [defaults], values = groups_and_keys(FILES[name])
     assert composed(f"experiment={name}", *QUICK) == OmegaConf.merge(base("quick"), values)
     large = composed(f"experiment={name}", *PAPER)
     assert large == OmegaConf.merge(base(defaults["override /preset"]), values)
 
 
 @pytest.mark.parametrize("name", CHANGES_GROUPS)
-def test_other_methods_build_large_and_small(name: str) -> None:
+def test_ablations_with_other_methods_pass_the_checks_and_build(name: str) -> None:
     large, small = (checked(composed(f"experiment={name}", *words), name) for words in (PAPER, QUICK))
     assert (large.trainer.max_epochs, large.trainer.devices, large.trainer.num_nodes) == (300, 8, 2)
     assert type(large.method).__name__[:4].lower() == name.split("/")[1][:4]
@@ -98,16 +98,16 @@ def test_other_methods_build_large_and_small(name: str) -> None:
 
 @pytest.mark.parametrize("preset", ["quick", "photos32"])
 def test_small_presets_have_a_file_with_multicrop_next_to_one_without(preset: str) -> None:
-    """Without it, the method's sizes for ImageNet would apply."""
+    """Without this file, the method's sizes for ImageNet would apply."""
     files = {path.stem for path in (CONF / "preset" / preset).glob("*.yaml")}
     assert {"byol", "byol_multicrop", "moco", "moco_multicrop"} <= files
 
 
-def test_the_parts_of_a_preset_are_no_options() -> None:
+def test_files_of_a_preset_are_not_options() -> None:
     assert group_options("train")["preset"] == ["paper", "paper100", "paper300", "photos32", "quick"]
 
 
-def test_every_file_says_what_the_paper_reports() -> None:
+def test_every_file_has_the_results_of_the_paper() -> None:
     assert FILES.keys() == {name for name in PUBLISHED if "=" not in name}
     for name, path in FILES.items():
         row, (said,) = PUBLISHED[name], re.findall(r"Published: (.*)\.$", path.read_text(), re.MULTILINE)
@@ -128,7 +128,7 @@ def test_the_page_has_the_points_of_each_grid() -> None:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_name_experiments_that_exist(path: Path) -> None:
     hydra = yaml.safe_load(path.read_text())["hydra"]
-    assert hydra["mode"] == "MULTIRUN"  # also where `--multirun` is forgotten
+    assert hydra["mode"] == "MULTIRUN"  # even without `--multirun`
     params = hydra["sweeper"]["params"]
     swept = params["experiment"].split(", ")
     assert set(swept) <= FILES.keys()
@@ -149,7 +149,7 @@ def test_every_ablation_is_in_a_sweep() -> None:
     assert set(group_options("train")["sweep"]) == {"optuna", *(path.stem for path in SWEEPS)}
 
 
-def test_a_point_of_a_grid_composes_as_its_sweep_runs_it() -> None:
+def test_a_point_of_a_grid_composes_as_in_its_sweep() -> None:
     words = ["sweep=teacher_temperature", "experiment=ablation/dino", "method.teacher_temperature=0.02"]
     assert composed(*words, *QUICK).method.teacher_temperature_start == 0.02
     large = composed(*words, "preset=paper100", *PAPER)
@@ -160,7 +160,7 @@ def test_a_point_of_a_grid_composes_as_its_sweep_runs_it() -> None:
     )
 
 
-def test_the_row_of_a_point() -> None:
+def test_paper_row_of_a_point_of_a_grid() -> None:
     point = "ablation/dino method.out_dim=1024"
     assert paper_row("ablation/dino", {"sweep": "prototypes", "method.out_dim": "1024"}) == point
     assert paper_row("ablation/dino", {"preset": "paper100", "method.out_dim": "1024"}) == point
@@ -170,7 +170,7 @@ def test_the_row_of_a_point() -> None:
     assert paper_row("ablation/no_multicrop", batch) == "ablation/no_multicrop"
 
 
-def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
+def test_a_sweep_with_the_users_images_keeps_its_experiments() -> None:
     words = ["sweep=table7", "data=parquet", "preset=photos32"]
     assert with_photo_experiment(words) == words
     assert with_photo_experiment(["sweep=optuna", "data=parquet"]) == [
@@ -182,22 +182,22 @@ def test_a_sweep_over_own_images_keeps_its_experiments() -> None:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A sweep of three runs, the first of which is refused and the last of which diverges, and its exit status."""
+    """The folder and exit status of a sweep of three runs: the first is refused, the last diverges."""
     folder = tmp_path_factory.mktemp("sweep") / "table15"
     (folder / "1").mkdir(parents=True)
-    (folder / "1" / "failed.txt").write_text("an attempt before this one\n")
+    (folder / "1" / "failed.txt").write_text("a previous attempt\n")
     words = ["--multirun", "sweep=table15", "preset=quick", "experiment=ablation/sinkhorn", *SMALL]
     words += ["seed=3", "optim.lr=-1,0.01,1e30", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
     words += ["callbacks.pictures.enabled=false", "cpu_threads=1", f"output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dino", "train", *words])
         patch.setattr("dino_lightning.cli.program.JOBS", Jobs())
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exited:
             main()
-    return folder, cast(int, left.value.code)
+    return folder, cast(int, exited.value.code)
 
 
-def test_runs_after_a_failed_one_still_run(sweep: tuple[Path, int]) -> None:
+def test_a_sweep_continues_after_a_failed_run(sweep: tuple[Path, int]) -> None:
     folder, status = sweep
     assert status == 1
     refused = (folder / "0" / "failed.txt").read_text()
@@ -219,7 +219,7 @@ def test_the_table_of_a_sweep_with_failures(sweep: tuple[Path, int], capsys: pyt
     assert all(float(cell) > 0 for cell in lines[1][4:7])
 
 
-def test_all_runs_get_their_place_in_the_rows(sweep: tuple[Path, int]) -> None:
+def test_all_runs_are_in_the_rows_of_the_table(sweep: tuple[Path, int]) -> None:
     folder, _ = sweep
     rows = read_rows([folder])
     assert [job.seed for row in rows for job in row.jobs] == [3, 3, 3]
@@ -233,7 +233,7 @@ def fails(error: BaseException) -> Callable[[DictConfig], float]:
     return job
 
 
-def test_an_unforeseen_error_leaves_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_is_saved_with_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path / "7"), "experiment": "e", "other": "${missing}"})
     assert jobs.attempt(fails(RuntimeError("two\nlines")), cfg) is None
     first, *others = (tmp_path / "7" / "failed.txt").read_text().splitlines()
@@ -241,9 +241,9 @@ def test_an_unforeseen_error_leaves_its_traceback(tmp_path: Path, capsys: pytest
     assert any("in job" in line for line in others)
     assert yaml.safe_load((tmp_path / "7" / "config.yaml").read_text())["experiment"] == "e"
     assert jobs.attempt(lambda cfg: 4.0, cfg) == 4.0
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         jobs.finish()
-    assert left.value.code == 1
+    assert exited.value.code == 1
     assert f"1 run failed:\n  {tmp_path / '7'}: RuntimeError: two lines" in capsys.readouterr().err
 
 
@@ -253,7 +253,7 @@ def test_an_interrupt_ends_the_sweep(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_in_step_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_one_rank_ends_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     jobs, cfg = Jobs(), OmegaConf.create({"output_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="alone"):

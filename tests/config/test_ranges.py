@@ -86,7 +86,7 @@ class Outer:
         ("scales", [[1], 2], r"method.scales=\[\[1\],2\]: expected two numbers .*"),
     ],
 )
-def test_ranges_of_a_method_of_your_own(key: str, value: Any, message: str) -> None:
+def test_ranges_of_a_users_method(key: str, value: Any, message: str) -> None:
     config = Outer()
     check_values(config)
     setattr(config.method, key, value)
@@ -104,6 +104,6 @@ def test_an_unknown_marker_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, 10**400])
-def test_positive(value: float) -> None:
+def test_positive_refuses_other_numbers(value: float) -> None:
     with pytest.raises(UserError, match="expected a positive number"):
         Positive.check("key", value)

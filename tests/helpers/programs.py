@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,6 +78,7 @@ def _run(
     program: str, arguments: tuple[str, ...], cwd: str, environment: dict[str, str], stdout: str, stderr: str
 ) -> None:
     os.setsid()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # would delete temporary folders of the tests
     multiprocessing.set_start_method(None, force=True)  # child processes use Python's default
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -93,4 +96,7 @@ def _run(
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does not run them
+        # As Python does at its end: joblib's processes end in the first step, and multiprocessing waits for them in the
+        # second, which it leaves out itself.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 EPOCHS = 4
 
@@ -39,15 +40,13 @@ def make_run(folder: Path, overrides: Mapping[str, Any], figures: Sequence[float
     return folder
 
 
-def arguments(cfg: Any, *, cli_overrides: list[str]) -> Any:
-    """A job, in this module so that its process does not import the tests' libraries."""
+def process_state(cfg: Any, *, cli_overrides: list[str]) -> Any:
+    """A job that returns what its process knows of itself and of the sweep, or that kills its process.
+
+    It is in this module so that its process does not import the libraries of the tests.
+    """
     if cfg.killed:
         os.kill(os.getpid(), signal.SIGKILL)
-    return [os.getpid(), sys.argv]
-
-
-def group_at_wandb(cfg: Any, *, cli_overrides: list[str]) -> Any:
-    """A job that returns the name of its sweep at W&B."""
-    from dino_lightning.loggers.wandb import sweep_name
-
-    return sweep_name()
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    sweep = {"mode": hydra.mode.name, "folder": hydra.sweep.dir} if hydra else {}
+    return {"pid": os.getpid(), "argv": sys.argv, **sweep}

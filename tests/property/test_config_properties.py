@@ -205,7 +205,7 @@ KEYS = all_keys()
 
 @examples(few=2, many=100)
 @pytest.mark.parametrize("key", KEYS, ids=[f"{key.schema.__name__}-{key.name}" for key in KEYS])
-def test_a_value_passes_or_gets_one_sentence(key: Key, examples: Any) -> None:
+def test_any_value_passes_or_is_refused_in_one_sentence(key: Key, examples: Any) -> None:
     def holds(word: str) -> None:
         sentence = outcome(key, word)
         assert "\n" not in sentence
@@ -216,14 +216,14 @@ def test_a_value_passes_or_gets_one_sentence(key: Key, examples: Any) -> None:
     check(holds, given(values(key.kind)), examples)
 
 
-def test_every_schema_is_tried() -> None:
+def test_every_schema_is_tested() -> None:
     schemas = {TrainConfig, EvaluateConfig, *(schema for group in SCHEMAS.values() for schema in group.values())}
     assert {key.schema for key in KEYS} >= {schema for schema in schemas if any(k.schema is schema for k in KEYS)}
     assert len(KEYS) > 300
     assert {home(key.name, key.schema)[1] for key in KEYS} == set(CHECKS)
 
 
-def test_what_is_refused_and_what_is_not() -> None:
+def test_valid_values_pass_and_invalid_values_are_refused() -> None:
     """The property above would also hold for checks that accept everything or nothing."""
     rate = next(key for key in KEYS if key.name == "optim.lr")
     assert outcome(rate, "0.1") == ""
