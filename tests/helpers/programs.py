@@ -78,7 +78,10 @@ def _run(
     program: str, arguments: tuple[str, ...], cwd: str, environment: dict[str, str], stdout: str, stderr: str
 ) -> None:
     os.setsid()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # would delete temporary folders of the tests
+    # The exit functions of the test process would delete its temporary folders.
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     multiprocessing.set_start_method(None, force=True)  # child processes use Python's default
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -96,7 +99,7 @@ def _run(
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
     finally:
-        # As Python does at its end: joblib's processes end in the first step, and multiprocessing waits for them in the
-        # second, which it leaves out itself.
+        # As at the end of Python. multiprocessing calls no exit functions, and it would wait for the processes of joblib,
+        # which end in the first step.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
