@@ -99,7 +99,7 @@ def _run(
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
     finally:
-        # As at the end of Python. multiprocessing calls no exit functions, and it would wait for the processes of joblib,
-        # which end in the first step.
+        # As at the end of Python. multiprocessing calls no exit functions, and would wait for joblib's processes, which
+        # end in the first step.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
