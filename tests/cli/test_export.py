@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino_lightning.checkpoints import load_network
 from dino_lightning.cli.main import main
 from dino_lightning.config import BackboneConfig, TimmConfig, ViTConfig
-from dino_lightning.config.export import FORMATS
+from dino_lightning.config.commands import FORMATS
 from dino_lightning.evaluation.features.images import center_view
 from dino_lightning.models.vit import OriginalViT
 
