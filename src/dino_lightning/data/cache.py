@@ -18,9 +18,10 @@ import os
 import shutil
 import tempfile
 import weakref
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -132,9 +133,11 @@ class MemoryClaim:
     """
 
     def __init__(self, folder: Path) -> None:
+        import fcntl  # not available on Windows, where `cache_root` raises an error
+
         remove_unused(folder)
         descriptor = os.open(f"{folder}.users", os.O_RDWR | os.O_CREAT, 0o600)
-        _lock(descriptor, "shared")
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         weakref.finalize(self, _release, folder, descriptor=descriptor, process=os.getpid())
 
 
@@ -146,24 +149,16 @@ def remove_unused(folder: Path) -> None:
 
 
 def _release(folder: Path, *, descriptor: int, process: int) -> None:
+    import fcntl
+
     if os.getpid() != process:
         return
-    try:
-        _lock(descriptor, "exclusive")
-    except OSError:
-        pass  # other processes use the folder
-    else:
+    with suppress(OSError):  # raised while other processes use the folder
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove(folder)
     # Explicitly, because a forked process that lives longer would keep the lock.
-    _lock(descriptor, "unlocked")
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
-
-
-def _lock(descriptor: int, state: Literal["shared", "exclusive", "unlocked"]) -> None:
-    import fcntl  # not available on Windows, where `cache_root` raises an error
-
-    states = {"shared": fcntl.LOCK_SH, "exclusive": fcntl.LOCK_EX | fcntl.LOCK_NB, "unlocked": fcntl.LOCK_UN}
-    fcntl.flock(descriptor, states[state])
 
 
 def cache_root(config: DataConfig) -> Path:

@@ -55,7 +55,8 @@ def open_copydays(config: CopydaysData) -> Copydays:
     names = ["original", "strong"]
     for group in ("jpegqual", "crops"):
         if group in folders:
-            names += [f"{group}/{name}" for name in sorted(subfolders(root / group), key=_by_number)]
+            by_number = sorted(subfolders(root / group), key=lambda name: (int(name) if name.isdecimal() else 0, name))
+            names += [f"{group}/{name}" for name in by_number]
     blocks = {name: list_images(root / name, key="data.path") for name in names}
     path = config.distractors_path
     distractors = [] if path is None else list_images(path, key="data.distractors_path", recursive=True)
@@ -66,7 +67,3 @@ def open_copydays(config: CopydaysData) -> Copydays:
             "original/; expected names like in Copydays, such as 200001.jpg for a copy of 200000.jpg."
         )
     return benchmark
-
-
-def _by_number(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdecimal() else 0, name)

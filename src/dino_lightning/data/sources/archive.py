@@ -55,22 +55,16 @@ class ArchiveImages:
     ):
         self.files, self.index, self.folders, self.classes = files, index, folders, classes
         self._folder_labels = labels
-        self._expand()
-
-    def _expand(self) -> None:
-        starts = self.index["starts"]
-        counts = np.diff(starts)[self.folders]
+        starts = index["starts"]
+        counts = np.diff(starts)[folders]
         offsets = offsets_from(counts)
-        self._rows = np.repeat(starts[self.folders] - offsets[:-1], counts) + np.arange(offsets[-1])
-        self.labels = None if self._folder_labels is None else np.repeat(self._folder_labels, counts)
+        self._rows = np.repeat(starts[folders] - offsets[:-1], counts) + np.arange(offsets[-1])
+        self.labels = None if labels is None else np.repeat(labels, counts)
 
-    def __getstate__(self) -> dict[str, object]:
+    def __reduce__(self) -> tuple[Callable[[], "ArchiveImages"], tuple[()]]:
         # The large arrays are computed again after unpickling.
-        return {name: value for name, value in vars(self).items() if name not in ("_rows", "labels")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._expand()
+        options = {"index": self.index, "folders": self.folders, "labels": self._folder_labels, "classes": self.classes}
+        return partial(ArchiveImages, self.files, **options), ()
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -16,9 +16,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -57,15 +56,15 @@ ProgressCallback = Callable[[int], None]
 """Called with the position reached in an archive (bytes)."""
 
 
-@dataclass
-class ArchiveFolder:
-    """The images of one folder in an archive, sorted by name; `blob` contains their paths in the archive."""
+class ArchiveFolder(NamedTuple):
+    """The n images of one folder in an archive, sorted by name.
+
+    `blob` contains their paths in the archive, with `lengths` (n,) int64; `ranges` (n, 3) int64 are their `ByteRange`s.
+    """
 
     blob: bytes
     lengths: np.ndarray
-    """Lengths of the paths (n,) int64."""
     ranges: np.ndarray
-    """The `ByteRange` of each image (n, 3) int64."""
 
 
 def index_archives(files: list[Path], *, of: Path, cache_dir: str) -> MappedArrays:

@@ -69,11 +69,8 @@ def _check_text(file: Path) -> None:
 
 def _read_text(file: Path, config: ListingData) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """`blob` and `offsets` of the paths, and the line number (n,) of each, from 1."""
-    for key, value, default in (
-        ("label_column", config.label_column, None),
-        ("path_column", config.path_column, "path"),
-    ):
-        if value != default:
+    for key, default in (("label_column", None), ("path_column", "path")):
+        if (value := getattr(config, key)) != default:
             raise UserError(
                 f"data.{key}={value} needs a table (.csv or .tsv), but data.path={config.path} is not a table"
             )

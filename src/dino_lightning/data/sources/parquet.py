@@ -207,12 +207,8 @@ def _read(files: list[Path], *, config: ParquetData, base: Path) -> tuple[Parque
         reason = " ".join(str(error.__cause__).split())
         raise UserError(f"data.path: '{files[0]}' or another file of its split cannot be read ({reason})") from error
     assert isinstance(rows, datasets.Dataset)
-    return ParquetImages(rows, config=config, parts=parts, state=_state(files)), remark
-
-
-def _state(files: list[Path]) -> str:
-    """Path, size and time of each file."""
-    return str([(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files])
+    state = str([(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return ParquetImages(rows, config=config, parts=parts, state=state), remark
 
 
 def check_columns(features: datasets.Features, config: Columns, *, table: str) -> None:

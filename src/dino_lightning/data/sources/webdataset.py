@@ -145,9 +145,9 @@ def _is_tar(name: str) -> bool:
 
 def _files(url: str, *, on_error: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The readable members of a tar file; `on_error` is called with the reason if it cannot be read to its end."""
-    source = None
+    source: Any = None
     try:
-        source = _open(url)
+        source = HttpFile(url) if url.lower().startswith(("http://", "https://")) else gopen(url)
         # Not the library's pipe, which drops its last data if the command has failed; `close` reports that, too.
         stream = _TarStream(getattr(source, "stream", source))
         for member in tar_file_iterator(stream):  # type: ignore[arg-type]  # any file will do
@@ -169,10 +169,6 @@ def _files(url: str, *, on_error: Callable[[str], None]) -> Iterator[dict[str, A
         if source is not None:
             with suppress(*BROKEN):
                 source.close()
-
-
-def _open(url: str) -> Any:
-    return HttpFile(url) if url.lower().startswith(("http://", "https://")) else gopen(url)
 
 
 class _TarStream:
