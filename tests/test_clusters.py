@@ -1,4 +1,4 @@
-"""docs/clusters.md: its commands and its SLURM script can be used as they stand."""
+"""The commands and the SLURM script of docs/clusters.md work unchanged."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ def test_commands_compose_and_pass_the_checks(command: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("torchrun")])
-def test_torchrun_knows_its_options(command: str) -> None:
+def test_torchrun_has_the_options(command: str) -> None:
     from torch.distributed.run import get_args_parser
 
     words = shlex.split(command)[1:]
@@ -51,7 +51,7 @@ def test_torchrun_knows_its_options(command: str) -> None:
     assert nodes == ([] if options.nnodes in (None, "1:1", "1") else [f"trainer.num_nodes={options.nnodes}"])
 
 
-def test_the_script_asks_for_what_the_run_has() -> None:
+def test_the_script_requests_the_resources_of_the_run() -> None:
     assert subprocess.run(["bash", "-n"], input=SCRIPT, text=True, check=False).returncode == 0
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SCRIPT, flags=re.MULTILINE))
     assert f"trainer.devices={options['ntasks-per-node']} trainer.num_nodes={options['nodes']}" in SCRIPT

@@ -1,4 +1,4 @@
-"""The documentation site: built without a warning, its links lead somewhere, and it asks no other host for anything."""
+"""The documentation site builds without a warning, its links work, and its pages load nothing from other hosts."""
 
 import functools
 import http.server
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from slow_params import first
 
 pytest.importorskip("mkdocs_jupyter", reason='the site needs pip install -e ".[docs]"')
 pytest.importorskip("material", reason='the site needs pip install -e ".[docs]"')
@@ -37,12 +38,12 @@ QUESTIONS = [
     "Slow data loading: the GPU waits for images",
     "Fine-tune or continue training from weights",
 ]
-"""What users have asked; a how-to page each."""
+"""Questions of users; each has a how-to page."""
 LOADS = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src")}
 
 
 class Page(HTMLParser):
-    """Where a page links to, what it loads, and which anchors it has."""
+    """The links, loaded files and anchors of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ def nav() -> dict[str, str]:
     """File of each page -> its title in the navigation."""
 
     class Loader(yaml.SafeLoader):
-        """Passes over MkDocs' own tags."""
+        """Ignores MkDocs' own tags."""
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     return {path: title for title, path in navigation(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])}
@@ -102,7 +103,7 @@ def test_every_page_is_in_the_navigation(nav: dict[str, str]) -> None:
     assert set(nav) == files | notebooks | {"CHANGELOG.md", "CONTRIBUTING.md"}
 
 
-def test_every_question_has_its_page(nav: dict[str, str]) -> None:
+def test_every_question_has_a_page(nav: dict[str, str]) -> None:
     titles = {path: title for path, title in nav.items() if path.startswith("howto/") and "index" not in path}
     assert sorted(titles.values()) == sorted(QUESTIONS)
     index = (ROOT / "docs" / "howto" / "index.md").read_text()
@@ -115,7 +116,7 @@ def test_every_question_has_its_page(nav: dict[str, str]) -> None:
         assert f"[{title}]({Path(path).name})" in index
 
 
-def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
+def test_links_and_anchors_exist(site: Path, pages: dict[Path, Page]) -> None:
     checked = 0
     for path, page in pages.items():
         if path.name == "404.html":  # served for every address, so its links begin at the root
@@ -133,7 +134,7 @@ def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[Path, Page]) -
     assert checked > 1000
 
 
-def test_links_to_the_repository_are_to_files_that_are_there(pages: dict[Path, Page]) -> None:
+def test_links_to_the_repository_name_existing_files(pages: dict[Path, Page]) -> None:
     start = "https://github.com/o/dino-lightning/blob/HEAD/"
     links = {urlsplit(link)._replace(fragment="").geturl() for page in pages.values() for link in page.links}
     found = [link.removeprefix(start) for link in links if link.startswith(start)]
@@ -141,14 +142,14 @@ def test_links_to_the_repository_are_to_files_that_are_there(pages: dict[Path, P
     assert [path for path in found if not (ROOT / path).exists()] == []
 
 
-def test_pages_load_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+def test_pages_load_nothing_from_other_hosts(site: Path, pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
         assert [url for url in page.loads if urlsplit(url).netloc] == [], path.relative_to(site)
     for style in site.rglob("*.css"):
         assert "url(http" not in style.read_text()
 
 
-def test_nothing_of_this_machine_is_in_it(site: Path) -> None:
+def test_the_site_contains_no_path_of_this_machine(site: Path) -> None:
     for path in site.rglob("*"):
         if path.suffix in (".html", ".json", ".xml", ".js", ".css"):
             assert str(ROOT) not in path.read_text(), path.relative_to(site)
@@ -156,7 +157,7 @@ def test_nothing_of_this_machine_is_in_it(site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
-    """Where the site is served: search wants a server."""
+    """The address of a server of the site, which the search needs."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
@@ -178,22 +179,22 @@ def browser() -> Iterator[Any]:
 
 
 class Reader:
-    """A page in the browser, with what it has said and asked for."""
+    """A page in the browser, with its console messages and requests."""
 
     def __init__(self, browser: Any, address: str, path: str, **context: Any) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.address = address
         self.page.goto(f"{address}/{path}", wait_until="networkidle")
 
     def close(self) -> None:
-        """Nothing was said on the console, nothing asked of another host."""
-        assert self.said == []
+        """Check that there were no console messages and no requests to other hosts."""
+        assert self.messages == []
         own = (self.address, "data:", "blob:")
         assert [url for url in self.requests if not url.startswith(own)] == []
         self.context.close()
@@ -207,11 +208,11 @@ SEEN = {
     "notebooks/train/": "Where the teacher looks",
     "configuration/": "method.teacher_momentum",
 }
-"""Page -> words on it."""
+"""Page -> text on it."""
 
 
-@pytest.mark.parametrize("path", SEEN)
-def test_a_page_in_the_browser_and_on_a_phone(browser: Any, address: str, path: str) -> None:
+@pytest.mark.parametrize("path", first(SEEN))
+def test_a_page_in_the_browser_and_at_a_phones_width(browser: Any, address: str, path: str) -> None:
     reader = Reader(browser, address, path)
     assert reader.page.locator("article").get_by_text(SEEN[path]).first.is_visible()
     assert reader.page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 0)")
@@ -233,14 +234,16 @@ def test_search_finds_a_page(browser: Any, address: str) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize("system", ["light", "dark"])
+@pytest.mark.parametrize("system", first(["dark", "light"]))
 def test_the_scheme_follows_the_system_and_can_be_switched(browser: Any, address: str, system: str) -> None:
     reader = Reader(browser, address, "howto/nan/", color_scheme=system)
-    ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
-    assert (reader.page.evaluate(ground) > 600) == (system == "light")
-    grounds = set()
+    background = (
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    )
+    assert (reader.page.evaluate(background) > 600) == (system == "light")
+    backgrounds = set()
     for _ in range(3):
         reader.page.locator("label[for^=__palette]:visible").click()
-        grounds.add(reader.page.evaluate(ground) > 600)
-    assert grounds == {True, False}
+        backgrounds.add(reader.page.evaluate(background) > 600)
+    assert backgrounds == {True, False}
     reader.close()

@@ -1,4 +1,4 @@
-"""Every example runs, on the built-in images and on photographs, and ends with a picture."""
+"""Every example runs on the built-in images and on photographs, and saves a picture."""
 
 import re
 import runpy
@@ -21,9 +21,9 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "comm
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `python examples/NAME.py WORDS` in this process and gives back its lines, the picture being there."""
+    """Runs `python examples/NAME.py WORDS` in this process, checks the picture and returns the printed lines."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where features are kept
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the feature cache is there
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def run(name: str, *words: str | Path) -> list[str]:
@@ -42,7 +42,7 @@ def test_there_are_examples() -> None:
     assert NAMES == ["cluster", "dedupe", "outliers", "search"]
 
 
-def test_the_page_names_them_and_their_words() -> None:
+def test_the_page_names_all_examples_and_their_options() -> None:
     commands = re.findall(r"python examples/(\w+)\.py(.*?)(?:#|$)", (EXAMPLES.parent / "docs" / "use.md").read_text())
     assert sorted(name for name, _ in commands) == NAMES
     for name, words in commands:
@@ -88,7 +88,7 @@ def test_on_photographs(name: str, run, shared_data: Path, tmp_path: Path) -> No
         assert re.search(r"dog-00000\.jpg: .*dog-00000\.jpg", "\n".join(lines)), "the image itself is among the photos"
 
 
-def test_the_newest_run_is_the_network(run, tmp_path: Path) -> None:
+def test_the_newest_run_is_the_default_network(run, tmp_path: Path) -> None:
     file = tmp_path / "outputs" / "mine" / "teacher.safetensors"
     file.parent.mkdir(parents=True)
     config = ViTConfig(width=48, depth=2, heads=2, patch_size=8)

@@ -1,4 +1,4 @@
-"""A user's own backbone: one file, in training, in a checkpoint and in an export."""
+"""A backbone from one file of the user, in training, in a checkpoint and in an export."""
 
 import sys
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def imported(folder: Path) -> Iterator[None]:
-    """The file of the backbone, until the end of a test."""
+    """Imports the backbone until the end of a test."""
     import_one(str(folder / "own.py"))
     yield
     del BACKBONES[SCHEMAS["backbone"].pop("conv")]

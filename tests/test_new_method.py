@@ -1,4 +1,4 @@
-"""docs/new_method.md, followed word by word: its file, its command, its test."""
+"""The file, the command and the test of docs/new_method.md work."""
 
 import re
 import subprocess
@@ -52,7 +52,7 @@ def test_the_page_trains(folder: Path) -> None:
 
 @pytest.fixture
 def imported(folder: Path) -> Iterator[None]:
-    """The page's method, until the end of a test."""
+    """Imports the page's method until the end of a test."""
     import_one(str(folder / "simsiam.py"))
     yield
     del METHODS[SCHEMAS["method"].pop("simsiam")]
@@ -62,7 +62,7 @@ def imported(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("imported")
-def test_its_keys_are_checked_and_shown() -> None:
+def test_its_keys_are_checked() -> None:
     assert composed("method=simsiam").method.hidden_dim == 512
     with pytest.raises(HydraException) as refused:
         composed("method=simsiam", "method.hiden_dim=3")
@@ -77,11 +77,11 @@ def test_the_test_of_the_page_passes(folder: Path) -> None:
     assert "1 passed" in done.stdout
 
 
-def test_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
+def test_failed_imports_are_reported(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import no_such_thing\n")
     with pytest.raises(UserError, match=r"mime\.py: there is no such file; .*mine\.py"):
         import_one(str(tmp_path / "mime.py"))
-    for _ in range(2):  # what failed once is not taken for imported
+    for _ in range(2):  # a failed import is not cached
         with pytest.raises(UserError, match="No module named 'no_such_thing'"):
             import_one(str(tmp_path / "mine.py"))
     (tmp_path / "json.py").write_text("")
@@ -89,6 +89,6 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
         import_one(str(tmp_path / "json.py"))
 
 
-def test_names_may_stand_in_brackets_or_not() -> None:
+def test_names_with_and_without_brackets() -> None:
     for word in ("imports=json,csv", "imports=[json,csv]", "imports=['json', \"csv\"]"):
         assert with_imports(["a=1", word]) == ["a=1", 'imports=["json","csv"]']

@@ -1,4 +1,4 @@
-"""The notebooks run, and what they show is what is committed."""
+"""The notebooks run, and their outputs are the committed ones."""
 
 import importlib.util
 import re
@@ -18,7 +18,7 @@ PICTURES = {"train": 3, "use": 3}
 
 @pytest.fixture(scope="module")
 def make() -> ModuleType:
-    """`notebooks/make.py`."""
+    """The module `notebooks/make.py`."""
     specification = importlib.util.spec_from_file_location("make", FOLDER / "make.py")
     assert specification is not None
     assert specification.loader is not None
@@ -43,19 +43,19 @@ def test_committed_as_run_and_cleaned(name: str, make: ModuleType) -> None:
     assert kinds.count("picture") == PICTURES[name]
     before = nbformat.writes(notebook)
     assert nbformat.writes(make.cleaned(notebook)) == before
-    # Neither a folder of some machine nor how long it took there.
+    # No folder of this machine and no duration.
     texts = "\n".join(str(output) for cell in code for output in cell.outputs if "image" not in str(output)[:400])
     assert not re.search(r"/(home|root|tmp|Users|work)/|\b\d+(\.\d+)?\s*(s|ms|images/s)\b|0x[0-9a-f]{6,}", texts)
 
 
 @pytest.mark.slow
-def test_they_run_one_after_the_other(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a real kernel, the second with what the first has left."""
+def test_the_notebooks_run_in_order(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real kernel; the second uses the results of the first."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in NAMES:
         committed = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         done = make.cleaned(make.run(name, folder=tmp_path))
-        # Other machines round otherwise, so figures may differ; words, and where there are pictures, may not.
+        # Machines round differently, so figures may differ; text and positions of pictures may not.
         assert make.shown(done) == make.shown(committed)
     trained, untrained = (
         float(re.findall(rf"{word} +([\d.]+) %", str(nbformat.read(FOLDER / "train.ipynb", as_version=4)))[-1])

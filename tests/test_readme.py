@@ -1,4 +1,4 @@
-"""Commands of the README and of the documentation compose, links lead somewhere, and the README stays short."""
+"""Commands of the README and the documentation compose, links work, and the README is short."""
 
 import ast
 import importlib
@@ -22,7 +22,7 @@ TRAIN, EVALUATE = ("python train.py", "dino train"), ("dino eval",)
 
 
 def commands(page: Path, programs: tuple[str, ...]) -> list[str]:
-    """The words of every command in a fenced block, without comments, continued lines joined."""
+    """The arguments of each command in a fenced block, without comments and with continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [line.split("#")[0].split("&&")[-1].strip() for line in lines]
@@ -30,10 +30,10 @@ def commands(page: Path, programs: tuple[str, ...]) -> list[str]:
 
 
 HERE = ("trainer.precision=", "resume=", "trainer.devices=[")
-"""What depends on the machine."""
+"""Keys that depend on the machine."""
 OTHERS = ("imports=", "hydra/launcher=", "-sc ", "…")
-"""Words of commands that are tried in `test_new_method.py`, `test_clusters.py` and
-`test_quick_start.py`, or not written out."""
+"""Parts of commands that `test_new_method.py`, `test_clusters.py` and `test_quick_start.py` test, and of incomplete
+commands."""
 
 
 def every(programs: tuple[str, ...]) -> list[str]:
@@ -51,12 +51,12 @@ def test_there_are_commands() -> None:
 def test_commands_compose_and_pass_the_checks(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command.replace("--cfg job", "")) if not word.startswith("--")]
     words = with_plain_words(words, "data.path", verb="train")
-    # The first value of a sweep; this machine's precision and devices; a folder that is there.
-    words = [word for word in words if not re.search(r"=(tag|interval|choice)\(", word)]  # Optuna's to draw
+    # The first value of a sweep; this machine's precision and devices; an existing folder.
+    words = [word for word in words if not re.search(r"=(tag|interval|choice)\(", word)]  # Optuna draws them
     overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words if not word.startswith("output_dir=")]
     overrides = [f"data.path={tmp_path}" if word.startswith("data.path=") else word for word in overrides]
     overrides = [word for word in overrides if not word.startswith(HERE)]
-    # Numbered as the folders of a sweep are.
+    # A number, like the folders of a sweep.
     config = composed(*overrides, "trainer.precision=32", output_dir=tmp_path / "0")
     check_config(cast(TrainConfig, OmegaConf.to_object(config)))
 
@@ -70,7 +70,7 @@ def test_evaluations_compose_and_pass_the_checks(command: str, tmp_path: Path) -
 
 
 def python_blocks() -> list[tuple[str, str]]:
-    """Page and code."""
+    """The page and the code of each Python block."""
     pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
     return [
         (name, block) for name, text in pages.items() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -78,7 +78,7 @@ def python_blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "block"), python_blocks())
-def test_code_is_python_and_imports_what_is_there(page: str, block: str) -> None:
+def test_code_is_valid_and_its_imports_exist(page: str, block: str) -> None:
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dino_lightning"):
             module = importlib.import_module(str(node.module))
@@ -86,7 +86,7 @@ def test_code_is_python_and_imports_what_is_there(page: str, block: str) -> None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_to_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -96,7 +96,7 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_experiments_in_the_readme_are_those_there_are() -> None:
+def test_the_readme_lists_the_experiments() -> None:
     named = set(re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     files = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
     assert named <= files

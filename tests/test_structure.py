@@ -68,7 +68,7 @@ PAGES = [
     path
     for path in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md")))
     if path.name != "log.md"
-]  # it names files as they were
+]  # it names former files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
@@ -102,7 +102,7 @@ def test_the_architecture_page_names_modules_that_exist() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_says_what_it_is_for(room: str) -> None:
+def test_every_room_has_a_purpose(room: str) -> None:
     assert len(purpose_of(room)) > 20
 
 
@@ -127,7 +127,7 @@ def test_no_file_is_long() -> None:
 
 
 def test_final_methods_are_short() -> None:
-    """A reader takes in a method at once: what all methods share is in their base class."""
+    """A method fits on a screen, because the base class has the code that all methods share."""
     lengths = {
         node.name: (node.end_lineno or 0) - node.lineno + 1
         for path in (PACKAGE / "methods").glob("*.py")

@@ -1,4 +1,4 @@
-"""`checkpoint=…`: a run of ours in all its files, timm's networks, fresh weights, and what is refused."""
+"""`checkpoint=…`: the files of a run, timm's networks, untrained networks, and refused values."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from dino_lightning.training.run import train
 
 TINY = ["trainer.max_steps=3", "callbacks.knn.enabled=false", "callbacks.pictures.enabled=false"]
 SEEN = ["crops.mean=[0.4,0.5,0.6]", "crops.eval_resize=37", "crops.eval_size=32"]
-OPTIM = ["optim.lr=0.5", "optim.lr_warmup=0ep"]  # so that student and teacher part
+OPTIM = ["optim.lr=0.5", "optim.lr_warmup=0ep"]  # so that student and teacher differ
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def weights_of(run: Path, key: str) -> dict[str, Tensor]:
 
 
 def same(network: FrozenNetwork, weights: dict[str, Tensor], *, sizes: tuple[int, ...] = (40,)) -> bool:
-    """Whether the network has these weights, and makes of images what the equations make of them."""
+    """Whether the network has these weights, and its features are those of the equations."""
     for size in sizes:
         images = torch.randn(2, 3, size, size)
         expected, _ = oracles.vit(weights, images, patch=8, heads=2)
@@ -55,7 +55,7 @@ def same(network: FrozenNetwork, weights: dict[str, Tensor], *, sizes: tuple[int
 
 
 @pytest.mark.parametrize("file", ["", "teacher.safetensors", "checkpoints/last.ckpt"])
-def test_every_file_of_a_run_is_the_teacher(run: Path, file: str) -> None:
+def test_every_file_of_a_run_loads_the_teacher(run: Path, file: str) -> None:
     network = load_network(str(run / file))
     assert same(network, weights_of(run, "teacher"), sizes=(32, 40))
     assert isinstance(network.backbone, OriginalViT)
@@ -75,14 +75,14 @@ def test_the_student(run: Path, file: str) -> None:
     assert student.name == "first/last (student)"
 
 
-def test_an_interrupted_run_has_its_last_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_loads_its_last_checkpoint(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "second")
     (tmp_path / "second" / "teacher.safetensors").unlink()
     assert load_network(str(tmp_path / "second")).digest == load_network(str(run)).digest
 
 
 @pytest.mark.parametrize("file", ["teacher.safetensors", "checkpoints/last.ckpt"])
-def test_a_file_alone_says_everything(run: Path, file: str, tmp_path: Path) -> None:
+def test_a_file_alone_describes_its_network(run: Path, file: str, tmp_path: Path) -> None:
     alone = load_network(str(shutil.copy(run / file, tmp_path / f"alone{Path(file).suffix}")))
     assert same(alone, weights_of(run, "teacher"))
     assert (alone.mean, alone.resize, alone.size) == ([0.4, 0.5, 0.6], 37, 32)
@@ -125,7 +125,7 @@ def test_the_digest_is_of_names_and_values(run: Path) -> None:
 # --------------------------------------------------------------------------------------------------- fresh weights
 
 
-def test_rebuilt_networks_take_the_weights_and_train(run: Path) -> None:
+def test_rebuilt_networks_have_the_weights_and_train(run: Path) -> None:
     network = load_network(str(run))
     fresh = network.rebuild(drop_path_rate=0.5)
     assert fresh.training
@@ -137,7 +137,7 @@ def test_rebuilt_networks_take_the_weights_and_train(run: Path) -> None:
     assert torch.equal(fresh.eval()(images), network.backbone(images))
 
 
-def test_a_network_without_stochastic_depth_says_so() -> None:
+def test_a_network_without_stochastic_depth_is_refused() -> None:
     network = load_network("untrained:timm:densenet121")
     with pytest.raises(UserError, match=r"eval.drop_path_rate=0.1: timm's densenet121 has no stochastic depth"):
         network.rebuild(drop_path_rate=0.1)
@@ -179,12 +179,12 @@ def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
 # -------------------------------------------------------------------------------------------------- timm's networks
 
 
-def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: Path) -> None:
+def test_published_weights_of_dino_are_resampled_as_in_training(tmp_path: Path) -> None:
     name = "vit_small_patch16_224.dino"
     settings = timm_description(name, source="here")
     assert settings.backbone == ViTConfig(width=384, depth=12, heads=6, patch_size=16, drop_path_rate=0.1)
     assert (settings.resize, settings.size, settings.image_size) == (256, 224, 224)
-    with torch.device("meta"):  # no weights are drawn that are not used
+    with torch.device("meta"):  # weights that are not used are not initialized
         ours = settings.build().eval()
         theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
     weights = {key: torch.empty(tensor.shape).uniform_(-0.05, 0.05) for key, tensor in ours.state_dict().items()}
@@ -200,7 +200,7 @@ def test_published_weights_of_dino_are_resampled_as_they_were_trained(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
-def test_other_published_weights_stay_in_timm_s_network(name: str, tmp_path: Path) -> None:
+def test_other_published_weights_use_timms_network(name: str, tmp_path: Path) -> None:
     theirs = timm.create_model(name).eval()
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     settings = timm_description(name, source="here")
@@ -215,7 +215,7 @@ def test_other_published_weights_stay_in_timm_s_network(name: str, tmp_path: Pat
     assert settings.build().state_dict().keys() == network.state_dict().keys()
 
 
-def test_descriptions_survive_plain_types() -> None:
+def test_descriptions_convert_to_plain_types_and_back() -> None:
     for name in ("test_resnet", "vit_small_patch16_224.dino"):
         description = timm_description(name, source="here")
         assert Description.from_dict(json.loads(json.dumps(description.to_dict()))) == description
@@ -247,7 +247,7 @@ def test_wrong_names(run: Path, checkpoint: str, sentence: str) -> None:
         load_network(checkpoint.format(run=run))
 
 
-def test_weights_that_do_not_come(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_downloaded(tmp_path: Path) -> None:
     settings = timm_description("test_vit", source="checkpoint=timm:test_vit")
     with pytest.raises(
         UserError, match=r"checkpoint=timm:test_vit: its weights could not be loaded \(FileNotFoundError\)"

@@ -1,9 +1,6 @@
-"""Folders that the transformers library has saved, and repositories of the Hub, as `checkpoint=…`."""
+"""Folders saved by the transformers library, and repositories of the Hugging Face Hub, as `checkpoint=…`."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from network_cases import with_noise
+from programs import run_code
 from safetensors.torch import load_file
 from slow_params import first
 from torch import Tensor
@@ -35,7 +33,7 @@ VIT = {
 
 
 def saved(folder: Path, kind: str = "ViTModel", *, processor: Any = None, **changes: Any) -> Any:
-    """A network of theirs in `folder`."""
+    """Save a transformers network in `folder`."""
     config = transformers.ViTConfig(**{**VIT, **changes})
     network = with_noise(getattr(transformers, kind)(config))
     network.save_pretrained(folder)
@@ -45,7 +43,7 @@ def saved(folder: Path, kind: str = "ViTModel", *, processor: Any = None, **chan
 
 
 def check_same(folder: Path, features: Tensor, images: Tensor, *, tolerance: float = 1e-5) -> None:
-    """Up to the order of summation."""
+    """Check that `folder` loads as a network with these features, up to the order of summation."""
     network = load_network(str(folder))
     assert features.std() > 0.1
     torch.testing.assert_close(network.backbone(images), features, rtol=tolerance, atol=tolerance)
@@ -53,7 +51,7 @@ def check_same(folder: Path, features: Tensor, images: Tensor, *, tolerance: flo
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
 def test_a_vit(kind: str, tmp_path: Path) -> None:
-    """With a pooler or a classifier, which are no part of the features."""
+    """A ViT with a pooler or a classifier, which are not part of the features."""
     theirs = saved(tmp_path / "dino", kind)
     inner = theirs if kind == "ViTModel" else theirs.vit
     images = torch.randn(2, 3, 64, 64)
@@ -65,15 +63,15 @@ def test_a_vit(kind: str, tmp_path: Path) -> None:
     assert load_network(f"untrained:{tmp_path / 'dino'}").digest != network.digest
 
 
-def test_the_epsilon_of_their_configurations_of_dino(tmp_path: Path) -> None:
-    """They say 1e-12; the original, and we, have 1e-6, which shows in images of little contrast."""
+def test_the_layer_norm_epsilon_of_published_configurations(tmp_path: Path) -> None:
+    """The published `config.json` of DINO says 1e-12, but the original code has 1e-6, which we use."""
     theirs = saved(tmp_path / "dino", layer_norm_eps=1e-12)
     images = torch.randn(2, 3, 64, 64)
     check_same(tmp_path / "dino", theirs(images).last_hidden_state[:, 0], images, tolerance=1e-3)
 
 
-def test_its_own_words_are_those_of_the_published_files(tmp_path: Path) -> None:
-    """Names as in the files of facebook/dino-vits16, written out here, and as a pickle."""
+def test_tensor_names_are_those_of_published_files(tmp_path: Path) -> None:
+    """The names in facebook/dino-vits16, and the same weights as a pickle."""
     theirs = saved(tmp_path / "dino")
     images = torch.randn(1, 3, 64, 64)
     expected = theirs(images).last_hidden_state[:, 0]
@@ -140,7 +138,7 @@ def test_the_preparation_of_images(tmp_path: Path) -> None:
         ({"architecture": "vit_x", "model_type": None}, "was written by timm; load it with"),
     ],
 )
-def test_what_is_another_network(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_other_networks_are_refused(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     saved(tmp_path / "dino", **{key: value for key, value in changes.items() if key in ("intermediate_size",)})
     file = tmp_path / "dino" / "config.json"
     values = json.loads(file.read_text()) | changes
@@ -150,7 +148,7 @@ def test_what_is_another_network(changes: dict[str, Any], sentence: str, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_it_has_no_student(tmp_path: Path) -> None:
+def test_there_is_no_student(tmp_path: Path) -> None:
     saved(tmp_path / "dino")
     with pytest.raises(UserError, match="checkpoint_key=student: .* contains only one network"):
         load_network(str(tmp_path / "dino"), key="student")
@@ -160,7 +158,7 @@ def test_it_has_no_student(tmp_path: Path) -> None:
 
 
 class Hub(SimpleHTTPRequestHandler):
-    """What the Hub answers to who asks for a file of a repository: OWNER/NAME/resolve/REVISION/FILE."""
+    """A server with the Hub's answers to requests for OWNER/NAME/resolve/REVISION/FILE."""
 
     def translate_path(self, path: str) -> str:
         owner, name, _, revision, file = path.strip("/").split("/")
@@ -184,7 +182,7 @@ class Hub(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """An address, and the folder of its repositories."""
+    """The address of a local Hub, and the folder of its repositories."""
     (tmp_path / "served").mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "served")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -193,8 +191,23 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     server.server_close()
 
 
-def test_a_repository_of_the_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
-    """The real client in a process of its own, as it takes its address when it is imported."""
+LOAD_FROM_HUB = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]  # it reads its variables when it is imported
+from dino_lightning.checkpoints import load_network
+from dino_lightning.errors import UserError
+print(load_network("hf:facebook/dino-vits16").digest, load_network("hf:facebook/older").digest)
+for name in sys.argv[1:]:
+    try:
+        load_network(name)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_repository_of_the_hub(hub: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, in a separate process because it reads the server's address when it is imported."""
     address, served = hub
     saved(served / "facebook" / "dino-vits16" / "main")
     (served / "facebook" / "empty" / "main").mkdir(parents=True)
@@ -202,26 +215,11 @@ def test_a_repository_of_the_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
     saved(older)
     torch.save(load_file(older / "model.safetensors"), older / "pytorch_model.bin")
     (older / "model.safetensors").unlink()
-    program = """
-import sys
-from dino_lightning.checkpoints import load_network
-from dino_lightning.errors import UserError
-print(load_network("hf:facebook/dino-vits16").digest, load_network("hf:facebook/older").digest)
-for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
-    try:
-        load_network(name)
-    except UserError as error:
-        print(error)
-"""
-    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-    environment = {name: value for name, value in os.environ.items() if name not in offline} | {
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    refused = ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c")
+    done = run_code(LOAD_FROM_HUB, *refused, cwd=tmp_path, variables=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     digests, *sentences = done.stdout.splitlines()
     folders = (served / "facebook" / "dino-vits16" / "main", older)
@@ -233,12 +231,5 @@ for name in ("hf:facebook/empty", "hf:facebook/dino-vits61", "hf:a/b/c"):
         "checkpoint=hf:a/b/c: 'a/b/c' is not the name of a repository on the Hugging Face Hub; expected hf:OWNER/NAME "
         "or hf:OWNER/NAME@REVISION.",
     ]
-    again = subprocess.run(
-        [sys.executable, "-c", program.partition("for name")[0]],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    again = run_code(LOAD_FROM_HUB, cwd=tmp_path, variables=variables | {"HF_HUB_OFFLINE": "1"})
     assert again.stdout.split() == digests.split(), again.stderr[-3000:]

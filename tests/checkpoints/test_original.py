@@ -1,4 +1,4 @@
-"""Files in the layouts of the original repository, written here from random weights."""
+"""Files in the formats of the original repository, with random weights."""
 
 import argparse
 import pickle
@@ -23,14 +23,14 @@ Weights = dict[str, Tensor]
 
 
 def vit(patch: int = 16, *, width: int = 192, size: int = 64, heads: int = 3) -> Weights:
-    """A ViT of two blocks with weights large enough that every path counts."""
+    """A ViT of two blocks with weights so large that every path affects the output."""
     config = ViTConfig(width=width, depth=2, heads=heads, patch_size=patch)
     state = OriginalViT(config, image_size=size, drop_path_rate=0.0).state_dict()
     return {name: tensor + torch.randn_like(tensor) * 0.1 for name, tensor in state.items()}
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """The network in eval mode, with statistics and biases that are not their first ones."""
+    """The network in eval mode, with statistics and biases unlike the initial ones."""
     for tensor in network.state_dict().values():
         if tensor.is_floating_point():
             tensor.add_(torch.rand_like(tensor) * 0.1)
@@ -38,7 +38,7 @@ def shaken(network: nn.Module) -> nn.Module:
 
 
 def write_full(path: Path, *, teacher: Weights, student: Weights, **more: Any) -> None:
-    """What the original's script saves after an epoch, with its learning rates in scalars of NumPy."""
+    """Write what the original script saves after an epoch, with learning rates as NumPy scalars."""
     head = {f"head.{name}": torch.randn(4, 4) for name in ("mlp.0.weight", "last_layer.weight_g")}
     networks = {
         key: {f"backbone.{name}": tensor for name, tensor in weights.items()} | head
@@ -89,7 +89,7 @@ def test_a_full_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_file_of_numpy_1(tmp_path: Path) -> None:
-    """Published full checkpoints call NumPy's scalars by the name of their time."""
+    """Published full checkpoints use the class names of NumPy 1."""
     write_full(tmp_path / "new.pth", teacher=vit(), student=vit())
     with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
         for entry in new.namelist():
@@ -107,17 +107,17 @@ def test_the_file_format_of_old_pytorch(tmp_path: Path) -> None:
     check_vit(load_network(str(tmp_path / "old.pth")), weights, patch=16, sizes=(64,))
 
 
-def test_arguments_may_tell_the_heads(tmp_path: Path) -> None:
+def test_arguments_give_the_number_of_heads(tmp_path: Path) -> None:
     weights = vit(width=48, heads=4)
     write_full(tmp_path / "fork.pth", teacher=weights, student=weights, num_heads=4)
     check_vit(load_network(str(tmp_path / "fork.pth")), weights, patch=16, sizes=(64,), heads=4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_resnets_are_torchvision_s(name: str, tmp_path: Path) -> None:
-    """Without the counters of batch norms, which older files lack, and with the classifier that some keep."""
+def test_resnets_equal_torchvisions(name: str, tmp_path: Path) -> None:
+    """Files without the counters of batch norms, as older ones, and with the classifier, as some."""
     theirs = getattr(torchvision.models, name)()
-    theirs(torch.randn(8, 3, 64, 64))  # in training mode: the statistics of batch norms move
+    theirs(torch.randn(8, 3, 64, 64))  # in training mode: the statistics of batch norms change
     theirs.eval()
     state = {key: tensor for key, tensor in theirs.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "dino_resnet50_pretrain.pth")
@@ -131,8 +131,8 @@ def test_resnets_are_torchvision_s(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "xcit_nano_12_p8_224"])
-def test_xcit_under_its_own_names(name: str, tmp_path: Path) -> None:
-    """facebookresearch/xcit has one `qkv` in class attention, and another word for the position embedding."""
+def test_xcit_with_the_names_of_its_repository(name: str, tmp_path: Path) -> None:
+    """facebookresearch/xcit has one `qkv` in class attention, and another name for the position embedding."""
     theirs = shaken(timm.create_model(name, num_classes=0))
     state = {key.replace("pos_embed.", "pos_embeder."): tensor for key, tensor in theirs.state_dict().items()}
     for block in (0, 1):
@@ -146,7 +146,7 @@ def test_xcit_under_its_own_names(name: str, tmp_path: Path) -> None:
     assert network.rebuild().state_dict().keys() == network.backbone.state_dict().keys()
 
 
-def test_safetensors_of_others_are_told_by_their_shapes(tmp_path: Path) -> None:
+def test_other_safetensors_are_detected_by_their_shapes(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     weights = vit()
@@ -160,7 +160,7 @@ def test_safetensors_of_others_are_told_by_their_shapes(tmp_path: Path) -> None:
 
 
 def refused(content: Any, folder: Path, *, key: str = "teacher") -> str:
-    """The sentence about a file with this content."""
+    """The error message for a file with this content."""
     torch.save(content, folder / "file.pth")
     with pytest.raises(UserError) as caught:
         load_network(str(folder / "file.pth"), key=key)
@@ -168,7 +168,7 @@ def refused(content: Any, folder: Path, *, key: str = "teacher") -> str:
     return str(caught.value)
 
 
-def test_another_architecture_is_told(tmp_path: Path) -> None:
+def test_other_architectures_are_named(tmp_path: Path) -> None:
     weights = vit()
     detected = "(ViT, width 192, depth 2, 3 heads, patch size 16, trained at 64 pixels)"
     without = {name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.attn")}
@@ -197,13 +197,13 @@ def test_another_architecture_is_told(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_files_of_other_things(content: Any, sentence: str, tmp_path: Path) -> None:
+def test_files_without_a_network(content: Any, sentence: str, tmp_path: Path) -> None:
     import re
 
     assert re.search(sentence, refused(content, tmp_path, key="student" if "student" in sentence else "teacher"))
 
 
-def test_networks_that_their_shapes_do_not_tell(tmp_path: Path) -> None:
+def test_networks_that_shapes_do_not_determine(tmp_path: Path) -> None:
     assert "the number of heads of a ViT with width 48 is unknown" in refused(vit(width=48, heads=4), tmp_path)
     resnet = torchvision.models.resnet18().state_dict()
     short = {name: tensor for name, tensor in resnet.items() if not name.startswith("layer3.1")}
@@ -213,7 +213,7 @@ def test_networks_that_their_shapes_do_not_tell(tmp_path: Path) -> None:
 
 
 class Harm:
-    """What a pickle may do where it is trusted."""
+    """A pickle that creates a file when it is loaded without checks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -238,7 +238,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, tmp_path: Path) -
 @pytest.mark.parametrize(
     "content", [b"", b"not a checkpoint", b"\x80\x02}q\x00.", pickle.dumps({"a": 1}, protocol=2)[:-3]]
 )
-def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"file.pth is not a valid checkpoint"):
         load_network(str(tmp_path / "file.pth"))

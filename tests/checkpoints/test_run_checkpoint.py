@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or not at all, verified, the one before kept, and no code run."""
+"""Checkpoint files: written atomically, verified, the previous one kept, and no code executed."""
 
 import errno
 import multiprocessing
@@ -33,7 +33,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_what_is_written_is_read_and_torch_reads_it_too(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_read_also_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_checkpoint(content(3), path)
     assert verify(path)
@@ -45,7 +45,7 @@ def test_what_is_written_is_read_and_torch_reads_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "tensor", "hash", "last"])
-def test_a_changed_byte_is_seen(tmp_path: Path, place: str) -> None:
+def test_a_changed_byte_is_detected(tmp_path: Path, place: str) -> None:
     path = tmp_path / "last.ckpt"
     write_checkpoint(content(3), path)
     data = bytearray(path.read_bytes())
@@ -58,7 +58,7 @@ def test_a_changed_byte_is_seen(tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_file_cut_off_is_seen(tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path, share: float) -> None:
     path = tmp_path / "last.ckpt"
     write_checkpoint(content(3), path)
     data = path.read_bytes()
@@ -67,7 +67,7 @@ def test_a_file_cut_off_is_seen(tmp_path: Path, share: float) -> None:
         read_checkpoint(path)
 
 
-def test_the_one_before_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_previous_checkpoint_is_used_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     io = SafeCheckpointIO(keep_last=2)
     for step in (1, 2, 3):
         io.save_checkpoint(content(step), tmp_path / "last.ckpt")
@@ -81,7 +81,7 @@ def test_the_one_before_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "at step 2" in said
 
 
-def test_without_a_whole_one_it_says_so(tmp_path: Path) -> None:
+def test_no_valid_checkpoint_is_an_error(tmp_path: Path) -> None:
     assert latest_valid(tmp_path / "nowhere") is None
     (tmp_path / "last.ckpt").write_bytes(b"")
     (tmp_path / "best_knn.ckpt").write_bytes(b"PK")
@@ -90,7 +90,7 @@ def test_without_a_whole_one_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
-def test_pruned_by_number(tmp_path: Path, keep: int) -> None:
+def test_keep_last(tmp_path: Path, keep: int) -> None:
     io = SafeCheckpointIO(keep_last=keep)
     for step in range(6):
         io.save_checkpoint(content(step), tmp_path / "last.ckpt")
@@ -98,8 +98,8 @@ def test_pruned_by_number(tmp_path: Path, keep: int) -> None:
         assert steps == list(range(step, -1, -1))[:keep]
 
 
-def test_weights_that_a_forked_process_hands_over(tmp_path: Path) -> None:
-    """Lightning writes and reads them by the same way as checkpoints, and loads them strictly."""
+def test_weights_handed_over_by_a_forked_process(tmp_path: Path) -> None:
+    """Lightning writes and reads them with the same plugin as checkpoints, and loads them strictly."""
     io, weights = SafeCheckpointIO(), {"w": torch.arange(4.0)}
     io.save_checkpoint(weights, tmp_path / ".temp.ckpt")
     found = io.load_checkpoint(tmp_path / ".temp.ckpt")
@@ -107,13 +107,13 @@ def test_weights_that_a_forked_process_hands_over(tmp_path: Path) -> None:
     assert torch.equal(found["w"], weights["w"])
 
 
-def test_fewer_to_keep_than_before(tmp_path: Path) -> None:
+def test_a_smaller_keep_last(tmp_path: Path) -> None:
     for keep in (4, 4, 4, 4, 2):
         SafeCheckpointIO(keep_last=keep).save_checkpoint(content(keep), tmp_path / "last.ckpt")
     assert names(tmp_path) == {"last.ckpt", "last-1.ckpt"}
 
 
-def test_further_names_are_the_same_file_and_stay(tmp_path: Path) -> None:
+def test_further_names_are_links_and_stay(tmp_path: Path) -> None:
     io = SafeCheckpointIO(keep_last=1)
     io.names = ["best_knn.ckpt", "epoch0000.ckpt"]
     io.save_checkpoint(content(1), tmp_path / "last.ckpt")
@@ -124,7 +124,7 @@ def test_further_names_are_the_same_file_and_stay(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_file_and_names_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real one: a process may write no file larger than 64 KiB."""
+    """The process may write no file larger than 64 KiB."""
     io = SafeCheckpointIO(keep_last=2)
     io.save_checkpoint(content(1), tmp_path / "last.ckpt")
     resource = pytest.importorskip("resource")
@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_the_file_and_names_the_reason(tmp_path: Path, capsys:
 
 
 class Hostile:
-    """A pickle that would write a file when read."""
+    """A pickle that writes a file when it is loaded without checks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,7 +194,7 @@ def test_weights_alone_are_refused(tmp_path: Path) -> None:
         latest_valid(tmp_path)
 
 
-def test_asynchronous_files_hold_what_was_true_then(tmp_path: Path) -> None:
+def test_asynchronous_files_contain_the_state_at_the_call(tmp_path: Path) -> None:
     io = AsyncCheckpointIO(keep_last=3)
     weights = torch.zeros(1 << 20)
     for step in range(3):
@@ -208,25 +208,25 @@ def test_asynchronous_files_hold_what_was_true_then(tmp_path: Path) -> None:
         assert torch.equal(saved["state_dict"]["w"], torch.full((1 << 20,), float(step)))
 
 
-def write_for_ever(folder: Path, told: Any) -> None:
+def write_repeatedly(folder: Path, steps: Any) -> None:
     torch.set_num_threads(1)
     io = SafeCheckpointIO(keep_last=2)
     for step in range(10_000):
         weights = torch.full((1 << 18,), float(step))
         io.save_checkpoint({**content(step), "state_dict": {"w": weights}}, folder / "last.ckpt")
-        told.send(step)
+        steps.send(step)
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """At any moment of a write: what is found is whole, and it is what was finished last, or the one after that."""
+    """A kill at any moment of a write leaves a valid checkpoint: the last complete one or the one after it."""
     for attempt in range(8):
         fork = multiprocessing.get_context("fork")
         here, there = fork.Pipe(duplex=False)
-        writer = fork.Process(target=write_for_ever, args=(tmp_path, there), daemon=True)
+        writer = fork.Process(target=write_repeatedly, args=(tmp_path, there), daemon=True)
         writer.start()
         there.close()
         finished = [here.recv() for _ in range(3)]
-        time.sleep(0.0007 * attempt)  # the next write is under way
+        time.sleep(0.0007 * attempt)  # into the next write
         writer.kill()
         writer.join()
         while here.poll():

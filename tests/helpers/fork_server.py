@@ -38,8 +38,13 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
     status = 1
     try:
         _close_all_but({0, 1, 2, *file_descriptors})
-        logging.root.handlers.clear()  # pytest's
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
+        logging.root.handlers.clear()  # pytest's
+        for reference in logging._handlerList:  # type: ignore[attr-defined]
+            handler = reference()
+            if type(handler) is logging.StreamHandler:  # of libraries; they write to pytest's closed files
+                handler.setStream(sys.stderr)
+        _prepare()
         exec(code, {})
         status = 0
     except SystemExit:
@@ -48,6 +53,18 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _prepare() -> None:
+    """Do once what each program would repeat: fill Hydra's config store, find its plugins and those of PIL."""
+    from hydra.core.plugins import Plugins
+    from PIL import Image
+
+    from dino_lightning.config import register
+
+    register()
+    Plugins.instance()
+    Image.init()
 
 
 def _close_all_but(kept: set[int]) -> None:

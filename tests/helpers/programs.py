@@ -51,6 +51,16 @@ def run_program(
         return Completed(process.exitcode, stdout.read_text(), stderr.read_text())
 
 
+def run_code(
+    code: str, *arguments: str, cwd: Path, timeout: float = 240, variables: Mapping[str, str] | None = None
+) -> Completed:
+    """Like `run_program`, for the text of a program."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "code.py")
+        file.write_text(code)
+        return run_program(str(file), *arguments, cwd=cwd, timeout=timeout, variables=variables)
+
+
 def start_program(
     program: str, *arguments: str, cwd: Path, stdout: Path, stderr: Path, variables: Mapping[str, str] | None = None
 ) -> ForkServerProcess:

@@ -1,4 +1,4 @@
-"""`metrics.csv` when runs are killed, go on, and meet full disks."""
+"""`metrics.csv` of killed and resumed runs."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def steps(output: Path) -> list[int]:
     return [int(row["step"]) for row in read_rows(output / METRICS_FILE)]
 
 
-def test_rows_and_columns_as_they_come(tmp_path: Path) -> None:
+def test_rows_and_columns(tmp_path: Path) -> None:
     logger = MetricsCSVLogger(tmp_path)
     logger.log_metrics({"b": 1.5}, step=0)
     logger.save()
@@ -28,7 +28,7 @@ def test_rows_and_columns_as_they_come(tmp_path: Path) -> None:
     assert (tmp_path / METRICS_FILE).read_text().split() == ["a,b,step", ",1.5,0", "2.5,3.5,1", ",4.5,2"]
 
 
-def test_a_run_that_goes_on_drops_what_comes_again(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_rows_that_it_repeats(tmp_path: Path) -> None:
     log(tmp_path, 0, 1, 2, 3, 4)
     log(tmp_path, 3, 4, 5, before_step=3, late=1.0)
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
@@ -36,13 +36,13 @@ def test_a_run_that_goes_on_drops_what_comes_again(tmp_path: Path) -> None:
     assert not has_row(tmp_path / METRICS_FILE, step=2, keys=["late"])
 
 
-def test_a_new_run_starts_anew(tmp_path: Path) -> None:
+def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
     log(tmp_path, 0, 1)
     log(tmp_path, 0)
     assert steps(tmp_path) == [0]
 
 
-def test_the_rows_are_there_from_the_first_moment(tmp_path: Path) -> None:
+def test_the_rows_are_in_the_file_from_the_start(tmp_path: Path) -> None:
     """Lightning's logger deletes the file first, and a kill before the next row would leave nothing."""
     log(tmp_path, 0, 1, 2)
     assert MetricsCSVLogger(tmp_path, before_step=2).experiment is not None
@@ -50,7 +50,7 @@ def test_the_rows_are_there_from_the_first_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
-def test_a_row_that_was_cut_off_is_no_row(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_row_is_dropped(tmp_path: Path, cut: int) -> None:
     log(tmp_path, 0, 1, 2, second=0.25)
     path = tmp_path / METRICS_FILE
     path.write_bytes(path.read_bytes()[:-cut])

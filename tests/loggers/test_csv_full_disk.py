@@ -1,4 +1,4 @@
-"""A disk without room: no half of a row in `metrics.csv`, none that is lost, and a run that goes on to its end."""
+"""A full disk: `metrics.csv` has no partial row and loses none, and the run continues to its end."""
 
 import resource
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def steps(folder: Path) -> list[int]:
     return [int(row["step"]) for row in read_rows(folder / METRICS_FILE)]
 
 
-def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_written_once_there_is_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = MetricsCSVLogger(tmp_path)
     log(logger, 0, loss=1.0)
     before = (tmp_path / METRICS_FILE).read_bytes()
@@ -54,10 +54,10 @@ def test_rows_for_which_there_is_no_room_come_later(tmp_path: Path, capsys: pyte
     ]
     with files_end_at(10):
         log(logger, 4, loss=5.0)
-    assert "could not be written" in capsys.readouterr().err  # of another time, it is said again
+    assert "could not be written" in capsys.readouterr().err  # a later failure is reported again
 
 
-def test_a_new_column_for_which_there_is_no_room(tmp_path: Path) -> None:
+def test_a_new_column_on_a_full_disk(tmp_path: Path) -> None:
     logger = MetricsCSVLogger(tmp_path)
     log(logger, 0, loss=1.0)
     before = (tmp_path / METRICS_FILE).read_bytes()
@@ -70,7 +70,7 @@ def test_a_new_column_for_which_there_is_no_room(tmp_path: Path) -> None:
     assert read_rows(tmp_path / METRICS_FILE)[1] == {"step": "1", "loss": "2.0", "knn": "50.0"}
 
 
-def test_a_bad_image_whose_name_finds_no_room_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_are_counted_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bad_images.txt"
     images = BadImages(file, images=4, on_error="skip", max_bad_share=0.3)
     with files_end_at(0):
@@ -80,11 +80,12 @@ def test_a_bad_image_whose_name_finds_no_room_is_counted(tmp_path: Path, capsys:
             images.note("b.jpg", "truncated")
 
 
-def test_a_run_whose_disk_is_full_all_the_while(
+def test_a_run_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It trains to its end, and says how to get its results when there is room."""
+    """It trains to its end, and resuming it with free space writes its results."""
     words = [*SMALL, "callbacks.pictures.every_n_epochs=1", "callbacks.checkpoint.every_n_minutes=0"]
+    words += ["data.train_images=32", "data.val_images=16"]
     fit = L.Trainer.fit
     with ExitStack() as full:
 

@@ -1,4 +1,4 @@
-"""Runs, evaluations and views at W&B, against a server of this machine that wandb's own client talks to."""
+"""Runs, evaluations and views at W&B: the real wandb client with a local server."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 import torch
 import wandb
 from composing import SMALL, composed, composed_evaluation
+from programs import run_code
 from safetensors import safe_open
 from wandb_records import artifacts, configuration, description, history, logged, maxima, offline_records, records_of
 from wandb_server import ENTITY, KEY, Run, WandbServer, md5, serving
@@ -43,11 +44,13 @@ ONLY_ON_GPUS = {"speed/mfu", "speed/gpu_memory_gib", "amp/scale"}
 
 
 @pytest.fixture(scope="module")
-def at_server() -> Iterator[Callable[[WandbServer | str], None]]:
-    """Points wandb to a server; its own process remembers where it has started."""
+def at_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[WandbServer | str], None]]:
+    """Points wandb to a server; the teardown ends W&B's process, which remembers the server that it started with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_API_KEY", KEY)
+        for kind in ("CACHE", "DATA"):  # by default in the home folder, where other processes use it too
+            patch.setenv(f"WANDB_{kind}_DIR", str(tmp_path_factory.mktemp("wandb")))
         for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
             patch.delenv(name, raising=False)
 
@@ -63,7 +66,7 @@ def at_server() -> Iterator[Callable[[WandbServer | str], None]]:
 def online(
     tmp_path_factory: pytest.TempPathFactory, at_server: Callable[[WandbServer | str], None]
 ) -> Iterator[tuple[WandbServer, Path]]:
-    """A run of 12 steps that was interrupted after 6, and an evaluation of it."""
+    """A run of 12 steps that was interrupted after 6, and its evaluation."""
     folder = tmp_path_factory.mktemp("online")
     torch.manual_seed(0)
     with serving() as server:
@@ -81,7 +84,7 @@ def run_of(server: WandbServer, job_type: str) -> Run:
     return run
 
 
-def test_a_run_that_goes_on_is_one_curve(online: tuple[WandbServer, Path]) -> None:
+def test_a_resumed_run_continues_its_curves(online: tuple[WandbServer, Path]) -> None:
     server, folder = online
     run = run_of(server, "train")
     assert run.name == (folder / "run" / "wandb_run_id.txt").read_text().strip()
@@ -95,7 +98,7 @@ def test_a_run_that_goes_on_is_one_curve(online: tuple[WandbServer, Path]) -> No
     assert [row["_step"] for row in run.rows] == list(range(len(run.rows)))
 
 
-def test_what_a_run_says_about_itself(online: tuple[WandbServer, Path]) -> None:
+def test_the_description_of_a_run(online: tuple[WandbServer, Path]) -> None:
     server, _ = online
     run = run_of(server, "train")
     assert (run.project, run.sent["displayName"], run.sent["tags"]) == ("photos", "run", ["a", "b"])
@@ -106,7 +109,7 @@ def test_what_a_run_says_about_itself(online: tuple[WandbServer, Path]) -> None:
     assert run.summary["summary/knn_top1_untrained"] > 0
 
 
-def test_pictures_stand_at_their_steps(online: tuple[WandbServer, Path]) -> None:
+def test_pictures_are_logged_at_their_steps(online: tuple[WandbServer, Path]) -> None:
     server, folder = online
     rows = [row for row in run_of(server, "train").rows if "pictures/attention" in row]
     assert [row[STEP_METRIC] for row in rows] == [5, 11]
@@ -116,7 +119,7 @@ def test_pictures_stand_at_their_steps(online: tuple[WandbServer, Path]) -> None
     assert sent[:8] == (folder / "run" / "pictures" / "attention.png").read_bytes()[:8]
 
 
-def test_weights_are_an_artifact(online: tuple[WandbServer, Path]) -> None:
+def test_weights_are_uploaded_as_an_artifact(online: tuple[WandbServer, Path]) -> None:
     server, folder = online
     run, exported = run_of(server, "train"), folder / "run" / "teacher.safetensors"
     found = [artifact for artifact in server.artifacts if artifact.sent["artifactTypeName"] == "model"]
@@ -131,10 +134,10 @@ def test_weights_are_an_artifact(online: tuple[WandbServer, Path]) -> None:
         assert json.loads(file.metadata()["timm"]) == metadata["timm"]
 
 
-def test_an_evaluation_names_the_weights(online: tuple[WandbServer, Path]) -> None:
+def test_an_evaluation_refers_to_its_weights(online: tuple[WandbServer, Path]) -> None:
     server, folder = online
     run = run_of(server, "evaluation")
-    assert run.project == "photos"  # of the run it evaluates
+    assert run.project == "photos"  # that of the training run
     (weights, *_) = [one.id for one in reversed(server.artifacts) if one.sent["artifactTypeName"] == "model"]
     assert run.used == [weights]
     assert run.config["training_run"] == run_of(server, "train").name
@@ -190,7 +193,7 @@ def warning_of(capsys: pytest.CaptureFixture[str]) -> str:
     [("x" * 40, "401"), ("12345", "characters"), (None, "no API key for")],
     ids=["bad", "short", "no"],
 )
-def test_a_key_that_does_not_open(
+def test_an_invalid_key(
     at_server: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -212,7 +215,7 @@ def test_a_key_that_does_not_open(
 
 
 @pytest.mark.parametrize("answers", ["refuses", "is silent"])
-def test_a_server_that_is_not_there(
+def test_an_unreachable_server(
     at_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: str
 ) -> None:
     with socket.socket() as silent:
@@ -227,8 +230,8 @@ def test_a_server_that_is_not_there(
     assert logged(offline_records(tmp_path))["loss"] == [1]
 
 
-def test_a_server_that_goes_away(at_server: Any, tmp_path: Path) -> None:
-    """The end waits for a bounded time, and the rows stay on the disk."""
+def test_a_server_that_stops(at_server: Any, tmp_path: Path) -> None:
+    """Closing the run takes a bounded time, and its rows remain on the disk."""
     with serving() as server:
         at_server(server)
         settings = WandbLoggerConfig(mode="online", end_timeout_s=2.0)
@@ -242,9 +245,14 @@ def test_a_server_that_goes_away(at_server: Any, tmp_path: Path) -> None:
     assert logged(records_of(path))["loss"] == [2]
 
 
-ASKS = """
-import sys
+ON_A_TERMINAL = """
+import os, sys
 from pathlib import Path
+terminal = os.open(sys.argv[2], os.O_RDWR)
+os.dup2(terminal, 0)
+os.dup2(terminal, 1)
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+assert sys.stdin.isatty() and sys.stdout.isatty()
 from dino_lightning.loggers.wandb import wandb_logger
 from dino_lightning.config import WandbLoggerConfig
 
@@ -256,22 +264,14 @@ logger.finish()
 """
 
 
-def test_a_terminal_is_asked_nothing(tmp_path: Path) -> None:
+def test_a_run_in_a_terminal_asks_no_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_SERVICE"):
+        monkeypatch.delenv(name, raising=False)
     ours, theirs = pty.openpty()
-    names = ("WANDB_API_KEY", "WANDB_SERVICE")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASKS, str(tmp_path)],
-        stdin=theirs,
-        stdout=theirs,
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    variables = {"NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run_code(ON_A_TERMINAL, str(tmp_path), os.ttyname(theirs), cwd=tmp_path, variables=variables)
     os.close(ours)
+    os.close(theirs)
     assert done.returncode == 0, done.stderr
     assert "there is no API key for http://127.0.0.1:9" in done.stderr
     assert logged(offline_records(tmp_path))["loss"] == [1]
@@ -287,7 +287,7 @@ def test_disabled(tmp_path: Path) -> None:
 
 
 def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run keeps its artifact for `wandb sync`; the evaluation says once where its weights are from."""
+    """The run saves its artifact for `wandb sync`; the evaluation warns that it cannot record the weights it used."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
     train(composed(*TRAIN, "trainer.max_steps=2", "callbacks.pictures.enabled=false", output_dir=run))
@@ -305,7 +305,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "knn/top1_k5" in logged(records)
 
 
-def test_no_artifacts_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_can_be_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     words = ["logger.artifacts=false", "trainer.max_steps=1", "callbacks.pictures.enabled=false"]
     train(composed(*TRAIN, *words, "callbacks.knn.enabled=false", output_dir=tmp_path))
@@ -313,7 +313,7 @@ def test_no_artifacts_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_sweep_is_a_group_and_ranks_log_once(tmp_path: Path) -> None:
+def test_a_sweep_is_a_group_and_only_one_rank_logs(tmp_path: Path) -> None:
     words = [
         *TRAIN,
         "trainer.max_steps=2",

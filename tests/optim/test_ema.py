@@ -1,4 +1,4 @@
-"""The teacher as a moving average: of parameters, factor by factor, and of nothing else."""
+"""The teacher is a moving average of parameters, factor by factor, and of no buffers."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_averages_every_parameter(momentum: float) -> None:
         assert torch.equal(parameter, now[name])
 
 
-def test_a_teacher_that_is_its_student_stays_so_in_float32() -> None:
+def test_a_teacher_equal_to_its_student_stays_equal_in_float32() -> None:
     """momentum * t + (1 - momentum) * t is not t: in float32 the factors do not sum to 1."""
     teacher, student = _network().float(), _network().float()
     teacher.load_state_dict(student.state_dict())
@@ -62,7 +62,7 @@ def test_many_small_steps_add_up(dtype: torch.dtype) -> None:
     torch.testing.assert_close(teacher.weight.detach().double(), expected, rtol=0, atol=tolerance)
 
 
-def test_one_pass_whatever_the_number_of_tensors() -> None:
+def test_the_number_of_kernels_does_not_depend_on_the_number_of_tensors() -> None:
     asked: list[str] = []
 
     class Operations(TorchDispatchMode):
@@ -113,9 +113,9 @@ def test_leaves_no_graph_and_no_gradient() -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_the_teacher_starts_as_the_student_in_storage_of_its_own() -> None:
+def test_the_teacher_starts_as_a_copy_of_the_student() -> None:
     student, teacher = _network(), _network()
-    student(torch.randn(8, 6).double() + 5)  # batch-norm statistics away from where they start
+    student(torch.randn(8, 6).double() + 5)  # batch-norm statistics unlike the initial ones
     assert follow(teacher, student) is teacher
     ours, theirs = teacher.state_dict(), student.state_dict()
     assert any("running_mean" in name for name in ours)

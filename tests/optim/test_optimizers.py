@@ -1,4 +1,4 @@
-"""Which weights decay, clipping tensor by tensor, the frozen last layer, the optimizers."""
+"""Weight decay groups, clipping per tensor, the frozen last layer, and the optimizers."""
 
 import math
 from collections import Counter
@@ -47,7 +47,7 @@ def _names(network: nn.Module, group: dict) -> set[str]:
     return {name for name, parameter in network.named_parameters() if id(parameter) in chosen}
 
 
-def test_only_biases_and_vectors_escape_weight_decay() -> None:
+def test_only_biases_and_vectors_are_exempt_from_weight_decay() -> None:
     network = _network()
     decayed, exempt = parameter_groups(network)
     assert _names(network, decayed) == {
@@ -71,7 +71,7 @@ def test_only_biases_and_vectors_escape_weight_decay() -> None:
     assert "weight_decay" not in decayed
 
 
-def test_a_bias_of_two_dimensions_is_exempt_too() -> None:
+def test_a_two_dimensional_bias_is_exempt_too() -> None:
     module = nn.Module()
     module.inner = nn.Module()
     module.inner.register_parameter("bias", nn.Parameter(torch.ones(2, 2)))
@@ -97,14 +97,16 @@ def test_clips_tensor_by_tensor() -> None:
     assert not all(clipped)
     for parameter, gradient in zip(parameters, raw, strict=True):
         parameter.grad = gradient
-    nn.utils.clip_grad_norm_(parameters, 3.0)  # one norm over all tensors: every one of them is scaled
+    nn.utils.clip_grad_norm_(parameters, 3.0)  # one norm over all tensors, so it scales all of them
     ratios = [math.sqrt((p.grad**2).sum() / (e**2).sum()) for p, e in zip(parameters, expected, strict=True)]
     assert max(ratios) < 0.8
 
 
-def test_tensors_are_scaled_alike_in_one_kernel_and_in_many() -> None:
+def test_clipping_with_one_kernel_equals_clipping_with_many() -> None:
     shapes = [(3,), (200, 100), (4, 5), (1,), (1 << 14,), (7, 2, 2), (300, 60)]
-    tensors = [torch.randn(shape) for shape in shapes] + [torch.randn(6, 4).t()]  # the last one lies otherwise
+    tensors = [torch.randn(shape) for shape in shapes] + [
+        torch.randn(6, 4).t()
+    ]  # the last one has another memory layout
     factors = torch.rand(len(tensors))
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     for fuse_small in (False, True):
@@ -120,7 +122,7 @@ def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
     torch.testing.assert_close(parameter.grad.norm().item(), 1e-6 * 5e-6 / 6e-6, rtol=1e-9, atol=0)
 
 
-def test_clipping_passes_over_missing_gradients() -> None:
+def test_clipping_skips_missing_gradients() -> None:
     network = _network()
     clip_each_gradient(network.parameters(), max_norm=1.0)
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -150,7 +152,7 @@ def test_a_frozen_last_layer_has_no_adam_state_and_starts_at_step_one() -> None:
         torch.testing.assert_close(parameter.detach(), expected, **EXACT)
 
 
-def test_lars_is_the_loop() -> None:
+def test_lars_equals_a_loop() -> None:
     shapes = [(4, 3), (3, 1), (5,), (2, 3, 2, 2)]
     parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
     parameters.append(nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))  # of norm 0: its trust ratio is 1
@@ -176,7 +178,7 @@ def _rows(tensor: torch.Tensor) -> list[list[float]]:
     return tensor.flatten(1).tolist() if tensor.ndim > 1 else [tensor.tolist()]
 
 
-def test_lars_evaluates_its_closure_and_skips_what_has_no_gradient() -> None:
+def test_lars_evaluates_its_closure_and_skips_parameters_without_a_gradient() -> None:
     trained, other = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     lars = LARS([{"params": [trained, other]}], lr=1.0)
 
@@ -211,7 +213,7 @@ def test_the_configured_optimizer(config: OptimConfig, kind: type, defaults: dic
 
 
 class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked for."""
+    """Counts the operations of PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,12 +238,12 @@ def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> N
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_asks_for_as_much_whatever_the_number_of_tensors_and_reads_nothing(name: str) -> None:
+def test_a_step_has_a_constant_number_of_operations_and_reads_no_values(name: str) -> None:
     seen = []
     for count in (2, 40):
         parameters = _parameters(count)
         optimizer = build_optimizer(CONFIGS[name], [{"params": parameters}])
-        _step(optimizer, parameters)  # makes the state
+        _step(optimizer, parameters)  # creates the state
         with Operations() as operations:
             _with_gradients(nn.ParameterList(parameters))
             before = operations.seen.total()
@@ -256,7 +258,7 @@ def test_a_step_asks_for_as_much_whatever_the_number_of_tensors_and_reads_nothin
     ("dtype", "fused"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)]
 )
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_fused_where_it_is_known_to_work(name: str, dtype: torch.dtype, fused: bool) -> None:
+def test_devices_and_types_with_fused_optimizers(name: str, dtype: torch.dtype, fused: bool) -> None:
     parameters = _parameters(2, dtype)
     optimizer = build_optimizer(CONFIGS[name], [{"params": parameters}])
     _step(optimizer, parameters)
@@ -264,13 +266,13 @@ def test_fused_where_it_is_known_to_work(name: str, dtype: torch.dtype, fused: b
     assert (group["fused"], group["foreach"]) == (fused, not fused)
 
 
-def test_other_devices_take_foreach() -> None:
+def test_other_devices_use_foreach() -> None:
     (group,) = build_optimizer(AdamWConfig(), [{"params": [nn.Parameter(torch.empty(2, device="meta"))]}]).param_groups
     assert (group["fused"], group["foreach"]) == (False, True)
 
 
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "foreach"])
-def test_adamw_is_the_equation(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_equals_the_equation(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "FUSED_DEVICES", devices)
     parameters = _parameters(3, torch.float64)
     groups = [{"params": parameters[:2], "weight_decay": 0.3}, {"params": parameters[2:], "weight_decay": 0.0}]
@@ -289,7 +291,7 @@ def test_adamw_is_the_equation(devices: tuple[str, ...], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "foreach"])
-def test_sgd_is_the_equation_also_for_what_was_frozen_at_first(
+def test_sgd_equals_the_equation_also_for_unfrozen_parameters(
     devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optim, "FUSED_DEVICES", devices)
@@ -312,7 +314,7 @@ def test_sgd_is_the_equation_also_for_what_was_frozen_at_first(
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("written_with", [("cpu",), ()], ids=["fused", "foreach"])
-def test_goes_on_from_a_checkpoint_of_other_kernels(
+def test_resuming_from_a_checkpoint_of_other_kernels(
     name: str, written_with: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = () if written_with else ("cpu",)
@@ -340,7 +342,7 @@ def test_goes_on_from_a_checkpoint_of_other_kernels(
         torch.testing.assert_close(ours, expected, **EXACT)
 
 
-def test_lars_ignores_matrices_that_do_not_move() -> None:
+def test_lars_ignores_matrices_that_do_not_change() -> None:
     still = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     still.grad = torch.zeros_like(still)
     LARS([{"params": [still], "weight_decay": 0.0}], lr=1.0).step()

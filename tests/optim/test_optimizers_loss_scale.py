@@ -1,4 +1,4 @@
-"""Training in fp16, whose gradients are scaled: hooks, the clip and the optimizer see them without the scale."""
+"""Training in fp16 with scaled gradients: hooks, clipping and the optimizer see unscaled gradients."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, OptimConfig] = {
 
 
 class Watch(L.Callback):
-    """Norms of the student's gradients before the clip and after it, and the scale."""
+    """Records norms of the student's gradients before and after clipping, and the scale."""
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
@@ -41,7 +41,7 @@ def norms(student: torch.nn.Module) -> dict[str, float]:
 
 
 def train(config: OptimConfig, **scale: float) -> tuple[tiny.Record, Watch, Any]:
-    """Six steps from the same weights on the same images."""
+    """Train six steps from the same weights on the same images."""
     torch.manual_seed(3)
     module = tiny.dino(optim=config, teacher_momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", **scale)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     "scale", [{}, {"init_scale": 2.0**40, "backoff_factor": 2.0**-14}], ids=["scaled", "overflowing"]
 )
 def test_fused_trains_as_foreach(config: OptimConfig, scale: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to rounding in float32, which Adam magnifies; foreach is what Lightning unscales by itself."""
+    """Equal up to rounding in float32, which Adam magnifies; Lightning unscales foreach optimizers itself."""
     record, watch, module = train(config, **scale)
     monkeypatch.setattr(optim, "FUSED_DEVICES", ())
     expected, other, _ = train(config, **scale)
@@ -75,7 +75,7 @@ def test_fused_trains_as_foreach(config: OptimConfig, scale: dict[str, float], m
     assert module.trainer.optimizers[0].param_groups[0]["fused"]
 
 
-def test_clips_what_is_unscaled(config: OptimConfig) -> None:
+def test_clipping_uses_unscaled_gradients(config: OptimConfig) -> None:
     _, watch, _ = train(config, init_scale=2.0**10)
     assert set(watch.scales) == {2.0**10}, "no gradient overflows"
     raw = [norm for step in watch.before for norm in step.values()]
@@ -87,7 +87,7 @@ def test_clips_what_is_unscaled(config: OptimConfig) -> None:
             assert after[name] == pytest.approx(min(norm, CLIP), rel=1e-3, abs=1e-6), name
 
 
-def test_nothing_moves_after_an_overflow(config: OptimConfig) -> None:
+def test_weights_do_not_change_after_an_overflow(config: OptimConfig) -> None:
     record, watch, module = train(config, init_scale=2.0**40, backoff_factor=2.0**-14)
     assert watch.scales[0] > watch.scales[-1]
     skipped = sum(later < earlier for earlier, later in zip(watch.scales, watch.scales[1:], strict=False))
@@ -103,7 +103,7 @@ def test_nothing_moves_after_an_overflow(config: OptimConfig) -> None:
         assert state.get("step", torch.tensor(STEPS - skipped)) == STEPS - skipped
 
 
-def test_the_step_does_not_ask_the_device_about_overflows(config: OptimConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_does_not_wait_for_the_overflow_flag(config: OptimConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *_, **__: asked.append("found_inf.item()"))
     train(config)
@@ -118,5 +118,5 @@ def test_without_a_backward_pass_there_is_nothing_to_unscale() -> None:
     optimizer = optim.build_optimizer(AdamWConfig(), [{"params": [weight]}])
     precision = MixedPrecision("16-mixed", "cpu")
     assert optim.unscaling(lambda: None, optimizer=optimizer, precision=precision)() is None
-    with pytest.raises(AssertionError, match="scale"):  # the scaler has scaled nothing either
+    with pytest.raises(AssertionError, match="scale"):  # the scaler has scaled nothing
         optim.unscaling(lambda: 1.0, optimizer=optimizer, precision=precision)()

@@ -1,4 +1,4 @@
-"""Every schedule against a table made with numpy, and the published check values."""
+"""Each schedule equals a table computed with NumPy and the published values."""
 
 import numpy as np
 import oracles
@@ -18,7 +18,7 @@ def _table(schedule: Cosine | LinearWarmup, total: int) -> np.ndarray:
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 3, 17, 40])
 @pytest.mark.parametrize(("base", "final"), [(1e-3, 1e-6), (0.04, 0.4), (0.996, 1.0), (0.1, 0.1)])
-def test_cosine_is_the_table(base: float, final: float, warmup: int) -> None:
+def test_cosine_equals_the_table(base: float, final: float, warmup: int) -> None:
     total = 40
     ours, expected = (
         _table(Cosine(base, final, total, warmup), total),
@@ -58,7 +58,7 @@ def test_momentum_never_reaches_one() -> None:
     assert 0.99999 < momentum(250_199) < 1.0
 
 
-def test_warm_up_of_no_and_of_one_step() -> None:
+def test_warm_up_of_zero_and_one_steps() -> None:
     assert Cosine(1e-3, 1e-6, 10, 0)(0) == 1e-3
     one = Cosine(1e-3, 1e-6, 10, 1)
     assert (one(0), one(1)) == (0.0, 1e-3)

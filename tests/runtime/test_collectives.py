@@ -1,4 +1,4 @@
-"""Each function against a sum or a concatenation written out in one process."""
+"""Each collective function equals a sum or a concatenation in one process."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def _rows(rank: int) -> Tensor:
 
 
 def _later(rank: int) -> list[Tensor]:
-    """Two sums under way at once, of a tensor that changes meanwhile; the second is waited for first, and twice."""
+    """Two concurrent sums of a tensor that changes meanwhile; the second is awaited first, and twice."""
     changing = _statistic(rank).requires_grad_()
     first = distributed.all_reduce_sum_later(changing)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def _later(rank: int) -> list[Tensor]:
 
 
 def _center(rank: int) -> Tensor:
-    """Two micro-batches of as many rows as the rank has, the second of ones."""
+    """The center after two micro-batches of the rank's rows, the second of ones."""
     center = Center(4, momentum=0.5).double()
     for rows in (_rows(rank), torch.ones(ROWS[rank], 4)):
         center.observe(rows.double().sum(dim=0), count=len(rows))
@@ -83,14 +83,14 @@ def test_reductions(ranks: list[dict]) -> None:
     for rank, result in enumerate(ranks):
         # Every value and sum is a short binary fraction: exact.
         assert torch.equal(result["sum"], total)
-        # A division by 3 rounds; once here, perhaps at another place there.
+        # A division by 3 rounds, perhaps in another operation.
         torch.testing.assert_close(result["mean"], total / 3, rtol=1e-6, atol=0)
         assert result["sum of int"] == 3 * 2**40 + 3
         assert torch.equal(result["argument"], _statistic(rank)), "the argument was changed"
         assert not result["sum"].requires_grad
 
 
-def test_sums_that_are_waited_for_later_are_those_of_their_start(ranks: list[dict]) -> None:
+def test_later_sums_use_the_values_at_their_start(ranks: list[dict]) -> None:
     total = _statistic(0) + _statistic(1) + _statistic(2)
     for result in ranks:
         assert [torch.equal(a, b) for a, b in zip(result["later"], (2 * total, total, 2 * total), strict=True)] == [

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other, and who listens to SLURM's signal."""
+"""The timeout of collectives, and the handling of SLURM's signal."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from dino_lightning.training.strategy import DataParallel, FullySharded, cluster
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("ddp", DataParallel), ("fsdp", FullySharded)])
-def test_the_timeout_and_the_launcher_are_ours(strategy: str, kind: type, tmp_path: Path) -> None:
+def test_the_timeout_and_the_launcher(strategy: str, kind: type, tmp_path: Path) -> None:
     words = [*SMALL, "collective_timeout_s=77", f"trainer.strategy={strategy}", "trainer.devices=2"]
     config = cast(TrainConfig, OmegaConf.to_object(composed(*words, "trainer.precision=32", output_dir=tmp_path)))
     trainer = build_trainer(config, hyperparameters={})
@@ -29,7 +29,7 @@ def test_the_timeout_and_the_launcher_are_ours(strategy: str, kind: type, tmp_pa
     assert isinstance(trainer.callbacks[0], RankConsistencyCheck)  # type: ignore[attr-defined]
 
 
-def test_slurm_is_found_without_lightnings_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_is_detected_without_lightnings_signal_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME", "TORCHELASTIC_RUN_ID", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert cluster_plugins() == []

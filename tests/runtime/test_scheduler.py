@@ -1,12 +1,11 @@
-"""Who starts a run again is seen in the environment; SLURM is asked by its own program, here one that notes how."""
+"""Schedulers are recognized by environment variables; a fake `scontrol` records how SLURM is asked to requeue a job."""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from programs import run_code
 
 from dino_lightning.runtime.scheduler import requeue_slurm_job, slurm_job
 from dino_lightning.training.resume import resume_mode
@@ -19,6 +18,9 @@ VARIABLES = (
     "SLURM_ARRAY_TASK_ID",
     "TORCHELASTIC_RESTART_COUNT",
     "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_RUN_ID",
+    "GROUP_WORLD_SIZE",
+    "DINO_LIGHTNING_RUN",
     "SUBMITIT_EXECUTOR",
 )
 
@@ -39,12 +41,12 @@ def _no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "7"},
         {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"},
-        # The host whose own processes were fine counts from 0.
+        # A host whose own processes did not fail counts from 0.
         {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "3"},
         {"SUBMITIT_EXECUTOR": "local"},
     ],
 )
-def test_a_run_that_is_started_again_goes_on(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_run_resumes(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert resume_mode(Config(False)) == "auto"  # type: ignore[arg-type]
@@ -61,16 +63,14 @@ def test_a_run_that_is_started_again_goes_on(variables: dict[str, str], monkeypa
         {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
     ],
 )
-def test_a_first_start_does_not_go_on_with_what_lies_there(
-    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_start_does_not_resume(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert resume_mode(Config(False)) is False  # type: ignore[arg-type]
 
 
-def stand_in(folder: Path, *, status: int = 0) -> Path:
-    """A `scontrol` that writes down its arguments."""
+def fake_scontrol(folder: Path, *, status: int = 0) -> Path:
+    """The folder of a `scontrol` that writes its arguments to a file."""
     program = folder / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\necho "no such job" >&2\nexit {status}\n')
@@ -88,22 +88,22 @@ def stand_in(folder: Path, *, status: int = 0) -> Path:
         ({}, None),
     ],
 )
-def test_slurm_is_asked_for_the_job(
+def test_slurm_requeues_the_job(
     variables: dict[str, str], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", f"{stand_in(tmp_path)}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{fake_scontrol(tmp_path)}:{os.environ['PATH']}")
     assert requeue_slurm_job() == (asked is not None)
     written = tmp_path / "asked"
     assert (written.read_text() if written.exists() else None) == asked
 
 
-def test_a_refusal_says_what_to_do(
+def test_a_failed_requeue_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")
-    monkeypatch.setenv("PATH", f"{stand_in(tmp_path, status=1)}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{fake_scontrol(tmp_path, status=1)}:{os.environ['PATH']}")
     assert not requeue_slurm_job()
     assert "`scontrol requeue 123` has failed (no such job): submit the job again" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
@@ -111,7 +111,7 @@ def test_a_refusal_says_what_to_do(
     assert "scontrol" in capsys.readouterr().err
 
 
-def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interactive_session_is_no_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     assert slurm_job() == "9"
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
@@ -121,7 +121,7 @@ def test_slurm_job_is_none_where_a_person_types(monkeypatch: pytest.MonkeyPatch)
 NAMES = """
 import os, sys, time
 from dino_lightning.cli.program import run_name
-for pause in (0, 1.1):
+for pause in (0, float(sys.argv[1])):
     time.sleep(pause)
     if not os.fork():
         print(run_name())
@@ -130,30 +130,22 @@ for pause in (0, 1.1):
 """
 
 
-def names(**variables: str) -> list[str]:
-    """What two processes that one parent starts, one after the other, would call their run."""
-    known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "TORCHEL", "DINO_L"))}
-    source = str(Path(__file__).parents[2] / "src")
-    done = subprocess.run(
-        [sys.executable, "-c", NAMES],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**known, "PYTHONPATH": source, **variables},
-    )
+def names(folder: Path, *, pause: float = 0, **variables: str) -> list[str]:
+    """The run names in two processes that the same parent starts `pause` seconds apart."""
+    done = run_code(NAMES, str(pause), cwd=folder, variables=variables)
     return done.stdout.split() or [done.stderr]
 
 
-def test_a_run_that_is_started_again_keeps_its_folder() -> None:
-    assert names(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1") == ["42", "42"]
-    assert names(TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="1") == ["mine", "mine"]
+def test_a_restarted_run_keeps_its_folder(tmp_path: Path) -> None:
+    assert names(tmp_path, SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1") == ["42", "42"]
+    assert names(tmp_path, TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="1") == ["mine", "mine"]
 
 
-def test_torchrun_without_an_id_gives_all_its_processes_and_starts_one_name() -> None:
-    """Its agent is the parent of all, and stays."""
-    first, *others = names(TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="1")
+def test_all_processes_and_restarts_of_torchrun_without_an_id_use_the_same_name(tmp_path: Path) -> None:
+    """The name is the start time of torchrun's agent, which is the parent of all."""
+    first, *others = names(tmp_path, pause=1.1, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="1")
     assert len(others) == 1
     assert set(others) == {first}
     assert first.startswith("20")
-    (refused,) = names(TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="2")[-1:]
+    (refused,) = names(tmp_path, TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE="2")
     assert "--rdzv-id" in refused

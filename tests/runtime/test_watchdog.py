@@ -1,4 +1,4 @@
-"""Processes that watch each other: real ones, that sleep where a rank would wait in a collective."""
+"""Real processes watch each other; they sleep instead of waiting in a collective."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def ended(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def is_gone(number: int) -> bool:
-    """Whether a process ends soon; who has taken it over may not have noticed that it has."""
+    """Whether a process ends soon or is a zombie that its parent has not reaped."""
     until = time.monotonic() + 5
     while time.monotonic() < until:
         try:
@@ -68,17 +68,17 @@ def is_gone(number: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("left_with", "status"), [("2", 2), ("1", 1)])
-def test_one_that_fails_ends_all_with_its_status(left_with: str, status: int) -> None:
-    done = ended(FIRST, "60", "0", left_with)
+@pytest.mark.parametrize(("argument", "status"), [("2", 2), ("1", 1)])
+def test_a_failed_process_ends_all_with_its_status(argument: str, status: int) -> None:
+    done = ended(FIRST, "60", "0", argument)
     assert done.returncode == status
     assert f"process 2 of this machine has ended with status {status}" in done.stderr
     assert "not ended" not in done.stdout
     assert is_gone(int(done.stdout.split()[0]))
 
 
-def test_one_that_leaves_on_request_does_not_end_the_first() -> None:
-    """It still writes its checkpoint, or asks SLURM."""
+def test_a_process_that_exits_on_request_does_not_end_the_first() -> None:
+    """The first process still writes its checkpoint or asks SLURM."""
     assert FIRST_EXIT_S < 5
     done = ended(FIRST, "0.2", "75", "130", "0")
     assert done.returncode == 7
@@ -99,18 +99,18 @@ raise RuntimeError("lost")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_one_that_is_stopped_does_not_outlive_the_first() -> None:
+def test_a_stopped_process_does_not_outlive_the_first() -> None:
     done = ended(STOPPED)
     assert done.returncode == 1
     assert "RuntimeError: lost" in done.stderr
     assert is_gone(int(done.stdout.split()[0]))
 
 
-LEARNS = """
+NOTICES = """
 import atexit, subprocess, sys
 from dino_lightning.runtime import watchdog
 watchdog.OTHERS_EXIT_S = 5
-waits = "import sys; sys.stdin.read(); print('learned', flush=True)"
+waits = "import sys; sys.stdin.read(); print('noticed', flush=True)"
 started = [subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE)]
 atexit.register(watchdog.end_started, started)
 raise RuntimeError("lost")
@@ -118,13 +118,13 @@ raise RuntimeError("lost")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere the first process waits itself")
-def test_one_that_waits_for_the_first_learns_of_its_error() -> None:
-    """By what is closed when the first is gone, and says so before it is ended."""
-    done = ended(LEARNS)
-    assert (done.returncode, done.stdout) == (1, "learned\n")
+def test_a_process_that_waits_for_the_first_notices_its_error() -> None:
+    """Its connection to the first closes, and it can print a message before it is killed."""
+    done = ended(NOTICES)
+    assert (done.returncode, done.stdout) == (1, "noticed\n")
 
 
-def test_none_outlives_the_first() -> None:
+def test_no_process_outlives_the_first() -> None:
     begun = time.monotonic()
     done = ended(KILLED)
     assert done.returncode == -signal.SIGKILL
@@ -133,6 +133,6 @@ def test_none_outlives_the_first() -> None:
     assert time.monotonic() - begun < 40
 
 
-def test_a_process_that_nobody_has_started_watches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_not_started_by_another_watches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STARTED_BY, raising=False)
     end_with_first_process()

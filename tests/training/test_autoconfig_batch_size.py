@@ -1,15 +1,14 @@
 """The batch-size finder, in a process with little memory."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import cast
 
-import composing
 import pytest
 from composing import composed
 from omegaconf import OmegaConf
+from programs import run_code
 
 from dino_lightning.config import TrainConfig
 from dino_lightning.training.autoconfig.batch_size import RESULT_VARIABLE, fits_in_memory, largest_batch, listed_devices
@@ -37,31 +36,31 @@ def config(*words: str) -> TrainConfig:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_halves_until_it_fits() -> None:
+def test_the_batch_is_halved_until_it_fits(tmp_path: Path) -> None:
     """With 100 MB of free memory, a batch that needs several hundred MB is halved, and a small one is kept."""
-    words = [sys.executable, "-c", LITTLE_MEMORY, str(100 << 20), *WORDS]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(composing.__file__).parent)
-    found = done.stdout.split("fits ")[1].split()
-    small, told, large, told_of_large = map(int, found)
-    assert (small, large) == (told, told_of_large), "the processes of other devices learn it"
+    done = run_code(LITTLE_MEMORY, str(100 << 20), *WORDS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("fits ")[1].split()
+    small, variable, large, variable_of_large = map(int, words)
+    assert (small, large) == (variable, variable_of_large), "the processes of other devices read the variable"
     assert small == 4
     assert large in (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
-def test_every_method_takes_its_steps(method: str) -> None:
+def test_every_method_takes_its_trial_steps(method: str) -> None:
     assert fits_in_memory(config(f"method={method}"), batch=3)
 
 
-def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Output size is too small"):
         fits_in_memory(config("backbone=vovnet_micro", "crops.global_size=2", "crops.local_count=0"), batch=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find something else"
+    assert largest_batch(config("data.batch_size_per_device=9")) == 9, "each process might find another batch size"
 
 
 def test_only_processes_of_other_devices_take_over_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of `--multirun` in one process, and those of a notebook, each find their own batch."""
+    """Runs of `--multirun` in one process, and those of a notebook, each search separately."""
     monkeypatch.setenv(RESULT_VARIABLE, "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert largest_batch(config("data.batch_size_per_device=4")) == 2

@@ -1,4 +1,4 @@
-"""Real collapses are each named; a healthy run of the same length raises no alarm."""
+"""Each kind of collapse raises its alarm; a healthy run of the same length raises none."""
 
 import csv
 import io
@@ -77,7 +77,7 @@ def test_each_collapse_is_named(method: Any, names: list[str], change: str, caps
 )
 def test_a_healthy_run_raises_no_alarm(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch = alarm()
-    fit(method(), watch, folder=tmp_path)
+    fit(method(), watch, folder=tmp_path, steps=80)
     assert watch.verdict is None
     assert "Collapse" not in capsys.readouterr().err
     assert set(column(tmp_path, "collapse/alarm")) == {0.0}
@@ -88,13 +88,13 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_the_log_has_the_alarm_and_what_an_epoch_shows(tmp_path: Path) -> None:
+def test_the_log_has_the_alarm_and_the_signals_of_epochs(tmp_path: Path) -> None:
     watch = alarm(patience=4, after="20it")
     fit(dino(centering="none"), watch, folder=tmp_path, steps=48)
     assert watch.first_steps == {"one prototype": 23}
     assert column(tmp_path, "collapse/alarm") == [0.0] * 24 + [1.0] * 24
     assert len(column(tmp_path, "collapse/effective_rank")) == 3
-    # Over an epoch each; the first one contains healthy steps.
+    # Each covers an epoch; the first epoch contains healthy steps.
     first, _, last = column(tmp_path, "collapse/dead_prototypes")
     assert first < last == pytest.approx(31 / 32)
     assert watch._effective_rank == pytest.approx(column(tmp_path, "collapse/effective_rank")[-1], rel=1e-6)
@@ -146,7 +146,7 @@ def test_a_resumed_run_continues_with_its_rows(tmp_path: Path) -> None:
     whole, resumed = (alarm(after="10it", stop=True) for _ in range(2))
     every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(dino(centering="none"), whole, every, steps=32, enable_checkpointing=True)
-    assert list(whole.first_steps.values()) < [26], "else the rows from step 16 on were enough"
+    assert list(whole.first_steps.values()) < [26], "else the rows after step 16 were enough"
     fit(dino(centering="none"), resumed, steps=32, resume=tmp_path / "step=16.ckpt")
     assert resumed.first_steps == whole.first_steps
     assert resumed._rows == whole._rows

@@ -1,4 +1,4 @@
-"""The logged norms equal those of the tensors."""
+"""The logged norms equal the norms of the tensors."""
 
 import csv
 from pathlib import Path

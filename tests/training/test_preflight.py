@@ -9,9 +9,9 @@ from dino_lightning.training import preflight
 PACKAGE = Path(dino_lightning.__file__).parent
 PREFLIGHT = Path(preflight.__file__)
 LEVELS = {"check_combinations", "check_settings", "check_built"}
-"""What a run, automatic configuration and `compose` call."""
+"""The functions that a run, automatic configuration and `compose` call."""
 CHECKED = ["training", "runtime/environment.py", "loggers/checks.py", "config/checks/training.py"]
-"""Where checks of a run are defined."""
+"""The folders and files that define checks of a run."""
 
 
 def files(*names: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pruning of a sweep's runs: the rule against a simple implementation, which runs are compared, a real run."""
+"""Pruning of runs in a sweep: the rule, the compared runs, and a real run."""
 
 import json
 import random
@@ -11,6 +11,7 @@ import pytest
 import torch
 from composing import SMALL, composed
 from ranks import on_ranks
+from slow_params import first
 from sweep_cases import make_run
 
 from dino_lightning.config import PruningConfig
@@ -21,17 +22,18 @@ from dino_lightning.training.run import train
 pytest.importorskip("optuna", reason='pip install "dino-lightning[optuna]"')
 
 SHORT = [*SMALL, "callbacks.pictures.enabled=false", "trainer.enable_progress_bar=false", "trainer.max_epochs=3"]
+SHORT += ["data.train_images=32", "data.val_images=16"]
 PRUNED = ["callbacks.pruning.enabled=true", "callbacks.pruning.after_jobs=2"]
 
 
 def below_the_median(values: dict[int, float], others: list[dict[int, float]], *, after_jobs: int) -> bool:
-    """Compares the best accuracy so far with the median of the others at the latest epoch."""
+    """Compare the best accuracy so far with the median of the others at the latest epoch."""
     epoch = max(values)
     there = [other[epoch] for other in others if epoch in other]
     return len(there) >= after_jobs and max(values.values()) < median(there)
 
 
-def test_the_rule_is_that_of_the_median() -> None:
+def test_the_median_rule() -> None:
     draw, seen = random.Random(0), []
     for _ in range(40):
         others = [{e: draw.uniform(0, 100) for e in range(draw.randint(1, 4))} for _ in range(draw.randint(0, 6))]
@@ -43,7 +45,7 @@ def test_the_rule_is_that_of_the_median() -> None:
 
 
 @pytest.mark.parametrize(("keep", "worst_kept"), [(20, 50.0), (80, 20.0)])
-def test_other_shares_are_kept(keep: float, worst_kept: float) -> None:
+def test_other_values_of_keep_percent(keep: float, worst_kept: float) -> None:
     """Among 10, 20, ..., 60, the upper fifth begins at 50, the upper four fifths at 20."""
     others = [{0: 10.0 * number} for number in range(1, 7)]
     config = PruningConfig(after_jobs=1, keep_percent=keep)
@@ -51,7 +53,7 @@ def test_other_shares_are_kept(keep: float, worst_kept: float) -> None:
     assert is_worse({0: worst_kept - 0.1}, others, config)
 
 
-def test_which_runs_are_compared(tmp_path: Path) -> None:
+def test_only_finished_runs_of_the_sweep_are_compared(tmp_path: Path) -> None:
     for name, state in enumerate(["finished", "pruned", "under way", "failed", "finished"]):
         make_run(tmp_path / str(name), {}, [10.0 + name, 20.0 + name], state=state)
     make_run(tmp_path / "of_another_kind", {}, [1.0])
@@ -61,7 +63,9 @@ def test_which_runs_are_compared(tmp_path: Path) -> None:
     assert finished_siblings(tmp_path / "2") == [{0: 10.0, 1: 20.0}, {0: 14.0, 1: 24.0}]
 
 
-@pytest.mark.parametrize(("others", "warmup", "epochs"), [(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)])
+@pytest.mark.parametrize(
+    ("others", "warmup", "epochs"), first([(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)], fast=2)
+)
 def test_a_pruned_run_ends_with_its_results(
     others: float, warmup: str, epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,14 +111,14 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path) -> None:
 
 
 class Knn:
-    """A k-NN result at step 10."""
+    """A k-NN callback with a result at step 10."""
 
     def __init__(self) -> None:
         self.last_step, self.last = 10, {"top1": 50.0}
 
 
 class Trainer:
-    """After the second of three epochs."""
+    """A trainer after the second of three epochs."""
 
     global_step, current_epoch, max_epochs, should_stop = 10, 1, 3, False
 
@@ -123,7 +127,7 @@ class Trainer:
 
 
 class Module:
-    """Without warm-up."""
+    """A method without warm-up."""
 
     def duration(self, text: str, *, key: str) -> int:
         return 0

@@ -19,7 +19,7 @@ EXPLODING = ["optim.lr=1e30", "optim.lr_warmup=0ep"]
 
 
 def explode(folder: Path, *overrides: str) -> Path:
-    """The file of a run whose weights overflow float32 in the first step."""
+    """The saved step of a run whose weights overflow float32 in the first step."""
     with pytest.raises(FloatingPointError, match="dino replay"):
         train(composed(*TINY, *EXPLODING, *overrides, output_dir=folder))
     (file,) = (folder / "nonfinite").iterdir()
@@ -123,7 +123,7 @@ class Code:
 
 
 def damaged(file: Path, folder: Path, kind: str) -> Path:
-    """A file that a run has not saved."""
+    """A file that no run has saved."""
     path, saved = folder / "bad.pt", read_step(file)
     match kind:
         case "none":

@@ -69,7 +69,7 @@ def test_config_is_resolved_and_runs_again(finished: tuple[Path, float | None]) 
     assert "${" not in (output / "config.yaml").read_text()
 
 
-def test_metrics_hold_losses_schedules_and_collapse_signals(finished: tuple[Path, float | None]) -> None:
+def test_metrics_contain_losses_schedules_and_collapse_signals(finished: tuple[Path, float | None]) -> None:
     output, _ = finished
     assert len(column(output, "train/loss")) == 12
     assert len(column(output, "knn/top1")) == 2
@@ -105,7 +105,7 @@ def test_teacher_loads_into_timm(finished: tuple[Path, float | None]) -> None:
         assert json.loads(file.metadata()["timm"]) == arguments
 
 
-def test_checkpoint_is_safe_and_holds_the_center(finished: tuple[Path, float | None]) -> None:
+def test_the_checkpoint_is_safe_and_contains_the_center(finished: tuple[Path, float | None]) -> None:
     output, _ = finished
     checkpoint = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["center.center"].norm() > 0
@@ -137,8 +137,8 @@ def test_unlabeled_photos(tmp_path: Path) -> None:
     for index in range(50):
         Image.effect_noise((60, 45), 40 + index).convert("RGB").save(folder / f"{index}.jpg")
     (folder / "broken.jpg").write_bytes(b"not a picture")
-    cfg = composed(*UNLABELED, "data=folder", f"data.path={folder}", output_dir=tmp_path / "run")
-    assert train(cfg) is None
+    words = [*UNLABELED, "data=folder", f"data.path={folder}", "experiment=quick"]
+    assert train(composed(*words, output_dir=tmp_path / "run")) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn_top1"] is None
     assert summary["bad_images"] == 1
@@ -146,8 +146,8 @@ def test_unlabeled_photos(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "pictures" / "neighbors.png").exists()
 
 
-def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
-    """In a file for each split, so that their share is relative to that split."""
+def test_broken_images_are_counted_per_split(tmp_path: Path) -> None:
+    """Each split has its own file, so that the share of broken images is relative to the split."""
     for split, count in (("train", 40), ("val", 10)):
         for index in range(count):
             path = tmp_path / "in" / split / "ab"[index % 2] / f"{index}.tif"
@@ -157,6 +157,7 @@ def test_broken_images_of_both_splits_are_counted_apart(tmp_path: Path) -> None:
     cfg = composed(
         *UNLABELED[:-2],
         "data=folder",
+        "experiment=quick",
         f"data.path={tmp_path}/in",
         "callbacks.pictures.enabled=false",
         "data.max_bad_share=0.1",
@@ -178,13 +179,12 @@ def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["pil", "cpu", "device"])
-@pytest.mark.parametrize("channels", first([5, 1]))
+@pytest.mark.parametrize(
+    ("channels", "backend"), first([(5, "device"), (5, "cpu"), (1, "pil"), (1, "cpu"), (1, "device")], fast=2)
+)
 def test_images_of_other_channels(
     channels: int, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if (channels, backend) == (5, "pil"):
-        pytest.skip("PIL has no images of five channels")
     half = "[" + ",".join(["0.5"] * channels) + "]"
     cfg = composed(
         *UNLABELED,
@@ -216,6 +216,7 @@ def test_a_stream(tmp_path: Path) -> None:
     cfg = composed(
         *UNLABELED,
         "data=webdataset",
+        "experiment=quick",
         f"data.shards={tmp_path}/images-0.tar",
         "data.images=40",
         output_dir=tmp_path / "run",
@@ -225,7 +226,7 @@ def test_a_stream(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "pictures" / "neighbors.png").exists()
 
 
-def test_images_that_need_a_setting_are_refused_before_the_run(tmp_path: Path) -> None:
+def test_16_bit_images_without_a_range_are_refused_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for index in range(20):
         deep = np.full((40, 50), 1000 * index, np.uint16)
@@ -265,7 +266,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides `tests/loggers/test_wandb.py`: that an offline run stores all of its charts and pictures."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(tmp_path, "logger=wandb", "trainer.max_steps=4")
     records = offline_records(tmp_path)

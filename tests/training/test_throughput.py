@@ -1,4 +1,4 @@
-"""The logged speed against independent clocks and counts."""
+"""The logged speed equals independent measurements."""
 
 import csv
 import time
@@ -48,7 +48,7 @@ def rows_of(folder: Path, loader: Any, speed: Throughput) -> list[dict[str, floa
     return [row for row in rows if "speed/images_per_second" in row]
 
 
-def test_the_share_of_waiting(tmp_path: Path) -> None:
+def test_the_share_of_time_waiting_for_data(tmp_path: Path) -> None:
     """The share includes the pauses of this loader, and not those of another."""
     begin = time.perf_counter()
     rows = rows_of(tmp_path / "slow", Slow(pause_s=PAUSE_S), Throughput())
@@ -76,7 +76,7 @@ def test_mfu_is_flops_over_the_peak(tmp_path: Path) -> None:
         assert row["speed/mfu"] == pytest.approx(row["speed/images_per_second"] * 3e9 / 4e12)
 
 
-def test_uncountable_flops_are_reported_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flops_are_reported_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(method: Any) -> float:
         raise NotImplementedError("no kernel")
 

@@ -1,4 +1,4 @@
-"""What a user can do wrong besides values of the configuration: one sentence each, before the first step."""
+"""Wrong inputs besides values of the configuration: each gets one sentence before the first step."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from composing import SMALL, composed
 from omegaconf import OmegaConf
+from programs import run_code
 from wrong_environments import mounted, with_variables
 from wrong_files import photos
 from wrong_inputs import PAGE, Wrong, fits, page, sentence_of
@@ -39,7 +40,7 @@ def can_mount(folder: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def as_root(tmp_path_factory: pytest.TempPathFactory) -> bool:
-    """Whether permissions can be taken and file systems mounted."""
+    """Whether tests can change users and mount file systems."""
     return os.geteuid() == 0 and can_mount(tmp_path_factory.mktemp("mount"))
 
 
@@ -55,14 +56,14 @@ def test_one_sentence(row: Wrong, tmp_path: Path, as_root: bool, capsys: pytest.
 
 def test_there_are_enough_rows() -> None:
     assert len(EVERY) >= 100
-    assert len({row.name for row in EVERY}) >= len(EVERY) - 5  # some are given to both programs
+    assert len({row.name for row in EVERY}) >= len(EVERY) - 5  # some are in the tables of both programs
 
 
-def test_the_page_is_made_of_the_table() -> None:
+def test_the_page_is_generated_from_the_tables() -> None:
     assert PAGE.read_text() == page(TABLES), "PYTHONPATH=src:tests/helpers:tests/user_errors python -m wrong_inputs"
 
 
-def test_right_inputs_get_none(tmp_path: Path) -> None:
+def test_right_inputs_get_no_error(tmp_path: Path) -> None:
     right = Wrong("", lambda path: ["data=folder", f"data.path={photos(path / 'in')}"], "")
     assert sentence_of(right, tmp_path) == ""
     assert not (tmp_path / "run" / ".running").exists()
@@ -83,7 +84,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
         (("data.batch_size_per_device=2", "trainer.accumulate_grad_batches=2"), ""),
     ],
 )
-def test_what_may_change_in_a_resumed_run(
+def test_allowed_changes_in_a_resumed_run(
     words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = Wrong("", resumed(*words), "", around=with_variables(**MESSY, WANDB_MODE=None))
@@ -93,16 +94,16 @@ def test_what_may_change_in_a_resumed_run(
 
 
 def test_a_change_in_config_yaml_is_accepted(tmp_path: Path) -> None:
-    def meant(file: Path) -> None:
+    def edit_seed(file: Path) -> None:
         config = file.parents[1] / "config.yaml"
         text = config.read_text()
         assert "seed: 0\n" in text
         config.write_text(text.replace("\nseed: 0\n", "\nseed: 7\n"))
 
-    assert sentence_of(Wrong("", resumed("seed=7", spoil=meant), ""), tmp_path) == ""
+    assert sentence_of(Wrong("", resumed("seed=7", spoil=edit_seed), ""), tmp_path) == ""
 
 
-def test_little_disk_is_said(tmp_path: Path, as_root: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_little_disk_space_is_a_warning(tmp_path: Path, as_root: bool, capsys: pytest.CaptureFixture[str]) -> None:
     if not as_root:
         pytest.skip("needs root: a disk is mounted")
     size = max(file.stat().st_size for file in (finished() / "checkpoints").glob("*.ckpt"))
@@ -112,16 +113,16 @@ def test_little_disk_is_said(tmp_path: Path, as_root: bool, capsys: pytest.Captu
     assert "WARNING: the checkpoints of this run take up to" in capsys.readouterr().err
 
 
-def test_the_estimate_of_a_checkpoint_is_right() -> None:
-    """But for the moments of prototypes that are frozen at first, and random states and settings that come on top."""
+def test_the_estimated_size_of_a_checkpoint() -> None:
+    """The estimate includes moments of frozen prototypes, and lacks random states and settings."""
     config = OmegaConf.to_object(composed(*SMALL))
     estimate = checkpoint_bytes(config, build_method(config))  # type: ignore[arg-type]
     actual = (finished() / "checkpoints" / "last.ckpt").stat().st_size
     assert 0.95 * estimate < actual < 1.05 * estimate
 
 
-def test_the_folder_is_free_again_after_sigkill(tmp_path: Path) -> None:
-    """At once, although a child of the killed process, such as a loader process, lives on."""
+def test_the_folder_is_unlocked_after_sigkill(tmp_path: Path) -> None:
+    """Immediately, even if a child of the killed process, such as a loader process, still runs."""
     script = HOLDER.replace('print("held"', 'import os; child = os.fork()\n    child and print(f"held {child}"')
     command = [sys.executable, "-c", script, str(tmp_path), str(SOURCE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
@@ -130,7 +131,7 @@ def test_the_folder_is_free_again_after_sigkill(tmp_path: Path) -> None:
         try:
             run.kill()
             run.wait()
-            os.kill(child, 0)  # it is there
+            os.kill(child, 0)  # it exists
             assert (tmp_path / ".running").exists()
             with run_lock(tmp_path):
                 assert str(os.getpid()) in (tmp_path / ".running").read_text()
@@ -139,15 +140,15 @@ def test_the_folder_is_free_again_after_sigkill(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
-def test_other_ranks_of_a_run_enter_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_of_a_run_may_use_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with a_run_in_the_folder(tmp_path):
         monkeypatch.setenv("LOCAL_RANK", "1")
         with run_lock(tmp_path / "run"):
             pass
 
 
-def test_the_command_line_says_it_and_leaves_with_2(tmp_path: Path) -> None:
-    """Hydra makes the folder before it calls this package, and that of a sweep before its first run."""
+def test_an_output_dir_that_hydra_cannot_create(tmp_path: Path) -> None:
+    """Hydra creates the folder of a run before it calls this package, and that of a sweep before the first run."""
     file = tmp_path / "o"
     file.touch()
     program = (
@@ -157,9 +158,7 @@ def test_the_command_line_says_it_and_leaves_with_2(tmp_path: Path) -> None:
         "        try: main([verb, *words, f'output_dir={FILE}'])\n"
         "        except SystemExit as end: print(end.code)\n"
     )
-    program = f"FILE = {str(file)!r}\n{program}"
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    done = run_code(f"FILE = {str(file)!r}\n{program}", cwd=tmp_path)
     reason = f"'{file}' is a file or inside a file"
     sentence = f"output_dir={file} cannot be written ({reason}); choose a folder that you can write to."
     lines = [line.partition(": ")[2] for line in done.stderr.splitlines()]
@@ -167,6 +166,6 @@ def test_the_command_line_says_it_and_leaves_with_2(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2"] * 4
 
 
-def test_few_of_all_rows_are_configuration() -> None:
-    """`tests/user_errors/test_wrong_settings.py` has those."""
+def test_most_rows_are_not_about_the_configuration() -> None:
+    """`tests/user_errors/test_wrong_settings.py` tests the configuration."""
     assert len(EVERY) - len(ROWS) >= 60

@@ -1,7 +1,5 @@
-"""What a user can get wrong: one sentence each, before a model is built."""
+"""Wrong values of the configuration: each gets one sentence before a model is built."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +7,7 @@ import pytest
 from composing import SMALL, composed, composed_evaluation
 from omegaconf import OmegaConf
 from PIL import Image
-from programs import TRAIN, run_program
+from programs import TRAIN, run_code, run_program
 
 from dino_lightning.checkpoints.load import load_network
 from dino_lightning.cli.errors import EXPLAINED, message_for
@@ -129,9 +127,9 @@ WRONG = [
 
 
 def sentence_for(*overrides: str, output_dir: Path) -> str:
-    """What the command line would print; composing and checking only, nothing is built."""
+    """The error message of the command line; the configuration is composed and checked, but nothing is built."""
     given = [word.partition("=")[0] for word in overrides]
-    here = {} if "data" in given else {"data.train_images": 200, "data.val_images": 20}  # few that are drawn
+    here = {} if "data" in given else {"data.train_images": 200, "data.val_images": 20}  # few images to draw
     here |= {"trainer.accelerator": "cpu"}
     try:
         words = [*overrides, *(f"{key}={value}" for key, value in here.items() if key not in given)]
@@ -154,7 +152,7 @@ def test_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
     assert "\n" not in sentence
 
 
-def test_right_settings_get_none(tmp_path: Path) -> None:
+def test_right_settings_get_no_error(tmp_path: Path) -> None:
     assert sentence_for(output_dir=tmp_path) == ""
 
 
@@ -175,7 +173,7 @@ def test_unlabeled_images_and_knn(tmp_path: Path) -> None:
     ],
     ids=["long", "home", "zero"],
 )
-def test_a_path_that_none_can_be(path: str, reason: str, tmp_path: Path) -> None:
+def test_impossible_paths(path: str, reason: str, tmp_path: Path) -> None:
     photos = composed("data=folder", f"data.path={tmp_path}", "trainer.accelerator=cpu")
     knn = composed_evaluation("checkpoint=untrained:vit_micro")
     for cfg, keys in ((photos, ("output_dir", "data.path", "data.cache_dir")), (knn, ("output_dir", "feature_cache"))):
@@ -196,12 +194,12 @@ def test_a_path_that_none_can_be(path: str, reason: str, tmp_path: Path) -> None
         load_network(path, seed=0)
 
 
-def test_a_long_name_of_a_network_is_no_option(tmp_path: Path) -> None:
+def test_a_long_name_of_a_network(tmp_path: Path) -> None:
     assert "is not an option of backbone" in sentence_for(f"backbone={'x' * 300}", output_dir=tmp_path)
 
 
-def test_a_number_of_hundreds_of_digits() -> None:
-    """OmegaConf raises an error for it that is none of its own."""
+def test_a_number_of_hundreds_of_digits(tmp_path: Path) -> None:
+    """OmegaConf raises a Python error for it, not one of its own errors."""
     program = (
         "from dino_lightning.cli.main import main\n"
         "LR = '1' + '0' * 400\n"
@@ -209,20 +207,11 @@ def test_a_number_of_hundreds_of_digits() -> None:
         "for words in (['train', 'optim.lr=' + LR], ['eval', holdout], ['data', '.', holdout]):\n"
         "    print(main(words))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_code(program, cwd=tmp_path)
     assert done.stdout.split() == ["2"] * 3, done.stderr
     said = "the value is too large for a number; it is: "
     keys = [line.split(said)[0] for line in done.stderr.splitlines()]
     assert keys == ["dino train: optim.lr: ", "dino eval: data.holdout: ", "dino data: data.holdout: "]
-
-
-def test_home_is_meant_by_tilde(tmp_path: Path) -> None:
-    """Hydra, which makes the folder, would make one of that name in the working folder."""
-    words = [*SMALL, "crops.local_size=20", "output_dir='~/run'"]
-    (tmp_path / "home").mkdir()
-    done = run_program(TRAIN, *words, cwd=tmp_path, variables={"HOME": str(tmp_path / "home")})
-    assert done.returncode == 2, done.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
@@ -231,20 +220,22 @@ def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     assert "already contains a run. Set resume=true" in sentence_for(output_dir=tmp_path)
 
 
-def test_gpu_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_on_a_machine_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "has no GPU" in sentence_for("trainer.accelerator=gpu", output_dir=tmp_path)
 
 
 def test_exit_status_is_2_and_nothing_is_written(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    done = run_program(TRAIN, *SMALL, "crops.local_size=20", f"output_dir={output}", cwd=tmp_path)
+    """Nor in a folder named `~`, which Hydra would create in the working folder."""
+    (tmp_path / "home").mkdir()
+    words = [*SMALL, "crops.local_size=20", "output_dir='~/run'"]
+    done = run_program(TRAIN, *words, cwd=tmp_path, variables={"HOME": str(tmp_path / "home")})
     assert done.returncode == 2
     assert done.stderr.strip() == (
         "dino train: crops.local_size=20 is not a multiple of backbone.patch_size=8; the nearest is 16."
     )
     assert done.stdout == ""
-    assert not output.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["home"]
 
 
 def test_errors_are_value_errors() -> None:

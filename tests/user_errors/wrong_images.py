@@ -208,14 +208,14 @@ ROWS = [
     ),
     Wrong(
         "a fifth of the images have zero bytes",
-        one_in_five(b""),
+        one_in_five(b"", "experiment=quick"),
         "data.max_bad_share=0.05: 1 of 18 images cannot be read (DIR/in/a/bad….jpg: the file is empty), see "
         "DIR/run/bad_images.txt; repair or remove them, or set data.max_bad_share=1 to continue without them",
         while_training=True,
     ),
     Wrong(
         "truncated images, with data.on_error=raise",
-        one_in_five(image()[:600], "data.on_error=raise"),
+        one_in_five(image()[:600], "data.on_error=raise", "experiment=quick"),
         "data.on_error=raise: DIR/in/a/bad….jpg cannot be read (…runcated…)",
         while_training=True,
     ),

@@ -22,7 +22,7 @@ def paths(*labels: str, delimiter: str = ",") -> str:
 
 
 def listed(content: str | bytes, *words: str, name: str = "list.csv") -> Make:
-    """A list beside good images."""
+    """A list in a folder with good images."""
 
     def make(path: Path) -> list[str]:
         photos(path)
@@ -176,7 +176,7 @@ ROWS = [
     ),
     Wrong(
         "a list with some missing files",
-        listed(paths("x") + "".join(f"gone/{index}.jpg,x\n" for index in range(4))),
+        listed(paths("x") + "".join(f"gone/{index}.jpg,x\n" for index in range(4)), "experiment=quick"),
         "data.max_bad_share=0.05: 2 of 20 images cannot be read (DIR/gone/….jpg: no such file or directory; "
         "DIR/gone/….jpg: no such file or directory), see DIR/run/bad_images.txt; repair or remove them, or set "
         "data.max_bad_share=1 to continue without them",
