@@ -1,10 +1,12 @@
 """Python's fork server as a fork of the test process, instead of a new Python that imports the libraries again."""
 
+import atexit
 import logging
 import multiprocessing
 import os
 import sys
 import traceback
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver, util
@@ -39,6 +41,7 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
     try:
         _close_all_but({0, 1, 2, *file_descriptors})
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
+        _forget_cleanups()
         logging.root.handlers.clear()  # pytest's
         for reference in logging._handlerList:  # type: ignore[attr-defined]
             handler = reference()
@@ -53,6 +56,13 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _forget_cleanups() -> None:
+    """Leave what this process removes at its end, such as W&B's temporary folder, to this process."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
 
 
 def _prepare() -> None:
