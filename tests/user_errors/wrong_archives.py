@@ -1,4 +1,4 @@
-"""Rows: archives, streams of shards, data sets by name."""
+"""Rows: archives, streams of shards, named datasets."""
 
 import tarfile
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Make = Callable[[Path], list[str]]
 
 
 def archive(make: Callable[[Path], Path]) -> Make:
-    """`data=archive` of what is made."""
+    """`data=archive` with the created file."""
     return lambda path: ["data=archive", f"data.path={make(path)}"]
 
 
@@ -31,7 +31,7 @@ def shard(make: Callable[[Path], Path], *words: str) -> Make:
 
 
 def cut_between(path: Path) -> Path:
-    """The first images of a tar, without what marks its end."""
+    """The first images of a tar, without its end marker."""
     with tarfile.open(tarred(path / "a.tar")) as file:
         return cut(path / "a.tar", file.getmembers()[8].offset)
 

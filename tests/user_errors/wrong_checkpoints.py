@@ -1,4 +1,4 @@
-"""Rows: what `dino eval` is given as a checkpoint."""
+"""Rows: values of `checkpoint` for `dino eval`."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def checkpoint(make: Callable[[Path], object], *words: str) -> Make:
 
 
 def evaluated(*words: str) -> Make:
-    """A small network, and these words with `DIR` for the folder."""
+    """A small network, and these overrides, in which `DIR` is the folder."""
     return lambda path: [f"checkpoint={SMALL}", *IMAGES, *(word.replace("DIR", str(path)) for word in words)]
 
 
@@ -63,7 +63,7 @@ def saved(content: Any, name: str = "x.pth") -> Callable[[Path], Path]:
 def exported(
     change: Callable[[dict[str, Tensor]], object] = dict, *, name: str = "x.safetensors"
 ) -> Callable[[Path], Path]:
-    """A file of weights as a run exports it, changed."""
+    """A weight file like those that a run exports, with changes."""
 
     def make(path: Path) -> Path:
         changed = weights()

@@ -41,7 +41,7 @@ def with_variables(**variables: str | None) -> Around:
 
 
 def without_package(*names: str) -> Around:
-    """As if packages were not installed."""
+    """Pretends that packages are not installed."""
     return lambda _: patch.dict(sys.modules, dict.fromkeys(names))
 
 
@@ -54,14 +54,14 @@ def small_disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def small_shared_memory(path: Path) -> Iterator[None]:
-    """As in a container with 1 MB of shared memory."""
+    """Shared memory has 1 MB, as in a container."""
     with mounted(path / "shm", "1m"), patch.object(checks_resources, "SHARED_MEMORY", path / "shm"):
         yield
 
 
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[None]:
-    """A file system in memory."""
+    """Mounts a file system in memory."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
     try:

@@ -1,4 +1,4 @@
-"""Files that are wrong, and right ones to be spoilt."""
+"""Valid and invalid files."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def tiff(array: np.ndarray, **options: Any) -> bytes:
 
 
 def gray(*values: float) -> np.ndarray:
-    """Float pixels (40, 40), 0.5 but for the first `values`."""
+    """Float pixels (40, 40): the first are `values`, the others 0.5."""
     pixels = np.full((40, 40), 0.5, np.float32)
     pixels.flat[: len(values)] = values
     return pixels
@@ -52,7 +52,7 @@ def bomb(side: int) -> bytes:
 
 
 def touch(path: Path, content: bytes = b"") -> Path:
-    """A file of this content."""
+    """Create a file with this content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
@@ -102,7 +102,7 @@ def zipped(path: Path, *, name: str = "{}.jpg") -> Path:
 
 
 def encrypted(path: Path) -> Path:
-    """A zip whose entries say that they are."""
+    """A zip whose entries are marked as encrypted."""
     content = bytearray(zipped(path).read_bytes())
     for mark, flags in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
         at = content.find(mark)

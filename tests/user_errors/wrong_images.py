@@ -11,7 +11,7 @@ from wrong_inputs import Wrong
 
 Make = Callable[[Path], list[str]]
 NOBODY = 65534
-"""User without rights."""
+"""The user id of a user without rights."""
 ENDINGS = ".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp"
 NONE = "data: none of the tested images can be read (DIR/in/0"
 RANGE = "data.value_range=[0,1]"
@@ -23,12 +23,12 @@ def folder(path: Path, *words: str) -> list[str]:
 
 
 def each(content: bytes, *words: str, name: str = "{}.jpg") -> Make:
-    """A folder in which every image is this one."""
+    """A folder in which every image has this content."""
     return lambda path: folder(filled(path / "in", content, name=name), *words)
 
 
 def one_in_five(content: bytes, *words: str) -> Make:
-    """Class folders in which a fifth of the images is this one."""
+    """Class folders in which a fifth of the images have this content."""
 
     def make(path: Path) -> list[str]:
         photos(path / "in")
@@ -39,7 +39,7 @@ def one_in_five(content: bytes, *words: str) -> Make:
 
 
 def splits(train: int, val: int) -> Make:
-    """`train/` and `val/` of so many classes; 0 for a folder that is not there."""
+    """`train/` and `val/` with these numbers of classes; 0 for no folder."""
 
     def make(path: Path) -> list[str]:
         for name, classes in (("train", train), ("val", val)):
@@ -84,7 +84,7 @@ def unreadable(path: Path) -> list[str]:
 
 @contextmanager
 def as_nobody(path: Path) -> Iterator[None]:
-    """Root may read everything: be somebody else for a while."""
+    """Change to a user without rights, because root may read everything."""
     folders = [parent for parent in path.parents if parent.stat().st_mode & 0o1 == 0]
     modes = [parent.stat().st_mode for parent in folders]
     for parent in folders:

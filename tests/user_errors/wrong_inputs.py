@@ -1,7 +1,7 @@
-"""How the rows of wrong inputs are run, and the page that is made of them.
+"""Runs the rows of wrong inputs, and generates their page.
 
-A row makes its input in a fresh folder and is run as the command line would run it, in this process, up to the first
-optimizer step: what is refused later than that is refused too late, unless the row says that nothing can know before.
+A row creates its input in a new folder. The command runs in this process up to the first optimizer step; an error after
+that is too late, unless the row says that the mistake cannot be detected earlier.
 
     PYTHONPATH=src:tests/helpers:tests/user_errors python -m wrong_inputs        writes docs/wrong_inputs.md
 """
@@ -32,40 +32,40 @@ SMALL = [
     "callbacks.pictures.enabled=false",
     "callbacks.knn.enabled=false",
 ]
-"""What every training row has, unless it says otherwise."""
+"""Overrides of every training row, unless it sets the key."""
 BUILTIN = ["data.train_images=16", "data.val_images=8"]
-"""Where a row names no data."""
+"""Overrides of rows without `data=`."""
 
 Around = Callable[[Path], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """A wrong input and the sentence that it gets."""
+    """A wrong input and its error message."""
 
     name: str
-    """What it is, for a person."""
+    """The description on the page."""
     make: Callable[[Path], list[str]]
-    """Makes it below a folder; returns the words of the command line."""
+    """Creates the input in a folder and returns the arguments of the command."""
     sentence: str
-    """The whole sentence: `DIR` stands for the folder, `…` for what differs between machines and libraries."""
+    """The complete message: `DIR` is the folder, `…` is text that differs between machines and libraries."""
     program: str = TRAIN
     while_training: bool = False
-    """Nothing can know before the images are read."""
+    """Whether the mistake is detected only when images are read."""
     around: Around | None = None
-    """What the process is like meanwhile."""
+    """Changes the process while the command runs."""
     in_a_process: bool = False
-    """What it does to its process lasts."""
+    """Whether the row runs in a forked process, because its change of the process is permanent."""
     needs_root: bool = False
-    """Making the input takes the rights of root."""
+    """Whether only root can create the input."""
 
 
 class NotRefusedError(Exception):
-    """A run came to its first step."""
+    """A run has reached its first step."""
 
 
 def sentence_of(row: Wrong, folder: Path) -> str:
-    """What the command line prints, with `DIR` for `folder`; empty where the input is taken."""
+    """The message of the command, with `DIR` for `folder`; empty if the input is accepted."""
     if row.in_a_process:
         return in_a_fork(lambda: sentence_of(replace(row, in_a_process=False), folder))
     words = row.make(folder)
@@ -81,7 +81,7 @@ def sentence_of(row: Wrong, folder: Path) -> str:
 
 
 def in_a_fork(say: Callable[[], str]) -> str:
-    """What `say` returns in a copy of this process."""
+    """The result of `say` in a fork of this process."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -99,7 +99,7 @@ def in_a_fork(say: Callable[[], str]) -> str:
 
 
 def train(words: list[str], *, output: Path, to_the_end: bool = False) -> None:
-    """`dino train WORDS`."""
+    """Run `dino train WORDS`."""
     given = {word.split("=")[0] for word in words}
     small = [word for word in [*SMALL, *([] if "data" in given else BUILTIN)] if word.split("=")[0] not in given]
     cfg = composed(*small, *words, output_dir=output)
@@ -114,7 +114,7 @@ def _first_step(*_: object, **__: object) -> None:
 
 
 def evaluate(words: list[str], *, output: Path, to_the_end: bool = False) -> None:
-    """`dino eval WORDS`."""
+    """Run `dino eval WORDS`."""
     cfg = composed_evaluation("data.num_workers=0", *words, output_dir=output)
     given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
     cfg.output_dir = given[0] if given else cfg.output_dir
@@ -122,13 +122,13 @@ def evaluate(words: list[str], *, output: Path, to_the_end: bool = False) -> Non
 
 
 def fits(sentence: str, row: Wrong) -> bool:
-    """Whether a sentence is that of the row, to the letter but for `…`."""
+    """Whether a message equals that of the row, except for `…`."""
     pattern = ".*".join(re.escape(part) for part in row.sentence.split("…"))
     return re.fullmatch(pattern, sentence) is not None
 
 
 def page(tables: dict[str, list[Wrong]]) -> str:
-    """The table of all rows, for `docs/wrong_inputs.md`."""
+    """The text of `docs/wrong_inputs.md`."""
     lines = [
         "# Error messages for wrong inputs",
         "",

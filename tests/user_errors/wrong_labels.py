@@ -16,7 +16,7 @@ LABELS = "data.label_column=label"
 
 
 def paths(*labels: str, delimiter: str = ",") -> str:
-    """A table of the images of `photos`, with these labels in turn."""
+    """A table of the images of `photos`, which cycles through these labels."""
     rows = [f"{'ab'[index % 2]}/{index}.jpg{delimiter}{labels[index % len(labels)]}\n" for index in range(16)]
     return f"path{delimiter}label\n{''.join(rows)}"
 
@@ -38,7 +38,7 @@ def rows(*words: str, **options: Any) -> Make:
 
 
 def spoilt(spoil: Callable[[Path], Path]) -> Make:
-    """A parquet file, spoilt."""
+    """A damaged parquet file."""
 
     def make(path: Path) -> list[str]:
         spoil(parquet(path / "in", labels=[0, 1] * 8) / "train.parquet")

@@ -26,7 +26,7 @@ BACK = "restore the value, or write the new value into DIR/run/config.yaml if yo
 
 @cache
 def finished() -> Path:
-    """The folder of a short run, made once."""
+    """The folder of a short run, created once."""
     folder = Path(mkdtemp())
     train(["trainer.max_steps=2"], output=folder / "run", to_the_end=True)
     return folder / "run"
