@@ -1,6 +1,7 @@
 """Python's fork server as a fork of the test process, instead of a new Python that imports the libraries again."""
 
 import atexit
+import io
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver, util
 from pathlib import Path
+from typing import TextIO
 
 NEW_PYTHON = util.spawnv_passfds
 PRELOADED_MODULES = ["lightning.pytorch", "timm", "dino_lightning.training.run"]
@@ -43,10 +45,7 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
         _forget_cleanups()
         logging.root.handlers.clear()  # pytest's
-        for reference in logging._handlerList:  # type: ignore[attr-defined]
-            handler = reference()
-            if type(handler) is logging.StreamHandler:  # of libraries; they write to pytest's closed files
-                handler.setStream(sys.stderr)
+        redirect_library_logs(io.StringIO())  # they go to pytest's closed files
         _prepare()
         exec(code, {})
         status = 0
@@ -56,6 +55,14 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def redirect_library_logs(stream: TextIO) -> None:
+    """Libraries have chosen the stream of their messages when they were imported."""
+    for reference in logging._handlerList:  # type: ignore[attr-defined]
+        handler = reference()
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(stream)
 
 
 def _forget_cleanups() -> None:

@@ -19,6 +19,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fork_server import redirect_library_logs
+
 PROJECT = Path(__file__).resolve().parents[2]
 TRAIN = str(PROJECT / "train.py")
 
@@ -95,6 +97,7 @@ def _run(
     multiprocessing.set_start_method(None, force=True)  # child processes use Python's default
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    redirect_library_logs(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
