@@ -77,8 +77,8 @@ def test_the_previous_checkpoint_is_used_with_a_warning(tmp_path: Path, capsys: 
     assert found is not None
     assert found[0].name == "last-1.ckpt"
     assert found[1]["global_step"] == 2
-    assert "last.ckpt is damaged" in (said := capsys.readouterr().err)
-    assert "at step 2" in said
+    assert "last.ckpt is damaged" in (printed := capsys.readouterr().err)
+    assert "at step 2" in printed
 
 
 def test_no_valid_checkpoint_is_an_error(tmp_path: Path) -> None:

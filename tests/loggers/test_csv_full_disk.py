@@ -96,11 +96,11 @@ def test_a_run_on_a_full_disk(
         monkeypatch.setattr(L.Trainer, "fit", from_here_on)
         with pytest.raises(UserError, match="the run has finished, but its results could not be written"):
             train(composed(*words, output_dir=tmp_path / "full"))
-    said = capsys.readouterr().err
-    assert "last.ckpt could not be written" in said
-    assert "crops.png could not be written" in said
-    assert "attention_epoch0001.png could not be written" in said
-    assert "epoch 2/2" in said
+    printed = capsys.readouterr().err
+    assert "last.ckpt could not be written" in printed
+    assert "crops.png could not be written" in printed
+    assert "attention_epoch0001.png could not be written" in printed
+    assert "epoch 2/2" in printed
     monkeypatch.undo()
     train(composed(*words, "resume=auto", output_dir=tmp_path / "full"))
     assert (tmp_path / "full" / "teacher.safetensors").exists()

@@ -77,17 +77,17 @@ def test_a_pruned_run_ends_with_its_results(
     summary = json.loads((tmp_path / "2" / "summary.json").read_text())
     assert (summary["epochs"], summary["knn_top1"]) == (epochs, figure)
     assert (tmp_path / "2" / "teacher.safetensors").exists()
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if epochs == 3:
         assert summary["pruned"] is None
-        assert "Pruned" not in said
+        assert "Pruned" not in printed
     else:
         assert summary["pruned"].startswith("after epoch 2 of 3: its best k-NN accuracy, ")
-        assert f"Pruned {summary['pruned']}. The run ends here" in said
+        assert f"Pruned {summary['pruned']}. The run ends here" in printed
 
 
 @pytest.mark.parametrize(
-    ("words", "folder", "said"),
+    ("words", "folder", "message"),
     [
         (["callbacks.knn.enabled=false"], "3", "callbacks.knn.enabled=false"),
         ([], "alone", "add --multirun"),
@@ -96,8 +96,8 @@ def test_a_pruned_run_ends_with_its_results(
         (["callbacks.pruning.warmup=9ep"], "3", "callbacks.pruning.warmup=9ep is longer"),
     ],
 )
-def test_invalid_settings_are_refused(words: list[str], folder: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+def test_invalid_settings_are_refused(words: list[str], folder: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
         train(composed(*SHORT, "callbacks.pruning.enabled=true", *words, output_dir=tmp_path / folder))
     assert not list(tmp_path.rglob("config.yaml"))
 

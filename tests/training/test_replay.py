@@ -48,10 +48,10 @@ def healthy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_step_is_reproduced(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on a CPU in float32 computes exactly what the replay computes."""
     assert main([str(file)]) == 0
-    said = capsys.readouterr().out
-    assert "the loss is nan at step 1, rank 0 of 1" in said
-    assert "It begins in teacher.backbone.blocks.0, the first module whose output is not finite." in said
-    (row,) = (line for line in said.splitlines() if " teacher.backbone.patch_embed.proj " in line)
+    printed = capsys.readouterr().out
+    assert "the loss is nan at step 1, rank 0 of 1" in printed
+    assert "It begins in teacher.backbone.blocks.0, the first module whose output is not finite." in printed
+    (row,) = (line for line in printed.splitlines() if " teacher.backbone.patch_embed.proj " in line)
     cells = [cell.strip() for cell in row.split("│")[2:-1]]
     assert cells[0] == cells[2] != ""
 
@@ -65,9 +65,9 @@ def test_a_finite_replay_blames_the_precision(file: Path, tmp_path: Path, capsys
     saved = read_step(file)
     fresh = changed(file, tmp_path / "a.pt", state=healthy(saved["state"]), precision="16-mixed")
     assert main([str(fresh)]) == 3
-    said = capsys.readouterr().out
-    assert "In the replay all values are finite" in said
-    assert "the cause is the precision (16-mixed)." in said
+    printed = capsys.readouterr().out
+    assert "In the replay all values are finite" in printed
+    assert "the cause is the precision (16-mixed)." in printed
     shared = changed(fresh, tmp_path / "b.pt", world_size=2, what="a gradient is not finite at step 1")
     assert main([str(shared)]) == 3
     assert ", or the images of another rank" in capsys.readouterr().out
@@ -82,8 +82,8 @@ def test_a_gradient_is_named(file: Path, tmp_path: Path, capsys: pytest.CaptureF
     for name in weights:
         state[name.replace("weight", "bias")] = torch.zeros_like(state[name.replace("weight", "bias")])
     assert main([str(changed(file, tmp_path / "a.pt", state=state))]) == 0
-    said = capsys.readouterr().out
-    assert f"it begins in the backward pass, at the gradient of {weights[-1]}." in said
+    printed = capsys.readouterr().out
+    assert f"it begins in the backward pass, at the gradient of {weights[-1]}." in printed
 
 
 def test_bad_images_and_bad_weights_are_named(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

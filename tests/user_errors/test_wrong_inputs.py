@@ -76,7 +76,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "warning"),
     [
         ((), ""),
         (("callbacks.knn.k=[5,20]", "data.prefetch_batches=3", "compute=reference", "logger=tensorboard"), ""),
@@ -85,12 +85,12 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     ],
 )
 def test_allowed_changes_in_a_resumed_run(
-    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = Wrong("", resumed(*words), "", around=with_variables(**MESSY, WANDB_MODE=None))
     assert sentence_of(row, tmp_path) == ""
     err = capsys.readouterr().err
-    assert said in err if said else "WARNING" not in err
+    assert warning in err if warning else "WARNING" not in err
 
 
 def test_a_change_in_config_yaml_is_accepted(tmp_path: Path) -> None:

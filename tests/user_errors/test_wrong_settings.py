@@ -209,8 +209,8 @@ def test_a_number_of_hundreds_of_digits(tmp_path: Path) -> None:
     )
     done = run_code(program, cwd=tmp_path)
     assert done.stdout.split() == ["2"] * 3, done.stderr
-    said = "the value is too large for a number; it is: "
-    keys = [line.split(said)[0] for line in done.stderr.splitlines()]
+    message = "the value is too large for a number; it is: "
+    keys = [line.split(message)[0] for line in done.stderr.splitlines()]
     assert keys == ["dino train: optim.lr: ", "dino eval: data.holdout: ", "dino data: data.holdout: "]
 
 
