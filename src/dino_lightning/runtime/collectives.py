@@ -100,16 +100,9 @@ def all_gather_concat(tensor: Tensor) -> Tensor:
     return rows.to(tensor.device)
 
 
-LOST = (
-    "gloo/transport/",
-    "caused pair closure",
-    "connectFullMesh failed",
-    "wait timeout",
-    "Socket Timeout",
-    "remote process exit",
-    "communicator was aborted",
-)
-"""Words of gloo, the store and NCCL where another rank is gone or silent."""
+GLOO = ("gloo/transport/", "caused pair closure", "connectFullMesh failed")
+LOST = (*GLOO, "wait timeout", "Socket Timeout", "remote process exit", "communicator was aborted")
+"""Words of gloo, the store and NCCL in errors about another rank that is gone or silent."""
 
 
 def another_rank_is_lost(error: BaseException) -> bool:

@@ -14,18 +14,8 @@ from dino_lightning.runtime.ranks import RANKS, is_first_process
 
 INTEGERS = (*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_NTASKS")
 """Environment variables of launchers that are indices or numbers of processes."""
-LAUNCHERS = (
-    "MASTER_ADDR",
-    "SLURM_NTASKS",
-    "TORCHELASTIC_RUN_ID",
-    "LSB_JOBID",
-    "OMPI_COMM_WORLD_SIZE",
-    "KUBERNETES_PORT",
-    "SUBMITIT_EXECUTOR",
-    "WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-)
+SCHEDULERS = ("SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_PORT", "SUBMITIT_EXECUTOR")
+LAUNCHERS = (*SCHEDULERS, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK")
 """Environment variables of which at least one is set if a launcher starts processes on several machines."""
 GPUS = Path("/proc/driver/nvidia/gpus")
 """Folder in which NVIDIA's driver lists all devices, also those that an environment variable hides."""

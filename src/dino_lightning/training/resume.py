@@ -22,18 +22,8 @@ from dino_lightning.runtime.console import warn
 from dino_lightning.runtime.files import CONF
 from dino_lightning.runtime.scheduler import starts_again
 
-DECISIVE = (
-    "backbone.",
-    "method.",
-    "crops.",
-    "data.",
-    "optim.",
-    "seed",
-    "init_",
-    "trainer.precision",
-    "trainer.limit_train_batches",
-    "trainer.overfit_batches",
-)
+TRAINER = ("trainer.precision", "trainer.limit_train_batches", "trainer.overfit_batches")
+DECISIVE = ("backbone.", "method.", "crops.", "data.", "optim.", "seed", "init_", *TRAINER)
 """Keys, or prefixes of keys, that decide what is trained."""
 PLACES = ("path", "root", "csv", "shards", "cache", "cache_dir")
 READING = ("num_workers", "pin_memory", "prefetch_batches", "on_error", "max_bad_share", "download")

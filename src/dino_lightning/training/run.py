@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dino_lightning.config import TrainConfig
-from dino_lightning.data.module import MultiCropDataModule
 from dino_lightning.errors import UserError
 from dino_lightning.loggers.wandb import wandb_session
 from dino_lightning.methods.base import Method
@@ -26,7 +25,6 @@ from dino_lightning.training.autoconfig.apply import autoconfigure
 from dino_lightning.training.build import build
 from dino_lightning.training.callbacks.preemption import Preempted
 from dino_lightning.training.resources import cpu_threads, trains_in_tiles
-from dino_lightning.training.resume import ResumeCheckpoint
 from dino_lightning.training.summary import announce, finish_loggers, summarize, upload_results, write_results
 
 
@@ -50,8 +48,10 @@ def train(
         limit_threads(config, trainer, method, concurrent_runs=concurrent_runs)
         if trainer.is_global_zero:
             announce(config, composed, data, trainer, method, suggestions)
+        atexit.register(leave_group)  # only when the interpreter exits, after everything that needs the group
+        path = None if checkpoint is None else str(checkpoint.path)
         try:
-            fit(trainer, method, data, checkpoint)
+            trainer.fit(method, datamodule=data, ckpt_path=path, weights_only=True)
         except Preempted as preempted:
             sys.exit(exit_after_preemption(preempted, trainer))
         return None if trainer.interrupted else finish(config, trainer, method)
@@ -67,13 +67,6 @@ def limit_threads(
     torch.set_num_threads(config.cpu_threads or cpu_threads(config, processes=processes))
     if trains_in_tiles(config, method):
         keep_freed_memory()
-
-
-def fit(trainer: L.Trainer, method: Method, data: MultiCropDataModule, checkpoint: ResumeCheckpoint | None) -> None:
-    """Train; the process group is left only when the interpreter exits, after everything that needs it."""
-    atexit.register(leave_group)
-    path = None if checkpoint is None else str(checkpoint.path)
-    trainer.fit(method, datamodule=data, ckpt_path=path, weights_only=True)
 
 
 def exit_after_preemption(preempted: Preempted, trainer: L.Trainer) -> int:

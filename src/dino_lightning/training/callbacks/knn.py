@@ -5,6 +5,7 @@ An evaluation changes neither weights, buffers, random states nor train / eval m
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -120,13 +121,11 @@ class KNNCallback(Callback):
         query_indices = subset_indices(len(val), limit=self.config.queries, seed=self.seed)
         backbone: nn.Module = cast(Any, pl_module).evaluated.backbone
         forward = _forward(backbone, trainer, with_pixels=with_pixels)
+        total = (len(bank_indices) + len(query_indices)) // trainer.world_size
+        interval = max(self.config.batch_size_per_device, total // INTERRUPT_CHECKS)
+        should_interrupt = self.should_interrupt if interruptible else None
         options: dict[str, Any] = {
-            "on_batch": EvaluationProgress(
-                (len(bank_indices) + len(query_indices)) // trainer.world_size,
-                interval=self.config.batch_size_per_device,
-                report=self.on_progress,
-                should_interrupt=self.should_interrupt if interruptible else None,
-            ),
+            "on_batch": EvaluationProgress(total, interval, self.on_progress, should_interrupt),
             "batch_size": self.config.batch_size_per_device,
             "num_workers": images.config.num_workers,
             "device": pl_module.device,
@@ -157,21 +156,17 @@ class KNNCallback(Callback):
         return accuracies
 
 
+@dataclass
 class EvaluationProgress:
     """Counts the images of an evaluation on this rank, reports them, and interrupts the evaluation on request."""
 
-    def __init__(
-        self,
-        total: int,
-        *,
-        interval: int,
-        report: Callable[[int, int], None] | None,
-        should_interrupt: Callable[[], bool] | None,
-    ) -> None:
-        self.total, self.report, self.should_interrupt = total, report, should_interrupt
-        self.interval = max(interval, total // INTERRUPT_CHECKS)
-        """Images between two checks."""
-        self.done = self.checks = 0
+    total: int
+    interval: int
+    """Images between two checks."""
+    report: Callable[[int, int], None] | None
+    should_interrupt: Callable[[], bool] | None
+    done: int = 0
+    checks: int = 0
 
     def __call__(self, images: int) -> None:
         """Add finished images; raises `EvaluationInterrupted` if requested."""
