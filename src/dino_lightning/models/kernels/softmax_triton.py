@@ -5,6 +5,7 @@ same crop for t < T. The reference implementation is `losses.cross_view.cross_vi
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def loss_and_gradient_(
 
     (V, r, K), T = student_VrK.shape, len(teacher_TrK)
     block = min(LARGEST_BLOCK, 1 << (K - 1).bit_length())
-    constants = {"T": T, "K": K, "BLOCK": block, "num_warps": max(1, block // (32 * LOGITS_PER_THREAD))}
+    warps = max(1, block // (32 * LOGITS_PER_THREAD))
+    constants: dict[str, Any] = {"T": T, "K": K, "BLOCK": block, "num_warps": warps}
     empty = functools.partial(torch.empty, dtype=torch.float32, device=student_VrK.device)
     maximum_rT, total_rT, loss_rV = empty(r, T), empty(r, T), empty(r, V)
     student_view, student_image, _ = student_VrK.stride()
