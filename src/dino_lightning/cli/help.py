@@ -8,6 +8,7 @@ import ast
 import re
 import textwrap
 from itertools import pairwise
+from typing import Any
 
 from dino_lightning.runtime.files import CONF, PACKAGE, yaml_names
 
@@ -93,12 +94,10 @@ def group_options(verb: str) -> dict[str, list[str]]:
 
 def _schema_names() -> dict[str, set[str]]:
     """Group -> names of its dataclasses in `config.SCHEMAS`."""
-    for node in ast.parse(_source("config/__init__.py")).body:
-        match node:
-            case ast.AnnAssign(target=ast.Name(id="SCHEMAS"), value=ast.Dict(keys=groups, values=schemas)):
-                names = [{ast.literal_eval(name) for name in options.keys} for options in schemas]  # type: ignore
-                return dict(zip(map(ast.literal_eval, groups), names, strict=True))
-    raise LookupError("config/__init__.py has no SCHEMAS")
+    nodes = [node for node in ast.parse(_source("config/__init__.py")).body if isinstance(node, ast.AnnAssign)]
+    schemas: Any = next(node.value for node in nodes if ast.unparse(node.target) == "SCHEMAS")
+    groups = zip(map(ast.literal_eval, schemas.keys), schemas.values, strict=True)
+    return {group: set(map(ast.literal_eval, options.keys)) for group, options in groups}
 
 
 def documented_keys(verb: str) -> dict[str, str]:
