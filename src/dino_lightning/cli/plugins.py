@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -64,7 +64,7 @@ def import_one(name: str) -> None:
     """Import a file or module, once."""
     path = usable_path("imports", name)
     if path.suffix != ".py":
-        _run(name, lambda: importlib.import_module(name))
+        _import(name, module=name)
         return
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
@@ -77,7 +77,7 @@ def import_one(name: str) -> None:
         if loaded is not None or path.stem in sys.stdlib_module_names:
             raise UserError(f"imports={name}: '{path.stem}' is the name of another Python module; rename the file.")
     os.environ[FILES] = os.pathsep.join(dict.fromkeys([str(file), *_files()]))
-    _run(name, lambda: importlib.import_module(_module(file)))
+    _import(name, module=_module(file))
 
 
 def _files() -> list[str]:
@@ -88,8 +88,8 @@ def _module(file: Path) -> str:
     return f"{__name__}.{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
 
 
-def _run(name: str, read: Callable[[], object]) -> None:
+def _import(name: str, *, module: str) -> None:
     try:
-        read()
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"imports={name}: {error}; name a file that ends in .py, or an installed module.") from error
