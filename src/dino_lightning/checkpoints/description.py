@@ -17,8 +17,6 @@ PAPER_CROPS = CropsConfig()
 
 MAX_SIZE = 65_536
 """Larger numbers in a description mean a damaged file; building such a network would take hours or all memory."""
-INVALID_DESCRIPTION = (KeyError, TypeError, AttributeError, ValueError)
-"""Errors raised for values that do not describe a network."""
 WEIGHT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 """timm arguments that load weights. They are ignored, so that a file cannot make us read another file."""
 
@@ -46,9 +44,9 @@ class Description:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises one of `INVALID_DESCRIPTION` for invalid values."""
+        """The inverse of `to_dict`. Raises KeyError, TypeError, AttributeError or ValueError for other values."""
         options = dict(values)
-        backbone = parse_backbone(options.pop("backbone"), schema=options.pop("schema", None))
+        backbone = _parse_backbone(options.pop("backbone"), schema=options.pop("schema", None))
         description = cls(**options, backbone=backbone)
         description._check()
         return description
@@ -99,7 +97,7 @@ class Description:
                 return type(other).__name__
 
 
-def parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> BackboneConfig:
+def _parse_backbone(values: dict[str, Any], *, schema: str | None = None) -> BackboneConfig:
     """The backbone config with these values; without the name of its schema, the keys decide."""
     if schema is not None:
         import_component("backbone", schema)

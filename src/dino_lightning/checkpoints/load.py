@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from torch import nn
 
 from dino_lightning.checkpoints import huggingface
-from dino_lightning.checkpoints.description import INVALID_DESCRIPTION, Description, build_seeded
+from dino_lightning.checkpoints.description import Description, build_seeded
 from dino_lightning.checkpoints.hub import HUB_PREFIX, download
 from dino_lightning.checkpoints.original import (
     KEYS,
@@ -249,7 +249,7 @@ def _parse_description(stored: str | dict[str, Any], *, source: str) -> Descript
         return Description.from_dict(json.loads(stored) if isinstance(stored, str) else stored)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    except INVALID_DESCRIPTION as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: this version cannot read its description of the network ({reason}).") from error
 
