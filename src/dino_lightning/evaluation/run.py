@@ -34,7 +34,9 @@ def run_evaluation(composed: DictConfig, *, overrides: list[str]) -> float | Non
     context.fabric.seed_everything(config.seed, verbose=False)
     context.set_threads(config.cpu_threads, num_nodes=config.trainer.num_nodes)
     network = load_network(config.checkpoint, key=config.checkpoint_key, seed=config.seed)
-    check_network(config, network)
+    check_channels(network, config.data.channels if isinstance(config.data, DataConfig) else 3)
+    if isinstance(config.eval, ClassificationEval):
+        check_size(network, config.eval.image_size or network.size, key="eval.image_size")
     networks = [network]
     if config.baseline and network.trained:
         networks.append(with_fresh_weights(network, seed=config.seed))
@@ -67,13 +69,6 @@ def check_settings(composed: DictConfig, overrides: Sequence[str]) -> EvaluateCo
     check_writable("output_dir", Path(config.output_dir))
     check_logger(config.logger)
     return config
-
-
-def check_network(config: EvaluateConfig, network: FrozenNetwork) -> None:
-    """Raise `UserError` where the network does not accept the number of channels or the image size."""
-    check_channels(network, config.data.channels if isinstance(config.data, DataConfig) else 3)
-    if isinstance(config.eval, ClassificationEval):
-        check_size(network, config.eval.image_size or network.size, key="eval.image_size")
 
 
 def evaluate_network(

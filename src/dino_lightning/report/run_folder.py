@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from dino_lightning.config.dotted import get_dotted
 from dino_lightning.errors import UserError
 from dino_lightning.runtime.files import FAILED
 
@@ -60,10 +61,7 @@ class Run:
 
     def setting(self, key: str) -> Any:
         """A setting by its dotted key; None if the configuration does not have it."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return get_dotted(self.config, key)
 
 
 def to_finite(value: Any) -> float | None:

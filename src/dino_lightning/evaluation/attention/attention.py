@@ -81,7 +81,7 @@ def checked_side(config: AttentionEval, task: Task) -> int:
 
 def segmentation(config: AttentionEval, task: Task, source: ImageSource, view: FullImageView) -> Iterator[Result]:
     """Jaccard indices of all images, and sheets of some."""
-    images = full_images(task, source, view)
+    images = FullImages(task, source, view)
     rows, indices = [], []
     for each in extract_attention(AttentionExtractor(task, config.batch_size_per_device), images, label="attention"):
         assert each.labels is not None
@@ -117,7 +117,7 @@ def draw(
         raise UserError(
             "eval.pictures=0: these images have no masks, so the pictures are the only result; set it to at least 1."
         )
-    images = full_images(task, source, view)
+    images = FullImages(task, source, view)
     selected = subset_indices(len(source), limit=config.pictures, seed=task.seed) if names is None else None
     rows, indices = [], []
     extractor = AttentionExtractor(task, config.batch_size_per_device, tokens=config.pca and names is not None)
@@ -147,12 +147,6 @@ def indexed_images(task: Task) -> ImageSource:
     """The validation images, or the training images if there are none; of a stream the first ones."""
     source = task.splits.val or task.splits.train
     return source if isinstance(source, ImageSource) else FirstImages(source, images=STREAM_PREVIEW_IMAGES)
-
-
-def full_images(task: Task, source: ImageSource, view: FullImageView) -> FullImages:
-    """The images through the view; unreadable ones are listed in the output folder."""
-    config = task.data if isinstance(task.data, DataConfig) else None
-    return FullImages(source, view, config=config, bad_images=task.output / "bad_images.txt")
 
 
 def draw_sheets(config: AttentionEval, task: Task, images: FullImages) -> None:

@@ -6,7 +6,6 @@ C channels, H, W pixels after resizing and cropping, heads, h and w patches.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -82,11 +81,10 @@ class FullImageView:
 class FullImages(SourceImages):
     """The images of a source through a view, with their masks if the source has them."""
 
-    def __init__(
-        self, source: ImageSource, view: FullImageView, *, config: DataConfig | None, bad_images: Path
-    ) -> None:
+    def __init__(self, task: Task, source: ImageSource, view: FullImageView) -> None:
         # The data of a benchmark has no keys for unreadable images: they are left out.
-        super().__init__(source, config=config or DataConfig(max_bad_share=1), bad_images=bad_images)
+        config = task.data if isinstance(task.data, DataConfig) else DataConfig(max_bad_share=1)
+        super().__init__(source, config=config, bad_images=task.output / "bad_images.txt")
         self.view = view
 
     def __getitem__(self, index: int) -> PreparedImage | None:

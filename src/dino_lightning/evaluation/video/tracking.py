@@ -6,6 +6,7 @@ T frames of H x W pixels as stored, h x w patches, B frames of a batch, D width,
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,11 @@ def segment_sequences(
     `numbers` are indices in `frames.sequences`. Sequences with an unreadable file are skipped. `on_frames` is called
     with the number of finished frames.
     """
-    cache = SequenceCache(config, task)
+    cache = None if task.cache is None else SequenceCache(config, task, frames, folder=task.cache / "video")
     missing = []
     for number in numbers:
-        if (sequence := cache.read(frames, number)) is None:
+        sequence = cache.read(number) if cache else None
+        if sequence is None:
             missing.append(number)
         else:
             on_frames(len(frames.sequences[number]))
@@ -68,7 +70,8 @@ def segment_sequences(
         on_frames(len(batch.frames))
         if len(tracker.predicted) == len(tracker.sequence):
             sequence = tracker.finish()
-            cache.write(frames, batch.sequence, sequence)
+            if cache:
+                cache.write(batch.sequence, sequence)
             yield batch.sequence, sequence
 
 
@@ -133,11 +136,10 @@ def frames_std(std: list[float], config: VideoEval) -> list[float]:
 
 
 class SequenceCache:
-    """Finished sequences in `task.cache`, so that an interrupted evaluation can resume."""
+    """Finished sequences in a folder, so that an interrupted evaluation can resume."""
 
-    def __init__(self, config: VideoEval, task: Task) -> None:
-        self.folder = None if task.cache is None else task.cache / "video"
-        network = task.network
+    def __init__(self, config: VideoEval, task: Task, frames: Frames, *, folder: Path) -> None:
+        self.frames, self.folder, network = frames, folder, task.network
         self.key_parts = (
             FORMAT,
             network.digest,
@@ -147,27 +149,23 @@ class SequenceCache:
             *map(str, (config.last_frames, config.neighborhood, config.top, config.temperature)),
         )
 
-    def read(self, frames: Frames, number: int) -> SegmentedSequence | None:
+    def read(self, number: int) -> SegmentedSequence | None:
         """A cached sequence; None if its file is missing or damaged."""
-        if self.folder is None:
-            return None
         try:
-            with np.load(self.folder / self._name(frames, number), allow_pickle=False) as arrays:
+            with np.load(self._path(number), allow_pickle=False) as arrays:
                 return SegmentedSequence(arrays["masks"], [ObjectScores(*map(float, row)) for row in arrays["scores"]])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def write(self, frames: Frames, number: int, sequence: SegmentedSequence) -> None:
+    def write(self, number: int, sequence: SegmentedSequence) -> None:
         """Write a sequence, completely or not at all."""
-        if self.folder is None:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / self._name(frames, number), unique=True) as file:
+        with atomic_file(self._path(number), unique=True) as file:
             scores = np.array([each.values() for each in sequence.scores])
             np.savez_compressed(file, masks=sequence.masks, scores=scores)
 
-    def _name(self, frames: Frames, number: int) -> str:
-        sequence = frames.sequences[number]
+    def _path(self, number: int) -> Path:
+        sequence = self.frames.sequences[number]
         files = ListedFiles([*sequence.frames, *sequence.masks]).fingerprint()
-        parts = (*self.key_parts, str(frames.sizes[number]), str(sequence.single_object), files)
-        return f"{content_digest(*(part.encode() for part in parts))}.npz"
+        parts = (*self.key_parts, str(self.frames.sizes[number]), str(sequence.single_object), files)
+        return self.folder / f"{content_digest(*(part.encode() for part in parts))}.npz"
