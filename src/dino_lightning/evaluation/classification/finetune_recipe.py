@@ -4,8 +4,8 @@ B images of C channels, K classes.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import timm
 import torch
@@ -63,55 +63,51 @@ class FinetuneAugmentation:
     """Image -> a random crop (bicubic), flip, the policy, normalization and random erasing: (C, size, size)."""
 
     def __init__(self, config: FinetuneEval, network: FrozenNetwork, *, size: int) -> None:
-        self.config = config
-        self.transform = cast(Callable[[Any], Tensor], self._build_checked(network, size))
-
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Draws from `random`, `numpy.random` and PyTorch."""
-        return self.transform(image / 255 if isinstance(image, Tensor) else image)
-
-    def _build_checked(self, network: FrozenNetwork, size: int) -> Any:
-        policy, channels = self.config.auto_augment, network.channels
+        policy, channels = config.auto_augment, network.channels
         if policy and channels not in (1, 3):
             raise UserError(
                 f"eval.auto_augment={policy}: timm's policies do not support images with {channels} channels; set "
                 "eval.auto_augment=null."
             )
         try:
-            transform = self._build(network, size)
+            self.transform = _build_transform(config, network, size)
             if policy:
                 # Some invalid names raise only when an operator is drawn.
                 example = Image.new("L" if channels == 1 else "RGB", (size, size))
                 with seeded_rngs(0):
                     for _ in range(20):
-                        transform(example)
+                        self.transform(example)
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise UserError(
                 f"eval.auto_augment={policy}: timm {timm.__version__} rejects this policy ({reason}); "
                 f"{did_you_mean(str(policy), POLICIES)}"
             ) from error
-        return transform
 
-    def _build(self, network: FrozenNetwork, size: int) -> Any:
-        policy = self.config.auto_augment or None
-        transform: Any = create_transform(
-            (network.channels, size, size),
-            is_training=True,
-            auto_augment=policy,
-            # timm uses it only with policies that need it, such as 3a.
-            color_jitter=0.3 if policy else None,  # type: ignore[arg-type]
-            interpolation="bicubic",
-            mean=tuple(network.mean),
-            std=tuple(network.std),
-            re_prob=self.config.random_erasing,
-            re_mode="pixel",
-            re_count=1,
-        )
-        for operator in _operators(transform.transforms):
-            if operator.aug_fn is posterize:
-                operator.aug_fn = posterize_or_black
-        return transform
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Draws from `random`, `numpy.random` and PyTorch."""
+        return self.transform(image / 255 if isinstance(image, Tensor) else image)
+
+
+def _build_transform(config: FinetuneEval, network: FrozenNetwork, size: int) -> Any:
+    policy = config.auto_augment or None
+    transform: Any = create_transform(
+        (network.channels, size, size),
+        is_training=True,
+        auto_augment=policy,
+        # timm uses it only with policies that need it, such as 3a.
+        color_jitter=0.3 if policy else None,  # type: ignore[arg-type]
+        interpolation="bicubic",
+        mean=tuple(network.mean),
+        std=tuple(network.std),
+        re_prob=config.random_erasing,
+        re_mode="pixel",
+        re_count=1,
+    )
+    for operator in _operators(transform.transforms):
+        if operator.aug_fn is posterize:
+            operator.aug_fn = posterize_or_black
+    return transform
 
 
 def posterize_or_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
