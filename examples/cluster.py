@@ -35,7 +35,7 @@ def main() -> None:
     if found.labels and all(found.labels):
         agreement = adjusted_mutual_info_score(found.labels, model.labels_)
         print(f"Agreement with the labels: {agreement:.2f} (adjusted mutual information: 0 by chance, 1 if equal)")
-    save(grid_sheet(rows, titles=["typical", *[""] * (SHOWN - 1)], size=(96, 96)), options.output)
+    save(grid_sheet(rows, titles=["typical", *[""] * (SHOWN - 1)], width=96), options.output)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     most = max(map(len, largest), default=1)
     rows = [[square(found.image(row)) for row in group[:SHOWN]] for group in largest]
-    save(grid_sheet(rows, titles=["first", *["same?"] * (min(most, SHOWN) - 1)], size=(96, 96)), options.output)
+    save(grid_sheet(rows, titles=["first", *["same?"] * (min(most, SHOWN) - 1)], width=96), options.output)
 
 
 def with_copies(images: list[Image.Image]) -> list[Image.Image]:

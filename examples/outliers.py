@@ -28,7 +28,7 @@ def main() -> None:
         print(f"{distance_N[row]:.2f}  {found.names[row]}")
     cells = [square(found.image(row)) for row in order]
     rows = [cells[start : start + PER_ROW] for start in range(0, len(cells), PER_ROW)]
-    save(grid_sheet(rows, titles=["oddest first", *[""] * (PER_ROW - 1)], size=(96, 96)), options.output)
+    save(grid_sheet(rows, titles=["oddest first", *[""] * (PER_ROW - 1)], width=96), options.output)
 
 
 def odd_ones() -> list[Image.Image]:
