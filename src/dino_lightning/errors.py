@@ -13,13 +13,13 @@ class RanksDifferError(UserError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A clause that names the closest of `choices`, or lists them if none is close."""
+    """A clause that names the closest of `choices`, and lists them unless it is very close."""
     known = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.68)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    listed = ", ".join(sorted(known)[:20])
-    return f"choose one of {listed}{', …' if len(known) > 20 else ''}"
+    (close, *_) = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6) or [""]
+    if close and difflib.SequenceMatcher(None, close, str(name)).ratio() > 0.68:
+        return f"did you mean '{close}'?"
+    listed = f"hoose one of {', '.join(sorted(known)[:20])}{', …' if len(known) > 20 else ''}"
+    return f"did you mean '{close}'? C{listed}" if close else f"c{listed}"
 
 
 def cannot_be_written(key: str, path: object, error: OSError) -> UserError:
