@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fork_server import start_fork_server
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: idle threads of OpenBLAS use a tenth of the time
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -42,6 +44,17 @@ def pytest_collection(session: pytest.Session) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `slow_after_first(n)`, mark all cases but the first n as slow; they take the same paths as those."""
+    cases: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("slow_after_first"):
+            cases[name := (item.path, item.name.split("[")[0])] += 1
+            if cases[name] > mark.args[0]:
+                item.add_marker("slow")
 
 
 @pytest.hookimpl(tryfirst=True)

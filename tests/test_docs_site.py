@@ -19,6 +19,7 @@ from slow_params import first
 pytest.importorskip("mkdocs_jupyter", reason='the site needs pip install -e ".[docs]"')
 pytest.importorskip("material", reason='the site needs pip install -e ".[docs]"')
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 QUESTIONS = [
     "Attention maps and masks",

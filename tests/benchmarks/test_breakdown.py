@@ -23,6 +23,7 @@ from dino_lightning.methods.flops import vit_flops
         ("--set compute.gradient_checkpointing=true", {"patch_embedding", "blocks"}),
     ],
 )
+@pytest.mark.slow_after_first(1)
 def test_breakdown(options: str, parts: set[str], capsys: pytest.CaptureFixture[str]):
     tiny_setting = "--device cpu --threads 1 --batch 1 --prototypes 64 --locals 1 --steps 1 --warmup 1 --json"
     breakdown.main([*tiny_setting.split(), "--set", "backbone.depth=2", *options.split()])
@@ -70,6 +71,7 @@ NARROW = ("backbone.depth=3", "backbone.width=32", "backbone.heads=2", "method.h
 
 
 @pytest.mark.parametrize("fused", ["true", "false"])
+@pytest.mark.slow
 def test_the_parts_of_the_breakdown_make_a_step(fused: str, monkeypatch: pytest.MonkeyPatch):
     counted = Counted()
     monkeypatch.setattr(breakdown, "step_parts", counted)

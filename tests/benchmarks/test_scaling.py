@@ -135,6 +135,7 @@ def test_fsdp_overlaps_each_pass() -> None:
     assert estimate == pytest.approx(first + way / 4, rel=1e-2)  # one of four transfers: the teacher's
 
 
+@pytest.mark.slow
 def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["scaling.py", "--loader", "40"])
     scaling.main()

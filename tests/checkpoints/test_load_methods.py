@@ -60,6 +60,7 @@ def backbone(run: Path, key: str) -> dict[str, Tensor]:
     return {n.removeprefix(f"{key}.backbone."): w for n, w in state.items() if n.startswith(f"{key}.backbone.")}
 
 
+@pytest.mark.slow_after_first(2)
 def test_the_exported_file_has_the_name_of_its_network(run: Path, name: str) -> None:
     key = RUNS[name][1]
     assert [path.name for path in run.glob("*.safetensors")] == [f"{key}.safetensors"]
@@ -68,6 +69,7 @@ def test_the_exported_file_has_the_name_of_its_network(run: Path, name: str) -> 
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow_after_first(2)
 def test_every_file_of_a_run_loads_the_evaluated_network(run: Path, name: str) -> None:
     key = RUNS[name][1]
     expected = weights_digest(backbone(run, key))
@@ -117,6 +119,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
         [*((case, 2) for case in RESUMED), ("swav, queue", 3), *((c, 3) for c in RESUMED if c != "swav, queue")], fast=6
     ),
 )
+@pytest.mark.slow_after_first(3)
 def test_a_resumed_run_equals_an_uninterrupted_one(case: str, after: int, tmp_path: Path) -> None:
     """Resumed in the middle of an epoch (2) or at its end (3), with queues, prototypes and batch norm statistics."""
     name, changed = RESUMED[case]

@@ -114,6 +114,7 @@ def test_arguments_give_the_number_of_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.slow_after_first(1)
 def test_resnets_equal_torchvisions(name: str, tmp_path: Path) -> None:
     """Files without the counters of batch norms, as older ones, and with the classifier, as some."""
     theirs = getattr(torchvision.models, name)()
@@ -131,6 +132,7 @@ def test_resnets_equal_torchvisions(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "xcit_nano_12_p8_224"])
+@pytest.mark.slow_after_first(1)
 def test_xcit_with_the_names_of_its_repository(name: str, tmp_path: Path) -> None:
     """facebookresearch/xcit has one `qkv` in class attention, and another name for the position embedding."""
     theirs = shaken(timm.create_model(name, num_classes=0))

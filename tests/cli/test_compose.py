@@ -51,6 +51,7 @@ def test_automatic_settings_follow_the_images(tmp_path: Path) -> None:
     assert config.optim.lr == 0.003
 
 
+@pytest.mark.slow
 def test_two_fits_in_one_process(tmp_path: Path) -> None:
     """As in a notebook: Lightning's trainer fits two of our methods one after the other."""
     for method in ("dino", "byol"):

@@ -146,6 +146,7 @@ QUICK: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_after_a_failed_evaluation(tmp_path: Path) -> None:
     words = ["--multirun", "checkpoint=botth,untrained:vit_micro", "data.train_images=24", "data.val_images=12"]
     words += ["trainer.accelerator=cpu", "feature_cache=null", "data.num_workers=0", "output_dir=both", "eval.k=[5]"]
@@ -171,6 +172,7 @@ def test_other_ranks_continue_after_a_failure_of_the_first_rank(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("option", list(QUICK))
+@pytest.mark.slow_after_first(3)
 def test_evaluations_write_results_of_the_trained_and_the_untrained_network(
     option: str, trained: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def _no_traces() -> Iterator[None]:
         ],
     ),
 )
+@pytest.mark.slow
 def test_graphs_take_images_of_any_number_and_size(
     config: BackboneConfig, format: str, ending: str, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_graphs_contain_the_preprocessing_of_images(graph_of_one_size: Path) -> 
     }
 
 
+@pytest.mark.slow
 def test_a_network_with_a_fixed_image_size_is_exported_for_that_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_graph_of_an_xcit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config", [TINY, REGISTERS, RESNET, ViTConfig(width=48, depth=1, heads=3, patch_size=8)], ids=str
 )
+@pytest.mark.slow_after_first(1)
 def test_timm_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
     write(exported(tmp_path, config), tmp_path / "network", format="timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'network'}", pretrained=True).eval()
@@ -193,6 +196,7 @@ def test_timm_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
     ),
     ids=str,
 )
+@pytest.mark.slow_after_first(1)
 def test_transformers_loads_the_folder(config: BackboneConfig, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write(exported(tmp_path, config), tmp_path / "network", format="huggingface")
@@ -242,6 +246,7 @@ def test_original_vit(tmp_path: Path) -> None:
     assert again.digest == network.digest
 
 
+@pytest.mark.slow
 def test_torchvision_loads_the_original_resnet(tmp_path: Path) -> None:
     write(exported(tmp_path, RESNET), tmp_path / "backbone.pth", format="original")
     theirs = torchvision.models.resnet18()

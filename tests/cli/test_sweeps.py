@@ -65,6 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @OPTUNA
+@pytest.mark.slow
 def test_optuna_continues_after_failed_trials(searched: tuple[Path, int]) -> None:
     folder, status = searched
     assert status == 1
@@ -223,6 +224,7 @@ if "seed=1" in sys.argv:
 
 
 @JOBLIB
+@pytest.mark.slow
 def test_joblib_continues_after_a_killed_run_and_names_failed_runs(tmp_path: Path) -> None:
     """Both runs fail while their processes import a user's file, before the imports that take seconds."""
     (tmp_path / "failing.py").write_text(FAILING)

@@ -27,6 +27,7 @@ def comparable(config: DictConfig) -> tuple[object, ...]:
         ("embed", "checkpoint=x", "data.path=.", "output=x.parquet"),
     ],
 )
+@pytest.mark.slow_after_first(3)
 def test_composition_equals_hydra(words: tuple[str, ...]) -> None:
     register()
     expected = by_hydra(*words)
@@ -38,6 +39,7 @@ def test_composition_equals_hydra(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("word", ["backbone=vit_smal", "optim.lrr=1", "optim.lr=fast", "seed=1,2", "own@here=1", "a b"])
+@pytest.mark.slow_after_first(3)
 def test_errors_equal_those_of_hydra(word: str) -> None:
     register()
     with pytest.raises(HydraException) as ours:

@@ -66,6 +66,7 @@ def checked(cfg: DictConfig, name: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", CHANGES_KEYS_ONLY)
+@pytest.mark.slow_after_first(5)
 def test_ablations_of_dino_pass_the_checks_and_build(name: str, base: Callable[[str], DictConfig]) -> None:
     """The keys of the file are merged over DINO with its preset, as Hydra does (next test)."""
     [defaults], values = groups_and_keys(FILES[name])
@@ -86,6 +87,7 @@ def test_hydra_merges_the_keys_of_an_ablation_over_the_preset(name: str, base: C
 
 
 @pytest.mark.parametrize("name", CHANGES_GROUPS)
+@pytest.mark.slow_after_first(2)
 def test_ablations_with_other_methods_pass_the_checks_and_build(name: str) -> None:
     large, small = (checked(composed(f"experiment={name}", *words), name) for words in (PAPER, QUICK))
     assert (large.trainer.max_epochs, large.trainer.devices, large.trainer.num_nodes) == (300, 8, 2)
@@ -197,6 +199,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return folder, cast(int, exited.value.code)
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_after_a_failed_run(sweep: tuple[Path, int]) -> None:
     folder, status = sweep
     assert status == 1

@@ -37,6 +37,7 @@ def config_of(*overrides: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.slow_after_first(4)
 def test_experiments_pass_the_checks_and_build(experiment: str) -> None:
     config = config_of(
         f"experiment={experiment}", "trainer.precision=32", *(["data.path=."] if experiment != "quick" else [])
@@ -82,6 +83,7 @@ def test_options_pass_the_checks(options: list[str]) -> None:
         fast=3,
     ),
 )
+@pytest.mark.slow_after_first(2)
 def test_backbones_build_by_name(backbone: str) -> None:
     config = config_of(f"backbone={backbone}", "crops.global_size=224")
     with torch.device("meta"):

@@ -85,6 +85,7 @@ def check_equal(ours: Batches, expected: Batches) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["builtin", "webdataset", "huggingface"])
+@pytest.mark.slow_after_first(3)
 def test_a_resumed_loader_gives_the_remaining_batches(kind: str, workers: int, folder: Path) -> None:
     epochs = 3 if workers == 0 else 2
     whole = run(module(kind, folder, workers=workers), epochs=epochs)
@@ -196,6 +197,7 @@ def fit(watcher: Watcher, data: MultiCropDataModule, root: Path, *, every: str, 
     ],
 )
 @pytest.mark.parametrize("kind", ["builtin", "webdataset"])
+@pytest.mark.slow_after_first(4)
 def test_lightning_resumes_at_the_position_of_its_checkpoint(
     kind: str, every: str, stops_after: int, kept: int, folder: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
         yield Reference(words, folder, executor.submit(start, folder, words, copied=True))
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_micro_batches_and_in_knn(reference: Reference, tmp_path: Path) -> None:
     """Between accumulated micro-batches, and by a signal during a k-NN evaluation."""
     killed_and_resumed(tmp_path / "run", reference.words, ["backward@2=SIGKILL", "knn@1=SIGTERM"], copied=True)

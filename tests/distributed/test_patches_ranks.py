@@ -31,6 +31,7 @@ def test_some_ranks_have_masks_and_some_have_none() -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process(name: str, ranks: list[dict[str, dict[str, Any]]]) -> None:
     module, whole = module_and_batches(replace(CASES[name], accumulate=1))
     module.batch_size_per_device = ranks_worker.BATCH

@@ -31,6 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(EXPECTED)))
+@pytest.mark.slow_after_first(1)
 def test_permitted_differences_train(name: str, ranks: Seen) -> None:
     assert [rank[name] for rank in ranks] == [{"said": "", "steps": 1, "rank": number} for number in (0, 1)]
 

@@ -94,6 +94,7 @@ def test_features_equal_those_of_single_images(tmp_path: Path, source: BuiltinIm
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow_after_first(1)
 def test_an_interrupted_run_continues(tmp_path: Path, source: BuiltinImages, workers: int) -> None:
     whole = _features(_task(tmp_path / "whole", cache=False), source)
     assert not _files(tmp_path / "whole")

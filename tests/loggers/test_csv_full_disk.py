@@ -80,6 +80,7 @@ def test_bad_images_are_counted_on_a_full_disk(tmp_path: Path, capsys: pytest.Ca
             images.note("b.jpg", "truncated")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ def test_an_invalid_key(
 
 
 @pytest.mark.parametrize("answers", ["refuses", "is silent"])
+@pytest.mark.slow_after_first(1)
 def test_an_unreachable_server(
     at_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: str
 ) -> None:
@@ -264,6 +265,7 @@ logger.finish()
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_asks_no_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
@@ -305,6 +307,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "knn/top1_k5" in logged(records)
 
 
+@pytest.mark.slow
 def test_artifacts_can_be_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     words = ["logger.artifacts=false", "trainer.max_steps=1", "callbacks.pictures.enabled=false"]

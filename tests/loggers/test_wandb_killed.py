@@ -46,6 +46,7 @@ def run(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> Completed:
     return done
 
 
+@pytest.mark.slow
 def test_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(tmp_path, "kill", monkeypatch)
     assert done.stdout.endswith("disconnected\n")

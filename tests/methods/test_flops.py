@@ -109,6 +109,7 @@ def method_of(*words: str) -> tuple[Method, TrainConfig]:
     ],
     ids=lambda words: "-".join(map(str, words)),
 )
+@pytest.mark.slow_after_first(4)
 def test_step_of_each_method(words: list[str], student: list[int], teacher: list[int]):
     """The forward passes of the real networks, counted by PyTorch, three times for the student."""
     method, config = method_of(*words)

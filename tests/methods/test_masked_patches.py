@@ -187,6 +187,7 @@ def test_micro_batches_equal_one_batch() -> None:
 
 @pytest.mark.parametrize("centering", ["center", "sinkhorn", "softmax", "none"])
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow_after_first(4)
 def test_without_masks_the_method_equals_dino(fused: bool, centering: str) -> None:
     """`mask_p=0`: the same losses and weights, the initial mask token and second center."""
     options = {"centering": centering, "compute": ComputeConfig(fused=fused)}

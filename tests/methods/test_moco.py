@@ -51,6 +51,7 @@ SOMEWHERE = ["trainer.accelerator=cpu", "trainer.precision=32", "data.path=."]
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.slow_after_first(2)
 def test_a_fit_equals_the_algorithm_of_the_paper(version: int, accumulated: int) -> None:
     reference = {"momentum": MOMENTUM[version], "version": version}
     module, slow = check_fit(f"moco{version}", accumulated=accumulated, views=2, reference=reference)

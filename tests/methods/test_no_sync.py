@@ -61,6 +61,7 @@ def list_loader(count: int, *, parts: int = 1, **options: Any) -> DataLoader:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulated", first([1, 2]))
 @pytest.mark.parametrize("name", OPTIMS)
+@pytest.mark.slow_after_first(3)
 def test_no_step_waits_for_the_device(tmp_path: Path, name: str, accumulated: int, precision: str) -> None:
     """Over four optimizer steps, every second of which is logged."""
     optim: OptimConfig = OPTIMS[name]

@@ -87,6 +87,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize("cause", first(["gradient", "loss"]))
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow_after_first(5)
 def test_a_skipped_step_changes_no_state_of_any_method(tmp_path: Path, name: str, cause: str) -> None:
     """Queues, centers, statistics of batch norms, moments and step counts included."""
     torch.manual_seed(4)

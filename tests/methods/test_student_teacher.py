@@ -104,6 +104,7 @@ def test_the_teacher_is_constant_between_two_steps(update: str) -> None:
 
 
 @pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.slow_after_first(2)
 def test_a_resumed_run_equals_an_uninterrupted_one(update: str, tmp_path: Path) -> None:
     """From the middle of an epoch, and from its end. All batches are equal, because a list has no position."""
     checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)

@@ -80,6 +80,7 @@ def outcome(network: OriginalViT, step: ComputeConfig, given: Masks, compiled: b
 
 @pytest.mark.parametrize("how", ["fused", "checkpointed", "plain and checkpointed", "tiled", "compiled", "subset"])
 @pytest.mark.parametrize("probability", [0.7, 0.0])
+@pytest.mark.slow_after_first(9)
 def test_all_passes_equal_the_plain_pass(how: str, probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is masked: the mask token still has a gradient, or DDP would wait for it."""
     given = masks(probability=probability)
@@ -96,6 +97,7 @@ def test_all_passes_equal_the_plain_pass(how: str, probability: float, monkeypat
         torch.testing.assert_close(value, plain[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 def test_the_plain_pass_is_compiled_once() -> None:
     """However many patches are masked: as many graphs after the third step as after the first."""
     torch.compiler.reset()

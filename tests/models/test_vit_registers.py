@@ -85,6 +85,7 @@ def gradients(network: OriginalViT, features_SD: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpointed", "tiled", "compiled"])
+@pytest.mark.slow_after_first(3)
 def test_one_pass_over_all_crops_equals_timm(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = vit()
     network.apply_compute(ComputeConfig(gradient_checkpointing=how == "checkpointed"))

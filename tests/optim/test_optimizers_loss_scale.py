@@ -64,6 +64,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "scale", [{}, {"init_scale": 2.0**40, "backoff_factor": 2.0**-14}], ids=["scaled", "overflowing"]
 )
+@pytest.mark.slow_after_first(2)
 def test_fused_trains_as_foreach(config: OptimConfig, scale: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to rounding in float32, which Adam magnifies; Lightning unscales foreach optimizers itself."""
     record, watch, module = train(config, **scale)

@@ -204,7 +204,13 @@ KEYS = all_keys()
 
 
 @examples(few=2, many=100)
-@pytest.mark.parametrize("key", KEYS, ids=[f"{key.schema.__name__}-{key.name}" for key in KEYS])
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] if index % 3 else [], id=f"{key.schema.__name__}-{key.name}")
+        for index, key in enumerate(KEYS)
+    ],
+)
 def test_any_value_passes_or_is_refused_in_one_sentence(key: Key, examples: Any) -> None:
     def holds(word: str) -> None:
         sentence = outcome(key, word)

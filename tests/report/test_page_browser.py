@@ -247,6 +247,7 @@ def test_a_slider_goes_through_the_epochs(one: Seen):
     assert slider.get_attribute("aria-valuetext") == "epoch 3"
 
 
+@pytest.mark.slow
 def test_a_key_hides_a_run_in_all_charts(both: Seen, folder: Path):
     _, values = both.point_at("Training loss: one step", 209)
     expected = [column(folder / name, "train/loss")[209] for name in ("a", "b")]
@@ -295,6 +296,7 @@ def test_contrast_is_that_of_wcag_aa(browser: Any, folder: Path, scheme: str, na
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_every_color_of_a_run_has_enough_contrast(browser: Any, folder: Path, scheme: str):
     seen = Seen(browser, folder / "report.html", color_scheme=scheme)
     seen.page.evaluate(
@@ -319,6 +321,7 @@ def test_without_scripts_everything_is_there(browser: Any, folder: Path):
     seen.context.close()
 
 
+@pytest.mark.slow
 def test_on_paper_colors_are_light_and_nothing_is_cut_off(browser: Any, folder: Path):
     seen = Seen(browser, folder / "report.html", color_scheme="dark")
     seen.page.emulate_media(media="print", color_scheme="dark")

@@ -85,6 +85,7 @@ def test_without_auto_nothing_changes(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
 @pytest.mark.parametrize("backbone", ["vit_tiny", "resnet18"])
+@pytest.mark.slow_after_first(5)
 def test_any_method_and_network_pass_the_checks(folder: Path, method: str, backbone: str) -> None:
     cfg, result = suggested(folder, f"method={method}", f"backbone={backbone}")
     check_config(cast(TrainConfig, OmegaConf.to_object(cfg)))

@@ -49,6 +49,7 @@ def test_the_batch_is_halved_until_it_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["dino", "byol", "moco", "swav", "supervised"])
+@pytest.mark.slow_after_first(2)
 def test_every_method_takes_its_trial_steps(method: str) -> None:
     assert fits_in_memory(config(f"method={method}"), batch=3)
 

@@ -76,6 +76,7 @@ def test_an_evaluation_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_it(tmp_path: Path, num_workers: int) -> None:
     data = Data()
     data.config.num_workers = num_workers

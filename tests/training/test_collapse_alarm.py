@@ -117,6 +117,7 @@ def test_stop_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The run ends here (callbacks.collapse.stop=true)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_there_is_no_diagnosis_before_the_warm_up() -> None:
     watch = alarm(after="100%")
     fit(dino(centering="none"), watch, steps=32)
@@ -253,6 +254,7 @@ def test_two_ranks_have_the_same_signals_and_stop_together(tmp_path: Path, capfd
     assert whole["effective_rank"] == pytest.approx(effective_rank(_halves(-1)[2]).item())
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_make_one_row(tmp_path: Path) -> None:
     halves = [[view.chunk(2)[part] for view in views] for views in images(16) for part in range(2)]
     watch = alarm()

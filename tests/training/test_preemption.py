@@ -121,6 +121,7 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any
     assert best[0] == best[1]
 
 
+@pytest.mark.slow
 def test_a_signal_at_the_end_of_the_run_is_ignored(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(knn, "extract_features", at_call(5, signal.SIGTERM, knn.extract_features))
     run(tmp_path)
@@ -154,6 +155,7 @@ def test_time_based_checkpoints(tmp_path: Path, monkeypatch: Any) -> None:
     assert len(steps) >= 5
 
 
+@pytest.mark.slow
 def test_no_time_based_checkpoints(tmp_path: Path) -> None:
     run(tmp_path, "callbacks.checkpoint.every_n_minutes=0", WITHOUT_KNN, "callbacks.checkpoint.keep_last=20")
     names = {path.name for path in (tmp_path / "checkpoints").glob("last*.ckpt")}

@@ -66,6 +66,7 @@ def test_only_finished_runs_of_the_sweep_are_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("others", "warmup", "epochs"), first([(100.0, "1ep", 2), (100.0, "2ep", 3), (0.0, "0ep", 3)], fast=2)
 )
+@pytest.mark.slow_after_first(1)
 def test_a_pruned_run_ends_with_its_results(
     others: float, warmup: str, epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

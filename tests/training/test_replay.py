@@ -196,7 +196,7 @@ def test_other_files_are_refused(
 
 
 def test_an_unknown_device(file: Path) -> None:
-    with pytest.raises(UserError, match="device=tpu: choose one of cpu"):
+    with pytest.raises(UserError, match="device=tpu: did you mean .cpu"):
         main([str(file), "device=tpu"])
 
 

@@ -39,6 +39,7 @@ def test_small_crops_leave_a_core_to_each_loader(
         ("backbone=convnext_tiny", False),
     ],
 )
+@pytest.mark.slow_after_first(3)
 def test_memory_is_retained_if_tiles_limit_it(overrides: str, expected: bool) -> None:
     config = config_of(*overrides.split())
     assert resources.trains_in_tiles(config, build_method(config)) == expected

@@ -182,6 +182,7 @@ def photos(folder: Path, *, channels: int, count: int = 48) -> Path:
 @pytest.mark.parametrize(
     ("channels", "backend"), first([(5, "device"), (5, "cpu"), (1, "pil"), (1, "cpu"), (1, "device")], fast=2)
 )
+@pytest.mark.slow_after_first(1)
 def test_images_of_other_channels(
     channels: int, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
         (("data.batch_size_per_device=2", "trainer.accumulate_grad_batches=2"), ""),
     ],
 )
+@pytest.mark.slow_after_first(2)
 def test_allowed_changes_in_a_resumed_run(
     words: tuple[str, ...], warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
