@@ -48,7 +48,7 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `slow_after_first(n)`, mark all cases but the first n as slow; they take the same paths as those."""
+    """Mark all cases after the first n of a test with `slow_after_first(n)` as slow."""
     cases: Counter[tuple[Path, str]] = Counter()
     for item in items:
         if mark := item.get_closest_marker("slow_after_first"):

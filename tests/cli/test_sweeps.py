@@ -80,6 +80,7 @@ def test_optuna_continues_after_failed_trials(searched: tuple[Path, int]) -> Non
 
 
 @OPTUNA
+@pytest.mark.slow
 def test_bad_trials_end_early_and_are_recorded_as_pruned(searched: tuple[Path, int]) -> None:
     folder, _ = searched
     for name in "012":

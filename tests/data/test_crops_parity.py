@@ -109,7 +109,7 @@ def _summaries(backend: str) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("view", [0, 1, 2])
 @pytest.mark.parametrize("backend", ["cpu", "device"])
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(2)
 def test_crops_have_the_distribution_of_pil(backend: str, view: int) -> None:
     """Kolmogorov-Smirnov tests of independent samples, the same in every run."""
     ours, theirs = _summaries(backend)[view], _summaries("pil")[view]

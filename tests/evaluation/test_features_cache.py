@@ -221,6 +221,7 @@ def test_broken_images_are_named_left_out_and_not_tried_again(tmp_path: Path) ->
         _features(task, files, images=_view(task.network, files, max_bad_share=0.05))
 
 
+@pytest.mark.slow
 def test_an_error_of_a_loader_process_is_one_sentence(tmp_path: Path) -> None:
     files = _folder_with_broken(tmp_path)
     task = _task(tmp_path, workers=1)

@@ -107,7 +107,7 @@ def test_nearest_is_the_sorted_list_of_cosines() -> None:
 
 
 @pytest.mark.parametrize(("bank_chunk", "query_chunk"), [(1, 1), (7, 7), (7, 1), (1, 10**6), (64, 16)])
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(1)
 def test_chunks_do_not_change_the_result(bank_chunk: int, query_chunk: int) -> None:
     bank, labels = _clusters(101, classes=9, width=16, seed=1)
     queries, targets = _clusters(50, classes=9, width=16, seed=2)

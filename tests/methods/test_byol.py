@@ -10,7 +10,7 @@ from dino_lightning.config import BYOLConfig
 
 
 @pytest.mark.parametrize(("accumulated", "views"), [(1, 2), (2, 2), (1, 4)])
-@pytest.mark.slow_after_first(2)
+@pytest.mark.slow_after_first(1)
 def test_a_fit_equals_the_algorithm_of_the_paper(accumulated: int, views: int) -> None:
     momentum = oracles.cosine_schedule(0.9, 1.0, TOTAL)
     check_fit("byol", accumulated=accumulated, views=views, reference={"momentum": momentum})

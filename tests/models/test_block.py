@@ -61,6 +61,7 @@ def test_the_fused_block_equals_the_reference(interpreted: dict, half: bool, dro
 
 @needs_triton
 @pytest.mark.parametrize("pointer", first(["*bf16", "*fp32"]))
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter accepts Python that the compiler refuses. Compute capability 9.0, ViT-S."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

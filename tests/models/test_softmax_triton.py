@@ -192,7 +192,7 @@ def test_triton_is_imported_by_the_first_call_only(interpreted: dict) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("pointer", ["*fp32", "*bf16", "*fp16"])
-@pytest.mark.slow_after_first(2)
+@pytest.mark.slow_after_first(1)
 def test_kernels_compile_for_a_gpu(pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter accepts Python that the compiler refuses. Compute capability 8.0; K = 65536, as in training."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

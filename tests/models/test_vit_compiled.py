@@ -51,6 +51,7 @@ def steps(student: MultiCropNetwork, teacher: MultiCropNetwork, count: int) -> t
     ("rate", "expected", "checkpointed"),
     first([(0.1, 5, True), (0.0, 4, False), (0.0, 4, True), (0.1, 5, False)]),
 )
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_step(rate: float, expected: int, checkpointed: bool) -> None:
     """One graph each for blocks and last block of student and teacher; with stochastic depth, the student's first
     block has its own graph, because it drops nothing.
