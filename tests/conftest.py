@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fork_server import start_fork_server
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: idle threads of OpenBLAS use a tenth of the time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: waiting threads of OpenBLAS cost time
 PROJECT = Path(__file__).resolve().parents[1]
 
 
