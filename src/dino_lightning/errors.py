@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+WEAK_MATCH, TYPO = 0.6, 0.71
+"""Similarity from 0 to 1 from which a choice is suggested, and from which the other choices are not listed."""
+
 
 class UserError(ValueError):
     """A wrong setting, file or combination. The command line prints its sentence and exits with status 2."""
@@ -15,11 +18,12 @@ class RanksDifferError(UserError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A clause that names the closest of `choices`, and lists them unless it is very close."""
     known = [str(choice) for choice in choices]
-    (close, *_) = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6) or [""]
-    if close and difflib.SequenceMatcher(None, close, str(name)).ratio() > 0.68:
-        return f"did you mean '{close}'?"
-    listed = f"hoose one of {', '.join(sorted(known)[:20])}{', …' if len(known) > 20 else ''}"
-    return f"did you mean '{close}'? C{listed}" if close else f"c{listed}"
+    listed = f"one of {', '.join(sorted(known)[:20])}{', …' if len(known) > 20 else ''}"
+    matches = difflib.get_close_matches(str(name), known, n=1, cutoff=WEAK_MATCH)
+    if not matches:
+        return f"choose {listed}"
+    is_typo = difflib.get_close_matches(str(name), matches, cutoff=TYPO)
+    return f"did you mean '{matches[0]}'?" + ("" if is_typo else f" Choose {listed}")
 
 
 def cannot_be_written(key: str, path: object, error: OSError) -> UserError:

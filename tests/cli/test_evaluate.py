@@ -31,6 +31,8 @@ ON_IMAGES = ["data.train_images=120", "data.val_images=48", "data.num_workers=0"
 """A few built-in images."""
 
 WRONG = [
+    ("eval=linear_fast checkpoint=x", ", linear_grid, "),
+    ("scale=1 checkpoint=x", "scale is not a key of the configuration; choose one of baseline, "),
     ("eval=vidio", "eval=vidio is not an option of eval; did you mean 'video'?"),
     ("eval=knn", "checkpoint has no value"),
     ("eval=knn checkpoint=x eval.kk=3", "did you mean 'eval.k'?"),

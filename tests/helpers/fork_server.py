@@ -43,7 +43,7 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
     try:
         _close_all_but({0, 1, 2, *file_descriptors})
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
-        _forget_cleanups()
+        forget_cleanups()
         logging.root.handlers.clear()  # pytest's
         redirect_library_logs(io.StringIO())  # they go to pytest's closed files
         _prepare()
@@ -65,8 +65,8 @@ def redirect_library_logs(stream: TextIO) -> None:
             handler.setStream(stream)
 
 
-def _forget_cleanups() -> None:
-    """Leave what this process removes at its end, such as W&B's temporary folder, to this process."""
+def forget_cleanups() -> None:
+    """Leave what the test process removes at its end, such as W&B's temporary folder, to that process."""
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]

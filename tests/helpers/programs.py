@@ -11,7 +11,6 @@ import os
 import runpy
 import sys
 import threading
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fork_server import redirect_library_logs
+from fork_server import forget_cleanups, redirect_library_logs
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRAIN = str(PROJECT / "train.py")
@@ -90,10 +89,7 @@ def _run(
     program: str, arguments: tuple[str, ...], cwd: str, environment: dict[str, str], stdout: str, stderr: str
 ) -> None:
     os.setsid()
-    # The exit functions of the test process would delete its temporary folders.
-    atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    forget_cleanups()
     multiprocessing.set_start_method(None, force=True)  # child processes use Python's default
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

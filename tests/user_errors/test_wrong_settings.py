@@ -24,6 +24,12 @@ from dino_lightning.training.resume import check_output_dir
 
 WRONG = [
     ("backbone=vit_smal", "backbone=vit_smal is not an option of backbone; did you mean 'vit_small'?"),
+    ("step=reference", ", compute, "),
+    ("suggest=true", "choose one of auto.data, auto.machine, "),
+    ("suggest_machine=true", "did you mean 'auto.machine'?"),
+    ("scale=quick", ", preset, "),
+    ("callbacks.nonfinite.most=3", "did you mean 'callbacks.nonfinite.max_steps'?"),
+    ("backbone=foo", ", xcit_small. Every network of timm works by its name, too"),
     ("experiment=quik", "did you mean 'quick'?"),
     ("experiment=ablation/sinkhrn", "did you mean 'ablation/sinkhorn'?"),
     ("sweep=tabel7", "sweep=tabel7 is not an option of sweep; did you mean 'table7'?"),

@@ -252,7 +252,7 @@ ROWS = [
     Wrong(
         "an invalid WANDB_MODE",
         words("logger=wandb"),
-        "WANDB_MODE=onlin: did you mean 'online'? Correct or unset this environment variable.",
+        "WANDB_MODE=onlin: correct or unset this environment variable; did you mean 'online'?",
         around=with_variables(WANDB_MODE="onlin"),
     ),
     Wrong(

@@ -67,6 +67,7 @@ def _unknown_option(group: str, option: str) -> str:
     known = option_names(group)
     sentence = f"{group}={option} is not an option of {group}; {did_you_mean(option, known)}"
     if group == "backbone":
+        sentence += "" if sentence.endswith("?") else "."
         sentence += " Every network of timm works by its name, too (`timm.list_models()`)."
     return sentence
 

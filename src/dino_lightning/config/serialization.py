@@ -30,8 +30,8 @@ def from_plain(plain: Any, *, source: str) -> TrainConfig:
             import_component(group, name)
             if name not in SCHEMAS[group]:
                 raise UserError(
-                    f"{source} is of {group}={name}: {did_you_mean(name, SCHEMAS[group])} One of your own is "
-                    "known after imports=[FILE]."
+                    f"{source} is of {group}={name}: set imports=[FILE] if it is in a file of yours; "
+                    f"{did_you_mean(name, SCHEMAS[group])}"
                 )
             composed[group] = OmegaConf.structured(SCHEMAS[group][name])
         return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(composed, values)))

@@ -20,5 +20,5 @@ def check_logger(logger: LoggerConfig) -> None:
         )
     if isinstance(logger, WandbLoggerConfig) and mode and mode not in WANDB_MODE_VARIABLE:
         raise UserError(
-            f"WANDB_MODE={mode}: {did_you_mean(mode, WANDB_MODE_VARIABLE)} Correct or unset this environment variable."
+            f"WANDB_MODE={mode}: correct or unset this environment variable; {did_you_mean(mode, WANDB_MODE_VARIABLE)}"
         )
