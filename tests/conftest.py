@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import start_fork_server
+from fork_server import HAS_GPU, start_fork_server
+from forked_workers import run_in_workers
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: waiting threads of OpenBLAS cost time
 PROJECT = Path(__file__).resolve().parents[1]
@@ -23,27 +24,27 @@ def pytest_collection_finish() -> None:
     Objects from imports are never freed, so the garbage collector need not visit them. Lightning searches all installed
     packages for callbacks whenever a trainer is created; the cache makes it search once.
     """
+    gc.enable()
     gc.freeze()
     if registry := sys.modules.get("lightning.fabric.utilities.registry"):
         registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
 
 
-def _runs_tests(session: pytest.Session) -> bool:
-    """Whether this process runs tests, and does not distribute them to others."""
-    return session.config.getoption("numprocesses", None) in (None, 0) and not session.config.option.collectonly
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--workers", type=int, default=0, help="processes that run files of tests (0: this process)")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection(session: pytest.Session) -> None:
+def pytest_collection() -> None:
     """Use one thread before test modules are imported.
 
     If an import computed with several threads, OpenMP would start them here, and a forked process would wait for them
     forever.
     """
-    if _runs_tests(session):
-        import torch
+    gc.disable()  # most objects of imports stay
+    import torch
 
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,16 +59,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """Start the fork server."""
-    if _runs_tests(session):
-        start_fork_server()
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run the tests in workers, or prepare this process to run them."""
+    option = session.config.option
+    if option.collectonly or (session.testsfailed and not option.continue_on_collection_errors):
+        return None
+    files = len({item.path for item in session.items})
+    if min(option.workers, files) > 1 and not (HAS_GPU or option.usepdb or option.capture == "no"):
+        run_in_workers(session, min(option.workers, files))
+        return True
+    start_fork_server()
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Set one thread before session and module fixtures run."""
-    import torch  # not at the top: the process that distributes the tests does not need it
+    import torch  # not at the top: collection sets its threads before
 
     torch.set_num_threads(1)
 

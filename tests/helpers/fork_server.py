@@ -1,7 +1,6 @@
 """Python's fork server as a fork of the test process, instead of a new Python that imports the libraries again."""
 
 import atexit
-import io
 import logging
 import multiprocessing
 import os
@@ -15,16 +14,18 @@ from pathlib import Path
 from typing import TextIO
 
 NEW_PYTHON = util.spawnv_passfds
+HAS_GPU = Path("/dev/nvidiactl").exists()
+"""Forked processes cannot use a GPU that the test process has used."""
 PRELOADED_MODULES = ["lightning.pytorch", "timm", "dino_lightning.training.run"]
 
 
 def start_fork_server() -> None:
     """Fork the server from this process. Call it before the first test, while there are no other threads that work.
 
-    Forked processes cannot use a GPU if this process has used it, so with a GPU the server is a new Python.
+    With a GPU the server is a new Python.
     """
     multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
-    if not Path("/dev/nvidiactl").exists():
+    if not HAS_GPU:
         util.spawnv_passfds = _fork  # type: ignore[assignment]
         try:
             forkserver.ensure_running()
@@ -45,7 +46,7 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # were pytest's
         forget_cleanups()
         logging.root.handlers.clear()  # pytest's
-        redirect_library_logs(io.StringIO())  # they go to pytest's closed files
+        redirect_library_logs(sys.stderr)  # they go to pytest's closed files
         _prepare()
         exec(code, {})
         status = 0
@@ -62,7 +63,7 @@ def redirect_library_logs(stream: TextIO) -> None:
     for reference in logging._handlerList:  # type: ignore[attr-defined]
         handler = reference()
         if type(handler) is logging.StreamHandler:
-            handler.setStream(stream)
+            handler.stream = stream  # `setStream` would flush the earlier one, which may be closed
 
 
 def forget_cleanups() -> None:
