@@ -66,7 +66,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     files = len({item.path for item in session.items})
     if min(option.workers, files) > 1 and not (HAS_GPU or option.usepdb or option.capture == "no"):
-        run_in_workers(session, min(option.workers, files))
+        run_in_workers(session, min(option.workers, files), prepare=start_fork_server)
         return True
     start_fork_server()
     return None
