@@ -113,6 +113,7 @@ def graph_of_one_size(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
     return path
 
 
+@pytest.mark.slow
 def test_graphs_of_one_size_take_any_number_of_images(graph_of_one_size: Path) -> None:
     backbone = load_network(str(graph_of_one_size.parent / "weights.safetensors")).backbone
     read = READERS[graph_of_one_size.suffix](graph_of_one_size)

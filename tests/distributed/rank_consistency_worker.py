@@ -134,14 +134,14 @@ def attempt(case: Case, folder: Path) -> dict[str, Any]:
     return {"said": said, "steps": steps.begun, "rank": rank()}
 
 
-def launch(folder: Path) -> list[dict[str, dict[str, Any]]]:
+def launch(folder: Path, *cases: str) -> list[dict[str, dict[str, Any]]]:
     """Run both ranks; returns the results of each by case."""
     prepare(folder)
-    on_ranks(main, folder)
+    on_ranks(main, folder, *cases)
     return results_of_ranks(folder)
 
 
-def main(rank: int, folder: Path) -> None:
-    seen = {name: attempt(case, folder) for name, case in CASES.items()}
+def main(rank: int, folder: Path, *cases: str) -> None:
+    seen = {name: attempt(CASES[name], folder) for name in cases}
     torch.save(seen, folder / f"rank{rank}.pt")
     leave_group()

@@ -1,5 +1,6 @@
 """Ranks that differ end before their first step, all with the same message."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -25,18 +26,35 @@ EXPECTED = {
 }
 
 
+FAST = ("a key", "fewer images", "another class", "weights", "the code", "alike")
+SLOW = tuple(name for name in CASES if name not in FAST)
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return rank_consistency_worker.launch(tmp_path_factory.mktemp("agreement"))
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return rank_consistency_worker.launch(tmp_path_factory.mktemp("fast"), *FAST)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(EXPECTED)))
-@pytest.mark.slow_after_first(1)
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return rank_consistency_worker.launch(tmp_path_factory.mktemp("slow"), *SLOW)
+
+
+@pytest.fixture
+def ranks(name: str, request: pytest.FixtureRequest) -> Seen:
+    return request.getfixturevalue("slow" if name in SLOW else "fast")
+
+
+@pytest.mark.parametrize("name", cases(sorted(set(CASES) - set(EXPECTED))))
 def test_permitted_differences_train(name: str, ranks: Seen) -> None:
     assert [rank[name] for rank in ranks] == [{"said": "", "steps": 1, "rank": number} for number in (0, 1)]
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", cases(EXPECTED))
 def test_the_rank_is_named_before_the_first_step(name: str, ranks: Seen) -> None:
     first, second = (rank[name] for rank in ranks)
     assert first["said"] == second["said"]

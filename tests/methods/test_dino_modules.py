@@ -87,6 +87,7 @@ def at_work(step: ComputeConfig | None = None, **method: Any) -> Any:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", list(PARTS))
+@pytest.mark.slow_after_first(24)
 def test_loss_and_gradient(name: str, fused: bool) -> None:
     module, (crops,) = at_work(ComputeConfig(fused=fused), **PARTS[name]), tiny.batches(1)
     own = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}

@@ -81,7 +81,7 @@ def explains(box: Box, width: int, height: int, scale: list[float], ratio: list[
     return area_fits and ratio_fits
 
 
-@examples(few=300, many=20_000)
+@examples(few=100, many=20_000)
 def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
     def holds(width: int, height: int, scale: list[float], ratio: list[float], rng: CropRNG) -> None:
         assert RANGES["global_scale"].contains(scale)
@@ -95,7 +95,7 @@ def test_a_box_lies_in_the_image_and_in_the_ranges(examples: Any) -> None:
     check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, GENERATORS), examples)
 
 
-@examples(few=300, many=20_000)
+@examples(few=100, many=20_000)
 def test_a_box_is_that_of_its_definition(examples: Any) -> None:
     def holds(width: int, height: int, scale: list[float], ratio: list[float], tapes: tuple[Any, Any]) -> None:
         ours = random_box(width, height, scale=scale, ratio=ratio, rng=tapes[0])
@@ -104,7 +104,7 @@ def test_a_box_is_that_of_its_definition(examples: Any) -> None:
     check(holds, given(SIDES, SIDES, SCALES, RATIOS_LISTED, TAPES), examples)
 
 
-@examples(few=150, many=5000)
+@examples(few=60, many=5000)
 def test_a_box_is_torchvision_s(examples: Any) -> None:
     """Also if no box fits, because the ranges are narrow and exclude the image's ratio."""
 

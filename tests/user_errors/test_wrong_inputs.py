@@ -44,7 +44,15 @@ def as_root(tmp_path_factory: pytest.TempPathFactory) -> bool:
     return os.geteuid() == 0 and can_mount(tmp_path_factory.mktemp("mount"))
 
 
-@pytest.mark.parametrize("row", EVERY, ids=lambda row: f"{row.program}: {row.name}")
+# Every second row by default.
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=f"{row.program}: {row.name}", marks=[pytest.mark.slow] if number % 2 else [])
+        for rows in TABLES.values()
+        for number, row in enumerate(rows)
+    ],
+)
 def test_one_sentence(row: Wrong, tmp_path: Path, as_root: bool, capsys: pytest.CaptureFixture[str]) -> None:
     if row.needs_root and not as_root:
         pytest.skip("needs root: a disk is mounted, or the user changed")

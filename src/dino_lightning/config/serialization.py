@@ -1,5 +1,6 @@
 """A configuration in plain types, so that a file alone says how a run was made."""
 
+from dataclasses import asdict
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
         for name, schema in known.items()
         if type(getattr(config, group, None)) is schema
     }
-    return {"schemas": schemas, "values": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)}
+    return {"schemas": schemas, "values": asdict(config)}
 
 
 def from_plain(plain: Any, *, source: str) -> TrainConfig:
