@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import HAS_GPU, start_fork_server
+from fork_server import HAS_GPU, PRELOADED_MODULES, start_fork_server
 from forked_workers import run_in_workers
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: waiting threads of OpenBLAS cost time
@@ -66,6 +67,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     files = len({item.path for item in session.items})
     if min(option.workers, files) > 1 and not (HAS_GPU or option.usepdb or option.capture == "no"):
+        for module in PRELOADED_MODULES:
+            importlib.import_module(module)
         run_in_workers(session, min(option.workers, files), prepare=start_fork_server)
         return True
     start_fork_server()

@@ -13,7 +13,7 @@ from forked_workers import run_in_workers
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    run_in_workers(session, 2)
+    run_in_workers(session, 1)
     return True
 """
 OUTCOMES = """
@@ -31,7 +31,6 @@ def test_warns(): warnings.warn("a warning")
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
-    (tmp_path / "test_other.py").write_text("def test_passes(tmp_path): pass")
     return tmp_path
 
 
@@ -43,17 +42,11 @@ def _pytest(folder: Path) -> tuple[int, str]:
     return result.returncode, result.stdout
 
 
-def test_outcomes_are_reported(folder: Path) -> None:
-    status, text = _pytest(folder)
-    assert status == pytest.ExitCode.TESTS_FAILED
-    assert "1 failed, 3 passed, 1 skipped, 1 warning" in text
-    assert all(words in text for words in ("of a test that fails", "assert 1 == 2", "no reason", "a warning"))
-    assert "of a test that passes" not in text
-
-
-def test_a_worker_that_ends_is_named(folder: Path) -> None:
+def test_outcomes_are_reported_and_a_worker_that_ends_is_an_error(folder: Path) -> None:
     (folder / "test_end.py").write_text("import os\ndef test_end(): os._exit(0)")
     status, text = _pytest(folder)
     assert status == pytest.ExitCode.TESTS_FAILED
-    assert "The process of this test ended." in text
-    assert "FAILED test_end.py::test_end" in text
+    assert "2 failed, 2 passed, 1 skipped, 1 warning" in text
+    assert all(words in text for words in ("of a test that fails", "assert 1 == 2", "no reason", "a warning"))
+    assert "of a test that passes" not in text
+    assert "FAILED test_end.py::test_end - The process of this test ended." in text

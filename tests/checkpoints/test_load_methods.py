@@ -78,6 +78,7 @@ def test_every_file_of_a_run_loads_the_evaluated_network(run: Path, name: str) -
         assert load_network(str(run / file), key=key).digest == expected
 
 
+@pytest.mark.slow_after_first(2)
 def test_the_checkpoint_also_contains_the_other_network(run: Path, name: str) -> None:
     other = {"student": "teacher", "teacher": "student"}[RUNS[name][1]]
     if name in ("swav", "supervised"):

@@ -17,6 +17,7 @@ from dino_lightning.training.callbacks.knn import KNNCallback
 
 
 @pytest.mark.parametrize("words", [(), ("method=byol", "backbone=resnet18"), ("data=cifar10", "seed=3")])
+@pytest.mark.slow_after_first(2)
 def test_compose_equals_the_command_line(words: tuple[str, ...], tmp_path: Path) -> None:
     expected = OmegaConf.to_object(composed(*words, output_dir=tmp_path / "run"))
     assert compose(*words, f"output_dir={tmp_path / 'run'}") == expected

@@ -70,6 +70,7 @@ def test_wrong_settings_are_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("option", group_options("embed")["data"])
+@pytest.mark.slow_after_first(7)
 def test_every_data_option_composes(option: str) -> None:
     assert composed_embedding(f"data={option}", "checkpoint=x").data.max_bad_share == 1
 

@@ -82,6 +82,7 @@ def test_wrong_settings_are_refused_in_one_sentence(overrides: str, expected: st
 
 
 @pytest.mark.parametrize("option", EVALUATIONS)
+@pytest.mark.slow_after_first(7)
 def test_options_compose_and_pass_the_checks(option: str) -> None:
     cfg = composed_evaluation(f"eval={option}", "checkpoint=x")
     if OmegaConf.is_missing(cfg.data, "path"):
@@ -174,7 +175,7 @@ def test_other_ranks_continue_after_a_failure_of_the_first_rank(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("option", list(QUICK))
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(2)
 def test_evaluations_write_results_of_the_trained_and_the_untrained_network(
     option: str, trained: Path, tmp_path: Path
 ) -> None:

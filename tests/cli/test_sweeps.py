@@ -91,6 +91,7 @@ def test_bad_trials_end_early_and_are_recorded_as_pruned(searched: tuple[Path, i
 
 
 @OPTUNA
+@pytest.mark.slow
 def test_table_and_plot_of_a_search(searched: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = searched
     assert main(["table", str(folder), "format=markdown", "plot=true"]) == 0

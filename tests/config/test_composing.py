@@ -27,7 +27,7 @@ def comparable(config: DictConfig) -> tuple[object, ...]:
         ("embed", "checkpoint=x", "data.path=.", "output=x.parquet"),
     ],
 )
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(2)
 def test_composition_equals_hydra(words: tuple[str, ...]) -> None:
     register()
     expected = by_hydra(*words)

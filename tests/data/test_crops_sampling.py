@@ -89,6 +89,7 @@ def _pvalue_of_counts(*samples: list) -> float:
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("parameter", CONTINUOUS)
+@pytest.mark.slow_after_first(12)
 def test_fast_rng_has_the_distributions_of_the_reference(parameter: str, view: int) -> None:
     original, fast = (_values(_sample(rng, view), CONTINUOUS[parameter]) for rng in RNGS)
     assert min(len(original), len(fast)) > 200

@@ -85,7 +85,7 @@ def check_equal(ours: Batches, expected: Batches) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["builtin", "webdataset", "huggingface"])
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(2)
 def test_a_resumed_loader_gives_the_remaining_batches(kind: str, workers: int, folder: Path) -> None:
     epochs = 3 if workers == 0 else 2
     whole = run(module(kind, folder, workers=workers), epochs=epochs)

@@ -88,6 +88,7 @@ def expected(
 
 
 @pytest.mark.parametrize("options", [{}, {"gem_power": 1.5}, {"top": 2}])
+@pytest.mark.slow_after_first(1)
 def test_figures_equal_one_image_at_a_time(options: dict[str, Any], data: CopydaysData, tmp_path: Path) -> None:
     data.distractors_path = str(write_others(tmp_path / "distractors"))
     network = tiny_network()
@@ -101,6 +102,7 @@ def test_figures_equal_one_image_at_a_time(options: dict[str, Any], data: Copyda
 
 
 @pytest.mark.parametrize("whitening", ["none", "original", "corrected"])
+@pytest.mark.slow_after_first(1)
 def test_whitening(whitening: str, data: CopydaysData, tmp_path: Path) -> None:
     data.whitening_path = str(write_others(tmp_path / "others", count=30))
     network = tiny_network()

@@ -82,6 +82,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("tolerance", [0.008, 0.04])
 @pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.slow_after_first(14)
 def test_boundary_accuracy_by_loops(pair: str, tolerance: float) -> None:
     predicted, true = PAIRS[pair]
     found = boundary_accuracy(as_masks(predicted), as_masks(true), tolerance=tolerance)
@@ -164,6 +165,7 @@ def test_first_and_last_frame_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2 * 40 * 60, 2**23], ids=["frame by frame", "two frames", "all"])
+@pytest.mark.slow_after_first(1)
 def test_shifted_masks_by_loops(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(davis_scores, "CHUNK_PIXELS", at_once)
     predicted, true = moving(2), moving(0)

@@ -87,6 +87,7 @@ def slow_training(task: Task, *, epochs: int, batch_size: int, lr: float, n: int
 
 
 @pytest.mark.parametrize(("n", "avgpool"), FEATURES)
+@pytest.mark.slow_after_first(2)
 def test_weights_equal_the_definition(n: int, avgpool: bool, tmp_path: Path) -> None:
     task = tiny_task(tmp_path, tiny_network(), data=BUILTIN, seed=SEED)
     results = run(task, n_last_blocks=n, avgpool=avgpool)

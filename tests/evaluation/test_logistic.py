@@ -151,6 +151,7 @@ def _slow_choice(config: LogisticEval, x: Tensor, y: Tensor, *, folds: int, seed
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.slow_after_first(2)
 def test_c_is_chosen_by_cross_validation(seed: int) -> None:
     config = LogisticEval(c=[100.0, 0.01, 1.0], max_iterations=5000)
     x, y = _points(60, classes=4, noise=1.5, seed=seed)

@@ -92,6 +92,7 @@ def expected(data: RevisitedData, backbone: nn.Module, *, query_box: bool, scale
 
 @pytest.mark.parametrize("query_box", [False, True])
 @pytest.mark.parametrize("scales", [[1.0], [1, 1 / math.sqrt(2), 0.5]])
+@pytest.mark.slow_after_first(2)
 def test_figures_equal_one_image_at_a_time(
     query_box: bool, scales: list[float], data: RevisitedData, tmp_path: Path
 ) -> None:

@@ -16,7 +16,14 @@ from typing import TextIO
 NEW_PYTHON = util.spawnv_passfds
 HAS_GPU = Path("/dev/nvidiactl").exists()
 """Forked processes cannot use a GPU that the test process has used."""
-PRELOADED_MODULES = ["lightning.pytorch", "timm", "dino_lightning.training.run"]
+PRELOADED_MODULES = [
+    "lightning.pytorch",
+    "timm",
+    "numba.np.ufunc",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "dino_lightning.training.run",
+]
 
 
 def start_fork_server() -> None:

@@ -231,6 +231,7 @@ def test_an_unreachable_server(
     assert logged(offline_records(tmp_path))["loss"] == [1]
 
 
+@pytest.mark.slow
 def test_a_server_that_stops(at_server: Any, tmp_path: Path) -> None:
     """Closing the run takes a bounded time, and its rows remain on the disk."""
     with serving() as server:

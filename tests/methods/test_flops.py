@@ -133,6 +133,7 @@ def test_vit_small_of_the_paper():
     assert model_flops(ViTConfig(), crops=CropsConfig(), method=DINOConfig()) == pytest.approx(114e9, rel=0.005)
 
 
+@pytest.mark.slow
 def test_resnet50():
     config = TimmConfig(name="resnet50")
     flops = [backbone_flops(config, image_size=size)["network"] for size in (224, 96)]

@@ -198,7 +198,7 @@ TINY = ViTConfig(width=192, depth=12, heads=3, patch_size=16)
         pytest.param(TimmConfig(name="xcit_nano_12_p16_224"), 64, id="xcit"),
     ],
 )
-@pytest.mark.slow_after_first(3)
+@pytest.mark.slow_after_first(2)
 def test_exported_weights_load_into_timm(config: BackboneConfig, size: int, tmp_path: Path) -> None:
     ours = build_backbone(config, image_size=size, drop_path=True)
     with torch.no_grad():

@@ -80,7 +80,7 @@ def outcome(network: OriginalViT, step: ComputeConfig, given: Masks, compiled: b
 
 @pytest.mark.parametrize("how", ["fused", "checkpointed", "plain and checkpointed", "tiled", "compiled", "subset"])
 @pytest.mark.parametrize("probability", [0.7, 0.0])
-@pytest.mark.slow_after_first(9)
+@pytest.mark.slow_after_first(5)
 def test_all_passes_equal_the_plain_pass(how: str, probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is masked: the mask token still has a gradient, or DDP would wait for it."""
     given = masks(probability=probability)

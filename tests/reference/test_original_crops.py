@@ -132,7 +132,7 @@ def _changes(view: int, *, draws: int, **changes: Any) -> int:
         *itertools.product(("blur_p", "solarize_p"), VIEWS),  # the probabilities that depend on the view
     ],
 )
-@pytest.mark.slow_after_first(4)
+@pytest.mark.slow_after_first(2)
 def test_operators_are_applied_with_their_probability(field: str, view: int) -> None:
     """Counts of the defaults are within 4 standard deviations of the binomial distribution."""
     default = getattr(CropsConfig(), field)

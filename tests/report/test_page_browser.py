@@ -141,6 +141,7 @@ def test_opens_without_network_and_draws_every_chart(browser: Any, folder: Path,
     seen.context.close()
 
 
+@pytest.mark.slow
 def test_the_mouse_shows_the_values_of_the_metrics(one: Seen, folder: Path):
     loss, mean = (column(folder / "a", name) for name in ("train/loss", "train/loss_epoch"))
     for step in (9, 109, 219, 399):
@@ -269,6 +270,7 @@ def test_a_key_hides_a_run_in_all_charts(both: Seen, folder: Path):
 
 
 @pytest.mark.parametrize("name", ["a/report.html", "report.html"])
+@pytest.mark.slow_after_first(1)
 def test_a_phone_needs_no_scrolling_to_the_side(browser: Any, folder: Path, name: str):
     seen = Seen(browser, folder / name, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= 360

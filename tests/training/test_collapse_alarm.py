@@ -234,6 +234,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     leave_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_same_signals_and_stop_together(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

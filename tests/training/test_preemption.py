@@ -103,6 +103,7 @@ def test_the_early_handler_does_not_replace_the_runs_handler(tmp_path: Path, mon
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] in (2, 3)
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation(tmp_path: Path, whole: Path, monkeypatch: Any) -> None:
     """The evaluation is repeated later: its row and the best checkpoint equal an uninterrupted run's."""
     with monkeypatch.context() as patch:

@@ -186,6 +186,7 @@ def damaged(file: Path, folder: Path, kind: str) -> Path:
         "range": "backbone.depth=0: expected at least 1",
     }.items(),
 )
+@pytest.mark.slow_after_first(8)
 def test_other_files_are_refused(
     file: Path, tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

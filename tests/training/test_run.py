@@ -261,6 +261,7 @@ def test_a_checkpoint_of_every_epoch(tmp_path: Path) -> None:
     assert names == {"last.ckpt", "last-1.ckpt", "best_knn.ckpt", "epoch0000.ckpt", "epoch0001.ckpt"}
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run(tmp_path, "logger=tensorboard", "trainer.max_steps=2", "callbacks.pictures.enabled=false")
