@@ -23,6 +23,7 @@ SMALL = [
     "data.train_images=96",
     "data.val_images=48",
     "data.num_workers=0",
+    "crops.local_count=2",
     "data.batch_size_per_device=16",
     "trainer.accelerator=cpu",
     "trainer.max_epochs=2",
