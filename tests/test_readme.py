@@ -51,11 +51,11 @@ def test_there_are_commands() -> None:
     assert len(every(EVALUATE)) > 10
 
 
-# By default those of the README, and every third of the other pages.
+# By default those of the README, and every sixth of the other pages.
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if number % 3 and command not in README else [])
+        pytest.param(command, marks=[pytest.mark.slow] if number % 6 and command not in README else [])
         for number, command in enumerate(every(TRAIN))
     ],
 )

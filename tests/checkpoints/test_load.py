@@ -179,6 +179,7 @@ def test_fresh_weights_by_name(name: str, kind: type | None, size: int) -> None:
 # -------------------------------------------------------------------------------------------------- timm's networks
 
 
+@pytest.mark.slow
 def test_published_weights_of_dino_are_resampled_as_in_training(tmp_path: Path) -> None:
     name = "vit_small_patch16_224.dino"
     settings = timm_description(name, source="here")

@@ -74,6 +74,7 @@ def sentence_for(overrides: str, *, output_dir: Path) -> str:
 
 
 @pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
+@pytest.mark.slow_after_first(14)
 def test_wrong_settings_are_refused_in_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
     sentence = sentence_for(overrides, output_dir=tmp_path)
     assert expected in sentence
@@ -175,7 +176,7 @@ def test_other_ranks_continue_after_a_failure_of_the_first_rank(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("option", list(QUICK))
-@pytest.mark.slow_after_first(2)
+@pytest.mark.slow_after_first(1)
 def test_evaluations_write_results_of_the_trained_and_the_untrained_network(
     option: str, trained: Path, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_table_and_plot_of_a_search(searched: tuple[Path, int], capsys: pytest.C
         (["hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs=-1"),
     ],
 )
+@pytest.mark.slow_after_first(2)
 def test_a_search_without_a_value_to_maximize_is_refused(words: list[str], message: str) -> None:
     check_sweeper(with_hydra("hydra/sweeper=optuna_knn"))
     check_sweeper(with_hydra("callbacks.knn.enabled=false"))  # a grid

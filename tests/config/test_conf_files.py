@@ -69,6 +69,7 @@ def combinations() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("options", combinations(), ids=" ".join)
+@pytest.mark.slow_after_first(10)
 def test_options_pass_the_checks(options: list[str]) -> None:
     path = [word for option in options if "data=" in option for word in PLACES.get(option, ["data.path=."])]
     sizes = ["crops.global_size=224", "crops.local_size=96"]
@@ -118,6 +119,7 @@ def test_batch_norms_are_not_synchronized_on_a_cpu(tmp_path: Path) -> None:
     assert build_trainer(config, hyperparameters={}).strategy._layer_sync is None  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_users_images_get_the_settings_for_photographs() -> None:
     bare = composed("data=parquet", "data.path=.")
     assert bare == composed("experiment=photos32", "data=parquet", "data.path=.")

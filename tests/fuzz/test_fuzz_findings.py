@@ -46,13 +46,13 @@ def array(shape: str, kind: str = "|u1") -> bytes:
         (array("(1,)", "|O"), "allow_pickle"),
     ],
 )
-def test_arrays_that_claim_more_than_there_is(content: bytes, reason: str) -> None:
+def test_arrays_with_impossible_headers_are_unreadable(content: bytes, reason: str) -> None:
     for decode in (decoder().pil, decoder().pixels, decoder().stored):
         with pytest.raises(UnreadableImageError, match=reason):
             decode(content)
 
 
-def test_a_broken_array_in_a_shard_is_one_bad_image(tmp_path: Path) -> None:
+def test_a_broken_array_in_a_shard_is_one_unreadable_image(tmp_path: Path) -> None:
     from webdataset_cases import write_tar
 
     tar = write_tar(tmp_path / "s.tar", [("a.npy", npy("(")), ("b.npy", array("(10000000000, 10000000000)"))])
@@ -66,7 +66,7 @@ def pages(*chain: int) -> bytes:
 
 
 @pytest.mark.parametrize("chain", [(8,), (16, 8), (16, 24, 16)])
-def test_pages_in_a_circle(chain: tuple[int, ...]) -> None:
+def test_a_loop_of_tiff_pages_is_unreadable(chain: tuple[int, ...]) -> None:
     """Earlier, a loader process followed the links forever."""
     with pytest.raises(ValueError, match="form a loop"):
         check_tiff_pages(pages(*chain))
@@ -74,7 +74,7 @@ def test_pages_in_a_circle(chain: tuple[int, ...]) -> None:
         decoder().pixels(pages(*chain))
 
 
-def test_pages_that_end() -> None:
+def test_tiff_pages_without_a_loop_are_accepted() -> None:
     check_tiff_pages(pages(16, 24, 0))
     check_tiff_pages(pages(16, 24, 10**6))
     check_tiff_pages(b"MM\0+" + struct.pack(">HHQ", 8, 0, 16) + struct.pack(">QQ", 0, 0))
@@ -84,13 +84,13 @@ def test_pages_that_end() -> None:
         check_tiff_pages(many)
 
 
-def test_big_endian_and_large_offsets() -> None:
+def test_a_loop_of_big_endian_bigtiff_pages_is_refused() -> None:
     circle = b"MM\0+" + struct.pack(">HHQ", 8, 0, 16) + struct.pack(">QQ", 0, 16)
     with pytest.raises(ValueError, match="form a loop"):
         check_tiff_pages(circle)
 
 
-def test_odd_tags_are_not_told_line_by_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_tiff_tags_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Fuzzing for four minutes printed 100 megabytes of warnings, which a run would write to its log."""
     with pytest.raises(UnreadableImageError):
         decoder(channels=5).pixels(pages(0)[:8] + struct.pack("<HHHIII", 1, 1, 0, 1, 0, 0))
@@ -107,14 +107,14 @@ AAAAALAucG5nUEsFBgAAAAABAAEAMwAAACQAAAAAAA=="""
 
 
 @pytest.mark.parametrize("content", [NAMELESS, NOT_UTF8], ids=["IndexError", "UnicodeDecodeError"])
-def test_damaged_tables_of_a_zip(content: str, tmp_path: Path) -> None:
+def test_a_zip_with_a_damaged_directory_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "images.zip"
     path.write_bytes(base64.b64decode(content))
     with pytest.raises(UserError, match=r"is not a readable zip file \(.+\); copy or download it again"):
         open_sources(ArchiveData(path=str(path), cache_dir=str(tmp_path)), seed=0)
 
 
-def test_damaged_parquet_is_told_in_one_line(tmp_path: Path) -> None:
+def test_the_error_of_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
     """Arrow's message ends with an empty line."""
     path = tmp_path / "train.parquet"
     path.write_bytes(b"PAR1" + b"\xff" * 40 + struct.pack("<I", 40) + b"PAR1")
@@ -139,7 +139,7 @@ def described(tmp_path: Path, **changes: Any) -> str:
     return str(file)
 
 
-def test_the_file_itself_loads(tmp_path: Path) -> None:
+def test_the_unchanged_file_loads(tmp_path: Path) -> None:
     network = load_network(described(tmp_path))
     assert network.backbone.state_dict().keys() == weights().keys()
 
@@ -165,7 +165,7 @@ def test_the_file_itself_loads(tmp_path: Path) -> None:
         ({"mean": "abc"}, "cannot read its description"),
     ],
 )
-def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_description_of_the_network_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = described(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as caught:
         load_network(file)
@@ -173,7 +173,7 @@ def test_descriptions_that_do_not_belong_to_the_weights(changes: dict[str, Any],
     assert file in str(caught.value)
 
 
-def test_a_description_does_not_make_us_read_another_file(tmp_path: Path) -> None:
+def test_arguments_of_timm_cannot_name_another_file(tmp_path: Path) -> None:
     """`timm.create_model(checkpoint_path=…)` unpickles that file, in older versions with arbitrary code."""
     elsewhere = tmp_path / "elsewhere.pth"
     asks = {"checkpoint_path": str(elsewhere), "pretrained_cfg": {"file": str(elsewhere)}, "cache_dir": str(tmp_path)}
@@ -182,7 +182,7 @@ def test_a_description_does_not_make_us_read_another_file(tmp_path: Path) -> Non
     assert not built.state_dict()["layer1.0.bn2.weight"].eq(0).any()  # the other argument counts
 
 
-def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
+def test_missing_blocks_are_refused(tmp_path: Path) -> None:
     """Earlier, the value was used as the number of blocks."""
     width_64 = Description(ViTConfig(width=64, depth=1, heads=1, patch_size=4), image_size=8).build().state_dict()
     torch.save({**width_64, "blocks.999999999.norm1.weight": torch.zeros(64)}, tmp_path / "a.pth")
@@ -190,7 +190,7 @@ def test_a_list_of_blocks_with_a_gap(tmp_path: Path) -> None:
         load_network(str(tmp_path / "a.pth"))
 
 
-def test_views_of_a_few_numbers(tmp_path: Path) -> None:
+def test_expanded_tensors_of_a_small_file_are_refused(tmp_path: Path) -> None:
     """A small file could claim to contain terabytes."""
     state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in weights().items()}
     network = Description(SMALL, image_size=8).to_dict()
@@ -200,7 +200,7 @@ def test_views_of_a_few_numbers(tmp_path: Path) -> None:
         load_network(str(tmp_path / "a.ckpt"))
 
 
-def test_weights_without_numbers(tmp_path: Path) -> None:
+def test_sparse_and_meta_tensors_are_refused(tmp_path: Path) -> None:
     for odd in (torch.zeros(8, 8).to_sparse(), torch.zeros(8, 8, device="meta")):
         torch.save({"pos_embed": odd, "patch_embed.proj.weight": odd, "blocks.0.norm1.weight": odd}, tmp_path / "a.pth")
         with pytest.raises(UserError) as caught:
@@ -210,7 +210,7 @@ def test_weights_without_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (64, 0, 0)])
-def test_shapes_that_no_network_has(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_impossible_shapes_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     first = {"pos_embed": torch.zeros(shape), "patch_embed.proj.weight": torch.zeros(shape)}
     torch.save({**first, "blocks.0.norm1.weight": torch.zeros(64), 7: torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="contains no weights of a known network"):

@@ -137,7 +137,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @needs_triton
 @pytest.mark.parametrize(("name", "dtype"), KEYS)
-@pytest.mark.slow_after_first(6)
+@pytest.mark.slow_after_first(3)
 def test_kernels_equal_the_loop_over_pairs(interpreted: dict, name: str, dtype: str) -> None:
     case = CASES[name]
     chunk, done = _chunk(case, DTYPES[dtype]), interpreted[f"{name} {dtype}"]

@@ -207,7 +207,7 @@ KEYS = all_keys()
 @pytest.mark.parametrize(
     "key",
     [
-        pytest.param(key, marks=[pytest.mark.slow] if index % 12 else [], id=f"{key.schema.__name__}-{key.name}")
+        pytest.param(key, marks=[pytest.mark.slow] if index % 24 else [], id=f"{key.schema.__name__}-{key.name}")
         for index, key in enumerate(KEYS)
     ],
 )

@@ -147,6 +147,7 @@ def test_submitits_handler_is_called_after_saving(tmp_path: Path, monkeypatch: A
     assert called == [(signal.SIGUSR2, True)]
 
 
+@pytest.mark.slow
 def test_time_based_checkpoints(tmp_path: Path, monkeypatch: Any) -> None:
     """Also between the ends of epochs; `keep_last` limits their number."""
     run(tmp_path, "callbacks.checkpoint.every_n_minutes=0.0001", WITHOUT_KNN, "callbacks.checkpoint.keep_last=20")

@@ -44,11 +44,11 @@ def as_root(tmp_path_factory: pytest.TempPathFactory) -> bool:
     return os.geteuid() == 0 and can_mount(tmp_path_factory.mktemp("mount"))
 
 
-# Every second row by default.
+# Every third row by default.
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=f"{row.program}: {row.name}", marks=[pytest.mark.slow] if number % 2 else [])
+        pytest.param(row, id=f"{row.program}: {row.name}", marks=[pytest.mark.slow] if number % 3 else [])
         for rows in TABLES.values()
         for number, row in enumerate(rows)
     ],
