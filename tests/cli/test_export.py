@@ -123,7 +123,6 @@ def test_graphs_of_one_size_take_any_number_of_images(graph_of_one_size: Path) -
         read(images(1, 32))
 
 
-@pytest.mark.slow
 def test_graphs_contain_the_preprocessing_of_images(graph_of_one_size: Path) -> None:
     if graph_of_one_size.suffix == ".onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(graph_of_one_size)

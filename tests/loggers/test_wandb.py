@@ -149,7 +149,6 @@ def test_an_evaluation_refers_to_its_weights(online: tuple[WandbServer, Path]) -
     assert run.summary[f"knn/{line['metric']}"] == pytest.approx(line["value"])
 
 
-@pytest.mark.slow
 def test_the_view_has_what_a_run_logs(online: tuple[WandbServer, Path], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb_workspaces")
     server, _ = online

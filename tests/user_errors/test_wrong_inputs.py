@@ -44,15 +44,7 @@ def as_root(tmp_path_factory: pytest.TempPathFactory) -> bool:
     return os.geteuid() == 0 and can_mount(tmp_path_factory.mktemp("mount"))
 
 
-# Every third row by default.
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, id=f"{row.program}: {row.name}", marks=[pytest.mark.slow] if number % 3 else [])
-        for rows in TABLES.values()
-        for number, row in enumerate(rows)
-    ],
-)
+@pytest.mark.parametrize("row", EVERY, ids=lambda row: f"{row.program}: {row.name}")
 def test_one_sentence(row: Wrong, tmp_path: Path, as_root: bool, capsys: pytest.CaptureFixture[str]) -> None:
     if row.needs_root and not as_root:
         pytest.skip("needs root: a disk is mounted, or the user changed")

@@ -151,11 +151,7 @@ def sentence_for(*overrides: str, output_dir: Path) -> str:
     return ""
 
 
-# Every third row by default.
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] if number % 3 else []) for number, row in enumerate(WRONG)],
-)
+@pytest.mark.parametrize(("overrides", "expected"), WRONG, ids=[overrides for overrides, _ in WRONG])
 def test_one_sentence(overrides: str, expected: str, tmp_path: Path) -> None:
     sentence = sentence_for(*overrides.split(), output_dir=tmp_path)
     assert expected in sentence
