@@ -41,24 +41,13 @@ def every(programs: tuple[str, ...]) -> list[str]:
     return sorted(command for command in found if not any(word in command for word in OTHERS))
 
 
-README = commands(PAGES[0], TRAIN)
-
-
 def test_there_are_commands() -> None:
     assert "" in every(TRAIN)
-    assert len(README) > 3
     assert len(every(TRAIN)) > 80
     assert len(every(EVALUATE)) > 10
 
 
-# By default those of the README, and every sixth of the other pages.
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(command, marks=[pytest.mark.slow] if number % 6 and command not in README else [])
-        for number, command in enumerate(every(TRAIN))
-    ],
-)
+@pytest.mark.parametrize("command", every(TRAIN))
 def test_commands_compose_and_pass_the_checks(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command.replace("--cfg job", "")) if not word.startswith("--")]
     words = with_plain_words(words, "data.path", verb="train")

@@ -100,8 +100,8 @@ def _summary(crops_NCSS: Tensor) -> dict[str, Tensor]:
 
 @cache
 def _summaries(backend: str) -> list[dict[str, Tensor]]:
-    """Of 120 crops of each of three pictures, by view; each back end has different seeds."""
-    images = [picture(80, 60, seed=i) for i in range(3)] * 120
+    """Of 250 crops of each of three pictures, by view; each back end has different seeds."""
+    images = [picture(80, 60, seed=i) for i in range(3)] * 250
     first = 10_000 * BACKENDS.index(backend)
     views = finished(backend, dataclasses.replace(SMALL, local_count=1), images, range(first, first + len(images)))
     return [_summary(view) for view in views]

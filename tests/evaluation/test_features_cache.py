@@ -81,7 +81,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "cache").rglob("*") if path.is_file())
 
 
-@pytest.mark.slow
 def test_features_equal_those_of_single_images(tmp_path: Path, source: BuiltinImages) -> None:
     network = tiny_network()
     features_MD, labels_M, indices_M = _features(_task(tmp_path), source)

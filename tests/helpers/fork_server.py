@@ -61,6 +61,7 @@ def _fork(path: bytes, arguments: Sequence[str], file_descriptors: Sequence[int]
         status = 0
     except BaseException:
         traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(status)
 

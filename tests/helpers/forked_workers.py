@@ -86,6 +86,8 @@ def _forks(session: pytest.Session, workers: int, prepare: Callable[[], None]) -
         for number in range(workers):
             ours, theirs = Pipe()
             if not (pid := os.fork()):
+                for connection in (*connections, ours):
+                    connection.close()  # otherwise the workers would not notice the end of the first process
                 _run_worker(session, theirs, number, prepare)
             theirs.close()
             pids.append(pid)

@@ -1,6 +1,7 @@
 """A configuration in plain types, so that a file alone says how a run was made."""
 
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -19,7 +20,18 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
         for name, schema in known.items()
         if type(getattr(config, group, None)) is schema
     }
-    return {"schemas": schemas, "values": asdict(config)}
+    return {"schemas": schemas, "values": _plain(config)}
+
+
+def _plain(value: Any) -> Any:
+    """As `OmegaConf.to_container` of `OmegaConf.structured`, which takes 100 times as long."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def from_plain(plain: Any, *, source: str) -> TrainConfig:
